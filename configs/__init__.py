@@ -1,0 +1,233 @@
+"""From names and `KEY VALUE` pairs to frozen configs, one for each stage of a run.
+
+Merge order: defaults < data YAML < model YAML < the model YAML's `by_dataset` entries whose pattern fits the data
+name (most specific last) < pairs. Every value is parsed by the type that the schema declares for its key.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from configs.errors import UserError, lookup, unknown
+from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TEST, TRAIN, Key, option_keys
+
+__all__ = ["CfgNode", "UserError", "config_hash", "describe", "load_configs", "lookup", "names", "values_of"]
+
+FOLDER = Path(__file__).parent
+Values = dict[str, Any]
+
+
+def names(kind: str) -> dict[str, Path]:
+    """The shipped configs of a kind (`data` or `model`): name → file, sorted."""
+    return {path.stem: path for path in sorted((FOLDER / kind).glob("*.yaml"))}
+
+
+def describe(path: Path) -> str:
+    """The first comment line of a config file, for `--list`."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def load_configs(
+    data: str, model: str, pairs: Sequence[str], options: Mapping[str, type] | None = None
+) -> list[CfgNode]:
+    """The frozen configs of all stages, the last one being the run that was asked for.
+
+    Args:
+        data: name of a file in configs/data, or the path of a YAML.
+        model: name of a file in configs/model.
+        pairs: `KEY VALUE KEY VALUE …`; `after.KEY` sets an option of the stage before.
+        options: method name → its `Options` dataclass, whose fields become the keys `<method>.<field>`.
+
+    Raises:
+        UserError: unknown name or key, wrong type, odd number of words, unreadable YAML.
+    """
+    schema = dict(SCHEMA)
+    for method, kind in (options or {}).items():
+        schema.update(option_keys(method, kind))
+    return _stages(data, model, _pair_up(pairs), schema, depth=0)
+
+
+def values_of(cfg: CfgNode, *classes: str) -> Values:
+    """The config as one flat dict, of the given key classes only (all when none is given)."""
+    flat: Values = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat.update({f"{key}.{name}": each for name, each in value.items()})
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if not classes or _class_of(key) in classes}
+
+
+def config_hash(cfg: CfgNode) -> str:
+    """Identity of what is trained: a digest of all `train` keys."""
+    return hashlib.sha256(json.dumps(values_of(cfg, TRAIN), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _class_of(key: str) -> str:
+    return SCHEMA[key].cls if key in SCHEMA else TRAIN  # a method's own options are train-class
+
+
+def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
+    if len(words) % 2:
+        raise UserError(f"options come as KEY VALUE pairs, but '{words[-1]}' has no value")
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
+def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: dict[str, Key], depth: int) -> list[CfgNode]:
+    if depth > 4:
+        raise UserError(f"model config '{model}': its `after` chain never ends")
+    own = [(key, value) for key, value in pairs if not key.startswith("after.")]
+    base = _merge(_yaml_layers(data, model), schema)
+    chosen = dict(base)
+    for key, value in own:
+        key = ALIASES.get(key, key)
+        chosen[key] = _parse(key, value, schema, "the command line")
+    chosen["micro_explicit"] = "micro_batch_size" in dict(own)
+    chosen["run_name"] = _run_name(chosen, base)
+    chosen["test_key"] = _test_key(chosen, base)
+    stage = _freeze(chosen)
+    if not stage.after:
+        if len(own) < len(pairs):
+            raise UserError(
+                f"'{next(key for key, _ in pairs if key not in dict(own))}': this run has no stage before it"
+            )
+        return [stage]
+    return [*_stages(data, stage.after, _inherited(pairs, stage), schema, depth + 1), stage]
+
+
+def _inherited(pairs: list[tuple[str, str]], stage: CfgNode) -> list[tuple[str, str]]:
+    """What of the command line reaches the stage before: data, runtime and shared keys, and `after.KEY`."""
+    passed = [
+        (key, value)
+        for key, value in pairs
+        if key in SHARED or (key in SCHEMA and SCHEMA[key].cls == RUNTIME and key not in ("test_only", "model_dir"))
+    ]
+    if stage.output_dir:
+        passed.append(("output_dir", f"{stage.output_dir}/stage1"))
+    return passed + [(key.removeprefix("after."), value) for key, value in pairs if key.startswith("after.")]
+
+
+def _yaml_layers(data: str, model: str) -> list[tuple[str, Values]]:
+    """(where it stands, values) in merge order, the loader's own keys first."""
+    data_path, model_path = _find("data", data), _find("model", model)
+    body = _read_yaml(model_path)
+    by_dataset = body.pop("by_dataset", {})
+    if not isinstance(by_dataset, dict) or not all(isinstance(each, dict) for each in by_dataset.values()):
+        raise UserError(f"{model_path}: by_dataset must map patterns of data names to options")
+    name = data_path.stem
+    shipped = data_path.parent == FOLDER / "data"
+    own = {"data": name, "model": model_path.stem, "data_dir": "" if shipped else str(data_path.parent.resolve())}
+    of_data = _read_yaml(data_path)
+    final = {key: value for key, value in of_data.items() if key in SCHEMA and SCHEMA[key].data_wins}
+    layers = [("", own), (str(data_path), of_data), (str(model_path), body), (str(data_path), final)]
+    fitting = sorted((pattern for pattern in by_dataset if fnmatchcase(name, pattern)), key=_specificity)
+    return layers + [(f"{model_path}: by_dataset: {pattern}", by_dataset[pattern]) for pattern in fitting]
+
+
+def _specificity(pattern: str) -> tuple[bool, int]:
+    """Sorts patterns so that the most specific comes last: names without wildcards, then the longest."""
+    return (not any(char in pattern for char in "*?["), len(pattern))
+
+
+def _find(kind: str, name: str) -> Path:
+    """A shipped config by name; a data config also by path."""
+    if kind == "data" and (name.endswith((".yaml", ".yml")) or "/" in name):
+        if not Path(name).is_file():
+            raise UserError(f"data config '{name}' does not exist")
+        return Path(name)
+    return lookup(names(kind), name, f"{kind} config")
+
+
+def _read_yaml(path: Path) -> Values:
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'not text'})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    body = {} if body is None else body
+    if not isinstance(body, dict) or any(not isinstance(key, str) for key in body):
+        raise UserError(f"{path}: must hold `key: value` lines")
+    return {ALIASES.get(key, key): value for key, value in body.items()}
+
+
+def _merge(layers: list[tuple[str, Values]], schema: dict[str, Key]) -> Values:
+    merged = {key: each.default for key, each in schema.items()}
+    for where, values in layers:
+        for key, value in values.items():
+            merged[key] = value if where == "" else _parse(key, value, schema, where)
+    return merged
+
+
+def _parse(key: str, value: Any, schema: dict[str, Key], where: str) -> Any:
+    """`value` as the type declared for `key`."""
+    if key not in schema or schema[key].internal:
+        raise UserError(f"{where}: {unknown('option', key, (k for k in schema if not schema[k].internal))}")
+    entry = schema[key]
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        if entry.optional or entry.default is None:
+            return None
+        if value is None:
+            raise UserError(f"{where}: {key} must not be none")
+    try:
+        parsed = entry.parse(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {key} must be {error}, not '{value}'") from None
+    if entry.choices and parsed not in entry.choices:
+        raise UserError(f"{where}: {unknown(f'value of {key}', str(parsed), entry.choices)}")
+    if entry.least is not None and parsed < entry.least:
+        raise UserError(f"{where}: {key} must be at least {entry.least:g}, not {parsed:g}")
+    return parsed
+
+
+def _freeze(values: Values) -> CfgNode:
+    node = CfgNode()
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        if group:
+            node.setdefault(group, CfgNode())[name] = value
+        else:
+            node[key] = value
+    node.freeze()
+    return node
+
+
+def _changed(chosen: Values, base: Values, cls: str) -> str:
+    """`key_value` of each option of a class that differs from its config's own, sorted and path-safe."""
+    parts = [
+        f"{key}_{_text(chosen[key])}"
+        for key in sorted(chosen)
+        if _class_of(key) == cls and chosen[key] != base.get(key)
+    ]
+    name = "_".join(parts)
+    if len(name) > 120:
+        name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def _text(value: Any) -> str:
+    text = str(value).replace(" ", "")
+    safe = re.sub(r"[^A-Za-z0-9.,\[\]-]+", "-", text)
+    return safe if safe == text else f"{safe[-40:]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _run_name(chosen: Values, base: Values) -> str:
+    changed = _changed(chosen, base, TRAIN)
+    return "_".join(part for part in (chosen["data"], chosen["model"], changed) if part)
+
+
+def _test_key(chosen: Values, base: Values) -> str:
+    changed = _changed(chosen, base, TEST)
+    if chosen["test_train"]:
+        return "_".join(part for part in ("train", changed.replace("test_train_True", "").strip("_")) if part)
+    return changed or "default"

@@ -1,0 +1,165 @@
+"""Every option of the toolkit: one table of key → type, default, class, meaning.
+
+The class of a key says what a changed value means:
+
+* ``train``   another trained model: part of the run's name and of its config hash;
+* ``test``    another evaluation of the same model: part of the evaluation's key;
+* ``runtime`` the same numbers, got differently: part of neither.
+
+Keys are LIFT's own wherever LIFT has them. `None` (or `null`) is accepted only where the default is none or
+`optional` is set. Names of table entries (losses, heads, data sets …) are checked where they are looked up.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from configs.values import as_bool, as_float, as_int, as_micro, as_span, as_str
+
+Class = Literal["train", "test", "runtime"]
+
+
+@dataclass(frozen=True)
+class Key:
+    parse: Callable[[Any], Any]
+    default: Any
+    cls: Class
+    doc: str
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    """The smallest value allowed."""
+    optional: bool = field(default=False)
+    """None is a value although the default is another one."""
+    internal: bool = False
+    """Set by the loader, never by YAML or command line."""
+    logits: bool = True
+    """For `test` keys: the value changes the logits, not only what is computed from them."""
+    data_wins: bool = False
+    """A data config's value beats the model config's (digits must not be flipped, whatever the model prefers)."""
+
+
+TRAIN: Class = "train"
+TEST: Class = "test"
+RUNTIME: Class = "runtime"
+
+SCHEMA: Mapping[str, Key] = MappingProxyType(
+    {
+        # --- set by the loader -----------------------------------------------------------------------------------
+        "data": Key(as_str, "", TRAIN, "name of the data config", internal=True),
+        "model": Key(as_str, "", TRAIN, "name of the model config", internal=True),
+        "data_dir": Key(as_str, "", RUNTIME, "folder of a data config given by path", internal=True),
+        "run_name": Key(as_str, "", RUNTIME, "name of the run's folder", internal=True),
+        "test_key": Key(as_str, "", RUNTIME, "name of the evaluation", internal=True),
+        "micro_explicit": Key(as_bool, False, RUNTIME, "micro_batch_size was asked for by the user", internal=True),
+        # --- data ------------------------------------------------------------------------------------------------
+        "dataset": Key(as_str, "", TRAIN, "entry of DATASETS: CIFAR10, ImageList, ImageFolder …"),
+        "root": Key(as_str, "./data", RUNTIME, "folder of the images (CIFAR: where torchvision keeps its archive)"),
+        "lists": Key(as_str, None, RUNTIME, "folder of the list files and of categories.json; none: root"),
+        "num_classes": Key(as_int, None, TRAIN, "number of classes; none: counted in the data", least=2),
+        "class_counts": Key(as_str, None, TRAIN, "JSON with the training counts, for work without the lists"),
+        "train_list": Key(as_str, None, TRAIN, "list file, one `relative/path label` a line"),
+        "test_list": Key(as_str, None, TRAIN, "list file of the test images"),
+        "val_list": Key(as_str, None, TRAIN, "list file of validation images"),
+        "val_per_class": Key(as_int, 0, TRAIN, "validation images a class, held out of the training split", least=0),
+        "test_per_class": Key(as_int, 0, TRAIN, "test images a class, held out where no test split exists", least=0),
+        "classnames": Key(as_str, None, TRAIN, "text file, one name a line; or an entry such as `imagenet`"),
+        "label_field": Key(as_str, "", TRAIN, "iNaturalist: `id` as in the lists, or a taxon: name, genus, …"),
+        "imb_factor": Key(as_float, None, TRAIN, "make it long-tailed: smallest class / largest class", least=0.0),
+        "on_bad_image": Key(as_str, "raise", RUNTIME, "an unreadable image: stop or leave out", ("raise", "skip")),
+        "augment": Key(as_str, "lift", TRAIN, "entry of AUGMENTS, the training transform", data_wins=True),
+        "interpolation": Key(as_str, "bilinear", TRAIN, "of every resize", ("bilinear", "bicubic")),
+        # --- model -----------------------------------------------------------------------------------------------
+        "backbone": Key(as_str, "CLIP-ViT-B/16", TRAIN, "entry of BACKBONES"),
+        "pretrained": Key(
+            as_str, "default", TRAIN, "`default`, an open_clip tag, or a local file; none: random", optional=True
+        ),
+        "resolution": Key(as_int, 224, TRAIN, "side of the input image in pixels", least=1),
+        "method": Key(as_str, "classify", TRAIN, "entry of METHODS"),
+        "after": Key(as_str, None, TRAIN, "model config of a run that is finished first and starts this one"),
+        "classifier": Key(as_str, "CosineClassifier", TRAIN, "entry of HEADS"),
+        "scale": Key(as_float, 25.0, TRAIN, "factor on cosine logits", least=0.0),
+        "init_head": Key(as_str, None, TRAIN, "entry of HEAD_INITS: text_feat, class_mean; none: random"),
+        "prompt": Key(as_str, "default", TRAIN, "entry of PROMPTS, for text_feat"),
+        "zero_shot": Key(as_bool, False, TRAIN, "classify with the text features, train nothing"),
+        # --- tuners: a flag is the tuner's name in TUNERS --------------------------------------------------------
+        "full_tuning": Key(as_bool, False, TRAIN, "train the blocks themselves"),
+        "bias_tuning": Key(as_bool, False, TRAIN, "train the biases of the blocks"),
+        "ln_tuning": Key(as_bool, False, TRAIN, "train the layer norms of the blocks"),
+        "vpt_shallow": Key(as_bool, False, TRAIN, "prompt tokens before the first block"),
+        "vpt_deep": Key(as_bool, False, TRAIN, "new prompt tokens before every block"),
+        "lora": Key(as_bool, False, TRAIN, "low-rank updates of query and value"),
+        "adapter": Key(as_bool, False, TRAIN, "bottleneck after the MLP"),
+        "adaptformer": Key(as_bool, False, TRAIN, "bottleneck parallel to the MLP"),
+        "partial": Key(as_span, None, TRAIN, "blocks that tuners act on: k = the last k, [start,end); none: all"),
+        "vpt_len": Key(as_int, None, TRAIN, "number of prompt tokens; none: 10", least=1),
+        "adapter_dim": Key(as_int, None, TRAIN, "bottleneck of adapters and LoRA; none: from num_classes", least=1),
+        # --- training --------------------------------------------------------------------------------------------
+        "seed": Key(as_int, 0, TRAIN, "of initial weights, order and augmentation", least=0),
+        "deterministic": Key(as_bool, True, TRAIN, "cuDNN may choose reproducible kernels only"),
+        "prec": Key(
+            as_str,
+            "amp",
+            TRAIN,
+            "arithmetic of training; amp is fp16 with loss scaling, fp64 is for checks",
+            ("fp32", "bf16", "amp", "fp16", "fp64"),
+        ),
+        "residual_dtype": Key(as_str, None, TRAIN, "of the residual stream; none: as prec", ("fp32",)),
+        "num_epochs": Key(as_int, 10, TRAIN, "passes over the training split", least=0),
+        "max_steps": Key(as_int, None, TRAIN, "stop after so many optimizer steps, for a quick look", least=1),
+        "batch_size": Key(as_int, 128, TRAIN, "images an optimizer step, over all processes", least=1),
+        "micro_batch_size": Key(as_micro, None, RUNTIME, "images a process holds at once; auto: what fits"),
+        "lr": Key(as_float, 0.01, TRAIN, "learning rate at the start", least=0.0),
+        "weight_decay": Key(as_float, 5e-4, TRAIN, "of everything that trains", least=0.0),
+        "momentum": Key(as_float, 0.9, TRAIN, "of SGD", least=0.0),
+        "loss_type": Key(as_str, "LA", TRAIN, "entry of LOSSES"),
+        "tau": Key(as_float, 1.0, TRAIN, "strength of logit adjustment (LA)"),
+        # --- evaluation ------------------------------------------------------------------------------------------
+        "tte": Key(as_bool, False, TEST, "average the logits of five crops"),
+        "expand": Key(as_int, None, TEST, "pixels that the five-crop resize adds; none: 1.5 patches", least=0),
+        "test_prec": Key(as_str, "fp32", TEST, "arithmetic of evaluation", ("fp32", "bf16", "fp64")),
+        "test_train": Key(as_bool, False, TEST, "evaluate the training images"),
+        "max_test_images": Key(as_int, None, TEST, "evaluate so many images only, for a quick look", least=1),
+        "many_above": Key(as_int, 100, TEST, "many-shot: more training images than this", logits=False),
+        "few_below": Key(as_int, 20, TEST, "few-shot: fewer training images than this", logits=False),
+        "group_imb_factor": Key(
+            as_float,
+            None,
+            TEST,
+            "group by the counts of this imbalance (LIFT: 0.01 for every CIFAR-100)",
+            least=0.0,
+            logits=False,
+        ),
+        # --- how it runs -----------------------------------------------------------------------------------------
+        "test_only": Key(as_bool, False, RUNTIME, "evaluate the trained run"),
+        "model_dir": Key(as_str, None, RUNTIME, "with test_only: folder of the run whose checkpoint is evaluated"),
+        "output_dir": Key(as_str, None, RUNTIME, "folder of the run below output/; none: named by its options"),
+        "resume": Key(as_bool, True, RUNTIME, "continue an unfinished run; False starts over"),
+        "gpu": Key(as_int, None, RUNTIME, "CUDA device of a single process", least=0),
+        "num_workers": Key(as_int, 8, RUNTIME, "processes that decode images", least=0),
+        "print_freq": Key(as_int, 10, RUNTIME, "optimizer steps between two lines of the log", least=1),
+        "save_every": Key(as_int, None, RUNTIME, "optimizer steps between two saved states; none: epochs", least=1),
+        "test_batch_size": Key(as_int, 64, RUNTIME, "images an evaluation step", least=1),
+    }
+)
+
+ALIASES = {"test_ensemble": "tte"}
+"""Names of the first generation of LIFT (PEL)."""
+
+SHARED = (
+    *("dataset", "num_classes", "class_counts", "train_list", "test_list", "val_list", "val_per_class"),
+    *("test_per_class", "classnames", "label_field", "imb_factor", "seed", "prec", "max_steps", "max_test_images"),
+)
+"""Besides runtime keys, what the command line sets for every stage of a chain."""
+
+
+def option_keys(method: str, options: type) -> dict[str, Key]:
+    """The keys of a method's own `Options` dataclass: `ride.diversity`, typed by the field's default.
+
+    The text of a key is `metadata["doc"]` of its field; a changed option is another trained model.
+    """
+    parsers: dict[type, Callable[[Any], Any]] = {bool: as_bool, int: as_int, float: as_float, str: as_str}
+    return {
+        f"{method}.{each.name}": Key(parsers[type(each.default)], each.default, "train", each.metadata["doc"])
+        for each in fields(options)
+    }

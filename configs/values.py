@@ -1,0 +1,70 @@
+"""Parsers of option values: from the command line (always text) or YAML (typed) to the declared type.
+
+Each takes a value and returns it typed, or raises ValueError with what was expected.
+"""
+
+from typing import Any
+
+import yaml
+
+
+def as_str(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        raise ValueError("text")
+    return str(value)
+
+
+def as_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    raise ValueError("True or False")
+
+
+def as_int(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        return int(str(value))
+    except ValueError:
+        raise ValueError("a whole number") from None
+
+
+def as_float(value: Any) -> float:
+    try:
+        number = float("" if isinstance(value, bool) else value)
+    except (ValueError, TypeError):
+        raise ValueError("a number") from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError("a finite number")
+    return number
+
+
+def as_micro(value: Any) -> int | str:
+    """A micro-batch size: a positive int or `auto`."""
+    if value == "auto":
+        return "auto"
+    try:
+        number = as_int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError("a whole number of at least 1, or auto")
+    return number
+
+
+def as_span(value: Any) -> int | list[int]:
+    """A range of blocks: an int (the last k) or `[start,end)`."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value.replace("(", "[").replace(")", "]"))
+        except yaml.YAMLError:
+            value = None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(end) is int for end in value):
+        start, end = value
+        if 0 <= start <= end:
+            return [start, end]
+    raise ValueError("a number of blocks such as 6, or a range such as [0,6]")

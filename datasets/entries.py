@@ -1,0 +1,239 @@
+"""The entries of DATASETS: from a config to named sources. Part of the builder; what is below sees no config."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from yacs.config import CfgNode
+
+from configs import FOLDER
+from configs.errors import UserError, lookup
+from datasets import cifar, digits, fake, image_list
+from datasets.bundle import Triple
+from datasets.image_list import CATEGORIES, Listing
+from datasets.imbalance import check_hold_out, hold_out
+from datasets.sources import Source
+
+HALF: Triple = (0.5, 0.5, 0.5)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a data set before its images are there."""
+
+    class_names: tuple[str, ...]
+    available: list[int]
+    """Images per class that may be trained on, before any subsampling, [C]."""
+    mean: Triple
+    std: Triple
+
+
+@dataclass(frozen=True)
+class Splits:
+    outline: Outline
+    train: Source
+    test: Source
+    val: Source | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    outline: Callable[[CfgNode], Outline]
+    """Needs no images and no network."""
+    load: Callable[[CfgNode], Splits]
+
+
+def _cifar_outline(cfg: CfgNode) -> Outline:
+    names = cifar.CLASS_NAMES[cfg.dataset]
+    _check_built_in(cfg, len(names))
+    return Outline(names, [cifar.TRAIN_IMAGES // len(names)] * len(names), cifar.MEAN, cifar.STD)
+
+
+def _load_cifar(cfg: CfgNode) -> Splits:
+    outline = _cifar_outline(cfg)
+    return Splits(outline, *cifar.load_cifar(cfg.dataset, _folder(cfg, cfg.root)))
+
+
+def _load_digits(cfg: CfgNode) -> Splits:
+    _check_built_in(cfg, len(digits.CLASS_NAMES))
+    train, test = digits.digit_sources()
+    return Splits(Outline(digits.CLASS_NAMES, _count(train.labels), HALF, HALF), train, test)
+
+
+def _load_fake(cfg: CfgNode) -> Splits:
+    num_classes = cfg.num_classes or 10
+    _check_built_in(cfg, num_classes)
+    train, test = fake.fake_sources(num_classes)
+    return Splits(Outline(_placeholders(num_classes), _count(train.labels), HALF, HALF), train, test)
+
+
+def _list_outline(cfg: CfgNode) -> Outline:
+    return _counts_outline(cfg) if cfg.class_counts else _read_lists(cfg)[0]
+
+
+def _load_list(cfg: CfgNode) -> Splits:
+    return _locate(cfg, _read_lists(cfg))
+
+
+def _folder_outline(cfg: CfgNode) -> Outline:
+    return _read_folders(cfg)[0]
+
+
+def _load_folder(cfg: CfgNode) -> Splits:
+    return _locate(cfg, _read_folders(cfg))
+
+
+DATASETS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "CIFAR10": Entry(_cifar_outline, _load_cifar),
+        "CIFAR100": Entry(_cifar_outline, _load_cifar),
+        "Digits": Entry(lambda cfg: _load_digits(cfg).outline, _load_digits),
+        "Fake": Entry(lambda cfg: _load_fake(cfg).outline, _load_fake),
+        "ImageList": Entry(_list_outline, _load_list),
+        "ImageFolder": Entry(_folder_outline, _load_folder),
+    }
+)
+
+Listings = tuple[Outline, Listing, Listing, Listing | None]
+"""Outline, then training, test and validation images."""
+
+
+def _read_lists(cfg: CfgNode) -> Listings:
+    if not cfg.train_list:
+        raise UserError("dataset ImageList: set `train_list` to the list file of the training images")
+    folders = _list_folders(cfg)
+    train = image_list.read_list(image_list.find_list(cfg.train_list, folders))
+    test, val = (
+        image_list.read_list(image_list.find_list(name, folders)) if name else None
+        for name in (cfg.test_list, cfg.val_list)
+    )
+    taxa = None
+    if cfg.label_field:
+        new_label, taxa = image_list.taxon_labels(image_list.find_list(CATEGORIES, folders), cfg.label_field)
+        train, test, val = train.relabel(new_label), test and test.relabel(new_label), val and val.relabel(new_label)
+    listings = [each for each in (train, test, val) if each]
+    num_classes = cfg.num_classes or max(int(each.labels.max()) for each in listings) + 1
+    names = _class_names(cfg, taxa or image_list.folder_names(train, num_classes), num_classes)
+    for each in listings:
+        each.check_labels(len(names))
+    return _finish(cfg, names, train, test, val)
+
+
+def _read_folders(cfg: CfgNode) -> Listings:
+    _refuse(cfg, "train_list", "test_list", "val_list", "label_field", "class_counts")
+    root = _folder(cfg, cfg.root)
+    classes = image_list.class_folders(root / "train")
+    train = image_list.read_folder(root, "train", classes)
+    test, val = (
+        image_list.read_folder(root, split, classes) if (root / split).is_dir() else None for split in ("test", "val")
+    )
+    return _finish(cfg, _class_names(cfg, tuple(classes), len(classes)), train, test, val)
+
+
+def _class_names(cfg: CfgNode, found: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:
+    """Names by the key `classnames`; `found` are those that the data themselves give, if they do."""
+    if cfg.classnames == "imagenet":
+        return image_list.imagenet_names()
+    if cfg.classnames not in (None, "folders", CATEGORIES):
+        return image_list.read_names(image_list.find_list(cfg.classnames, _list_folders(cfg)))
+    if cfg.classnames == CATEGORIES and not cfg.label_field:
+        raise UserError(f"classnames {CATEGORIES} needs `label_field`, e.g. name")
+    if cfg.classnames == "folders" and found is None:
+        raise UserError("classnames folders: the training list does not keep each class in a folder of its own")
+    return found or _placeholders(num_classes)
+
+
+def _finish(
+    cfg: CfgNode, names: tuple[str, ...], train: Listing, test: Listing | None, val: Listing | None
+) -> Listings:
+    """Check the number of classes and the splits; hold the test split out where there is none."""
+    _check_num_classes(cfg, len(names))
+    _check_test(cfg, has_test=test is not None)
+    if val and cfg.val_per_class:
+        raise UserError(f"val_per_class {cfg.val_per_class}: the data have a validation split already")
+    if test is None:
+        held, rest = hold_out(train.labels, cfg.test_per_class, names, "test_per_class")
+        train, test = train.take(rest), train.take(held)
+    return _outline(cfg, names, _count(train.labels, len(names))), train, test, val
+
+
+def _locate(cfg: CfgNode, listings: Listings) -> Splits:
+    """The listings with their images, after a look whether those are there."""
+    outline, train, test, val = listings
+    if cfg.class_counts and _counts_outline(cfg).available != outline.available:
+        log.warning("the training list has other class counts than %s; the list's are used", cfg.class_counts)
+    root = _folder(cfg, cfg.root)
+    return Splits(outline, train.source(root), test.source(root), val.source(root) if val else None)
+
+
+def _counts_outline(cfg: CfgNode) -> Outline:
+    """From the JSON of class counts, without the lists; most class names stand in those and are placeholders here."""
+    folders = [Path(cfg.data_dir), FOLDER / "data"] if cfg.data_dir else [FOLDER / "data"]
+    file = next((folder / cfg.class_counts for folder in folders if (folder / cfg.class_counts).is_file()), None)
+    if file is None:
+        raise UserError(f"class_counts: no file '{cfg.class_counts}' in {folders[0]}")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    counts = lookup(content, cfg.label_field, "label_field") if isinstance(content, dict) else content
+    _check_num_classes(cfg, len(counts))
+    _check_test(cfg, has_test=bool(cfg.test_list))
+    names = image_list.imagenet_names() if cfg.classnames == "imagenet" else _placeholders(len(counts))
+    check_hold_out(counts, cfg.test_per_class, names, "test_per_class")
+    return _outline(cfg, names, [count - cfg.test_per_class for count in counts])
+
+
+def _outline(cfg: CfgNode, names: tuple[str, ...], available: list[int]) -> Outline:
+    """With the statistics of iNaturalist or, for any other photographs, of ImageNet."""
+    if cfg.label_field:
+        return Outline(names, available, image_list.INAT_MEAN, image_list.INAT_STD)
+    return Outline(names, available, image_list.IMAGENET_MEAN, image_list.IMAGENET_STD)
+
+
+def _folder(cfg: CfgNode, name: str) -> Path:
+    """A folder option: relative to the user's YAML, else to the working directory."""
+    path = Path(name).expanduser()
+    beside = Path(cfg.data_dir) / path
+    return beside if beside.exists() or not path.exists() else path
+
+
+def _list_folders(cfg: CfgNode) -> list[Path]:
+    """Where list files are looked for: beside the user's YAML, then in `lists` or `root`."""
+    last = _folder(cfg, cfg.lists or cfg.root)
+    return [Path(cfg.data_dir), last] if cfg.data_dir else [last]
+
+
+def _check_built_in(cfg: CfgNode, num_classes: int) -> None:
+    """A data set with fixed splits and names takes no option that would change them."""
+    _check_num_classes(cfg, num_classes)
+    _refuse(cfg, "train_list", "test_list", "val_list", "label_field", "class_counts", "classnames", "test_per_class")
+
+
+def _check_num_classes(cfg: CfgNode, num_classes: int) -> None:
+    if cfg.num_classes not in (None, num_classes):
+        raise UserError(f"num_classes {cfg.num_classes}: data '{cfg.data}' have {num_classes} classes")
+
+
+def _check_test(cfg: CfgNode, has_test: bool) -> None:
+    if has_test and cfg.test_per_class:
+        raise UserError(f"test_per_class {cfg.test_per_class}: the data have a test split already")
+    if not has_test and not cfg.test_per_class:
+        where = "set `test_list`" if cfg.dataset == "ImageList" else f"add {_folder(cfg, cfg.root)}/test/<class>/…"
+        raise UserError(f"no test split: {where}, or set `test_per_class` to hold training images out")
+
+
+def _refuse(cfg: CfgNode, *keys: str) -> None:
+    for key in keys:
+        if cfg[key]:
+            raise UserError(f"`{key}` does not apply to dataset {cfg.dataset}")
+
+
+def _count(labels: np.ndarray, num_classes: int = 0) -> list[int]:
+    return np.bincount(labels, minlength=num_classes).tolist()
+
+
+def _placeholders(num_classes: int) -> tuple[str, ...]:
+    return tuple(f"class {k}" for k in range(num_classes))

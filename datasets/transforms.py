@@ -1,0 +1,115 @@
+"""From a PIL image to a uint8 tensor [3, H, W]; normalisation happens on the device.
+
+All is torchvision's v2 on PIL images, whose pixels equal v1's, which LIFT, SADE and RIDE trained with. Every draw
+comes from torch's global CPU generator; `bundle.View` seeds it for each image.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+
+from configs.errors import lookup
+
+Transform = Callable[..., torch.Tensor]
+"""PIL image → uint8 [3, H, W]."""
+
+INTERPOLATIONS = MappingProxyType({"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC})
+
+FULL_FRAME = ("cifar", "digits")
+"""Augmentations of small images whose object fills the frame: their test transform crops nothing."""
+
+
+def plain_transform(resolution: int, interpolation: str) -> Transform:
+    """The centre of the image, short side resized to the resolution (LIFT's transform for head initialisation)."""
+    return _centre(resolution, resolution, interpolation)
+
+
+def eval_transform(resolution: int, interpolation: str, augment: str) -> Transform:
+    """The counterpart of an augmentation: centre crop of 7/8 of the short side (256 → 224), or the full frame."""
+    side = resolution if augment in FULL_FRAME else resolution * 8 // 7
+    return _centre(resolution, side, interpolation)
+
+
+def five_crop_resize(resolution: int, expand: int, interpolation: str) -> Transform:
+    """The whole image, short side `resolution + expand`; `five_crop` cuts it on the device."""
+    return _compose(_resize(resolution + expand, interpolation))
+
+
+def train_transform(augment: str, resolution: int, interpolation: str) -> Transform:
+    """An augmentation by its name. Raises `UserError` for an unknown one."""
+    return lookup(AUGMENTS, augment, "augment")(resolution, interpolation)
+
+
+def five_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Top left, top right, bottom left, bottom right and centre (torchvision's FiveCrop).
+
+    Args:
+        images: [B, 3, H, W], or B tensors [3, H_b, W_b].
+        size: side of the crops.
+
+    Returns:
+        [5, B, 3, size, size].
+    """
+    if isinstance(images, torch.Tensor):
+        return torch.stack(functional.five_crop(images, [size, size]))
+    return torch.stack([torch.stack(functional.five_crop(image, [size, size])) for image in images], dim=1)
+
+
+def _lift(resolution: int, interpolation: str) -> Transform:
+    """LIFT: random crop (scale 0.08–1, ratio 3/4–4/3) and flip."""
+    return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip())
+
+
+def _imagenet(resolution: int, interpolation: str) -> Transform:
+    """RIDE, SADE on ImageNet-LT and Places-LT: LIFT's and colour jitter without hue."""
+    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0)
+    return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip(), jitter)
+
+
+def _cifar(resolution: int, interpolation: str) -> Transform:
+    """RIDE, SADE on CIFAR: shift by up to 4 of 32 pixels, flip, rotation by up to 15°."""
+    shift = v2.RandomCrop(resolution, padding=resolution // 8)
+    # A 32-pixel image passes the resize unchanged.
+    return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip(), v2.RandomRotation(15))
+
+
+def _digits(resolution: int, interpolation: str) -> Transform:
+    """A slightly displaced digit, never mirrored."""
+    affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=INTERPOLATIONS["bilinear"])
+    return _compose(_resize(resolution, interpolation), v2.CenterCrop(resolution), affine)
+
+
+def _none(resolution: int, interpolation: str) -> Transform:
+    return eval_transform(resolution, interpolation, "none")
+
+
+AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
+    {
+        "lift": _lift,
+        "cifar": _cifar,
+        "imagenet": _imagenet,
+        "inat": _lift,  # SADE leaves the colours of iNaturalist alone, which is LIFT's augmentation
+        "digits": _digits,
+        "none": _none,
+    }
+)
+
+
+def _compose(*steps: v2.Transform) -> Transform:
+    pipeline: Transform = v2.Compose([*steps, v2.PILToTensor()])
+    return pipeline
+
+
+def _centre(resolution: int, side: int, interpolation: str) -> Transform:
+    return _compose(_resize(side, interpolation), v2.CenterCrop(resolution))
+
+
+def _resize(side: int, interpolation: str) -> v2.Transform:
+    return v2.Resize(side, interpolation=lookup(INTERPOLATIONS, interpolation, "interpolation"))
+
+
+def _random_crop(resolution: int, interpolation: str) -> v2.Transform:
+    return v2.RandomResizedCrop(resolution, interpolation=lookup(INTERPOLATIONS, interpolation, "interpolation"))

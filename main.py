@@ -1,0 +1,128 @@
+"""TailTune's command line: `python main.py -d DATA -m MODEL [KEY VALUE ...]`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from configs import CfgNode, UserError, describe, load_configs, names
+
+EXAMPLES = """
+examples:
+  python main.py -d digits_lt -m tiny_clip_peft                  train and evaluate, offline, on a CPU
+  python main.py -d cifar100_ir100 -m clip_vit_b16_peft          CLIP ViT-B/16 with AdaptFormer (downloads both)
+  python main.py -d imagenet_lt -m clip_vit_b16 lora True root /data/imagenet
+  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images, see README
+  python main.py -d digits_lt -m tiny_clip_peft test_only True tte True
+  accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
+
+The same command again resumes an unfinished run and shows the result of a finished one.
+All options with their meaning: docs/options.md, or --dry-run for the values of one run.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python main.py --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        return command(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def command(argv: Sequence[str]) -> int:
+    flags, pairs = split_words(argv)
+    args = make_parser().parse_args(flags)
+    if args.list:
+        print(listing())
+        return 0
+    if args.data is None or args.model is None:
+        raise UserError("give a data config with -d and a model config with -m; --list shows them")
+    from trainers.methods import method_options  # torch and timm load here, after --help and --list
+
+    stages = load_configs(args.data, args.model, pairs, method_options())
+    return dry_run(stages[-1]) if args.dry_run else run_all(stages)
+
+
+def dry_run(cfg: CfgNode) -> int:
+    from trainers import dryrun
+
+    result = dryrun.dry_run(cfg)
+    print(dryrun.describe(result))
+    print(json.dumps(result))
+    return 0
+
+
+def run_all(stages: list[CfgNode]) -> int:
+    from datasets.bundle import clean_worker_error
+    from trainers.interrupt import Interrupted
+    from trainers.run import run
+
+    folder = None
+    try:
+        for cfg in stages:
+            folder = run(cfg, previous=folder)
+    except Interrupted:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except UserError as error:
+        raise clean_worker_error(error) or error from error
+    return 0
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="main.py",
+        description="Fine-tune a foundation model on long-tailed images.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python main.py -d DATA -m MODEL [KEY VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-d", "--data", metavar="DATA", help="name of a file in configs/data, or a path to your YAML")
+    parser.add_argument("-m", "--model", metavar="MODEL", help="name of a file in configs/model")
+    parser.add_argument("--list", action="store_true", help="show the data and model configs, one line each")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the resolved config and costs")
+    return parser
+
+
+VALUED = ("-d", "--data", "-m", "--model")
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags for argparse, and `KEY VALUE` words. Flags may stand anywhere; after a key `-1e-3` is its value."""
+    flags: list[str] = []
+    pairs: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in VALUED:
+            flags += [word, *([value] if (value := next(words, None)) is not None else [])]
+        elif word.startswith("-") and (len(pairs) % 2 == 0 or word.startswith("--")):
+            flags.append(word)
+        else:
+            pairs.append(word)
+    return flags, pairs
+
+
+def listing() -> str:
+    lines = []
+    for kind in ("data", "model"):
+        found = names(kind)
+        width = max(map(len, found))
+        lines += [f"{kind}:", *(f"  {name:<{width}}  {describe(path)}" for name, path in found.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
+    sys.exit(main())

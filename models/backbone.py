@@ -1,0 +1,47 @@
+"""What every backbone hands to the model builder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.vit import ViT
+
+Stats = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of the pre-training images, RGB in [0, 1]."""
+
+
+class Text(Protocol):
+    """A text tower that names classes in the image tower's feature space."""
+
+    projection: Tensor | None  # [d, D] from image features to the shared space; None if the encoder projects
+    logit_scale: float
+
+    def class_features(
+        self, class_names: Sequence[str], prompt: str, device: torch.device | None = None
+    ) -> Tensor: ...  # [C, d]
+
+
+@dataclass
+class Backbone:
+    encoder: ViT
+    stats: Stats
+    embed_dim: int | None = None
+    """Width of the space shared with text, d; None for a backbone without text tower."""
+    text: Text | None = None
+    """Absent on the meta device too, where nothing is encoded."""
+    random: bool = False
+    """The weights are random although pre-trained ones exist."""
+
+
+class BackboneSpec(Protocol):
+    """An entry of BACKBONES."""
+
+    @property
+    def patch_size(self) -> int: ...
+
+    def build(
+        self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True
+    ) -> Backbone: ...

@@ -1,0 +1,74 @@
+"""Encoder + head, the thing that methods train."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Stats
+from models.head_init import HeadContext
+from models.vit import ViT
+
+
+class Classifier(nn.Module):
+    """Images → features → logits of each expert.
+
+    Args:
+        encoder: normalised images → features [B, D].
+        head: features → logits [B, C].
+        stats: mean and std that the encoder expects.
+        init: fills the head before the first step; dropped afterwards, and with it the text tower.
+        random_base: the encoder's weights are random although pre-trained ones exist.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: ViT,
+        head: nn.Module,
+        stats: Stats,
+        init: Callable[[HeadContext], Tensor] | None = None,
+        random_base: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.init = init
+        self.random_base = random_base
+        for name, values in zip(("mean", "std"), stats, strict=True):
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] (or floats, taken as normalised) → features [B, D]."""
+        if images.dtype == torch.uint8:
+            images = (images.float() / 255 - self.mean) / self.std
+        return self.encoder(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] → logits of each expert [B, E, C]; one head is one expert."""
+        return self.head(self.features(images)).unsqueeze(1)
+
+    def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
+        """Arithmetic of the frozen encoder; head and logits stay in the head's dtype."""
+        self.encoder.set_precision(compute, residual)
+
+    def init_head(self, context: HeadContext) -> None:
+        """Fill the head's weight once, then let go of what that needed."""
+        if self.init is not None:
+            with torch.no_grad():
+                self.head.get_parameter("weight").copy_(self.init(context))
+        self.init = None
+
+    def counts(self) -> dict[str, int]:
+        """Parameters: `total` each once, `tuner` what trains outside the head, `head`, `trainable`."""
+        head = sum(each.numel() for each in self.head.parameters())
+        trains = sum(each.numel() for each in self.parameters() if each.requires_grad)
+        head_trains = sum(each.numel() for each in self.head.parameters() if each.requires_grad)
+        return {
+            "total": sum(each.numel() for each in self.parameters()),
+            "tuner": trains - head_trains,
+            "head": head,
+            "trainable": trains,
+        }

@@ -1,0 +1,48 @@
+"""Image-only backbones from timm in the same host."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+
+from configs.errors import UserError
+from configs.seeding import seeded
+from models.backbone import Backbone
+from models.vit import ViT
+from models.weights import is_path, local_file
+
+
+@dataclass(frozen=True)
+class TimmVit:
+    """A ViT by its pinned timm name. Weights: `default`, a local file in timm's layout, or none."""
+
+    name: str
+
+    @property
+    def patch_size(self) -> int:
+        return int(self.name.split("patch")[1].split("_")[0])
+
+    def build(self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True) -> Backbone:
+        if project:
+            raise UserError(f"zero_shot needs a text tower, and {self.name} has none; choose a CLIP backbone")
+        if pretrained is not None and pretrained != "default" and not is_path(pretrained):
+            raise UserError(f"pretrained '{pretrained}': {self.name} takes `default`, a local file, or none")
+        load = pretrained is not None and torch.get_default_device().type != "meta"
+        overlay = {"file": str(local_file(pretrained))} if load and pretrained and is_path(pretrained) else None
+        try:
+            with seeded(seed, "backbone"):
+                net: Any = timm.create_model(
+                    self.name, pretrained=load, num_classes=0, img_size=resolution, pretrained_cfg_overlay=overlay
+                )
+        except (OSError, HfHubHTTPError) as error:
+            raise UserError(
+                f"the weights of {self.name} are not here and cannot be downloaded: get "
+                f"https://huggingface.co/timm/{self.name} and name the file with `pretrained /path/to/file`; "
+                "`pretrained none` runs with random weights"
+            ) from error
+        except RuntimeError as error:
+            raise UserError(f"pretrained '{pretrained}' is not of {self.name}: {str(error).splitlines()[0]}") from error
+        config = net.pretrained_cfg
+        return Backbone(ViT(net, fast=fast), (config["mean"], config["std"]), random=not load)

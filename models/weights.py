@@ -1,0 +1,116 @@
+"""Pre-trained weight files: where they are, how they are fetched, and what may be opened."""
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from open_clip.pretrained import _PRETRAINED, download_pretrained
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from configs.errors import UserError
+
+State = dict[str, Tensor]
+
+
+def is_path(pretrained: str) -> bool:
+    """Whether the option names a file rather than a tag."""
+    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
+
+
+def local_file(path: str) -> Path:
+    if not Path(path).is_file():
+        raise UserError(f"pretrained: the weights file '{path}' does not exist")
+    return Path(path)
+
+
+def fetch(arch: str, tag: str, source: dict[str, Any]) -> Path:
+    """The file of an open_clip tag, from its cache or the network (Hugging Face first, then the original URL)."""
+    for from_hub in (True, False):
+        try:
+            found = download_pretrained(source, prefer_hf_hub=from_hub)
+        except (OSError, HfHubHTTPError, RuntimeError):
+            continue  # offline, or this mirror has not got it: the next one, then the error below
+        if found:
+            return Path(found)
+    url = source.get("url") or f"https://huggingface.co/{source['hf_hub'].rstrip('/')}"
+    place = f" and put it at ~/.cache/clip/{url.rsplit('/', 1)[-1]}" if source.get("url") else ""
+    raise UserError(
+        f"the weights '{tag}' of {arch} are not here and cannot be downloaded: get {url}{place}, "
+        "or name a local file with `pretrained /path/to/file`; `pretrained none` runs with random weights"
+    )
+
+
+def read_state(path: Path) -> State:
+    """Name → tensor (fp32 where floating) from safetensors, a `weights_only` pickle, or OpenAI's TorchScript.
+
+    A TorchScript archive can run code, so it is opened only if its SHA-256 is one that OpenAI published.
+    """
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        elif _is_torchscript(path):
+            state = _read_openai(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0][:120]
+        raise UserError(f"the weights file '{path}' cannot be read ({reason}); is it complete?") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state  # timm and open_clip wrap it so
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"the weights file '{path}' holds no state dict (name → tensor)")
+    return {
+        name.removeprefix("module."): value.float() if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+
+
+def explain_mismatch(what: str, path: Path, missing: list[str], unexpected: list[str], shapes: list[str]) -> UserError:
+    """One line that says how a file differs from the architecture."""
+    parts = [
+        f"{len(each)} {kind} ({', '.join(each[:3])}{', …' if len(each) > 3 else ''})"
+        for kind, each in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if each
+    ]
+    return UserError(f"the weights file '{path}' is not of {what}: {'; '.join(parts)}")
+
+
+def load_strict(module: torch.nn.Module, state: State, what: str, path: Path) -> None:
+    """`load_state_dict`, or a `UserError` that names what does not fit."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing or unexpected or shapes:
+        raise explain_mismatch(what, path, missing, unexpected, shapes)
+    module.load_state_dict(state)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def _read_openai(path: Path) -> State:
+    published = {
+        each["openai"]["url"].split("/")[-2]
+        for each in _PRETRAINED.values()
+        if "openaipublic" in each.get("openai", {}).get("url", "")
+    }
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest not in published:
+        raise UserError(
+            f"the weights file '{path}' is a TorchScript archive but none that OpenAI published (SHA-256 "
+            f"{digest[:12]}…); such a file can run code, so it is not opened: convert it to safetensors"
+        )
+    state = torch.jit.load(path, map_location="cpu").state_dict()
+    return {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}

@@ -1,0 +1,58 @@
+"""Shared fixtures: small thread count, a fresh Accelerate state, configs and models that build in milliseconds."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from yacs.config import CfgNode
+
+from configs import load_configs
+from trainers.methods import method_options
+
+ROOT = Path(__file__).parent.parent
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Accelerate keeps a singleton for a process; a test may ask for another precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def config() -> Callable[..., CfgNode]:
+    """`config("fake_lt", "tiny_clip_peft", "lr", 0.1)` → the frozen config of that command."""
+
+    def make(data: str, model: str, *pairs: object) -> CfgNode:
+        return load_configs(data, model, [str(each) for each in pairs], method_options())[-1]
+
+    return make
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Runs `main.py` in a scratch folder, offline: `cli("-d", "fake_lt", …)`."""
+
+    def call(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "main.py"), *map(str, words)]
+        return subprocess.run(
+            command, cwd=tmp_path, env=offline(**environment), capture_output=True, text=True, timeout=300
+        )
+
+    return call
+
+
+def offline(**environment: str) -> dict[str, str]:
+    """An environment without network and without anybody's caches."""
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own, **environment}
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # results and times that do not depend on the machine's load

@@ -1,0 +1,113 @@
+"""Transforms: torchvision's own pixels, shapes, five crops."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as v1
+from torchvision.transforms import InterpolationMode
+
+from configs.errors import UserError
+from configs.seeding import seeded
+from datasets import transforms
+
+SIZES = [(80, 60), (45, 71), (64, 64)]
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def photo(size: tuple[int, int]) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def same(ours: transforms.Transform, theirs: list[object], image: Image.Image) -> bool:
+    """Whether our pixels are those of a v1 pipeline under the same draws."""
+    reference = v1.Compose([*theirs, v1.PILToTensor()])
+    with seeded("test"):
+        expected = reference(image)
+    with seeded("test"):
+        return torch.equal(ours(image), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_deterministic_pixels_are_v1(size: tuple[int, int]) -> None:
+    image = photo(size)
+    assert same(transforms.plain_transform(32, "bilinear"), [v1.Resize(32), v1.CenterCrop(32)], image)
+    assert same(transforms.eval_transform(28, "bilinear", "lift"), [v1.Resize(32), v1.CenterCrop(28)], image)
+    assert same(transforms.eval_transform(28, "bicubic", "lift"), [v1.Resize(32, BICUBIC), v1.CenterCrop(28)], image)
+    assert same(transforms.five_crop_resize(28, 3, "bilinear"), [v1.Resize(31)], image)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_augmented_pixels_are_v1(size: tuple[int, int]) -> None:
+    image, flip = photo(size), v1.RandomHorizontalFlip()
+    jitter = v1.ColorJitter(0.4, 0.4, 0.4, 0)
+    shift = [v1.Resize(32), v1.RandomCrop(32, padding=4), flip, v1.RandomRotation(15)]
+    assert same(transforms.train_transform("lift", 32, "bilinear"), [v1.RandomResizedCrop(32), flip], image)
+    assert same(transforms.train_transform("imagenet", 32, "bilinear"), [v1.RandomResizedCrop(32), flip, jitter], image)
+    assert same(transforms.train_transform("cifar", 32, "bilinear"), shift, image)
+    assert same(
+        transforms.train_transform("lift", 32, "bicubic"),
+        [v1.RandomResizedCrop(32, interpolation=BICUBIC), flip],
+        image,
+    )
+
+
+def test_a_cifar_image_passes_its_test_transform_unchanged() -> None:
+    image = photo((32, 32))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(transforms.eval_transform(32, "bilinear", "cifar")(image), pixels)
+    assert not torch.equal(transforms.eval_transform(32, "bilinear", "lift")(image), pixels)
+
+
+@pytest.mark.parametrize("resolution", [224, 336, 384])
+def test_test_resize_of_the_usual_resolutions(resolution: int) -> None:
+    assert {224: 256, 336: 384, 384: 438}[resolution] == resolution * 8 // 7
+    assert transforms.eval_transform(resolution, "bilinear", "lift")(photo((60, 50))).shape == (
+        3,
+        resolution,
+        resolution,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(transforms.AUGMENTS))
+@pytest.mark.parametrize("size", [(8, 8), *SIZES])
+def test_every_augmentation_gives_bytes_of_the_resolution(name: str, size: tuple[int, int]) -> None:
+    with seeded("test"):
+        pixels = transforms.train_transform(name, 24, "bilinear")(photo(size))
+    assert pixels.shape == (3, 24, 24)
+    assert pixels.dtype == torch.uint8
+
+
+def test_digits_are_never_mirrored() -> None:
+    left = np.zeros((32, 32, 3), dtype=np.uint8)
+    left[:, :10] = 255
+    digits = transforms.train_transform("digits", 32, "bilinear")
+    for draw in range(30):
+        with seeded("test", draw):
+            pixels = digits(Image.fromarray(left)).float()
+        assert pixels[:, :, :16].mean() > pixels[:, :, 16:].mean()
+
+
+def test_five_crop_is_torchvisions() -> None:
+    batch = torch.randint(0, 256, (4, 3, 37, 44), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack(v1.FiveCrop(28)(batch))
+    assert torch.equal(transforms.five_crop(batch, 28), expected)
+    assert torch.equal(transforms.five_crop(list(batch), 28), expected)
+
+
+def test_five_crop_of_images_that_differ_in_size() -> None:
+    images = [transforms.five_crop_resize(28, 4, "bilinear")(photo(size)) for size in SIZES]
+    crops = transforms.five_crop(images, 28)
+    assert crops.shape == (5, 3, 3, 28, 28)
+    for position, image in enumerate(images):
+        assert torch.equal(crops[:, position], torch.stack(v1.FiveCrop(28)(image)))
+    assert torch.equal(crops[0, 0], images[0][:, :28, :28])
+    assert torch.equal(crops[3, 1], images[1][:, -28:, -28:])
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match="unknown augment 'lfit'; did you mean 'lift'"):
+        transforms.train_transform("lfit", 32, "bilinear")
+    with pytest.raises(UserError, match="unknown interpolation"):
+        transforms.plain_transform(32, "nearest")

@@ -1,0 +1,82 @@
+"""Runs of one training in many layouts, for test_core.py; also the script that its two processes execute."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from configs import load_configs
+from trainers import trainer
+from trainers.run import run
+
+STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
+LAYOUTS = list(product((0, 2), (8, 32), (False, True)))  # workers, images at once, killed and resumed
+COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing between it and the top may catch it."""
+
+
+@contextmanager
+def killed_after(step: int | None) -> Iterator[None]:
+    """Training in this process dies after a step, before it can save more than the states it has."""
+    original = trainer.Trainer._after_step
+
+    def after_step(self: trainer.Trainer, run: trainer._Run, *rest: object, **named: object) -> None:
+        original(self, run, *rest, **named)  # type: ignore[arg-type]
+        if run.report.steps == step:
+            raise Killed
+
+    trainer.Trainer._after_step = after_step  # type: ignore[method-assign]
+    try:
+        yield
+    except Killed:
+        pass
+    finally:
+        trainer.Trainer._after_step = original  # type: ignore[method-assign]
+
+
+def name_of(workers: int, micro: int, killed: bool, world: int) -> str:
+    return f"w{workers}_m{micro}_k{int(killed)}_p{world}"
+
+
+def train(folder: Path, workers: int, micro: int, killed: bool, world: int = 1) -> Path:
+    """One training in one layout below `folder`; returns its run folder."""
+    # On two processes a share is 16, so 8 cuts it and 32 does not: the same two cases as with one process.
+    at_once = min(micro, 32 // world)
+    name = str(folder / name_of(workers, micro, killed, world))
+    words = f"{COMMAND} num_workers {workers} micro_batch_size {at_once} output_dir {name}".split()
+    (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words)
+    if killed:
+        with killed_after(7):
+            run(cfg)
+        AcceleratorState._reset_state()
+    run(cfg)
+    AcceleratorState._reset_state()
+    return Path(name)
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every step, by step; a repeated step counts once, as TensorBoard shows it."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    by_step = {each.step: each.value for each in events.Scalars("train/loss.val")}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint" / "tensors.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for layout in LAYOUTS:
+        train(Path(sys.argv[1]), *layout, world=int(os.environ["WORLD_SIZE"]))

@@ -1,0 +1,43 @@
+"""`micro_batch_size auto`: the largest share that a process can hold, found once before training."""
+
+import logging
+
+import torch
+from accelerate import Accelerator
+
+from configs.errors import UserError
+from trainers.methods.base import Method
+from trainers.optim import halve
+
+log = logging.getLogger("tailtune")
+
+
+def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, resolution: int) -> int:
+    """Halve `size` until forward and backward of a blank batch fit; the smallest of all processes.
+
+    Raises:
+        UserError: not even one image fits.
+    """
+    method.train()
+    while not _fits(method, accelerator.device, size, resolution):
+        if size == 1:
+            raise UserError("not even one image fits into memory; choose a smaller backbone, resolution or prec bf16")
+        size = halve(size)
+    smallest = int(accelerator.gather(torch.tensor([size], device=accelerator.device)).min())
+    log.info("micro_batch_size auto: %d images at once", smallest)
+    return smallest
+
+
+def _fits(method: Method, device: torch.device, size: int, resolution: int) -> bool:
+    images = torch.zeros(size, 3, resolution, resolution, dtype=torch.uint8, device=device)
+    labels = torch.zeros(size, dtype=torch.int64, device=device)
+    try:
+        method({"image": images, "label": labels, "weight": torch.ones(size, device=device)}).loss_sum.backward()
+    except torch.OutOfMemoryError:
+        fits = False
+    else:
+        fits = True
+    method.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return fits

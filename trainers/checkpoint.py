@@ -1,0 +1,172 @@
+"""What of a run is kept: the checkpoint (what trained) and the states (what resuming needs)."""
+
+import hashlib
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from models.vit import ViT
+from trainers.files import read_folder, write_folder
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "safetensors", "torchmetrics")
+KEEP = 2
+"""States kept: the newest may be damaged."""
+
+log = logging.getLogger("tailtune")
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that trains and every buffer that is part of the model, by name."""
+    trains = {name: each.detach() for name, each in module.named_parameters() if each.requires_grad}
+    persistent = module.state_dict()
+    return trains | {name: each.detach() for name, each in module.named_buffers() if name in persistent}
+
+
+def fingerprint(encoder: ViT) -> str:
+    """Digest of the pre-trained encoder, taken before anything trains; names the base model of a checkpoint."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(encoder.net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def save_checkpoint(folder: Path, method: nn.Module, facts: dict[str, Any]) -> None:
+    write_folder(folder, trained_state(method), {**facts, "packages": package_versions()})
+
+
+def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str], base: str) -> dict[str, Any]:
+    """Fill `method` from a checkpoint, strictly.
+
+    Args:
+        class_names: of the data at hand, in label order.
+        base: `fingerprint` of the encoder at hand.
+
+    Returns:
+        The checkpoint's facts.
+
+    Raises:
+        UserError: damaged; of another base model, class set, tuner or head; each names what differs.
+    """
+    tensors, facts = read_folder(folder)
+    if facts["base"] != base:
+        raise UserError(f"{folder} was trained on another base model than the one at hand (backbone or pretrained)")
+    copy_state(method, tensors, str(folder))
+    if list(facts["class_names"]) != list(class_names):
+        first = next(a for a, b in zip(facts["class_names"], class_names, strict=True) if a != b)
+        raise UserError(f"{folder} was trained on other classes: '{first}' is not at its place in this data set")
+    return facts
+
+
+@torch.no_grad()
+def copy_state(method: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors into what trains, or say what does not fit."""
+    own = trained_state(method)
+    problems = [
+        f"{len(names)} tensors {kind} ({', '.join(sorted(names)[:2])}{', …' if len(names) > 2 else ''})"
+        for kind, names in (
+            ("missing", own.keys() - tensors.keys()),
+            ("unexpected", tensors.keys() - own.keys()),
+            ("of another shape", {k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape}),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"{where} is of another tuner, head or class count: {'; '.join(problems)}")
+    for name, target in own.items():
+        target.copy_(tensors[name])
+
+
+class States:
+    """The states of an unfinished run, `state/<step>/`, newest last.
+
+    Args:
+        folder: where they lie.
+        identity: what must agree for a state to be of this run: config hash, base, world size.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self.identity = identity
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write one and drop all but the last two.
+
+        Raises:
+            UserError: it cannot be written; the ones before stay whole.
+        """
+        write_folder(self.folder / f"{step:08d}", tensors, {**facts, "identity": self.identity})
+        for old in self._all()[:-KEEP]:
+            shutil.rmtree(old)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest whole state, None where no run was begun.
+
+        Raises:
+            UserError: every state is damaged, or the newest whole one is of another run.
+        """
+        found = self._all()
+        for path in reversed(found):
+            try:
+                tensors, facts = read_folder(path)
+            except UserError as error:
+                log.warning("%s; going back to the state before it", error)
+                continue
+            self._check(path, facts.get("identity", {}))
+            return tensors, facts
+        if found:
+            raise UserError(f"every state in {self.folder} is damaged; start over with `resume False`")
+        return None
+
+    def _check(self, path: Path, identity: dict[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise UserError(
+                    f"{path} is of another run: its {name} is {identity.get(name)}, here it is {value}; "
+                    "start over with `resume False`, or choose another output_dir"
+                )
+
+    def _all(self) -> list[Path]:
+        return sorted(each for each in self.folder.glob("[0-9]*") if each.is_dir())
+
+
+def rng_state(rank: int) -> dict[str, Tensor]:
+    """Random state of this process. Nothing of ours draws from it; a method or a library may."""
+    python = torch.tensor([int(each) for each in random.getstate()[1]], dtype=torch.int64)
+    numpy = np.random.get_state(legacy=False)
+    position = torch.tensor([numpy["state"]["pos"], numpy["has_gauss"]])
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": python,
+        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+        "numpy_position": position,
+        "numpy_gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {f"rng.{rank}.{name}": each for name, each in state.items()}
+
+
+def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
+    """Undo `rng_state`."""
+    own = {name.split(".", 2)[2]: each for name, each in tensors.items() if name.startswith(f"rng.{rank}.")}
+    torch.set_rng_state(own["torch"])
+    random.setstate((3, tuple(own["python"].tolist()), None))
+    position, has_gauss = own["numpy_position"].tolist()
+    key = own["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, position, has_gauss, float(own["numpy_gauss"])))
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])

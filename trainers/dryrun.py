@@ -1,0 +1,51 @@
+"""`--dry-run`: everything is built on the meta device, so that every option is checked and nothing is read."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import CfgNode, values_of
+from datasets import build_info
+from datasets.transforms import train_transform
+from models import Classifier, build_model
+from trainers.methods import build_method
+from trainers.optim import micro_batch_size
+
+GIGA = 1e9
+
+
+def dry_run(cfg: CfgNode) -> dict[str, Any]:
+    """The resolved config, parameter counts and cost of a run.
+
+    Raises:
+        UserError: whatever a real run would refuse before it touches images or weights.
+    """
+    info = build_info(cfg)
+    micro_batch_size(cfg, world=1)
+    train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
+    with torch.device("meta"):
+        model = build_model(cfg, info.class_names)
+        build_method(cfg, model, info)
+        flops = forward_flops(model, cfg.resolution)
+    return {"config": values_of(cfg), "params": model.counts(), "gflops_per_image": flops / GIGA}
+
+
+def forward_flops(model: Classifier, resolution: int) -> int:
+    """FLOPs of one image through the model in eval: convolutions and matrix products, attention included."""
+    model = model.eval().to("meta")
+    images = torch.empty(1, 3, resolution, resolution, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return int(counter.get_total_flops())
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The resolved config and the parameter table, for people."""
+    config = result["config"]
+    width = max(map(len, config))
+    lines = [f"{key:<{width}}  {value}" for key, value in config.items() if key not in ("micro_explicit", "data_dir")]
+    params = result["params"]
+    digits = max(len(f"{count:,}") for count in params.values())
+    lines += ["", "parameters"] + [f"  {name:<10}{count:>{digits},}" for name, count in params.items()]
+    return "\n".join([*lines, "", f"forward  {result['gflops_per_image']:.2f} GFLOPs an image"])

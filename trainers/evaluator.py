@@ -1,0 +1,85 @@
+"""One pass over the images → the logits of every expert, from which everything else is computed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from datasets import View
+from datasets.bundle import eval_loader
+from trainers.files import write_tensors
+from trainers.trainer import to_device
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Of the images that could be read, in the order of the split."""
+
+    logits: Tensor
+    """[N, E, C] fp32."""
+    labels: Tensor
+    """[N]."""
+    index: Tensor
+    """[N] position in the split."""
+    bad_images: int = 0
+
+
+Predict = Callable[[Tensor | list[Tensor]], Tensor]
+"""Images of a batch → expert logits [B, E, C]."""
+
+
+@torch.no_grad()
+def infer(
+    predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int, experts: int = 0
+) -> Logits:
+    """Run `predict` over a view, each image once whatever the number of processes. All ranks get the result."""
+    loader = eval_loader(view, batch_size, num_workers, accelerator.process_index, accelerator.num_processes)
+    count = len(view)
+    logits: Tensor | None = None
+    labels = torch.zeros(count, dtype=torch.int64)
+    found = torch.zeros(count, dtype=torch.bool)
+    for batch in loader:
+        batch = to_device(batch, accelerator.device)
+        out = predict(batch["image"]).float()
+        gathered = accelerator.gather((out, batch["label"], batch["index"], batch["weight"]))
+        out, label, index, weight = (each.cpu() for each in gathered)
+        if logits is None:
+            logits = torch.zeros(count, *out.shape[1:])
+        real = (index >= 0) & (weight > 0)
+        logits[index[real]], labels[index[real]] = out[real], label[real]
+        found[index[real]] = True
+    assert logits is not None, "a split is never empty"
+    index = found.nonzero().squeeze(1)
+    return Logits(logits[index], labels[index], index, bad_images=count - len(index))
+
+
+def save_logits(path: Path, found: Logits, key: dict[str, object]) -> None:
+    """[N, E, C] as fp16 below the row maximum, which is kept in fp32; `key` says what they are logits of."""
+    top = found.logits.amax(-1, keepdim=True)
+    tensors = {
+        "logits": (found.logits - top).half(),
+        "row_max": top.squeeze(-1),
+        "labels": found.labels,
+        "index": found.index,
+    }
+    write_tensors(path, tensors, json.dumps({"key": key, "bad_images": found.bad_images}))
+
+
+def stored_logits(run_folder: Path, key: dict[str, object]) -> tuple[Path, Logits] | None:
+    """Logits that an earlier evaluation in this run's folder saved under the same key."""
+    for path in sorted(run_folder.glob("**/logits.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["about"])
+                if about["key"] != json.loads(json.dumps(key)):
+                    continue
+                logits = file.get_tensor("logits").float() + file.get_tensor("row_max").unsqueeze(-1)
+                return path, Logits(logits, file.get_tensor("labels"), file.get_tensor("index"), about["bad_images"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged file is as good as none: the images are still there
+    return None

@@ -1,0 +1,99 @@
+"""Files that are whole or absent: tensors in safetensors, the rest in JSON, no pickle."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from configs.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write to a temporary name, fsync, rename.
+
+    Raises:
+        UserError: the file system refuses; whatever stood at `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free the space or choose another output_dir"
+        ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> None:
+    """safetensors, with at most one metadata entry, `about`."""
+    content = save(
+        {name: each.contiguous() for name, each in tensors.items()}, {"about": metadata} if metadata else None
+    )
+    write_bytes(path, content)
+
+
+def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """A folder of `tensors.safetensors` and `facts.json`, which appears whole; it replaces one of the same name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        content = save({name: each.detach().cpu().contiguous() for name, each in tensors.items()})
+        write_bytes(temporary / "tensors.safetensors", content)
+        write_json(temporary / "facts.json", {**facts, "sha256": hashlib.sha256(content).hexdigest()})
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_folder` wrote.
+
+    Raises:
+        UserError: a file is missing, torn or altered.
+    """
+    try:
+        facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+        content = (path / "tensors.safetensors").read_bytes()
+        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+            raise ValueError("its checksum is wrong")
+        return load(content), facts
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path} is damaged ({reason})") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename survive a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,117 @@
+"""The run folder: `output/<name>/`, its lock, its config, and what of it is finished."""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from configs import CfgNode, values_of
+from configs.errors import UserError
+from configs.schema import TEST, TRAIN
+from trainers.files import write_bytes
+
+OUTPUT = Path("output")
+OWN_RUNTIME = ("root", "lists", "output_dir", "num_workers", "micro_batch_size")
+"""Runtime keys worth writing down: a run can be told from them, and repeated elsewhere."""
+
+log = logging.getLogger("tailtune")
+
+
+class RunFolder:
+    """Paths of a run and the decisions that depend on what they hold."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+        self.path = OUTPUT / (cfg.output_dir or cfg.run_name)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.json"
+        self.checkpoint = self.path / "checkpoint"
+        self.states = self.path / "state"
+        self.events = self.path / "tensorboard"
+
+    def lock(self) -> FileLock:
+        """Hold the folder against a second launch; the system drops the lock with the process.
+
+        Raises:
+            UserError: another process holds it, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.path} is in use by another launch; wait for it or choose another output_dir"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
+        return lock
+
+    def claim(self) -> None:
+        """Make the folder this run's: start over if asked to, write the config if it is new.
+
+        Raises:
+            UserError: it holds a run with other options.
+        """
+        if not self.cfg.resume and not self.cfg.test_only:
+            self.clear()
+        if self.config.exists():
+            self._compare(self.stored_values())
+        elif not self.cfg.test_only:
+            values = values_of(self.cfg, TRAIN, TEST) | {key: self.cfg[key] for key in OWN_RUNTIME}
+            write_bytes(self.config, yaml.safe_dump(values, sort_keys=False).encode())
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        for each in self.path.iterdir():
+            if each.name != ".lock":
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+    def target(self) -> Path:
+        """Where this command's evaluation goes: the run's own folder, or `tests/<key>/` beside a finished run."""
+        if self.cfg.test_only or (self.metrics.exists() and not self._same_test()):
+            return self.path / "tests" / self.cfg.test_key
+        return self.path
+
+    def finished(self) -> bool:
+        return self.metrics.exists()
+
+    def stored_values(self) -> dict[str, Any]:
+        try:
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            assert isinstance(values, dict)
+        except (OSError, ValueError, yaml.YAMLError, AssertionError) as error:
+            raise UserError(f"{self.config} cannot be read; start over with `resume False`") from error
+        return values
+
+    def _compare(self, stored: dict[str, Any]) -> None:
+        for key, value in values_of(self.cfg, TRAIN).items():
+            if stored.get(key) != value:
+                raise UserError(
+                    f"{self.path} holds another run: {key} is {stored.get(key)} there and {value} here; choose another "
+                    "output_dir, or start over with `resume False`"
+                )
+
+    def _same_test(self) -> bool:
+        stored = self.stored_values()
+        return all(stored.get(key) == value for key, value in values_of(self.cfg, TEST).items())
+
+
+def start_log(path: Path | None) -> None:
+    """Lines to the console and to `log.txt`; None (a process that is not the first) shows errors only."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = False
+    log.setLevel(logging.INFO if path else logging.ERROR)
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(console)
+    if path is not None:
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(file)

@@ -1,0 +1,46 @@
+"""LOSSES: sums over the samples of a micro-batch, never means.
+
+A loss returns (Σ w_i ℓ_i, Σ w_i): the trainer adds both up over micro-batches and processes and divides once, so the
+value does not depend on how a batch is cut.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Prior(NamedTuple):
+    """What losses know of the training distribution."""
+
+    log_prior: Tensor  # [C] log of the class frequencies; −inf for a class without images
+    tau: float
+
+
+Loss = Callable[[Tensor, Tensor, Tensor, Prior], tuple[Tensor, Tensor]]
+"""logits [B, C], labels [B], sample weights [B], prior → (weighted sum, sum of weights), both scalars."""
+
+
+def log_prior(class_counts: Tensor) -> Tensor:
+    """log(n_c / Σ n) in fp32, [C]."""
+    return (class_counts.double() / class_counts.sum()).log().float()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """ℓ = −log softmax(z)_y."""
+    return _weighted(F.cross_entropy(logits, labels, reduction="none"), weights)
+
+
+def logit_adjusted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """ℓ = −log softmax(z + τ log π)_y (Menon et al. 2021, eq. 10)."""
+    return cross_entropy(logits + prior.tau * prior.log_prior.to(logits.dtype), labels, weights, prior)
+
+
+def _weighted(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    # where, not a product: a left-out sample's loss may be anything, and 0 · inf is not 0
+    return torch.where(weights > 0, losses * weights, 0.0).sum(), weights.sum()
+
+
+LOSSES: dict[str, Loss] = {"CE": cross_entropy, "LA": logit_adjusted}

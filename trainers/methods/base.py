@@ -1,0 +1,107 @@
+"""What a method is: model + objective in one module, which is what Accelerate wraps."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from models import Classifier
+from models.head_init import HeadContext
+from trainers.losses import Loss, Prior, log_prior
+
+Batch = dict[str, Any]
+"""`image` uint8 [B, 3, H, W], `label` [B], `weight` [B] (0: left out), `index` [B]."""
+
+
+class Step(NamedTuple):
+    """The outcome of one micro-batch. Sums, not means."""
+
+    loss_sum: Tensor
+    weight: Tensor
+    logits: Tensor  # [B, C]
+    logs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options of its own."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a method is told of the data and the loss."""
+
+    class_counts: Tensor  # [C]
+    loss: Loss
+    tau: float
+
+
+class Method(nn.Module):
+    """Base of all methods; on its own it trains a classifier with one loss on the mean of its experts' logits.
+
+    Class attributes:
+        Options: dataclass; its fields are the options `<method>.<field>`, texts in `metadata["doc"]`.
+    """
+
+    Options: type = NoOptions
+    log_prior: Tensor
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+        self.loss = objective.loss
+        self.tau = objective.tau
+        self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
+
+    def forward(self, batch: Batch) -> Step:
+        logits = self.predict(batch["image"])
+        loss_sum, weight = self.loss(logits, batch["label"], batch["weight"], Prior(self.log_prior, self.tau))
+        return Step(loss_sum, weight, logits, {})
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] → [B, E, C]."""
+        return self.model(images)
+
+    def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
+        """[B, E, C] → [B, C], by the weights [E] or the mean."""
+        return logits.mean(1) if weights is None else (logits * weights.view(1, -1, 1)).sum(1)
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self.aggregate(self.expert_logits(images))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of what trains, in a stable order; their names appear in nothing but the log."""
+        head = {id(parameter) for parameter in self.model.head.parameters()}
+        trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = {
+            "tuner": [parameter for parameter in trains if id(parameter) not in head],
+            "head": [parameter for parameter in trains if id(parameter) in head],
+        }
+        return [{"name": name, "params": params} for name, params in groups.items() if params]
+
+    def prepare(self, context: HeadContext) -> None:
+        """Once, before the first step of a fresh run."""
+        self.model.init_head(context)
+
+    def start_from(self, tensors: dict[str, Tensor]) -> None:
+        """Begin where an earlier run ended (`after`): take from its checkpoint what trains here too.
+
+        Raises:
+            UserError: the two runs train nothing in common.
+        """
+        own = dict(self.named_parameters())
+        common = [n for n, each in tensors.items() if n in own and own[n].requires_grad and own[n].shape == each.shape]
+        if not common:
+            raise UserError("after: the earlier run trained nothing that this one trains")
+        with torch.no_grad():
+            for name in common:
+                own[name].copy_(tensors[name])
+
+    def on_epoch(self, epoch: int, epochs: int) -> None:
+        """Before each epoch."""
+
+    def after_step(self, step: int) -> None:
+        """After each optimizer step, counted from 1 over the whole run."""

@@ -1,0 +1,81 @@
+"""What the user sees while it trains: log lines, a bar on a terminal, TensorBoard."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger("tailtune")
+
+
+class Progress:
+    """Printed lines, bar and TensorBoard of the main process; on other processes a no-op.
+
+    Args:
+        folder: of the event files; None on processes that show nothing.
+        epochs, steps: in the run, and in an epoch.
+        start: steps done already.
+    """
+
+    def __init__(self, folder: Path | None, epochs: int, steps: int, start: int) -> None:
+        self.epochs, self.steps = epochs, steps
+        self.writer = None if folder is None else SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        shown = folder is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=epochs * steps, initial=start, unit="step", disable=not shown, leave=False)
+        self.since, self.since_step, self.waited = time.perf_counter(), start, 0.0
+
+    def step(self) -> None:
+        self.bar.update()
+
+    def show(self, done: int, lr: float, steps: list[dict[str, float]], groups: dict[str, float | None]) -> None:
+        """Write the steps since the last call; `done` steps of the run are finished."""
+        if self.writer is None or not steps:
+            return
+        for offset, values in enumerate(steps, start=done - len(steps) + 1):
+            self.writer.add_scalar("train/lr", lr, offset)
+            for name, value in values.items():
+                self.writer.add_scalar(f"train/{name}", value, offset)
+        for name, each in groups.items():
+            if each is not None:
+                self.writer.add_scalar(f"train/{name}", each, done)
+        self._line(done, lr, steps[-1], groups)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _line(self, done: int, lr: float, last: dict[str, float], groups: dict[str, float | None]) -> None:
+        now = time.perf_counter()
+        fresh = max(1, done - self.since_step)
+        seconds, waited = (now - self.since) / fresh, self.waited / fresh
+        self.since, self.since_step, self.waited = now, done, 0.0
+        epoch, batch = (done - 1) // self.steps + 1, (done - 1) % self.steps + 1
+        short = {"mean_acc": "mean", "many_acc": "many", "med_acc": "med", "few_acc": "few"}
+        shots = " ".join(f"{short[name]} {_number(value)}" for name, value in groups.items())
+        log.info(
+            f"epoch [{epoch}/{self.epochs}] batch [{batch}/{self.steps}] time {seconds:.3f} data {waited:.3f} "
+            f"loss {last['loss.val']:.4f} ({last['loss.avg']:.4f}) acc {last['acc.val']:.2f} ({last['acc.avg']:.2f}) "
+            f"({shots}) lr {lr:.4e} eta {_clock(seconds * (self.epochs * self.steps - done))}"
+        )
+
+
+def write_test_scalars(folder: Path, metrics: dict[str, Any]) -> None:
+    """`test/<metric>` of the run's own evaluation."""
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(f"test/{name}", value)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

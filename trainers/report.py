@@ -1,0 +1,97 @@
+"""metrics.json and the table in the terminal."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import CfgNode
+from datasets import DataInfo
+from models import Classifier
+from trainers.checkpoint import package_versions
+from trainers.trainer import TrainReport
+
+COLUMNS = {
+    "accuracy": "all",
+    "mean_acc": "mean",
+    "many_acc": "many",
+    "med_acc": "medium",
+    "few_acc": "few",
+    "worst_case_acc": "worst",
+    "macro_f1": "macro F1",
+    "ece": "ECE",
+}
+
+
+def summary(cfg: CfgNode, info: DataInfo, model: Classifier, train: TrainReport | None, notes: list[str]) -> dict:
+    """metrics.json without its evaluation."""
+    cut = train is not None and cfg.max_steps is not None and train.steps == cfg.max_steps
+    return {
+        "schema": 1,
+        "data": cfg.data,
+        "model": cfg.model,
+        "seed": cfg.seed,
+        "commit": commit(),
+        "packages": package_versions(),
+        "hardware": hardware(),
+        "prec_used": cfg.prec,
+        "stopped_early": cut,
+        "notes": notes,
+        "params": model.counts(),
+        "class_counts": info.class_counts.tolist(),
+        "train": None if train is None else train_facts(train),
+    }
+
+
+def train_facts(train: TrainReport) -> dict[str, Any]:
+    return {
+        "epochs": train.epochs,
+        "steps": train.steps,
+        "seconds": round(train.seconds, 3),
+        "images_per_second": round(train.images / train.seconds, 2) if train.seconds else None,
+        "peak_memory_bytes": train.peak_memory_bytes,
+        "bad_images": train.bad_images,
+    }
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """The result as two aligned lines per evaluated split."""
+    rows = {name: metrics[name] for name in ("test", "val") if name in metrics}
+    width = max(len(name) for name in COLUMNS.values()) + 1
+    head = " " * 6 + "".join(f"{title:>{width}}" for title in COLUMNS.values())
+    lines = [f"{metrics['data']} · {metrics['model']} · seed {metrics['seed']}", head, "─" * len(head)]
+    for split, values in rows.items():
+        cells = (values[name] for name in COLUMNS)
+        lines.append(f"{split:<6}" + "".join(f"{'n/a' if v is None else f'{v:.2f}':>{width}}" for v in cells))
+    return "\n".join(lines)
+
+
+def commit() -> str | None:
+    """The toolkit's git commit, `-dirty` with local changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+        found = subprocess.run(described, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def hardware() -> str:
+    """What it ran on, in words."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    times = f"{world} × " if world > 1 else ""
+    if torch.cuda.is_available():
+        return f"{times}{torch.cuda.get_device_name()}"
+    return f"{times}CPU ({_cpu()}, {torch.get_num_threads()} threads)"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

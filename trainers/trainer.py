@@ -1,0 +1,279 @@
+"""The one training loop. It never names a method."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from configs.errors import UserError
+from datasets import DataBundle
+from datasets.bundle import train_loader
+from datasets.samplers import StepSampler
+from trainers.checkpoint import States, copy_state, restore_rng, rng_state, trained_state
+from trainers.interrupt import Interrupt, Interrupted
+from trainers.meters import Meters
+from trainers.methods.base import Batch, Method, Step
+from trainers.optim import Plan, build_optimizer, set_lr
+from trainers.progress import Progress
+
+log = logging.getLogger("tailtune")
+
+
+@dataclass
+class TrainReport:
+    """What training took; survives an interruption."""
+
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    images: int = 0
+    bad_images: int = 0
+    peak_memory_bytes: int | None = None
+
+
+@dataclass
+class _Run:
+    """The moving parts of one `fit`."""
+
+    method: Method
+    wrapped: Any
+    optimizer: Any
+    sampler: StepSampler
+    meters: Meters
+    report: TrainReport
+    progress: Progress
+    images: Tensor
+    """[seen, left out as unreadable] since the last state, over all ranks, on the device."""
+    finite: Tensor
+    """Whether every loss so far was finite, on the device."""
+
+
+class Trainer:
+    """Runs a plan with Accelerate.
+
+    Args:
+        accelerator: made with `gradient_accumulation_steps=1`; accumulation is done here, over sums.
+        plan: the numbers.
+        states: where to save and resume.
+        events: folder of TensorBoard files; None on processes that show nothing.
+    """
+
+    def __init__(self, accelerator: Accelerator, plan: Plan, states: States, events: Path | None) -> None:
+        self.accelerator, self.plan, self.states, self.events = accelerator, plan, states, events
+
+    def fit(self, method: Method, data: DataBundle) -> TrainReport:
+        """Train `method` in place, from the newest state if there is one.
+
+        Raises:
+            UserError: the loss is not finite, or a state cannot be used or written.
+            Interrupted: asked to stop by a signal; the state is saved.
+        """
+        run = self._begin(method, data)
+        loader = train_loader(data.train, run.sampler, self.plan.num_workers)
+        steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
+        started, before = time.perf_counter(), run.report.seconds
+        try:
+            with Interrupt() as interrupt:
+                while run.report.steps < total:
+                    epoch, first = divmod(run.report.steps, steps)
+                    method.on_epoch(epoch, self.plan.epochs)
+                    lr = set_lr(run.optimizer, self.plan, epoch)
+                    run.sampler.set_position(epoch, first)
+                    batches = iter(loader)
+                    for step in range(first, min(steps, total - epoch * steps)):
+                        self._step(run, batches, step)
+                        run.report.seconds = before + time.perf_counter() - started
+                        self._after_step(run, lr, interrupt, last=run.report.steps == total)
+        finally:
+            run.progress.close()
+        if torch.cuda.is_available():
+            run.report.peak_memory_bytes = torch.cuda.max_memory_allocated()
+        return run.report
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        steps = self.plan.epochs * steps_per_epoch
+        return steps if self.plan.max_steps is None else min(steps, self.plan.max_steps)
+
+    # --- one optimizer step ------------------------------------------------------------------------------------
+
+    def _step(self, run: _Run, batches: Iterator[Batch], step: int) -> None:
+        """Forward and backward over this rank's micro-batches, one update with the global mean gradient."""
+        count, padding = run.sampler.counts(step), run.sampler.is_padding(step)
+        totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
+        for index in range(count):
+            waiting = time.perf_counter()
+            batch = to_device(next(batches), self.accelerator.device)
+            run.progress.waited += time.perf_counter() - waiting
+            if padding:
+                batch["weight"] = torch.zeros_like(batch["weight"])
+            alone = index < count - 1  # only the last micro-batch of a step talks to the other ranks
+            with self.accelerator.no_sync(run.wrapped) if alone else nullcontext():
+                outcome = run.wrapped(batch)
+                self.accelerator.backward(outcome.loss_sum)
+            totals += self._count(run, batch, outcome, padding)
+        weight, loss, hits, images, bad = self._sum(totals).unbind()
+        self._update(run, weight)
+        run.finite &= torch.isfinite(loss)
+        run.images += torch.stack([images, bad])
+        run.meters.end_step(loss / weight.clamp_min(1e-12), 100 * hits / images.clamp_min(1))
+
+    @torch.no_grad()
+    def _count(self, run: _Run, batch: Batch, outcome: Step, padding: bool) -> Tensor:
+        """[weight, loss, hits, images, unreadable images] of a micro-batch, on the device."""
+        real = batch["weight"] > 0
+        hits = ((outcome.logits.argmax(-1) == batch["label"]) & real).sum()
+        run.meters.add(outcome.logits, batch["label"], batch["weight"])
+        bad = torch.zeros_like(hits) if padding else (~real).sum()
+        return torch.stack([each.double() for each in (outcome.weight, outcome.loss_sum, hits, real.sum(), bad)])
+
+    def _update(self, run: _Run, weight: Tensor) -> None:
+        """One optimizer step. Gradients are sums (means over ranks of sums, under DDP) until here."""
+        self.accelerator.unscale_gradients(run.optimizer)
+        grads = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, (self.accelerator.num_processes / weight.clamp_min(1e-12)).to(grads[0].dtype))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    # --- between steps -----------------------------------------------------------------------------------------
+
+    def _after_step(self, run: _Run, lr: float, interrupt: Interrupt, last: bool) -> None:
+        run.report.steps += 1
+        done = run.report.steps
+        run.method.after_step(done)
+        run.progress.step()
+        end_of_epoch = done % run.sampler.steps == 0
+        shows = done % self.plan.print_freq == 0 or end_of_epoch or last
+        stops = self._stops(interrupt, agree=shows)
+        saves = end_of_epoch or last or stops or bool(self.plan.save_every and done % self.plan.save_every == 0)
+        if shows or saves:
+            self._check_finite(run)
+        if shows:
+            run.progress.show(done, lr, *run.meters.read(self._sum))
+        if saves:
+            self._save(run)
+        if stops:
+            raise Interrupted
+
+    def _stops(self, interrupt: Interrupt, agree: bool) -> bool:
+        """Whether to stop now. Several processes can only stop together, so they ask each other at a print."""
+        if self.accelerator.num_processes == 1:
+            return interrupt.requested
+        if not agree:
+            return False
+        flag = torch.tensor(float(interrupt.requested), device=self.accelerator.device)
+        return bool(self._sum(flag) > 0)
+
+    def _check_finite(self, run: _Run) -> None:
+        if not bool(run.finite):
+            raise UserError(
+                f"the loss is not finite after step {run.report.steps}; lower lr, or use prec bf16 or fp32. "
+                "The last good state is kept"
+            )
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum")
+
+    # --- states ------------------------------------------------------------------------------------------------
+
+    def _begin(self, method: Method, data: DataBundle) -> _Run:
+        accelerator, plan = self.accelerator, self.plan
+        sampler = StepSampler(
+            len(data.train),
+            plan.batch_size,
+            plan.micro_batch_size,
+            plan.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        optimizer = build_optimizer(method.param_groups(), plan)
+        meters = Meters(data.info.num_classes, data.info.groups, accelerator.device)
+        report = self._resume(method, optimizer, meters)
+        method.train()
+        wrapped, prepared = accelerator.prepare(method, optimizer)
+        progress = Progress(self.events, plan.epochs, sampler.steps, report.steps)
+        device = accelerator.device
+        images, finite = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor(True, device=device)
+        return _Run(method, wrapped, prepared, sampler, meters, report, progress, images, finite)
+
+    def _save(self, run: _Run) -> None:
+        """The whole state; every rank contributes its own random state and counters."""
+        run.report.epochs = run.report.steps // run.sampler.steps
+        for name, count in zip(("images", "bad_images"), run.images.tolist(), strict=True):
+            setattr(run.report, name, getattr(run.report, name) + int(count))
+        run.images.zero_()
+        rank = self.accelerator.process_index
+        meters = {f"meters.{rank}.{name}": each for name, each in run.meters.state().items()}
+        own = {name: each.cpu() for name, each in {**rng_state(rank), **meters}.items()}
+        everyone: dict[str, Tensor] = {}
+        for part in gather_object([own]):
+            everyone.update(part)
+        if self.accelerator.is_main_process:
+            momenta = _momenta(run.optimizer)
+            trained = {f"method.{name}": each for name, each in trained_state(run.method).items()}
+            scaler = self.accelerator.scaler
+            facts = {
+                "report": vars(run.report),
+                "threads": torch.get_num_threads(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            self.states.save(run.report.steps, {**trained, **momenta, **everyone}, facts)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: Meters) -> TrainReport:
+        found = self.states.load()
+        if found is None:
+            return TrainReport()
+        tensors, facts = found
+        if facts["threads"] != torch.get_num_threads():
+            log.info("using %d threads, as the run did before (results depend on it)", facts["threads"])
+            torch.set_num_threads(facts["threads"])
+        where = str(self.states.folder)
+        copy_state(method, _part(tensors, "method."), where)
+        _restore_momenta(optimizer, tensors)
+        rank = self.accelerator.process_index
+        meters.load(_part(tensors, f"meters.{rank}."))
+        restore_rng(tensors, rank)
+        if facts["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        report = TrainReport(**facts["report"])
+        log.info("resuming after step %d", report.steps)
+        return report
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch; `image` may be a list of images of different sizes."""
+
+    def move(value: Any) -> Any:
+        return [move(each) for each in value] if isinstance(value, list) else value.to(device, non_blocking=True)
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+def _momenta(optimizer: Any) -> dict[str, Tensor]:
+    """Momentum buffers by position: group, parameter."""
+    return {
+        f"momentum.{g}.{p}": optimizer.state[parameter]["momentum_buffer"]
+        for g, group in enumerate(optimizer.param_groups)
+        for p, parameter in enumerate(group["params"])
+        if optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
+    }
+
+
+def _restore_momenta(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    for g, group in enumerate(optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            saved = tensors.get(f"momentum.{g}.{p}")
+            if saved is not None:
+                optimizer.state[parameter]["momentum_buffer"] = saved.to(parameter.device)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}

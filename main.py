@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -65,11 +67,16 @@ def dry_run(cfg: CfgNode) -> int:
 
 def run_all(stages: list[CfgNode]) -> int:
     from datasets.bundle import clean_worker_error
+    from trainers.dryrun import check
+    from trainers.folder import RunFolder
     from trainers.interrupt import Interrupted
     from trainers.run import run
 
     folder = None
     try:
+        for cfg in stages:  # all of them before the first one trains for hours
+            if not RunFolder(cfg).finished():
+                check(cfg)
         for cfg in stages:
             folder = run(cfg, previous=folder)
     except Interrupted:

@@ -90,6 +90,8 @@ def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: dict[st
     for key, value in own:
         key = ALIASES.get(key, key)
         chosen[key] = _parse(key, value, schema, "the command line")
+    if chosen["model_dir"] and not chosen["test_only"]:
+        raise UserError(f"model_dir {chosen['model_dir']} is evaluated, not trained on: add `test_only True`")
     chosen["micro_explicit"] = "micro_batch_size" in dict(own)
     chosen["run_name"] = _run_name(chosen, base)
     chosen["test_key"] = _test_key(chosen, base)
@@ -223,11 +225,12 @@ def _text(value: Any) -> str:
 
 def _run_name(chosen: Values, base: Values) -> str:
     changed = _changed(chosen, base, TRAIN)
-    return "_".join(part for part in (chosen["data"], chosen["model"], changed) if part)
+    names = (re.sub(r"[^\w.,-]+", "-", chosen[kind]) for kind in ("data", "model"))
+    return "_".join(part for part in (*names, changed) if part)
 
 
 def _test_key(chosen: Values, base: Values) -> str:
-    changed = _changed(chosen, base, TEST)
-    if chosen["test_train"]:
-        return "_".join(part for part in ("train", changed.replace("test_train_True", "").strip("_")) if part)
-    return changed or "default"
+    if not chosen["test_train"]:
+        return _changed(chosen, base, TEST) or "default"
+    changed = _changed({**chosen, "test_train": base["test_train"]}, base, TEST)
+    return "_".join(part for part in ("train", changed) if part)

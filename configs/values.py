@@ -36,6 +36,8 @@ def as_float(value: Any) -> float:
         number = float("" if isinstance(value, bool) else value)
     except (ValueError, TypeError):
         raise ValueError("a number") from None
+    except OverflowError:
+        raise ValueError("a finite number") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError("a finite number")
     return number

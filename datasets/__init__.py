@@ -82,7 +82,9 @@ def _info(cfg: CfgNode, outline: Outline) -> DataInfo:
         raise UserError(
             f"class '{empty}' (label {counts.index(0)}) has no training image: add one, or raise imb_factor"
         )
-    grouped = counts if cfg.group_imb_factor is None else capped_counts(outline.available, cfg.group_imb_factor)
+    grouped = counts
+    if cfg.group_imb_factor is not None:
+        grouped = capped_counts(outline.available, cfg.group_imb_factor, "group_imb_factor")
     return DataInfo(
         name=cfg.data,
         class_names=outline.class_names,

@@ -189,6 +189,6 @@ def _loader(view: View, batches: Any, num_workers: int, persistent: bool = False
 
 
 def _own_signals(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the main one answers it, and ends its workers."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a job: the main one answers, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -121,6 +121,7 @@ def _read_lists(cfg: CfgNode) -> Listings:
     names = _class_names(cfg, taxa or image_list.folder_names(train, num_classes), num_classes)
     for each in listings:
         each.check_labels(len(names))
+    _check_names(cfg, names, num_classes)
     return _finish(cfg, names, train, test, val)
 
 
@@ -132,7 +133,9 @@ def _read_folders(cfg: CfgNode) -> Listings:
     test, val = (
         image_list.read_folder(root, split, classes) if (root / split).is_dir() else None for split in ("test", "val")
     )
-    return _finish(cfg, _class_names(cfg, tuple(classes), len(classes)), train, test, val)
+    names = _class_names(cfg, tuple(classes), len(classes))
+    _check_names(cfg, names, len(classes))
+    return _finish(cfg, names, train, test, val)
 
 
 def _class_names(cfg: CfgNode, found: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:
@@ -146,6 +149,11 @@ def _class_names(cfg: CfgNode, found: tuple[str, ...] | None, num_classes: int) 
     if cfg.classnames == "folders" and found is None:
         raise UserError("classnames folders: the training list does not keep each class in a folder of its own")
     return found or _placeholders(num_classes)
+
+
+def _check_names(cfg: CfgNode, names: tuple[str, ...], num_classes: int) -> None:
+    if cfg.classnames and cfg.num_classes is None and len(names) != num_classes:
+        raise UserError(f"classnames {cfg.classnames}: {len(names)} names for {num_classes} classes; one line a class")
 
 
 def _finish(
@@ -177,13 +185,24 @@ def _counts_outline(cfg: CfgNode) -> Outline:
     file = next((folder / cfg.class_counts for folder in folders if (folder / cfg.class_counts).is_file()), None)
     if file is None:
         raise UserError(f"class_counts: no file '{cfg.class_counts}' in {folders[0]}")
-    content = json.loads(file.read_text(encoding="utf-8"))
-    counts = lookup(content, cfg.label_field, "label_field") if isinstance(content, dict) else content
+    counts = _read_counts(file, cfg.label_field)
     _check_num_classes(cfg, len(counts))
     _check_test(cfg, has_test=bool(cfg.test_list))
     names = image_list.imagenet_names() if cfg.classnames == "imagenet" else _placeholders(len(counts))
     check_hold_out(counts, cfg.test_per_class, names, "test_per_class")
     return _outline(cfg, names, [count - cfg.test_per_class for count in counts])
+
+
+def _read_counts(file: Path, label_field: str) -> list[int]:
+    """Images per class: a list of numbers, or one such list for each label field."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"class_counts: {file} is not JSON") from None
+    counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
+    if not isinstance(counts, list) or not counts or any(type(count) is not int or count < 0 for count in counts):
+        raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
+    return counts
 
 
 def _outline(cfg: CfgNode, names: tuple[str, ...], available: list[int]) -> Outline:

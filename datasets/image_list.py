@@ -153,8 +153,12 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def read_names(file: Path) -> tuple[str, ...]:
-    """Class names, one a line, in label order."""
-    return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    """Class names, one a line, in label order. Raises `UserError` for a file that is not text."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file in UTF-8") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def imagenet_names() -> tuple[str, ...]:

@@ -21,16 +21,16 @@ def longtail_counts(n_max: float, num_classes: int, imb_factor: float) -> list[i
     return [int(n_max * imb_factor ** (k / last)) for k in range(num_classes)]
 
 
-def capped_counts(available: Sequence[int], imb_factor: float | None) -> list[int]:
+def capped_counts(available: Sequence[int], imb_factor: float | None, key: str = "imb_factor") -> list[int]:
     """Training images per class: the long tail below the largest class, as far as each class has the images.
 
     Raises:
-        UserError: `imb_factor` is not in (0, 1].
+        UserError: `imb_factor`, which is the value of the option `key`, is not in (0, 1].
     """
     if imb_factor is None:
         return list(available)
     if not 0 < imb_factor <= 1:
-        raise UserError(f"imb_factor {imb_factor:g}: it is smallest class / largest class, above 0 and at most 1")
+        raise UserError(f"{key} {imb_factor:g}: it is smallest class / largest class, above 0 and at most 1")
     wanted = longtail_counts(max(available), len(available), imb_factor)
     return [min(have, want) for have, want in zip(available, wanted, strict=True)]
 

@@ -52,6 +52,10 @@ def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> 
     """
     spec = lookup(BACKBONES, cfg.backbone, "backbone")
     lookup(PROMPTS, cfg.prompt, "prompt")
+    if cfg.resolution % spec.patch_size:  # the rest of the image would be cut off in silence
+        raise UserError(
+            f"resolution {cfg.resolution} must be a multiple of {spec.patch_size}, the patch size of {cfg.backbone}"
+        )
     backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project=cfg.zero_shot, fast=fast)
     encoder = backbone.encoder
     if cfg.zero_shot:

@@ -6,12 +6,18 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.errors import UserError
 from configs.seeding import seeded
 from models.backbone import Backbone
 from models.vit import ViT
-from models.weights import is_path, local_file
+from models.weights import is_path, load_strict, local_file, read_state
+
+CLASSIFIER = ("head.weight", "head.bias")
+"""Of the pre-training classes; a run makes its own."""
+POSITIONED = {"pos_embed", "patch_embed.proj.weight"}
+"""What timm's filter resizes; a file without them is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,11 @@ class TimmVit:
         if pretrained is not None and pretrained != "default" and not is_path(pretrained):
             raise UserError(f"pretrained '{pretrained}': {self.name} takes `default`, a local file, or none")
         load = pretrained is not None and torch.get_default_device().type != "meta"
-        overlay = {"file": str(local_file(pretrained))} if load and pretrained and is_path(pretrained) else None
+        file = local_file(pretrained) if load and pretrained and is_path(pretrained) else None
         try:
             with seeded(seed, "backbone"):
                 net: Any = timm.create_model(
-                    self.name, pretrained=load, num_classes=0, img_size=resolution, pretrained_cfg_overlay=overlay
+                    self.name, pretrained=load and file is None, num_classes=0, img_size=resolution
                 )
         except (OSError, HfHubHTTPError) as error:
             raise UserError(
@@ -42,7 +48,8 @@ class TimmVit:
                 f"https://huggingface.co/timm/{self.name} and name the file with `pretrained /path/to/file`; "
                 "`pretrained none` runs with random weights"
             ) from error
-        except RuntimeError as error:
-            raise UserError(f"pretrained '{pretrained}' is not of {self.name}: {str(error).splitlines()[0]}") from error
+        if file is not None:
+            state = {name: each for name, each in read_state(file).items() if name not in CLASSIFIER}
+            load_strict(net, checkpoint_filter_fn(state, net) if state.keys() >= POSITIONED else state, self.name, file)
         config = net.pretrained_cfg
         return Backbone(ViT(net, fast=fast), (config["mean"], config["std"]), random=not load)

@@ -83,7 +83,7 @@ class ViT(nn.Module):
         """Put a tuner's modules at sites of block `index`; they are stored as `tuners.<tuner>.<index>.<site>`."""
         if tuner not in self.tuners:
             self.tuners[tuner] = nn.ModuleDict()
-        self.tuners[tuner][str(index)] = nn.ModuleDict(modules)
+        self.tuners[tuner].add_module(str(index), nn.ModuleDict(modules))
         for site, module in modules.items():
             self.sites[index][site].append(module)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from torch import Tensor
 from configs.errors import UserError
 
 State = dict[str, Tensor]
+
+# What safetensors, zipfile and the restricted unpickler raise on bytes that are no weights, or not all of them.
+READ_ERRORS = (
+    *(SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
+    *(ValueError, LookupError, TypeError, AttributeError, OverflowError, AssertionError),
+)
 
 
 def is_path(pretrained: str) -> bool:
@@ -59,11 +66,14 @@ def read_state(path: Path) -> State:
             state = _read_openai(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except READ_ERRORS as error:
         reason = str(error).strip().split("\n", 1)[0][:120]
         raise UserError(f"the weights file '{path}' cannot be read ({reason}); is it complete?") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state  # timm and open_clip wrap it so
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    pairs = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
         raise UserError(f"the weights file '{path}' holds no state dict (name → tensor)")
     return {
         name.removeprefix("module."): value.float() if value.is_floating_point() else value

@@ -11,11 +11,13 @@ import torch
 from accelerate.state import AcceleratorState
 from yacs.config import CfgNode
 
+import main
 from configs import load_configs
 from trainers.methods import method_options
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+"""Words of a command line → exit code and what it printed."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +46,21 @@ def cli(tmp_path: Path) -> Cli:
         return subprocess.run(
             command, cwd=tmp_path, env=offline(**environment), capture_output=True, text=True, timeout=300
         )
+
+    return call
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`cli` in this process, without the seconds that imports take: `launch("-d fake_lt", "lr", 0.1)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        argv = [part for word in words for part in str(word).split()]
+        code = main.main(argv)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return subprocess.CompletedProcess(argv, code, *capsys.readouterr())
 
     return call
 

@@ -62,9 +62,14 @@ def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str],
         UserError: damaged; of another base model, class set, tuner or head; each names what differs.
     """
     tensors, facts = read_folder(folder)
+    if not {"base", "class_names"} <= facts.keys():
+        raise UserError(f"{folder} is damaged: facts.json names no base model or classes; train again")
     if facts["base"] != base:
-        raise UserError(f"{folder} was trained on another base model than the one at hand (backbone or pretrained)")
-    copy_state(method, tensors, str(folder))
+        raise UserError(
+            f"{folder} was trained on another base model than the one at hand; give the backbone, pretrained and "
+            "resolution that it was trained with"
+        )
+    copy_state(method, tensors, str(folder), "give the options that it was trained with")
     if list(facts["class_names"]) != list(class_names):
         first = next(a for a, b in zip(facts["class_names"], class_names, strict=True) if a != b)
         raise UserError(f"{folder} was trained on other classes: '{first}' is not at its place in this data set")
@@ -72,7 +77,7 @@ def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str],
 
 
 @torch.no_grad()
-def copy_state(method: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+def copy_state(method: nn.Module, tensors: dict[str, Tensor], where: str, remedy: str) -> None:
     """Copy tensors into what trains, or say what does not fit."""
     own = trained_state(method)
     problems = [
@@ -85,7 +90,7 @@ def copy_state(method: nn.Module, tensors: dict[str, Tensor], where: str) -> Non
         if names
     ]
     if problems:
-        raise UserError(f"{where} is of another tuner, head or class count: {'; '.join(problems)}")
+        raise UserError(f"{where} is of another tuner, head or class count: {'; '.join(problems)}; {remedy}")
     for name, target in own.items():
         target.copy_(tensors[name])
 
@@ -109,8 +114,12 @@ class States:
             UserError: it cannot be written; the ones before stay whole.
         """
         write_folder(self.folder / f"{step:08d}", tensors, {**facts, "identity": self.identity})
-        for old in self._all()[:-KEEP]:
+        for old in [*self._all()[:-KEEP], *self.folder.glob(".*.tmp")]:  # .tmp: cut off by a kill
             shutil.rmtree(old)
+
+    def begun(self) -> bool:
+        """Whether there is any state, whole or not."""
+        return bool(self._all())
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest whole state, None where no run was begun.
@@ -170,3 +179,25 @@ def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
     np.random.set_state(("MT19937", key, position, has_gauss, float(own["numpy_gauss"])))
     if "cuda" in own and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
+
+
+def momenta(optimizer: Any) -> dict[str, Tensor]:
+    """Momentum buffers by position: group, parameter."""
+    return {
+        f"momentum.{g}.{p}": optimizer.state[parameter]["momentum_buffer"]
+        for g, group in enumerate(optimizer.param_groups)
+        for p, parameter in enumerate(group["params"])
+        if optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
+    }
+
+
+def restore_momenta(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    for g, group in enumerate(optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            saved = tensors.get(f"momentum.{g}.{p}")
+            if saved is not None:
+                optimizer.state[parameter]["momentum_buffer"] = saved.to(parameter.device)
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}

@@ -1,5 +1,6 @@
 """`--dry-run`: everything is built on the meta device, so that every option is checked and nothing is read."""
 
+import os
 from typing import Any
 
 import torch
@@ -21,14 +22,25 @@ def dry_run(cfg: CfgNode) -> dict[str, Any]:
     Raises:
         UserError: whatever a real run would refuse before it touches images or weights.
     """
+    model = check(cfg)
+    with torch.device("meta"):
+        flops = forward_flops(model, cfg.resolution)
+    return {"config": values_of(cfg), "params": model.counts(), "gflops_per_image": flops / GIGA}
+
+
+def check(cfg: CfgNode) -> Classifier:
+    """Refuse what can be refused without images and weights; the model on the meta device.
+
+    Raises:
+        UserError: as `dry_run`.
+    """
     info = build_info(cfg)
-    micro_batch_size(cfg, world=1)
+    micro_batch_size(cfg, world=int(os.environ.get("WORLD_SIZE", 1)))
     train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
     with torch.device("meta"):
         model = build_model(cfg, info.class_names)
         build_method(cfg, model, info)
-        flops = forward_flops(model, cfg.resolution)
-    return {"config": values_of(cfg), "params": model.counts(), "gflops_per_image": flops / GIGA}
+    return model
 
 
 def forward_flops(model: Classifier, resolution: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from datasets import View
 from datasets.bundle import eval_loader
 from trainers.files import write_tensors
-from trainers.trainer import to_device
+from trainers.launch import to_device
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The run folder: `output/<name>/`, its lock, its config, and what of it is finished."""
 
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from configs.schema import TEST, TRAIN
 from trainers.files import write_bytes
 
 OUTPUT = Path("output")
-OWN_RUNTIME = ("root", "lists", "output_dir", "num_workers", "micro_batch_size")
+OWN_RUNTIME = ("data_dir", "root", "lists", "output_dir", "num_workers", "micro_batch_size")
 """Runtime keys worth writing down: a run can be told from them, and repeated elsewhere."""
 
 log = logging.getLogger("tailtune")
@@ -59,17 +60,35 @@ class RunFolder:
         """
         if not self.cfg.resume and not self.cfg.test_only:
             self.clear()
-        if self.config.exists():
+        if self.config.exists() and not self.empty():
             self._compare(self.stored_values())
-        elif not self.cfg.test_only:
+        # An unfinished run is evaluated as the last command says.
+        if not self.cfg.test_only and not self.finished():
             values = values_of(self.cfg, TRAIN, TEST) | {key: self.cfg[key] for key in OWN_RUNTIME}
             write_bytes(self.config, yaml.safe_dump(values, sort_keys=False).encode())
 
+    def empty(self) -> bool:
+        """Whether nothing is here that cost anything: neither a state nor a result."""
+        return not any(each.exists() for each in (self.states, self.checkpoint, self.metrics, self.path / "tests"))
+
+    def drop_if_empty(self) -> None:
+        """Take away what a refused command has begun, so that the corrected one finds no other run here."""
+        if self.empty():
+            self.clear()
+            for name in ("log.txt", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
     def clear(self) -> None:
-        """Remove everything but the lock."""
+        """Remove all but the lock, runs below such as `stage1`, and the log, which is open: that is emptied."""
         for each in self.path.iterdir():
-            if each.name != ".lock":
-                shutil.rmtree(each) if each.is_dir() else each.unlink()
+            if each.name == "log.txt":
+                os.truncate(each, 0)
+            elif each.is_dir() and not any(each.rglob(".lock")):
+                shutil.rmtree(each)
+            elif each.is_file() and each.name != ".lock":
+                each.unlink()
 
     def target(self) -> Path:
         """Where this command's evaluation goes: the run's own folder, or `tests/<key>/` beside a finished run."""
@@ -89,6 +108,12 @@ class RunFolder:
         return values
 
     def _compare(self, stored: dict[str, Any]) -> None:
+        home = stored.get("data_dir")
+        if home and home != self.cfg.data_dir and Path(home).is_dir():  # else the data have moved
+            raise UserError(
+                f"{self.path} holds a run on '{self.cfg.data}' of {home}, another data config of that name; choose "
+                "another output_dir"
+            )
         for key, value in values_of(self.cfg, TRAIN).items():
             if stored.get(key) != value:
                 raise UserError(

@@ -30,17 +30,14 @@ def log_prior(class_counts: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """ℓ = −log softmax(z)_y."""
-    return _weighted(F.cross_entropy(logits, labels, reduction="none"), weights)
+    # where, and not the zero weight alone: a left-out sample's logits may be anything, and 0 · NaN is not 0.
+    losses = F.cross_entropy(torch.where(weights.unsqueeze(-1) > 0, logits, 0.0), labels, reduction="none")
+    return (losses * weights).sum(), weights.sum()
 
 
 def logit_adjusted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """ℓ = −log softmax(z + τ log π)_y (Menon et al. 2021, eq. 10)."""
     return cross_entropy(logits + prior.tau * prior.log_prior.to(logits.dtype), labels, weights, prior)
-
-
-def _weighted(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    # where, not a product: a left-out sample's loss may be anything, and 0 · inf is not 0
-    return torch.where(weights > 0, losses * weights, 0.0).sum(), weights.sum()
 
 
 LOSSES: dict[str, Loss] = {"CE": cross_entropy, "LA": logit_adjusted}

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_stat_scores
+from torchmetrics.functional.classification import multiclass_stat_scores
 
 Metrics = dict[str, Any]
 
@@ -39,10 +40,27 @@ def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Me
         "worst_case_acc": float(recall[present].min()),
         "hmean_acc": float(1 / (1 / recall[present].clamp_min(FLOOR)).mean()),
         "gmean_acc": float((recall[present] / 100).log().mean().exp() * 100),
-        "ece": float(multiclass_calibration_error(logits.softmax(-1), labels, count, n_bins=10)) * 100,
+        "ece": 100 * calibration_error(logits.softmax(-1).amax(-1), predictions == labels),
         "nll": float(F.cross_entropy(logits, labels)),
         "per_class_acc": [float(each) if there else None for each, there in zip(recall, present, strict=True)],
     }
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 10) -> float:
+    """Σ_b n_b/N · |accuracy_b − confidence_b| over equal bins (a, b], the first one with 0, as LIFT.
+
+    torchmetrics' bins are [a, b): there a confidence on an edge counts in the bin above, and one of exactly 1, which a
+    scale of 100 makes common, in a bin of its own.
+
+    Args:
+        confidence: [N] in 0 … 1.
+        correct: [N] bool.
+    """
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
+    index = (torch.bucketize(confidence.double(), edges) - 1).clamp(0, bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    gaps.index_add_(0, index, correct.double() - confidence.double())
+    return float(gaps.abs().sum()) / len(confidence)
 
 
 def _mean(values: Tensor, classes: Tensor, present: Tensor) -> float | None:

@@ -17,15 +17,15 @@ class Progress:
 
     Args:
         folder: of the event files; None on processes that show nothing.
-        epochs, steps: in the run, and in an epoch.
-        start: steps done already.
+        epochs, steps: in the plan, and in an epoch.
+        start, total: steps done already, and to be done.
     """
 
-    def __init__(self, folder: Path | None, epochs: int, steps: int, start: int) -> None:
-        self.epochs, self.steps = epochs, steps
+    def __init__(self, folder: Path | None, epochs: int, steps: int, start: int, total: int) -> None:
+        self.epochs, self.steps, self.total = epochs, steps, total
         self.writer = None if folder is None else SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         shown = folder is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=epochs * steps, initial=start, unit="step", disable=not shown, leave=False)
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=not shown, leave=False)
         self.since, self.since_step, self.waited = time.perf_counter(), start, 0.0
 
     def step(self) -> None:
@@ -60,7 +60,7 @@ class Progress:
         log.info(
             f"epoch [{epoch}/{self.epochs}] batch [{batch}/{self.steps}] time {seconds:.3f} data {waited:.3f} "
             f"loss {last['loss.val']:.4f} ({last['loss.avg']:.4f}) acc {last['acc.val']:.2f} ({last['acc.avg']:.2f}) "
-            f"({shots}) lr {lr:.4e} eta {_clock(seconds * (self.epochs * self.steps - done))}"
+            f"({shots}) lr {lr:.4e} eta {_clock(seconds * (self.total - done))}"
         )
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from configs import CfgNode
+from configs.errors import UserError
 from datasets import DataInfo
 from models import Classifier
 from trainers.checkpoint import package_versions
+from trainers.files import read_json
 from trainers.trainer import TrainReport
 
 COLUMNS = {
@@ -44,6 +46,18 @@ def summary(cfg: CfgNode, info: DataInfo, model: Classifier, train: TrainReport 
         "class_counts": info.class_counts.tolist(),
         "train": None if train is None else train_facts(train),
     }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A metrics.json.
+
+    Raises:
+        UserError: it is torn, or something else.
+    """
+    result = read_json(path)
+    if not {"data", "model", "seed", "test"} <= result.keys():
+        raise UserError(f"{path} is no result of a run; start over with `resume False`")
+    return result
 
 
 def train_facts(train: TrainReport) -> dict[str, Any]:

@@ -1,14 +1,12 @@
 """`run`: one config → one run folder. Trains what is unfinished, evaluates what is asked, repeats nothing."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
 from configs import CfgNode, config_hash, values_of
@@ -24,12 +22,13 @@ from trainers.checkpoint import States, fingerprint, load_checkpoint, save_check
 from trainers.evaluator import Logits, infer, save_logits, stored_logits
 from trainers.files import read_folder, read_json, write_json
 from trainers.folder import RunFolder, start_log
+from trainers.launch import make_accelerator, on_main, to_device
 from trainers.methods import Method, build_method
 from trainers.metrics import evaluate
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
 from trainers.progress import write_test_scalars
-from trainers.report import summary, table
-from trainers.trainer import Trainer, TrainReport, to_device
+from trainers.report import read_result, summary, table
+from trainers.trainer import Trainer, TrainReport
 
 log = logging.getLogger("tailtune")
 
@@ -44,17 +43,21 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         UserError: bad input. Interrupted: stopped by a signal, with the state saved.
     """
     cfg = _resolved(cfg)
-    accelerator = _accelerator(cfg)
+    accelerator = make_accelerator(cfg)
     folder = RunFolder(cfg)
     lock = folder.lock() if accelerator.is_main_process else None
     try:
         start_log(folder.path / "log.txt" if accelerator.is_main_process else None)
-        stored, target = _on_main(accelerator, lambda: _decide(cfg, folder))
+        stored, target = on_main(accelerator, lambda: _decide(cfg, folder))
         if stored is not None:
-            log.info("finished before; the result of %s\n%s", stored, table(read_json(stored)))
+            log.info("finished before; the result of %s\n%s", stored, table(read_result(stored)))
         else:
             _Run(cfg, folder, accelerator, target, previous).go()
         return folder.path
+    except UserError:
+        if lock is not None:
+            folder.drop_if_empty()
+        raise
     finally:
         accelerator.wait_for_everyone()
         if lock is not None:
@@ -83,39 +86,6 @@ def _decide(cfg: CfgNode, folder: RunFolder) -> tuple[Path | None, Path]:
         )
     metrics = target / "metrics.json"
     return (metrics if metrics.exists() and cfg.resume and not cfg.model_dir else None), target
-
-
-def _on_main(accelerator: Accelerator, decide: Any) -> Any:
-    """What the first process decides, on all of them."""
-    decided = [decide() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(decided)
-    return decided[0]
-
-
-def _accelerator(cfg: CfgNode) -> Accelerator:
-    """Devices, processes and loss scaling. Autocast stays off: encoders hold their own arithmetic."""
-    if "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "accelerate launch was asked for several processes and started one, as it does without GPUs; say "
-            "accelerate launch --multi_gpu --num_processes N main.py …, which works on CPUs too"
-        )
-    if cfg.gpu is not None and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        if cfg.gpu >= torch.cuda.device_count():
-            raise UserError(f"gpu {cfg.gpu}: there are {torch.cuda.device_count()}, counted from 0")
-        os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{cfg.gpu}"
-    scaled = PRECISIONS[precision_used(cfg.prec, torch.cuda.is_available())].scaled
-    handlers = [AutocastKwargs(enabled=False), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # without it Accelerate overlooks the other processes of a CPU launch
-        gradient_accumulation_steps=1,
-        mixed_precision="fp16" if scaled else "no",
-        kwargs_handlers=handlers,
-    )
-    torch.backends.cudnn.deterministic = cfg.deterministic
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    set_seed(cfg.seed)  # nothing of ours draws from the global generators; a library may
-    return accelerator
 
 
 @dataclass
@@ -165,7 +135,7 @@ class _Run:
         cfg, accelerator = self.cfg, self.accelerator
         identity = {"config": config_hash(cfg), "base model": self.base, "processes": accelerator.num_processes}
         states = States(self.folder.states, identity)
-        if states.load() is None:
+        if not states.begun():
             self._init_head(method, data)
             if self.previous is not None:
                 method.start_from(read_folder(self.previous / "checkpoint")[0])
@@ -228,6 +198,11 @@ class _Run:
         found = infer(predict, view, self.accelerator, cfg.test_batch_size, cfg.num_workers)
         if found.bad_images:
             self._note(f"{found.bad_images} test images could not be read and are left out", warn=True)
+        if not found.logits.isfinite().all():
+            raise UserError(
+                "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
+                "with `resume False`"
+            )
         return found
 
     def _from_stored_logits(self) -> bool:
@@ -240,7 +215,8 @@ class _Run:
         if self.accelerator.is_main_process:
             log.info("using the logits of %s", path)
             info = build_info(self.cfg)
-            result = {**read_json(self.folder.metrics), "notes": [*self.notes, f"from the logits of {path}"]}
+            self._note(f"from the logits of {path}")
+            result = {**read_result(self.folder.metrics), "notes": self.notes}
             result.pop("val", None)
             save_logits(self.target / "logits.safetensors", logits, self._key(checkpoint))
             self._finish(result, logits, None, info.groups)
@@ -251,7 +227,7 @@ class _Run:
         cfg = self.cfg
         if cfg.max_test_images is not None:
             self._note(f"max_test_images {cfg.max_test_images}: not the whole test set")
-        result = {**result, "notes": result["notes"] or self.notes, "prec_used": self.prec}
+        result = {**result, "prec_used": self.prec}
         result["test"] = {**evaluate(found.logits.mean(1), found.labels, groups), "bad_images": found.bad_images}
         if val is not None:
             result["val"] = {**evaluate(val.logits.mean(1), val.labels, groups), "bad_images": val.bad_images}
@@ -272,7 +248,7 @@ class _Run:
         if not facts.exists():
             return None
         stored = read_json(facts)
-        return f"{stored['sha256'][:16]}-{stored['base']}"
+        return f"{stored.get('sha256', '')[:16]}-{stored.get('base')}"
 
     def _note(self, text: str, warn: bool = False) -> None:
         """Say it, and keep it for metrics.json."""

@@ -17,8 +17,18 @@ from configs.errors import UserError
 from datasets import DataBundle
 from datasets.bundle import train_loader
 from datasets.samplers import StepSampler
-from trainers.checkpoint import States, copy_state, restore_rng, rng_state, trained_state
+from trainers.checkpoint import (
+    States,
+    copy_state,
+    momenta,
+    part,
+    restore_momenta,
+    restore_rng,
+    rng_state,
+    trained_state,
+)
 from trainers.interrupt import Interrupt, Interrupted
+from trainers.launch import to_device
 from trainers.meters import Meters
 from trainers.methods.base import Batch, Method, Step
 from trainers.optim import Plan, build_optimizer, set_lr
@@ -91,7 +101,7 @@ class Trainer:
                     for step in range(first, min(steps, total - epoch * steps)):
                         self._step(run, batches, step)
                         run.report.seconds = before + time.perf_counter() - started
-                        self._after_step(run, lr, interrupt, last=run.report.steps == total)
+                        self._after_step(run, lr, interrupt, last=run.report.steps + 1 == total)
         finally:
             run.progress.close()
         if torch.cuda.is_available():
@@ -154,7 +164,7 @@ class Trainer:
         stops = self._stops(interrupt, agree=shows)
         saves = end_of_epoch or last or stops or bool(self.plan.save_every and done % self.plan.save_every == 0)
         if shows or saves:
-            self._check_finite(run)
+            self._check_finite(run, weights=saves)
         if shows:
             run.progress.show(done, lr, *run.meters.read(self._sum))
         if saves:
@@ -171,10 +181,15 @@ class Trainer:
         flag = torch.tensor(float(interrupt.requested), device=self.accelerator.device)
         return bool(self._sum(flag) > 0)
 
-    def _check_finite(self, run: _Run) -> None:
-        if not bool(run.finite):
+    def _check_finite(self, run: _Run, weights: bool) -> None:
+        """The loss of every step so far, and before a state is written also what would be in it."""
+        finite = run.finite
+        if weights:
+            trains = (each for each in run.method.parameters() if each.requires_grad)
+            finite = finite & torch.stack([each.isfinite().all() for each in trains]).all()
+        if not bool(finite):
             raise UserError(
-                f"the loss is not finite after step {run.report.steps}; lower lr, or use prec bf16 or fp32. "
+                f"loss or weights are not finite after step {run.report.steps}; lower lr, or use prec bf16 or fp32. "
                 "The last good state is kept"
             )
 
@@ -185,20 +200,14 @@ class Trainer:
 
     def _begin(self, method: Method, data: DataBundle) -> _Run:
         accelerator, plan = self.accelerator, self.plan
-        sampler = StepSampler(
-            len(data.train),
-            plan.batch_size,
-            plan.micro_batch_size,
-            plan.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        rank, world = accelerator.process_index, accelerator.num_processes
+        sampler = StepSampler(len(data.train), plan.batch_size, plan.micro_batch_size, plan.seed, rank, world)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = Meters(data.info.num_classes, data.info.groups, accelerator.device)
         report = self._resume(method, optimizer, meters)
         method.train()
         wrapped, prepared = accelerator.prepare(method, optimizer)
-        progress = Progress(self.events, plan.epochs, sampler.steps, report.steps)
+        progress = Progress(self.events, plan.epochs, sampler.steps, report.steps, self.total_steps(sampler.steps))
         device = accelerator.device
         images, finite = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor(True, device=device)
         return _Run(method, wrapped, prepared, sampler, meters, report, progress, images, finite)
@@ -213,10 +222,9 @@ class Trainer:
         meters = {f"meters.{rank}.{name}": each for name, each in run.meters.state().items()}
         own = {name: each.cpu() for name, each in {**rng_state(rank), **meters}.items()}
         everyone: dict[str, Tensor] = {}
-        for part in gather_object([own]):
-            everyone.update(part)
+        for each in gather_object([own]):
+            everyone.update(each)
         if self.accelerator.is_main_process:
-            momenta = _momenta(run.optimizer)
             trained = {f"method.{name}": each for name, each in trained_state(run.method).items()}
             scaler = self.accelerator.scaler
             facts = {
@@ -224,7 +232,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
-            self.states.save(run.report.steps, {**trained, **momenta, **everyone}, facts)
+            self.states.save(run.report.steps, {**trained, **momenta(run.optimizer), **everyone}, facts)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: Meters) -> TrainReport:
@@ -236,44 +244,13 @@ class Trainer:
             log.info("using %d threads, as the run did before (results depend on it)", facts["threads"])
             torch.set_num_threads(facts["threads"])
         where = str(self.states.folder)
-        copy_state(method, _part(tensors, "method."), where)
-        _restore_momenta(optimizer, tensors)
+        copy_state(method, part(tensors, "method."), where, "start over with `resume False`")
+        restore_momenta(optimizer, tensors)
         rank = self.accelerator.process_index
-        meters.load(_part(tensors, f"meters.{rank}."))
+        meters.load(part(tensors, f"meters.{rank}."))
         restore_rng(tensors, rank)
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         report = TrainReport(**facts["report"])
         log.info("resuming after step %d", report.steps)
         return report
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch; `image` may be a list of images of different sizes."""
-
-    def move(value: Any) -> Any:
-        return [move(each) for each in value] if isinstance(value, list) else value.to(device, non_blocking=True)
-
-    return {name: move(value) for name, value in batch.items()}
-
-
-def _momenta(optimizer: Any) -> dict[str, Tensor]:
-    """Momentum buffers by position: group, parameter."""
-    return {
-        f"momentum.{g}.{p}": optimizer.state[parameter]["momentum_buffer"]
-        for g, group in enumerate(optimizer.param_groups)
-        for p, parameter in enumerate(group["params"])
-        if optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
-    }
-
-
-def _restore_momenta(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    for g, group in enumerate(optimizer.param_groups):
-        for p, parameter in enumerate(group["params"]):
-            saved = tensors.get(f"momentum.{g}.{p}")
-            if saved is not None:
-                optimizer.state[parameter]["momentum_buffer"] = saved.to(parameter.device)
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,107 @@
+"""Time and memory of a training step, fast path beside the plain formulation, interleaved in one process.
+
+    python benchmarks/step.py -d imagenet_lt -m clip_vit_b16_peft --batch 8 --prec fp32 bf16
+
+Random weights, synthetic images, no loader. On a CPU the time is process CPU time (other processes do not enter), on a
+GPU wall time after a synchronisation. Prints medians and minima over the rounds, and the ratio plain / fast.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from configs import load_configs
+from datasets import build_info
+from models import build_model
+from trainers.methods import build_method, method_options
+from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable
+from trainers.report import hardware
+
+MIB = 2**20
+
+
+def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fast: bool) -> Callable[[], None]:
+    """One optimizer step of a config as a function."""
+    info = build_info(cfg)
+    method = build_method(cfg, build_model(cfg, info.class_names, fast=fast), info).to(device).train()
+    method.model.init = None
+    precision = PRECISIONS[prec]
+    method.model.set_precision(precision.compute)
+    cast_trainable(method, precision.trainable)
+    optimizer = build_optimizer(method.param_groups(), Plan.of(cfg, batch_size))
+    batch = {
+        "image": torch.zeros(batch_size, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8, device=device),
+        "label": torch.arange(batch_size, device=device) % info.num_classes,
+        "weight": torch.ones(batch_size, device=device),
+    }
+
+    def step() -> None:
+        outcome = method(batch)
+        (outcome.loss_sum / outcome.weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step."""
+    if device.type != "cuda":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(step: Callable[[], None], device: torch.device) -> str:
+    if device.type != "cuda":
+        return "n/a"
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return f"{torch.cuda.max_memory_allocated() / MIB:.0f} MiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", "--data", default="imagenet_lt")
+    parser.add_argument("-m", "--model", default="clip_vit_b16_peft")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prec", nargs="+", default=["fp32"], choices=[p for p in PRECISIONS if p != "amp"])
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (cfg,) = load_configs(args.data, args.model, ["pretrained", "none"], method_options())
+    print(f"{args.data} {args.model} batch {args.batch} on {hardware()}, torch {torch.__version__}")
+    for prec in args.prec:
+        steps = {
+            name: make_step(cfg, prec, args.batch, device, fast) for name, fast in (("fast", True), ("plain", False))
+        }
+        for step in steps.values():
+            step()  # warm-up
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(args.rounds):
+            for name, step in steps.items():
+                times[name].append(measure(step, device))
+        for name, seconds in times.items():
+            middle, least = statistics.median(seconds), min(seconds)
+            print(
+                f"{prec:>5} {name:<6} {1e3 * middle / args.batch:8.1f} ms/image (least {1e3 * least / args.batch:.1f}) "
+                f"{args.batch / middle:8.1f} images/s  peak {peak(steps[name], device)}"
+            )
+        print(f"{prec:>5} plain / fast = {statistics.median(times['plain']) / statistics.median(times['fast']):.2f}")
+
+
+if __name__ == "__main__":
+    main()

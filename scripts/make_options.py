@@ -1,0 +1,127 @@
+"""Write docs/options.md, the reference of all options, from the tables of the code.
+
+python scripts/make_options.py
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs.schema import ALIASES, RUNTIME, SCHEMA, TEST, TRAIN, Key, option_keys  # noqa: E402
+from configs.values import as_bool, as_float, as_int, as_micro, as_span, as_str  # noqa: E402
+from datasets import DATASETS  # noqa: E402
+from datasets.transforms import AUGMENTS  # noqa: E402
+from models import BACKBONES  # noqa: E402
+from models.head_init import HEAD_INITS  # noqa: E402
+from models.heads import HEADS  # noqa: E402
+from models.prompts import PROMPTS  # noqa: E402
+from trainers.losses import LOSSES  # noqa: E402
+from trainers.methods import METHODS, method_options  # noqa: E402
+
+FILE = ROOT / "docs" / "options.md"
+TYPES = {
+    as_str: "text",
+    as_bool: "True, False",
+    as_int: "whole number",
+    as_float: "number",
+    as_micro: "whole number, auto",
+    as_span: "k or [start,end)",
+}
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "AUGMENTS": AUGMENTS,
+    "BACKBONES": BACKBONES,
+    "DATASETS": DATASETS,
+    "HEADS": HEADS,
+    "HEAD_INITS": HEAD_INITS,
+    "LOSSES": LOSSES,
+    "METHODS": METHODS,
+    "PROMPTS": PROMPTS,
+}
+SECTIONS = {
+    "dataset": "Data",
+    "backbone": "Model",
+    "full_tuning": "Tuners",
+    "seed": "Training",
+    "tte": "Evaluation",
+    "test_only": "How it runs",
+}
+"""The first option of each section of the schema → its title."""
+
+INTRODUCTION = f"""# Options
+
+`python main.py -d DATA -m MODEL [KEY VALUE ...]`, or `key: value` in a YAML of `configs/`. Later beats earlier:
+defaults < data YAML < model YAML < its `by_dataset` entries < the command line. `--dry-run` shows the values of a run.
+
+The class of an option says what a changed value means:
+
+- **{TRAIN}**: another trained model, so another run folder;
+- **{TEST}**: another evaluation of the same model, kept in `tests/<key>/` of its run folder;
+- **{RUNTIME}**: the same numbers, got differently.
+
+`none` (or `null`) is a value where the default is none or the type says so. {{aliases}}
+
+This file is made by `python scripts/make_options.py`.
+"""
+
+
+def render() -> str:
+    """The whole file."""
+    aliases = " ".join(f"`{old}` is another name of `{new}`." for old, new in ALIASES.items())
+    parts = [INTRODUCTION.format(aliases=aliases)]
+    parts += [f"## {title}\n\n{table(entries)}\n" for title, entries in sections()]
+    return "\n".join(parts)
+
+
+def sections() -> Iterator[tuple[str, dict[str, Key]]]:
+    """Title and options of each section, in the schema's order; then the methods' own."""
+    found: list[tuple[str, dict[str, Key]]] = []
+    for key, entry in SCHEMA.items():
+        if entry.internal:
+            continue
+        if key in SECTIONS:
+            found.append((SECTIONS[key], {}))
+        found[-1][1][key] = entry
+    assert [title for title, _ in found] == list(SECTIONS.values()), "SECTIONS and the schema's order differ"
+    yield from found
+    for method, options in method_options().items():
+        if own := option_keys(method, options):
+            yield f"Method {method}", own
+
+
+def table(entries: Mapping[str, Key]) -> str:
+    rows = ["| key | type | default | class | meaning | choices |", "|---|---|---|---|---|---|"]
+    for key, entry in entries.items():
+        cells = (f"`{key}`", _type(entry), _default(entry), entry.cls, _meaning(entry), _choices(entry))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def _type(entry: Key) -> str:
+    least = "" if entry.least is None else f" ≥ {entry.least:g}"
+    return TYPES[entry.parse] + least + (", none" if entry.optional else "")
+
+
+def _default(entry: Key) -> str:
+    if entry.default is None:
+        return "none"
+    return f"`{entry.default}`" if entry.default != "" else "empty"
+
+
+def _meaning(entry: Key) -> str:
+    return entry.doc + (" (a data YAML's value beats the model YAML's)" if entry.data_wins else "")
+
+
+def _choices(entry: Key) -> str:
+    of_table = re.search(r"entry of ([A-Z_]+)", entry.doc)
+    choices = entry.choices or (tuple(TABLES[of_table[1]]) if of_table else ())
+    return ", ".join(f"`{choice}`" for choice in choices)
+
+
+if __name__ == "__main__":
+    FILE.write_text(render(), encoding="utf-8")
+    print(f"wrote {FILE.relative_to(ROOT)}")

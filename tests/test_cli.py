@@ -1,0 +1,475 @@
+"""The command line's contract: flags, configs, the dry run, the run folder, and what a second launch does."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Cli
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_bad_input import signal_after, states
+
+import configs
+import main
+from configs import load_configs, names
+from main import split_words
+from trainers.dryrun import check, dry_run
+from trainers.methods import method_options
+
+FAKE = "-d fake_lt -m tiny_clip_peft pretrained none"
+SHORT = f"{FAKE} num_epochs 2 output_dir run"
+RUN = Path("output/run")
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_help(launch: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown
+    assert shown.count("python main.py -d") >= 4
+
+
+def test_help_in_a_shell(cli: Cli) -> None:
+    done = cli("lr", "0.1", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python main.py -d DATA -m MODEL [KEY VALUE ...]")
+
+
+def test_list(launch: Cli) -> None:
+    done = launch("--list")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    listed = [line.split(None, 1) for line in lines if line.startswith("  ")]
+    assert [name for name, _ in listed] == [*names("data"), *names("model")]
+    assert all(len(description) > 10 for _, description in listed)
+    assert [line for line in lines if not line.startswith("  ")] == ["data:", "model:"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-d fake_lt -m tiny_clip lr 0.1 weight_decay -1e-3 --dry-run",
+        "--dry-run lr 0.1 -m tiny_clip weight_decay -1e-3 -d fake_lt",
+        "lr 0.1 --model tiny_clip --dry-run weight_decay -1e-3 --data fake_lt",
+        "lr --dry-run 0.1 -d fake_lt weight_decay -m tiny_clip -1e-3",
+    ],
+)
+def test_flags_stand_anywhere(words: str) -> None:
+    flags, pairs = split_words(words.split())
+    parsed = main.make_parser().parse_args(flags)
+    assert (parsed.data, parsed.model, parsed.dry_run) == ("fake_lt", "tiny_clip", True)
+    assert pairs == ["lr", "0.1", "weight_decay", "-1e-3"]
+
+
+def test_flags_with_equals_sign(launch: Cli) -> None:
+    assert launch("--data=fake_lt --dry-run --model=tiny_clip tau -1e-3").returncode == 0
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """`shipped("model/mine", text)` adds a config to a copy of the shipped ones."""
+    folder = tmp_path / "shipped"
+    for kind in ("data", "model"):
+        shutil.copytree(configs.FOLDER / kind, folder / kind)
+    monkeypatch.setattr(configs, "FOLDER", folder)
+    return lambda name, text: None if (folder / f"{name}.yaml").write_text(text) else None
+
+
+def test_merge_order(shipped: Callable[[str, str], None]) -> None:
+    """defaults < data < model < by_dataset, most specific last < command line; but `augment` is the data's."""
+    shipped("data/mine_100", "dataset: Fake\nlr: 1\nnum_epochs: 1\nbatch_size: 1\nmomentum: 0.1\naugment: digits\n")
+    shipped(
+        "model/mine",
+        "backbone: TinyCLIP\nresolution: 32\naugment: cifar\nnum_epochs: 2\nbatch_size: 2\nmomentum: 0.2\n"
+        "by_dataset:\n  mine_100: {momentum: 0.5}\n  'mine*': {batch_size: 3, momentum: 0.3}\n"
+        "  '*': {batch_size: 4, momentum: 0.4}\n  other: {lr: 9}\n",
+    )
+    (cfg,) = load_configs("mine_100", "mine", ["momentum", "0.6"])
+    assert (cfg.tau, cfg.lr, cfg.num_epochs, cfg.batch_size, cfg.momentum) == (1.0, 1.0, 2, 3, 0.6)
+    assert load_configs("mine_100", "mine", [])[0].momentum == 0.5
+    assert cfg.augment == "digits"
+    with pytest.raises(AttributeError):
+        cfg.lr = 2.0
+
+
+def test_values_have_the_declared_type() -> None:
+    words = "output_dir 2024 lr 1 max_steps none seed 007 tte TRUE partial [0,6) pretrained Null tau -1e-3"
+    (cfg,) = load_configs("fake_lt", "tiny_clip", words.split())
+    assert (cfg.output_dir, cfg.lr, cfg.max_steps, cfg.seed, cfg.tte) == ("2024", 1.0, None, 7, True)
+    assert type(cfg.lr) is float
+    assert (cfg.partial, cfg.pretrained, cfg.tau) == ([0, 6], None, -1e-3)
+
+
+def test_aliases(shipped: Callable[[str, str], None]) -> None:
+    shipped("model/mine", "backbone: TinyCLIP\ntest_ensemble: true\n")
+    assert load_configs("fake_lt", "mine", [])[0].tte
+    assert not load_configs("fake_lt", "mine", ["test_ensemble", "False"])[0].tte
+
+
+def test_run_names() -> None:
+    def name(*pairs: str) -> str:
+        return load_configs("fake_lt", "tiny_clip", pairs)[0].run_name
+
+    assert name() == "fake_lt_tiny_clip"
+    assert name("lr", "0.2", "num_workers", "3", "tte", "True") == "fake_lt_tiny_clip"
+    assert (
+        name("lora", "True", "lr", "0.5") == name("lr", "5e-1", "lora", "true") == "fake_lt_tiny_clip_lora_True_lr_0.5"
+    )
+    odd = name("pretrained", "/some where/../w*.pt")
+    assert odd != name("pretrained", "/some where/../w?.pt")
+    long = name("backbone", "CLIP-ViT-B/16", "pretrained", "/x" * 200, "classnames", "y" * 300)
+    for each in (odd, long):
+        assert len(each) < 200
+        assert not set(each) & set("/ *?\\'\"$&;<>|")
+
+
+def test_own_data_by_path(launch: Cli, tmp_path: Path) -> None:
+    (tmp_path / "our birds.yaml").write_text("dataset: Fake\nnum_classes: 5\n")
+    (cfg,) = load_configs(str(tmp_path / "our birds.yaml"), "tiny_clip", [])
+    assert (cfg.data, cfg.run_name, cfg.data_dir) == ("our birds", "our-birds_tiny_clip", str(tmp_path))
+
+
+# --- dry run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", names("model"))
+def test_every_pair_of_configs_loads(model: str) -> None:
+    for data in names("data"):
+        *_, cfg = load_configs(data, model, [], method_options())
+        assert cfg.run_name == f"{data}_{model}"
+
+
+@pytest.mark.parametrize(
+    ("data", "model"), [*((d, "tiny_clip") for d in names("data")), *(("fake_lt", m) for m in names("model"))]
+)
+def test_every_config_builds(data: str, model: str) -> None:
+    check(load_configs(data, model, [], method_options())[-1])
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "tuner", "head"),
+    [
+        ("imagenet_lt", "adaptformer True", 617_868, 768_000),
+        ("places_lt", "adaptformer True", 175_212, 280_320),
+        ("inat2018", "adaptformer True", 4_749_324, 6_253_056),
+        ("cifar100_ir100", "adaptformer True", 101_436, 76_800),
+        ("imagenet_lt", "lora True", 1_179_648, 768_000),
+        ("places_lt", "lora True", 294_912, 280_320),
+        ("imagenet_lt", "vpt_deep True", 92_160, 768_000),
+        ("imagenet_lt", "full_tuning True", 85_054_464, 768_000),
+        ("imagenet_lt", "adaptformer True partial [0,6]", 308_934, 768_000),
+        ("imagenet_lt", "adapter True", 617_856, 768_000),
+        ("cifar100_ir100", "adapter True", 101_424, 76_800),
+        ("imagenet_lt", "bias_tuning True", 101_376, 768_000),
+        ("imagenet_lt", "ln_tuning True", 36_864, 768_000),
+        ("imagenet_lt", "vpt_shallow True", 7_680, 768_000),
+        ("imagenet_lt", "full_tuning True partial 1", 7_087_872, 768_000),
+        ("imagenet_lt", "full_tuning True partial 0", 0, 768_000),
+        ("imagenet_lt", "classifier LinearClassifier", 0, 769_000),
+        *(
+            ("imagenet_lt", f"adaptformer True adapter_dim {r}", count, 768_000)
+            for r, count in ((1, 46_104), (2, 64_548), (16, 322_764), (64, 1_208_076), (128, 2_388_492))
+        ),
+    ],
+)  # fmt: skip
+def test_parameter_counts(config: Callable[..., Any], data: str, words: str, tuner: int, head: int) -> None:
+    if "classifier" in words:
+        words += " init_head none"
+    counts = check(config(data, "clip_vit_b16", *words.split())).counts()
+    assert (counts["tuner"], counts["head"], counts["trainable"]) == (tuner, head, tuner + head)
+
+
+@pytest.mark.parametrize(("data", "total"), [("cifar100_ir100", 85_976_892), ("imagenet_lt", 87_184_524)])
+def test_totals_of_in21k(config: Callable[..., Any], data: str, total: int) -> None:
+    cfg = config(data, "clip_vit_b16_peft", "backbone", "IN21K-ViT-B/16", "init_head", "none")
+    assert check(cfg).counts()["total"] == total
+
+
+def test_dry_run_ends_in_one_line_of_json(launch: Cli, tmp_path: Path) -> None:
+    done = launch("-d imagenet_lt -m clip_vit_b16_peft root /nowhere --dry-run lr 0.02")
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {"config", "params", "gflops_per_image"}
+    assert (result["config"]["lr"], result["config"]["root"], result["config"]["tte"]) == (0.02, "/nowhere", True)
+    params = result["params"]
+    assert set(params) == {"total", "tuner", "head", "trainable"}
+    # without the visual projection (768 · 512), which nothing uses
+    assert params["total"] == 86_192_640 - 768 * 512 + 617_868 + 768_000
+    assert not any(tmp_path.iterdir())
+
+
+def test_gflops_of_a_whole_forward(config: Callable[..., Any]) -> None:
+    """Against 2mnk counted by hand for the embedded CLIP, whose last block needs but the class token."""
+    cfg = config("fake_lt", "tiny_clip")
+    found = dry_run(cfg)
+    vision = json.loads((Path(configs.__file__).parent.parent / "models/tiny_clip/tailtune-tiny.json").read_text())
+    width, layers, patch = (vision["vision_cfg"][key] for key in ("width", "layers", "patch_size"))
+    grid = (32 // patch) ** 2
+    tokens = grid + 1
+    blocks = layers * (2 * tokens * width * 12 * width + 4 * tokens * tokens * width)
+    whole = 2 * grid * 3 * patch * patch * width + blocks + 2 * width * 10
+    assert 0.6 * whole < found["gflops_per_image"] * 1e9 <= whole
+
+
+# --- one finished run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs, not to be changed; the whole scratch folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main.main(SHORT.split()) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it in this test's scratch folder."""
+    shutil.copytree(finished / "output", tmp_path / "output")
+    return tmp_path / RUN
+
+
+def test_metrics_json(finished: Path) -> None:
+    result = json.loads((finished / RUN / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert set(result) >= {
+        *("schema", "data", "model", "seed", "commit", "packages", "hardware", "prec_used", "stopped_early", "notes"),
+        *("params", "class_counts", "train", "test"),
+    }
+    assert (result["schema"], result["data"], result["model"], result["seed"]) == (1, "fake_lt", "tiny_clip_peft", 0)
+    assert (result["prec_used"], result["stopped_early"]) == ("fp32", False)
+    assert set(result["params"]) == {"total", "tuner", "head", "trainable"}
+    assert {"epochs", "steps", "seconds", "images_per_second", "peak_memory_bytes"} <= set(result["train"])
+    assert (result["train"]["epochs"], result["train"]["steps"]) == (2, 10)
+    assert result["class_counts"][0] == 40
+    metrics = result["test"]
+    assert set(metrics) >= {
+        *("accuracy", "error_rate", "macro_f1", "mean_acc", "many_acc", "med_acc", "few_acc", "worst_case_acc"),
+        *("hmean_acc", "gmean_acc", "ece", "nll", "per_class_acc"),
+    }
+    assert len(metrics["per_class_acc"]) == 10
+    assert metrics["accuracy"] + metrics["error_rate"] == pytest.approx(100)
+
+
+def test_files_of_the_run(finished: Path) -> None:
+    files = [each.relative_to(finished / RUN) for each in (finished / RUN).rglob("*") if each.is_file()]
+    assert {each.parts[0] for each in files} == {
+        *(".lock", "config.yaml", "metrics.json", "log.txt", "logits.safetensors"),
+        *("checkpoint", "state", "tensorboard"),
+    }
+    assert not [each for each in files if each.suffix in (".pt", ".pth", ".pkl", ".bin", ".npy", ".tmp")]
+    for path in files:
+        start = (finished / RUN / path).read_bytes()[:2]
+        assert start not in (b"\x80\x02", b"\x80\x04", b"PK"), f"{path} is a pickle"
+    log = (finished / RUN / "log.txt").read_text()
+    assert "epoch [2/2]" in log
+    assert "run folder" in log
+
+
+def test_logits(finished: Path) -> None:
+    path = finished / RUN / "logits.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        assert len(file.metadata()) == 1
+    logits, top = tensors["logits"], tensors["row_max"]
+    assert (logits.shape, logits.dtype) == ((100, 1, 10), torch.float16)
+    assert (top.shape, top.dtype) == ((100, 1), torch.float32)
+    assert bool((logits.amax(-1) == 0).all())
+    assert tensors["index"].tolist() == list(range(100))
+    hits = (logits.float() + top.unsqueeze(-1)).mean(1).argmax(-1) == tensors["labels"]
+    accuracy = json.loads((finished / RUN / "metrics.json").read_text())["test"]["accuracy"]
+    assert 100 * float(hits.float().mean()) == pytest.approx(accuracy, abs=1e-4)
+
+
+def test_checkpoint_holds_what_trains(finished: Path) -> None:
+    tensors = load_file(finished / RUN / "checkpoint" / "tensors.safetensors")
+    params = json.loads((finished / RUN / "metrics.json").read_text())["params"]
+    assert sum(each.numel() for each in tensors.values()) == params["trainable"]
+    assert all("head" in name or "tuners" in name for name in tensors)
+    facts = json.loads((finished / RUN / "checkpoint" / "facts.json").read_text())
+    assert len(facts["class_names"]) == 10
+    assert {"config", "base", "packages"} <= facts.keys()
+
+
+def test_stored_config_loads_again(finished: Path) -> None:
+    stored = yaml.safe_load((finished / RUN / "config.yaml").read_text())
+    (cfg,) = load_configs("fake_lt", "tiny_clip_peft", ["pretrained", "none", "num_epochs", "2", "output_dir", "run"])
+    assert {key: cfg[key] for key in stored if key != "expand"} == {k: v for k, v in stored.items() if k != "expand"}
+
+
+def test_tensorboard_tags(finished: Path) -> None:
+    events = EventAccumulator(str(finished / RUN / "tensorboard"))
+    events.Reload()
+    train = "lr loss.val loss.avg acc.val acc.avg mean_acc many_acc med_acc few_acc"
+    test = "accuracy error_rate macro_f1 worst_case_acc hmean_acc gmean_acc many_acc med_acc few_acc mean_acc ece nll"
+    wanted = {f"train/{tag}" for tag in train.split()} | {f"test/{tag}" for tag in test.split()}
+    assert wanted <= set(events.Tags()["scalars"])
+    assert [each.step for each in events.Scalars("train/loss.val")] == list(range(1, 11))
+
+
+# --- another launch in its folder ------------------------------------------------------------------------------------
+
+
+def contents(folder: Path, *passing: str) -> dict[Path, bytes]:
+    files = (each for each in folder.rglob("*") if each.is_file() and each.name not in ("log.txt", ".lock", *passing))
+    return {each: each.read_bytes() for each in files if each.parent.name != "tests"}
+
+
+def test_same_command_shows_the_stored_result(launch: Cli, run: Path) -> None:
+    before = contents(run)
+    shutil.rmtree(run / "state")  # were it to train, it would have to start over
+    done = launch(SHORT)
+    assert done.returncode == 0
+    assert "finished before" in done.stdout
+    assert "epoch" not in done.stdout
+    assert f"{json.loads((run / 'metrics.json').read_text())['test']['accuracy']:.2f}" in done.stdout
+    assert contents(run) == {path: each for path, each in before.items() if "state" not in path.parts}
+
+
+def test_resume_false_starts_over(launch: Cli, run: Path) -> None:
+    (run / "stale").write_text("")
+    done = launch(f"{SHORT} resume False lr 0.3")
+    assert done.returncode == 0
+    assert "epoch [1/2]" in done.stdout
+    assert not (run / "stale").exists()
+    assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 0.3
+
+
+def test_test_only(launch: Cli, run: Path) -> None:
+    before = contents(run)
+    assert launch(f"{SHORT} test_only True tte True").returncode == 0
+    folder = run / "tests" / "tte_True"
+    assert {each.name for each in folder.iterdir()} == {"metrics.json", "logits.safetensors"}
+    assert {path: each for path, each in contents(run).items() if "tests" not in path.parts} == before
+    again = launch(f"{SHORT} test_only True tte True")
+    assert "finished before" in again.stdout
+
+
+def test_test_only_is_the_same_evaluation(launch: Cli, run: Path) -> None:
+    shutil.move(run / "logits.safetensors", run.parent / "moved")
+    assert launch(f"{SHORT} test_only True").returncode == 0
+    own, other = (json.loads((folder / "metrics.json").read_text()) for folder in (run, run / "tests" / "default"))
+    assert own["test"] == other["test"]
+
+
+def test_other_evaluation_of_a_finished_run(launch: Cli, run: Path) -> None:
+    """Without test_only: nothing trains. Where only the groups change, the saved logits answer."""
+    before = (run / "metrics.json").read_bytes()
+    done = launch(f"{SHORT} many_above 1000")
+    assert done.returncode == 0
+    assert "using the logits of output/run/logits.safetensors" in done.stdout
+    assert "epoch" not in done.stdout
+    own, other = json.loads(before), json.loads((run / "tests" / "many_above_1000" / "metrics.json").read_text())
+    assert own["test"]["accuracy"] == pytest.approx(other["test"]["accuracy"])
+    assert own["test"]["many_acc"] is not None
+    assert other["test"]["many_acc"] is None
+    assert (run / "metrics.json").read_bytes() == before
+    assert "using the logits" not in launch(f"{SHORT} max_test_images 30").stdout
+
+
+def test_test_train(launch: Cli, run: Path) -> None:
+    assert launch(f"{SHORT} test_train True").returncode == 0
+    assert launch(f"{SHORT} test_train True many_above 10 tte True").returncode == 0
+    assert {each.name for each in (run / "tests").iterdir()} == {"train", "train_many_above_10_tte_True"}
+    labels = load_file(run / "tests" / "train" / "logits.safetensors")["labels"]
+    assert labels.bincount().tolist() == json.loads((run / "metrics.json").read_text())["class_counts"]
+
+
+def test_model_dir(launch: Cli, run: Path) -> None:
+    assert launch(f"{FAKE} test_only True model_dir {RUN}").returncode == 0
+    found = Path("output/fake_lt_tiny_clip_peft_pretrained_None/tests/default/metrics.json")
+    assert json.loads(found.read_text())["test"] == json.loads((run / "metrics.json").read_text())["test"]
+
+
+def test_any_seed(launch: Cli) -> None:
+    assert launch(f"{FAKE} seed 5000000000 max_steps 1").returncode == 0
+
+
+def test_zero_shot(launch: Cli) -> None:
+    assert launch("-d fake_lt -m zstiny_clip pretrained none output_dir run").returncode == 0
+    result = json.loads((RUN / "metrics.json").read_text())
+    assert (result["train"], result["params"]["trainable"]) == (None, 0)
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_a_state(launch: Cli, number: signal.Signals) -> None:
+    with signal_after(3, number):
+        done = launch(SHORT)
+    assert (done.returncode, done.stderr) == (130, "interrupted; the same command continues\n")
+    assert [each.name for each in states(RUN)] == ["00000003"]
+    done = launch(SHORT)
+    assert done.returncode == 0
+    assert "resuming after step 3" in done.stdout
+
+
+def test_signal_while_evaluating(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are there already, so nothing is trained twice."""
+    with monkeypatch.context() as patch:
+        patch.setattr("trainers.run.infer", lambda *_: signal.raise_signal(signal.SIGTERM))
+        done = launch(SHORT)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert not (RUN / "metrics.json").exists()
+    done = launch(SHORT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "epoch [" not in done.stdout
+    assert json.loads((RUN / "metrics.json").read_text())["train"]["steps"] == 10
+
+
+def test_an_unfinished_run_is_evaluated_as_the_last_command_says(launch: Cli) -> None:
+    with signal_after(3):
+        assert launch(SHORT).returncode == 130
+    assert launch(f"{SHORT} max_test_images 20").returncode == 0
+    assert "finished before" in launch(f"{SHORT} max_test_images 20").stdout
+
+
+# --- two stages ------------------------------------------------------------------------------------------------------
+
+
+TWO = "-d fake_lt -m two pretrained none after.pretrained none after.num_epochs 1 num_epochs 1 num_workers 0"
+
+
+@pytest.fixture
+def two(shipped: Callable[[str, str], None]) -> None:
+    text = "backbone: TinyCLIP\nresolution: 32\nprec: fp32\nbatch_size: 32\nafter: tiny_clip\n"
+    shipped("model/two", f"# a head first, then everything\n{text}full_tuning: true\n")
+
+
+def test_second_stage_starts_where_the_first_ended(launch: Cli, two: None) -> None:
+    done = launch(f"{TWO} lr 0 output_dir run")
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(path / "checkpoint" / "tensors.safetensors") for path in (RUN / "stage1", RUN))
+    head = "model.head.weight"
+    assert torch.equal(first[head], second[head])  # its own learning rate is 0
+    assert len(second) > len(first)
+    again = launch(f"{TWO} lr 0 output_dir run")
+    assert again.stdout.count("finished before") == 2
+
+
+def test_names_of_stages(launch: Cli, two: None) -> None:
+    first, second = load_configs("fake_lt", "two", [*TWO.split()[4:], "seed", "3", "lr", "0.5"], method_options())
+    assert first.run_name == "fake_lt_tiny_clip_num_epochs_1_pretrained_None_seed_3"
+    assert second.run_name == "fake_lt_two_lr_0.5_num_epochs_1_pretrained_None_seed_3"
+
+
+def test_starting_over_keeps_the_first_stage_that_was_just_trained(launch: Cli, two: None) -> None:
+    for words in (f"{TWO} output_dir run", f"{TWO} output_dir run resume False"):
+        assert launch(words).returncode == 0
+    assert (RUN / "stage1" / "metrics.json").exists()

@@ -1,0 +1,116 @@
+"""Contracts over every entry of every table: what enters a table is covered at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from yacs.config import CfgNode
+
+from datasets import build_data, build_info
+from datasets.transforms import AUGMENTS
+from models import build_model
+from models.head_init import HEAD_INITS, HeadContext
+from models.heads import HEADS
+from models.prompts import PROMPTS
+from models.tuners import TUNERS
+from trainers.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
+from trainers.losses import LOSSES
+from trainers.methods import METHODS, Method, build_method
+from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable
+
+Config = Callable[..., CfgNode]
+NAMES = tuple(f"class {k}" for k in range(10))
+
+
+def build(cfg: CfgNode) -> Method:
+    info = build_info(cfg)
+    return build_method(cfg, build_model(cfg, info.class_names), info)
+
+
+def batch(count: int = 6) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return {"image": images, "label": torch.arange(count), "weight": torch.ones(count)}
+
+
+def choices() -> list[tuple[object, ...]]:
+    """Every entry once, beside the defaults; pairs of tuners too."""
+    tuners = [(name, True) for name in TUNERS]
+    pairs = [(a, True, b, True) for a in TUNERS for b in TUNERS if a < b and {a, b} != {"vpt_shallow", "vpt_deep"}]
+    heads = [("classifier", name) for name in HEADS]
+    losses = [("loss_type", name) for name in LOSSES]
+    methods = [("method", name) for name in METHODS]
+    return [*tuners, *pairs, *heads, *losses, *methods]
+
+
+@pytest.mark.parametrize("pairs", choices(), ids=lambda pairs: "-".join(map(str, pairs)))
+def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
+    pairs: tuple[object, ...], config: Config, tmp_path: Path
+) -> None:
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", *pairs)
+    method, twin = build(cfg), build(cfg)
+    base = fingerprint(method.model.encoder)
+    assert base == fingerprint(twin.model.encoder), "building twice gives the same weights"
+    before = {name: each.clone() for name, each in method.named_parameters()}
+    optimizer = build_optimizer(method.param_groups(), Plan.of(cfg, 6))
+    for _ in range(2):  # B of a LoRA is zero at first, so A moves from the second step on
+        outcome = method.train()(batch())
+        (outcome.loss_sum / outcome.weight).backward()
+        assert torch.isfinite(outcome.loss_sum) and outcome.logits.shape == (6, 10)
+        for name, each in method.named_parameters():
+            assert (each.grad is not None) == each.requires_grad, name
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, each in method.named_parameters():
+        assert torch.equal(each, before[name]) != each.requires_grad, name
+
+    method.eval(), twin.eval()
+    logits = method.expert_logits(batch()["image"])
+    assert logits.shape == (6, 1, 10) and torch.equal(method.predict(batch()["image"]), logits[:, 0])
+    facts = {"base": base, "class_names": list(NAMES)}
+    save_checkpoint(tmp_path / "checkpoint", method, facts)
+    load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
+    assert torch.equal(twin.expert_logits(batch()["image"]), logits)
+    trains = {name for name, each in method.named_parameters() if each.requires_grad}
+    assert trained_state(method).keys() == trains, "a checkpoint holds what trained and nothing else"
+
+
+@pytest.mark.parametrize("prec", PRECISIONS)
+@pytest.mark.parametrize("name", TUNERS)
+def test_every_tuner_in_every_precision(prec: str, name: str, config: Config) -> None:
+    """Trainable weights keep their dtype, logits stay near fp32's, gradients are finite."""
+    method = build(config("fake_lt", "tiny_clip", "pretrained", "none", name, True))
+    with torch.no_grad():
+        wanted = method.predict(batch()["image"])
+    precision = PRECISIONS[prec]
+    method.model.set_precision(precision.compute)
+    cast_trainable(method, precision.trainable)
+    outcome = method(batch())
+    outcome.loss_sum.backward()
+    gradients = [each.grad for each in method.parameters() if each.requires_grad]
+    assert all(each is not None and each.dtype == precision.trainable and each.isfinite().all() for each in gradients)
+    assert (outcome.logits - wanted).abs().max() < (1e-3 if prec in ("fp32", "fp64") else 0.6)
+
+
+@pytest.mark.parametrize("name", HEAD_INITS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_every_head_init_gives_unit_rows(name: str, prompt: str, config: Config) -> None:
+    model = build_model(
+        config("fake_lt", "tiny_clip", "pretrained", "none", "init_head", name, "prompt", prompt), NAMES
+    )
+    features = torch.randn(20, model.encoder.feature_dim)
+    labels = torch.arange(20) % 10
+    model.init_head(HeadContext(NAMES, torch.device("cpu"), lambda: [(features, labels)], lambda each: each))
+    weight = model.head.get_parameter("weight")
+    assert torch.allclose(weight.norm(dim=1), torch.ones(10), atol=1e-5)
+    assert model.init is None, "the text tower is let go"
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_every_augmentation_gives_the_resolution(name: str, config: Config) -> None:
+    data = build_data(config("fake_lt", "tiny_clip", "augment", name, "expand", 6))
+    for index in (0, 3, 5):  # 3 and 5 are not square
+        image = data.train[(index, 0)]["image"]
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8

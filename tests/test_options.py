@@ -1,0 +1,587 @@
+"""Every option does something: for each key of the table a probe shows an effect beyond the printed config.
+
+A probe names two values and a function that builds or runs with one of them and returns what came of it: parameters,
+learning rates, pixels, counts, files, log lines. The two outcomes differ, and the same value twice gives the same.
+"""
+
+import ast
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import open_clip
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from configs import config_hash, load_configs, values_of
+from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TEST, TRAIN
+from configs.seeding import seeded
+from datasets import DataInfo, build_data, build_info
+from datasets.bundle import eval_loader
+from datasets.fake import fake_sources
+from datasets.samplers import StepSampler
+from models import BACKBONES, Classifier, build_model
+from models.clip import Clip
+from models.head_init import HeadContext
+from models.tuners import TUNERS
+from scripts.make_options import FILE, render
+from trainers.checkpoint import States
+from trainers.launch import make_accelerator
+from trainers.methods import METHODS, Method, build_method, method_options
+from trainers.optim import Plan, build_optimizer, set_lr
+from trainers.run import run
+
+KEYS = {key: entry for key, entry in SCHEMA.items() if not entry.internal}
+Words = tuple[object, ...]
+get_tokenizer, fake_sources = cache(open_clip.get_tokenizer), cache(fake_sources)
+
+
+@dataclass(frozen=True)
+class Probe:
+    first: object
+    second: object
+    see: Callable[[CfgNode], Any]
+    """Config → an outcome; of a dict every entry has to differ."""
+    pairs: Words = ()
+    """Other options of both."""
+    data: str = "fake_lt"
+    model: str = "tiny_clip"
+
+
+# --- a small world: two image folders, lists, names, weights -------------------------------------------------------
+
+LISTS = "dataset: ImageList\nroot: images\ntrain_list: train.txt\ntest_list: test.txt\n"
+SPECIES = [{"id": 0, "name": "Mus", "genus": "M"}, {"id": 1, "name": "Abax", "genus": "A"}]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All files that probes name."""
+    folder = tmp_path_factory.mktemp("options")
+    for images, (label, number) in product(("images", "other"), product(range(2), range(6))):
+        path = folder / images / f"{label}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), (20 * number, 50 * label, 200 if images == "other" else 90)).save(path)
+    (folder / "images" / "0" / "5.png").write_bytes(b"no image")
+    listed = {"train": (3, 2), "test": (4, 4), "train2": (5, 4), "test2": (2, 1), "val": (1, 1), "bad": (6, 2)}
+    listed |= {"one/far": (2, 2), "two/far": (4, 1)}
+    for name, counts in listed.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        lines = [f"{label}/{i}.png {label}\n" for label, count in enumerate(counts) for i in range(count)]
+        (folder / f"{name}.txt").write_text("".join(lines))
+    (folder / "lists.yaml").write_text(LISTS)
+    (folder / "names.txt").write_text("cat\ndog\n")
+    for number in (1, 2):
+        (folder / f"counts{number}.json").write_text(json.dumps([9 * number, 3]))
+    (folder / "categories.json").write_text(json.dumps(SPECIES))
+    save_file(tiny_clip_state(), folder / "own.safetensors")
+    return folder
+
+
+def tiny_clip_state() -> dict[str, Tensor]:
+    """Other random weights of the embedded backbone than `pretrained none` gives."""
+    spec = BACKBONES["TinyCLIP"]
+    assert isinstance(spec, Clip)
+    with seeded("own weights"):
+        return {name: each.contiguous() for name, each in open_clip.CLIP(**spec._config()).state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def world(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work beside the files, without run folders, on the CPU; torch's settings are put back.
+
+    What takes most of a probe's time and never differs, reading the tokenizer's table and drawing the images, is done
+    once.
+    """
+    monkeypatch.chdir(files)
+    clear()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
+    monkeypatch.setattr("datasets.fake.fake_sources", fake_sources)
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+def clear() -> None:
+    """No run folder of before: a run that is there already is not repeated."""
+    shutil.rmtree("output", ignore_errors=True)
+
+
+def configure(data: str, model: str, *pairs: object) -> CfgNode:
+    """Random weights, so that nothing is read; a later pair beats an earlier one."""
+    return load_configs(data, model, ["pretrained", "none", *map(str, pairs)], method_options())[-1]
+
+
+# --- what can be seen of data --------------------------------------------------------------------------------------
+
+
+def info(cfg: CfgNode) -> DataInfo:
+    return build_data(cfg).info
+
+
+def names(cfg: CfgNode) -> Any:
+    return info(cfg).class_names
+
+
+def counts(cfg: CfgNode) -> Any:
+    return info(cfg).class_counts.tolist()
+
+
+def outline(cfg: CfgNode) -> Any:
+    return build_info(cfg).class_counts.tolist()
+
+
+def groups(cfg: CfgNode) -> Any:
+    return {name: each.tolist() for name, each in info(cfg).groups.items()}
+
+
+def group(name: str) -> Callable[[CfgNode], Any]:
+    return lambda cfg: groups(cfg)[name]
+
+
+def sizes(*splits: str) -> Callable[[CfgNode], Any]:
+    def see(cfg: CfgNode) -> Any:
+        views = {split: getattr(build_data(cfg), split) for split in splits}
+        return {split: None if view is None else len(view) for split, view in views.items()}
+
+    return see
+
+
+def pixels(split: str, index: int = 0) -> Callable[[CfgNode], Any]:
+    return lambda cfg: getattr(build_data(cfg), split)[index]["image"]
+
+
+def bad_images(cfg: CfgNode) -> Any:
+    try:
+        return [build_data(cfg).train[index]["weight"] for index in range(6)]
+    except Exception as error:
+        return type(error).__name__
+
+
+# --- what can be seen of a model -----------------------------------------------------------------------------------
+
+
+def built(cfg: CfgNode) -> Classifier:
+    return build_model(cfg, names(cfg))
+
+
+def trains(cfg: CfgNode) -> Any:
+    """Name → shape of what trains."""
+    return {name: tuple(each.shape) for name, each in built(cfg).named_parameters() if each.requires_grad}
+
+
+def trains_where(cfg: CfgNode) -> Any:
+    return sorted(trains(cfg).items())
+
+
+def on_meta(cfg: CfgNode) -> Any:
+    with torch.device("meta"):
+        return build_model(cfg, ["a", "b"]).counts()["total"]
+
+
+def encoder_weights(cfg: CfgNode) -> Any:
+    return built(cfg).encoder.net.patch_embed.proj.weight
+
+
+def grid(cfg: CfgNode) -> Any:
+    return {"positions": built(cfg).encoder.grid, "pixels": build_data(cfg).test[0]["image"].shape}
+
+
+def head_kind(cfg: CfgNode) -> Any:
+    return type(built(cfg).head).__name__
+
+
+@torch.no_grad()
+def logits(cfg: CfgNode) -> Any:
+    return built(cfg)(build_data(cfg).test[0]["image"].unsqueeze(0))
+
+
+@torch.no_grad()
+def first_head(cfg: CfgNode) -> Any:
+    """The head's weight before the first step."""
+    data, model = build_data(cfg), built(cfg)
+
+    def features() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in eval_loader(data.plain, 64, 0):
+            yield model.features(batch["image"]), batch["label"]
+
+    model.init_head(HeadContext(data.info.class_names, torch.device("cpu"), features, lambda each: each))
+    return model.head.get_parameter("weight")
+
+
+def seeds(cfg: CfgNode) -> Any:
+    data, model = build_data(cfg), built(cfg)
+    return {
+        "head": model.head.get_parameter("weight"),
+        "tuner": next(model.encoder.tuners.parameters()),
+        "backbone": model.encoder.net.patch_embed.proj.weight,
+        "order": StepSampler(len(data.train), 32, 32, Plan.of(cfg, 32).seed).micro_batches(0),
+        "augmentation": data.train[0]["image"],
+    }
+
+
+# --- what can be seen of training ----------------------------------------------------------------------------------
+
+
+class Other(Method):
+    """A second method, under the name `other`."""
+
+
+def method_kind(cfg: CfgNode) -> Any:
+    with mock.patch.dict(METHODS, {"other": Other}):
+        return type(build_method(cfg, built(cfg), info(cfg))).__name__
+
+
+def loss(cfg: CfgNode) -> Any:
+    data = build_data(cfg)
+    method = build_method(cfg, build_model(cfg, data.info.class_names), data.info)
+    batch = next(iter(eval_loader(data.plain, 64, 0)))
+    return float(method(batch).loss_sum.detach())
+
+
+def two_updates(cfg: CfgNode) -> Any:
+    """A head's weight after two steps with gradient one, in an epoch of its own each."""
+    method = build_method(cfg, built(cfg), info(cfg))
+    plan = Plan.of(cfg, 32)
+    optimizer = build_optimizer(method.param_groups(), plan)
+    weight = method.model.head.get_parameter("weight")
+    for epoch in range(2):
+        set_lr(optimizer, plan, epoch)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return weight
+
+
+def cudnn(cfg: CfgNode) -> Any:
+    make_accelerator(cfg)
+    return {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
+
+
+def device(cfg: CfgNode) -> Any:
+    """The device that Accelerate is told to use, on a machine with two GPUs that this need not be."""
+    cuda = mock.patch.multiple("torch.cuda", is_available=lambda: True, device_count=lambda: 2)
+    rest = mock.patch.multiple("trainers.launch", Accelerator=mock.DEFAULT, set_seed=mock.DEFAULT)
+    with cuda, rest, mock.patch.dict("os.environ"):
+        make_accelerator(cfg)
+        return os.environ.get("ACCELERATE_TORCH_DEVICE")
+
+
+# --- what can be seen of a run -------------------------------------------------------------------------------------
+
+SHORT: Words = ("num_epochs", 0, "max_test_images", 20)
+"""No training: the head stays random."""
+ONE: Words = ("num_epochs", 1, "max_steps", 1, "batch_size", 16, "max_test_images", 20, "lr", 0.1)
+
+
+def ran(cfg: CfgNode, previous: Path | None = None) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run(cfg, previous)
+
+
+def result(cfg: CfgNode) -> Any:
+    return json.loads((ran(cfg) / "metrics.json").read_text())
+
+
+def steps(cfg: CfgNode) -> Any:
+    return result(cfg)["train"]["steps"]
+
+
+def own_logits(cfg: CfgNode) -> Any:
+    """Logits of the run's own evaluation."""
+    found = load_file(ran(cfg) / "logits.safetensors")
+    return found["logits"].float() + found["row_max"].unsqueeze(-1)
+
+
+def trained(cfg: CfgNode) -> Any:
+    return torch.cat(
+        [each.flatten().float() for each in load_file(ran(cfg) / "checkpoint/tensors.safetensors").values()]
+    )
+
+
+def batches(function: str) -> Callable[[CfgNode], Any]:
+    """Sizes of the batches that a method is given during a run."""
+
+    def see(cfg: CfgNode) -> Any:
+        sizes: list[int] = []
+        original = getattr(Method, function)
+
+        def recorded(self: Method, batch: Any) -> Any:
+            sizes.append(len(batch["label"] if isinstance(batch, dict) else batch))
+            return original(self, batch)
+
+        with mock.patch.object(Method, function, recorded):
+            ran(cfg)
+        return sizes
+
+    return see
+
+
+def workers(cfg: CfgNode) -> Any:
+    with mock.patch("datasets.bundle.DataLoader", wraps=DataLoader) as loader:
+        ran(cfg)
+    return sorted({call.kwargs["num_workers"] for call in loader.call_args_list})
+
+
+def printed(cfg: CfgNode) -> Any:
+    return (ran(cfg) / "log.txt").read_text().count("epoch [")
+
+
+def states(cfg: CfgNode) -> Any:
+    """Steps after which a state was saved."""
+    saved: list[int] = []
+    original = States.save
+
+    def recorded(self: States, step: int, *rest: Any) -> None:
+        saved.append(step)
+        original(self, step, *rest)
+
+    with mock.patch.object(States, "save", recorded):
+        ran(cfg)
+    return saved
+
+
+def folder(cfg: CfgNode) -> Any:
+    return ran(cfg).as_posix()
+
+
+def after(cfg: CfgNode) -> Any:
+    """The head that the last of all stages learnt."""
+    words = ["pretrained", "none", *map(str, ONE), "after", str(cfg.after)]
+    words += ["after.pretrained", "none", "after.max_steps", "2"] if cfg.after else []
+    previous = None
+    for stage in load_configs(cfg.data, cfg.model, words, method_options()):
+        previous = ran(stage, previous)
+    assert previous is not None
+    return load_file(previous / "checkpoint/tensors.safetensors")["model.head.weight"]
+
+
+def second_command(cfg: CfgNode) -> Any:
+    """The same run is finished already; what is there, and what is said, after this command."""
+    first = load_configs(cfg.data, cfg.model, ["pretrained", "none", *map(str, ONE)], method_options())[-1]
+    ran(first)
+    path = ran(cfg)
+    return {
+        "evaluations": sorted(each.parent.name for each in path.glob("tests/*/metrics.json")),
+        "repeated": "finished before" not in (path / "log.txt").read_text(),
+    }
+
+
+def evaluations(cfg: CfgNode) -> Any:
+    return second_command(cfg)["evaluations"]
+
+
+def repeated(cfg: CfgNode) -> Any:
+    return second_command(cfg)["repeated"]
+
+
+def another_runs(cfg: CfgNode) -> Any:
+    """Logits with the checkpoint of one of two runs."""
+    for number in (1, 2):
+        ran(configure(cfg.data, cfg.model, *ONE, "lr", number, "output_dir", f"run{number}"))
+    found = load_file(ran(cfg) / "tests" / cfg.test_key / "logits.safetensors")
+    return found["row_max"]
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+LISTED: dict[str, Any] = {"data": "lists.yaml"}
+PROBES: dict[str, Probe] = {
+    "dataset": Probe("Fake", "Digits", names),
+    "root": Probe("images", "other", pixels("train"), **LISTED),
+    "lists": Probe("one", "two", counts, ("train_list", "far.txt"), **LISTED),
+    "num_classes": Probe(10, 5, lambda cfg: built(cfg).head.get_parameter("weight").shape),
+    "class_counts": Probe("counts1.json", "counts2.json", outline, **LISTED),
+    "train_list": Probe("train.txt", "train2.txt", counts, **LISTED),
+    "test_list": Probe("test.txt", "test2.txt", sizes("test"), **LISTED),
+    "val_list": Probe("none", "val.txt", sizes("val"), **LISTED),
+    "val_per_class": Probe(0, 1, sizes("val", "train")),
+    "test_per_class": Probe(1, 2, sizes("test", "train"), ("test_list", "none", "train_list", "train2.txt"), **LISTED),
+    "classnames": Probe("none", "names.txt", names, **LISTED),
+    "label_field": Probe("id", "genus", names, **LISTED),
+    "imb_factor": Probe(0.1, 0.5, counts),
+    "on_bad_image": Probe("raise", "skip", bad_images, ("train_list", "bad.txt"), **LISTED),
+    "augment": Probe("lift", "none", pixels("train")),
+    "interpolation": Probe("bilinear", "bicubic", pixels("test", 3)),
+    "backbone": Probe("TinyCLIP", "CLIP-ViT-B/16", on_meta),
+    "pretrained": Probe("none", "own.safetensors", encoder_weights),
+    "resolution": Probe(32, 48, grid),
+    "method": Probe("classify", "other", method_kind),
+    "after": Probe("none", "tiny_clip", after, ONE, model="tiny_clip_peft"),
+    "classifier": Probe("CosineClassifier", "LinearClassifier", head_kind),
+    "scale": Probe(25, 10, logits),
+    "init_head": Probe("none", "class_mean", first_head),
+    "prompt": Probe("default", "classname", first_head),
+    "zero_shot": Probe(False, True, trains_where),
+    **{name: Probe(False, True, trains_where) for name in TUNERS},
+    "partial": Probe("none", "[1,3)", trains_where, ("lora", True)),
+    "vpt_len": Probe("none", 3, trains_where, ("vpt_deep", True)),
+    "adapter_dim": Probe(8, "none", trains_where, ("adapter", True)),
+    "seed": Probe(0, 1, seeds, ("lora", True)),
+    "deterministic": Probe(True, False, cudnn),
+    "prec": Probe("fp32", "bf16", trained, ONE),
+    "residual_dtype": Probe("none", "fp32", trained, (*ONE, "prec", "bf16")),
+    "num_epochs": Probe(1, 2, steps, ("batch_size", 512, "max_test_images", 20)),
+    "max_steps": Probe(1, 2, steps, ("batch_size", 16, "max_test_images", 20)),
+    "batch_size": Probe(128, 64, steps, ("num_epochs", 1, "max_test_images", 20)),
+    "micro_batch_size": Probe("none", 4, batches("forward"), ONE),
+    "lr": Probe(0.1, 0.2, two_updates),
+    "weight_decay": Probe(5e-4, 0.1, two_updates),
+    "momentum": Probe(0.9, 0, two_updates),
+    "loss_type": Probe("LA", "CE", loss),
+    "tau": Probe(1, 0.5, loss),
+    "tte": Probe(False, True, own_logits, SHORT),
+    "expand": Probe("none", 4, own_logits, (*SHORT, "tte", True)),
+    "test_prec": Probe("fp32", "bf16", own_logits, SHORT),
+    "test_train": Probe(False, True, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
+    "max_test_images": Probe("none", 20, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
+    "many_above": Probe(20, 10, group("many")),
+    "few_below": Probe(8, 12, group("few")),
+    "group_imb_factor": Probe("none", 0.5, groups),
+    "test_only": Probe(False, True, evaluations, ONE),
+    "model_dir": Probe("output/run1", "output/run2", another_runs, (*ONE, "test_only", True)),
+    "output_dir": Probe("none", "here", folder, SHORT),
+    "resume": Probe(True, False, repeated, ONE),
+    "gpu": Probe("none", 1, device),
+    "num_workers": Probe(0, 1, workers, ONE),
+    "print_freq": Probe(10, 1, printed, ("num_epochs", 1, "max_test_images", 20)),
+    "save_every": Probe("none", 1, states, ("max_steps", 2, "batch_size", 16, "max_test_images", 20)),
+    "test_batch_size": Probe(64, 7, batches("expert_logits"), SHORT),
+}
+
+
+def probed(key: str, value: object) -> CfgNode:
+    probe = PROBES[key]
+    return configure(probe.data, probe.model, *probe.pairs, key, value)
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_every_option_has_a_probe() -> None:
+    assert PROBES.keys() == KEYS.keys()
+
+
+@pytest.mark.parametrize("key", PROBES)
+def test_an_option_has_an_effect(key: str) -> None:
+    outcomes = []
+    for value in (PROBES[key].first, PROBES[key].first, PROBES[key].second):
+        clear()
+        outcomes.append(PROBES[key].see(probed(key, value)))
+    first, again, second = (each if isinstance(each, dict) else {"": each} for each in outcomes)
+    assert all(same(first[name], again[name]) for name in first), "the probe itself is not reproducible"
+    assert first.keys() == second.keys() and first
+    for name in first:
+        assert not same(first[name], second[name]), f"{name or 'the outcome'} is the same for both values"
+
+
+# --- the table of options itself -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", PROBES)
+def test_a_class_says_which_names_change(key: str) -> None:
+    """`train`: the run's name and the hash; `test`: the evaluation's key; `runtime`: none of them."""
+    first, second = (probed(key, value) for value in (PROBES[key].first, PROBES[key].second))
+    changed = {
+        "run_name": first.run_name != second.run_name,
+        "hash": config_hash(first) != config_hash(second),
+        "test_key": first.test_key != second.test_key,
+    }
+    cls = SCHEMA[key].cls
+    assert changed == {"run_name": cls == TRAIN, "hash": cls == TRAIN, "test_key": cls == TEST}
+
+
+@pytest.mark.parametrize("key", SCHEMA)
+def test_an_entry_is_complete(key: str) -> None:
+    entry = SCHEMA[key]
+    assert entry.cls in (TRAIN, TEST, RUNTIME)
+    assert entry.doc and entry.doc == entry.doc.strip() and not entry.doc.endswith(".")
+    if entry.default is not None:
+        assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default))
+        assert not entry.choices or entry.default in entry.choices
+        assert entry.least is None or entry.default >= entry.least
+    assert entry.logits or entry.cls == TEST
+
+
+def test_tuner_flags_are_the_tuners() -> None:
+    flags = {key for key, entry in KEYS.items() if entry.default is False and entry.cls == TRAIN}
+    assert flags - {"zero_shot"} == TUNERS.keys()
+
+
+def test_aliases_and_shared_keys_are_options() -> None:
+    assert set(ALIASES.values()) <= KEYS.keys() and not ALIASES.keys() & SCHEMA.keys()
+    assert set(SHARED) <= KEYS.keys()
+    assert configure("fake_lt", "tiny_clip", "test_ensemble", True).tte is True
+
+
+def test_a_config_holds_every_option() -> None:
+    assert values_of(configure("fake_lt", "tiny_clip")).keys() == SCHEMA.keys()
+
+
+def reads(path: Path) -> Iterator[str]:
+    """Names that a file takes from a config: attributes of a config, strings, fields of the plan."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg", "stage"):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_option_is_read_somewhere() -> None:
+    packages = ("configs", "datasets", "models", "trainers")
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py") if path.name != "schema.py"]
+    found = {name for path in [*files, ROOT / "main.py"] for name in reads(path)} | Plan.__dataclass_fields__.keys()
+    assert sorted(KEYS.keys() - found) == []
+
+
+def test_the_documentation_is_current() -> None:
+    assert FILE.read_text(encoding="utf-8") == render(), "run python scripts/make_options.py"
+
+
+def test_a_run_cut_short_ends_like_any_other() -> None:
+    """`max_steps` within an epoch: the last step is printed, saved, checked and counted."""
+    path = ran(configure("fake_lt", "tiny_clip", "max_steps", 2, "batch_size", 16, "max_test_images", 20))
+    found = json.loads((path / "metrics.json").read_text())
+    assert found["stopped_early"] and found["train"]["steps"] == 2 and found["train"]["images_per_second"] > 0
+    assert [each.name for each in (path / "state").iterdir()] == ["00000002"]
+    assert "batch [2/" in (path / "log.txt").read_text()
+
+
+def test_starting_over_keeps_a_log() -> None:
+    pairs = ("max_steps", 1, "batch_size", 16, "max_test_images", 20)
+    first, again = (ran(configure("fake_lt", "tiny_clip", *pairs, "resume", resume)) for resume in (True, False))
+    text = (again / "log.txt").read_text()
+    assert first == again and text.count("run folder") == 1 and not text.startswith("\0")
+
+
+def test_names_of_evaluations() -> None:
+    def key(*pairs: object) -> str:
+        return configure("fake_lt", "tiny_clip", *pairs).test_key
+
+    assert key() == key("lr", 1) == key("tte", False) == "default"
+    assert key("tte", True, "many_above", 5) == key("many_above", 5, "tte", True) == "many_above_5_tte_True"
+    assert key("test_train", True) == "train"
+    assert key("tte", True, "test_train", True, "many_above", 5) == "train_many_above_5_tte_True"
+
+
+def test_an_evaluation_from_stored_logits_says_so_and_what_is_cut() -> None:
+    """Other groups need no second pass over the images; that the test set was cut is noted there too."""
+    path = ran(configure("fake_lt", "tiny_clip", *ONE))
+    ran(configure("fake_lt", "tiny_clip", *ONE, "many_above", 5))
+    notes = json.loads((path / "tests" / "many_above_5_max_test_images_20" / "metrics.json").read_text())["notes"]
+    assert [any(text in note for note in notes) for text in ("from the logits of", "max_test_images 20")] == [True] * 2

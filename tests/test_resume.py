@@ -1,0 +1,68 @@
+"""A run that is killed over and over ends in the same weights, bit for bit, as one that is left alone."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import ROOT, Cli, offline
+from safetensors.torch import load_file
+
+COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none save_every 1 batch_size 8 num_epochs 4 output_dir"
+STEPS = 80  # four epochs of twenty
+
+KILLS = (
+    (1, signal.SIGKILL),  # the first state is there
+    (18, signal.SIGINT),
+    (36, signal.SIGKILL),  # within the second epoch
+    (50, signal.SIGTERM),
+    (61, signal.SIGKILL),  # the last epoch has begun
+)
+
+
+def test_killed_run_equals_undisturbed_run_bitwise(launch: Cli, tmp_path: Path) -> None:
+    assert launch(COMMAND, "whole").returncode == 0
+    for step, number in KILLS:
+        reached = run_until(step, number, tmp_path)
+        assert step <= reached < STEPS, "the run was over before it could be killed"
+    done = launch(COMMAND, "killed")
+    assert done.returncode == 0
+    assert "resuming after step" in done.stdout
+    whole, killed = (checkpoint(tmp_path / "output" / name) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def run_until(step: int, number: signal.Signals, folder: Path) -> int:
+    """Start or continue the run in a process of its own, signal it when the state of a step is there.
+
+    Returns:
+        The newest step that was saved.
+    """
+    command = [sys.executable, str(ROOT / "main.py"), *COMMAND.split(), "killed"]
+    with (folder / "stderr").open("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=folder, env=offline(), stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
+        end = time.monotonic() + 120
+        while newest(folder) < step and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        process.send_signal(number)
+        code = process.wait(60)
+        errors.seek(0)
+        printed = errors.read()
+    polite = number != signal.SIGKILL
+    assert code == (130 if polite else -number), printed
+    assert printed == ("interrupted; the same command continues\n" if polite else "")
+    return newest(folder)
+
+
+def newest(folder: Path) -> int:
+    found = (folder / "output" / "killed" / "state").glob("[0-9]*")
+    return max((int(each.name) for each in found), default=0)
+
+
+def checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoint" / "tensors.safetensors")

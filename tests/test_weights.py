@@ -1,0 +1,225 @@
+"""Pre-trained weights: open_clip's features in our host, and the files that may and may not be opened."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.seeding import seeded
+from models.backbone import Backbone
+from models.clip import Clip
+
+QUICK = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+PLAIN = {**QUICK, "quick_gelu": False}
+State = dict[str, Tensor]
+
+
+@pytest.fixture(params=["quick", "plain"])
+def spec(request: pytest.FixtureRequest, tmp_path: Path) -> Clip:
+    """A small architecture with OpenAI's activation, and one with GELU (that of the embedded backbone)."""
+    return make_spec(tmp_path, request.param)
+
+
+def make_spec(folder: Path, kind: str = "quick") -> Clip:
+    file = folder / f"tailtune-test-{kind}.json"
+    file.write_text(json.dumps(QUICK if kind == "quick" else PLAIN))
+    return Clip(file.stem, config=file)
+
+
+def original(spec: Clip, seed: int = 7) -> open_clip.CLIP:
+    """Random weights, with a spread that makes activations and norms matter."""
+    with seeded(seed):
+        clip = open_clip.CLIP(**spec._config()).eval()
+        with torch.no_grad():
+            for parameter in clip.parameters():
+                if parameter.ndim:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+    return clip
+
+
+def written(clip: nn.Module, path: Path) -> str:
+    save_file({name: each.contiguous() for name, each in clip.state_dict().items()}, path)
+    return str(path)
+
+
+def images(count: int = 4, side: int = 32) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def build(spec: Clip, pretrained: str | None, resolution: int = 32, project: bool = False, **named: Any) -> Backbone:
+    return spec.build(pretrained, resolution, 0, project, **named)
+
+
+# --- equality ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@torch.no_grad()
+def test_features_are_open_clips(spec: Clip, tmp_path: Path, fast: bool) -> None:
+    """features @ projection and the projecting encoder both equal `encode_image`, to 1e-5 in fp32."""
+    clip = original(spec)
+    path = written(clip, tmp_path / "w.safetensors")
+    bare, projecting = (build(spec, path, project=project, fast=fast) for project in (False, True))
+    bare.encoder.set_precision()  # folds QuickGELU where `fast` allows it
+    projecting.encoder.set_precision()
+    wanted = clip.encode_image(images())
+    assert bare.text is not None and bare.text.projection is not None
+    for found in (bare.encoder(images()) @ bare.text.projection.T, projecting.encoder(images())):
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_text_features_are_open_clips_exactly(spec: Clip, tmp_path: Path) -> None:
+    clip = original(spec).requires_grad_(False)  # frozen, torch takes another kernel, which rounds differently
+    text = build(spec, written(clip, tmp_path / "w.safetensors")).text
+    names = ["tench", "goldfish"]
+    tokens = open_clip.get_tokenizer("ViT-B-16")([f"a photo of a {name}." for name in names])[:, :16]
+    assert text is not None
+    assert torch.equal(text.class_features(names, "default"), clip.encode_text(tokens, normalize=True))
+    assert text.logit_scale == float(clip.logit_scale.exp())
+
+
+def test_every_weight_of_the_image_tower_is_used(spec: Clip, tmp_path: Path) -> None:
+    """As many numbers in the host and its projection as in open_clip's tower, and each host tensor differs from an
+    untouched one."""
+    clip = original(spec)
+    built = build(spec, written(clip, tmp_path / "w.safetensors"), project=True)
+    assert sum(each.numel() for each in built.encoder.parameters()) == sum(p.numel() for p in clip.visual.parameters())
+    fresh = dict(build(spec, None, project=True).encoder.named_parameters())
+    for name, each in built.encoder.named_parameters():
+        assert not torch.equal(each, fresh[name]), name
+    assert not built.random and build(spec, None).random
+
+
+def test_quickgelu_is_not_gelu(tmp_path: Path) -> None:
+    """The two activations give different features from the same weights, so the comparison above means something."""
+    quick, plain = make_spec(tmp_path), make_spec(tmp_path, "plain")
+    path = written(original(quick), tmp_path / "w.safetensors")
+    with torch.no_grad():
+        a, b = (build(each, path).encoder(images()) for each in (quick, plain))
+    assert (a - b).abs().max() > 1e-3
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _wrapped(state: State) -> dict[str, Any]:
+    return {"epoch": 3, "name": "run", "state_dict": {f"module.{name}": each for name, each in state.items()}}
+
+
+FORMATS: dict[str, Callable[[State, Path], Any]] = {
+    "w.safetensors": save_file,
+    "w.pt": torch.save,
+    "w.bin": lambda state, path: torch.save({"state_dict": state}, path),
+    "w.pth": lambda state, path: torch.save(_wrapped(state), path),
+    "module.safetensors": lambda state, path: save_file({f"module.{k}": v for k, v in state.items()}, path),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path: Path, name: str) -> None:
+    spec = make_spec(tmp_path)
+    state = {key: each.contiguous() for key, each in original(spec).state_dict().items()}
+    FORMATS[name](state, tmp_path / name)
+    reference = build(spec, written(original(spec), tmp_path / "reference.safetensors"))
+    found = build(spec, str(tmp_path / name))
+    wanted = reference.encoder.state_dict()
+    assert all(torch.equal(each, wanted[key]) for key, each in found.encoder.state_dict().items())
+
+
+def test_half_precision_files_are_read_in_fp32(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    built = build(spec, written(original(spec).half(), tmp_path / "w.safetensors"))
+    assert {each.dtype for each in built.encoder.parameters()} == {torch.float32}
+    with torch.no_grad():
+        wanted = original(spec).encode_image(images())
+        assert built.text is not None and built.text.projection is not None
+        found = built.encoder(images()) @ built.text.projection.T
+    assert (found - wanted).abs().max() <= 1e-2 * wanted.abs().max()
+
+
+class Harmful:
+    """What unpickling would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('a weights file ran code')",))
+
+
+def _torchscript(path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+
+
+def _dropped(state: State) -> State:
+    return {name: each for name, each in state.items() if "resblocks.2" not in name}
+
+
+REFUSED: dict[str, tuple[Callable[[State, Path], Any], str]] = {
+    "code.pt": (lambda state, path: torch.save({"a": Harmful()}, path), "cannot be read"),
+    "script.pt": (lambda state, path: _torchscript(path), "TorchScript archive but none that OpenAI published"),
+    "torn.safetensors": (lambda state, path: path.write_bytes(b"\x10\x00\x00\x00"), "cannot be read"),
+    "torn.pt": (lambda state, path: path.write_bytes(b"PK\x03\x04torn"), "cannot be read"),
+    "empty.pt": (lambda state, path: path.write_bytes(b""), "cannot be read"),
+    "list.pt": (lambda state, path: torch.save([1, 2], path), "holds no state dict"),
+    "less.safetensors": (lambda state, path: save_file(_dropped(state), path), "missing"),
+    "more.safetensors": (lambda state, path: save_file({**state, "extra": torch.zeros(1)}, path), "unexpected"),
+    "shape.safetensors": (
+        lambda state, path: save_file({**state, "visual.proj": torch.zeros(64, 23)}, path),
+        "of another shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_refused_files_are_named_in_one_line(tmp_path: Path, name: str) -> None:
+    write, message = REFUSED[name]
+    spec = make_spec(tmp_path)
+    write({key: each.contiguous() for key, each in original(spec).state_dict().items()}, tmp_path / name)
+    with pytest.raises(UserError, match=message) as caught:
+        build(spec, str(tmp_path / name))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.pt' does not exist"):
+        build(make_spec(tmp_path), "nowhere.pt")
+
+
+def test_an_activation_that_does_not_fit_is_an_error() -> None:
+    """open_clip only warns, and computes wrong features."""
+    with pytest.raises(UserError, match="QuickGELU"):
+        build(Clip("ViT-B-16"), "openai", 224)
+    with pytest.raises(
+        UserError, match=r"unknown pretrained tag of ViT-B-16-quickgelu 'openia'; did you mean 'openai'"
+    ):
+        build(Clip("ViT-B-16-quickgelu"), "openia", 224)
+
+
+# --- resolution ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resolution", [16, 48, 64])
+def test_positions_are_resampled(tmp_path: Path, resolution: int) -> None:
+    spec = make_spec(tmp_path)
+    path = written(original(spec), tmp_path / "w.safetensors")
+    native, other = build(spec, path).encoder, build(spec, path, resolution).encoder
+    side = resolution // 8
+    assert other.grid == (side, side) and other.net.pos_embed.shape == (1, side * side + 1, 64)
+    assert torch.equal(other.net.pos_embed[:, 0], native.net.pos_embed[:, 0])
+    wanted = resample_abs_pos_embed(native.net.pos_embed, [side, side])
+    assert torch.allclose(other.net.pos_embed, wanted, atol=1e-6)
+    with torch.no_grad():
+        assert other(images(2, resolution)).isfinite().all()

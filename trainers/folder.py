@@ -34,15 +34,14 @@ class RunFolder:
         self.states = self.path / "state"
         self.events = self.path / "tensorboard"
 
-    def lock(self) -> FileLock:
-        """Hold the folder against a second launch; the system drops the lock with the process.
+    def hold(self, lock: FileLock) -> None:
+        """Keep a second launch out of the folder; the system drops the lock with the process.
 
         Raises:
             UserError: another process holds it, or the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
             lock.acquire()
         except Timeout:
             raise UserError(
@@ -50,7 +49,6 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
-        return lock
 
     def claim(self) -> None:
         """Make the folder this run's: start over if asked to, write the config if it is new.

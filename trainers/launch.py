@@ -1,7 +1,8 @@
 """Processes and devices of a run: what Accelerate is asked for."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,13 +13,22 @@ from configs.errors import UserError
 from trainers.methods.base import Batch
 from trainers.optim import PRECISIONS, precision_used
 
+Decision = TypeVar("Decision")
 
-def on_main(accelerator: Accelerator, decide: Any) -> Any:
-    """What the first process decides, on all of them."""
-    decided = [decide() if accelerator.is_main_process else None]
+
+def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
+    """What the first process decides, on all of them; a `UserError` too, so that none is left waiting."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = str(error)
     if accelerator.num_processes > 1:
-        broadcast_object_list(decided)
-    return decided[0]
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def make_accelerator(cfg: CfgNode) -> Accelerator:

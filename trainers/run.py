@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor
 
 from configs import CfgNode, config_hash, values_of
@@ -45,23 +46,23 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
     cfg = _resolved(cfg)
     accelerator = make_accelerator(cfg)
     folder = RunFolder(cfg)
-    lock = folder.lock() if accelerator.is_main_process else None
+    lock = FileLock(folder.path / ".lock", timeout=0)
     try:
+        on_main(accelerator, lambda: folder.hold(lock))
         start_log(folder.path / "log.txt" if accelerator.is_main_process else None)
         stored, target = on_main(accelerator, lambda: _decide(cfg, folder))
         if stored is not None:
             log.info("finished before; the result of %s\n%s", stored, table(read_result(stored)))
         else:
             _Run(cfg, folder, accelerator, target, previous).go()
+        accelerator.wait_for_everyone()  # before the lock goes
         return folder.path
     except UserError:
-        if lock is not None:
+        if lock.is_locked:
             folder.drop_if_empty()
         raise
     finally:
-        accelerator.wait_for_everyone()
-        if lock is not None:
-            lock.release()
+        lock.release()
 
 
 def _resolved(cfg: CfgNode) -> CfgNode:

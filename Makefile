@@ -31,5 +31,6 @@ clean:
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; make PYTHON=python3.12 names another"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "installing requirements.txt into .venv (about 5 GB; a few minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -18,7 +18,10 @@ from yacs.config import CfgNode
 from configs.errors import UserError, lookup, unknown
 from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TEST, TRAIN, Key, option_keys
 
-__all__ = ["CfgNode", "UserError", "config_hash", "describe", "load_configs", "lookup", "names", "values_of"]
+__all__ = [
+    *("CfgNode", "UserError", "config_hash", "describe"),
+    *("load_configs", "load_resolved", "lookup", "names", "values_of"),
+]
 
 FOLDER = Path(__file__).parent
 Values = dict[str, Any]
@@ -49,10 +52,24 @@ def load_configs(
     Raises:
         UserError: unknown name or key, wrong type, odd number of words, unreadable YAML.
     """
-    schema = dict(SCHEMA)
-    for method, kind in (options or {}).items():
-        schema.update(option_keys(method, kind))
+    schema = _schema(options)
     return _stages(data, model, _pair_up(pairs), schema, depth=0)
+
+
+def load_resolved(path: Path, options: Mapping[str, type] | None = None) -> CfgNode:
+    """The frozen config of a run from its `config.yaml`; runtime keys that are not in it have their defaults.
+
+    Raises:
+        UserError: the file is unreadable, or holds what is no option of this version.
+    """
+    schema = _schema(options)
+    values = {key: each.default for key, each in schema.items()}
+    stored = _read_yaml(path)
+    if "data" not in stored:
+        raise UserError(f"{path} is no run's config")
+    for key, value in stored.items():
+        values[key] = value if key in schema and schema[key].internal else _parse(key, value, schema, str(path))
+    return _freeze(values)
 
 
 def values_of(cfg: CfgNode, *classes: str) -> Values:
@@ -69,6 +86,13 @@ def values_of(cfg: CfgNode, *classes: str) -> Values:
 def config_hash(cfg: CfgNode) -> str:
     """Identity of what is trained: a digest of all `train` keys."""
     return hashlib.sha256(json.dumps(values_of(cfg, TRAIN), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _schema(options: Mapping[str, type] | None) -> dict[str, Key]:
+    schema = dict(SCHEMA)
+    for method, kind in (options or {}).items():
+        schema.update(option_keys(method, kind))
+    return schema
 
 
 def _class_of(key: str) -> str:

@@ -52,22 +52,24 @@ def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> 
     """
     spec = lookup(BACKBONES, cfg.backbone, "backbone")
     lookup(PROMPTS, cfg.prompt, "prompt")
+    tuners = [name for name in TUNERS if cfg[name]]
     if cfg.resolution % spec.patch_size:  # the rest of the image would be cut off in silence
         raise UserError(
             f"resolution {cfg.resolution} must be a multiple of {spec.patch_size}, the patch size of {cfg.backbone}"
         )
     backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project=cfg.zero_shot, fast=fast)
     encoder = backbone.encoder
+    if cfg.zero_shot and tuners:
+        raise UserError(f"zero_shot trains nothing, so {', '.join(tuners)} would be left out; set one of them to False")
     if cfg.zero_shot:
         assert backbone.embed_dim is not None  # else `project` would have been refused
         scale = backbone.text.logit_scale if backbone.text else 1.0
         head: nn.Module = CosineClassifier(backbone.embed_dim, len(class_names), scale).requires_grad_(False)
-        init: HeadInit | None = partial(
-            text_feat, text=backbone.text, prompt="default"
-        )  # whatever `prompt` says, as LIFT
+        # With the default prompt whatever `prompt` says, as LIFT.
+        init: HeadInit | None = partial(text_feat, text=backbone.text, prompt="default")
     else:
         sizes = Sizes(cfg.adapter_dim or bottleneck_dim(len(class_names), encoder.depth), cfg.vpt_len or 10)
-        add_tuners(encoder, [name for name in TUNERS if cfg[name]], sizes, cfg.partial, cfg.seed)
+        add_tuners(encoder, tuners, sizes, cfg.partial, cfg.seed)
         with seeded(cfg.seed, "head"):
             head = lookup(HEADS, cfg.classifier, "classifier")(encoder.feature_dim, len(class_names), cfg.scale)
         init = _head_init(cfg, backbone)

@@ -117,6 +117,7 @@ def test_words(refuses: Callable[..., str], words: str, parts: list[str]) -> Non
         ("group_imb_factor 2", ["group_imb_factor 2", "at most 1"]),
         ("resolution 30", ["resolution 30", "multiple of 8"]),
         ("backbone IN21K-ViT-B/16 zero_shot True", ["zero_shot", "text tower", "CLIP"]),
+        ("zero_shot True", ["zero_shot", "adaptformer", "False"]),
         ("backbone IN21K-ViT-B/16 init_head text_feat", ["init_head", "text tower", "class_mean"]),
         ("backbone IN21K-ViT-B/16 pretrained openai", ["pretrained", "openai"]),
         ("backbone CLIP-ViT-B/16 pretrained laion", ["pretrained", "laion"]),

@@ -18,7 +18,7 @@ from test_bad_input import signal_after, states
 
 import configs
 import main
-from configs import load_configs, names
+from configs import config_hash, load_configs, load_resolved, names
 from main import split_words
 from trainers.dryrun import check, dry_run
 from trainers.methods import method_options
@@ -307,9 +307,12 @@ def test_checkpoint_holds_what_trains(finished: Path) -> None:
 
 
 def test_stored_config_loads_again(finished: Path) -> None:
-    stored = yaml.safe_load((finished / RUN / "config.yaml").read_text())
+    again = load_resolved(finished / RUN / "config.yaml")
     (cfg,) = load_configs("fake_lt", "tiny_clip_peft", ["pretrained", "none", "num_epochs", "2", "output_dir", "run"])
-    assert {key: cfg[key] for key in stored if key != "expand"} == {k: v for k, v in stored.items() if k != "expand"}
+    assert config_hash(again) == config_hash(cfg)
+    assert again.expand == 12 and cfg.expand is None, "what depends on the backbone is filled in"
+    with pytest.raises(AttributeError):
+        again.lr = 1.0
 
 
 def test_tensorboard_tags(finished: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from configs import CfgNode, values_of
+from configs import CfgNode, load_resolved, values_of
 from configs.errors import UserError
 from configs.schema import TEST, TRAIN
 from trainers.files import write_bytes
+from trainers.methods import method_options
 
 OUTPUT = Path("output")
 OWN_RUNTIME = ("data_dir", "root", "lists", "output_dir", "num_workers", "micro_batch_size")
@@ -99,11 +100,9 @@ class RunFolder:
 
     def stored_values(self) -> dict[str, Any]:
         try:
-            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            assert isinstance(values, dict)
-        except (OSError, ValueError, yaml.YAMLError, AssertionError) as error:
-            raise UserError(f"{self.config} cannot be read; start over with `resume False`") from error
-        return values
+            return values_of(load_resolved(self.config, method_options()))
+        except UserError as error:
+            raise UserError(f"{error}; start over with `resume False`, or choose another output_dir") from error
 
     def _compare(self, stored: dict[str, Any]) -> None:
         home = stored.get("data_dir")

@@ -10,7 +10,7 @@ import torch
 
 from configs import CfgNode
 from configs.errors import UserError
-from datasets import DataInfo
+from datasets import DataBundle, DataInfo
 from models import Classifier
 from trainers.checkpoint import package_versions
 from trainers.files import read_json
@@ -26,6 +26,17 @@ COLUMNS = {
     "macro_f1": "macro F1",
     "ece": "ECE",
 }
+
+
+def headline(cfg: CfgNode, data: DataBundle, model: Classifier) -> str:
+    """What is about to run, in two lines."""
+    counts, params = data.info.class_counts, model.counts()
+    sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max()} … {counts.min()} each)"
+    trains = f"{params['tuner']:,} parameters of tuners and {params['trainable'] - params['tuner']:,} of the head"
+    return (
+        f"{cfg.data}: {sizes}, {len(data.test):,} test images\n"
+        f"{cfg.model}: {cfg.backbone}, trains {trains} of {params['total']:,}"
+    )
 
 
 def summary(cfg: CfgNode, info: DataInfo, model: Classifier, train: TrainReport | None, notes: list[str]) -> dict:

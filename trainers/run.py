@@ -14,21 +14,20 @@ from configs import CfgNode, config_hash, values_of
 from configs.errors import UserError
 from configs.schema import SCHEMA, TEST
 from datasets import DataBundle, View, build_data, build_info
-from datasets.bundle import eval_loader
 from models import build_model, patch_size
-from models.head_init import HeadContext
 from trainers import test_time
 from trainers.autosize import largest_micro_batch
 from trainers.checkpoint import States, fingerprint, load_checkpoint, save_checkpoint
 from trainers.evaluator import Logits, infer, save_logits, stored_logits
 from trainers.files import read_folder, read_json, write_json
 from trainers.folder import RunFolder, start_log
-from trainers.launch import make_accelerator, on_main, to_device
+from trainers.head import prepare_head
+from trainers.launch import make_accelerator, on_main
 from trainers.methods import Method, build_method
 from trainers.metrics import evaluate
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
 from trainers.progress import write_test_scalars
-from trainers.report import read_result, summary, table
+from trainers.report import headline, read_result, summary, table
 from trainers.trainer import Trainer, TrainReport
 
 log = logging.getLogger("tailtune")
@@ -117,6 +116,7 @@ class _Run:
         if model.random_base:
             self._note(f"{cfg.backbone} has RANDOM weights (pretrained none): results mean nothing", warn=True)
         method.to(self.accelerator.device)
+        log.info(headline(cfg, data, model))
         train = None
         if self.target == self.folder.path:
             train = self._train(method, data)
@@ -139,7 +139,7 @@ class _Run:
         if not states.begun():
             self._init_head(method, data)
             if self.previous is not None:
-                method.start_from(read_folder(self.previous / "checkpoint")[0])
+                self._start_from(method, self.previous / "checkpoint")
         method.model.init = None  # lets go of the text tower, also where it was not needed
         report = None
         if not cfg.zero_shot and cfg.num_epochs:
@@ -156,28 +156,20 @@ class _Run:
         accelerator.wait_for_everyone()
         return report
 
+    def _start_from(self, method: Method, checkpoint: Path) -> None:
+        tensors, facts = read_folder(checkpoint)
+        if facts["base"] != self.base:
+            raise UserError(f"after: {checkpoint} was trained on another base model (backbone or pretrained)")
+        method.start_from(tensors)
+
     def _micro_batch(self, method: Method) -> int:
         size = micro_batch_size(self.cfg, self.accelerator.num_processes)
         if self.cfg.micro_batch_size == "auto":
             return largest_micro_batch(method, self.accelerator, size, self.cfg.resolution)
         return size
 
-    @torch.no_grad()
     def _init_head(self, method: Method, data: DataBundle) -> None:
-        device, accelerator = self.accelerator.device, self.accelerator
-
-        def features() -> Any:
-            rank, world = accelerator.process_index, accelerator.num_processes
-            for batch in eval_loader(data.plain, self.cfg.test_batch_size, self.cfg.num_workers, rank, world):
-                batch = to_device(batch, device)
-                real = batch["weight"] > 0
-                yield method.model.features(batch["image"])[real], batch["label"][real]
-
-        def total(tensor: Tensor) -> Tensor:
-            return accelerator.reduce(tensor, "sum")
-
-        method.eval()
-        method.prepare(HeadContext(data.info.class_names, device, features, total))
+        prepare_head(method, data, self.accelerator, self.cfg.test_batch_size, self.cfg.num_workers)
 
     # --- evaluation --------------------------------------------------------------------------------------------
 

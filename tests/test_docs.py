@@ -1,0 +1,73 @@
+"""The README's commands and examples are true."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from configs import load_configs, names
+from datasets import build_info
+from main import split_words
+from trainers.dryrun import check
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/tiny_clip/README.md"]
+CONFIGS = [*names("data").values(), *names("model").values()]
+
+
+def commands(text: str) -> list[str]:
+    """What stands behind `main.py` with a data and a model config, comments left out."""
+    found = re.findall(r"main\.py +(-d [^#\n`|]+)", text)
+    return sorted({each.strip() for each in found if "DATA" not in each and ".yaml" not in each and "…" not in each})
+
+
+@pytest.mark.parametrize("command", sorted({c for path in [*PAGES, *CONFIGS] for c in commands(path.read_text())}))
+def test_a_command_of_the_docs_is_accepted(command: str) -> None:
+    words = command.replace("--dry-run", "").split()
+    flags, pairs = split_words(words)
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    if "my_config" in given["-m"] or "scale_norm1" in pairs:
+        pytest.skip("an example that the reader is to write")
+    check(load_configs(given["-d"], given["-m"], pairs)[-1])
+
+
+def test_the_examples_of_own_data_work(tmp_path: Path) -> None:
+    """Both YAML snippets, with their root pointed at a handful of images."""
+    for split, label, number in [(s, k, i) for s in ("train", "test") for k in ("owl", "wren") for i in range(14)]:
+        path = tmp_path / split / label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    for split in ("train", "test"):
+        lines = [
+            f"{p.relative_to(tmp_path)} {['owl', 'wren'].index(p.parent.name)}" for p in tmp_path.glob(f"{split}/*/*")
+        ]
+        (tmp_path / f"{split}.txt").write_text("\n".join(sorted(lines)))
+    (tmp_path / "classnames.txt").write_text("owl\nwren\n")
+    snippets = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    assert len(snippets) == 2
+    for number, snippet in enumerate(snippets):
+        text = re.sub(r"root: \S+", f"root: {tmp_path}", snippet).replace("imb_factor: 0.01", "imb_factor: 0.1")
+        if "ImageFolder" in text:
+            (tmp_path / "test").rename(tmp_path / "elsewhere")  # the snippet holds a test split out
+        (tmp_path / f"{number}.yaml").write_text(text)
+        (cfg,) = load_configs(str(tmp_path / f"{number}.yaml"), "tiny_clip_peft", [])
+        info = build_info(cfg)
+        assert info.class_names == ("owl", "wren")
+        assert info.class_counts.tolist() == ([4, 4] if "ImageFolder" in text else [14, 1])
+        if "ImageFolder" in text:
+            (tmp_path / "elsewhere").rename(tmp_path / "test")
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_says_what_it_is(path: Path) -> None:
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and 20 < len(first) < 120
+    assert path.parent.name == "data" or any(f"-m {path.stem}" in line for line in rest), "its command"

@@ -3,11 +3,13 @@
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger("tailtune")
 
@@ -26,6 +28,9 @@ class Progress:
         self.writer = None if folder is None else SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         shown = folder is not None and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not shown, leave=False)
+        self.redirect = ExitStack()
+        if shown:
+            self.redirect.enter_context(logging_redirect_tqdm([log]))  # lines above the bar, not through it
         self.since, self.since_step, self.waited = time.perf_counter(), start, 0.0
 
     def step(self) -> None:
@@ -46,6 +51,7 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+        self.redirect.close()
         if self.writer is not None:
             self.writer.close()
 

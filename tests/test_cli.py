@@ -409,6 +409,15 @@ def test_zero_shot(launch: Cli) -> None:
     assert (result["train"], result["params"]["trainable"]) == (None, 0)
 
 
+def test_a_launcher_that_started_one_process_is_named(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --num_processes 2` without GPUs; its environment, as its simple launcher sets it."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    done = launch(f"{FAKE} max_steps 1 output_dir run")
+    assert done.returncode == 0 and "--multi_gpu" in done.stdout
+    assert any("--multi_gpu" in note for note in json.loads((RUN / "metrics.json").read_text())["notes"])
+
+
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 

@@ -31,13 +31,13 @@ def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decisio
     return outcome[0]
 
 
+def launched_alone() -> bool:
+    """Whether `accelerate launch` was asked for several processes and started one, as it does without GPUs."""
+    return "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
+
+
 def make_accelerator(cfg: CfgNode) -> Accelerator:
     """Devices, processes and loss scaling. Autocast stays off: encoders hold their own arithmetic."""
-    if "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "accelerate launch was asked for several processes and started one, as it does without GPUs; say "
-            "accelerate launch --multi_gpu --num_processes N main.py …, which works on CPUs too"
-        )
     if cfg.gpu is not None and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if cfg.gpu >= torch.cuda.device_count():
             raise UserError(f"gpu {cfg.gpu}: there are {torch.cuda.device_count()}, counted from 0")

@@ -22,7 +22,7 @@ from trainers.evaluator import Logits, infer, save_logits, stored_logits
 from trainers.files import read_folder, read_json, write_json
 from trainers.folder import RunFolder, start_log
 from trainers.head import prepare_head
-from trainers.launch import make_accelerator, on_main
+from trainers.launch import launched_alone, make_accelerator, on_main
 from trainers.methods import Method, build_method
 from trainers.metrics import evaluate
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
@@ -106,6 +106,12 @@ class _Run:
             self._note(f"prec {cfg.prec} needs a CUDA GPU; running in {self.prec}", warn=True)
         if cfg.gpu is not None and (not torch.cuda.is_available() or self.accelerator.num_processes > 1):
             log.info("gpu %d is ignored: %s", cfg.gpu, "several processes" if torch.cuda.is_available() else "no CUDA")
+        if launched_alone():
+            self._note(
+                "accelerate launch started one process only, as it does without GPUs; `accelerate launch --multi_gpu "
+                "--num_processes N main.py …` starts N, on CPUs too (the result is the same)",
+                warn=True,
+            )
         if self.target != self.folder.path and self._from_stored_logits():
             return
         with self.accelerator.main_process_first():  # who may download

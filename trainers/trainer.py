@@ -86,6 +86,8 @@ class Trainer:
             UserError: the loss is not finite, or a state cannot be used or written.
             Interrupted: asked to stop by a signal; the state is saved.
         """
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         run = self._begin(method, data)
         loader = train_loader(data.train, run.sampler, self.plan.num_workers)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)

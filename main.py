@@ -53,13 +53,15 @@ def command(argv: Sequence[str]) -> int:
     from trainers.methods import method_options  # torch and timm load here, after --help and --list
 
     stages = load_configs(args.data, args.model, pairs, method_options())
-    return dry_run(stages[-1]) if args.dry_run else run_all(stages)
+    return dry_run(stages) if args.dry_run else run_all(stages)
 
 
-def dry_run(cfg: CfgNode) -> int:
+def dry_run(stages: list[CfgNode]) -> int:
     from trainers import dryrun
 
-    result = dryrun.dry_run(cfg)
+    for earlier in stages[:-1]:
+        dryrun.check(earlier)
+    result = dryrun.dry_run(stages[-1])
     print(dryrun.describe(result))
     print(json.dumps(result))
     return 0
@@ -73,7 +75,10 @@ def run_all(stages: list[CfgNode]) -> int:
     from trainers.run import run
 
     folder = None
+    last = stages[-1]
     try:
+        if last.test_only or (last.resume and RunFolder(last).finished()):
+            stages = [last]  # nothing is left to train
         for cfg in stages:  # all of them before the first one trains for hours
             if not RunFolder(cfg).finished():
                 check(cfg)

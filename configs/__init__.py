@@ -6,7 +6,6 @@ name (most specific last) < pairs. Every value is parsed by the type that the sc
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,14 +15,18 @@ import yaml
 from yacs.config import CfgNode
 
 from configs.errors import UserError, lookup, unknown
-from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TEST, TRAIN, Key, option_keys
+from configs.naming import class_of, run_name, test_key
+from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TRAIN, Key, option_keys
 
 __all__ = [
     *("CfgNode", "UserError", "config_hash", "describe"),
     *("load_configs", "load_resolved", "lookup", "names", "values_of"),
 ]
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+LAST_ONLY = ("test_only", "model_dir", "resume", "output_dir")
+"""Runtime keys of the command line that mean the last stage."""
+
 Values = dict[str, Any]
 
 
@@ -80,7 +83,7 @@ def values_of(cfg: CfgNode, *classes: str) -> Values:
             flat.update({f"{key}.{name}": each for name, each in value.items()})
         else:
             flat[key] = value
-    return {key: value for key, value in flat.items() if not classes or _class_of(key) in classes}
+    return {key: value for key, value in flat.items() if not classes or class_of(key) in classes}
 
 
 def config_hash(cfg: CfgNode) -> str:
@@ -95,10 +98,6 @@ def _schema(options: Mapping[str, type] | None) -> dict[str, Key]:
     return schema
 
 
-def _class_of(key: str) -> str:
-    return SCHEMA[key].cls if key in SCHEMA else TRAIN  # a method's own options are train-class
-
-
 def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
     if len(words) % 2:
         raise UserError(f"options come as KEY VALUE pairs, but '{words[-1]}' has no value")
@@ -108,36 +107,39 @@ def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
 def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: dict[str, Key], depth: int) -> list[CfgNode]:
     if depth > 4:
         raise UserError(f"model config '{model}': its `after` chain never ends")
-    own = [(key, value) for key, value in pairs if not key.startswith("after.")]
+    own = {key: value for key, value in pairs if not key.startswith("after.")}
+    earlier = {key: value for key, value in pairs if key.startswith("after.")}
     base = _merge(_yaml_layers(data, model), schema)
     chosen = dict(base)
-    for key, value in own:
+    for key, value in own.items():
         key = ALIASES.get(key, key)
         chosen[key] = _parse(key, value, schema, "the command line")
     if chosen["model_dir"] and not chosen["test_only"]:
         raise UserError(f"model_dir {chosen['model_dir']} is evaluated, not trained on: add `test_only True`")
-    chosen["micro_explicit"] = "micro_batch_size" in dict(own)
-    chosen["run_name"] = _run_name(chosen, base)
-    chosen["test_key"] = _test_key(chosen, base)
-    stage = _freeze(chosen)
-    if not stage.after:
-        if len(own) < len(pairs):
-            raise UserError(
-                f"'{next(key for key, _ in pairs if key not in dict(own))}': this run has no stage before it"
-            )
-        return [stage]
-    return [*_stages(data, stage.after, _inherited(pairs, stage), schema, depth + 1), stage]
+    if earlier and not chosen["after"]:
+        raise UserError(f"'{next(iter(earlier))}': this run has no stage before it; `after` names one")
+    chosen["micro_explicit"] = "micro_batch_size" in own
+    chosen["run_name"] = run_name(chosen, base, earlier)
+    chosen["test_key"] = test_key(chosen, base)
+    before: list[CfgNode] = []
+    if chosen["after"]:
+        before = _stages(data, chosen["after"], _inherited(pairs, chosen["output_dir"]), schema, depth + 1)
+        chosen["after_hash"] = config_hash(before[-1])
+    return [*before, _freeze(chosen)]
 
 
-def _inherited(pairs: list[tuple[str, str]], stage: CfgNode) -> list[tuple[str, str]]:
-    """What of the command line reaches the stage before: data, runtime and shared keys, and `after.KEY`."""
+def _inherited(pairs: list[tuple[str, str]], output_dir: str | None) -> list[tuple[str, str]]:
+    """What of the command line reaches the stage before: data, runtime and shared keys, and `after.KEY`.
+
+    Not `resume`: the stage before is an ordinary run, reused when it is finished; `after.resume False` repeats it.
+    """
     passed = [
         (key, value)
         for key, value in pairs
-        if key in SHARED or (key in SCHEMA and SCHEMA[key].cls == RUNTIME and key not in ("test_only", "model_dir"))
+        if key in SHARED or (key in SCHEMA and SCHEMA[key].cls == RUNTIME and key not in LAST_ONLY)
     ]
-    if stage.output_dir:
-        passed.append(("output_dir", f"{stage.output_dir}/stage1"))
+    if output_dir:
+        passed.append(("output_dir", f"{output_dir}/stage1"))
     return passed + [(key.removeprefix("after."), value) for key, value in pairs if key.startswith("after.")]
 
 
@@ -149,7 +151,7 @@ def _yaml_layers(data: str, model: str) -> list[tuple[str, Values]]:
     if not isinstance(by_dataset, dict) or not all(isinstance(each, dict) for each in by_dataset.values()):
         raise UserError(f"{model_path}: by_dataset must map patterns of data names to options")
     name = data_path.stem
-    shipped = data_path.parent == FOLDER / "data"
+    shipped = data_path.resolve().parent == FOLDER / "data"
     own = {"data": name, "model": model_path.stem, "data_dir": "" if shipped else str(data_path.parent.resolve())}
     of_data = _read_yaml(data_path)
     final = {key: value for key, value in of_data.items() if key in SCHEMA and SCHEMA[key].data_wins}
@@ -226,35 +228,3 @@ def _freeze(values: Values) -> CfgNode:
             node[key] = value
     node.freeze()
     return node
-
-
-def _changed(chosen: Values, base: Values, cls: str) -> str:
-    """`key_value` of each option of a class that differs from its config's own, sorted and path-safe."""
-    parts = [
-        f"{key}_{_text(chosen[key])}"
-        for key in sorted(chosen)
-        if _class_of(key) == cls and chosen[key] != base.get(key)
-    ]
-    name = "_".join(parts)
-    if len(name) > 120:
-        name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return name
-
-
-def _text(value: Any) -> str:
-    text = str(value).replace(" ", "")
-    safe = re.sub(r"[^A-Za-z0-9.,\[\]-]+", "-", text)
-    return safe if safe == text else f"{safe[-40:]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-def _run_name(chosen: Values, base: Values) -> str:
-    changed = _changed(chosen, base, TRAIN)
-    names = (re.sub(r"[^\w.,-]+", "-", chosen[kind]) for kind in ("data", "model"))
-    return "_".join(part for part in (*names, changed) if part)
-
-
-def _test_key(chosen: Values, base: Values) -> str:
-    if not chosen["test_train"]:
-        return _changed(chosen, base, TEST) or "default"
-    changed = _changed({**chosen, "test_train": base["test_train"]}, base, TEST)
-    return "_".join(part for part in ("train", changed) if part)

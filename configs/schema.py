@@ -48,6 +48,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         # --- set by the loader -----------------------------------------------------------------------------------
         "data": Key(as_str, "", TRAIN, "name of the data config", internal=True),
         "model": Key(as_str, "", TRAIN, "name of the model config", internal=True),
+        "after_hash": Key(as_str, "", TRAIN, "config hash of the stage before", internal=True),
         "data_dir": Key(as_str, "", RUNTIME, "folder of a data config given by path", internal=True),
         "run_name": Key(as_str, "", RUNTIME, "name of the run's folder", internal=True),
         "test_key": Key(as_str, "", RUNTIME, "name of the evaluation", internal=True),

@@ -7,7 +7,7 @@ from yacs.config import CfgNode
 from configs.errors import UserError, lookup
 from datasets.bundle import DataBundle, DataInfo, View
 from datasets.entries import DATASETS, Outline
-from datasets.imbalance import capped_counts, check_hold_out, hold_out, shot_groups, some_positions, subsample
+from datasets.imbalance import capped_counts, check_hold_out, hold_out, shot_groups, subsample
 from datasets.transforms import Transform, eval_transform, five_crop_resize, plain_transform, train_transform
 
 __all__ = ["DATASETS", "DataBundle", "DataInfo", "Dataset", "IterableDataset", "View", "build_data", "build_info"]
@@ -63,11 +63,11 @@ def build_data(cfg: CfgNode) -> DataBundle:
         info=info,
         train=train,
         plain=train.with_transform(plain_transform(cfg.resolution, cfg.interpolation)),
-        train_as_test=train.with_transform(testing),
-        test=View(
-            splits.test, some_positions(len(splits.test), cfg.max_test_images), testing, cfg.seed, train.skip_bad
+        train_as_test=train.with_transform(testing).limited(cfg.max_test_images),
+        test=View(splits.test, np.arange(len(splits.test)), testing, cfg.seed, train.skip_bad).limited(
+            cfg.max_test_images
         ),
-        val=val,
+        val=val and val.limited(cfg.max_test_images),
     )
 
 

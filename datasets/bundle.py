@@ -1,5 +1,6 @@
 """What the rest of the toolkit sees of a data set: facts, views, loaders."""
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
 from configs.seeding import generator, seeded
+from datasets.imbalance import some_positions
 from datasets.samplers import StepSampler
 from datasets.sources import BadImage, Source
 from datasets.transforms import Transform
@@ -72,6 +74,13 @@ class View(Dataset[Batch]):
     def with_transform(self, transform: Transform) -> "View":
         """The same images through another transform."""
         return View(self.source, self.indices, transform, self.seed, self.skip_bad)
+
+    def limited(self, count: int | None) -> "View":
+        """At most `count` of the images, spread at random over the split, whose order may be by class."""
+        if count is None:
+            return self
+        kept = self.indices[some_positions(len(self.indices), count)]
+        return View(self.source, kept, self.transform, self.seed, self.skip_bad)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -175,6 +184,7 @@ def _sample(image: torch.Tensor, label: int, index: int, weight: float) -> Batch
 
 
 def _loader(view: View, batches: Any, num_workers: int, persistent: bool = False) -> DataLoader[Batch]:
+    num_workers = min(num_workers, _processors())  # the batches are the same, and more would only wait
     return DataLoader(
         view,
         batch_sampler=batches,
@@ -186,6 +196,11 @@ def _loader(view: View, batches: Any, num_workers: int, persistent: bool = False
         # DataLoader draws a seed at every start; from the global generator that would disturb other draws.
         generator=generator("loader"),
     )
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _own_signals(_: int) -> None:

@@ -19,7 +19,7 @@ from datasets.imbalance import check_hold_out, hold_out
 from datasets.sources import Source
 
 HALF: Triple = (0.5, 0.5, 0.5)
-log = logging.getLogger(__name__)
+log = logging.getLogger("tailtune")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ PUBLISHED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 TAXA = ("name", "genus", "family", "order", "class", "phylum", "kingdom")
 CATEGORIES = "categories.json"
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("tailtune")
 
 
 @dataclass(frozen=True)

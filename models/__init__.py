@@ -65,8 +65,7 @@ def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> 
         assert backbone.embed_dim is not None  # else `project` would have been refused
         scale = backbone.text.logit_scale if backbone.text else 1.0
         head: nn.Module = CosineClassifier(backbone.embed_dim, len(class_names), scale).requires_grad_(False)
-        # With the default prompt whatever `prompt` says, as LIFT.
-        init: HeadInit | None = partial(text_feat, text=backbone.text, prompt="default")
+        init: HeadInit | None = partial(text_feat, text=backbone.text, prompt=cfg.prompt)
     else:
         sizes = Sizes(cfg.adapter_dim or bottleneck_dim(len(class_names), encoder.depth), cfg.vpt_len or 10)
         add_tuners(encoder, tuners, sizes, cfg.partial, cfg.seed)

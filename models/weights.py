@@ -27,13 +27,14 @@ READ_ERRORS = (
 
 def is_path(pretrained: str) -> bool:
     """Whether the option names a file rather than a tag."""
-    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
+    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors"))
 
 
 def local_file(path: str) -> Path:
-    if not Path(path).is_file():
+    found = Path(path).expanduser()
+    if not found.is_file():
         raise UserError(f"pretrained: the weights file '{path}' does not exist")
-    return Path(path)
+    return found
 
 
 def fetch(arch: str, tag: str, source: dict[str, Any]) -> Path:

@@ -345,11 +345,13 @@ def test_same_command_shows_the_stored_result(launch: Cli, run: Path) -> None:
 
 
 def test_resume_false_starts_over(launch: Cli, run: Path) -> None:
-    (run / "stale").write_text("")
+    launch(f"{SHORT} test_only True tte True")
+    (run / "notes.txt").write_text("the user's own")
     done = launch(f"{SHORT} resume False lr 0.3")
     assert done.returncode == 0
     assert "epoch [1/2]" in done.stdout
-    assert not (run / "stale").exists()
+    assert not (run / "tests").exists()
+    assert (run / "notes.txt").exists(), "what a run did not write, it does not remove"
     assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 0.3
 
 
@@ -394,9 +396,43 @@ def test_test_train(launch: Cli, run: Path) -> None:
 
 
 def test_model_dir(launch: Cli, run: Path) -> None:
-    assert launch(f"{FAKE} test_only True model_dir {RUN}").returncode == 0
-    found = Path("output/fake_lt_tiny_clip_peft_pretrained_None/tests/default/metrics.json")
-    assert json.loads(found.read_text())["test"] == json.loads((run / "metrics.json").read_text())["test"]
+    for name in (RUN, "run"):  # its path, or its name below output/
+        assert launch(f"{FAKE} test_only True model_dir {name}").returncode == 0
+        (found,) = Path("output/fake_lt_tiny_clip_peft_pretrained_None/tests").glob("of_*")
+        result = json.loads((found / "metrics.json").read_text())
+        assert result["test"] == json.loads((run / "metrics.json").read_text())["test"]
+        assert result["evaluation"]["of"] == str(RUN)
+        shutil.rmtree(found)
+
+
+def test_another_runs_result_is_not_taken_for_its_own(launch: Cli, run: Path) -> None:
+    assert launch(f"{SHORT} lr 0 output_dir other").returncode == 0
+    assert launch(f"{SHORT} test_only True model_dir output/other").returncode == 0
+    done = launch(f"{SHORT} test_only True")
+    assert "finished before" not in done.stdout
+    own, other = (json.loads((Path("output") / name / "metrics.json").read_text()) for name in ("run", "other"))
+    assert own["test"]["nll"] != other["test"]["nll"]
+    found = json.loads((RUN / "tests" / "default" / "metrics.json").read_text())
+    assert found["test"]["accuracy"] == own["test"]["accuracy"]
+
+
+def test_a_retrained_run_is_evaluated_again(launch: Cli, run: Path) -> None:
+    assert launch(f"{SHORT} test_only True").returncode == 0
+    kept = RUN / "tests"
+    shutil.copytree(kept, "kept")
+    assert launch(f"{SHORT} resume False lr 0.3").returncode == 0
+    shutil.copytree("kept", kept)
+    assert "finished before" not in launch(f"{SHORT} lr 0.3 test_only True").stdout
+
+
+@pytest.mark.parametrize("words", ["", "resume False"])
+def test_files_of_others_are_safe(launch: Cli, tmp_path: Path, words: str) -> None:
+    precious = tmp_path / "precious" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years")
+    done = launch(f"{FAKE} output_dir {precious.parent} {words}")
+    assert (done.returncode, precious.read_text()) == (2, "years")
+    assert "holds other files" in done.stderr
 
 
 def test_any_seed(launch: Cli) -> None:
@@ -435,7 +471,7 @@ def test_signals_save_a_state(launch: Cli, number: signal.Signals) -> None:
 def test_signal_while_evaluating(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are there already, so nothing is trained twice."""
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.run.infer", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("trainers.evaluation.infer", lambda *_: signal.raise_signal(signal.SIGTERM))
         done = launch(SHORT)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert not (RUN / "metrics.json").exists()
@@ -472,13 +508,29 @@ def test_second_stage_starts_where_the_first_ended(launch: Cli, two: None) -> No
     assert torch.equal(first[head], second[head])  # its own learning rate is 0
     assert len(second) > len(first)
     again = launch(f"{TWO} lr 0 output_dir run")
-    assert again.stdout.count("finished before") == 2
+    assert again.stdout.count("finished before") == 1
+    shutil.rmtree(RUN / "stage1")
+    again = launch(f"{TWO} lr 0 output_dir run")
+    assert "finished before" in again.stdout and "epoch [" not in again.stdout, "the last stage is what was asked for"
+
+
+def test_a_change_of_the_first_stage_is_another_second_stage(launch: Cli, two: None) -> None:
+    one, other = (
+        load_configs("fake_lt", "two", [*TWO.split()[4:], "after.lr", value], method_options())[-1]
+        for value in ("0.1", "0.2")
+    )
+    assert one.run_name != other.run_name and config_hash(one) != config_hash(other)
+
+
+def test_a_second_stage_that_would_lose_what_the_first_trained(launch: Cli, two: None) -> None:
+    done = launch(f"{TWO} after.lora True output_dir run")
+    assert done.returncode == 2 and "tuners.lora" in done.stderr
 
 
 def test_names_of_stages(launch: Cli, two: None) -> None:
     first, second = load_configs("fake_lt", "two", [*TWO.split()[4:], "seed", "3", "lr", "0.5"], method_options())
     assert first.run_name == "fake_lt_tiny_clip_num_epochs_1_pretrained_None_seed_3"
-    assert second.run_name == "fake_lt_two_lr_0.5_num_epochs_1_pretrained_None_seed_3"
+    assert second.run_name.startswith("fake_lt_two_lr_0.5_num_epochs_1_pretrained_None_seed_3_after.")
 
 
 def test_starting_over_keeps_the_first_stage_that_was_just_trained(launch: Cli, two: None) -> None:

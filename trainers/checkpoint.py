@@ -144,8 +144,8 @@ class States:
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise UserError(
-                    f"{path} is of another run: its {name} is {identity.get(name)}, here it is {value}; "
-                    "start over with `resume False`, or choose another output_dir"
+                    f"{path} is of another run: its {name} is {identity.get(name)}, here it is {value}; launch it as "
+                    "before, start over with `resume False`, or choose another output_dir"
                 )
 
     def _all(self) -> list[Path]:

@@ -34,10 +34,12 @@ Predict = Callable[[Tensor | list[Tensor]], Tensor]
 
 
 @torch.no_grad()
-def infer(
-    predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int, experts: int = 0
-) -> Logits:
-    """Run `predict` over a view, each image once whatever the number of processes. All ranks get the result."""
+def infer(predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int) -> Logits | None:
+    """Run `predict` over a view, each image once whatever the number of processes.
+
+    Returns:
+        The logits on the first process, which alone holds them; None on the others.
+    """
     loader = eval_loader(view, batch_size, num_workers, accelerator.process_index, accelerator.num_processes)
     count = len(view)
     logits: Tensor | None = None
@@ -47,13 +49,18 @@ def infer(
         batch = to_device(batch, accelerator.device)
         out = predict(batch["image"]).float()
         gathered = accelerator.gather((out, batch["label"], batch["index"], batch["weight"]))
+        if not accelerator.is_main_process:
+            continue
         out, label, index, weight = (each.cpu() for each in gathered)
         if logits is None:
             logits = torch.zeros(count, *out.shape[1:])
         real = (index >= 0) & (weight > 0)
         logits[index[real]], labels[index[real]] = out[real], label[real]
         found[index[real]] = True
-    assert logits is not None, "a split is never empty"
+    if logits is None:
+        return None
+    if found.all():  # the usual case: no copy
+        return Logits(logits, labels, torch.arange(count))
     index = found.nonzero().squeeze(1)
     return Logits(logits[index], labels[index], index, bad_images=count - len(index))
 
@@ -62,7 +69,7 @@ def save_logits(path: Path, found: Logits, key: dict[str, object]) -> None:
     """[N, E, C] as fp16 below the row maximum, which is kept in fp32; `key` says what they are logits of."""
     top = found.logits.amax(-1, keepdim=True)
     tensors = {
-        "logits": (found.logits - top).half(),
+        "logits": (found.logits - top).clamp_min(torch.finfo(torch.float16).min).half(),
         "row_max": top.squeeze(-1),
         "labels": found.labels,
         "index": found.index,

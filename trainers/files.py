@@ -51,16 +51,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | Non
 
 def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
     """A folder of `tensors.safetensors` and `facts.json`, which appears whole; it replaces one of the same name."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, aside = (path.with_name(f".{path.name}.{kind}.tmp") for kind in ("new", "old"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for each in (temporary, aside):
+            shutil.rmtree(each, ignore_errors=True)
         content = save({name: each.detach().cpu().contiguous() for name, each in tensors.items()})
         write_bytes(temporary / "tensors.safetensors", content)
         write_json(temporary / "facts.json", {**facts, "sha256": hashlib.sha256(content).hexdigest()})
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(aside)
         temporary.replace(path)
         _sync_folder(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free the space or choose another output_dir"
+        ) from error
     except UserError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

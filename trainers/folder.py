@@ -13,12 +13,16 @@ from filelock import FileLock, Timeout
 from configs import CfgNode, load_resolved, values_of
 from configs.errors import UserError
 from configs.schema import TEST, TRAIN
-from trainers.files import write_bytes
+from trainers.files import read_json, write_bytes
 from trainers.methods import method_options
 
 OUTPUT = Path("output")
 OWN_RUNTIME = ("data_dir", "root", "lists", "output_dir", "num_workers", "micro_batch_size")
 """Runtime keys worth writing down: a run can be told from them, and repeated elsewhere."""
+
+OWN_NAMES = ("config.yaml", "metrics.json", "logits.safetensors", "checkpoint", "state", "tensorboard", "tests")
+"""What a run writes into its folder, besides the log and the lock. Nothing else there is ever removed."""
+OTHERS = ("stage1", ".lock", "log.txt")
 
 log = logging.getLogger("tailtune")
 
@@ -34,6 +38,8 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint"
         self.states = self.path / "state"
         self.events = self.path / "tensorboard"
+        self.source = self.path if cfg.model_dir is None else _existing(cfg.model_dir)
+        """Whose checkpoint is evaluated."""
 
     def hold(self, lock: FileLock) -> None:
         """Keep a second launch out of the folder; the system drops the lock with the process.
@@ -43,6 +49,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            strange = [each.name for each in self.path.iterdir() if each.name not in (*OWN_NAMES, *OTHERS)]
+            if strange and not self.config.exists():
+                raise UserError(f"{self.path} holds other files ({strange[0]}) and no run; choose another output_dir")
             lock.acquire()
         except Timeout:
             raise UserError(
@@ -80,20 +89,28 @@ class RunFolder:
                 self.path.rmdir()
 
     def clear(self) -> None:
-        """Remove all but the lock, runs below such as `stage1`, and the log, which is open: that is emptied."""
-        for each in self.path.iterdir():
-            if each.name == "log.txt":
-                os.truncate(each, 0)
-            elif each.is_dir() and not any(each.rglob(".lock")):
+        """Remove what a run writes; the log, which is open, is emptied."""
+        for each in (self.path / name for name in OWN_NAMES):
+            if each.is_dir():
                 shutil.rmtree(each)
-            elif each.is_file() and each.name != ".lock":
-                each.unlink()
+            else:
+                each.unlink(missing_ok=True)
+        if (self.path / "log.txt").exists():
+            os.truncate(self.path / "log.txt", 0)
 
     def target(self) -> Path:
-        """Where this command's evaluation goes: the run's own folder, or `tests/<key>/` beside a finished run."""
+        """Where this command's evaluation goes: the run's own folder, or `tests/<key>/`."""
         if self.cfg.test_only or (self.metrics.exists() and not self._same_test()):
             return self.path / "tests" / self.cfg.test_key
         return self.path
+
+    def checkpoint_id(self) -> str | None:
+        """Digests of what was trained and of its base model; None if nothing was."""
+        facts = self.source / "checkpoint" / "facts.json"
+        if not facts.exists():
+            return None
+        stored = read_json(facts)
+        return f"{str(stored.get('sha256'))[:16]}-{stored.get('base')}"
 
     def finished(self) -> bool:
         return self.metrics.exists()
@@ -123,6 +140,14 @@ class RunFolder:
         return all(stored.get(key) == value for key, value in values_of(self.cfg, TEST).items())
 
 
+def _existing(model_dir: str) -> Path:
+    """The folder of a run by its path, or by its name below output/."""
+    for path in (Path(model_dir).expanduser(), OUTPUT / model_dir):
+        if (path / "checkpoint" / "facts.json").is_file():
+            return path
+    raise UserError(f"model_dir {model_dir} holds no checkpoint/; name the folder of a finished run")
+
+
 def start_log(path: Path | None) -> None:
     """Lines to the console and to `log.txt`; None (a process that is not the first) shows errors only."""
     for handler in list(log.handlers):
@@ -133,6 +158,7 @@ def start_log(path: Path | None) -> None:
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(console)
+    logging.raiseExceptions = False  # `main.py … | head` closes the console; that is no error of ours
     if path is not None:
         file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

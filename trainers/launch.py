@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, broadcast_object_list, set_seed
 
 from configs import CfgNode
@@ -31,6 +32,11 @@ def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decisio
     return outcome[0]
 
 
+def uses_cuda() -> bool:
+    """Whether this run computes on a GPU; `accelerate launch --cpu` says no where there is one."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+
+
 def launched_alone() -> bool:
     """Whether `accelerate launch` was asked for several processes and started one, as it does without GPUs."""
     return "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
@@ -38,17 +44,18 @@ def launched_alone() -> bool:
 
 def make_accelerator(cfg: CfgNode) -> Accelerator:
     """Devices, processes and loss scaling. Autocast stays off: encoders hold their own arithmetic."""
-    if cfg.gpu is not None and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    cuda = uses_cuda()
+    if cfg.gpu is not None and cuda and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if cfg.gpu >= torch.cuda.device_count():
             raise UserError(f"gpu {cfg.gpu}: there are {torch.cuda.device_count()}, counted from 0")
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{cfg.gpu}"
-    scaled = PRECISIONS[precision_used(cfg.prec, torch.cuda.is_available())].scaled
-    handlers = [AutocastKwargs(enabled=False), DistributedDataParallelKwargs(broadcast_buffers=False)]
+        torch.cuda.set_device(cfg.gpu)  # Accelerate leaves the current device alone then
+    AcceleratorState._reset_state()  # the stages of a chain may differ in precision, which it would refuse
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # without it Accelerate overlooks the other processes of a CPU launch
+        cpu=not cuda,  # without it Accelerate overlooks the other processes of a CPU launch
         gradient_accumulation_steps=1,
-        mixed_precision="fp16" if scaled else "no",
-        kwargs_handlers=handlers,
+        mixed_precision="fp16" if PRECISIONS[precision_used(cfg.prec, cuda)].scaled else "no",
+        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     torch.backends.cudnn.deterministic = cfg.deterministic
     torch.backends.cudnn.benchmark = not cfg.deterministic

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from datasets import DataBundle, DataInfo
 from models import Classifier
 from trainers.checkpoint import package_versions
 from trainers.files import read_json
-from trainers.trainer import TrainReport
 
 COLUMNS = {
     "accuracy": "all",
@@ -28,6 +28,20 @@ COLUMNS = {
 }
 
 
+@dataclass
+class TrainReport:
+    """What training took; survives an interruption."""
+
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    images: int = 0
+    bad_images: int = 0
+    skipped_steps: int = 0
+    """Updates that loss scaling left out because a gradient overflowed."""
+    peak_memory_bytes: int | None = None
+
+
 def headline(cfg: CfgNode, data: DataBundle, model: Classifier) -> str:
     """What is about to run, in two lines."""
     counts, params = data.info.class_counts, model.counts()
@@ -39,24 +53,25 @@ def headline(cfg: CfgNode, data: DataBundle, model: Classifier) -> str:
     )
 
 
-def summary(cfg: CfgNode, info: DataInfo, model: Classifier, train: TrainReport | None, notes: list[str]) -> dict:
-    """metrics.json without its evaluation."""
-    cut = train is not None and cfg.max_steps is not None and train.steps == cfg.max_steps
+def summary(cfg: CfgNode, info: DataInfo, model: Classifier, train: TrainReport | None, prec_used: str) -> dict:
+    """metrics.json of a trained run, without its evaluation and notes."""
     return {
         "schema": 1,
         "data": cfg.data,
         "model": cfg.model,
         "seed": cfg.seed,
-        "commit": commit(),
-        "packages": package_versions(),
-        "hardware": hardware(),
-        "prec_used": cfg.prec,
-        "stopped_early": cut,
-        "notes": notes,
+        **circumstances(),
+        "prec_used": prec_used,
+        "stopped_early": train is not None and train.epochs < cfg.num_epochs,
         "params": model.counts(),
         "class_counts": info.class_counts.tolist(),
         "train": None if train is None else train_facts(train),
     }
+
+
+def circumstances() -> dict[str, Any]:
+    """With what it was computed."""
+    return {"commit": commit(), "packages": package_versions(), "hardware": hardware()}
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -79,18 +94,20 @@ def train_facts(train: TrainReport) -> dict[str, Any]:
         "images_per_second": round(train.images / train.seconds, 2) if train.seconds else None,
         "peak_memory_bytes": train.peak_memory_bytes,
         "bad_images": train.bad_images,
+        "skipped_steps": train.skipped_steps,
     }
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The result as two aligned lines per evaluated split."""
-    rows = {name: metrics[name] for name in ("test", "val") if name in metrics}
+    """The result, a line for each evaluated split."""
+    split = "train" if metrics.get("evaluation", {}).get("test_train") else "test"
+    rows = {title: metrics[name] for title, name in ((split, "test"), ("val", "val")) if name in metrics}
     width = max(len(name) for name in COLUMNS.values()) + 1
     head = " " * 6 + "".join(f"{title:>{width}}" for title in COLUMNS.values())
     lines = [f"{metrics['data']} · {metrics['model']} · seed {metrics['seed']}", head, "─" * len(head)]
-    for split, values in rows.items():
+    for title, values in rows.items():
         cells = (values[name] for name in COLUMNS)
-        lines.append(f"{split:<6}" + "".join(f"{'n/a' if v is None else f'{v:.2f}':>{width}}" for v in cells))
+        lines.append(f"{title:<6}" + "".join(f"{'n/a' if v is None else f'{v:.2f}':>{width}}" for v in cells))
     return "\n".join(lines)
 
 

@@ -33,20 +33,9 @@ from trainers.meters import Meters
 from trainers.methods.base import Batch, Method, Step
 from trainers.optim import Plan, build_optimizer, set_lr
 from trainers.progress import Progress
+from trainers.report import TrainReport
 
 log = logging.getLogger("tailtune")
-
-
-@dataclass
-class TrainReport:
-    """What training took; survives an interruption."""
-
-    epochs: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    images: int = 0
-    bad_images: int = 0
-    peak_memory_bytes: int | None = None
 
 
 @dataclass
@@ -129,7 +118,7 @@ class Trainer:
             alone = index < count - 1  # only the last micro-batch of a step talks to the other ranks
             with self.accelerator.no_sync(run.wrapped) if alone else nullcontext():
                 outcome = run.wrapped(batch)
-                self.accelerator.backward(outcome.loss_sum)
+                self.accelerator.backward(outcome.loss_sum / self.plan.batch_size)
             totals += self._count(run, batch, outcome, padding)
         weight, loss, hits, images, bad = self._sum(totals).unbind()
         self._update(run, weight)
@@ -147,11 +136,16 @@ class Trainer:
         return torch.stack([each.double() for each in (outcome.weight, outcome.loss_sum, hits, real.sum(), bad)])
 
     def _update(self, run: _Run, weight: Tensor) -> None:
-        """One optimizer step. Gradients are sums (means over ranks of sums, under DDP) until here."""
+        """One optimizer step. Gradients are of sums / batch_size (under DDP the mean of that over ranks) until here.
+
+        The constant keeps fp16 gradients small. A step in which no image could be read has no gradient.
+        """
         self.accelerator.unscale_gradients(run.optimizer)
         grads = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(grads, (self.accelerator.num_processes / weight.clamp_min(1e-12)).to(grads[0].dtype))
+        factor = self.plan.batch_size * self.accelerator.num_processes / weight.clamp_min(1e-12)
+        torch._foreach_mul_(grads, torch.where(weight > 0, factor, 0.0).to(grads[0].dtype))
         run.optimizer.step()
+        run.report.skipped_steps += self.accelerator.optimizer_step_was_skipped
         run.optimizer.zero_grad()
 
     # --- between steps -----------------------------------------------------------------------------------------

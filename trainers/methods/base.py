@@ -87,18 +87,21 @@ class Method(nn.Module):
         self.model.init_head(context)
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begin where an earlier run ended (`after`): take from its checkpoint what trains here too.
+        """Begin where an earlier run ended (`after`), with all that it trained.
 
         Raises:
-            UserError: the two runs train nothing in common.
+            UserError: the earlier run trained what this one does not; it would be lost.
         """
-        own = dict(self.named_parameters())
-        common = [n for n, each in tensors.items() if n in own and own[n].requires_grad and own[n].shape == each.shape]
-        if not common:
-            raise UserError("after: the earlier run trained nothing that this one trains")
+        own = {name: each for name, each in self.named_parameters() if each.requires_grad}
+        lost = [n for n, each in tensors.items() if n not in own or own[n].shape != each.shape]
+        if lost:
+            raise UserError(
+                f"after: the earlier run trained {lost[0]} and {len(lost) - 1} more tensors that this run does not "
+                "train; give both the same tuners and head, or this one more"
+            )
         with torch.no_grad():
-            for name in common:
-                own[name].copy_(tensors[name])
+            for name, each in tensors.items():
+                own[name].copy_(each)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
         """Before each epoch."""

@@ -1,8 +1,9 @@
 # Everything runs in .venv, made on first use from requirements.txt. Needs python3 (3.11 or newer) and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two workers suit two cores; more processes only fight over them.
+# Two workers suit two cores. A file stays on one worker; the longest go first, so that both end together.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+LONGEST := tests/test_demo.py tests/test_core.py tests/test_resume.py
 
 .PHONY: demo test test-slow check format clean
 
@@ -10,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python main.py -d digits_lt -m tiny_clip_peft
 
 test: .venv/ready
-	$(PYTEST)
+	$(PYTEST) $(LONGEST) tests
 
 test-slow: .venv/ready
 	$(PYTEST) -m slow
@@ -19,7 +20,7 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST)
+	$(PYTEST) $(LONGEST) tests
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

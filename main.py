@@ -61,8 +61,8 @@ def dry_run(stages: list[CfgNode]) -> int:
 
     for earlier in stages[:-1]:
         dryrun.check(earlier)
-    result = dryrun.dry_run(stages[-1])
-    print(dryrun.describe(result))
+    result, derived = dryrun.dry_run(stages[-1])
+    print(dryrun.describe(result, derived))
     print(json.dumps(result))
     return 0
 

@@ -19,10 +19,11 @@ from models.prompts import PROMPTS
 from models.timm_vit import TimmVit
 from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim
 
-__all__ = ["BACKBONES", "Classifier", "build_model", "patch_size"]
+__all__ = ["BACKBONES", "VPT_LEN", "Classifier", "build_model", "default_expand"]
 
 TINY = Path(__file__).parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
+VPT_LEN = 10
 
 HeadInit = Callable[[HeadContext], Tensor]
 
@@ -67,7 +68,7 @@ def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> 
         head: nn.Module = CosineClassifier(backbone.embed_dim, len(class_names), scale).requires_grad_(False)
         init: HeadInit | None = partial(text_feat, text=backbone.text, prompt=cfg.prompt)
     else:
-        sizes = Sizes(cfg.adapter_dim or bottleneck_dim(len(class_names), encoder.depth), cfg.vpt_len or 10)
+        sizes = Sizes(cfg.adapter_dim or bottleneck_dim(len(class_names), encoder.depth), cfg.vpt_len or VPT_LEN)
         add_tuners(encoder, tuners, sizes, cfg.partial, cfg.seed)
         with seeded(cfg.seed, "head"):
             head = lookup(HEADS, cfg.classifier, "classifier")(encoder.feature_dim, len(class_names), cfg.scale)
@@ -76,9 +77,9 @@ def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> 
     return Classifier(encoder, head, backbone.stats, init, backbone.random)
 
 
-def patch_size(backbone: str) -> int:
-    """Side of a backbone's patches in pixels, known without building it."""
-    return lookup(BACKBONES, backbone, "backbone").patch_size
+def default_expand(backbone: str) -> int:
+    """Pixels that the five-crop resize adds: 1.5 patches, as LIFT."""
+    return 3 * lookup(BACKBONES, backbone, "backbone").patch_size // 2
 
 
 def _head_init(cfg: CfgNode, backbone: Backbone) -> HeadInit | None:

@@ -215,7 +215,7 @@ def test_dry_run_ends_in_one_line_of_json(launch: Cli, tmp_path: Path) -> None:
 def test_gflops_of_a_whole_forward(config: Callable[..., Any]) -> None:
     """Against 2mnk counted by hand for the embedded CLIP, whose last block needs but the class token."""
     cfg = config("fake_lt", "tiny_clip")
-    found = dry_run(cfg)
+    found, _ = dry_run(cfg)
     vision = json.loads((Path(configs.__file__).parent.parent / "models/tiny_clip/tailtune-tiny.json").read_text())
     width, layers, patch = (vision["vision_cfg"][key] for key in ("width", "layers", "patch_size"))
     grid = (32 // patch) ** 2

@@ -7,17 +7,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import CfgNode, values_of
+from configs.schema import SCHEMA
 from datasets import build_info
 from datasets.transforms import train_transform
-from models import Classifier, build_model
+from models import VPT_LEN, Classifier, build_model, default_expand
+from models.tuners import bottleneck_dim
 from trainers.methods import build_method
 from trainers.optim import micro_batch_size
 
 GIGA = 1e9
 
 
-def dry_run(cfg: CfgNode) -> dict[str, Any]:
-    """The resolved config, parameter counts and cost of a run.
+def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The resolved config, parameter counts and cost of a run; and the values behind options that are none.
 
     Raises:
         UserError: whatever a real run would refuse before it touches images or weights.
@@ -25,7 +27,15 @@ def dry_run(cfg: CfgNode) -> dict[str, Any]:
     model = check(cfg)
     with torch.device("meta"):
         flops = forward_flops(model, cfg.resolution)
-    return {"config": values_of(cfg), "params": model.counts(), "gflops_per_image": flops / GIGA}
+    classes = model.head.get_parameter("weight").shape[0]
+    derived = {
+        "adapter_dim": bottleneck_dim(classes, model.encoder.depth),
+        "vpt_len": VPT_LEN,
+        "expand": default_expand(cfg.backbone),
+        "micro_batch_size": micro_batch_size(cfg, _world()),
+    }
+    result = {"config": values_of(cfg), "params": model.counts(), "gflops_per_image": flops / GIGA}
+    return result, {key: value for key, value in derived.items() if cfg[key] is None}
 
 
 def check(cfg: CfgNode) -> Classifier:
@@ -35,7 +45,7 @@ def check(cfg: CfgNode) -> Classifier:
         UserError: as `dry_run`.
     """
     info = build_info(cfg)
-    micro_batch_size(cfg, world=int(os.environ.get("WORLD_SIZE", 1)))
+    micro_batch_size(cfg, _world())
     train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
     with torch.device("meta"):
         model = build_model(cfg, info.class_names)
@@ -52,12 +62,17 @@ def forward_flops(model: Classifier, resolution: int) -> int:
     return int(counter.get_total_flops())
 
 
-def describe(result: dict[str, Any]) -> str:
-    """The resolved config and the parameter table, for people."""
-    config = result["config"]
+def describe(result: dict[str, Any], derived: dict[str, Any]) -> str:
+    """The resolved config, with what stands behind none, and the parameter table, for people."""
+    hidden = [key for key, entry in SCHEMA.items() if entry.internal]
+    config = {key: value for key, value in result["config"].items() if key not in hidden}
     width = max(map(len, config))
-    lines = [f"{key:<{width}}  {value}" for key, value in config.items() if key not in ("micro_explicit", "data_dir")]
+    lines = [f"{k:<{width}}  {v}" + (f" → {derived[k]}" if k in derived else "") for k, v in config.items()]
     params = result["params"]
     digits = max(len(f"{count:,}") for count in params.values())
     lines += ["", "parameters"] + [f"  {name:<10}{count:>{digits},}" for name, count in params.items()]
     return "\n".join([*lines, "", f"forward  {result['gflops_per_image']:.2f} GFLOPs an image"])
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))

@@ -10,7 +10,7 @@ from filelock import FileLock
 from configs import CfgNode, config_hash
 from configs.errors import UserError
 from datasets import DataBundle, build_data
-from models import Classifier, build_model, patch_size
+from models import Classifier, build_model, default_expand
 from models.head_init import NEEDS_TEXT
 from trainers.autosize import largest_micro_batch
 from trainers.checkpoint import States, fingerprint, load_checkpoint, save_checkpoint
@@ -63,7 +63,7 @@ def _resolved(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.expand is None:
-        cfg.expand = 3 * patch_size(cfg.backbone) // 2  # 1.5 patches, as LIFT
+        cfg.expand = default_expand(cfg.backbone)
     cfg.freeze()
     return cfg
 

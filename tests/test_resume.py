@@ -15,7 +15,6 @@ STEPS = 80  # four epochs of twenty
 
 KILLS = (
     (1, signal.SIGKILL),  # the first state is there
-    (18, signal.SIGINT),
     (36, signal.SIGKILL),  # within the second epoch
     (50, signal.SIGTERM),
     (61, signal.SIGKILL),  # the last epoch has begun

@@ -1,6 +1,7 @@
 """Backbones with a text tower: open_clip resolves and reads the weights, the image tower moves into the ViT host."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,8 @@ from models.vit import ViT
 from models.weights import fetch, is_path, load_strict, local_file, read_state
 
 TOWER_NORM_EPS = 1e-5
+
+log = logging.getLogger("tailtune")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Clip:
         if pretrained is None:
             return None
         if is_path(pretrained):
+            if config.get("quick_gelu"):  # a file does not say
+                log.info("%s is taken to have been trained with QuickGELU, as OpenAI's weights", pretrained)
             return local_file(pretrained)
         tag = self.tag if pretrained == "default" else pretrained
         if self.files:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,8 @@ def command(argv: Sequence[str]) -> int:
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
+    # torchmetrics imports matplotlib, which on a new machine would talk about its font cache.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from trainers.methods import method_options  # torch and timm load here, after --help and --list
 
     stages = load_configs(args.data, args.model, pairs, method_options())

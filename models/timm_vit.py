@@ -1,5 +1,6 @@
 """Image-only backbones from timm in the same host."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from configs.errors import UserError
 from configs.seeding import seeded
 from models.backbone import Backbone
 from models.vit import ViT
-from models.weights import is_path, load_strict, local_file, read_state
+from models.weights import hub, is_path, load_strict, local_file, read_state
 
 CLASSIFIER = ("head.weight", "head.bias")
 """Of the pre-training classes; a run makes its own."""
@@ -37,11 +38,10 @@ class TimmVit:
             raise UserError(f"pretrained '{pretrained}': {self.name} takes `default`, a local file, or none")
         load = pretrained is not None and torch.get_default_device().type != "meta"
         file = local_file(pretrained) if load and pretrained and is_path(pretrained) else None
+        fetch = load and file is None
         try:
-            with seeded(seed, "backbone"):
-                net: Any = timm.create_model(
-                    self.name, pretrained=load and file is None, num_classes=0, img_size=resolution
-                )
+            with seeded(seed, "backbone"), hub() if fetch else nullcontext():
+                net: Any = timm.create_model(self.name, pretrained=fetch, num_classes=0, img_size=resolution)
         except (OSError, HfHubHTTPError) as error:
             raise UserError(
                 f"the weights of {self.name} are not here and cannot be downloaded: get "

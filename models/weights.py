@@ -3,11 +3,17 @@
 import hashlib
 import pickle
 import struct
+import urllib.error
+import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from open_clip.pretrained import _PRETRAINED, download_pretrained
 from safetensors import SafetensorError
@@ -37,11 +43,37 @@ def local_file(path: str) -> Path:
     return found
 
 
+@cache
+def _reachable(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def hub() -> Iterator[None]:
+    """For calls to Hugging Face's client: without network it is told so, and answers from its cache or not at all.
+
+    Left alone it would retry for a minute, and say so line by line.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def fetch(arch: str, tag: str, source: dict[str, Any]) -> Path:
     """The file of an open_clip tag, from its cache or the network (Hugging Face first, then the original URL)."""
     for from_hub in (True, False):
         try:
-            found = download_pretrained(source, prefer_hf_hub=from_hub)
+            with hub():
+                found = download_pretrained(source, prefer_hf_hub=from_hub)
         except (OSError, HfHubHTTPError, RuntimeError):
             continue  # offline, or this mirror has not got it: the next one, then the error below
         if found:

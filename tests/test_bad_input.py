@@ -247,6 +247,7 @@ def test_no_network_for_weights(cli: Cli, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     nowhere = {"HOME": str(home), "HF_HOME": str(home), "https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(home)}
+    nowhere["HF_HUB_OFFLINE"] = "0"  # the client has to find out
     done = cli("-d", "fake_lt", "-m", "clip_vit_b16_peft", **nowhere)
     one_line(done, "cannot be downloaded", "https://", "`pretrained /path/to/file`", "`pretrained none`")
     assert not any((tmp_path / "output").iterdir())

@@ -1,9 +1,8 @@
 # Everything runs in .venv, made on first use from requirements.txt. Needs python3 (3.11 or newer) and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two workers suit two cores. A file stays on one worker; the longest go first, so that both end together.
+# Two workers suit two cores. A file stays on one worker; tests/conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-LONGEST := tests/test_demo.py tests/test_core.py tests/test_resume.py
 
 .PHONY: demo test test-slow check format clean
 
@@ -11,16 +10,16 @@ demo: .venv/ready
 	$(BIN)/python main.py -d digits_lt -m tiny_clip_peft
 
 test: .venv/ready
-	$(PYTEST) $(LONGEST) tests
+	$(PYTEST)
 
 test-slow: .venv/ready
-	$(PYTEST) -m slow
+	$(PYTEST) --dist load -m slow
 
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) $(LONGEST) tests
+	$(PYTEST)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Contracts over every entry of every table: what enters a table is covered at once."""
 
 from collections.abc import Callable
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,43 @@ def batch(count: int = 6) -> dict[str, Any]:
     return {"image": images, "label": torch.arange(count), "weight": torch.ones(count)}
 
 
+def tuner_pairs() -> list[tuple[object, ...]]:
+    return [(a, True, b, True) for a in TUNERS for b in TUNERS if a < b and {a, b} != {"vpt_shallow", "vpt_deep"}]
+
+
 def choices() -> list[tuple[object, ...]]:
     """Every entry once, beside the defaults; pairs of tuners too."""
-    tuners = [(name, True) for name in TUNERS]
-    pairs = [(a, True, b, True) for a in TUNERS for b in TUNERS if a < b and {a, b} != {"vpt_shallow", "vpt_deep"}]
+    tuners, pairs = [(name, True) for name in TUNERS], tuner_pairs()
     heads = [("classifier", name) for name in HEADS]
     losses = [("loss_type", name) for name in LOSSES]
     methods = [("method", name) for name in METHODS]
     return [*tuners, *pairs, *heads, *losses, *methods]
+
+
+def product_of_all() -> list[tuple[object, ...]]:
+    """Every combination of up to two tuners, head, loss, method and a range of blocks."""
+    tuners = [(), *((name, True) for name in TUNERS), *tuner_pairs()]
+    rest = product(HEADS, LOSSES, METHODS, ("none", "1", "[1,3]"))
+    names = ("classifier", "loss_type", "method", "partial")
+    options = [tuple(chain.from_iterable(zip(names, values, strict=True))) for values in rest]
+    return [(*tuner, *each) for tuner, each in product(tuners, options)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", product_of_all(), ids=lambda pairs: "-".join(map(str, pairs)))
+def test_every_combination(pairs: tuple[object, ...], config: Config, tmp_path: Path) -> None:
+    test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(pairs, config, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_full_size_model_takes_a_step(config: Config) -> None:
+    """ViT-B/16, every tuner, random weights: one image forward and backward."""
+    for name in TUNERS:
+        method = build(config("fake_lt", "clip_vit_b16", "pretrained", "none", name, True))
+        images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+        outcome = method.train()({"image": images, "label": torch.tensor([3]), "weight": torch.ones(1)})
+        outcome.loss_sum.backward()
+        assert all(each.grad is not None for each in method.parameters() if each.requires_grad), name
 
 
 @pytest.mark.parametrize("pairs", choices(), ids=lambda pairs: "-".join(map(str, pairs)))

@@ -81,7 +81,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "classifier": Key(as_str, "CosineClassifier", TRAIN, "entry of HEADS"),
         "scale": Key(as_float, 25.0, TRAIN, "factor on cosine logits", least=0.0),
         "init_head": Key(as_str, None, TRAIN, "entry of HEAD_INITS: text_feat, class_mean; none: random"),
-        "prompt": Key(as_str, "default", TRAIN, "entry of PROMPTS, for text_feat"),
+        "prompt": Key(as_str, "default", TRAIN, "entry of PROMPTS, for text_feat and zero_shot"),
         "zero_shot": Key(as_bool, False, TRAIN, "classify with the text features, train nothing"),
         # --- tuners: a flag is the tuner's name in TUNERS --------------------------------------------------------
         "full_tuning": Key(as_bool, False, TRAIN, "train the blocks themselves"),

@@ -28,7 +28,7 @@ from datasets.image_list import PUBLISHED, folder_names, read_list, taxon_labels
 from datasets.samplers import StepSampler
 from datasets.sources import BadImage
 
-TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "../shared/data"))
+TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 """A folder that may hold unpacked local data (`cifar10_jpeg`, `lt_lists`); what is absent is skipped."""
 
 DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()} | {"expand": 3, "num_workers": 0, "resolution": 28}

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def fetch(arch: str, tag: str, source: dict[str, Any]) -> Path:
     """The file of an open_clip tag, from its cache or the network (Hugging Face first, then the original URL)."""
     for from_hub in (True, False):
         try:
-            with hub():
+            with hub() if from_hub else nullcontext():
                 found = download_pretrained(source, prefer_hf_hub=from_hub)
         except (OSError, HfHubHTTPError, RuntimeError):
             continue  # offline, or this mirror has not got it: the next one, then the error below

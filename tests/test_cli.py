@@ -425,6 +425,13 @@ def test_a_retrained_run_is_evaluated_again(launch: Cli, run: Path) -> None:
     assert "finished before" not in launch(f"{SHORT} lr 0.3 test_only True").stdout
 
 
+def test_a_kill_while_the_config_was_written_does_not_lock_the_folder(launch: Cli) -> None:
+    RUN.mkdir(parents=True)
+    (RUN / ".config.yaml.tmp").write_text("data: fa")
+    done = launch(f"{FAKE} max_steps 1 output_dir run")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("words", ["", "resume False"])
 def test_files_of_others_are_safe(launch: Cli, tmp_path: Path, words: str) -> None:
     precious = tmp_path / "precious" / "thesis.txt"

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,24 @@ def save_checkpoint(folder: Path, method: nn.Module, facts: dict[str, Any]) -> N
     write_folder(folder, trained_state(method), {**facts, "packages": package_versions()})
 
 
-def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str], base: str) -> dict[str, Any]:
+def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str], base: str) -> None:
     """Fill `method` from a checkpoint, strictly.
 
     Args:
         class_names: of the data at hand, in label order.
         base: `fingerprint` of the encoder at hand.
 
-    Returns:
-        The checkpoint's facts.
-
     Raises:
         UserError: damaged; of another base model, class set, tuner or head; each names what differs.
     """
     tensors, facts = read_folder(folder)
+    check_base(folder, facts, base)
+    copy_state(method, tensors, str(folder), "give the options that it was trained with")
+    check_classes(folder, facts, class_names)
+
+
+def check_base(folder: Path, facts: dict[str, Any], base: str) -> None:
+    """Raise a `UserError` if a checkpoint was trained on another base model than `base`."""
     if not {"base", "class_names"} <= facts.keys():
         raise UserError(f"{folder} is damaged: facts.json names no base model or classes; train again")
     if facts["base"] != base:
@@ -69,11 +74,14 @@ def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str],
             f"{folder} was trained on another base model than the one at hand; give the backbone, pretrained and "
             "resolution that it was trained with"
         )
-    copy_state(method, tensors, str(folder), "give the options that it was trained with")
-    if list(facts["class_names"]) != list(class_names):
-        first = next(a for a, b in zip(facts["class_names"], class_names, strict=True) if a != b)
-        raise UserError(f"{folder} was trained on other classes: '{first}' is not at its place in this data set")
-    return facts
+
+
+def check_classes(folder: Path, facts: dict[str, Any], class_names: Sequence[str]) -> None:
+    """Raise a `UserError` that names the first class of a checkpoint which the data at hand have not in its place."""
+    for there, here in zip_longest(facts["class_names"], class_names):
+        if there != here:
+            name = here if there is None else there
+            raise UserError(f"{folder} was trained on other classes: '{name}' is not at its place in this data set")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """`--dry-run`: everything is built on the meta device, so that every option is checked and nothing is read."""
 
-import os
 from typing import Any
 
 import torch
@@ -9,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import CfgNode, values_of
 from configs.schema import SCHEMA
 from datasets import build_info
-from datasets.transforms import train_transform
 from models import VPT_LEN, Classifier, build_model, default_expand
 from models.tuners import bottleneck_dim
+from trainers.launch import world_size
 from trainers.methods import build_method
 from trainers.optim import micro_batch_size
 
@@ -32,7 +31,7 @@ def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
         "adapter_dim": bottleneck_dim(classes, model.encoder.depth),
         "vpt_len": VPT_LEN,
         "expand": default_expand(cfg.backbone),
-        "micro_batch_size": micro_batch_size(cfg, _world()),
+        "micro_batch_size": micro_batch_size(cfg, world_size()),
     }
     result = {"config": values_of(cfg), "params": model.counts(), "gflops_per_image": flops / GIGA}
     return result, {key: value for key, value in derived.items() if cfg[key] is None}
@@ -45,8 +44,7 @@ def check(cfg: CfgNode) -> Classifier:
         UserError: as `dry_run`.
     """
     info = build_info(cfg)
-    micro_batch_size(cfg, _world())
-    train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
+    micro_batch_size(cfg, world_size())
     with torch.device("meta"):
         model = build_model(cfg, info.class_names)
         build_method(cfg, model, info)
@@ -72,7 +70,3 @@ def describe(result: dict[str, Any], derived: dict[str, Any]) -> str:
     digits = max(len(f"{count:,}") for count in params.values())
     lines += ["", "parameters"] + [f"  {name:<10}{count:>{digits},}" for name, count in params.items()]
     return "\n".join([*lines, "", f"forward  {result['gflops_per_image']:.2f} GFLOPs an image"])
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))

@@ -32,9 +32,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free the space or choose another output_dir"
-        ) from error
+        raise _refused(path, error) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -64,9 +62,7 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any
         _sync_folder(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free the space or choose another output_dir"
-        ) from error
+        raise _refused(path, error) from error
     except UserError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -98,6 +94,10 @@ def read_json(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); start over with `resume False`") from error
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; free the space or choose another output_dir")
 
 
 def _sync_folder(path: Path) -> None:

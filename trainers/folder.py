@@ -49,7 +49,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            strange = [each.name for each in self.path.iterdir() if each.name not in (*OWN_NAMES, *OTHERS)]
+            found = (each.name for each in self.path.iterdir() if not each.name.endswith(".tmp"))  # cut off by a kill
+            strange = [name for name in found if name not in (*OWN_NAMES, *OTHERS)]
             if strange and not self.config.exists():
                 raise UserError(f"{self.path} holds other files ({strange[0]}) and no run; choose another output_dir")
             lock.acquire()
@@ -100,7 +101,7 @@ class RunFolder:
 
     def target(self) -> Path:
         """Where this command's evaluation goes: the run's own folder, or `tests/<key>/`."""
-        if self.cfg.test_only or (self.metrics.exists() and not self._same_test()):
+        if self.cfg.test_only or (self.finished() and not self._same_test()):
             return self.path / "tests" / self.cfg.test_key
         return self.path
 

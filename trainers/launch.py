@@ -37,6 +37,11 @@ def uses_cuda() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
 
 
+def world_size() -> int:
+    """Processes of this launch, known before Accelerate is asked."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def launched_alone() -> bool:
     """Whether `accelerate launch` was asked for several processes and started one, as it does without GPUs."""
     return "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
@@ -45,7 +50,7 @@ def launched_alone() -> bool:
 def make_accelerator(cfg: CfgNode) -> Accelerator:
     """Devices, processes and loss scaling. Autocast stays off: encoders hold their own arithmetic."""
     cuda = uses_cuda()
-    if cfg.gpu is not None and cuda and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if cfg.gpu is not None and cuda and world_size() == 1:
         if cfg.gpu >= torch.cuda.device_count():
             raise UserError(f"gpu {cfg.gpu}: there are {torch.cuda.device_count()}, counted from 0")
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{cfg.gpu}"

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainers.metrics import GROUPS
+
 DECAY = 0.9
 
 
@@ -51,8 +53,8 @@ class Meters:
         self.seen.zero_()
         steps = [self._advance(*values) for values in torch.stack(self.pending).tolist()] if self.pending else []
         self.pending.clear()
-        names = {"mean_acc": None, "many_acc": "many", "med_acc": "med", "few_acc": "few"}
-        return steps, {name: self._mean(group) for name, group in names.items()}
+        averages: dict[str, str | None] = {"mean_acc": None, **GROUPS}
+        return steps, {name: self._mean(group) for name, group in averages.items()}
 
     def state(self) -> dict[str, Tensor]:
         pending = torch.stack(self.pending) if self.pending else torch.empty(0, 2)

@@ -1,6 +1,5 @@
 """metrics.json and the table in the terminal."""
 
-import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from datasets import DataBundle, DataInfo
 from models import Classifier
 from trainers.checkpoint import package_versions
 from trainers.files import read_json
+from trainers.launch import uses_cuda, world_size
 
 COLUMNS = {
     "accuracy": "all",
@@ -124,9 +124,8 @@ def commit() -> str | None:
 
 def hardware() -> str:
     """What it ran on, in words."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    times = f"{world} × " if world > 1 else ""
-    if torch.cuda.is_available():
+    times = f"{world_size()} × " if world_size() > 1 else ""
+    if uses_cuda():
         return f"{times}{torch.cuda.get_device_name()}"
     return f"{times}CPU ({_cpu()}, {torch.get_num_threads()} threads)"
 

@@ -13,7 +13,7 @@ from datasets import DataBundle, build_data
 from models import Classifier, build_model, default_expand
 from models.head_init import NEEDS_TEXT
 from trainers.autosize import largest_micro_batch
-from trainers.checkpoint import States, fingerprint, load_checkpoint, save_checkpoint
+from trainers.checkpoint import States, check_base, check_classes, fingerprint, load_checkpoint, save_checkpoint
 from trainers.evaluation import Evaluation, still_true
 from trainers.files import read_folder
 from trainers.folder import RunFolder, start_log
@@ -178,10 +178,8 @@ class _Run:
 
     def _start_from(self, method: Method, data: DataBundle, checkpoint: Path) -> None:
         tensors, facts = read_folder(checkpoint)
-        if facts["base"] != self.base:
-            raise UserError(f"after: {checkpoint} was trained on another base model (backbone or pretrained)")
-        if list(facts["class_names"]) != list(data.info.class_names):
-            raise UserError(f"after: {checkpoint} was trained on other classes")
+        check_base(checkpoint, facts, self.base)
+        check_classes(checkpoint, facts, data.info.class_names)
         method.start_from(tensors)
 
     def _micro_batch(self, method: Method) -> int:

@@ -75,7 +75,8 @@ class Trainer:
             UserError: the loss is not finite, or a state cannot be used or written.
             Interrupted: asked to stop by a signal; the state is saved.
         """
-        if torch.cuda.is_available():
+        cuda = self.accelerator.device.type == "cuda"
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         run = self._begin(method, data)
         loader = train_loader(data.train, run.sampler, self.plan.num_workers)
@@ -95,7 +96,7 @@ class Trainer:
                         self._after_step(run, lr, interrupt, last=run.report.steps + 1 == total)
         finally:
             run.progress.close()
-        if torch.cuda.is_available():
+        if cuda:
             run.report.peak_memory_bytes = torch.cuda.max_memory_allocated()
         return run.report
 

@@ -73,7 +73,7 @@ class Method(nn.Module):
         return self.aggregate(self.expert_logits(images))
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of what trains, in a stable order; their names appear in nothing but the log."""
+        """Groups of what trains, in a stable order, which is what a saved optimizer state goes by."""
         head = {id(parameter) for parameter in self.model.head.parameters()}
         trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = {

@@ -53,9 +53,9 @@ def command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     # torchmetrics imports matplotlib, which on a new machine would talk about its font cache.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from trainers.methods import method_options  # torch and timm load here, after --help and --list
+    from trainers.methods import declared  # torch and timm load here, after --help and --list
 
-    stages = load_configs(args.data, args.model, pairs, method_options())
+    stages = load_configs(args.data, args.model, pairs, declared())
     return dry_run(stages) if args.dry_run else run_all(stages)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from configs import load_configs
 from datasets import build_info
 from models import build_model
-from trainers.methods import build_method, method_options
+from trainers.methods import build_method, declared
 from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable
 from trainers.report import hardware
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--prec", nargs="+", default=["fp32"], choices=[p for p in PRECISIONS if p != "amp"])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (cfg,) = load_configs(args.data, args.model, ["pretrained", "none"], method_options())
+    (cfg,) = load_configs(args.data, args.model, ["pretrained", "none"], declared())
     print(f"{args.data} {args.model} batch {args.batch} on {hardware()}, torch {torch.__version__}")
     for prec in args.prec:
         steps = {

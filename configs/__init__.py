@@ -6,7 +6,8 @@ name (most specific last) < pairs. Every value is parsed by the type that the sc
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from configs.naming import class_of, run_name, test_key
 from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TRAIN, Key, option_keys
 
 __all__ = [
-    *("CfgNode", "UserError", "config_hash", "describe"),
+    *("CfgNode", "Declared", "UserError", "config_hash", "describe"),
     *("load_configs", "load_resolved", "lookup", "names", "values_of"),
 ]
 
@@ -28,6 +29,22 @@ LAST_ONLY = ("test_only", "model_dir", "resume", "output_dir")
 """Runtime keys of the command line that mean the last stage."""
 
 Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the tables of the code say about options.
+
+    Args:
+        options: method name → its `Options` dataclass, whose fields become the keys `<method>.<field>`.
+        coupled: key → values with which the result depends on the images that a process holds at once.
+    """
+
+    options: Mapping[str, type] = field(default_factory=dict)
+    coupled: Mapping[str, Collection[object]] = field(default_factory=dict)
+
+    def couples(self, values: Mapping[str, Any]) -> bool:
+        return any(values[key] in listed for key, listed in self.coupled.items())
 
 
 def names(kind: str) -> dict[str, Path]:
@@ -41,31 +58,28 @@ def describe(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
-def load_configs(
-    data: str, model: str, pairs: Sequence[str], options: Mapping[str, type] | None = None
-) -> list[CfgNode]:
+def load_configs(data: str, model: str, pairs: Sequence[str], declared: Declared | None = None) -> list[CfgNode]:
     """The frozen configs of all stages, the last one being the run that was asked for.
 
     Args:
         data: name of a file in configs/data, or the path of a YAML.
         model: name of a file in configs/model.
         pairs: `KEY VALUE KEY VALUE …`; `after.KEY` sets an option of the stage before.
-        options: method name → its `Options` dataclass, whose fields become the keys `<method>.<field>`.
+        declared: what the tables of the code add to the schema.
 
     Raises:
         UserError: unknown name or key, wrong type, odd number of words, unreadable YAML.
     """
-    schema = _schema(options)
-    return _stages(data, model, _pair_up(pairs), schema, depth=0)
+    return _stages(data, model, _pair_up(pairs), declared or Declared(), depth=0)
 
 
-def load_resolved(path: Path, options: Mapping[str, type] | None = None) -> CfgNode:
+def load_resolved(path: Path, declared: Declared | None = None) -> CfgNode:
     """The frozen config of a run from its `config.yaml`; runtime keys that are not in it have their defaults.
 
     Raises:
         UserError: the file is unreadable, or holds what is no option of this version.
     """
-    schema = _schema(options)
+    schema = _schema(declared or Declared())
     values = {key: each.default for key, each in schema.items()}
     stored = _read_yaml(path)
     if "data" not in stored:
@@ -91,9 +105,9 @@ def config_hash(cfg: CfgNode) -> str:
     return hashlib.sha256(json.dumps(values_of(cfg, TRAIN), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _schema(options: Mapping[str, type] | None) -> dict[str, Key]:
+def _schema(declared: Declared) -> dict[str, Key]:
     schema = dict(SCHEMA)
-    for method, kind in (options or {}).items():
+    for method, kind in declared.options.items():
         schema.update(option_keys(method, kind))
     return schema
 
@@ -104,11 +118,12 @@ def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(words[::2], words[1::2], strict=True))
 
 
-def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: dict[str, Key], depth: int) -> list[CfgNode]:
+def _stages(data: str, model: str, pairs: list[tuple[str, str]], declared: Declared, depth: int) -> list[CfgNode]:
     if depth > 4:
         raise UserError(f"model config '{model}': its `after` chain never ends")
     own = {key: value for key, value in pairs if not key.startswith("after.")}
     earlier = {key: value for key, value in pairs if key.startswith("after.")}
+    schema = _schema(declared)
     base = _merge(_yaml_layers(data, model), schema)
     chosen = dict(base)
     for key, value in own.items():
@@ -119,13 +134,25 @@ def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: dict[st
     if earlier and not chosen["after"]:
         raise UserError(f"'{next(iter(earlier))}': this run has no stage before it; `after` names one")
     chosen["micro_explicit"] = "micro_batch_size" in own
+    for values in (base, chosen):
+        values["coupled_micro"] = _coupled_micro(values, declared)
     chosen["run_name"] = run_name(chosen, base, earlier)
     chosen["test_key"] = test_key(chosen, base)
     before: list[CfgNode] = []
     if chosen["after"]:
-        before = _stages(data, chosen["after"], _inherited(pairs, chosen["output_dir"]), schema, depth + 1)
+        before = _stages(data, chosen["after"], _inherited(pairs, chosen["output_dir"]), declared, depth + 1)
         chosen["after_hash"] = config_hash(before[-1])
     return [*before, _freeze(chosen)]
+
+
+def _coupled_micro(values: Values, declared: Declared) -> int | None:
+    """The micro-batch size where the result depends on it, else None."""
+    size = values["micro_batch_size"]
+    if not declared.couples(values) or size is None:
+        return None
+    if size == "auto":
+        raise UserError("micro_batch_size auto: here the loss depends on it, so it must not depend on memory; name one")
+    return int(size) if size < values["batch_size"] else None
 
 
 def _inherited(pairs: list[tuple[str, str]], output_dir: str | None) -> list[tuple[str, str]]:

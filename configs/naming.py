@@ -23,9 +23,12 @@ def run_name(chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:
         chosen, base: the options, and those of the two configs alone.
         earlier: what the user set for the stage before, `after.KEY` → value.
     """
+    changed = _changed(chosen, base, TRAIN)
+    if chosen["coupled_micro"] != base["coupled_micro"]:
+        changed = sorted([*changed, f"micro_batch_size_{_text(chosen['micro_batch_size'])}"])
     names = (re.sub(r"[^\w.,-]+", "-", chosen[kind]) for kind in ("data", "model"))
     later = [f"{key}_{_text(value)}" for key, value in sorted(earlier.items())]
-    return "_".join(part for part in (*names, _join(_changed(chosen, base, TRAIN) + later)) if part)
+    return "_".join(part for part in (*names, _join(changed + later)) if part)
 
 
 def test_key(chosen: Values, base: Values) -> str:

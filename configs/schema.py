@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from configs.values import as_bool, as_float, as_int, as_micro, as_span, as_str
+from configs.values import as_bool, as_float, as_int, as_mapping, as_micro, as_scale, as_span, as_str
 
 Class = Literal["train", "test", "runtime"]
 
@@ -52,6 +52,9 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "data_dir": Key(as_str, "", RUNTIME, "folder of a data config given by path", internal=True),
         "run_name": Key(as_str, "", RUNTIME, "name of the run's folder", internal=True),
         "test_key": Key(as_str, "", RUNTIME, "name of the evaluation", internal=True),
+        "coupled_micro": Key(
+            as_micro, None, TRAIN, "micro_batch_size, where a loss or method depends on it", internal=True
+        ),
         "micro_explicit": Key(as_bool, False, RUNTIME, "micro_batch_size was asked for by the user", internal=True),
         # --- data ------------------------------------------------------------------------------------------------
         "dataset": Key(as_str, "", TRAIN, "entry of DATASETS: CIFAR10, ImageList, ImageFolder …"),
@@ -69,32 +72,48 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "imb_factor": Key(as_float, None, TRAIN, "make it long-tailed: smallest class / largest class", least=0.0),
         "on_bad_image": Key(as_str, "raise", RUNTIME, "an unreadable image: stop or leave out", ("raise", "skip")),
         "augment": Key(as_str, "lift", TRAIN, "entry of AUGMENTS, the training transform", data_wins=True),
-        "interpolation": Key(as_str, "bilinear", TRAIN, "of every resize", ("bilinear", "bicubic")),
+        "interpolation": Key(as_str, None, TRAIN, "of every resize; none: the backbone's own", ("bilinear", "bicubic")),
         # --- model -----------------------------------------------------------------------------------------------
-        "backbone": Key(as_str, "CLIP-ViT-B/16", TRAIN, "entry of BACKBONES"),
+        "backbone": Key(as_str, "CLIP-ViT-B/16", TRAIN, "entry of BACKBONES, `open_clip:NAME` or `timm:NAME`"),
         "pretrained": Key(
             as_str, "default", TRAIN, "`default`, an open_clip tag, or a local file; none: random", optional=True
         ),
-        "resolution": Key(as_int, 224, TRAIN, "side of the input image in pixels", least=1),
+        "resolution": Key(as_int, None, TRAIN, "side of the input image in pixels; none: the backbone's own", least=1),
         "method": Key(as_str, "classify", TRAIN, "entry of METHODS"),
         "after": Key(as_str, None, TRAIN, "model config of a run that is finished first and starts this one"),
         "classifier": Key(as_str, "CosineClassifier", TRAIN, "entry of HEADS"),
-        "scale": Key(as_float, 25.0, TRAIN, "factor on cosine logits", least=0.0),
-        "init_head": Key(as_str, None, TRAIN, "entry of HEAD_INITS: text_feat, class_mean; none: random"),
-        "prompt": Key(as_str, "default", TRAIN, "entry of PROMPTS, for text_feat and zero_shot"),
+        "scale": Key(as_float, 25.0, TRAIN, "factor on cosine logits, also of LDAM's margins", least=0.0),
+        "init_head": Key(as_str, None, TRAIN, "entry of HEAD_INITS; none: random"),
+        "prompt": Key(
+            as_str, "default", TRAIN, "entry of PROMPTS, or a sentence with {} in it; for text_feat and zero_shot"
+        ),
+        "descriptors": Key(as_str, None, TRAIN, "JSON, class name → list of strings, for prompt descriptor"),
         "zero_shot": Key(as_bool, False, TRAIN, "classify with the text features, train nothing"),
         # --- tuners: a flag is the tuner's name in TUNERS --------------------------------------------------------
         "full_tuning": Key(as_bool, False, TRAIN, "train the blocks themselves"),
         "bias_tuning": Key(as_bool, False, TRAIN, "train the biases of the blocks"),
         "ln_tuning": Key(as_bool, False, TRAIN, "train the layer norms of the blocks"),
+        "bn_tuning": Key(as_bool, False, TRAIN, "train the batch norms of a convolutional network"),
+        "mask": Key(as_bool, False, TRAIN, "train a random subset of the blocks' linear weights"),
         "vpt_shallow": Key(as_bool, False, TRAIN, "prompt tokens before the first block"),
         "vpt_deep": Key(as_bool, False, TRAIN, "new prompt tokens before every block"),
         "lora": Key(as_bool, False, TRAIN, "low-rank updates of query and value"),
+        "lora_mlp": Key(as_bool, False, TRAIN, "low-rank updates of the MLP"),
+        "ssf_attn": Key(
+            as_bool, False, TRAIN, "scale and shift of the attention's layers; CLIP ResNet: of its feature"
+        ),
+        "ssf_mlp": Key(as_bool, False, TRAIN, "scale and shift of the MLP's layers"),
+        "ssf_ln": Key(as_bool, False, TRAIN, "scale and shift behind the layer norms"),
         "adapter": Key(as_bool, False, TRAIN, "bottleneck after the MLP"),
         "adaptformer": Key(as_bool, False, TRAIN, "bottleneck parallel to the MLP"),
         "partial": Key(as_span, None, TRAIN, "blocks that tuners act on: k = the last k, [start,end); none: all"),
         "vpt_len": Key(as_int, None, TRAIN, "number of prompt tokens; none: 10", least=1),
         "adapter_dim": Key(as_int, None, TRAIN, "bottleneck of adapters and LoRA; none: from num_classes", least=1),
+        "adaptformer_scale": Key(as_scale, "learnable", TRAIN, "factor of AdaptFormer: learnable, or a fixed number"),
+        "mask_ratio": Key(as_float, None, TRAIN, "share that mask trains; none: from num_classes", least=0.0),
+        "mask_seed": Key(as_int, None, TRAIN, "of the draw of mask; none: 0", least=0),
+        "peft": Key(as_str, None, TRAIN, "a tuner of the peft library on the backbone's layers: LoRA, DoRA, IA3 …"),
+        "peft_args": Key(as_mapping, None, TRAIN, "its configuration: {r: 8, target_modules: [qkv]}"),
         # --- training --------------------------------------------------------------------------------------------
         "seed": Key(as_int, 0, TRAIN, "of initial weights, order and augmentation", least=0),
         "deterministic": Key(as_bool, True, TRAIN, "cuDNN may choose reproducible kernels only"),
@@ -115,9 +134,20 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "momentum": Key(as_float, 0.9, TRAIN, "of SGD", least=0.0),
         "loss_type": Key(as_str, "LA", TRAIN, "entry of LOSSES"),
         "tau": Key(as_float, 1.0, TRAIN, "strength of logit adjustment (LA)"),
+        "drw_epoch": Key(
+            as_int, None, TRAIN, "from this epoch on (the first is 0) classes are weighted by effective number", least=0
+        ),
         # --- evaluation ------------------------------------------------------------------------------------------
-        "tte": Key(as_bool, False, TEST, "average the logits of five crops"),
-        "expand": Key(as_int, None, TEST, "pixels that the five-crop resize adds; none: 1.5 patches", least=0),
+        "tte": Key(as_bool, False, TEST, "average the logits of several views, as tte_mode says"),
+        "tte_mode": Key(
+            as_str,
+            "fivecrop",
+            TEST,
+            "views of tte: corners and centre, the same and mirrored, or training crops",
+            ("fivecrop", "tencrop", "randaug"),
+        ),
+        "expand": Key(as_int, None, TEST, "pixels that the crops' resize adds; none: 1.5 patches", least=0),
+        "randaug_times": Key(as_int, 1, TEST, "training crops of tte_mode randaug", least=1),
         "test_prec": Key(as_str, "fp32", TEST, "arithmetic of evaluation", ("fp32", "bf16", "fp64")),
         "test_train": Key(as_bool, False, TEST, "evaluate the training images"),
         "max_test_images": Key(as_int, None, TEST, "evaluate so many images only, for a quick look", least=1),
@@ -134,6 +164,9 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         # --- how it runs -----------------------------------------------------------------------------------------
         "test_only": Key(as_bool, False, RUNTIME, "evaluate the trained run"),
         "model_dir": Key(as_str, None, RUNTIME, "with test_only: folder of the run whose checkpoint is evaluated"),
+        "export": Key(
+            as_str, None, RUNTIME, "write the finished run's model for others", ("peft", "merged", "onnx", "lift")
+        ),
         "output_dir": Key(as_str, None, RUNTIME, "folder of the run below output/; none: named by its options"),
         "resume": Key(as_bool, True, RUNTIME, "continue an unfinished run; False starts over"),
         "gpu": Key(as_int, None, RUNTIME, "CUDA device of a single process", least=0),
@@ -149,7 +182,17 @@ ALIASES = {"test_ensemble": "tte"}
 
 SHARED = (
     *("dataset", "num_classes", "class_counts", "train_list", "test_list", "val_list", "val_per_class"),
-    *("test_per_class", "classnames", "label_field", "imb_factor", "seed", "prec", "max_steps", "max_test_images"),
+    *(
+        "test_per_class",
+        "classnames",
+        "descriptors",
+        "label_field",
+        "imb_factor",
+        "seed",
+        "prec",
+        "max_steps",
+        "max_test_images",
+    ),
 )
 """Besides runtime keys, what the command line sets for every stage of a chain."""
 

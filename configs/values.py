@@ -70,3 +70,25 @@ def as_span(value: Any) -> int | list[int]:
         if 0 <= start <= end:
             return [start, end]
     raise ValueError("a number of blocks such as 6, or a range such as [0,6]")
+
+
+def as_scale(value: Any) -> float | str:
+    """A factor: `learnable` or a number."""
+    if value == "learnable":
+        return "learnable"
+    try:
+        return as_float(value)
+    except ValueError:
+        raise ValueError("learnable or a number") from None
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """`{key: value, …}` as in YAML."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            value = None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("a mapping such as {r: 8}")
+    return value

@@ -19,7 +19,7 @@ from models.prompts import PROMPTS
 from models.timm_vit import TimmVit
 from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim
 
-__all__ = ["BACKBONES", "VPT_LEN", "Classifier", "build_model", "default_expand"]
+__all__ = ["BACKBONES", "VPT_LEN", "Classifier", "build_model", "resolve"]
 
 TINY = Path(__file__).parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
@@ -52,11 +52,12 @@ def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> 
         UserError: an unknown name, weights that are not there, or parts that do not fit each other.
     """
     spec = lookup(BACKBONES, cfg.backbone, "backbone")
+    patch_size = spec.inputs().patch_size
     lookup(PROMPTS, cfg.prompt, "prompt")
     tuners = [name for name in TUNERS if cfg[name]]
-    if cfg.resolution % spec.patch_size:  # the rest of the image would be cut off in silence
+    if patch_size and cfg.resolution % patch_size:  # the rest of the image would be cut off in silence
         raise UserError(
-            f"resolution {cfg.resolution} must be a multiple of {spec.patch_size}, the patch size of {cfg.backbone}"
+            f"resolution {cfg.resolution} must be a multiple of {patch_size}, the patch size of {cfg.backbone}"
         )
     backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project=cfg.zero_shot, fast=fast)
     encoder = backbone.encoder
@@ -77,9 +78,16 @@ def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> 
     return Classifier(encoder, head, backbone.stats, init, backbone.random)
 
 
-def default_expand(backbone: str) -> int:
-    """Pixels that the five-crop resize adds: 1.5 patches, as LIFT."""
-    return 3 * lookup(BACKBONES, backbone, "backbone").patch_size // 2
+def resolve(cfg: CfgNode) -> CfgNode:
+    """The config with what it leaves to the backbone filled in: resolution, interpolation, expand."""
+    inputs = lookup(BACKBONES, cfg.backbone, "backbone").inputs()
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in ("resolution", "interpolation", "expand"):
+        if cfg[key] is None:
+            cfg[key] = getattr(inputs, key)
+    cfg.freeze()
+    return cfg
 
 
 def _head_init(cfg: CfgNode, backbone: Backbone) -> HeadInit | None:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.vit import ViT
+from models.host import Host
 
 Stats = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of the pre-training images, RGB in [0, 1]."""
@@ -24,9 +24,26 @@ class Text(Protocol):
     ) -> Tensor: ...  # [C, d]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """The images that a backbone takes."""
+
+    resolution: int
+    """Side in pixels, what `resolution none` means."""
+    interpolation: str = "bilinear"
+    """What `interpolation none` means."""
+    patch_size: int | None = None
+    """Side of a ViT's patches, of which the resolution is a multiple; None for other networks."""
+
+    @property
+    def expand(self) -> int:
+        """Pixels that the crops' resize adds: 1.5 patches, as LIFT; as for a patch of 16 where there are none."""
+        return 3 * (self.patch_size or 16) // 2
+
+
 @dataclass
 class Backbone:
-    encoder: ViT
+    encoder: Host
     stats: Stats
     embed_dim: int | None = None
     """Width of the space shared with text, d; None for a backbone without text tower."""
@@ -39,8 +56,9 @@ class Backbone:
 class BackboneSpec(Protocol):
     """An entry of BACKBONES."""
 
-    @property
-    def patch_size(self) -> int: ...
+    def inputs(self) -> Inputs:
+        """Known without weights or network."""
+        ...
 
     def build(
         self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True

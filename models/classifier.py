@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.backbone import Stats
 from models.head_init import HeadContext
-from models.vit import ViT
+from models.host import Host
 
 
 class Classifier(nn.Module):
@@ -26,7 +26,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        encoder: ViT,
+        encoder: Host,
         head: nn.Module,
         stats: Stats,
         init: Callable[[HeadContext], Tensor] | None = None,
@@ -53,6 +53,11 @@ class Classifier(nn.Module):
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
         """Arithmetic of the frozen encoder; head and logits stay in the head's dtype."""
         self.encoder.set_precision(compute, residual)
+
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether the logits of an image depend on the others in the batch while training."""
+        return self.encoder.batch_coupled
 
     def init_head(self, context: HeadContext) -> None:
         """Fill the head's weight once, then let go of what that needed."""

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,16 +9,15 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import nn
 
 from configs.errors import UserError, lookup, unknown
 from configs.seeding import seeded
-from models.backbone import Backbone, Stats
-from models.prompts import PROMPTS, fill
+from models.backbone import Backbone, Inputs, Stats
+from models.text import TextTower
 from models.vit import ViT
 from models.weights import fetch, is_path, load_strict, local_file, read_state
 
@@ -45,9 +43,9 @@ class Clip:
     files: dict[str, Path] = field(default_factory=dict)
     stats: Stats = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
-    @property
-    def patch_size(self) -> int:
-        return int(self._config()["vision_cfg"]["patch_size"])
+    def inputs(self) -> Inputs:
+        vision = self._config()["vision_cfg"]
+        return Inputs(vision["image_size"], patch_size=vision["patch_size"])
 
     def build(self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True) -> Backbone:
         """The image tower in the host, with the text tower at hand.
@@ -105,26 +103,6 @@ class Clip:
                 "choose a tag of the same activation"
             )
         return fetch(self.arch, tag, source)
-
-
-class TextTower:
-    """CLIP's text side: frozen, run once to make a head, then dropped with the object."""
-
-    def __init__(self, clip: Any, tokenizer: Any, projection: Tensor | None) -> None:
-        self.clip = clip.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.projection = projection  # [d, D], where the encoder does not project itself
-        self.logit_scale = float(clip.logit_scale.exp())
-
-    @torch.no_grad()
-    def class_features(self, class_names: Sequence[str], prompt: str, device: torch.device | None = None) -> Tensor:
-        """Mean of the normalised text features of a class's prompts, [C, d]; encoded in chunks of 512 sentences."""
-        templates = lookup(PROMPTS, prompt, "prompt")
-        sentences = [sentence for name in class_names for sentence in fill(name, templates)]
-        tokens = self.tokenizer(sentences)
-        self.clip.to(device or "cpu")
-        encoded = [self.clip.encode_text(chunk.to(device or "cpu")) for chunk in tokens.split(512)]
-        return F.normalize(torch.cat(encoded), dim=-1).unflatten(0, (len(class_names), -1)).mean(1)
 
 
 def image_tower(config: dict[str, Any], resolution: int) -> VisionTransformer:

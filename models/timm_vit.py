@@ -11,7 +11,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.errors import UserError
 from configs.seeding import seeded
-from models.backbone import Backbone
+from models.backbone import Backbone, Inputs
 from models.vit import ViT
 from models.weights import hub, is_path, load_strict, local_file, read_state
 
@@ -27,9 +27,8 @@ class TimmVit:
 
     name: str
 
-    @property
-    def patch_size(self) -> int:
-        return int(self.name.split("patch")[1].split("_")[0])
+    def inputs(self) -> Inputs:
+        return Inputs(224, patch_size=int(self.name.split("patch")[1].split("_")[0]))
 
     def build(self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True) -> Backbone:
         if project:

@@ -22,13 +22,15 @@ from timm.layers import QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from models.host import Host
+
 SITES = ("tokens", "norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2", "mlp")
 QUICK = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x)
 
 Sites = dict[str, list[nn.Module]]
 
 
-class ViT(nn.Module):
+class ViT(Host):
     """timm ViT + tuners → class token after the last norm, and after the projection if one is given.
 
     Args:
@@ -41,16 +43,13 @@ class ViT(nn.Module):
     """
 
     def __init__(self, net: VisionTransformer, projection: Tensor | None = None, fast: bool = True) -> None:
-        super().__init__()
+        super().__init__(net)  # tuners: tuner → block index → site → module
         _check(net)
-        self.net: Any = net.eval()  # its blocks' layers are untyped attributes
         self.projection = None if projection is None else nn.Parameter(projection, requires_grad=False)
-        self.tuners = nn.ModuleDict()  # tuner → block index → site → module
         self.sites: list[Sites] = [{site: [] for site in SITES} for _ in net.blocks]
         self.fast = fast
         self.residual_dtype: torch.dtype | None = None
         self._masters: dict[str, Tensor] = {}
-        self.requires_grad_(False)
 
     @property
     def width(self) -> int:
@@ -58,12 +57,12 @@ class ViT(nn.Module):
         return int(self.net.embed_dim)
 
     @property
-    def feature_dim(self) -> int:
+    def feature_dim(self) -> int:  # type: ignore[override]
         return self.width if self.projection is None else len(self.projection)
 
     @property
-    def depth(self) -> int:
-        return len(self.net.blocks)
+    def parts(self) -> list[nn.Module]:  # type: ignore[override]
+        return list(self.net.blocks)
 
     @property
     def patch_size(self) -> int:
@@ -72,12 +71,6 @@ class ViT(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         return self.net.patch_embed.grid_size
-
-    def train(self, mode: bool = True) -> "ViT":
-        """The backbone stays as it was pre-trained; only tuners have a training mode."""
-        super().train(mode)
-        self.net.eval()
-        return self
 
     def insert(self, tuner: str, index: int, modules: dict[str, nn.Module]) -> None:
         """Put a tuner's modules at sites of block `index`; they are stored as `tuners.<tuner>.<index>.<site>`."""

@@ -21,7 +21,7 @@ from models.head_init import HEAD_INITS  # noqa: E402
 from models.heads import HEADS  # noqa: E402
 from models.prompts import PROMPTS  # noqa: E402
 from trainers.losses import LOSSES  # noqa: E402
-from trainers.methods import METHODS, method_options  # noqa: E402
+from trainers.methods import METHODS, declared  # noqa: E402
 
 FILE = ROOT / "docs" / "options.md"
 TYPES = {
@@ -88,7 +88,7 @@ def sections() -> Iterator[tuple[str, dict[str, Key]]]:
         found[-1][1][key] = entry
     assert [title for title, _ in found] == list(SECTIONS.values()), "SECTIONS and the schema's order differ"
     yield from found
-    for method, options in method_options().items():
+    for method, options in declared().options.items():
         if own := option_keys(method, options):
             yield f"Method {method}", own
 

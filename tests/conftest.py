@@ -13,7 +13,8 @@ from yacs.config import CfgNode
 
 import main
 from configs import load_configs
-from trainers.methods import method_options
+from models import resolve
+from trainers.methods import declared
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,10 +30,10 @@ def fresh_state() -> Iterator[None]:
 
 @pytest.fixture
 def config() -> Callable[..., CfgNode]:
-    """`config("fake_lt", "tiny_clip_peft", "lr", 0.1)` → the frozen config of that command."""
+    """`config("fake_lt", "tiny_clip_peft", "lr", 0.1)` → the frozen, resolved config of that command."""
 
     def make(data: str, model: str, *pairs: object) -> CfgNode:
-        return load_configs(data, model, [str(each) for each in pairs], method_options())[-1]
+        return resolve(load_configs(data, model, [str(each) for each in pairs], declared())[-1])
 
     return make
 

@@ -21,7 +21,7 @@ import main
 from configs import config_hash, load_configs, load_resolved, names
 from main import split_words
 from trainers.dryrun import check, dry_run
-from trainers.methods import method_options
+from trainers.methods import declared
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none"
 SHORT = f"{FAKE} num_epochs 2 output_dir run"
@@ -149,7 +149,7 @@ def test_own_data_by_path(launch: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", names("model"))
 def test_every_pair_of_configs_loads(model: str) -> None:
     for data in names("data"):
-        *_, cfg = load_configs(data, model, [], method_options())
+        *_, cfg = load_configs(data, model, [], declared())
         assert cfg.run_name == f"{data}_{model}"
 
 
@@ -157,7 +157,7 @@ def test_every_pair_of_configs_loads(model: str) -> None:
     ("data", "model"), [*((d, "tiny_clip") for d in names("data")), *(("fake_lt", m) for m in names("model"))]
 )
 def test_every_config_builds(data: str, model: str) -> None:
-    check(load_configs(data, model, [], method_options())[-1])
+    check(load_configs(data, model, [], declared())[-1])
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_second_stage_starts_where_the_first_ended(launch: Cli, two: None) -> No
 
 def test_a_change_of_the_first_stage_is_another_second_stage(launch: Cli, two: None) -> None:
     one, other = (
-        load_configs("fake_lt", "two", [*TWO.split()[4:], "after.lr", value], method_options())[-1]
+        load_configs("fake_lt", "two", [*TWO.split()[4:], "after.lr", value], declared())[-1]
         for value in ("0.1", "0.2")
     )
     assert one.run_name != other.run_name and config_hash(one) != config_hash(other)
@@ -535,7 +535,7 @@ def test_a_second_stage_that_would_lose_what_the_first_trained(launch: Cli, two:
 
 
 def test_names_of_stages(launch: Cli, two: None) -> None:
-    first, second = load_configs("fake_lt", "two", [*TWO.split()[4:], "seed", "3", "lr", "0.5"], method_options())
+    first, second = load_configs("fake_lt", "two", [*TWO.split()[4:], "seed", "3", "lr", "0.5"], declared())
     assert first.run_name == "fake_lt_tiny_clip_num_epochs_1_pretrained_None_seed_3"
     assert second.run_name.startswith("fake_lt_two_lr_0.5_num_epochs_1_pretrained_None_seed_3_after.")
 

@@ -18,7 +18,7 @@ def fixture() -> tuple[Tensor, Tensor]:
 
 
 def prior(tau: float = 1.0, counts: Tensor = COUNTS) -> Prior:
-    return Prior(log_prior(counts), tau)
+    return Prior(log_prior(counts), counts, tau)
 
 
 def mean(name: str, logits: Tensor, labels: Tensor, given: Prior) -> Tensor:

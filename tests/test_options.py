@@ -34,14 +34,14 @@ from datasets import DataInfo, build_data, build_info
 from datasets.bundle import eval_loader
 from datasets.fake import fake_sources
 from datasets.samplers import StepSampler
-from models import BACKBONES, Classifier, build_model
+from models import BACKBONES, Classifier, build_model, resolve
 from models.clip import Clip
 from models.head_init import HeadContext
 from models.tuners import TUNERS
 from scripts.make_options import FILE, render
 from trainers.checkpoint import States
 from trainers.launch import make_accelerator
-from trainers.methods import METHODS, Method, build_method, method_options
+from trainers.methods import METHODS, Method, build_method, declared
 from trainers.optim import Plan, build_optimizer, set_lr
 from trainers.run import run
 
@@ -124,7 +124,7 @@ def clear() -> None:
 
 def configure(data: str, model: str, *pairs: object) -> CfgNode:
     """Random weights, so that nothing is read; a later pair beats an earlier one."""
-    return load_configs(data, model, ["pretrained", "none", *map(str, pairs)], method_options())[-1]
+    return resolve(load_configs(data, model, ["pretrained", "none", *map(str, pairs)], declared())[-1])
 
 
 # --- what can be seen of data --------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def after(cfg: CfgNode) -> Any:
     words = ["pretrained", "none", *map(str, ONE), "after", str(cfg.after)]
     words += ["after.pretrained", "none", "after.max_steps", "2"] if cfg.after else []
     previous = None
-    for stage in load_configs(cfg.data, cfg.model, words, method_options()):
+    for stage in load_configs(cfg.data, cfg.model, words, declared()):
         previous = ran(stage, previous)
     assert previous is not None
     return load_file(previous / "checkpoint/tensors.safetensors")["model.head.weight"]
@@ -373,7 +373,7 @@ def after(cfg: CfgNode) -> Any:
 
 def second_command(cfg: CfgNode) -> Any:
     """The same run is finished already; what is there, and what is said, after this command."""
-    first = load_configs(cfg.data, cfg.model, ["pretrained", "none", *map(str, ONE)], method_options())[-1]
+    first = load_configs(cfg.data, cfg.model, ["pretrained", "none", *map(str, ONE)], declared())[-1]
     ran(first)
     path = ran(cfg)
     return {

@@ -49,7 +49,7 @@ def test_fast_path_equals_the_plain_formulation(names: tuple[str, ...], partial:
     """Logits to 1e-5 and every gradient to 1e-4 (relative L2) in fp32."""
     images = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     host, head = tuned(names, partial), CosineClassifier(WIDTH, 7, 25.0)
-    labels, prior = torch.tensor([0, 3, 6]), Prior(log_prior(torch.arange(1, 8)), 1.0)
+    labels, prior = torch.tensor([0, 3, 6]), Prior(log_prior(torch.arange(1, 8)), torch.arange(1, 8))
 
     def logits_and_gradients(features: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logits = head(features)
@@ -163,7 +163,7 @@ def vit_b16() -> tuple[ViT, CosineClassifier]:
 
 def step(host: ViT, head: nn.Module, count: int) -> torch.Tensor:
     images = torch.zeros(count, 3, 224, 224)
-    prior = Prior(torch.zeros(1000), 1.0)
+    prior = Prior(torch.zeros(1000), torch.ones(1000))
     return logit_adjusted(head(host(images)), torch.zeros(count, dtype=torch.int64), torch.ones(count), prior)[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from models.vit import ViT
+from models.host import Host
 from trainers.files import read_folder, write_folder
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "safetensors", "torchmetrics")
@@ -32,10 +32,10 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     return trains | {name: each.detach() for name, each in module.named_buffers() if name in persistent}
 
 
-def fingerprint(encoder: ViT) -> str:
+def fingerprint(encoder: Host) -> str:
     """Digest of the pre-trained encoder, taken before anything trains; names the base model of a checkpoint."""
     digest = hashlib.sha256()
-    for name, weight in sorted(encoder.net.state_dict().items()):
+    for name, weight in sorted(encoder.base_state().items()):
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]

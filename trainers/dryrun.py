@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import CfgNode, values_of
 from configs.schema import SCHEMA
 from datasets import build_info
-from models import VPT_LEN, Classifier, build_model, default_expand
+from models import VPT_LEN, Classifier, build_model, resolve
 from models.tuners import bottleneck_dim
 from trainers.launch import world_size
 from trainers.methods import build_method
@@ -23,6 +23,7 @@ def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: whatever a real run would refuse before it touches images or weights.
     """
+    given, cfg = cfg, resolve(cfg)
     model = check(cfg)
     with torch.device("meta"):
         flops = forward_flops(model, cfg.resolution)
@@ -30,11 +31,11 @@ def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
     derived = {
         "adapter_dim": bottleneck_dim(classes, model.encoder.depth),
         "vpt_len": VPT_LEN,
-        "expand": default_expand(cfg.backbone),
+        **{key: cfg[key] for key in ("resolution", "interpolation", "expand")},
         "micro_batch_size": micro_batch_size(cfg, world_size()),
     }
-    result = {"config": values_of(cfg), "params": model.counts(), "gflops_per_image": flops / GIGA}
-    return result, {key: value for key, value in derived.items() if cfg[key] is None}
+    result = {"config": values_of(given), "params": model.counts(), "gflops_per_image": flops / GIGA}
+    return result, {key: value for key, value in derived.items() if given[key] is None}
 
 
 def check(cfg: CfgNode) -> Classifier:
@@ -43,6 +44,7 @@ def check(cfg: CfgNode) -> Classifier:
     Raises:
         UserError: as `dry_run`.
     """
+    cfg = resolve(cfg)
     info = build_info(cfg)
     micro_batch_size(cfg, world_size())
     with torch.device("meta"):

@@ -14,7 +14,7 @@ from configs import CfgNode, load_resolved, values_of
 from configs.errors import UserError
 from configs.schema import TEST, TRAIN
 from trainers.files import read_json, write_bytes
-from trainers.methods import method_options
+from trainers.methods import declared
 
 OUTPUT = Path("output")
 OWN_RUNTIME = ("data_dir", "root", "lists", "output_dir", "num_workers", "micro_batch_size")
@@ -118,7 +118,7 @@ class RunFolder:
 
     def stored_values(self) -> dict[str, Any]:
         try:
-            return values_of(load_resolved(self.config, method_options()))
+            return values_of(load_resolved(self.config, declared()))
         except UserError as error:
             raise UserError(f"{error}; start over with `resume False`, or choose another output_dir") from error
 

@@ -13,10 +13,14 @@ from torch import Tensor
 
 
 class Prior(NamedTuple):
-    """What losses know of the training distribution."""
+    """What losses know of the training distribution, and their settings."""
 
-    log_prior: Tensor  # [C] log of the class frequencies; −inf for a class without images
-    tau: float
+    log_prior: Tensor  # [C] log of the class frequencies
+    counts: Tensor  # [C] training images a class
+    tau: float = 1.0
+    """Strength of logit adjustment."""
+    scale: float = 25.0
+    """Factor of cosine logits, which LDAM's margins are multiplied with."""
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Prior], tuple[Tensor, Tensor]]
@@ -41,3 +45,5 @@ def logit_adjusted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior
 
 
 LOSSES: dict[str, Loss] = {"CE": cross_entropy, "LA": logit_adjusted}
+BATCH_COUPLED: frozenset[str] = frozenset()
+"""Losses whose value depends on which samples share a micro-batch."""

@@ -10,7 +10,7 @@ from filelock import FileLock
 from configs import CfgNode, config_hash
 from configs.errors import UserError
 from datasets import DataBundle, build_data
-from models import Classifier, build_model, default_expand
+from models import Classifier, build_model, resolve
 from models.head_init import NEEDS_TEXT
 from trainers.autosize import largest_micro_batch
 from trainers.checkpoint import States, check_base, check_classes, fingerprint, load_checkpoint, save_checkpoint
@@ -36,7 +36,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
     Raises:
         UserError: bad input. Interrupted: stopped by a signal, with the state saved.
     """
-    cfg = _resolved(cfg)
+    cfg = resolve(cfg)
     accelerator = make_accelerator(cfg)
     folder = RunFolder(cfg)
     lock = FileLock(folder.path / ".lock", timeout=0)
@@ -56,16 +56,6 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         raise
     finally:
         lock.release()
-
-
-def _resolved(cfg: CfgNode) -> CfgNode:
-    """With the defaults that depend on the backbone filled in."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    if cfg.expand is None:
-        cfg.expand = default_expand(cfg.backbone)
-    cfg.freeze()
-    return cfg
 
 
 def _decide(cfg: CfgNode, folder: RunFolder) -> tuple[Path | None, Path]:
@@ -168,6 +158,12 @@ class _Run:
         cast_trainable(method, precision.trainable)
         plan = Plan.of(cfg, self._micro_batch(method))
         events = self.folder.events if self.accelerator.is_main_process else None
+        if method.batch_coupled and plan.micro_batch_size < cfg.batch_size:
+            note(
+                f"the loss couples the images that a process holds at once, here {plan.micro_batch_size} of "
+                f"batch_size {cfg.batch_size}: another micro_batch_size or number of processes is another run",
+                warn=True,
+            )
         report = Trainer(self.accelerator, plan, states, events).fit(method, data)
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         if report.bad_images:

@@ -123,6 +123,8 @@ class Trainer:
             totals += self._count(run, batch, outcome, padding)
         weight, loss, hits, images, bad = self._sum(totals).unbind()
         self._update(run, weight)
+        run.method.after_step(run.report.steps + 1)
+        run.optimizer.zero_grad()
         run.finite &= torch.isfinite(loss)
         run.images += torch.stack([images, bad])
         run.meters.end_step(loss / weight.clamp_min(1e-12), 100 * hits / images.clamp_min(1))
@@ -147,14 +149,12 @@ class Trainer:
         torch._foreach_mul_(grads, torch.where(weight > 0, factor, 0.0).to(grads[0].dtype))
         run.optimizer.step()
         run.report.skipped_steps += self.accelerator.optimizer_step_was_skipped
-        run.optimizer.zero_grad()
 
     # --- between steps -----------------------------------------------------------------------------------------
 
     def _after_step(self, run: _Run, lr: float, interrupt: Interrupt, last: bool) -> None:
         run.report.steps += 1
         done = run.report.steps
-        run.method.after_step(done)
         run.progress.step()
         end_of_epoch = done % run.sampler.steps == 0
         shows = done % self.plan.print_freq == 0 or end_of_epoch or last
@@ -204,7 +204,9 @@ class Trainer:
         report = self._resume(method, optimizer, meters)
         method.train()
         wrapped, prepared = accelerator.prepare(method, optimizer)
-        progress = Progress(self.events, plan.epochs, sampler.steps, report.steps, self.total_steps(sampler.steps))
+        total = self.total_steps(sampler.steps)
+        method.before_training(total)
+        progress = Progress(self.events, plan.epochs, sampler.steps, report.steps, total)
         device = accelerator.device
         images, finite = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor(True, device=device)
         return _Run(method, wrapped, prepared, sampler, meters, report, progress, images, finite)

@@ -1,10 +1,11 @@
 """METHODS: name → method. A method is one file here and one line in the table."""
 
-from configs import CfgNode
+from configs import CfgNode, Declared
 from configs.errors import lookup
 from datasets.bundle import DataInfo
 from models import Classifier
-from trainers.losses import LOSSES
+from models.tuners import TUNERS
+from trainers.losses import BATCH_COUPLED, LOSSES
 from trainers.methods.base import Method, Objective
 
 METHODS: dict[str, type[Method]] = {
@@ -12,13 +13,20 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def method_options() -> dict[str, type]:
-    """Method → its `Options`, for the option table."""
-    return {name: method.Options for name, method in METHODS.items()}
+def declared() -> Declared:
+    """What the tables say about options: those of methods, and which values couple the images of a batch."""
+    coupled: dict[str, frozenset[object]] = {
+        "method": frozenset(name for name, method in METHODS.items() if method.couples),
+        "loss_type": BATCH_COUPLED,
+        **{name: frozenset({True}) for name, tuner in TUNERS.items() if tuner.on_batch},
+    }
+    return Declared({name: method.Options for name, method in METHODS.items()}, coupled)
 
 
 def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
     """The method of a config around a model."""
     method = lookup(METHODS, cfg.method, "method")
-    objective = Objective(info.class_counts, lookup(LOSSES, cfg.loss_type, "loss_type"), cfg.tau)
+    loss = lookup(LOSSES, cfg.loss_type, "loss_type")
+    coupled = cfg.loss_type in BATCH_COUPLED
+    objective = Objective(info.class_counts, loss, cfg.tau, cfg.scale, coupled, cfg.drw_epoch)
     return method(model, objective, method.Options(**cfg.get(cfg.method, {})))

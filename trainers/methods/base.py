@@ -35,7 +35,12 @@ class Objective:
 
     class_counts: Tensor  # [C]
     loss: Loss
-    tau: float
+    tau: float = 1.0
+    scale: float = 25.0
+    coupled: bool = False
+    """The loss depends on which samples share a micro-batch."""
+    drw_epoch: int | None = None
+    """From this epoch on classes are weighted by their effective number."""
 
 
 class Method(nn.Module):
@@ -43,22 +48,34 @@ class Method(nn.Module):
 
     Class attributes:
         Options: dataclass; its fields are the options `<method>.<field>`, texts in `metadata["doc"]`.
+        couples: the method's value depends on which samples share a micro-batch.
     """
 
     Options: type = NoOptions
+    couples: bool = False
     log_prior: Tensor
+    class_counts: Tensor
 
     def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
         super().__init__()
         self.model = model
         self.options = options
-        self.loss = objective.loss
-        self.tau = objective.tau
+        self.objective = objective
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
+        self.register_buffer("class_counts", objective.class_counts, persistent=False)
+
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether another micro-batch size is another objective."""
+        return self.couples or self.objective.coupled or self.model.batch_coupled
+
+    @property
+    def prior(self) -> Prior:
+        return Prior(self.log_prior, self.class_counts, self.objective.tau, self.objective.scale)
 
     def forward(self, batch: Batch) -> Step:
         logits = self.predict(batch["image"])
-        loss_sum, weight = self.loss(logits, batch["label"], batch["weight"], Prior(self.log_prior, self.tau))
+        loss_sum, weight = self.objective.loss(logits, batch["label"], batch["weight"], self.prior)
         return Step(loss_sum, weight, logits, {})
 
     def expert_logits(self, images: Tensor) -> Tensor:
@@ -103,8 +120,11 @@ class Method(nn.Module):
             for name, each in tensors.items():
                 own[name].copy_(each)
 
+    def before_training(self, steps: int) -> None:
+        """Once a launch, before the first step, also when it resumes; `steps` is the length of the whole run."""
+
     def on_epoch(self, epoch: int, epochs: int) -> None:
-        """Before each epoch."""
+        """Before each epoch, and before the rest of one that is resumed."""
 
     def after_step(self, step: int) -> None:
-        """After each optimizer step, counted from 1 over the whole run."""
+        """After each optimizer step, counted from 1 over the whole run, while its gradients are still there."""

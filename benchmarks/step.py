@@ -1,6 +1,7 @@
 """Time and memory of a training step, fast path beside the plain formulation, interleaved in one process.
 
     python benchmarks/step.py -d imagenet_lt -m clip_vit_b16_peft --batch 8 --prec fp32 bf16
+    python benchmarks/step.py adaptformer False ssf_attn True -m clip_vit_b16_peft
 
 Random weights, synthetic images, no loader. On a CPU the time is process CPU time (other processes do not enter), on a
 GPU wall time after a synchronisation. Prints medians and minima over the rounds, and the ratio plain / fast.
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import load_configs
 from datasets import build_info
-from models import build_model
+from models import build_model, resolve
 from trainers.methods import build_method, declared
 from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable
 from trainers.report import hardware
@@ -75,6 +76,7 @@ def peak(step: Callable[[], None], device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", help="options such as: adaptformer False ssf_attn True")
     parser.add_argument("-d", "--data", default="imagenet_lt")
     parser.add_argument("-m", "--model", default="clip_vit_b16_peft")
     parser.add_argument("--batch", type=int, default=8)
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--prec", nargs="+", default=["fp32"], choices=[p for p in PRECISIONS if p != "amp"])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (cfg,) = load_configs(args.data, args.model, ["pretrained", "none"], declared())
+    cfg = resolve(load_configs(args.data, args.model, ["pretrained", "none", *args.pairs], declared())[-1])
     print(f"{args.data} {args.model} batch {args.batch} on {hardware()}, torch {torch.__version__}")
     for prec in args.prec:
         steps = {

@@ -6,7 +6,7 @@ name (most specific last) < pairs. Every value is parsed by the type that the sc
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).resolve().parent
-LAST_ONLY = ("test_only", "model_dir", "resume", "output_dir")
+LAST_ONLY = ("test_only", "model_dir", "resume", "output_dir", "export")
 """Runtime keys of the command line that mean the last stage."""
 
 Values = dict[str, Any]
@@ -41,7 +41,7 @@ class Declared:
     """
 
     options: Mapping[str, type] = field(default_factory=dict)
-    coupled: Mapping[str, Collection[object]] = field(default_factory=dict)
+    coupled: Mapping[str, Container[object]] = field(default_factory=dict)
 
     def couples(self, values: Mapping[str, Any]) -> bool:
         return any(values[key] in listed for key, listed in self.coupled.items())

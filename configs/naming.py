@@ -26,7 +26,7 @@ def run_name(chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:
     changed = _changed(chosen, base, TRAIN)
     if chosen["coupled_micro"] != base["coupled_micro"]:
         changed = sorted([*changed, f"micro_batch_size_{_text(chosen['micro_batch_size'])}"])
-    names = (re.sub(r"[^\w.,-]+", "-", chosen[kind]) for kind in ("data", "model"))
+    names = (re.sub(r"[^\w.,@-]+", "-", chosen[kind]) for kind in ("data", "model"))
     later = [f"{key}_{_text(value)}" for key, value in sorted(earlier.items())]
     return "_".join(part for part in (*names, _join(changed + later)) if part)
 

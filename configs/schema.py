@@ -112,7 +112,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "adaptformer_scale": Key(as_scale, "learnable", TRAIN, "factor of AdaptFormer: learnable, or a fixed number"),
         "mask_ratio": Key(as_float, None, TRAIN, "share that mask trains; none: from num_classes", least=0.0),
         "mask_seed": Key(as_int, None, TRAIN, "of the draw of mask; none: 0", least=0),
-        "peft": Key(as_str, None, TRAIN, "a tuner of the peft library on the backbone's layers: LoRA, DoRA, IA3 …"),
+        "peft": Key(as_str, None, TRAIN, "tuner of the peft library around the backbone's layers, entry of PEFTS"),
         "peft_args": Key(as_mapping, None, TRAIN, "its configuration: {r: 8, target_modules: [qkv]}"),
         # --- training --------------------------------------------------------------------------------------------
         "seed": Key(as_int, 0, TRAIN, "of initial weights, order and augmentation", least=0),

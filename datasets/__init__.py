@@ -1,14 +1,24 @@
 """Data sets: `build_info` for facts without images, `build_data` for images."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from yacs.config import CfgNode
 
 from configs.errors import UserError, lookup
 from datasets.bundle import DataBundle, DataInfo, View
-from datasets.entries import DATASETS, Outline
+from datasets.descriptors import class_descriptors
+from datasets.entries import DATASETS, Outline, list_folders
 from datasets.imbalance import capped_counts, check_hold_out, hold_out, shot_groups, subsample
-from datasets.transforms import Transform, eval_transform, five_crop_resize, plain_transform, train_transform
+from datasets.transforms import (
+    Transform,
+    crop_resize,
+    eval_transform,
+    plain_transform,
+    repeated,
+    train_transform,
+)
 
 __all__ = ["DATASETS", "DataBundle", "DataInfo", "Dataset", "IterableDataset", "View", "build_data", "build_info"]
 
@@ -44,6 +54,8 @@ def build_data(cfg: CfgNode) -> DataBundle:
     augmented = train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
     splits = lookup(DATASETS, cfg.dataset, "dataset").load(cfg)
     info = _info(cfg, splits.outline)
+    if cfg.prompt == "descriptor" and cfg.descriptors:
+        info = replace(info, descriptors=class_descriptors(cfg.descriptors, list_folders(cfg), info.class_names))
     labels = splits.train.labels
     kept, held = np.arange(len(labels)), None
     if cfg.imb_factor is not None:
@@ -96,6 +108,9 @@ def _info(cfg: CfgNode, outline: Outline) -> DataInfo:
 
 
 def _testing(cfg: CfgNode) -> Transform:
+    """What one image of the test gives; the views of `tte` are cut from it by trainers/test_time.py."""
+    if cfg.tte and cfg.tte_mode == "randaug":
+        return repeated(train_transform(cfg.augment, cfg.resolution, cfg.interpolation), cfg.randaug_times)
     if cfg.tte:
-        return five_crop_resize(cfg.resolution, cfg.expand, cfg.interpolation)
+        return crop_resize(cfg.resolution, cfg.expand, cfg.interpolation)
     return eval_transform(cfg.resolution, cfg.interpolation, cfg.augment)

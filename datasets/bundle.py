@@ -36,6 +36,8 @@ class DataInfo:
     mean: Triple
     std: Triple
     """Of the data set's own pixels (0–1), for a backbone that has none."""
+    descriptors: tuple[tuple[str, ...], ...] | None = None
+    """Strings that describe each class [C], where `prompt descriptor` asks for them."""
 
     @property
     def num_classes(self) -> int:
@@ -79,8 +81,11 @@ class View(Dataset[Batch]):
         """At most `count` of the images, spread at random over the split, whose order may be by class."""
         if count is None:
             return self
-        kept = self.indices[some_positions(len(self.indices), count)]
-        return View(self.source, kept, self.transform, self.seed, self.skip_bad)
+        return self.take(some_positions(len(self.indices), count))
+
+    def take(self, positions: np.ndarray) -> "View":
+        """The images at these positions of the view."""
+        return View(self.source, self.indices[positions], self.transform, self.seed, self.skip_bad)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -106,7 +106,7 @@ Listings = tuple[Outline, Listing, Listing, Listing | None]
 def _read_lists(cfg: CfgNode) -> Listings:
     if not cfg.train_list:
         raise UserError("dataset ImageList: set `train_list` to the list file of the training images")
-    folders = _list_folders(cfg)
+    folders = list_folders(cfg)
     train = image_list.read_list(image_list.find_list(cfg.train_list, folders))
     test, val = (
         image_list.read_list(image_list.find_list(name, folders)) if name else None
@@ -143,7 +143,7 @@ def _class_names(cfg: CfgNode, found: tuple[str, ...] | None, num_classes: int) 
     if cfg.classnames == "imagenet":
         return image_list.imagenet_names()
     if cfg.classnames not in (None, "folders", CATEGORIES):
-        return image_list.read_names(image_list.find_list(cfg.classnames, _list_folders(cfg)))
+        return image_list.read_names(image_list.find_list(cfg.classnames, list_folders(cfg)))
     if cfg.classnames == CATEGORIES and not cfg.label_field:
         raise UserError(f"classnames {CATEGORIES} needs `label_field`, e.g. name")
     if cfg.classnames == "folders" and found is None:
@@ -219,7 +219,7 @@ def _folder(cfg: CfgNode, name: str) -> Path:
     return beside if beside.exists() or not path.exists() else path
 
 
-def _list_folders(cfg: CfgNode) -> list[Path]:
+def list_folders(cfg: CfgNode) -> list[Path]:
     """Where list files are looked for: beside the user's YAML, then in `lists` or `root`."""
     last = _folder(cfg, cfg.lists or cfg.root)
     return [Path(cfg.data_dir), last] if cfg.data_dir else [last]

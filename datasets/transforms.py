@@ -5,16 +5,18 @@ comes from torch's global CPU generator; `bundle.View` seeds it for each image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
+from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from configs.errors import lookup
 
 Transform = Callable[..., torch.Tensor]
-"""PIL image → uint8 [3, H, W]."""
+"""PIL image → uint8 [3, H, W], or [T, 3, H, W] for T draws."""
 
 INTERPOLATIONS = MappingProxyType({"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC})
 
@@ -33,9 +35,14 @@ def eval_transform(resolution: int, interpolation: str, augment: str) -> Transfo
     return _centre(resolution, side, interpolation)
 
 
-def five_crop_resize(resolution: int, expand: int, interpolation: str) -> Transform:
-    """The whole image, short side `resolution + expand`; `five_crop` cuts it on the device."""
+def crop_resize(resolution: int, expand: int, interpolation: str) -> Transform:
+    """The whole image, short side `resolution + expand`; `five_crop` or `ten_crop` cuts it on the device."""
     return _compose(_resize(resolution + expand, interpolation))
+
+
+def repeated(transform: Transform, times: int) -> Transform:
+    """Independent draws of a transform, [T, 3, H, W]."""
+    return partial(_draws, transform, times)  # no lambda: where workers are spawned, views are pickled
 
 
 def train_transform(augment: str, resolution: int, interpolation: str) -> Transform:
@@ -53,9 +60,24 @@ def five_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch
     Returns:
         [5, B, 3, size, size].
     """
+    return _cut(functional.five_crop, images, size)
+
+
+def ten_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """`five_crop` of the images, then of the images mirrored left to right (torchvision's TenCrop)."""
+    return _cut(functional.ten_crop, images, size)
+
+
+def _cut(
+    crop: Callable[..., Sequence[torch.Tensor]], images: torch.Tensor | Sequence[torch.Tensor], size: int
+) -> torch.Tensor:
     if isinstance(images, torch.Tensor):
-        return torch.stack(functional.five_crop(images, [size, size]))
-    return torch.stack([torch.stack(functional.five_crop(image, [size, size])) for image in images], dim=1)
+        return torch.stack(list(crop(images, [size, size])))
+    return torch.stack([torch.stack(list(crop(image, [size, size]))) for image in images], dim=1)
+
+
+def _draws(transform: Transform, times: int, image: Image.Image) -> torch.Tensor:
+    return torch.stack([transform(image) for _ in range(times)])
 
 
 def _lift(resolution: int, interpolation: str) -> Transform:

@@ -1,25 +1,29 @@
 """`build_model`: from a config to encoder + tuners + head. Below this file nothing sees the config."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+import open_clip
+import timm
 from torch import Tensor, nn
 
 from configs import CfgNode
-from configs.errors import UserError, lookup
+from configs.errors import UserError, lookup, unknown
 from configs.seeding import seeded
 from models.backbone import Backbone, BackboneSpec
 from models.classifier import Classifier
-from models.clip import Clip
-from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext, text_feat
+from models.clip import Clip, find_clip
+from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext
 from models.heads import HEADS, CosineClassifier
-from models.prompts import PROMPTS
-from models.timm_vit import TimmVit
-from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim
+from models.host import Host
+from models.peft_adapter import Peft
+from models.peft_backend import add_peft
+from models.plain import Plain
+from models.prompts import DESCRIPTOR, Sentences, fill
+from models.timm_models import Timm, find_timm
+from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
 
-__all__ = ["BACKBONES", "VPT_LEN", "Classifier", "build_model", "resolve"]
+__all__ = ["BACKBONES", "VPT_LEN", "Classifier", "build_model", "find_backbone", "resolve"]
 
 TINY = Path(__file__).parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
@@ -28,8 +32,17 @@ VPT_LEN = 10
 HeadInit = Callable[[HeadContext], Tensor]
 
 BACKBONES: dict[str, BackboneSpec] = {
+    "CLIP-RN50": Clip("RN50-quickgelu"),
+    "CLIP-RN101": Clip("RN101-quickgelu"),
     "CLIP-ViT-B/16": Clip("ViT-B-16-quickgelu"),
-    "IN21K-ViT-B/16": TimmVit("vit_base_patch16_224.augreg_in21k_ft_in1k"),
+    "CLIP-ViT-B/32": Clip("ViT-B-32-quickgelu"),
+    "CLIP-ViT-L/14": Clip("ViT-L-14-quickgelu"),
+    "CLIP-ViT-L/14@336px": Clip("ViT-L-14-336-quickgelu"),
+    # LIFT's names. The weights were fine-tuned on ImageNet-1k after ImageNet-21k, so they have seen ImageNet-LT's
+    # labels; `timm:vit_base_patch16_224.augreg_in21k` has not.
+    "IN21K-ViT-B/16": Timm("vit_base_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
+    "IN21K-ViT-B/16@384px": Timm("vit_base_patch16_384.augreg_in21k_ft_in1k", interpolation="bilinear"),
+    "IN21K-ViT-L/16": Timm("vit_large_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "TinyCLIP": Clip(
         "tailtune-tiny",
         tag="embedded",
@@ -38,49 +51,71 @@ BACKBONES: dict[str, BackboneSpec] = {
         stats=(HALF, HALF),
     ),
 }
+LIBRARIES: dict[str, Callable[[str], BackboneSpec]] = {"open_clip": find_clip, "timm": find_timm}
+"""What `<library>:<name>` means."""
 
 
-def build_model(cfg: CfgNode, class_names: Sequence[str], fast: bool = True) -> Classifier:
+def build_model(
+    cfg: CfgNode, class_names: Sequence[str], fast: bool = True, descriptors: Sentences | None = None
+) -> Classifier:
     """The model of a config, ready to train; on the meta device it has shapes only.
 
     Args:
         cfg: a resolved config.
         class_names: C names.
         fast: False builds the plain formulation of the encoder, for comparison.
+        descriptors: sentences of each class, for `prompt descriptor`; not needed on the meta device.
 
     Raises:
         UserError: an unknown name, weights that are not there, or parts that do not fit each other.
     """
-    spec = lookup(BACKBONES, cfg.backbone, "backbone")
-    patch_size = spec.inputs().patch_size
-    lookup(PROMPTS, cfg.prompt, "prompt")
-    tuners = [name for name in TUNERS if cfg[name]]
-    if patch_size and cfg.resolution % patch_size:  # the rest of the image would be cut off in silence
-        raise UserError(
+    spec = find_backbone(cfg.backbone)
+    inputs = spec.inputs(cfg.pretrained)
+    sentences = _sentences(cfg, class_names, descriptors)
+    tuners = [name for name in (*TUNERS, "peft") if cfg[name]]
+    patch_size = inputs.patch_size
+    if patch_size and cfg.resolution % patch_size and cfg.resolution != inputs.resolution:
+        raise UserError(  # the rest of the image would be cut off in silence
             f"resolution {cfg.resolution} must be a multiple of {patch_size}, the patch size of {cfg.backbone}"
         )
     backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project=cfg.zero_shot, fast=fast)
     encoder = backbone.encoder
+    if cfg.residual_dtype and isinstance(encoder, Plain):
+        raise UserError(f"residual_dtype is of the ViT host's own forward, which {cfg.backbone} does not use; leave it")
     if cfg.zero_shot and tuners:
         raise UserError(f"zero_shot trains nothing, so {', '.join(tuners)} would be left out; set one of them to False")
     if cfg.zero_shot:
         assert backbone.embed_dim is not None  # else `project` would have been refused
         scale = backbone.text.logit_scale if backbone.text else 1.0
         head: nn.Module = CosineClassifier(backbone.embed_dim, len(class_names), scale).requires_grad_(False)
-        init: HeadInit | None = partial(text_feat, text=backbone.text, prompt=cfg.prompt)
     else:
-        sizes = Sizes(cfg.adapter_dim or bottleneck_dim(len(class_names), encoder.depth), cfg.vpt_len or VPT_LEN)
-        add_tuners(encoder, tuners, sizes, cfg.partial, cfg.seed)
+        add_tuners(encoder, tuners, _sizes(cfg, len(class_names), encoder), cfg.partial, cfg.seed)
         with seeded(cfg.seed, "head"):
             head = lookup(HEADS, cfg.classifier, "classifier")(encoder.feature_dim, len(class_names), cfg.scale)
-        init = _head_init(cfg, backbone)
+    peft = _peft(cfg, encoder)
     encoder.set_precision()
-    return Classifier(encoder, head, backbone.stats, init, backbone.random)
+    return Classifier(encoder, head, backbone.stats, _head_init(cfg, backbone, sentences), backbone.random, peft)
+
+
+def find_backbone(name: str) -> BackboneSpec:
+    """The entry of BACKBONES, or the backbone `open_clip:<name>` or `timm:<name>`.
+
+    Raises:
+        UserError: there is none of that name; says which are near.
+    """
+    library, _, own = name.partition(":")
+    if library in LIBRARIES and own:
+        return LIBRARIES[library](own)
+    if name not in BACKBONES:
+        listed = {"open_clip": open_clip.list_models(), "timm": timm.list_models()}
+        known = [f"{each}:{name}" for each, names in listed.items() if name in names]
+        raise unknown("backbone", name, [*BACKBONES, *(known or (f"{each}:NAME" for each in LIBRARIES))])
+    return BACKBONES[name]
 
 
 def resolve(cfg: CfgNode) -> CfgNode:
     """The config with what it leaves to the backbone filled in: resolution, interpolation, expand."""
-    inputs = lookup(BACKBONES, cfg.backbone, "backbone").inputs()
+    inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
     cfg = cfg.clone()
     cfg.defrost()
     for key in ("resolution", "interpolation", "expand"):
@@ -90,10 +125,38 @@ def resolve(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _head_init(cfg: CfgNode, backbone: Backbone) -> HeadInit | None:
-    if cfg.init_head is None:
+def _sizes(cfg: CfgNode, classes: int, encoder: Host) -> Sizes:
+    """What tuners are built from; LIFT's rules where the config leaves it open."""
+    share = mask_ratio(classes, encoder.depth, encoder.feature_dim) if cfg.mask_ratio is None else cfg.mask_ratio
+    return Sizes(
+        bottleneck=cfg.adapter_dim or bottleneck_dim(classes, encoder.depth),
+        prompts=cfg.vpt_len or VPT_LEN,
+        mask_ratio=share,
+        mask_seed=cfg.mask_seed or 0,
+        adaptformer_scale=None if cfg.adaptformer_scale == "learnable" else cfg.adaptformer_scale,
+    )
+
+
+def _peft(cfg: CfgNode, encoder: Host) -> Peft | None:
+    if cfg.peft is None and cfg.peft_args:
+        raise UserError("peft_args are of a tuner of the peft library, and none is asked for; name one, as `peft LoRA`")
+    return add_peft(encoder, cfg.peft, cfg.peft_args or {}, cfg.partial, cfg.resolution, cfg.seed) if cfg.peft else None
+
+
+def _head_init(cfg: CfgNode, backbone: Backbone, sentences: Sentences) -> HeadInit | None:
+    name = "text_feat" if cfg.zero_shot else cfg.init_head
+    if name is None:
         return None
-    init: Any = lookup(HEAD_INITS, cfg.init_head, "init_head")
-    if cfg.init_head in NEEDS_TEXT and backbone.embed_dim is None:
-        raise UserError(f"init_head {cfg.init_head} needs a text tower, and {cfg.backbone} has none; try class_mean")
-    return partial(init, text=backbone.text, prompt=cfg.prompt)
+    init, text = lookup(HEAD_INITS, name, "init_head"), backbone.text
+    if name in NEEDS_TEXT and backbone.embed_dim is None:
+        raise UserError(f"init_head {name} needs a text tower, and {cfg.backbone} has none; try class_mean")
+    return lambda context: init(context, text, sentences)
+
+
+def _sentences(cfg: CfgNode, class_names: Sequence[str], descriptors: Sentences | None) -> Sentences:
+    """What the text tower reads about each class. Raises `UserError` for an unknown prompt."""
+    if cfg.prompt != DESCRIPTOR:
+        return fill(class_names, cfg.prompt)
+    if not cfg.descriptors:
+        raise UserError("prompt descriptor needs `descriptors`, a JSON file of class name → list of strings")
+    return descriptors or ()

@@ -1,6 +1,5 @@
 """What every backbone hands to the model builder."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.host import Host
+from models.prompts import Sentences
 
 Stats = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of the pre-training images, RGB in [0, 1]."""
@@ -19,9 +19,7 @@ class Text(Protocol):
     projection: Tensor | None  # [d, D] from image features to the shared space; None if the encoder projects
     logit_scale: float
 
-    def class_features(
-        self, class_names: Sequence[str], prompt: str, device: torch.device | None = None
-    ) -> Tensor: ...  # [C, d]
+    def class_features(self, sentences: Sentences, device: torch.device | None = None) -> Tensor: ...  # [C, d]
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,10 @@ class Backbone:
 
 
 class BackboneSpec(Protocol):
-    """An entry of BACKBONES."""
+    """An entry of BACKBONES, or what `open_clip:…` or `timm:…` names."""
 
-    def inputs(self) -> Inputs:
-        """Known without weights or network."""
+    def inputs(self, pretrained: str | None = None) -> Inputs:
+        """Known without weights or network. Weights of one architecture may differ in their interpolation."""
         ...
 
     def build(

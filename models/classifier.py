@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models.backbone import Stats
 from models.head_init import HeadContext
 from models.host import Host
+from models.peft_adapter import Peft
 
 
 class Classifier(nn.Module):
@@ -19,6 +20,7 @@ class Classifier(nn.Module):
         stats: mean and std that the encoder expects.
         init: fills the head before the first step; dropped afterwards, and with it the text tower.
         random_base: the encoder's weights are random although pre-trained ones exist.
+        peft: what the peft library has put around the encoder.
     """
 
     mean: Tensor
@@ -31,12 +33,14 @@ class Classifier(nn.Module):
         stats: Stats,
         init: Callable[[HeadContext], Tensor] | None = None,
         random_base: bool = False,
+        peft: Peft | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
         self.init = init
         self.random_base = random_base
+        self.peft = peft
         for name, values in zip(("mean", "std"), stats, strict=True):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
@@ -58,6 +62,20 @@ class Classifier(nn.Module):
     def batch_coupled(self) -> bool:
         """Whether the logits of an image depend on the others in the batch while training."""
         return self.encoder.batch_coupled
+
+    def penalty(self) -> Tensor | None:
+        """What the tuners add to the mean loss, a scalar."""
+        return self.peft.penalty() if self.peft else None
+
+    def before_training(self, steps: int) -> None:
+        """Once a launch, before the first step; `steps` is the length of the whole run."""
+        if self.peft:
+            self.peft.before_training(steps)
+
+    def after_step(self, step: int) -> None:
+        """After each optimizer step, counted from 1, while its gradients are still there."""
+        if self.peft:
+            self.peft.after_step(step)
 
     def init_head(self, context: HeadContext) -> None:
         """Fill the head's weight once, then let go of what that needed."""

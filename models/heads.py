@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class CosineClassifier(nn.Module):
-    """z_c = σ·cos(f, w_c), σ fixed."""
+class L2NormedClassifier(nn.Module):
+    """z_c = f · w_c / |w_c|."""
 
     def __init__(self, dim: int, num_classes: int, scale: float) -> None:
         super().__init__()
@@ -16,8 +16,21 @@ class CosineClassifier(nn.Module):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        features = F.normalize(features.to(self.weight.dtype), dim=-1)
-        return self.scale * F.linear(features, F.normalize(self.weight, dim=-1))
+        return F.linear(features.to(self.weight.dtype), F.normalize(self.weight, dim=-1))
+
+
+class CosineClassifier(L2NormedClassifier):
+    """z_c = σ·cos(f, w_c), σ fixed."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * super().forward(F.normalize(features.to(self.weight.dtype), dim=-1))
+
+
+class LayerNormedClassifier(L2NormedClassifier):
+    """z_c = LN(f) · w_c / |w_c|, a layer norm without weights of its own."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(F.layer_norm(features.to(self.weight.dtype), features.shape[-1:], eps=1e-12))
 
 
 class LinearClassifier(nn.Module):
@@ -41,4 +54,7 @@ def unit_rows(num_classes: int, dim: int) -> nn.Parameter:
 HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {
     "CosineClassifier": CosineClassifier,
     "LinearClassifier": LinearClassifier,
+    "L2NormedClassifier": L2NormedClassifier,
+    "LayerNormedClassifier": LayerNormedClassifier,
 }
+"""Name → (D, C, scale) → head; `scale` is the σ of the cosine head and nothing to the others."""

@@ -1,6 +1,7 @@
 """What every image encoder is to the rest: a pre-trained network that stays as it is, and places where tuners act."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ class Host(nn.Module):
         self.tuners = nn.ModuleDict()
         self.batch_norms: list[nn.Module] = []
         """Those that train, on the statistics of what is in memory at once."""
+        self.adapted: list[Any] = []
+        """Layers of the network that peft has wrapped."""
+        self.noisy = False
+        """What trains draws random numbers in every forward."""
+        self._came_with = [(module, name) for module in net.modules() for name in module._buffers]
         self.requires_grad_(False)
 
     @property
@@ -36,15 +42,15 @@ class Host(nn.Module):
 
     @property
     def batch_coupled(self) -> bool:
-        """Whether features of an image depend on the others in the batch."""
-        return bool(self.batch_norms)
+        """Whether training depends on which images are in memory at once."""
+        return bool(self.batch_norms) or self.noisy
 
     def train(self, mode: bool = True) -> "Host":
         """The backbone stays as it was pre-trained; only tuners, and tuned batch norms, have a training mode."""
         super().train(mode)
         self.net.eval()
-        for norm in self.batch_norms:
-            norm.train(mode)
+        for module in (*self.batch_norms, *self.adapted):
+            module.train(mode)
         return self
 
     def chosen(self, partial: int | Sequence[int] | None) -> range:
@@ -67,6 +73,12 @@ class Host(nn.Module):
         """The modules whose own weights tuners such as full_tuning may train."""
         return [self.parts[index] for index in self.chosen(partial)]
 
+    def untouched(self) -> list[Tensor]:
+        """Buffers that came with the network and that training leaves alone: all but those of trained batch norms."""
+        trained = {id(norm) for norm in self.batch_norms}
+        found = [module._buffers.get(name) for module, name in self._came_with if id(module) not in trained]
+        return [each for each in found if each is not None]
+
     def base_state(self) -> dict[str, Tensor]:
         """The pre-trained network under its own names, whatever has been put into or around its layers.
 
@@ -77,6 +89,42 @@ class Host(nn.Module):
             name.replace(".base_layer.", "."): each for name, each in state.items() if "default" not in name.split(".")
         }
 
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Features of the pre-trained network alone: prompts, and scales that begin at random, change them."""
+        hooks = [
+            module.register_forward_hook(lambda _, given, __: given[0])  # a tuner's module is called as (y, x) → y
+            for module in _leaves(self.tuners)
+        ]
+        for layer in self.adapted:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for layer in self.adapted:
+                layer.enable_adapters(True)
+
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
         """Arithmetic of what is frozen. What trains keeps its dtype and is cast where it is used."""
         raise NotImplementedError
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Those that train, of every encoder in a module."""
+    return [norm for host in module.modules() if isinstance(host, Host) for norm in host.batch_norms]
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers at each place where one stands, also a place of the same tensor, but not of a module."""
+    for prefix, each in module.named_modules():
+        for name, tensor in (*each._parameters.items(), *each._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}".lstrip("."), tensor
+
+
+def _leaves(modules: nn.ModuleDict) -> Iterator[nn.Module]:
+    """What stands in dicts of modules, nested or not."""
+    for each in modules.children():
+        yield from _leaves(each) if isinstance(each, nn.ModuleDict) else [each]

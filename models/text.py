@@ -1,14 +1,17 @@
 """The text side of a CLIP: sentences about classes become features in the space shared with images."""
 
-from collections.abc import Sequence
+import logging
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.errors import lookup
-from models.prompts import PROMPTS, fill
+from models.prompts import Sentences
+
+CHUNK = 512  # sentences encoded at once
+log = logging.getLogger("tailtune")
 
 
 class TextTower:
@@ -21,11 +24,19 @@ class TextTower:
         self.logit_scale = float(clip.logit_scale.exp())
 
     @torch.no_grad()
-    def class_features(self, class_names: Sequence[str], prompt: str, device: torch.device | None = None) -> Tensor:
-        """Mean of the normalised text features of a class's prompts, [C, d]; encoded in chunks of 512 sentences."""
-        templates = lookup(PROMPTS, prompt, "prompt")
-        sentences = [sentence for name in class_names for sentence in fill(name, templates)]
-        tokens = self.tokenizer(sentences)
+    def class_features(self, sentences: Sentences, device: torch.device | None = None) -> Tensor:
+        """Mean of the normalised text features of a class's sentences, [C, d].
+
+        Each different sentence is encoded once, so that classes of one name have the same row to the bit.
+        """
+        unique = list(dict.fromkeys(chain.from_iterable(sentences)))
+        place = {sentence: index for index, sentence in enumerate(unique)}
+        log.info("encoding %d sentences about %d classes", len(unique), len(sentences))
         self.clip.to(device or "cpu")
-        encoded = [self.clip.encode_text(chunk.to(device or "cpu")) for chunk in tokens.split(512)]
-        return F.normalize(torch.cat(encoded), dim=-1).unflatten(0, (len(class_names), -1)).mean(1)
+        chunks = [unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK)]
+        encoded = [self.clip.encode_text(self.tokenizer(chunk).to(device or "cpu")) for chunk in chunks]
+        features = F.normalize(torch.cat(encoded), dim=-1)
+        # A bag of sentences a class, of whatever size: the mean of each is one library call.
+        bags = torch.tensor([place[sentence] for sentence in chain.from_iterable(sentences)], device=features.device)
+        starts = torch.tensor([0, *accumulate(map(len, sentences))][:-1], device=features.device)
+        return F.embedding_bag(bags, features, starts, mode="mean")

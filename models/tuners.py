@@ -7,14 +7,17 @@ every one of them (LIFT ignores it for biases, norms and shallow prompts).
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import nn
 
 from configs.errors import UserError
 from configs.seeding import seeded
 from models.host import Host
-from models.tuner_modules import Adapter, AdaptFormer, Lora, Prompts
+from models.plain import Plain
+from models.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
 from models.vit import ViT
 
 
@@ -24,38 +27,65 @@ class Sizes:
 
     bottleneck: int
     prompts: int
+    mask_ratio: float = 0.001
+    mask_seed: int = 0
+    adaptformer_scale: float | None = None
+    """None: learnable."""
+
+    @cached_property
+    def draw(self) -> torch.Generator:
+        """Mask's one generator, which goes on from layer to layer and from block to block, as LIFT's."""
+        return torch.Generator().manual_seed(self.mask_seed)
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """What it does to a host; exactly one of the two is given.
+    """What it does to a host; exactly one of insert and select is given.
 
-    insert: (ViT, sizes) → site → module, for one block.
+    insert: (ViT, index of a block, sizes) → site → module.
     select: module → the parameters of it that train; of the blocks, or of any other backbone as a whole.
     """
 
-    insert: Callable[[ViT, Sizes], dict[str, nn.Module]] | None = None
+    insert: Callable[[ViT, int, Sizes], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
+    on_feature: Callable[[int], nn.Module] | None = None
+    """Width → what it puts on the feature of a backbone that runs as a whole, in place of `insert`."""
     first_only: bool = False
     """Inserted at the first block of the range only."""
+    on_weights: bool = False
+    """Inserted at the weights of layers instead of their outputs."""
     on_batch: bool = False
     """Selected batch norms train on the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(host: ViT, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": AdaptFormer(host.width, sizes.bottleneck)}
+def _adaptformer(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    return {"mlp": AdaptFormer(host.width, sizes.bottleneck, sizes.adaptformer_scale)}
 
 
-def _adapter(host: ViT, sizes: Sizes) -> dict[str, nn.Module]:
+def _adapter(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {"mlp": Adapter(host.width, sizes.bottleneck)}
 
 
-def _lora(host: ViT, sizes: Sizes) -> dict[str, nn.Module]:
+def _lora(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {site: Lora(host.width, host.width, sizes.bottleneck) for site in ("q", "v")}
 
 
-def _prompts(host: ViT, sizes: Sizes) -> dict[str, nn.Module]:
+def _lora_mlp(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    inner, outer = host.hidden_width, host.width
+    return {"fc1": Lora(outer, inner, sizes.bottleneck), "fc2": Lora(inner, outer, sizes.bottleneck)}
+
+
+def _prompts(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {"tokens": Prompts(sizes.prompts, host.width, host.patch_size)}
+
+
+def _ssf(*sites: str) -> Callable[[ViT, int, Sizes], dict[str, nn.Module]]:
+    """Scale and shift at the named sites."""
+    return lambda host, index, sizes: {site: Ssf(host.hidden_width if site == "fc1" else host.width) for site in sites}
+
+
+def _mask(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    return {name: Mask(layer, sizes.mask_ratio, sizes.draw) for name, layer in host.layers(index).items()}
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -72,9 +102,14 @@ TUNERS: dict[str, Tuner] = {
     "bias_tuning": Tuner(select=_biases),
     "ln_tuning": Tuner(select=_of(nn.LayerNorm)),
     "bn_tuning": Tuner(select=_of(nn.BatchNorm2d), on_batch=True),
+    "mask": Tuner(insert=_mask, on_weights=True),
     "vpt_shallow": Tuner(insert=_prompts, first_only=True),
     "vpt_deep": Tuner(insert=_prompts),
     "lora": Tuner(insert=_lora),
+    "lora_mlp": Tuner(insert=_lora_mlp),
+    "ssf_attn": Tuner(insert=_ssf("q", "k", "v", "proj"), on_feature=Ssf),
+    "ssf_mlp": Tuner(insert=_ssf("fc1", "fc2")),
+    "ssf_ln": Tuner(insert=_ssf("norm1", "norm2")),
     "adapter": Tuner(insert=_adapter),
     "adaptformer": Tuner(insert=_adaptformer),
 }
@@ -82,7 +117,12 @@ TUNERS: dict[str, Tuner] = {
 
 def bottleneck_dim(num_classes: int, depth: int) -> int:
     """LIFT's rule: r = 2^max(0, ⌊log2(C / 2L)⌋), so that tuners stay smaller than the head."""
-    return 2 ** max(0, int(math.log2(num_classes / (2 * depth))))
+    return 2 ** max(0, int(math.log2(num_classes / (2 * max(1, depth)))))
+
+
+def mask_ratio(num_classes: int, depth: int, width: int) -> float:
+    """LIFT's rule: ρ = C / 12LD in whole thousandths, at least one, so that what trains is as large as the head."""
+    return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
 
 
 def add_tuners(
@@ -91,11 +131,14 @@ def add_tuners(
     """Freeze the host, then make the named tuners act on the blocks of `partial`.
 
     Raises:
-        UserError: two kinds of prompts, a tuner that finds nothing to act on, or a range beyond the network.
+        UserError: two kinds of prompts, a tuner that finds nothing to act on, a range beyond the network, or a
+            share of weights beyond all of them.
     """
     if {"vpt_shallow", "vpt_deep"} <= set(names):
         raise UserError("vpt_shallow and vpt_deep both own the prompt tokens; choose one of them")
-    blocks = host.chosen(partial)
+    if "mask" in names and not 0 < sizes.mask_ratio <= 1:
+        raise UserError(f"mask_ratio {sizes.mask_ratio} is no share of the weights; choose one above 0 and up to 1")
+    blocks, sizes = host.chosen(partial), replace(sizes)  # a copy, whose draw begins anew
     host.requires_grad_(False)
     for name in (name for name in TUNERS if name in names):
         tuner = TUNERS[name]
@@ -106,13 +149,19 @@ def add_tuners(
 
 
 def _insert(host: Host, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
-    insert = TUNERS[name].insert
-    assert insert is not None
+    tuner = TUNERS[name]
+    assert tuner.insert is not None
+    if isinstance(host, Plain) and tuner.on_feature is not None:
+        if blocks or not host.depth:  # behind the last part, whichever the others are
+            with seeded(seed, "tuner", name):
+                host.insert(name, tuner.on_feature(host.feature_dim))
+        return
     if not isinstance(host, ViT):
-        raise UserError(f"{name} acts on the blocks of a ViT, and this backbone has none")
+        others = ", ".join(each for each, entry in TUNERS.items() if entry.select or entry.on_feature)
+        raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
     for index in blocks:
         with seeded(seed, "tuner", name, index):
-            host.insert(name, index, insert(host, sizes))
+            host.insert(name, index, tuner.insert(host, index, sizes), tuner.on_weights)
 
 
 def _select(host: Host, name: str, partial: int | Sequence[int] | None) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import _PRETRAINED, download_pretrained
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -112,6 +114,18 @@ def read_state(path: Path) -> State:
         name.removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in state.items()
     }
+
+
+def in_open_clip_layout(clip: Any, state: State) -> State:
+    """Published files of older or other layouts under open_clip's present names, as its own loader reads them."""
+    state = dict(convert_state_dict(clip, state))
+    if not hasattr(clip, "positional_embedding"):  # the text tower is a module of its own
+        state = convert_to_custom_text_state_dict(state)
+    own = clip.state_dict()
+    for name in {"logit_scale", "logit_bias"} & state.keys() & own.keys():  # some are saved as [1]
+        if state[name].numel() == own[name].numel():
+            state[name] = state[name].reshape(own[name].shape)
+    return {name: each for name, each in state.items() if name in own or not name.endswith("position_ids")}
 
 
 def explain_mismatch(what: str, path: Path, missing: list[str], unexpected: list[str], shapes: list[str]) -> UserError:

@@ -13,12 +13,22 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.schema import ALIASES, RUNTIME, SCHEMA, TEST, TRAIN, Key, option_keys  # noqa: E402
-from configs.values import as_bool, as_float, as_int, as_micro, as_span, as_str  # noqa: E402
+from configs.values import (  # noqa: E402
+    as_bool,
+    as_float,
+    as_int,
+    as_mapping,
+    as_micro,
+    as_scale,
+    as_span,
+    as_str,
+)
 from datasets import DATASETS  # noqa: E402
 from datasets.transforms import AUGMENTS  # noqa: E402
 from models import BACKBONES  # noqa: E402
 from models.head_init import HEAD_INITS  # noqa: E402
 from models.heads import HEADS  # noqa: E402
+from models.peft_table import PEFTS  # noqa: E402
 from models.prompts import PROMPTS  # noqa: E402
 from trainers.losses import LOSSES  # noqa: E402
 from trainers.methods import METHODS, declared  # noqa: E402
@@ -31,6 +41,8 @@ TYPES = {
     as_float: "number",
     as_micro: "whole number, auto",
     as_span: "k or [start,end)",
+    as_scale: "learnable, or a number",
+    as_mapping: "{key: value}",
 }
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "AUGMENTS": AUGMENTS,
@@ -40,6 +52,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "HEAD_INITS": HEAD_INITS,
     "LOSSES": LOSSES,
     "METHODS": METHODS,
+    "PEFTS": PEFTS,
     "PROMPTS": PROMPTS,
 }
 SECTIONS = {

@@ -1,12 +1,13 @@
 """A ViT of the fixture of lift.md §13.6 and a plain formulation of its block to compare the host with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.head_init import HeadContext
 from models.tuners import Sizes, add_tuners
 from models.vit import ViT
 
@@ -51,26 +52,41 @@ def _fill_norm(norm: nn.LayerNorm, seed: int) -> None:
     norm.bias.copy_(filled(norm.bias.shape, seed + 1))
 
 
+SEEDS = {"ln.weight": 50, "ln.bias": 52, "down_proj.weight": 54, "down_proj.bias": 56, "up_proj.weight": 58}
+SEEDS |= {"up_proj.bias": 60, "q.lora_A": 62, "q.lora_B": 64, "v.lora_A": 66, "v.lora_B": 68, "prompt": 94}
+SEEDS |= {f"{site}.scale": seed for site, seed in zip("qkv", (70, 70, 70), strict=True)}
+SEEDS |= {"proj.scale": 74, "fc1.scale": 78, "fc2.scale": 82, "norm1.scale": 86, "norm2.scale": 90}
+SEEDS |= {name.replace("scale", "shift"): seed + 2 for name, seed in SEEDS.items() if name.endswith("scale")}
+SEEDS |= {"fc1.lora_A": 100, "fc1.lora_B": 102, "fc2.lora_A": 104, "fc2.lora_B": 106, "values": 108}  # not in lift.md
+
+
 @torch.no_grad()
 def fill_tuners(host: ViT) -> None:
     """Tuner values of lift.md §13.6: seed of the tensor plus the block's index."""
-    seeds = {"ln.weight": 50, "ln.bias": 52, "down_proj.weight": 54, "down_proj.bias": 56}
-    seeds |= {"up_proj.weight": 58, "up_proj.bias": 60, "q.lora_A": 62, "q.lora_B": 64, "v.lora_A": 66}
-    seeds |= {"v.lora_B": 68, "prompt": 94}
     for name, parameter in host.tuners.named_parameters():
-        _, index, rest = name.split(".", 2)
-        if rest.endswith("scale"):
+        tuner, index, rest = name.split(".", 2)
+        if tuner == "adaptformer" and rest.endswith("scale"):
             parameter.fill_(0.7 + 0.1 * int(index))
             continue
-        seed = next(value for key, value in seeds.items() if rest.endswith(key)) + int(index)
+        seed = next(value for key, value in SEEDS.items() if rest.endswith(key)) + int(index)
         amplitude = 0.5 if rest.endswith("prompt") else 0.1
-        parameter.copy_(filled(parameter.shape, seed, amplitude, 1.0 if rest.endswith("ln.weight") else 0.0))
+        offset = 1.0 if rest.endswith(("ln.weight", "scale")) else 0.0
+        if tuner == "ssf_attn" and rest[0] in "qkv":  # one tensor of three parts
+            values = filled((3 * len(parameter),), seed, offset=offset).chunk(3)["qkv".index(rest[0])]
+        else:
+            values = filled(parameter.shape, seed, amplitude, offset)
+        parameter.copy_(values + (parameter if rest.endswith("values") else 0))
 
 
-def tuned(names: Sequence[str], partial: int | Sequence[int] | None = None, fast: bool = True) -> ViT:
-    """The fixture's network with tuners of bottleneck 4 and 3 prompts, filled as the fixture says."""
-    host = ViT(fixture_net(), fast=fast)
-    add_tuners(host, names, Sizes(4, 3), partial)
+def tuned(
+    names: Sequence[str],
+    partial: int | Sequence[int] | None = None,
+    fast: bool = True,
+    net: VisionTransformer | None = None,
+) -> ViT:
+    """The fixture's network, or another, with tuners of bottleneck 4 and 3 prompts, filled as the fixture says."""
+    host = ViT(net or fixture_net(), fast=fast)
+    add_tuners(host, names, Sizes(4, 3, mask_ratio=0.1), partial)
     fill_tuners(host)
     host.set_precision()
     return host
@@ -79,33 +95,66 @@ def tuned(names: Sequence[str], partial: int | Sequence[int] | None = None, fast
 def plain_features(host: ViT, images: Tensor) -> Tensor:
     """lift.md §4.1 written out: explicit softmax attention, x·sigmoid(1.702x), every token in every block."""
     net = host.net
-    x = net.patch_embed(images)
-    x = net.norm_pre(torch.cat([net.cls_token.expand(len(x), -1, -1), x], 1) + net.pos_embed)
+    x = net.norm_pre(net._pos_embed(net.patch_embed(images)))
     length = x.shape[1]
     for index, block in enumerate(net.blocks):
         own = {name: modules[str(index)] for name, modules in host.tuners.items() if str(index) in modules}
-        for name in ("vpt_shallow", "vpt_deep"):
-            if name in own:
-                x = torch.cat([x[:, :length], own[name]["tokens"].prompt.expand(len(x), -1, -1)], 1)
-        a = block.norm1(x)
-        q, k, v = block.attn.qkv(a).chunk(3, -1)
-        if "lora" in own:
-            q = q + a @ own["lora"]["q"].lora_A @ own["lora"]["q"].lora_B / own["lora"]["q"].rank
-            v = v + a @ own["lora"]["v"].lora_A @ own["lora"]["v"].lora_B / own["lora"]["v"].rank
-        heads = block.attn.num_heads
-        q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
-        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        u = x + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
-        hidden = block.mlp.fc1(block.norm2(u))
-        hidden = hidden * torch.sigmoid(1.702 * hidden) if "Quick" in type(block.mlp.act).__name__ else F.gelu(hidden)
-        m = block.mlp.fc2(hidden)
-        if "adapter" in own:
-            m = m + _bottleneck(own["adapter"]["mlp"], m)
-        if "adaptformer" in own:
-            m = m + own["adaptformer"]["mlp"].scale * _bottleneck(own["adaptformer"]["mlp"], u)
-        x = u + m
-    return net.norm(x[:, 0])
+        for name in {"vpt_shallow", "vpt_deep"} & own.keys():
+            x = torch.cat([x[:, :length], own[name]["tokens"].prompt.expand(len(x), -1, -1)], 1)
+        x = _plain_block(x, block, own)
+    return net.fc_norm(net.pool(net.norm(x[:, :length])))
+
+
+def _plain_block(h: Tensor, block: nn.Module, own: dict[str, nn.ModuleDict]) -> Tensor:
+    attn, mlp = block.attn, block.mlp
+    a = _ssf(own, "ssf_ln", "norm1", block.norm1(h))
+    q, k, v = F.linear(a, *_masked(own, "qkv", attn.qkv)).chunk(3, -1)
+    q, v = q + _lora(own, "lora", "q", a), v + _lora(own, "lora", "v", a)
+    q, k, v = (_ssf(own, "ssf_attn", site, each) for site, each in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in (q, k, v))
+    weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    o = F.linear((weights @ v).transpose(1, 2).flatten(2), *_masked(own, "proj", attn.proj))
+    u = h + block.ls1(_ssf(own, "ssf_attn", "proj", o))
+    b = _ssf(own, "ssf_ln", "norm2", block.norm2(u))
+    m = F.linear(b, *_masked(own, "fc1", mlp.fc1)) + _lora(own, "lora_mlp", "fc1", b)
+    m = _ssf(own, "ssf_mlp", "fc1", m)
+    g = m * torch.sigmoid(1.702 * m) if "Quick" in type(mlp.act).__name__ else mlp.act(m)
+    m = F.linear(g, *_masked(own, "fc2", mlp.fc2)) + _lora(own, "lora_mlp", "fc2", g)
+    m = block.ls2(_ssf(own, "ssf_mlp", "fc2", m))
+    m = m + _bottleneck(own["adapter"]["mlp"], m) if "adapter" in own else m
+    return u + m + (_bottleneck(own["adaptformer"]["mlp"], u) if "adaptformer" in own else 0)
 
 
 def _bottleneck(module: nn.Module, x: Tensor) -> Tensor:
-    return module.up_proj(F.relu(module.down_proj(module.ln(x))))
+    return module.up_proj(F.relu(module.down_proj(module.ln(x)))) * getattr(module, "scale", 1)
+
+
+def _lora(own: dict[str, nn.ModuleDict], name: str, site: str, x: Tensor) -> Tensor | int:
+    return x @ own[name][site].lora_A @ own[name][site].lora_B / own[name][site].rank if name in own else 0
+
+
+def _ssf(own: dict[str, nn.ModuleDict], name: str, site: str, x: Tensor) -> Tensor:
+    return x * own[name][site].scale + own[name][site].shift if name in own else x
+
+
+def _masked(own: dict[str, nn.ModuleDict], name: str, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with the trained values in their places of the out × (in + 1) matrix."""
+    if "mask" not in own:
+        return layer.weight, layer.bias
+    parts = [layer.weight] if layer.bias is None else [layer.weight, layer.bias[:, None]]
+    flat = torch.cat(parts, 1).flatten()
+    flat[own["mask"][name].positions.long()] = own["mask"][name].values
+    matrix = flat.view(len(layer.weight), -1)
+    return matrix[:, : layer.in_features], None if layer.bias is None else matrix[:, -1]
+
+
+def head_context(features: Tensor, labels: Tensor, classes: int, size: int = 4, seed: int = 0) -> HeadContext:
+    """A head's view of training data whose features are known, in batches of `size`, in one process."""
+
+    def batches(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = torch.arange(len(labels)) if positions is None else positions
+        for index in chosen.split(size):
+            yield features[index], index
+
+    device = torch.device("cpu")
+    return HeadContext(labels, classes, features.shape[-1], seed, device, batches, lambda each: each)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from small import head_context
 from yacs.config import CfgNode
 
 from datasets import build_data, build_info
 from datasets.transforms import AUGMENTS
 from models import build_model
-from models.head_init import HEAD_INITS, HeadContext
+from models.head_init import HEAD_INITS
 from models.heads import HEADS
 from models.prompts import PROMPTS
 from models.tuners import TUNERS
@@ -36,13 +37,27 @@ def batch(count: int = 6) -> dict[str, Any]:
     return {"image": images, "label": torch.arange(count), "weight": torch.ones(count)}
 
 
+CONVNET = ("backbone", "timm:test_efficientnet.r160_in1k", "resolution", 32, "init_head", "none")
+ON_CONVNET = ("full_tuning", "bias_tuning", "bn_tuning", "ssf_attn")
+"""What a network with batch norms and without blocks of a ViT can host."""
+
+
+def alone(name: str) -> tuple[object, ...]:
+    """A tuner, on a backbone that has what it acts on."""
+    return (*(CONVNET if name == "bn_tuning" else ()), name, True)
+
+
 def tuner_pairs() -> list[tuple[object, ...]]:
-    return [(a, True, b, True) for a in TUNERS for b in TUNERS if a < b and {a, b} != {"vpt_shallow", "vpt_deep"}]
+    pairs = [(a, b) for a in TUNERS for b in TUNERS if a < b and {a, b} != {"vpt_shallow", "vpt_deep"}]
+    on_vit = [(a, True, b, True) for a, b in pairs if "bn_tuning" not in (a, b)]
+    on_convnet = [(*CONVNET, a, True, b, True) for a, b in pairs if {a, b} <= set(ON_CONVNET)]
+    return [*on_vit, *on_convnet]
 
 
 def choices() -> list[tuple[object, ...]]:
     """Every entry once, beside the defaults; pairs of tuners too."""
-    tuners, pairs = [(name, True) for name in TUNERS], tuner_pairs()
+    tuners = [*map(alone, TUNERS), *((*CONVNET, name, True) for name in ON_CONVNET if name != "bn_tuning")]
+    pairs = tuner_pairs()
     heads = [("classifier", name) for name in HEADS]
     losses = [("loss_type", name) for name in LOSSES]
     methods = [("method", name) for name in METHODS]
@@ -51,7 +66,7 @@ def choices() -> list[tuple[object, ...]]:
 
 def product_of_all() -> list[tuple[object, ...]]:
     """Every combination of up to two tuners, head, loss, method and a range of blocks."""
-    tuners = [(), *((name, True) for name in TUNERS), *tuner_pairs()]
+    tuners = [(), *map(alone, TUNERS), *tuner_pairs()]
     rest = product(HEADS, LOSSES, METHODS, ("none", "1", "[1,3]"))
     names = ("classifier", "loss_type", "method", "partial")
     options = [tuple(chain.from_iterable(zip(names, values, strict=True))) for values in rest]
@@ -66,9 +81,10 @@ def test_every_combination(pairs: tuple[object, ...], config: Config, tmp_path: 
 
 @pytest.mark.slow
 def test_the_full_size_model_takes_a_step(config: Config) -> None:
-    """ViT-B/16, every tuner, random weights: one image forward and backward."""
+    """ViT-B/16, every tuner, random weights: one image forward and backward. RN50 for the tuner of batch norms."""
     for name in TUNERS:
-        method = build(config("fake_lt", "clip_vit_b16", "pretrained", "none", name, True))
+        backbone = ("backbone", "CLIP-RN50") if name == "bn_tuning" else ()
+        method = build(config("fake_lt", "clip_vit_b16", "pretrained", "none", *backbone, name, True))
         images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
         outcome = method.train()({"image": images, "label": torch.tensor([3]), "weight": torch.ones(1)})
         outcome.loss_sum.backward()
@@ -104,14 +120,16 @@ def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
     load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
     assert torch.equal(twin.expert_logits(batch()["image"]), logits)
     trains = {name for name, each in method.named_parameters() if each.requires_grad}
-    assert trained_state(method).keys() == trains, "a checkpoint holds what trained and nothing else"
+    stays = {id(each) for each in method.model.encoder.untouched()}
+    buffers = {name for name, each in method.named_buffers() if id(each) not in stays} & method.state_dict().keys()
+    assert trained_state(method).keys() == trains | buffers, "a checkpoint holds what trained and nothing else"
 
 
 @pytest.mark.parametrize("prec", PRECISIONS)
 @pytest.mark.parametrize("name", TUNERS)
 def test_every_tuner_in_every_precision(prec: str, name: str, config: Config) -> None:
     """Trainable weights keep their dtype, logits stay near fp32's, gradients are finite."""
-    method = build(config("fake_lt", "tiny_clip", "pretrained", "none", name, True))
+    method = build(config("fake_lt", "tiny_clip", "pretrained", "none", *alone(name)))
     with torch.no_grad():
         wanted = method.predict(batch()["image"])
     precision = PRECISIONS[prec]
@@ -127,12 +145,10 @@ def test_every_tuner_in_every_precision(prec: str, name: str, config: Config) ->
 @pytest.mark.parametrize("name", HEAD_INITS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_every_head_init_gives_unit_rows(name: str, prompt: str, config: Config) -> None:
-    model = build_model(
-        config("fake_lt", "tiny_clip", "pretrained", "none", "init_head", name, "prompt", prompt), NAMES
-    )
-    features = torch.randn(20, model.encoder.feature_dim)
-    labels = torch.arange(20) % 10
-    model.init_head(HeadContext(NAMES, torch.device("cpu"), lambda: [(features, labels)], lambda each: each))
+    pairs = ("init_head", name, "prompt", prompt, "descriptors", "strings.json")
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", *pairs)
+    model = build_model(cfg, NAMES, descriptors=[[f"string {k}"] for k in range(10)])
+    model.init_head(head_context(torch.randn(20, model.encoder.feature_dim), torch.arange(20) % 10, 10))
     weight = model.head.get_parameter("weight")
     assert torch.allclose(weight.norm(dim=1), torch.ones(10), atol=1e-5)
     assert model.init is None, "the text tower is let go"

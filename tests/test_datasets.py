@@ -31,7 +31,8 @@ from datasets.sources import BadImage
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 """A folder that may hold unpacked local data (`cifar10_jpeg`, `lt_lists`); what is absent is skipped."""
 
-DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()} | {"expand": 3, "num_workers": 0, "resolution": 28}
+DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}
+DEFAULTS |= {"expand": 3, "num_workers": 0, "resolution": 28, "interpolation": "bilinear"}
 
 
 def config(dataset: str, **values: Any) -> CfgNode:

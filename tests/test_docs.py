@@ -10,6 +10,7 @@ from PIL import Image
 from configs import load_configs, names
 from datasets import build_info
 from main import split_words
+from models import resolve
 from trainers.dryrun import check
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,7 +54,7 @@ def test_the_examples_of_own_data_work(tmp_path: Path) -> None:
             (tmp_path / "test").rename(tmp_path / "elsewhere")  # the snippet holds a test split out
         (tmp_path / f"{number}.yaml").write_text(text)
         (cfg,) = load_configs(str(tmp_path / f"{number}.yaml"), "tiny_clip_peft", [])
-        info = build_info(cfg)
+        info = build_info(resolve(cfg))
         assert info.class_names == ("owl", "wren")
         assert info.class_counts.tolist() == ([4, 4] if "ImageFolder" in text else [14, 1])
         if "ImageFolder" in text:

@@ -1,28 +1,46 @@
 """Heads and their initialisation: LIFT's fixture (lift.md §13.4), and CLIP's own logits for zero-shot."""
 
+import json
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from small import head_context
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from configs.errors import UserError
 from configs.seeding import seeded
 from datasets import build_data
 from datasets.bundle import eval_loader
-from models import BACKBONES, Classifier, build_model
+from datasets.descriptors import class_descriptors
+from models import BACKBONES, build_model
 from models.clip import Clip
-from models.head_init import HeadContext, class_mean
+from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe
 from models.heads import HEADS
 from models.prompts import PROMPTS, fill
+from trainers.dryrun import check
+from trainers.head import prepare_head
+from trainers.methods import build_method
 
 Config = Callable[..., CfgNode]
 
 FIXTURE = {
     "CosineClassifier": [[8.320596, -15.386240, -23.276220], [24.377256, 8.067975, -6.152549]],
+    "L2NormedClassifier": [[0.579441, -1.071488, -1.620941], [1.647951, 0.545411, -0.415925]],
+    "LayerNormedClassifier": [[2.044096, 0.351788, -0.894991], [2.319824, 0.543439, -0.847384]],
     "LinearClassifier": [[0.699425, -2.187427, -3.063168], [1.989191, 1.113450, -0.785993]],
 }
 NAMES = ("tench", "great white shark", "missile", "sunglasses")
@@ -33,8 +51,9 @@ def images(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=draw)
 
 
-def context(names: tuple[str, ...], batches: list[tuple[Tensor, Tensor]] | None = None) -> HeadContext:
-    return HeadContext(names, torch.device("cpu"), lambda: batches or [], lambda tensor: tensor)
+def context(names: tuple[str, ...] = NAMES) -> HeadContext:
+    """For what does not look at images."""
+    return head_context(torch.empty(0, 1), torch.empty(0, dtype=torch.int64), len(names))
 
 
 def original(seed: int = 0) -> open_clip.CLIP:
@@ -77,48 +96,164 @@ def test_the_cosine_head_ignores_lengths() -> None:
     assert before.abs().max() <= 25.0
 
 
-def test_random_weights_of_the_cosine_head_are_unit_rows() -> None:
-    norms = HEADS["CosineClassifier"](64, 10, 25.0).get_parameter("weight").norm(dim=-1)
-    assert torch.allclose(norms, torch.ones(10))
+@pytest.mark.parametrize("name", HEADS)
+def test_random_weights(name: str) -> None:
+    """Unit rows; of the linear head normal ones with variance 2 / D, and no bias."""
+    head = HEADS[name](256, 100, 25.0)
+    weight = head.get_parameter("weight")
+    if name == "LinearClassifier":
+        assert float(weight.detach().std()) == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+        assert not head.get_parameter("bias").any()
+    else:
+        assert torch.allclose(weight.norm(dim=-1), torch.ones(100))
+        assert [each for each, _ in head.named_parameters()] == ["weight"]
 
 
-# --- class means ---------------------------------------------------------------------------------------------------
-
-
-def features_of(model: Classifier, cfg: CfgNode, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in eval_loader(build_data(cfg).plain, size, 0):
-        yield model.features(batch["image"]), batch["label"]
+# --- from images ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_class_means_are_means_of_the_raw_features(config: Config) -> None:
     """Whatever the batch size: Σ features / n, then unit length; the head's rows are those."""
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "init_head", "class_mean")
-    names = build_data(cfg).info.class_names
-    model = build_model(cfg, names)
-    batches = list(features_of(model, cfg, 64))
-    features, labels = torch.cat([each for each, _ in batches]), torch.cat([each for _, each in batches])
-    wanted = torch.stack([F.normalize(features[labels == c].double().mean(0), dim=0) for c in range(len(names))])
+    data = build_data(cfg)
+    model = build_model(cfg, data.info.class_names)
+    features = torch.cat([model.features(batch["image"]) for batch in eval_loader(data.plain, 64, 0)])
+    labels = data.plain.labels
+    wanted = torch.stack([F.normalize(features[labels == c].double().mean(0), dim=0) for c in range(10)])
     for size in (1, 7, 64, 1000):
-        found = class_mean(context(names, list(zip(features.split(size), labels.split(size), strict=True))), None, "")
-        assert torch.allclose(found.double(), wanted, atol=1e-6)
-    model.init_head(context(names, batches))
+        assert torch.allclose(class_mean(head_context(features, labels, 10, size)).double(), wanted, atol=1e-6)
+    model.init_head(head_context(features, labels, 10))
     assert torch.allclose(model.head.get_parameter("weight").double(), wanted, atol=1e-6)
     assert model.init is None  # and with it the text tower
 
 
 def test_a_class_without_images_has_a_finite_row() -> None:
     features, labels = torch.randn(6, 5), torch.tensor([0, 0, 1, 3, 3, 3])
-    rows = class_mean(context(("a", "b", "c", "d"), [(features, labels)]), None, "")
-    assert torch.allclose(rows.norm(dim=-1), torch.ones(4))
-    assert torch.allclose(rows[2], F.normalize(features.mean(0), dim=0), atol=1e-6)
+    for name in ("class_mean", "10_shot", "linear_probe"):
+        rows = HEAD_INITS[name](head_context(features, labels, 4), None, ())
+        assert torch.allclose(rows.norm(dim=-1), torch.ones(4))
+        assert torch.allclose(rows[2], F.normalize(features.mean(0), dim=0), atol=1e-6), name
+
+
+def shots(k: int, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of `k_shot`, and the positions of the images that it looked at."""
+    features = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(2))
+    whole, seen = head_context(features, labels, int(labels.max()) + 1, 5, seed), list[Tensor]()
+
+    def recorded(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        for each, index in whole.features(positions):
+            seen.append(index)
+            yield each, index
+
+    return k_shot(replace(whole, features=recorded), shots=k), torch.cat(seen)
+
+
+def test_k_shot_is_the_class_mean_of_k_images_a_class() -> None:
+    counts = [20, 3, 1, 12]
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))[torch.randperm(36)]
+    for k in (1, 10, 100):
+        rows, seen = shots(k, labels)
+        assert labels[seen].bincount().tolist() == [min(count, k) for count in counts]
+        assert len(seen.unique()) == len(seen), "no image twice, and none but these is encoded"
+        features = torch.randn(36, 8, generator=torch.Generator().manual_seed(2))
+        assert torch.allclose(rows, class_mean(head_context(features[seen], labels[seen], 4)), atol=1e-6)
+    first, again, other = (set(shots(10, labels, seed)[1].tolist()) for seed in (0, 0, 1))
+    assert first == again != other, "the seed alone decides"
+    assert set(shots(1, labels)[1].tolist()) < first
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_linear_probe_is_scikit_learns(classes: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Directions of its coefficients; two classes, of which it keeps one row, get opposite ones."""
+    labels = torch.arange(200).remainder(classes * 2).clamp_max(classes - 1)  # the last class is the largest
+    features = torch.randn(classes, 16)[labels] + torch.randn(200, 16)
+    with caplog.at_level("INFO", "tailtune"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = linear_probe(head_context(features, labels, classes))
+    assert "of 100 iterations" in caplog.text
+    model = LogisticRegression(solver="lbfgs", C=1.0, class_weight="balanced", max_iter=100)
+    found = torch.from_numpy(model.fit(features.double().numpy(), labels.numpy()).coef_)
+    found = torch.cat([-found, found]) if classes == 2 else found
+    assert torch.allclose(rows.double(), F.normalize(found, dim=-1), atol=1e-4)
+    assert ((features @ rows.T).argmax(-1) == labels).float().mean() > 0.8
+
+
+def test_a_linear_probe_that_has_not_converged_says_so_in_one_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.head_init.MAX_ITER", 3)
+    with caplog.at_level("INFO", "tailtune"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = linear_probe(head_context(torch.randn(60, 4), torch.arange(60) % 3, 3))
+    assert "after 3 of 3 iterations" in caplog.text and torch.allclose(rows.norm(dim=-1), torch.ones(3))
+
+
+def prepared(cfg: CfgNode, world: int = 1) -> list[Tensor]:
+    """The head's weight after `prepare_head` on each of so many processes; threads stand for them."""
+    data, barrier, given = build_data(cfg), Barrier(world, timeout=60), dict[int, Tensor]()
+    methods = [build_method(cfg, build_model(cfg, data.info.class_names), data.info) for _ in range(world)]
+
+    def total(rank: int, tensor: Tensor) -> Tensor:
+        given[rank] = tensor
+        barrier.wait()
+        found = sum(given[each] for each in range(world))
+        barrier.wait()
+        return found
+
+    def one(rank: int) -> None:
+        accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world, is_main_process=rank == 0)
+        accelerator.device, accelerator.reduce = torch.device("cpu"), lambda tensor, _: total(rank, tensor)
+        prepare_head(methods[rank], data, accelerator, 16, 0)
+
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(one, range(world)))
+    return [method.model.head.get_parameter("weight") for method in methods]
+
+
+@pytest.fixture
+def few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many would magnify rounding."""
+    monkeypatch.setattr("models.head_init.MAX_ITER", 3)
+
+
+@pytest.mark.parametrize("name", sorted(HEAD_INITS.keys() - NEEDS_TEXT))
+@pytest.mark.usefixtures("few_iterations")
+def test_tuners_have_no_part_in_it(name: str, config: Config) -> None:
+    """Prompts change the features from the start; LIFT takes those of the backbone alone."""
+    pairs = ("fake_lt", "tiny_clip", "pretrained", "none", "init_head", name)
+    (plain,), (tuned,) = prepared(config(*pairs)), prepared(config(*pairs, "vpt_deep", True))
+    assert torch.allclose(plain, tuned, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEAD_INITS)
+@pytest.mark.usefixtures("few_iterations")
+def test_every_process_has_the_head_that_one_would_have(name: str, config: Config) -> None:
+    """An odd number of images on two processes, one of them with padding."""
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "imb_factor", 0.13, "init_head", name)
+    assert len(build_data(cfg).plain) % 2
+    (alone,), (first, second) = prepared(cfg), prepared(cfg, world=2)
+    assert torch.equal(first, second) and torch.allclose(first, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("init", HEAD_INITS)
+def test_an_init_fills_the_weight_of_any_head_and_nothing_else(name: str, init: str, config: Config) -> None:
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "classifier", name, "init_head", init)
+    model = build_model(cfg, NAMES)
+    with torch.no_grad():
+        for each, parameter in model.head.named_parameters():
+            parameter.fill_(3.0 if each == "weight" else 0.5)
+    model.init_head(head_context(torch.randn(12, model.encoder.feature_dim), torch.arange(12) % 4, 4))
+    assert torch.allclose(model.head.get_parameter("weight").norm(dim=-1), torch.ones(4), atol=1e-5)
+    assert all((each == 0.5).all() for name, each in model.head.named_parameters() if name != "weight")
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
 def test_token_ids_are_clips() -> None:
-    (sentence,) = fill("tench", PROMPTS["default"])
+    ((sentence,),) = fill(["tench"], "default")
     assert sentence == "a photo of a tench."
     for name in ("tailtune-tiny", "ViT-B-16-quickgelu"):
         ids = open_clip.get_tokenizer(name)([sentence])[0].tolist()
@@ -126,23 +261,93 @@ def test_token_ids_are_clips() -> None:
 
 
 def test_prompts() -> None:
-    assert fill("great_white-shark", PROMPTS["classname"]) == ["great white-shark"]
-    assert len(fill("tench", PROMPTS["ensemble"])) == 80
-    assert fill("tench", PROMPTS["ensemble"])[0] == "a bad photo of a tench."
+    assert fill(["great_white-shark", "tench"], "classname") == [["great white-shark"], ["tench"]]
+    (sentences,) = fill(["tench"], "ensemble")
+    assert len(set(sentences)) == 80 and sentences[0] == "a bad photo of a tench."
+    assert fill(["a_b"], "a blurry photo of a {}.") == [["a blurry photo of a a b."]]
+    assert fill(["x"], "{} in {fog} | one {}, {}") == [["x in {fog}", "one x, x"]]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", ["defalt", "a photo of a dog.", "a {} | a dog", ""])
+def test_a_prompt_without_a_place_for_the_name_is_refused(prompt: str) -> None:
+    with pytest.raises(UserError, match=r"unknown prompt.*choices: classname, .*or a sentence with \{\} in"):
+        fill(["x"], prompt)
+
+
+STRINGS = {
+    "tench": ["a freshwater fish", "small eyes"],
+    "great_white shark": ["teeth", "small eyes", "a grey back", "a fin"],
+    "missile": ["a long tube"],
+    "sunglasses": ["dark glass", "two lenses", "a frame"],
+    "none of them": ["nothing"],
+}
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, "a photo of {} | art of a {}."])
 @torch.no_grad()
-def test_text_features_go_back_through_the_projection(config: Config, prompt: str) -> None:
-    """w = normalise(P·t), t the mean of the normalised features of a class's sentences."""
-    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "init_head", "text_feat", "prompt", prompt)
-    model, clip = build_model(cfg, NAMES), original()
-    model.init_head(context(NAMES))
+def test_text_features_go_back_through_the_projection(config: Config, prompt: str, tmp_path: Path) -> None:
+    """w = normalise(P·t), t the mean of the normalised features of a class's sentences, however many each has."""
+    (tmp_path / "strings.json").write_text(json.dumps(STRINGS))
+    strings = class_descriptors("strings.json", [tmp_path], NAMES)
+    assert list(map(len, strings)) == [2, 4, 1, 3]
+    sentences = strings if prompt == "descriptor" else fill(NAMES, prompt)
+    pairs = ("init_head", "text_feat", "prompt", prompt, "descriptors", "strings.json")
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", *pairs)
+    model, clip = build_model(cfg, NAMES, descriptors=strings), original()
+    model.init_head(context())
     rows = model.head.get_parameter("weight")
     assert torch.allclose(rows.norm(dim=-1), torch.ones(4))
-    for row, name in zip(rows, NAMES, strict=True):
-        text = F.normalize(clip.encode_text(tokens(fill(name, PROMPTS[prompt]))), dim=-1).mean(0)
+    for row, own in zip(rows, sentences, strict=True):
+        text = F.normalize(clip.encode_text(tokens(list(own))), dim=-1).mean(0)
         assert torch.allclose(row, F.normalize(clip.visual.proj @ text, dim=0), atol=1e-5)
+
+
+def test_chunks_of_sentences_make_no_difference(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Tensor:
+        model = build_model(config("fake_lt", "tiny_clip", "pretrained", "none", "prompt", "ensemble"), NAMES)
+        model.init_head(context())
+        return model.head.get_parameter("weight")
+
+    whole = rows()
+    monkeypatch.setattr("models.text.CHUNK", 33)
+    assert torch.allclose(rows(), whole, atol=1e-6)
+
+
+def test_an_error_of_the_text_tower_is_not_hidden(config: Config) -> None:
+    model = build_model(config("fake_lt", "tiny_clip", "pretrained", "none"), NAMES)
+    with (
+        mock.patch("open_clip.CLIP.encode_text", side_effect=RuntimeError("out of memory")),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        model.init_head(context())
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, "no file .*strings.json.*github.com/shijxcs/LIFT, utils/descriptors_imagenet.json"),
+        ("{", "strings.json must be a JSON object"),
+        ('["tench"]', "strings.json must be a JSON object"),
+        ('{"tench": "a fish"}', "strings.json must be a JSON object"),
+        ('{"tench": [], "great white shark": ["x"]}', "strings.json must be a JSON object"),
+        ('{"tench": ["x"], "missile": ["x"]}', "no entry for class 'great white shark'"),
+    ],
+)
+def test_descriptors_that_do_not_fit(content: str | None, parts: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "strings.json").write_text(content)
+    with pytest.raises(UserError, match=parts):
+        class_descriptors("strings.json", [tmp_path / "elsewhere", tmp_path], NAMES)
+
+
+def test_a_dry_run_asks_for_the_option_and_not_for_the_file(config: Config) -> None:
+    pairs = ("fake_lt", "tiny_clip", "prompt", "descriptor")
+    check(config(*pairs, "descriptors", "nowhere.json"))
+    with pytest.raises(UserError, match="prompt descriptor needs `descriptors`"):
+        check(config(*pairs))
+    with pytest.raises(UserError, match=r"no file .*nowhere.json"):
+        build_data(config(*pairs, "descriptors", "nowhere.json"))
+    build_data(config("fake_lt", "tiny_clip", "descriptors", "nowhere.json"))  # another prompt does not read it
 
 
 @torch.no_grad()

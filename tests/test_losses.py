@@ -1,14 +1,47 @@
-"""Losses: LIFT's fixture (lift.md §13.3), and that sums do not depend on how a batch is cut."""
+"""Losses: LIFT's fixture (lift.md §13.3), that sums do not depend on how a batch is cut, deferred re-weighting."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import Tensor
+from trajectories import killed_after, losses
+from yacs.config import CfgNode
 
-from trainers.losses import LOSSES, Prior, cross_entropy, log_prior, logit_adjusted
+from configs import config_hash
+from configs.errors import UserError
+from datasets import build_data
+from datasets.bundle import eval_loader
+from models import build_model
+from trainers.losses import (
+    BATCH_COUPLED,
+    LOSSES,
+    Prior,
+    class_balanced,
+    cross_entropy,
+    effective_weights,
+    log_prior,
+    logit_adjusted,
+    reweighted,
+)
+from trainers.methods import Method, build_method
+from trainers.run import run
 
+Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([500, 200, 50, 20, 5])
-FIXTURE = {"CE": 4.525486, "LA": 5.184051}
+FIXTURE = {
+    **{"CE": 4.525486, "Focal": 4.290299, "LDAM": 11.125924, "CB": 5.361949, "GRW": 5.362905},
+    **{"BS": 5.184051, "LA": 5.184051, "LADE": 5.539836},
+}
+CB_WEIGHTS = [0.0369768, 0.0910735, 0.3615757, 0.9025912, 3.6077828]
+GRW_WEIGHTS = [0.0361011, 0.0902527, 0.3610108, 0.9025270, 3.6101081]
+MARGINS = [0.1581139, 0.1988177, 0.2811707, 0.3535534, 0.5]
+SEPARABLE = sorted(LOSSES.keys() - BATCH_COUPLED)
 
 
 def fixture() -> tuple[Tensor, Tensor]:
@@ -17,8 +50,8 @@ def fixture() -> tuple[Tensor, Tensor]:
     return 5 * torch.sin(1 + i + 2 * c), 3 * torch.arange(8) % 5
 
 
-def prior(tau: float = 1.0, counts: Tensor = COUNTS) -> Prior:
-    return Prior(log_prior(counts), counts, tau)
+def prior(tau: float = 1.0, counts: Tensor = COUNTS, scale: float = 25.0) -> Prior:
+    return Prior(log_prior(counts), counts, tau, scale)
 
 
 def mean(name: str, logits: Tensor, labels: Tensor, given: Prior) -> Tensor:
@@ -26,9 +59,48 @@ def mean(name: str, logits: Tensor, labels: Tensor, given: Prior) -> Tensor:
     return loss_sum / weight
 
 
-@pytest.mark.parametrize("name", FIXTURE)
-def test_values_are_those_of_the_original(name: str) -> None:
-    assert float(mean(name, *fixture(), prior())) == pytest.approx(FIXTURE[name], abs=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_are_those_of_the_original(name: str, dtype: torch.dtype) -> None:
+    logits, labels = fixture()
+    found = mean(name, logits.to(dtype), labels, prior())
+    assert float(found) == pytest.approx(FIXTURE[name], abs=1e-5) and found.dtype == dtype
+
+
+def test_ldam_at_the_papers_scale() -> None:
+    assert float(mean("LDAM", *fixture(), prior(scale=30.0))) == pytest.approx(12.499870, abs=1e-5)
+
+
+def test_ldam_lowers_the_true_classs_logit_by_its_margin() -> None:
+    logits, labels = fixture()
+    lowered = logits - 25 * F.one_hot(labels, 5) * torch.tensor(MARGINS)
+    found = mean("LDAM", logits, labels, prior())
+    assert float(found) == pytest.approx(float(F.cross_entropy(lowered, labels)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "weights"), [(class_balanced, CB_WEIGHTS), (reweighted, GRW_WEIGHTS)])
+def test_class_weights_are_those_of_the_original(loss: Callable[..., Tensor], weights: list[float]) -> None:
+    """One sample of each class: the weights are what the denominator is made of, and torch weighs like that."""
+    logits, labels = fixture()[0][:5], torch.arange(5)
+    each = [float(loss(logits[i : i + 1], labels[i : i + 1], torch.ones(1), prior())[1]) for i in range(5)]
+    assert each == pytest.approx(weights, abs=1e-6)
+    loss_sum, weight = loss(logits, labels, torch.ones(5), prior())
+    assert float(loss_sum / weight) == pytest.approx(
+        float(F.cross_entropy(logits, labels, torch.tensor(weights))), rel=1e-5
+    )
+
+
+def test_effective_weights() -> None:
+    """Equal for large classes, 1/n for small ones, mean 1."""
+    found = effective_weights(torch.tensor([1, 2, 10**6, 10**7], dtype=torch.float64))
+    assert float(found.mean()) == pytest.approx(1)
+    assert float(found[0] / found[1]) == pytest.approx(2, rel=1e-3) and float(found[2] / found[3]) == pytest.approx(1)
+
+
+def test_balanced_softmax_is_logit_adjustment_of_strength_one() -> None:
+    given = prior(tau=0.3)
+    assert torch.equal(mean("BS", *fixture(), given), mean("LA", *fixture(), prior(tau=1.0)))
+    assert not torch.equal(mean("BS", *fixture(), given), mean("LA", *fixture(), given))
 
 
 def test_without_strength_or_tail_logit_adjustment_is_cross_entropy() -> None:
@@ -44,7 +116,7 @@ def test_adjustment_is_the_log_prior_times_tau() -> None:
     assert float(mean("LA", logits, labels, prior(0.7))) == pytest.approx(float(F.cross_entropy(adjusted, labels)))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SEPARABLE)
 @pytest.mark.parametrize("cut", [[8], [1] * 8, [3, 5], [7, 1], [2, 3, 3]])
 def test_sums_add_up_over_any_cut_of_the_batch(name: str, cut: list[int]) -> None:
     logits, labels = (each.double() if each.is_floating_point() else each for each in fixture())
@@ -53,6 +125,21 @@ def test_sums_add_up_over_any_cut_of_the_batch(name: str, cut: list[int]) -> Non
     parts = zip(logits.split(cut), labels.split(cut), weights.split(cut), strict=True)
     sums = [torch.stack(LOSSES[name](*part, prior())) for part in parts]
     assert torch.allclose(torch.stack(sums).sum(0), torch.stack(whole), rtol=1e-12)
+
+
+def test_lade_depends_on_who_is_here_and_says_so(config: Config) -> None:
+    """Halves have estimates of their own, which the step weighs by their samples; weight 2 is two samples."""
+    logits, labels = fixture()
+    ones, given = torch.ones(8), prior()
+    whole = LOSSES["LADE"](logits, labels, ones, given)[0]
+    halves = [LOSSES["LADE"](logits[part], labels[part], ones[part], given)[0] for part in (slice(3), slice(3, 8))]
+    assert abs(float(sum(halves) - whole)) > 0.01
+    twice = LOSSES["LADE"](logits.repeat(2, 1), labels.repeat(2), ones.repeat(2), given)
+    weighted = LOSSES["LADE"](logits, labels, 2 * ones, given)
+    assert torch.allclose(torch.stack(twice), torch.stack(weighted), rtol=1e-5)
+    assert torch.allclose(twice[0], 2 * whole, rtol=1e-5)
+    method = small_method(config, "loss_type", "LADE")
+    assert method.batch_coupled and not small_method(config).batch_coupled
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -104,3 +191,82 @@ def test_weights_are_torchs_class_weights() -> None:
     of_class = torch.tensor([1.0, 2.0, 0.5, 3.0, 0.1])
     loss_sum, weight = cross_entropy(logits, labels, of_class[labels], prior())
     assert float(loss_sum / weight) == pytest.approx(float(F.cross_entropy(logits, labels, of_class)), rel=1e-6)
+
+
+def test_a_coupled_losss_micro_batch_is_part_of_the_run(config: Config, tmp_path: Path) -> None:
+    """Another share is another objective, so it is named, hashed and warned of; of other losses it is not."""
+
+    def named(*pairs: object) -> tuple[str, str]:
+        cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "batch_size", 32, *pairs)
+        return cfg.run_name, config_hash(cfg)
+
+    lade, la = ("loss_type", "LADE"), ("loss_type", "LA")
+    whole, cut = named(*lade), named(*lade, "micro_batch_size", 8)
+    assert cut[0] == whole[0].replace("LADE", "LADE_micro_batch_size_8") and cut[1] != whole[1]
+    assert named(*lade, "micro_batch_size", 32) == whole and named(*la, "micro_batch_size", 8) == named(*la)
+    with pytest.raises(UserError, match="must not depend on memory"):
+        named(*lade, "micro_batch_size", "auto")
+    words = ("batch_size", 16, "micro_batch_size", 8, "max_steps", 1, "num_epochs", 1, "max_test_images", 10)
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", *words, *lade, "output_dir", str(tmp_path / "cut"))
+    notes = json.loads((run(cfg) / "metrics.json").read_text())["notes"]
+    assert any("couples the images" in note and "8 of batch_size 16" in note for note in notes)
+
+
+# --- deferred re-weighting -----------------------------------------------------------------------------------------
+
+
+def small_method(config: Config, *pairs: object) -> Method:
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", *pairs)
+    data = build_data(cfg)
+    return build_method(cfg, build_model(cfg, data.info.class_names), data.info)
+
+
+@pytest.mark.parametrize("name", ["CE", "LDAM"])
+def test_class_weights_come_with_their_epoch(name: str, config: Config) -> None:
+    """Before it every sample counts as it is; from it on like in torch's cross-entropy with class weights."""
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none")
+    batch = next(iter(eval_loader(build_data(cfg).plain, 300, 0)))
+    batch["weight"][3] = 0.0
+    given = batch["weight"].clone()
+    deferred = small_method(config, "loss_type", name, "drw_epoch", 2)
+    plain = small_method(config, "loss_type", name)(batch)
+    for epoch in (0, 1):
+        deferred.on_epoch(epoch, 4)
+        assert torch.equal(deferred(batch).loss_sum, plain.loss_sum) and float(deferred(batch).weight) == given.sum()
+    for epoch in (2, 3):
+        deferred.on_epoch(epoch, 4)
+        found = deferred(batch)
+        n = deferred.class_counts.double()
+        weights = (1 - 0.9999) / (1 - 0.9999**n)
+        weights = (weights / weights.mean()).float()[batch["label"]] * given
+        wanted = LOSSES[name](found.logits, batch["label"], weights, deferred.prior)
+        assert torch.allclose(torch.stack([found.loss_sum, found.weight]), torch.stack(wanted), rtol=1e-5)
+        assert not torch.allclose(found.loss_sum / found.weight, plain.loss_sum / plain.weight, rtol=0.01)
+    assert torch.equal(batch["weight"], given), "the trainer counts images by the batch's own weights"
+
+
+def test_deferred_re_weighting_in_a_training(config: Config, tmp_path: Path) -> None:
+    """Epoch 0 as without it, epoch 1 not; the run that dies in the middle of epoch 1 ends with the same bits."""
+
+    def train(name: str, *pairs: object) -> Path:
+        words = ("pretrained", "none", "num_epochs", 2, "batch_size", 64, "save_every", 1, "lr", 0.05)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return run(config("fake_lt", "tiny_clip", *words, *pairs, "output_dir", str(tmp_path / name)))
+
+    with killed_after(4):
+        train("killed", "drw_epoch", 1)
+    plain, deferred, killed = train("plain"), train("drw", "drw_epoch", 1), train("killed", "drw_epoch", 1)
+    assert "resuming after step" in (killed / "log.txt").read_text()
+    found, wanted = losses(deferred), losses(plain)
+    half = len(wanted) // 2
+    assert len(wanted) == 6 and found[:half] == wanted[:half]
+    assert all(abs(a - b) > 1e-3 for a, b in zip(found[half:], wanted[half:], strict=True))
+    tensors = [load_file(each / "checkpoint" / "tensors.safetensors") for each in (deferred, killed)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_an_epoch_that_never_comes_is_said(config: Config, tmp_path: Path) -> None:
+    words = ("pretrained", "none", "num_epochs", 1, "max_steps", 1, "batch_size", 16, "max_test_images", 10)
+    path = run(config("fake_lt", "tiny_clip", *words, "drw_epoch", 1, "output_dir", str(tmp_path / "late")))
+    notes = json.loads((path / "metrics.json").read_text())["notes"]
+    assert any("drw_epoch 1 never comes: the last epoch is 0" in note for note in notes)

@@ -36,10 +36,10 @@ from datasets.fake import fake_sources
 from datasets.samplers import StepSampler
 from models import BACKBONES, Classifier, build_model, resolve
 from models.clip import Clip
-from models.head_init import HeadContext
 from models.tuners import TUNERS
 from scripts.make_options import FILE, render
 from trainers.checkpoint import States
+from trainers.head import prepare_head
 from trainers.launch import make_accelerator
 from trainers.methods import METHODS, Method, build_method, declared
 from trainers.optim import Plan, build_optimizer, set_lr
@@ -87,6 +87,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "names.txt").write_text("cat\ndog\n")
     for number in (1, 2):
         (folder / f"counts{number}.json").write_text(json.dumps([9 * number, 3]))
+        strings = {"0": ["whiskers", "a tail"], "1": [f"{number} ears"]}
+        (folder / f"strings{number}.json").write_text(json.dumps(strings))
     (folder / "categories.json").write_text(json.dumps(SPECIES))
     save_file(tiny_clip_state(), folder / "own.safetensors")
     return folder
@@ -189,6 +191,11 @@ def trains_where(cfg: CfgNode) -> Any:
     return sorted(trains(cfg).items())
 
 
+def positions(cfg: CfgNode) -> Any:
+    """Which weights `mask` trains."""
+    return built(cfg).encoder.tuners["mask"]["0"]["qkv"].positions
+
+
 def on_meta(cfg: CfgNode) -> Any:
     with torch.device("meta"):
         return build_model(cfg, ["a", "b"]).counts()["total"]
@@ -214,13 +221,9 @@ def logits(cfg: CfgNode) -> Any:
 @torch.no_grad()
 def first_head(cfg: CfgNode) -> Any:
     """The head's weight before the first step."""
-    data, model = build_data(cfg), built(cfg)
-
-    def features() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in eval_loader(data.plain, 64, 0):
-            yield model.features(batch["image"]), batch["label"]
-
-    model.init_head(HeadContext(data.info.class_names, torch.device("cpu"), features, lambda each: each))
+    data = build_data(cfg)
+    model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
+    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(cfg), 64, 0)
     return model.head.get_parameter("weight")
 
 
@@ -398,6 +401,10 @@ def another_runs(cfg: CfgNode) -> Any:
     return found["row_max"]
 
 
+def exported(cfg: CfgNode) -> Any:
+    return sorted(str(each.relative_to("output")) for each in (ran(cfg) / "export").rglob("*"))
+
+
 # --- the table -----------------------------------------------------------------------------------------------------
 
 LISTED: dict[str, Any] = {"data": "lists.yaml"}
@@ -426,12 +433,19 @@ PROBES: dict[str, Probe] = {
     "classifier": Probe("CosineClassifier", "LinearClassifier", head_kind),
     "scale": Probe(25, 10, logits),
     "init_head": Probe("none", "class_mean", first_head),
-    "prompt": Probe("default", "classname", first_head),
+    "prompt": Probe("default", "a blurry photo of a {}.", first_head),
+    "descriptors": Probe("strings1.json", "strings2.json", first_head, ("prompt", "descriptor"), **LISTED),
     "zero_shot": Probe(False, True, trains_where),
     **{name: Probe(False, True, trains_where) for name in TUNERS},
+    "bn_tuning": Probe(False, True, trains_where, ("backbone", "timm:test_resnet.r160_in1k", "init_head", "none")),
     "partial": Probe("none", "[1,3)", trains_where, ("lora", True)),
     "vpt_len": Probe("none", 3, trains_where, ("vpt_deep", True)),
     "adapter_dim": Probe(8, "none", trains_where, ("adapter", True)),
+    "adaptformer_scale": Probe("learnable", 0.5, trains_where, ("adaptformer", True)),
+    "mask_ratio": Probe("none", 0.01, trains_where, ("mask", True)),
+    "mask_seed": Probe("none", 1, positions, ("mask", True)),
+    "peft": Probe("none", "LoRA", trains_where),
+    "peft_args": Probe("{r: 4}", "{r: 8}", trains_where, ("peft", "LoRA")),
     "seed": Probe(0, 1, seeds, ("lora", True)),
     "deterministic": Probe(True, False, cudnn),
     "prec": Probe("fp32", "bf16", trained, ONE),
@@ -445,8 +459,11 @@ PROBES: dict[str, Probe] = {
     "momentum": Probe(0.9, 0, two_updates),
     "loss_type": Probe("LA", "CE", loss),
     "tau": Probe(1, 0.5, loss),
+    "drw_epoch": Probe("none", 0, loss),
     "tte": Probe(False, True, own_logits, SHORT),
+    "tte_mode": Probe("fivecrop", "tencrop", own_logits, (*SHORT, "tte", True)),
     "expand": Probe("none", 4, own_logits, (*SHORT, "tte", True)),
+    "randaug_times": Probe(1, 3, own_logits, (*SHORT, "tte", True, "tte_mode", "randaug")),
     "test_prec": Probe("fp32", "bf16", own_logits, SHORT),
     "test_train": Probe(False, True, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
     "max_test_images": Probe("none", 20, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
@@ -455,6 +472,7 @@ PROBES: dict[str, Probe] = {
     "group_imb_factor": Probe("none", 0.5, groups),
     "test_only": Probe(False, True, evaluations, ONE),
     "model_dir": Probe("output/run1", "output/run2", another_runs, (*ONE, "test_only", True)),
+    "export": Probe("lift", "merged", exported, SHORT),
     "output_dir": Probe("none", "here", folder, SHORT),
     "resume": Probe(True, False, repeated, ONE),
     "gpu": Probe("none", 1, device),

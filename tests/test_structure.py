@@ -21,15 +21,17 @@ MAY_IMPORT = {
 
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")) + [ROOT / "main.py"]
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 260, 45
+PICKLES = r"pickle\.(dump|load)|torch\.save\(|\.save_state\("
 TRAPS = {
     r"(?<![\w.])eval\(": "a config string must never become code",
     r"(?<![\w.])exec\(": "a config string must never become code",
     r"\.cuda\(": "devices come from Accelerate; a loss gets tensors",
-    r"pickle\.(dump|load)|torch\.save\(|\.save_state\(": "nothing is pickled: safetensors and JSON",
+    PICKLES: "nothing is pickled: safetensors and JSON",
     r"weights_only=False": "a weights file could run code",
     r"from torchvision import datasets": "that name is our own package; write torchvision.datasets",
     r"^\s*import datasets\b(?!\.)": "reads as Hugging Face's package; import what is needed from it",
 }
+EXCEPTIONS = {("trainers/exchange/lift.py", PICKLES): "LIFT reads nothing but a pickle; it is one of plain tensors"}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
@@ -71,7 +73,8 @@ def test_traps(path: Path, trap: str) -> None:
     # Inference mode (`.eval()`) is a method call and no trap; docstrings may name what code must not do.
     tree = ast.parse(path.read_text(encoding="utf-8"))
     code = "\n".join(_without_docstrings(tree).splitlines())
-    assert not re.search(trap, code, re.MULTILINE), TRAPS[trap]
+    excepted = (path.relative_to(ROOT).as_posix(), trap) in EXCEPTIONS
+    assert bool(re.search(trap, code, re.MULTILINE)) == excepted, TRAPS[trap]
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parts[-2] == "trainers"], ids=lambda path: path.name)

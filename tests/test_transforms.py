@@ -1,4 +1,7 @@
-"""Transforms: torchvision's own pixels, shapes, five crops."""
+"""Transforms: torchvision's own pixels, shapes, five and ten crops, repeated draws."""
+
+import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from datasets import transforms
 
 SIZES = [(80, 60), (45, 71), (64, 64)]
 BICUBIC = InterpolationMode.BICUBIC
+Crop = Callable[..., torch.Tensor]
 
 
 def photo(size: tuple[int, int]) -> Image.Image:
@@ -35,7 +39,7 @@ def test_deterministic_pixels_are_v1(size: tuple[int, int]) -> None:
     assert same(transforms.plain_transform(32, "bilinear"), [v1.Resize(32), v1.CenterCrop(32)], image)
     assert same(transforms.eval_transform(28, "bilinear", "lift"), [v1.Resize(32), v1.CenterCrop(28)], image)
     assert same(transforms.eval_transform(28, "bicubic", "lift"), [v1.Resize(32, BICUBIC), v1.CenterCrop(28)], image)
-    assert same(transforms.five_crop_resize(28, 3, "bilinear"), [v1.Resize(31)], image)
+    assert same(transforms.crop_resize(28, 3, "bilinear"), [v1.Resize(31)], image)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -89,21 +93,42 @@ def test_digits_are_never_mirrored() -> None:
         assert pixels[:, :, :16].mean() > pixels[:, :, 16:].mean()
 
 
-def test_five_crop_is_torchvisions() -> None:
+CROPS = [(transforms.five_crop, v1.FiveCrop(28)), (transforms.ten_crop, v1.TenCrop(28))]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CROPS)
+def test_crops_are_torchvisions(ours: Crop, theirs: Crop) -> None:
     batch = torch.randint(0, 256, (4, 3, 37, 44), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack(v1.FiveCrop(28)(batch))
-    assert torch.equal(transforms.five_crop(batch, 28), expected)
-    assert torch.equal(transforms.five_crop(list(batch), 28), expected)
+    expected = torch.stack(theirs(batch))
+    assert torch.equal(ours(batch, 28), expected)
+    assert torch.equal(ours(list(batch), 28), expected)
 
 
-def test_five_crop_of_images_that_differ_in_size() -> None:
-    images = [transforms.five_crop_resize(28, 4, "bilinear")(photo(size)) for size in SIZES]
-    crops = transforms.five_crop(images, 28)
-    assert crops.shape == (5, 3, 3, 28, 28)
+@pytest.mark.parametrize(("ours", "theirs"), CROPS)
+def test_crops_of_images_that_differ_in_size(ours: Crop, theirs: Crop) -> None:
+    images = [transforms.crop_resize(28, 4, "bilinear")(photo(size)) for size in SIZES]
+    crops = ours(images, 28)
+    assert crops.shape[1:] == (3, 3, 28, 28)
     for position, image in enumerate(images):
-        assert torch.equal(crops[:, position], torch.stack(v1.FiveCrop(28)(image)))
+        assert torch.equal(crops[:, position], torch.stack(theirs(image)))
     assert torch.equal(crops[0, 0], images[0][:, :28, :28])
     assert torch.equal(crops[3, 1], images[1][:, -28:, -28:])
+
+
+def test_the_last_five_of_ten_crops_are_of_the_mirrored_image() -> None:
+    image = torch.randint(0, 256, (1, 3, 37, 44), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ten, mirrored = transforms.ten_crop(image, 28), transforms.five_crop(image.flip(-1), 28)
+    assert torch.equal(ten[:5], transforms.five_crop(image, 28)) and torch.equal(ten[5:], mirrored)
+
+
+def test_repeated_draws_are_independent_draws_of_the_transform() -> None:
+    single, image = transforms.train_transform("lift", 24, "bilinear"), photo((60, 45))
+    several = transforms.repeated(single, 3)
+    with seeded("test"):
+        expected = torch.stack([single(image) for _ in range(3)])
+    with seeded("test"):
+        found = pickle.loads(pickle.dumps(several))(image)  # as workers that are spawned get it
+    assert torch.equal(found, expected) and not torch.equal(found[0], found[1])
 
 
 def test_unknown_names() -> None:

@@ -88,7 +88,8 @@ def test_text_features_are_open_clips_exactly(spec: Clip, tmp_path: Path) -> Non
     names = ["tench", "goldfish"]
     tokens = open_clip.get_tokenizer("ViT-B-16")([f"a photo of a {name}." for name in names])[:, :16]
     assert text is not None
-    assert torch.equal(text.class_features(names, "default"), clip.encode_text(tokens, normalize=True))
+    found = text.class_features([[f"a photo of a {name}."] for name in names])
+    assert torch.equal(found, clip.encode_text(tokens, normalize=True))
     assert text.logit_scale == float(clip.logit_scale.exp())
 
 

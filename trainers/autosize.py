@@ -1,11 +1,13 @@
 """`micro_batch_size auto`: the largest share that a process can hold, found once before training."""
 
+import copy
 import logging
 
 import torch
 from accelerate import Accelerator
 
 from configs.errors import UserError
+from models.host import batch_norms
 from trainers.methods.base import Method
 from trainers.optim import halve
 
@@ -18,11 +20,14 @@ def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, res
     Raises:
         UserError: not even one image fits.
     """
+    before = [copy.deepcopy(norm.state_dict()) for norm in batch_norms(method)]  # blank images are no statistics
     method.train()
     while not _fits(method, accelerator.device, size, resolution):
         if size == 1:
             raise UserError("not even one image fits into memory; choose a smaller backbone, resolution or prec bf16")
         size = halve(size)
+    for norm, state in zip(batch_norms(method), before, strict=True):
+        norm.load_state_dict(state)
     smallest = int(accelerator.gather(torch.tensor([size], device=accelerator.device)).min())
     log.info("micro_batch_size auto: %d images at once", smallest)
     return smallest

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +18,7 @@ from configs.errors import UserError
 from models.host import Host
 from trainers.files import read_folder, write_folder
 
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "safetensors", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors", "torchmetrics")
 KEEP = 2
 """States kept: the newest may be damaged."""
 
@@ -26,10 +26,13 @@ log = logging.getLogger("tailtune")
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter that trains and every buffer that is part of the model, by name."""
+    """Every parameter that trains and every buffer of the model that did not come with the pre-trained network, or
+    that training changes, by name."""
     trains = {name: each.detach() for name, each in module.named_parameters() if each.requires_grad}
+    untouched = {id(each) for host in module.modules() if isinstance(host, Host) for each in host.untouched()}
     persistent = module.state_dict()
-    return trains | {name: each.detach() for name, each in module.named_buffers() if name in persistent}
+    buffers = {name: each for name, each in module.named_buffers() if name in persistent and id(each) not in untouched}
+    return trains | {name: each.detach() for name, each in buffers.items()}
 
 
 def fingerprint(encoder: Host) -> str:
@@ -88,6 +91,13 @@ def check_classes(folder: Path, facts: dict[str, Any], class_names: Sequence[str
 def copy_state(method: nn.Module, tensors: dict[str, Tensor], where: str, remedy: str) -> None:
     """Copy tensors into what trains, or say what does not fit."""
     own = trained_state(method)
+    check_fit(own, tensors, where, remedy)
+    for name, target in own.items():
+        target.copy_(tensors[name])
+
+
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, remedy: str) -> None:
+    """Raise a `UserError` that names what of `tensors` is missing, unexpected or of another shape."""
     problems = [
         f"{len(names)} tensors {kind} ({', '.join(sorted(names)[:2])}{', …' if len(names) > 2 else ''})"
         for kind, names in (
@@ -99,8 +109,6 @@ def copy_state(method: nn.Module, tensors: dict[str, Tensor], where: str, remedy
     ]
     if problems:
         raise UserError(f"{where} is of another tuner, head or class count: {'; '.join(problems)}; {remedy}")
-    for name, target in own.items():
-        target.copy_(tensors[name])
 
 
 class States:

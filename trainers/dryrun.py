@@ -3,16 +3,19 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import CfgNode, values_of
 from configs.schema import SCHEMA
 from datasets import build_info
 from models import VPT_LEN, Classifier, build_model, resolve
-from models.tuners import bottleneck_dim
+from models.tuners import bottleneck_dim, mask_ratio
+from trainers.exchange import EXPORTS
 from trainers.launch import world_size
 from trainers.methods import build_method
 from trainers.optim import micro_batch_size
+from trainers.trained import subject_of
 
 GIGA = 1e9
 
@@ -31,6 +34,8 @@ def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
     derived = {
         "adapter_dim": bottleneck_dim(classes, model.encoder.depth),
         "vpt_len": VPT_LEN,
+        "mask_ratio": mask_ratio(classes, model.encoder.depth, model.encoder.feature_dim),
+        "mask_seed": 0,
         **{key: cfg[key] for key in ("resolution", "interpolation", "expand")},
         "micro_batch_size": micro_batch_size(cfg, world_size()),
     }
@@ -49,7 +54,9 @@ def check(cfg: CfgNode) -> Classifier:
     micro_batch_size(cfg, world_size())
     with torch.device("meta"):
         model = build_model(cfg, info.class_names)
-        build_method(cfg, model, info)
+        method = build_method(cfg, model, info)
+    if cfg.export is not None:
+        EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
     return model
 
 
@@ -57,9 +64,18 @@ def forward_flops(model: Classifier, resolution: int) -> int:
     """FLOPs of one image through the model in eval: convolutions and matrix products, attention included."""
     model = model.eval().to("meta")
     images = torch.empty(1, 3, resolution, resolution, device="meta")
+    try:
+        counter = _count(model, images)
+    except (NotImplementedError, AssertionError):  # some tuners of peft do not run without numbers, or uncounted
+        with model.encoder.untuned():
+            counter = _count(model, images)
+    return int(counter.get_total_flops())
+
+
+def _count(model: Classifier, images: Tensor) -> FlopCounterMode:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
-    return int(counter.get_total_flops())
+    return counter
 
 
 def describe(result: dict[str, Any], derived: dict[str, Any]) -> str:

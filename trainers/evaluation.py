@@ -57,7 +57,7 @@ class Evaluation:
     def trained_result(self) -> dict[str, Any]:
         """metrics.json of the run whose checkpoint is evaluated, without its own evaluation; empty if it has none."""
         path = self.folder.source / "metrics.json"
-        result = read_result(path) if path.exists() else {}
+        result = read_result(path) if path.exists() and self.folder.foreign is None else {}
         return {key: value for key, value in result.items() if key not in ("test", "val", "evaluation")}
 
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Evaluation:
     def _infer(self, method: Method, view: View) -> Logits | None:
         """Logits on the first process."""
         cfg = self.cfg
-        predict = test_time.five_crops(method, cfg.resolution) if cfg.tte else test_time.plain(method)
+        predict = test_time.averaged(method, cfg.tte_mode, cfg.resolution) if cfg.tte else test_time.plain(method)
         found = infer(predict, view, self.accelerator, cfg.test_batch_size, cfg.num_workers)
         if found is None:
             return None
@@ -96,7 +96,7 @@ class Evaluation:
         """Logits, metrics, metrics.json (last, because it says that the rest is there), the table."""
         save_logits(self.target / "logits.safetensors", found, self._key())
         notes = [*result.get("notes", []), *self.notes]
-        about = {**values_of(self.cfg, TEST), "checkpoint": self.folder.checkpoint_id(), "of": str(self.folder.source)}
+        about = {**values_of(self.cfg, TEST), "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, each in (("test", found), ("val", val)):
             if each is not None:

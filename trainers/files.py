@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | Non
     write_bytes(path, content)
 
 
-def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """A folder of `tensors.safetensors` and `facts.json`, which appears whole; it replaces one of the same name."""
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which appears at `path` whole or not at all; it replaces one of the same name.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     temporary, aside = (path.with_name(f".{path.name}.{kind}.tmp") for kind in ("new", "old"))
     try:
         for each in (temporary, aside):
             shutil.rmtree(each, ignore_errors=True)
-        content = save({name: each.detach().cpu().contiguous() for name, each in tensors.items()})
-        write_bytes(temporary / "tensors.safetensors", content)
-        write_json(temporary / "facts.json", {**facts, "sha256": hashlib.sha256(content).hexdigest()})
+        temporary.mkdir(parents=True)
+        yield temporary
         if path.exists():
             path.replace(aside)
         temporary.replace(path)
@@ -63,9 +68,16 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise _refused(path, error) from error
-    except UserError:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """A folder of `tensors.safetensors` and `facts.json`, which appears whole; it replaces one of the same name."""
+    with new_folder(path) as folder:
+        content = save({name: each.detach().cpu().contiguous() for name, each in tensors.items()})
+        write_bytes(folder / "tensors.safetensors", content)
+        write_json(folder / "facts.json", {**facts, "sha256": hashlib.sha256(content).hexdigest()})
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from configs import CfgNode, load_resolved, values_of
+from configs import CfgNode, config_hash, load_resolved, values_of
 from configs.errors import UserError
 from configs.schema import TEST, TRAIN
+from trainers.exchange.foreign import FILE, Foreign
 from trainers.files import read_json, write_bytes
 from trainers.methods import declared
 
@@ -20,9 +21,12 @@ OUTPUT = Path("output")
 OWN_RUNTIME = ("data_dir", "root", "lists", "output_dir", "num_workers", "micro_batch_size")
 """Runtime keys worth writing down: a run can be told from them, and repeated elsewhere."""
 
-OWN_NAMES = ("config.yaml", "metrics.json", "logits.safetensors", "checkpoint", "state", "tensorboard", "tests")
+OWN_NAMES = (
+    *("config.yaml", "metrics.json", "logits.safetensors", "checkpoint", "state", "tensorboard", "tests"),
+    *("export", "analysis"),
+)
 """What a run writes into its folder, besides the log and the lock. Nothing else there is ever removed."""
-OTHERS = ("stage1", ".lock", "log.txt")
+OTHERS = ("stage1", ".lock", "log.txt", FILE)
 
 log = logging.getLogger("tailtune")
 
@@ -38,8 +42,19 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint"
         self.states = self.path / "state"
         self.events = self.path / "tensorboard"
-        self.source = self.path if cfg.model_dir is None else _existing(cfg.model_dir)
-        """Whose checkpoint is evaluated."""
+        found = self._own() if cfg.model_dir is None else _existing(cfg.model_dir)
+        self.source, self.foreign = found
+        """Whose checkpoint is evaluated; the file, if it is LIFT's."""
+
+    def _own(self) -> tuple[Path, Foreign | None]:
+        """A command that tests what LIFT has trained under the same name finds it here."""
+        lift = self.cfg.test_only and not self.checkpoint.exists() and (self.path / FILE).is_file()
+        return self.path, Foreign(self.path / FILE) if lift else None
+
+    @property
+    def origin(self) -> str:
+        """Where the checkpoint is, in words."""
+        return str(self.foreign.path if self.foreign else self.source)
 
     def hold(self, lock: FileLock) -> None:
         """Keep a second launch out of the folder; the system drops the lock with the process.
@@ -106,7 +121,12 @@ class RunFolder:
         return self.path
 
     def checkpoint_id(self) -> str | None:
-        """Digests of what was trained and of its base model; None if nothing was."""
+        """Digests of what was trained and of its base model; None if nothing was.
+
+        LIFT's files do not say what they are of, so there it is the options that the file is read with.
+        """
+        if self.foreign is not None:
+            return f"{self.foreign.digest}-lift-{config_hash(self.cfg)}"
         facts = self.source / "checkpoint" / "facts.json"
         if not facts.exists():
             return None
@@ -141,12 +161,18 @@ class RunFolder:
         return all(stored.get(key) == value for key, value in values_of(self.cfg, TEST).items())
 
 
-def _existing(model_dir: str) -> Path:
-    """The folder of a run by its path, or by its name below output/."""
+def _existing(model_dir: str) -> tuple[Path, Foreign | None]:
+    """The folder of a run by its path, or by its name below output/; of LIFT's checkpoints the file too."""
     for path in (Path(model_dir).expanduser(), OUTPUT / model_dir):
+        if path.is_file():
+            return path.parent, Foreign(path)
         if (path / "checkpoint" / "facts.json").is_file():
-            return path
-    raise UserError(f"model_dir {model_dir} holds no checkpoint/; name the folder of a finished run")
+            return path, None
+        if (path / FILE).is_file():
+            return path, Foreign(path / FILE)
+    raise UserError(
+        f"model_dir {model_dir} holds no checkpoint/; name the folder of a finished run, or a {FILE} of LIFT"
+    )
 
 
 def start_log(path: Path | None) -> None:

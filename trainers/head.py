@@ -1,5 +1,6 @@
 """Gives a fresh method's head what its initialisation asks for: this run's training images as features."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -12,20 +13,34 @@ from models.head_init import HeadContext
 from trainers.launch import to_device
 from trainers.methods import Method
 
+log = logging.getLogger("tailtune")
+
 
 @torch.no_grad()
 def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, batch_size: int, num_workers: int) -> None:
     """Run `method.prepare`; each process encodes its share of the training images, if they are asked for."""
+    encoder = method.model.encoder
 
-    def features() -> Iterator[tuple[Tensor, Tensor]]:
+    def features(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        view = data.plain if positions is None else data.plain.take(positions.cpu().numpy())
+        log.info("encoding %d training images for the head", len(view))
         rank, world = accelerator.process_index, accelerator.num_processes
-        for batch in eval_loader(data.plain, batch_size, num_workers, rank, world):
+        for batch in eval_loader(view, batch_size, num_workers, rank, world):
             batch = to_device(batch, accelerator.device)
             real = batch["weight"] > 0
-            yield method.model.features(batch["image"])[real], batch["label"][real]
+            index = batch["index"][real]
+            yield method.model.features(batch["image"])[real], index if positions is None else positions[index]
 
-    def total(tensor: Tensor) -> Tensor:
-        return accelerator.reduce(tensor, "sum")
-
+    context = HeadContext(
+        labels=data.plain.labels.to(accelerator.device),
+        num_classes=data.info.num_classes,
+        dim=encoder.feature_dim,
+        seed=data.plain.seed,
+        device=accelerator.device,
+        features=features,
+        reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
+        first=accelerator.is_main_process,
+    )
     method.eval()
-    method.prepare(HeadContext(data.info.class_names, accelerator.device, features, total))
+    with encoder.untuned():
+        method.prepare(context)

@@ -8,9 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from torch import nn
 
 from configs import CfgNode
 from configs.errors import UserError
+from models.host import batch_norms
 from trainers.methods.base import Batch
 from trainers.optim import PRECISIONS, precision_used
 
@@ -66,6 +68,21 @@ def make_accelerator(cfg: CfgNode) -> Accelerator:
     torch.backends.cudnn.benchmark = not cfg.deterministic
     set_seed(cfg.seed % 2**32)  # nothing of ours draws from the global generators; a library may
     return accelerator
+
+
+@torch.no_grad()
+def share_statistics(accelerator: Accelerator, module: nn.Module) -> None:
+    """The mean over processes of the running statistics that each has gathered on its own images.
+
+    Training does not read them, so they may differ until something is saved or evaluated (DDP broadcasts no buffers).
+    Whoever resumes from what is saved then has what whoever goes on has.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for norm in batch_norms(module):
+        for buffer in norm.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(accelerator.reduce(buffer, "mean"))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

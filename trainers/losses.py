@@ -1,9 +1,10 @@
 """LOSSES: sums over the samples of a micro-batch, never means.
 
 A loss returns (Σ w_i ℓ_i, Σ w_i): the trainer adds both up over micro-batches and processes and divides once, so the
-value does not depend on how a batch is cut.
+value does not depend on how a batch is cut, but for those in BATCH_COUPLED.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,8 +35,7 @@ def log_prior(class_counts: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """ℓ = −log softmax(z)_y."""
-    # where, and not the zero weight alone: a left-out sample's logits may be anything, and 0 · NaN is not 0.
-    losses = F.cross_entropy(torch.where(weights.unsqueeze(-1) > 0, logits, 0.0), labels, reduction="none")
+    losses = F.cross_entropy(_present(logits, weights), labels, reduction="none")
     return (losses * weights).sum(), weights.sum()
 
 
@@ -44,6 +44,84 @@ def logit_adjusted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior
     return cross_entropy(logits + prior.tau * prior.log_prior.to(logits.dtype), labels, weights, prior)
 
 
-LOSSES: dict[str, Loss] = {"CE": cross_entropy, "LA": logit_adjusted}
-BATCH_COUPLED: frozenset[str] = frozenset()
+def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """ℓ = −log softmax(z + log π)_y (Ren et al. 2020): logit adjustment with τ = 1, whatever `tau` is."""
+    return logit_adjusted(logits, labels, weights, prior._replace(tau=1.0))
+
+
+def focal(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """(1 − p_y)² · CE (Lin et al. 2017, eq. 4, γ = 2)."""
+    losses = F.cross_entropy(_present(logits, weights), labels, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses * weights).sum(), weights.sum()
+
+
+def ldam(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """CE with z_y − s·m_y, m_c = ½ n_c^(−1/4) / max_k n_k^(−1/4) (Cao et al. 2019).
+
+    The logits are scaled already, so `scale` multiplies the margin only.
+    """
+    margins = prior.counts.to(logits.dtype) ** -0.25
+    margins = 0.5 * prior.scale * margins / margins.max()  # [C]
+    shifted = logits.scatter_add(1, labels.unsqueeze(1), -margins[labels].unsqueeze(1))
+    return cross_entropy(shifted, labels, weights, prior)
+
+
+def class_balanced(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """Mean of CE weighted by w_y, the inverse effective number of the class (Cui et al. 2019)."""
+    of_class = effective_weights(prior.counts.float())  # as LIFT; fp64 differs in the fifth digit
+    return cross_entropy(logits, labels, weights * of_class[labels], prior)
+
+
+def reweighted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """Mean of CE weighted by w_y ∝ 1/π_y (generalised re-weighting of Zhang et al. 2021 with ρ = 1)."""
+    of_class = 1 / prior.counts.to(logits.dtype)
+    return cross_entropy(logits, labels, weights * (of_class / of_class.mean())[labels], prior)
+
+
+def lade(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """Balanced softmax + 0.1·E, E = −Σ_c π_c (T1_c − T2_c − 0.1·T2_c²) (Hong et al. 2021).
+
+    T1_c = mean of z_c over the samples of class c; T2_c = log mean over all samples of exp(z_c − log π_c − log C).
+
+    E is a statistic of the samples that are here together, where one of weight 2 counts as two. It is multiplied by
+    their weight, so that over the micro-batches and processes of a step E becomes the weighted mean of their own
+    estimates. Smaller shares are another, noisier objective (log is not linear, and a class that is absent has no T1).
+    """
+    loss_sum, weight = balanced_softmax(logits, labels, weights, prior)
+    logits = _present(logits, weights)
+    counts = prior.counts.to(logits.dtype)
+    frequencies = counts / counts.sum()  # π [C]
+    here = F.one_hot(labels, len(counts)).to(logits.dtype) * weights.unsqueeze(1)  # [B, C]
+    first = (here * logits).sum(0) / (here.sum(0) + 1e-8)  # T1 [C]
+    # Nobody may be here, on a rank without a share: the term is 0 then, and its logarithms must be finite.
+    nobody = weight == 0
+    log_weights = torch.where(nobody, 0.0, weights.log()).unsqueeze(1)
+    ratio = logits - (frequencies + 1e-9).log() + math.log(1 / len(counts) + 1e-9)
+    second = (ratio + log_weights).logsumexp(0) - torch.where(nobody, 1.0, weight).log()  # T2 [C]
+    estimate = -(frequencies * (first - second - 0.1 * second**2)).sum()
+    return loss_sum + 0.1 * weight * estimate, weight
+
+
+def effective_weights(counts: Tensor) -> Tensor:
+    """(1 − β) / (1 − β^n_c), β = 0.9999, scaled to mean 1, in the precision of `counts` [C] (Cui et al. 2019)."""
+    weights = 1 / (1 - 0.9999**counts)
+    return weights / weights.mean()
+
+
+def _present(logits: Tensor, weights: Tensor) -> Tensor:
+    """Zeros for a left-out sample: its logits may be anything, and 0 · NaN is not 0."""
+    return torch.where(weights.unsqueeze(-1) > 0, logits, 0.0)
+
+
+LOSSES: dict[str, Loss] = {
+    "CE": cross_entropy,
+    "Focal": focal,
+    "LDAM": ldam,
+    "CB": class_balanced,
+    "GRW": reweighted,
+    "BS": balanced_softmax,
+    "LA": logit_adjusted,
+    "LADE": lade,
+}
+BATCH_COUPLED: frozenset[str] = frozenset({"LADE"})
 """Losses whose value depends on which samples share a micro-batch."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from configs import CfgNode
 from configs.errors import UserError
+from models.host import Host
 
 
 class Precision(NamedTuple):
@@ -102,7 +103,9 @@ def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int) -> float:
 
 
 def cast_trainable(module: nn.Module, dtype: torch.dtype) -> None:
-    """What trains into the dtype of its precision."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    """What trains into the dtype of its precision, and what peft multiplies it with."""
+    trains = [each for each in module.parameters() if each.requires_grad]
+    adapted = (layer for host in module.modules() if isinstance(host, Host) for layer in host.adapted)
+    frozen = [each for layer in adapted for each in layer.buffers() if each.is_floating_point()]
+    for each in trains + frozen:
+        each.data = each.data.to(dtype)

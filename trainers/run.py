@@ -13,8 +13,9 @@ from datasets import DataBundle, build_data
 from models import Classifier, build_model, resolve
 from models.head_init import NEEDS_TEXT
 from trainers.autosize import largest_micro_batch
-from trainers.checkpoint import States, check_base, check_classes, fingerprint, load_checkpoint, save_checkpoint
+from trainers.checkpoint import States, check_base, check_classes, fingerprint, save_checkpoint
 from trainers.evaluation import Evaluation, still_true
+from trainers.exchange import export
 from trainers.files import read_folder
 from trainers.folder import RunFolder, start_log
 from trainers.head import prepare_head
@@ -22,6 +23,7 @@ from trainers.launch import launched_alone, make_accelerator, on_main, uses_cuda
 from trainers.methods import Method, build_method
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
 from trainers.report import TrainReport, headline, read_result, summary, table
+from trainers.trained import load_trained, subject_of, trained_method
 from trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")
@@ -48,6 +50,8 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
             log.info("finished before; the result of %s\n%s", stored, table(read_result(stored)))
         else:
             _Run(cfg, folder, accelerator, target, previous).go()
+        if cfg.export is not None:
+            on_main(accelerator, lambda: _export(cfg, folder, target, accelerator))
         accelerator.wait_for_everyone()  # before the lock goes
         return folder.path
     except UserError:
@@ -69,6 +73,15 @@ def _decide(cfg: CfgNode, folder: RunFolder) -> tuple[Path | None, Path]:
         )
     metrics = target / "metrics.json"
     return (metrics if metrics.exists() and cfg.resume and still_true(metrics, folder) else None), target
+
+
+def _export(cfg: CfgNode, folder: RunFolder, target: Path, accelerator: Accelerator) -> None:
+    """Write the finished run's model in another format; of another run's, beside its evaluation."""
+    data = build_data(cfg)
+    method = trained_method(cfg, folder, data, accelerator).to("cpu")
+    home = folder.path if cfg.model_dir is None else target
+    subject = subject_of(cfg, method, data.info.class_names, folder.origin)
+    log.info(export(subject, cfg.export, home / "export" / cfg.export))
 
 
 @dataclass
@@ -96,7 +109,7 @@ class _Run:
             return
         with self.accelerator.local_main_process_first():  # who may download
             data = build_data(cfg)
-            model = build_model(cfg, data.info.class_names)
+            model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
         method = build_method(cfg, model, data.info)
         self.base = fingerprint(model.encoder)
         method.to(self.accelerator.device)
@@ -106,7 +119,7 @@ class _Run:
             train = self._train(method, data)
             result = summary(cfg, data.info, model, train, self._precision())
         else:
-            self._load(method, data)
+            load_trained(cfg, self.folder, method, data, self.accelerator, self.base)
             result = self.evaluation.trained_result() or summary(cfg, data.info, model, None, self._precision())
         model.init = None  # lets go of the text tower, also where it was not needed
         self.evaluation.from_images(method, data, result)
@@ -123,13 +136,6 @@ class _Run:
 
     def _precision(self) -> str:
         return precision_used(self.cfg.prec, uses_cuda())
-
-    def _load(self, method: Method, data: DataBundle) -> None:
-        """The trained weights to evaluate; zero-shot has none."""
-        if self.cfg.zero_shot:
-            self._init_head(method, data)
-        else:
-            load_checkpoint(self.folder.source / "checkpoint", method, data.info.class_names, self.base)
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -153,6 +159,8 @@ class _Run:
         cfg, note = self.cfg, self.evaluation.note
         if self._precision() != cfg.prec:
             note(f"prec {cfg.prec} needs a CUDA GPU; training in {self._precision()}", warn=True)
+        if cfg.drw_epoch is not None and cfg.drw_epoch >= cfg.num_epochs:
+            note(f"drw_epoch {cfg.drw_epoch} never comes: the last epoch is {cfg.num_epochs - 1}", warn=True)
         precision = PRECISIONS[self._precision()]
         method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
         cast_trainable(method, precision.trainable)
@@ -160,8 +168,9 @@ class _Run:
         events = self.folder.events if self.accelerator.is_main_process else None
         if method.batch_coupled and plan.micro_batch_size < cfg.batch_size:
             note(
-                f"the loss couples the images that a process holds at once, here {plan.micro_batch_size} of "
-                f"batch_size {cfg.batch_size}: another micro_batch_size or number of processes is another run",
+                "the loss or a batch norm couples the images that a process holds at once, here "
+                f"{plan.micro_batch_size} of batch_size {cfg.batch_size}: another micro_batch_size or number of "
+                "processes is another run",
                 warn=True,
             )
         report = Trainer(self.accelerator, plan, states, events).fit(method, data)

@@ -1,10 +1,36 @@
-"""Test-time views: from a method to a predict function."""
+"""TEST_TIME: from the images of a batch to the views whose logits are averaged; and predict functions of a method.
 
+The transform that feeds each of them is chosen by `datasets.build_data`.
+"""
+
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from datasets.transforms import five_crop
+from configs.errors import lookup
+from datasets.transforms import five_crop, ten_crop
 from trainers.evaluator import Predict
 from trainers.methods.base import Method
+
+Cut = Callable[[Tensor | list[Tensor], int], Tensor]
+"""Images of a batch, side of the crops → views [V, B, 3, R, R], uint8 on the device."""
+
+AT_ONCE = 5
+"""Views of an image in one forward, so that memory does not grow with their number."""
+
+
+def drawn(images: Tensor | list[Tensor], size: int) -> Tensor:
+    """Training crops, which the loader drew, [B, V, 3, R, R]."""
+    assert isinstance(images, Tensor)
+    return images.transpose(0, 1)
+
+
+TEST_TIME: dict[str, Cut] = {
+    "fivecrop": five_crop,
+    "tencrop": ten_crop,
+    "randaug": drawn,  # LIFT's name; draws of the run's own `augment`, not RandAugment (Cubuk et al. 2020)
+}
 
 
 def plain(method: Method) -> Predict:
@@ -17,11 +43,15 @@ def plain(method: Method) -> Predict:
     return predict
 
 
-def five_crops(method: Method, size: int) -> Predict:
-    """Mean of the logits of four corners and the centre, cut on the device from one resized image each."""
+def averaged(method: Method, mode: str, size: int) -> Predict:
+    """Mean of the logits over the views of `mode`, an entry of TEST_TIME."""
+    cut = lookup(TEST_TIME, mode, "tte_mode")
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
-        crops = five_crop(images, size)  # [5, B, 3, R, R]
-        return method.expert_logits(crops.flatten(0, 1)).unflatten(0, crops.shape[:2]).mean(0)
+        views = cut(images, size)  # [V, B, 3, R, R]
+        logits = [
+            method.expert_logits(some.flatten(0, 1)).unflatten(0, some.shape[:2]) for some in views.split(AT_ONCE)
+        ]
+        return torch.cat(logits).mean(0)  # of [V, B, E, C]
 
     return predict

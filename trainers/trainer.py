@@ -28,7 +28,7 @@ from trainers.checkpoint import (
     trained_state,
 )
 from trainers.interrupt import Interrupt, Interrupted
-from trainers.launch import to_device
+from trainers.launch import share_statistics, to_device
 from trainers.meters import Meters
 from trainers.methods.base import Batch, Method, Step
 from trainers.optim import Plan, build_optimizer, set_lr
@@ -217,6 +217,7 @@ class Trainer:
         for name, count in zip(("images", "bad_images"), run.images.tolist(), strict=True):
             setattr(run.report, name, getattr(run.report, name) + int(count))
         run.images.zero_()
+        share_statistics(self.accelerator, run.method)
         rank = self.accelerator.process_index
         meters = {f"meters.{rank}.{name}": each for name, each in run.meters.state().items()}
         own = {name: each.cpu() for name, each in {**rng_state(rank), **meters}.items()}

@@ -1,9 +1,12 @@
 """METHODS: name → method. A method is one file here and one line in the table."""
 
+from collections.abc import Container
+
 from configs import CfgNode, Declared
 from configs.errors import lookup
 from datasets.bundle import DataInfo
 from models import Classifier
+from models.peft_table import NOISY
 from models.tuners import TUNERS
 from trainers.losses import BATCH_COUPLED, LOSSES
 from trainers.methods.base import Method, Objective
@@ -15,9 +18,10 @@ METHODS: dict[str, type[Method]] = {
 
 def declared() -> Declared:
     """What the tables say about options: those of methods, and which values couple the images of a batch."""
-    coupled: dict[str, frozenset[object]] = {
+    coupled: dict[str, Container[object]] = {
         "method": frozenset(name for name, method in METHODS.items() if method.couples),
         "loss_type": BATCH_COUPLED,
+        "peft_args": NOISY,
         **{name: frozenset({True}) for name, tuner in TUNERS.items() if tuner.on_batch},
     }
     return Declared({name: method.Options for name, method in METHODS.items()}, coupled)

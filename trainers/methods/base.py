@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from models import Classifier
 from models.head_init import HeadContext
-from trainers.losses import Loss, Prior, log_prior
+from trainers.checkpoint import trained_state
+from trainers.losses import Loss, Prior, effective_weights, log_prior
 
 Batch = dict[str, Any]
 """`image` uint8 [B, 3, H, W], `label` [B], `weight` [B] (0: left out), `index` [B]."""
@@ -40,7 +41,7 @@ class Objective:
     coupled: bool = False
     """The loss depends on which samples share a micro-batch."""
     drw_epoch: int | None = None
-    """From this epoch on classes are weighted by their effective number."""
+    """From this epoch on (the first is 0) a sample's weight is multiplied by its class's `effective_weights`."""
 
 
 class Method(nn.Module):
@@ -61,6 +62,7 @@ class Method(nn.Module):
         self.model = model
         self.options = options
         self.objective = objective
+        self.epoch = 0
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
         self.register_buffer("class_counts", objective.class_counts, persistent=False)
 
@@ -75,8 +77,22 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch) -> Step:
         logits = self.predict(batch["image"])
-        loss_sum, weight = self.objective.loss(logits, batch["label"], batch["weight"], self.prior)
+        loss_sum, weight = self.objective.loss(logits, batch["label"], self.sample_weights(batch), self.prior)
+        penalty = self.model.penalty()
+        if penalty is not None:  # of the mean loss, here multiplied by the weight that the trainer divides by
+            loss_sum = loss_sum + weight * penalty
         return Step(loss_sum, weight, logits, {})
+
+    def sample_weights(self, batch: Batch) -> Tensor:
+        """What each sample counts in the loss, [B]: its own weight and, once `drw_epoch` has come, its class's.
+
+        Deferred re-weighting (Cao et al. 2019) for any loss; a `forward` of one's own takes its weights from here.
+        The batch stays as it is: the trainer counts by it.
+        """
+        weights: Tensor = batch["weight"]
+        if self.objective.drw_epoch is None or self.epoch < self.objective.drw_epoch:
+            return weights
+        return weights * effective_weights(self.class_counts.double()).to(weights.dtype)[batch["label"]]
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] → [B, E, C]."""
@@ -109,7 +125,7 @@ class Method(nn.Module):
         Raises:
             UserError: the earlier run trained what this one does not; it would be lost.
         """
-        own = {name: each for name, each in self.named_parameters() if each.requires_grad}
+        own = trained_state(self)
         lost = [n for n, each in tensors.items() if n not in own or own[n].shape != each.shape]
         if lost:
             raise UserError(
@@ -122,9 +138,12 @@ class Method(nn.Module):
 
     def before_training(self, steps: int) -> None:
         """Once a launch, before the first step, also when it resumes; `steps` is the length of the whole run."""
+        self.model.before_training(steps)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
-        """Before each epoch, and before the rest of one that is resumed."""
+        """Before each epoch, and before the rest of one that is resumed. Who overrides it calls `super`'s too."""
+        self.epoch = epoch
 
     def after_step(self, step: int) -> None:
         """After each optimizer step, counted from 1 over the whole run, while its gradients are still there."""
+        self.model.after_step(step)

@@ -1,0 +1,225 @@
+"""`add_peft`: a tuner of the peft library around layers of an image encoder.
+
+peft wraps layers in place and trains what it puts around them, beside whatever our own tuners select. What it would do
+wrong here is refused with the reason, on the meta device already.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from configs.errors import UserError, unknown
+from configs.seeding import seeded
+from models.host import Host, tensors_of
+from models.peft_adapter import AdaLora, Peft
+from models.peft_table import FIELDS, INITS, NOISY, PEFTS, Kind, find
+
+if TYPE_CHECKING:  # it takes more than a second to import, so only who asks for it pays
+    from peft import PeftConfig, PeftModel
+
+
+ATTENTION = (
+    "peft merges and unmerges the weights of nn.MultiheadAttention in every forward, which moves frozen bf16 weights "
+    "by 2e-3 and computes their full gradient; choose other target_modules, or a timm backbone, whose qkv is one Linear"
+)
+
+
+def add_peft(
+    host: Host,
+    name: str,
+    args: Mapping[str, Any],
+    partial: int | Sequence[int] | None,
+    resolution: int,
+    seed: int,
+) -> Peft:
+    """Wrap layers of the host with a tuner of peft, beside what other tuners have selected before.
+
+    Args:
+        args: fields of peft's configuration of that tuner.
+        partial: parts of the host whose layers may be wrapped.
+        resolution: side of the images, in pixels.
+
+    Raises:
+        UserError: what peft, or this host, cannot do.
+    """
+    kind = find(name)
+    config: Any = _config(kind, name, args)
+    _aim(config, host, name, kind, partial)
+    selected = {key for key, each in host.named_parameters() if each.requires_grad}
+    for layer in map(host.net.get_submodule, config.target_modules):
+        if any(each.requires_grad for each in layer.parameters()):
+            _let_train(layer, name, kind)
+        layer.weight.data = layer.weight.data.contiguous()  # peft views weights of convolutions as matrices
+    targets = list(config.target_modules)
+    with seeded(seed, "peft"):
+        model = _inject(host.net, config, kind.sampled, name)
+    for key, parameter in host.named_parameters():  # peft has frozen all that is not its own
+        if key.replace(".base_layer.", ".") in selected:
+            parameter.requires_grad_(True)
+    host.adapted = [host.net.get_submodule(each) for each in targets]
+    host.noisy = args in NOISY
+    _check_called(host, targets, name, resolution)
+    return (AdaLora if kind.type == "ADALORA" else Peft)(name, model, targets, args)
+
+
+def _config(kind: Kind, name: str, args: Mapping[str, Any]) -> "PeftConfig":
+    """peft's configuration, with the fields that make no sense here refused."""
+    from peft import __version__
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {each.value: config for each, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind.type not in known:
+        raise UserError(f"peft {name} is not in the installed peft {__version__}; install a newer one")
+    names = [each.name for each in fields(known[kind.type])]
+    for key, value in args.items():
+        if key not in names:
+            raise unknown(f"field of {name} in peft_args", key, [each for each in names if each not in FIELDS])
+        if key in FIELDS and value not in (None, "none"):
+            raise UserError(f"peft_args {key} cannot be set here: {FIELDS[key]}")
+    if args.get("init_lora_weights", True) not in INITS:
+        raise UserError(
+            f"peft_args init_lora_weights {args['init_lora_weights']} would alter the pre-trained weights or read the "
+            "data; choose gaussian, orthogonal, or leave it out"
+        )
+    with _refusals(name):
+        config: Any = known[kind.type](**{**kind.args, **args})
+        if kind.type == "ADALORA" and config.target_r >= config.init_r:
+            raise ValueError(f"target_r {config.target_r} must be less than init_r {config.init_r}")
+    return config
+
+
+def _aim(config: Any, host: Host, name: str, kind: Kind, partial: int | Sequence[int] | None) -> None:
+    """Write the full names of the layers into the configuration: those that it matches, within `partial`."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = {key: each for key, each in host.net.named_modules() if key}
+    if config.target_modules is None:
+        _set_defaults(config, host, kind)
+    if str(config.target_modules).lower() == "all-linear":
+        config.target_modules = set(_linears(host.net))
+    within = {id(each) for index in host.chosen(partial) for each in host.parts[index].modules()}
+    with _refusals(name):
+        found = [key for key in modules if check_target_module_exists(config, key)]
+    found = [key for key in found if partial is None or id(modules[key]) in within]
+    types = (nn.Linear, nn.Conv2d) if kind.conv else (nn.Linear,)
+    able = f"; {', '.join(each for each, entry in PEFTS.items() if entry.conv)} take convolutions"
+    if not found:
+        layers = sorted({key.split(".")[-1] for key, each in modules.items() if isinstance(each, types)})
+        where = "" if partial is None else f" within partial {partial}"
+        hint = " (a text is a pattern of the whole name)" if isinstance(config.target_modules, str) else ""
+        raise UserError(
+            f"peft_args target_modules {config.target_modules}{hint} is none of the layers of this backbone{where}; "
+            f"{name} takes [{', '.join(layers)}]"
+            if config.target_modules
+            else f"peft {name} acts on linear layers, of which this backbone has none to offer{able}"
+        )
+    attention = _attentions(host.net)
+    for key in found:
+        if f"{key}.".startswith(attention):
+            raise UserError(f"peft {name} on {key}: {ATTENTION}")
+        if not isinstance(modules[key], types):
+            hint = able if isinstance(modules[key], nn.Conv2d) else ""
+            raise UserError(f"peft {name} cannot act on {key}, a {type(modules[key]).__name__}{hint}")
+    config.target_modules = found
+    if getattr(config, "feedforward_modules", None):  # IA3: layers whose input is scaled instead of the output
+        outer = type(config)(target_modules=config.feedforward_modules, feedforward_modules=[])
+        config.feedforward_modules = [key for key in found if check_target_module_exists(outer, key)]
+
+
+def _set_defaults(config: Any, host: Host, kind: Kind) -> None:
+    """The packed query, key and value; where there is none all linear layers, or all convolutions."""
+    inside = host.parts or [host.net]
+    names = [key.split(".")[-1] for part in inside for key in _linears(part)]
+    if "qkv" in names:
+        config.target_modules = ["qkv", "fc2"] if kind.type == "IA3" and "fc2" in names else ["qkv"]
+    elif names or not kind.conv:
+        config.target_modules = "all-linear"
+    else:
+        convolutions = {id(each) for part in inside for each in part.modules() if _dense(each)}
+        config.target_modules = {key for key, each in host.net.named_modules() if id(each) in convolutions}
+    if kind.type == "IA3" and config.feedforward_modules is None:
+        config.feedforward_modules = [each for each in ("fc2",) if each in config.target_modules]
+
+
+def _dense(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == 1
+
+
+def _linears(net: nn.Module) -> list[str]:
+    """Linear layers but for those that an nn.MultiheadAttention uses in its own way."""
+    attention = _attentions(net)
+    return [k for k, m in net.named_modules() if isinstance(m, nn.Linear) and not f"{k}.".startswith(attention)]
+
+
+def _attentions(net: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{key}." for key, each in net.named_modules() if isinstance(each, nn.MultiheadAttention))
+
+
+def _let_train(layer: nn.Module, name: str, kind: Kind) -> None:
+    """Prepare a layer whose own weights are trained by another tuner."""
+    if kind.frozen:
+        raise UserError(
+            f"peft {name} takes the weights of its layers as frozen, and another tuner trains them; leave that one "
+            "out, or choose other target_modules"
+        )
+    if type(layer) is nn.Linear:
+        layer.__class__ = _Casting
+
+
+class _Casting(nn.Linear):
+    """A wrapped layer whose own weights train, in fp32, below a narrower stream."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+def _inject(net: nn.Module, config: Any, sampled: bool, name: str) -> "PeftModel":
+    """peft's own wrapper around the network, which it alters in place."""
+    from peft import get_peft_model
+
+    meta = any(each.is_meta for each in net.parameters())
+    with _refusals(name), torch.device("cpu" if sampled or not meta else "meta"):
+        if meta and sampled:
+            for key in config.target_modules:
+                net.get_submodule(key).to_empty(device="cpu")
+        model: Any = get_peft_model(net, config)
+        return model.to("meta") if meta else model
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """What peft says about what it was given, on one line; its warnings are about other uses."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # of any class: peft checks values by using them
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"peft {name} with these peft_args: {reason}") from error
+
+
+def _check_called(host: Host, targets: Sequence[str], name: str, resolution: int) -> None:
+    """Some networks read the weights of a layer without calling it, and a wrapper around it would do nothing.
+
+    One image through the network without numbers, on the meta device, tells.
+    """
+    called: set[int] = set()
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in host.adapted]
+    state = {key: torch.empty_like(each, device="meta") for key, each in tensors_of(host)}
+    with host.untuned(), torch.no_grad():
+        functional_call(host, state, (torch.empty(1, 3, resolution, resolution, device="meta"),), tie_weights=False)
+    for key, layer, hook in zip(targets, host.adapted, hooks, strict=True):
+        hook.remove()
+        if id(layer) not in called:
+            raise UserError(
+                f"peft {name} on {key}: the network reads the weights of that layer without calling it; choose other "
+                "target_modules"
+            )

@@ -1,0 +1,42 @@
+"""Which networks the ViT host computes: its forward is its own, so a part that it does not know would be left out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from timm.layers import Attention, DropPath, Mlp, PatchDropout, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+
+def refusal(net: Any) -> str | None:
+    """The first part of a network that the ViT host does not compute, in words; None where it computes all."""
+    return next(_foreign(net), None)
+
+
+def _foreign(net: Any) -> Iterator[str]:
+    """What is foreign about a network. Only the first is asked for, so a later line may rely on the ones before."""
+    if type(net) is not VisionTransformer:
+        yield f"the class {type(net).__name__} in place of timm's VisionTransformer"
+    if type(net.patch_embed) is not PatchEmbed:
+        yield f"a stem of its own ({type(net.patch_embed).__name__})"
+    if not net.global_pool:
+        yield "no pooling"
+    for part in net.modules():
+        if isinstance(part, PatchDropout) or (isinstance(part, nn.Dropout) and part.p > 0):
+            yield "dropout"
+        if isinstance(part, DropPath) and part.drop_prob:
+            yield "stochastic depth"
+    norms = [net.norm_pre, net.norm, net.fc_norm]
+    for block in net.blocks:
+        if type(block) is not Block:
+            yield f"blocks of another kind ({type(block).__name__})"
+        if type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+            yield f"another kind of attention or MLP ({type(block.attn).__name__}, {type(block.mlp).__name__})"
+        if block.attn.gate is not None or not isinstance(block.attn.norm, nn.Identity):
+            yield "gated or normed attention"
+        if not isinstance(block.mlp.norm, nn.Identity):
+            yield "a norm inside the MLP"
+        norms += [block.norm1, block.norm2, block.attn.q_norm, block.attn.k_norm]
+    for norm in norms:
+        if not isinstance(norm, (nn.LayerNorm, nn.Identity)):
+            yield f"another kind of norm ({type(norm).__name__})"

@@ -1,0 +1,193 @@
+"""Grids: a small YAML of rows and axes stands for all command lines of a table. Shared by reproduce.py and collect.py.
+
+The format, by example:
+
+    # one line that says what it is
+    paper: LIFT, Table 5                       # none for a grid of our own, which has no *published* columns
+    metrics: [accuracy, few_acc]               # none: METRICS
+    seeds: [0, 1, 2]                           # none: one run, as the command says
+    axes:
+      r: [1, 2, 4]                             # a placeholder and its values
+      data:                                    # or values that bring further placeholders, empty where they do not
+        imagenet_lt:
+        inat2018: {more: num_epochs 20}
+    rows:                                      # each is crossed with the axes that it mentions
+      "r = {r}": -d {data} -m clip_vit_b16 adaptformer True adapter_dim {r} {more}
+      LIFT:
+        run: ["-d {data} …", -d cifar100 …]    # one command or several
+        published: {imagenet_lt: [(77.0), 80.2]}  # in the order of metrics; in brackets: from memory, not verified
+"""
+
+import argparse
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import yaml
+
+from configs import CfgNode, describe, load_configs
+from configs.errors import UserError, lookup
+from configs.schema import SCHEMA
+from main import split_words
+
+FOLDER = Path(__file__).resolve().parent / "grids"
+METRICS = ("accuracy", "many_acc", "med_acc", "few_acc")
+
+Axes = Mapping[str, list[dict[str, str]]]
+"""Axis → its values, each as placeholder → words."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command of a grid, and where its result stands in the table."""
+
+    row: str
+    words: tuple[str, ...]
+    """What stands behind `python main.py`, as `-d DATA -m MODEL KEY VALUE …`."""
+    published: Mapping[str, str]
+    """Metric → the paper's number, as text."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What `--where` asks for: data, model, row and the command's own options."""
+        options = dict(zip(self.words[4::2], self.words[5::2], strict=True))
+        return {"data": self.words[1], "model": self.words[3], "row": self.row, **options}
+
+    def command(self, seed: int, extra: Sequence[str] = ()) -> list[str]:
+        return [*self.words, *extra, *_seed(seed)]
+
+    def commands(self, seed: int, extra: Sequence[str] = ()) -> list[list[str]]:
+        """The command, and before one that only tests the command that trains: what stands before `test_only`."""
+        if "test_only" not in self.words:
+            return [self.command(seed, extra)]
+        trained = self.words[: self.words.index("test_only")]
+        return [[*trained, *extra, *_seed(seed)], self.command(seed, extra)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    name: str
+    title: str
+    paper: str | None
+    metrics: tuple[str, ...]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    """Grouped by data set; within one in the order of the rows."""
+
+    def where(self, facts: Mapping[str, str]) -> "Grid":
+        """The part of the grid that has these facts."""
+        kept = tuple(cell for cell in self.cells if facts.items() <= cell.facts.items())
+        if not kept:
+            asked = " ".join(f"{key} {value}" for key, value in facts.items())
+            raise UserError(f"nothing in {self.name} has {asked}; --print shows its commands")
+        return Grid(self.name, self.title, self.paper, self.metrics, self.seeds, kept)
+
+
+def names() -> dict[str, Path]:
+    """The shipped grids: name → file."""
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def read(name: str) -> Grid:
+    """A grid by name, or by the path of a YAML.
+
+    Raises:
+        UserError: there is none, or it is not understood.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else lookup(names(), name, "grid")
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(body, dict) or not isinstance(body.get("rows"), dict):
+        raise UserError(f"{path}: a grid needs `rows: {{name: command}}`; scripts/_grid.py describes the format")
+    axes = {axis: _values(axis, values) for axis, values in body.get("axes", {}).items()}
+    metrics = tuple(body.get("metrics", METRICS))
+    try:
+        cells = [cell for row, entry in body["rows"].items() for cell in _cells(row, entry, axes, metrics)]
+    except KeyError as error:
+        raise UserError(f"{path}: no axis gives the placeholder {{{error.args[0]}}}") from error
+    order = list(dict.fromkeys(cell.words[1] for cell in cells))
+    cells.sort(key=lambda cell: order.index(cell.words[1]))
+    known_as = name if name in names() else path.stem
+    seeds = tuple(body.get("seeds", (0,)))
+    return Grid(known_as, describe(path), body.get("paper"), metrics, seeds, tuple(cells))
+
+
+def config(words: Sequence[str]) -> CfgNode:
+    """The resolved config of a command line."""
+    from models import resolve
+    from trainers.methods import declared
+
+    flags, pairs = split_words(words)
+    return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
+
+
+def result(words: Sequence[str]) -> Path | None:
+    """The metrics.json that a command has written; None if it is not finished."""
+    from trainers.evaluation import still_true
+    from trainers.folder import RunFolder
+
+    folder = RunFolder(config(words))
+    path = folder.target() / "metrics.json"
+    return path if path.exists() and still_true(path, folder) else None
+
+
+def runs(cell: Cell, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[int]:
+    """The seeds that a cell is run with: zero-shot has nothing that a seed could change."""
+    return list(seeds[:1] if config(cell.command(seeds[0], extra)).zero_shot else seeds)
+
+
+def split_extra(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Own words, and the `KEY VALUE` pairs behind `--`."""
+    cut = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:cut]), list(argv[cut + 1 :])
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="run with each; default: the grid's own")
+    where = "only the commands with this data, model, row or option; may be repeated"
+    parser.add_argument("--where", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help=where)
+
+
+def select(args: argparse.Namespace) -> tuple[Grid, list[int]]:
+    """The part of a grid that was asked for, and the seeds."""
+    grid = read(args.grid)
+    return grid.where(dict(args.where)) if args.where else grid, list(args.seeds or grid.seeds)
+
+
+def _seed(seed: int) -> list[str]:
+    """Nothing for the default seed, so that a command reads as the original's."""
+    return [] if seed == SCHEMA["seed"].default else ["seed", str(seed)]
+
+
+def _values(axis: str, values: Any) -> list[dict[str, str]]:
+    pairs = values.items() if isinstance(values, dict) else ((value, None) for value in values)
+    points = {value: more or {} for value, more in pairs}
+    blank = {name: "" for more in points.values() for name in more}
+    return [{axis: str(value), **blank, **{k: str(v) for k, v in more.items()}} for value, more in points.items()]
+
+
+def _cells(row: str, entry: Any, axes: Axes, metrics: Sequence[str]) -> Iterator[Cell]:
+    entry = entry if isinstance(entry, dict) else {"run": entry}
+    run = entry.get("run") or ""
+    for template in [run] if isinstance(run, str) else run:
+        for words in _combinations(str(template), axes):
+            command = tuple(shlex.split(str(template).format_map(words)))
+            if command[0:4:2] != ("-d", "-m") or len(command) % 2:
+                raise UserError(f"grid row '{row}': a command is `-d DATA -m MODEL KEY VALUE …`, not `{template}`")
+            published = entry.get("published", {}).get(command[1], [])
+            cells = {metric: str(each) for metric, each in zip(metrics, published, strict=False) if each is not None}
+            yield Cell(row.format_map(words), command, cells)
+
+
+def _combinations(template: str, axes: Axes) -> Iterator[dict[str, str]]:
+    """Placeholder → words, for every combination of the axes that the template mentions."""
+    wanted = {name for _, name, _, _ in Formatter().parse(template) if name}
+    used = [values for values in axes.values() if values and wanted & values[0].keys()]
+    for points in product(*used):
+        yield {name: words for point in points for name, words in point.items()}

@@ -1,0 +1,110 @@
+"""Look at the features of a finished run: how alike class means are, how far images are from the mean of their class.
+
+python scripts/analyze_features.py -d DATA -m MODEL [KEY VALUE ...]
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs import CfgNode, UserError, load_configs  # noqa: E402
+from datasets import build_data  # noqa: E402
+from main import Parser, split_words  # noqa: E402
+from models import resolve  # noqa: E402
+from trainers.features import heat_map, histograms, split_features, summary  # noqa: E402
+from trainers.files import new_folder, write_json  # noqa: E402
+from trainers.folder import RunFolder, start_log  # noqa: E402
+from trainers.launch import make_accelerator  # noqa: E402
+from trainers.methods import declared  # noqa: E402
+from trainers.trained import trained_method  # noqa: E402
+
+EXAMPLES = """
+example:
+  python main.py -d digits_lt -m tiny_clip_peft                       a run to look at
+  python scripts/analyze_features.py -d digits_lt -m tiny_clip_peft   its features
+  python scripts/analyze_features.py -d digits_lt -m zstiny_clip      those of zero-shot CLIP, to compare with
+
+Give the run's own words. Written into <run>/analysis/:
+  similarity.png   cosines between class means, classes sorted by training images
+  distances.png    1 − cosine of an image to the mean of its class (of its own split), head and tail, train and test
+  means.json       the mean of each
+"""
+
+log = logging.getLogger("tailtune")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # on a new machine it talks about its cache
+    try:
+        analyze(configured(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def configured(argv: Sequence[str]) -> CfgNode:
+    """The config of the run; crops of test-time ensembles are left out, because an image has one feature."""
+    parser = Parser(
+        prog="analyze_features.py",
+        description=__doc__.partition("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python scripts/analyze_features.py -d DATA -m MODEL [KEY VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-d", "--data", metavar="DATA", required=True, help="data config of the run")
+    parser.add_argument("-m", "--model", metavar="MODEL", required=True, help="model config of the run")
+    flags, pairs = split_words(argv)
+    args = parser.parse_args(flags)
+    cfg = resolve(load_configs(args.data, args.model, pairs, declared())[-1]).clone()
+    cfg.defrost()
+    cfg.tte = False
+    cfg.freeze()
+    return cfg
+
+
+def analyze(cfg: CfgNode) -> Path:
+    """Write two pictures and their means; returns the folder.
+
+    Raises:
+        UserError: nothing is trained there, or what `trained_method` refuses.
+    """
+    folder = RunFolder(cfg)
+    if not cfg.zero_shot and folder.checkpoint_id() is None:
+        raise UserError(f"nothing is trained in {folder.path}: run python main.py with the same words first")
+    start_log(None)
+    log.setLevel(logging.INFO)
+    accelerator = make_accelerator(cfg)
+    data = build_data(cfg)
+    method = trained_method(cfg, folder, data, accelerator)
+    log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")
+    splits = {
+        name: split_features(
+            method, view, data.info.num_classes, accelerator.device, cfg.test_batch_size, cfg.num_workers
+        )
+        for name, view in (("train", data.train_as_test), ("test", data.test))
+    }
+    about = {"data": cfg.data, "model": cfg.model, "run": folder.origin, "checkpoint": folder.checkpoint_id()}
+    title = f"{cfg.data} · {folder.source.name.removeprefix(f'{cfg.data}_')}"
+    home = (folder.path if cfg.model_dir is None else folder.target()) / "analysis"
+    with new_folder(home) as path:
+        pictures = {
+            "similarity": heat_map(splits, data.info.class_counts, data.info.class_names, title),
+            "distances": histograms(splits, data.info.groups, title),
+        }
+        for name, figure in pictures.items():
+            figure.savefig(path / f"{name}.png", dpi=150, bbox_inches="tight", pad_inches=0.15)
+        write_json(path / "means.json", {**about, **summary(splits, data.info.groups)})
+    log.info("wrote similarity.png, distances.png and means.json into %s", home)
+    return home
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Exchange with other tools. EXPORTS: what a finished run is written as; `export NAME` on its command."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import lookup
+from trainers.exchange import lift, merge, onnx_format, peft_format
+from trainers.exchange.subject import Subject
+from trainers.files import new_folder, write_json
+
+__all__ = ["EXPORTS", "Export", "Subject", "export"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """check: raises a `UserError` for a model that the format cannot hold; it may be on the meta device.
+    write: fills a folder and returns what is to be known of it.
+    """
+
+    check: Callable[[Subject], None]
+    write: Callable[[Subject, Path], dict[str, Any]]
+
+
+EXPORTS: dict[str, Export] = {
+    "peft": Export(peft_format.check, peft_format.write),
+    "merged": Export(merge.check, merge.write),
+    "onnx": Export(onnx_format.check, onnx_format.write),
+    "lift": Export(lift.check, lift.write),
+}
+
+
+def export(subject: Subject, name: str, path: Path) -> str:
+    """Write a model in a format into the folder `path`, whole or not at all; returns a report in words.
+
+    Raises:
+        UserError: the format cannot hold it, or the file system refuses.
+    """
+    entry = lookup(EXPORTS, name, "export")
+    entry.check(subject)
+    with new_folder(path) as folder:
+        facts = entry.write(subject, folder)
+        files = sorted(each.name for each in folder.iterdir())
+        write_json(folder / "facts.json", {"format": name, "files": files, **facts, **subject.describe()})
+    checked = f", largest difference {facts['largest_difference']:.1g}" if "largest_difference" in facts else ""
+    return f"exported to {path}: {', '.join(files)}, facts.json{checked}\n{facts['load']}"

@@ -1,0 +1,77 @@
+"""A finished run's model, loaded again: to evaluate, to export, to look at."""
+
+import logging
+
+from accelerate import Accelerator
+
+from configs import CfgNode
+from datasets import DataBundle
+from models import build_model, find_backbone
+from models.clip import Clip
+from models.tuners import TUNERS
+from trainers.checkpoint import fingerprint, load_checkpoint
+from trainers.exchange import Subject, lift
+from trainers.folder import RunFolder
+from trainers.head import prepare_head
+from trainers.methods import Method, build_method
+
+log = logging.getLogger("tailtune")
+
+
+def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerator: Accelerator) -> Method:
+    """The method of a finished run, on the device and in eval mode.
+
+    Raises:
+        UserError: as `load_trained`, and what `build_model` refuses.
+    """
+    model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
+    method = build_method(cfg, model, data.info)
+    base = fingerprint(model.encoder)
+    method.to(accelerator.device)
+    load_trained(cfg, folder, method, data, accelerator, base)
+    model.init = None
+    return method.eval()
+
+
+def load_trained(
+    cfg: CfgNode, folder: RunFolder, method: Method, data: DataBundle, accelerator: Accelerator, base: str
+) -> None:
+    """Fill a method with what the run that is evaluated has trained; zero-shot has trained nothing.
+
+    Args:
+        base: `fingerprint` of the encoder at hand.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    if cfg.zero_shot:
+        prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+    elif folder.foreign is not None:
+        log.info(lift.load(folder.foreign, method.model, tuners_of(cfg), cfg.partial))
+    else:
+        load_checkpoint(folder.source / "checkpoint", method, data.info.class_names, base)
+
+
+def tuners_of(cfg: CfgNode) -> tuple[str, ...]:
+    """Names of our tuners that are on."""
+    return tuple(name for name in TUNERS if cfg[name])
+
+
+def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], source: str = "") -> Subject:
+    """What an export is made of; on the meta device it can be checked.
+
+    Args:
+        source: where the weights come from.
+    """
+    spec = find_backbone(cfg.backbone)
+    keys = ("data", "model", "backbone", "pretrained", "interpolation", "classifier", "zero_shot")
+    return Subject(
+        method=method,
+        tuners=tuners_of(cfg),
+        partial=cfg.partial,
+        class_names=class_names,
+        resolution=cfg.resolution,
+        zero_shot=cfg.zero_shot,
+        arch=spec.arch if isinstance(spec, Clip) else None,
+        facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},
+    )

@@ -28,8 +28,9 @@ from safetensors.torch import save_file  # noqa: E402
 
 from trainers.report import circumstances  # noqa: E402
 
-TOLERANCE = 1e-4
-COLUMNS = ("features", "logits", "loss", "gradients", "after_3_steps", "value")
+TOLERANCES = dict.fromkeys(("features", "logits", "loss", "gradients", "after_3_steps", "value"), 1e-4) | {
+    "float64": 1e-5
+}
 PROCEDURE = (
     "Small networks with random weights, made by the original's classes (CLIP ViT: 3 blocks of width 128; CLIP ResNet: "
     "width 8) and by timm (ViT-Ti/16, its 'IN21K' kind), on a CPU in fp32. Tuner and head are moved off their special "
@@ -39,7 +40,8 @@ PROCEDURE = (
     "original's own Trainer.train() on these batches (SGD 0.01, momentum 0.9, weight decay 5e-4) and our three steps. "
     "An error is |ours - original| / |original| in the L2 norm, the largest over the tensors; a gradient with a norm "
     "below 1e-3 of the largest one's is measured by that, because some are zero but for rounding (biases of keys). "
-    "float64: the largest of these errors when both compute in fp64. value: what the other kinds compare (init: the "
+    "float64: the largest of these errors, and of those of the change over the three steps, when both compute in fp64. "
+    "value: what the other kinds compare (init: the "
     "head's weight, zero_shot: logits)."
 )
 
@@ -59,11 +61,11 @@ def main() -> int:
         rows = [compare(folder, index, case, checkout) for index, case in enumerate(chosen)]
         rows += surroundings(folder, facts)
     print(table(rows))
-    worst = max(row[name] for row in rows for name in COLUMNS if row[name] is not None)
-    print(f"\n{len(rows)} cases, largest error {worst:.1e}, tolerance {TOLERANCE:.0e}")
+    high = sum(above(row) for row in rows)
+    print(f"\n{len(rows)} cases, {high} above the tolerance: {TOLERANCES}")
     if not arguments.only:
         write(rows, arguments.commit or head(checkout))
-    return int(not worst <= TOLERANCE)
+    return int(high > 0)
 
 
 def run_original(checkout: Path, folder: Path, chosen: list[Case]) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def write(rows: list[Case], commit: str) -> None:
         "ours": about["commit"],
         "packages": about["packages"],
         "hardware": about["hardware"],
-        "tolerance": TOLERANCE,
+        "tolerance": TOLERANCES,
         "procedure": PROCEDURE,
         "cases": [],
     }
@@ -103,13 +105,16 @@ def head(checkout: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def above(row: Case) -> bool:
+    return any(row[name] is not None and not row[name] <= limit for name, limit in TOLERANCES.items())
+
+
 def table(rows: list[Case]) -> str:
-    columns = (*COLUMNS, "float64")
-    lines = [f"{'':72}" + "".join(f"{name:>14}" for name in columns)]
+    lines = [" " * 72 + "".join(f"{name:>14}" for name in TOLERANCES)]
     for row in rows:
-        figures = "".join(f"{'' if row[name] is None else format(row[name], '.1e'):>14}" for name in columns)
-        high = any(row[name] is not None and not row[name] <= TOLERANCE for name in COLUMNS)
-        lines.append(f"{row['kind']:9}{row['backbone']:17}{row['name']:46.46}{figures}{'  <-- above' if high else ''}")
+        figures = "".join(f"{'' if row[name] is None else format(row[name], '.1e'):>14}" for name in TOLERANCES)
+        mark = "  <-- above" if above(row) else ""
+        lines.append(f"{row['kind']:9}{row['backbone']:17}{row['name']:46.46}{figures}{mark}")
     return "\n".join(lines)
 
 

@@ -68,7 +68,8 @@ def compare(folder: Path, index: int, case: Case, checkout: Path) -> Case:
             found["value"] = compare_init(method, theirs, images, labels)
             continue
         errors = compare_training(cfg, method, Foreign(folder / f"{index}.{prec}" / FILE), theirs, images, labels)
-        found |= errors if prec == "float32" else {"float64": max(errors.values())}
+        changes = errors.pop("changes")
+        found |= errors if prec == "float32" else {"float64": max(changes, *errors.values())}
     return found
 
 
@@ -81,6 +82,7 @@ def compare_training(
     lift.load(start, model, *chosen)
     model.set_precision(precision.compute)
     cast_trainable(method, precision.trainable)
+    before = values(model, chosen)
     with torch.no_grad():
         method.eval()
         errors = {"features": error(model.features(images[-1]), theirs["features"])}
@@ -99,7 +101,11 @@ def compare_training(
     with torch.no_grad():
         logits = method.eval().predict(images[-1])
     after = (error(loss, theirs["losses"][-1]), error(logits, theirs["after_logits"]))
-    errors["after_3_steps"] = max(*after, largest(values(model, chosen), part(theirs, "after.")))
+    ours, original = values(model, chosen), part(theirs, "after.")
+    errors["after_3_steps"] = max(*after, largest(ours, original))
+    errors["changes"] = largest(
+        *({name: each - before[name] for name, each in side.items()} for side in (ours, original))
+    )
     return errors
 
 

@@ -15,6 +15,7 @@ from trainers.losses import LOSSES
 PARITY = json.loads((Path(__file__).parent.parent / "docs" / "parity.json").read_text())
 CASES: list[dict[str, Any]] = PARITY["cases"]
 FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps")
+TOLERANCES = {**dict.fromkeys((*FIGURES, "value"), 1e-4), "float64": 1e-5}
 NOT_OF_LIFT: dict[str, set[str]] = {"tuner": set(), "head": set(), "loss": set()}
 """Entries of ours that the original has not."""
 DRAWN = {"1_shot", "10_shot", "100_shot"}
@@ -49,11 +50,11 @@ def test_metrics_schedule_and_sizes_are_compared() -> None:
 def test_every_error_is_below_the_tolerance(case: dict[str, Any]) -> None:
     wanted = (*FIGURES, "float64") if case["kind"] in ("tuner", "head", "loss") else ("value",)
     for name in wanted:
-        assert 0 <= case[name] <= PARITY["tolerance"], name
+        assert 0 <= case[name] <= TOLERANCES[name], name
     assert all(case[name] is None for name in (*FIGURES, "float64", "value") if name not in wanted)
 
 
 def test_it_says_how_to_check_it_again() -> None:
-    assert PARITY["tolerance"] == 1e-4
+    assert PARITY["tolerance"] == TOLERANCES
     assert PARITY["original"]["repository"].endswith("shijxcs/LIFT") and len(PARITY["original"]["commit"]) == 40
     assert PARITY["ours"] and PARITY["packages"]["torch"] and PARITY["hardware"] and PARITY["procedure"]

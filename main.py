@@ -83,7 +83,7 @@ def run_all(stages: list[CfgNode]) -> int:
         if last.test_only or (last.resume and RunFolder(last).finished()):
             stages = [last]  # nothing is left to train
         for cfg in stages:  # all of them before the first one trains for hours
-            if not RunFolder(cfg).finished():
+            if not (cfg.resume and RunFolder(cfg).finished()):
                 check(cfg)
         for cfg in stages:
             folder = run(cfg, previous=folder)

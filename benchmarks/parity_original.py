@@ -95,6 +95,9 @@ class Run(trainer.Trainer):  # type: ignore[misc,name-defined]
             self.criterion = losses.BalancedSoftmaxLoss(torch.Tensor(self.cls_num_list))
         else:
             super().build_criterion()
+        if self.cfg.loss_type == "CB":  # the class weights of its runs, which are in fp32
+            weights = losses.ClassBalancedLoss(torch.tensor(self.cls_num_list, dtype=torch.float32)).per_cls_weights
+            self.criterion.per_cls_weights = weights.to(torch.get_default_dtype())
 
 
 # --- backbones ---------------------------------------------------------------------------------------------------

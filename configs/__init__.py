@@ -131,6 +131,8 @@ def _stages(data: str, model: str, pairs: list[tuple[str, str]], declared: Decla
         chosen[key] = _parse(key, value, schema, "the command line")
     if chosen["model_dir"] and not chosen["test_only"]:
         raise UserError(f"model_dir {chosen['model_dir']} is evaluated, not trained on: add `test_only True`")
+    if chosen["model_dir"] and chosen["zero_shot"]:
+        raise UserError(f"zero_shot loads no checkpoint: leave out model_dir {chosen['model_dir']}, or zero_shot")
     if earlier and not chosen["after"]:
         raise UserError(f"'{next(iter(earlier))}': this run has no stage before it; `after` names one")
     chosen["micro_explicit"] = "micro_batch_size" in own

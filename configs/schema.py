@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from configs.values import as_bool, as_float, as_int, as_mapping, as_micro, as_scale, as_span, as_str
+from configs.values import as_bool, as_float, as_int, as_mapping, as_micro, as_scale, as_span, as_str, as_triple
 
 Class = Literal["train", "test", "runtime"]
 
@@ -79,6 +79,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
             as_str, "default", TRAIN, "`default`, an open_clip tag, or a local file; none: random", optional=True
         ),
         "resolution": Key(as_int, None, TRAIN, "side of the input image in pixels; none: the backbone's own", least=1),
+        "pixel_mean": Key(as_triple, None, TRAIN, "of the pixels (0 to 1, RGB); none: of the backbone's pre-training"),
+        "pixel_std": Key(as_triple, None, TRAIN, "their deviation; none: of the backbone's pre-training"),
         "method": Key(as_str, "classify", TRAIN, "entry of METHODS"),
         "after": Key(as_str, None, TRAIN, "model config of a run that is finished first and starts this one"),
         "classifier": Key(as_str, "CosineClassifier", TRAIN, "entry of HEADS"),

@@ -92,3 +92,19 @@ def as_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("a mapping such as {r: 8}")
     return value
+
+
+def as_triple(value: Any) -> list[float]:
+    """One number for each of red, green and blue: `[0.5, 0.5, 0.5]`."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            value = None
+    try:
+        numbers = [as_float(each) for each in value]
+    except (ValueError, TypeError):
+        numbers = []
+    if len(numbers) != 3:
+        raise ValueError("three numbers such as [0.5, 0.5, 0.5]")
+    return numbers

@@ -69,6 +69,8 @@ def build_model(
     Raises:
         UserError: an unknown name, weights that are not there, or parts that do not fit each other.
     """
+    if cfg.pixel_std and min(cfg.pixel_std) <= 0:
+        raise UserError(f"pixel_std {cfg.pixel_std} divides the pixels: all three numbers must be above 0")
     spec = find_backbone(cfg.backbone)
     inputs = spec.inputs(cfg.pretrained)
     sentences = _sentences(cfg, class_names, descriptors)
@@ -94,7 +96,8 @@ def build_model(
             head = lookup(HEADS, cfg.classifier, "classifier")(encoder.feature_dim, len(class_names), cfg.scale)
     peft = _peft(cfg, encoder)
     encoder.set_precision()
-    return Classifier(encoder, head, backbone.stats, _head_init(cfg, backbone, sentences), backbone.random, peft)
+    stats = (cfg.pixel_mean or backbone.stats[0], cfg.pixel_std or backbone.stats[1])
+    return Classifier(encoder, head, stats, _head_init(cfg, backbone, sentences), backbone.random, peft)
 
 
 def find_backbone(name: str) -> BackboneSpec:

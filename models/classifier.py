@@ -51,11 +51,15 @@ class Classifier(nn.Module):
         return self.encoder(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] → logits of each expert [B, E, C]; one head is one expert."""
-        return self.head(self.features(images)).unsqueeze(1)
+        """Images [B, 3, H, W] → logits of each expert [B, E, C]; one head is one expert.
+
+        At least fp32: class counts, which losses use in the logits' dtype, are beyond fp16's range.
+        """
+        logits = self.head(self.features(images)).unsqueeze(1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
-        """Arithmetic of the frozen encoder; head and logits stay in the head's dtype."""
+        """Arithmetic of the frozen encoder; the head stays in its own dtype."""
         self.encoder.set_precision(compute, residual)
 
     @property

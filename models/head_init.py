@@ -1,4 +1,4 @@
-"""HEAD_INITS: what the classifier knows before the first step. Each returns unit rows [C, D] for the head's weight."""
+"""HEAD_INITS: what the classifier knows before the first step. Each returns the rows [C, D] of the head's weight."""
 
 import logging
 import warnings

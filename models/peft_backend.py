@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,7 +113,9 @@ def _aim(config: Any, host: Host, name: str, kind: Kind, partial: int | Sequence
     able = f"; {', '.join(each for each, entry in PEFTS.items() if entry.conv)} take convolutions"
     if not found:
         layers = sorted({key.split(".")[-1] for key, each in modules.items() if isinstance(each, types)})
+        narrowed = [key for key in ("exclude_modules", "layers_to_transform") if getattr(config, key, None)]
         where = "" if partial is None else f" within partial {partial}"
+        where += f" that {' and '.join(narrowed)} leaves" if narrowed else ""
         hint = " (a text is a pattern of the whole name)" if isinstance(config.target_modules, str) else ""
         raise UserError(
             f"peft_args target_modules {config.target_modules}{hint} is none of the layers of this backbone{where}; "
@@ -202,7 +205,7 @@ def _refusals(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # of any class: peft checks values by using them
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = shorten(str(error), 200, placeholder=" …") or type(error).__name__
         raise UserError(f"peft {name} with these peft_args: {reason}") from error
 
 

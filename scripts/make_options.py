@@ -22,6 +22,7 @@ from configs.values import (  # noqa: E402
     as_scale,
     as_span,
     as_str,
+    as_triple,
 )
 from datasets import DATASETS  # noqa: E402
 from datasets.transforms import AUGMENTS  # noqa: E402
@@ -43,6 +44,7 @@ TYPES = {
     as_span: "k or [start,end)",
     as_scale: "learnable, or a number",
     as_mapping: "{key: value}",
+    as_triple: "[r, g, b]",
 }
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "AUGMENTS": AUGMENTS,

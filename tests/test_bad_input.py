@@ -124,10 +124,17 @@ def test_words(refuses: Callable[..., str], words: str, parts: list[str]) -> Non
         ("backbone CLIP-ViT-B/16 pretrained laion2b_s34b_b88k", ["laion2b_s34b_b88k", "choices", "openai"]),
         ("pretrained weights/none.safetensors", ["weights/none.safetensors", "does not exist"]),
         ("model_dir somewhere", ["model_dir", "test_only"]),
+        ("model_dir somewhere test_only True zero_shot True", ["zero_shot", "model_dir somewhere"]),
     ],
 )
 def test_options(refuses: Callable[..., str], words: str, parts: list[str]) -> None:
     refuses(f"-d fake_lt -m tiny_clip_peft pretrained none {words}", *parts)
+
+
+def test_starting_over_is_checked_before_the_old_run_goes(launch: Cli) -> None:
+    assert launch(SHORT).returncode == 0
+    one_line(launch(f"{SHORT} resume False export peft"), "export peft", "adaptformer")
+    assert (RUN / "metrics.json").exists() and (RUN / "checkpoint").exists()
 
 
 def test_an_error_leaves_the_folder_to_the_corrected_command(launch: Cli) -> None:

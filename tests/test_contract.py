@@ -1,6 +1,7 @@
 """Contracts over every entry of every table: what enters a table is covered at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,25 @@ def test_every_tuner_in_every_precision(prec: str, name: str, config: Config) ->
     gradients = [each.grad for each in method.parameters() if each.requires_grad]
     assert all(each is not None and each.dtype == precision.trainable and each.isfinite().all() for each in gradients)
     assert (outcome.logits - wanted).abs().max() < (1e-3 if prec in ("fp32", "fp64") else 0.6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_in_half_precision(name: str, config: Config) -> None:
+    """With class counts that fp16 does not have: iNaturalist's largest kingdom has 311,001 images."""
+    cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "loss_type", name, "adaptformer", True)
+    counts = torch.tensor([311_001, 100_000, 10_000, 1_000, 500, 200, 100, 50, 20, 5])
+    info = replace(build_info(cfg), class_counts=counts)
+    found = []
+    for prec in ("fp32", "fp16"):
+        method = build_method(cfg, build_model(cfg, info.class_names), info)
+        method.model.set_precision(PRECISIONS[prec].compute)
+        cast_trainable(method, PRECISIONS[prec].trainable)
+        outcome = method(batch())
+        outcome.loss_sum.backward()
+        assert all(each.grad.isfinite().all() for each in method.parameters() if each.grad is not None)
+        assert outcome.logits.dtype == torch.float32
+        found.append(float((outcome.loss_sum / outcome.weight).detach()))
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 @pytest.mark.parametrize("name", HEAD_INITS)

@@ -225,12 +225,15 @@ def test_a_file_may_be_of_several_gpus_and_half_precision(tmp_path: Path) -> Non
 
 def test_a_file_that_could_run_code_is_not_opened(tmp_path: Path) -> None:
     made = subject(clip_vit(), [])
-    for content, text in (({"tuner": Path("x")}, "run code"), ({"tuner": {}}, "no checkpoint"), ([1], "no checkpoint")):
+    holds = "holds pathlib.*run code"
+    for content, text in (({"tuner": Path("x")}, holds), ({"tuner": {}}, "no checkpoint"), ([1], "no checkpoint")):
         with pytest.raises(UserError, match=text):
             lift.load(saved(tmp_path / "file", content), made.method.model, [])
-    (tmp_path / "file").write_bytes(pickle.dumps(Path("x"), protocol=2)[:20])
-    with pytest.raises(UserError, match="cannot be read"):
-        lift.load(Foreign(tmp_path / "file"), made.method.model, [])
+    whole = saved(tmp_path / "whole", {"tuner": {}, "head": {"weight": torch.zeros(99)}}).path.read_bytes()
+    for part in (whole[:600], b"", b"text\n", pickle.dumps(Path("x"), protocol=2)[:20]):
+        (tmp_path / "file").write_bytes(part)
+        with pytest.raises(UserError, match="is damaged.*copy it again"):
+            lift.load(Foreign(tmp_path / "file"), made.method.model, [])
 
 
 def test_shallow_prompts_of_a_later_block_are_refused(tmp_path: Path) -> None:

@@ -428,6 +428,8 @@ PROBES: dict[str, Probe] = {
     "backbone": Probe("TinyCLIP", "CLIP-ViT-B/16", on_meta),
     "pretrained": Probe("none", "own.safetensors", encoder_weights),
     "resolution": Probe(32, 48, grid),
+    "pixel_mean": Probe("none", "[0.1,0.2,0.3]", logits),
+    "pixel_std": Probe("none", "[0.1,0.2,0.3]", logits),
     "method": Probe("classify", "other", method_kind),
     "after": Probe("none", "tiny_clip", after, ONE, model="tiny_clip_peft"),
     "classifier": Probe("CosineClassifier", "LinearClassifier", head_kind),

@@ -214,6 +214,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("LoRA", {"r": 0}, "positive"),
     ("LoRA", {"target_modules": ["query"]}, "none of the layers of this backbone; LoRA takes"),
     ("LoRA", {"target_modules": "qkv"}, "a pattern of the whole name"),
+    ("LoRA", {"exclude_modules": ["qkv"]}, "that exclude_modules leaves"),
     ("LoRA", {"target_modules": "((["}, "peft LoRA with these peft_args"),
     ("LoRA", {"target_modules": ["norm1"]}, "cannot act on blocks.0.norm1, a LayerNorm"),
     ("LoRA", {"init_lora_weights": "pissa"}, "alter the pre-trained weights"),

@@ -108,7 +108,7 @@ NOISY = Noisy()
 
 
 def find(name: str) -> Kind:
-    """The entry of PEFTS by its name in upper or lower case.
+    """The entry of PEFTS; spelled as there, because the name is part of the run's.
 
     Raises:
         UserError: not offered, or no name at all.
@@ -116,5 +116,4 @@ def find(name: str) -> Kind:
     reason = REFUSED.get(name.upper())
     if reason:
         raise UserError(f"peft {name} cannot be used here: {reason}")
-    spelled = {each.lower(): each for each in PEFTS}.get(name.lower(), name)
-    return lookup(PEFTS, spelled, "peft")
+    return lookup(PEFTS, name, "peft")

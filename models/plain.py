@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from configs.errors import UserError
 from models.host import Host, tensors_of
 
 LISTS = ("blocks", "stages", "layers", "resblocks")
@@ -61,8 +62,16 @@ class Plain(Host):
             if isinstance(each, nn.Parameter) and each.is_floating_point() and each.dtype != self.dtype
         }
         low = self.compute.itemsize < 4
-        with torch.autocast(images.device.type, self.compute) if low else nullcontext():
-            return functional_call(self.net, cast, images, tie_weights=False) if cast else self.net(images)
+        try:
+            with torch.autocast(images.device.type, self.compute) if low else nullcontext():
+                return functional_call(self.net, cast, images, tie_weights=False) if cast else self.net(images)
+        except ValueError as error:
+            if self.batch_norms and "more than 1 value per channel" in str(error):
+                raise UserError(
+                    "bn_tuning: one image alone on maps of one pixel has no deviation; choose a larger resolution or "
+                    "micro_batch_size, or a batch_size that leaves more images in the last batch of an epoch"
+                ) from error
+            raise
 
     @torch.no_grad()
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:

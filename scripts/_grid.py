@@ -30,12 +30,17 @@ from typing import Any
 import yaml
 
 from configs import CfgNode, describe, load_configs
-from configs.errors import UserError, lookup
+from configs.errors import UserError, lookup, unknown
 from configs.schema import SCHEMA
 from main import split_words
 
 FOLDER = Path(__file__).resolve().parent / "grids"
 METRICS = ("accuracy", "many_acc", "med_acc", "few_acc")
+ALL_METRICS = (
+    *METRICS,
+    *("error_rate", "macro_f1", "mean_acc", "worst_case_acc", "hmean_acc", "gmean_acc", "ece", "nll", "bad_images"),
+)
+"""The single numbers of a metrics.json."""
 
 Axes = Mapping[str, list[dict[str, str]]]
 """Axis → its values, each as placeholder → words."""
@@ -105,16 +110,23 @@ def read(name: str) -> Grid:
         raise UserError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(body, dict) or not isinstance(body.get("rows"), dict):
         raise UserError(f"{path}: a grid needs `rows: {{name: command}}`; scripts/_grid.py describes the format")
-    axes = {axis: _values(axis, values) for axis, values in body.get("axes", {}).items()}
-    metrics = tuple(body.get("metrics", METRICS))
     try:
+        axes = {axis: _values(axis, values) for axis, values in body.get("axes", {}).items()}
+        metrics = tuple(map(str, body.get("metrics", METRICS)))
+        seeds = tuple(map(int, body.get("seeds", (0,))))
         cells = [cell for row, entry in body["rows"].items() for cell in _cells(row, entry, axes, metrics)]
     except KeyError as error:
         raise UserError(f"{path}: no axis gives the placeholder {{{error.args[0]}}}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no grid ({error}); scripts/_grid.py describes the format") from error
+    if not (cells and seeds):
+        raise UserError(f"{path} has no {'seeds' if cells else 'rows'}; scripts/_grid.py describes the format")
+    for each in metrics:  # before the runs, which may take nights
+        if each not in ALL_METRICS:
+            raise unknown("metric", each, ALL_METRICS)
     order = list(dict.fromkeys(cell.words[1] for cell in cells))
     cells.sort(key=lambda cell: order.index(cell.words[1]))
     known_as = name if name in names() else path.stem
-    seeds = tuple(body.get("seeds", (0,)))
     return Grid(known_as, describe(path), body.get("paper"), metrics, seeds, tuple(cells))
 
 

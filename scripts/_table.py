@@ -30,7 +30,8 @@ class Row:
 
     def values(self, metric: str) -> list[float]:
         """One for each run that has something to measure."""
-        found = (lookup(each["test"], metric, "metric") for each in self.results)
+        single = ({k: v for k, v in each["test"].items() if not isinstance(v, list)} for each in self.results)
+        found = (lookup(each, metric, "metric") for each in single)
         return [value for value in found if value is not None]
 
     def ours(self, metric: str) -> str:

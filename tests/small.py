@@ -1,4 +1,4 @@
-"""A ViT of the fixture of lift.md §13.6 and a plain formulation of its block to compare the host with."""
+"""A ViT of the fixture of LIFT specification §13.6 and a plain formulation of its block to compare the host with."""
 
 from collections.abc import Iterator, Sequence
 
@@ -29,7 +29,7 @@ def small_net(**changes: object) -> VisionTransformer:
 
 @torch.no_grad()
 def fixture_net() -> VisionTransformer:
-    """The backbone of lift.md §13.6, in timm's layout."""
+    """The backbone of LIFT specification §13.6, in timm's layout."""
     net = small_net(norm_layer=lambda width, **_: nn.LayerNorm(width, eps=1e-5))
     net.patch_embed.proj.weight.copy_(filled((WIDTH, 3, PATCH, PATCH), 1))
     net.cls_token.copy_(filled((1, 1, WIDTH), 2, 0.5))
@@ -62,7 +62,7 @@ SEEDS |= {"fc1.lora_A": 100, "fc1.lora_B": 102, "fc2.lora_A": 104, "fc2.lora_B":
 
 @torch.no_grad()
 def fill_tuners(host: ViT) -> None:
-    """Tuner values of lift.md §13.6: seed of the tensor plus the block's index."""
+    """Tuner values of LIFT specification §13.6: seed of the tensor plus the block's index."""
     for name, parameter in host.tuners.named_parameters():
         tuner, index, rest = name.split(".", 2)
         if tuner == "adaptformer" and rest.endswith("scale"):
@@ -93,7 +93,7 @@ def tuned(
 
 
 def plain_features(host: ViT, images: Tensor) -> Tensor:
-    """lift.md §4.1 written out: explicit softmax attention, x·sigmoid(1.702x), every token in every block."""
+    """LIFT specification §4.1, plain: explicit softmax attention, x·sigmoid(1.702x), every token in every block."""
     net = host.net
     x = net.norm_pre(net._pos_embed(net.patch_embed(images)))
     length = x.shape[1]

@@ -36,7 +36,7 @@ Config = Callable[..., CfgNode]
 CONVNET = "timm:test_resnet.r160_in1k"
 NAMES = [f"class {k}" for k in range(10)]
 
-# --- sizes (lift.md §13.1) -----------------------------------------------------------------------------------------
+# --- sizes (LIFT specification §13.1) ---------------------------------------------------------------------
 
 VISUAL = {
     "CLIP-RN50": (38_316_896, 1024, 0),
@@ -59,6 +59,25 @@ def test_sizes(name: str, config: Config) -> None:
     if name.startswith("CLIP"):
         zero_shot = check(config("imagenet_lt", "zsclip_vit_b16", "backbone", name))
         assert sum(each.numel() for each in zero_shot.encoder.parameters()) == total
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("CLIP-RN50", 102_007_137),
+        ("CLIP-RN101", 119_688_033),
+        ("CLIP-ViT-B/16", 149_620_737),
+        ("CLIP-ViT-L/14", 427_616_513),
+        ("CLIP-ViT-L/14@336px", 427_944_193),
+    ],
+)
+def test_sizes_with_the_text_tower(name: str, total: int) -> None:
+    """What LIFT prints before it adds tuner and head; here the text tower goes once the head is made."""
+    spec = BACKBONES[name]
+    assert isinstance(spec, Clip)
+    with torch.device("meta"):
+        clip = spec._clip(spec._config(), spec.inputs().resolution, 0)
+    assert sum(each.numel() for each in clip.parameters()) == total
 
 
 @pytest.mark.parametrize(
@@ -334,6 +353,14 @@ def test_running_statistics_change_in_training_only(config: Config, tmp_path: Pa
         and not frozen.batch_coupled
         and not running(frozen).keys() & trained_state(frozen)
     )
+
+
+def test_one_value_a_channel_is_refused_with_the_remedy(config: Config) -> None:
+    """The last batch of an epoch may be one image."""
+    method = plain(config, "bn_tuning", True).train()
+    with pytest.raises(UserError, match="bn_tuning: one image alone"):
+        method(batch(1))
+    assert method.eval()(batch(1)).loss_sum.isfinite()
 
 
 def test_a_trial_batch_leaves_no_trace(config: Config) -> None:

@@ -185,6 +185,22 @@ def test_every_config_builds(data: str, model: str) -> None:
             ("imagenet_lt", f"adaptformer True adapter_dim {r}", count, 768_000)
             for r, count in ((1, 46_104), (2, 64_548), (16, 322_764), (64, 1_208_076), (128, 2_388_492))
         ),
+        ("places_lt", "adapter True", 175_200, 280_320),
+        ("inat2018", "adapter True", 4_749_312, 6_253_056),
+        ("inat2018", "lora True", 9_437_184, 6_253_056),
+        ("cifar100_ir100", "lora True", 147_456, 76_800),
+        ("cifar100_ir100", "mask True", 84_996, 76_800),
+        ("places_lt", "mask True", 255_036, 280_320),
+        ("imagenet_lt", "mask True", 765_132, 768_000),
+        ("inat2018", "mask True", 6_206_256, 6_253_056),
+        ("imagenet_lt", "mask True mask_ratio 0.005", 425_052, 768_000),
+        ("imagenet_lt", "mask True mask_ratio 0.01", 850_140, 768_000),
+        ("inat2018_k", "adaptformer True", 46_104, 4_608),
+        ("inat2018_p", "adaptformer True", 46_104, 19_200),
+        ("inat2018_c", "adaptformer True", 64_548, 43_776),
+        ("inat2018_o", "adaptformer True", 175_212, 208_896),
+        ("inat2018_f", "adaptformer True", 617_868, 858_624),
+        ("inat2018_g", "adaptformer True", 2_388_492, 3_379_968),
     ],
 )  # fmt: skip
 def test_parameter_counts(config: Callable[..., Any], data: str, words: str, tuner: int, head: int) -> None:

@@ -1,4 +1,4 @@
-"""Heads and their initialisation: LIFT's fixture (lift.md §13.4), and CLIP's own logits for zero-shot."""
+"""Heads and their initialisation: LIFT's fixture (LIFT specification §13.4), and CLIP's own logits for zero-shot."""
 
 import json
 import warnings

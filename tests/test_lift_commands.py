@@ -56,7 +56,7 @@ FIXED = {"bias_tuning": 101_376, "ln_tuning": 36_864, "vpt_shallow": 7_680, "vpt
 FIXED |= {"ssf_attn": 73_728, "ssf_mlp": 92_160, "ssf_ln": 36_864}
 RESNET = {("bias_tuning",): 33_792, ("ssf_attn",): 2_048, ("bias_tuning", "ssf_attn"): 35_840}
 LARGE = {365: 270_456, 1000: 860_568, 8142: 6_368_280}
-"""Learned parameters that the original prints (lift.md §13.1)."""
+"""Learned parameters that the original prints (LIFT specification §13.1)."""
 
 NOT_BUILT = (
     "model",

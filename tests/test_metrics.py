@@ -1,4 +1,4 @@
-"""Metrics: LIFT's fixture (lift.md §13.5), a brute-force formulation, and the cases where sums and logs go wrong."""
+"""Metrics: LIFT's fixture (§13.5), a brute-force formulation, and the cases where sums and logs go wrong."""
 
 import math
 

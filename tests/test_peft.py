@@ -266,9 +266,10 @@ def test_a_network_without_linear_layers() -> None:
         build("VeRA", host=Plain(Conv(), 8))
 
 
-def test_a_name_in_any_case_and_names_of_variants() -> None:
-    assert find("lora") is PEFTS["LoRA"] and find("VERA") is PEFTS["VeRA"]
-    assert build("DoRA")[1].config.use_dora and build("rslora")[1].config.use_rslora
+def test_names_are_spelled_as_in_the_table_and_variants_have_their_own() -> None:
+    with pytest.raises(UserError, match="did you mean 'LoRA'"):
+        find("lora")  # another spelling would be another run of the same model
+    assert build("DoRA")[1].config.use_dora and build("rsLoRA")[1].config.use_rslora
 
 
 def test_who_does_not_ask_for_it_does_not_import_it() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import ROOT, offline
@@ -20,6 +21,7 @@ from configs.schema import TEST, TRAIN
 from models.tuners import TUNERS
 from scripts import _grid, collect, reproduce
 from trainers.dryrun import check
+from trainers.metrics import evaluate
 
 TINY = "pretrained none max_steps 4 batch_size 8 max_test_images 20"
 SMALL = f"""# Two losses on gratings
@@ -116,11 +118,23 @@ rows:
         ("rows: {a: {run: [{x: 1}]}}", "'x'"),
         ("rows: {a: -d fake_lt -m tiny_clip lr}", "row 'a'"),
         ("axes: {}", "rows"),
+        ("rows: {}", "no rows"),
+        ("seeds: []\nrows: {a: -d fake_lt -m tiny_clip}", "no seeds"),
+        ("seeds: 3\nrows: {a: -d fake_lt -m tiny_clip}", "no grid"),
+        ("axes: [1]\nrows: {a: -d fake_lt -m tiny_clip}", "no grid"),
+        ('rows: {a: "-d fake_lt -m tiny_clip lr {r"}', "expected '}'"),
+        ("rows: {a: {run: -d fake_lt -m tiny_clip, published: {fake_lt: 3}}}", "no grid"),
+        ("metrics: [speed]\nrows: {a: -d fake_lt -m tiny_clip}", "unknown metric 'speed'"),
     ],
 )
 def test_a_bad_grid_is_one_line(grid: Callable[[str], str], script: Words, text: str, culprit: str) -> None:
     code, _, error = script(reproduce, f"{grid(text)} --print")
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and culprit in error
+
+
+def test_the_metrics_of_a_grid_are_those_of_a_result() -> None:
+    found = evaluate(torch.eye(2), torch.tensor([0, 1]), {each: torch.tensor([0]) for each in ("many", "med", "few")})
+    assert {*_grid.ALL_METRICS} == {*found, "bad_images"} - {"per_class_acc"}
 
 
 @pytest.mark.parametrize("words", ["lift/tab6", "none.yaml", "", "small.yaml --where data cifar10"])
@@ -269,7 +283,15 @@ def test_run_folders_that_differ_in_their_seed_are_a_row(grid: Callable[[str], s
     ]
 
 
-@pytest.mark.parametrize("words", [".", "small.yaml .", "output --metrics accuracy", "small.yaml --metrics speed"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ".",
+        "small.yaml .",
+        "output --metrics accuracy",
+        *(f"small.yaml --metrics {n}" for n in ("speed", "per_class_acc")),
+    ],
+)
 def test_what_cannot_be_collected_is_one_line(half_run: str, script: Words, words: str) -> None:
     code, _, error = script(collect, words)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1

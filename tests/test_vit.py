@@ -21,7 +21,7 @@ from models.vit_check import refusal
 from trainers.checkpoint import copy_state, trained_state
 from trainers.losses import Prior, log_prior, logit_adjusted
 
-FIXTURES = {  # lift.md §13.6: feature[0:4], sum, L2 norm
+FIXTURES = {  # LIFT specification §13.6: feature[0:4], sum, L2 norm
     (): ([0.25395, -0.00013, -1.07229, -0.55991], -1.5997, 7.93454),
     ("adaptformer",): ([0.34087, -0.01793, -1.07221, -0.49428], -1.5558, 7.95083),
     ("adapter",): ([0.41301, 0.00843, -1.07978, -0.48767], -1.5184, 7.96310),
@@ -221,7 +221,7 @@ def parameters_of_vit_b16(names: Sequence[str], sizes: Sizes, partial: int | lis
     return sum(each.numel() for each in host.parameters() if each.requires_grad)
 
 
-COUNTS = {  # lift.md §13.1
+COUNTS = {  # LIFT specification §13.1
     "vpt_shallow": 7680, "vpt_deep": 92160, "bias_tuning": 101376, "ln_tuning": 36864, "ssf_attn": 73728,
     "ssf_mlp": 92160, "ssf_ln": 36864, "full_tuning": 85054464, "lora": 12 * 4 * 768 * 4,
     "lora_mlp": 12 * 10 * 768 * 4, "adapter": 101424, "adaptformer": 101436, "mask": 84996,
@@ -257,7 +257,7 @@ def test_a_fixed_scale_is_a_learnable_one_that_stays() -> None:
 
 
 def test_a_mask_is_the_draw_of_the_original() -> None:
-    """lift.md §5.9: the first permutation, and how many weights and biases of block 0 train at a share of 0.01."""
+    """LIFT §5.9: the first permutation, and how many weights and biases of block 0 train at a share of 0.01."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randperm(2304 * 769, generator=generator)
     assert first[:6].tolist() == [673964, 207565, 1230593, 1046205, 290075, 1336475]

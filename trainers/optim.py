@@ -90,7 +90,7 @@ def build_optimizer(groups: list[dict[str, Any]], plan: Plan) -> torch.optim.SGD
 
 
 def cosine(epoch: int, epochs: int) -> float:
-    """½(1 + cos(π e/E)), constant within an epoch (lift.md §8.1: SGDR without restarts)."""
+    """½(1 + cos(π e/E)), constant within an epoch, as LIFT (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 

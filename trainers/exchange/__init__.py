@@ -42,6 +42,6 @@ def export(subject: Subject, name: str, path: Path) -> str:
     with new_folder(path) as folder:
         facts = entry.write(subject, folder)
         files = sorted(each.name for each in folder.iterdir())
-        write_json(folder / "facts.json", {"format": name, "files": files, **facts, **subject.describe()})
+        write_json(folder / "facts.json", {"format": name, "files": files, **subject.describe(), **facts})
     checked = f", largest difference {facts['largest_difference']:.1g}" if "largest_difference" in facts else ""
     return f"exported to {path}: {', '.join(files)}, facts.json{checked}\n{facts['load']}"

@@ -18,6 +18,7 @@ from trainers.exchange.subject import Subject, linear_head, save_head, save_stat
 
 LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 NORM_BEFORE = {"qkv": "norm1", "fc1": "norm2"}
+WITHIN = "logits = net(images): it is part of the network"
 State = dict[str, Tensor]
 
 
@@ -50,7 +51,10 @@ def write(subject: Subject, folder: Path) -> dict[str, Any]:
     weights = 'safetensors.torch.load_file("model.safetensors")'
     if about["prefix"]:
         weights = f"{{name.removeprefix('{about['prefix']}'): each for name, each in {weights}.items()}}"
-    return {"network": about, "load": f"{about['code']}\nnet.load_state_dict({weights})"}
+    facts = {"network": about, "load": f"{about['code']}\nnet.load_state_dict({weights})"}
+    if within:
+        facts["head"] = {"type": type(subject.head).__name__, "apply": WITHIN}
+    return facts
 
 
 def merged(subject: Subject) -> State:

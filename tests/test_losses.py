@@ -1,4 +1,4 @@
-"""Losses: the fixture of LIFT's specification, §13.3, that sums do not depend on how a batch is cut, deferred re-weighting."""
+"""Losses: LIFT's fixture (§13.3), that sums do not depend on how a batch is cut, deferred re-weighting."""
 
 import json
 from collections.abc import Callable

@@ -6,7 +6,7 @@ name (most specific last) < pairs. Every value is parsed by the type that the sc
 
 import hashlib
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,14 +37,14 @@ class Declared:
 
     Args:
         options: method name → its `Options` dataclass, whose fields become the keys `<method>.<field>`.
-        coupled: key → values with which the result depends on the images that a process holds at once.
+        coupled: key → whether a value makes the result depend on the images that a process holds at once.
     """
 
     options: Mapping[str, type] = field(default_factory=dict)
-    coupled: Mapping[str, Container[object]] = field(default_factory=dict)
+    coupled: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
 
     def couples(self, values: Mapping[str, Any]) -> bool:
-        return any(values[key] in listed for key, listed in self.coupled.items())
+        return any(couples(values[key]) for key, couples in self.coupled.items())
 
 
 def names(kind: str) -> dict[str, Path]:

@@ -184,17 +184,8 @@ ALIASES = {"test_ensemble": "tte"}
 
 SHARED = (
     *("dataset", "num_classes", "class_counts", "train_list", "test_list", "val_list", "val_per_class"),
-    *(
-        "test_per_class",
-        "classnames",
-        "descriptors",
-        "label_field",
-        "imb_factor",
-        "seed",
-        "prec",
-        "max_steps",
-        "max_test_images",
-    ),
+    *("test_per_class", "classnames", "descriptors", "label_field", "imb_factor", "seed", "prec", "max_steps"),
+    "max_test_images",
 )
 """Besides runtime keys, what the command line sets for every stage of a chain."""
 

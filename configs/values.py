@@ -58,11 +58,7 @@ def as_micro(value: Any) -> int | str:
 
 def as_span(value: Any) -> int | list[int]:
     """A range of blocks: an int (the last k) or `[start,end)`."""
-    if isinstance(value, str):
-        try:
-            value = yaml.safe_load(value.replace("(", "[").replace(")", "]"))
-        except yaml.YAMLError:
-            value = None
+    value = _structure(value.replace("(", "[").replace(")", "]") if isinstance(value, str) else value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(end) is int for end in value):
@@ -84,11 +80,7 @@ def as_scale(value: Any) -> float | str:
 
 def as_mapping(value: Any) -> dict[str, Any]:
     """`{key: value, …}` as in YAML."""
-    if isinstance(value, str):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            value = None
+    value = _structure(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("a mapping such as {r: 8}")
     return value
@@ -96,15 +88,20 @@ def as_mapping(value: Any) -> dict[str, Any]:
 
 def as_triple(value: Any) -> list[float]:
     """One number for each of red, green and blue: `[0.5, 0.5, 0.5]`."""
-    if isinstance(value, str):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            value = None
     try:
-        numbers = [as_float(each) for each in value]
+        numbers = [as_float(each) for each in _structure(value)]
     except (ValueError, TypeError):
         numbers = []
     if len(numbers) != 3:
         raise ValueError("three numbers such as [0.5, 0.5, 0.5]")
     return numbers
+
+
+def _structure(value: Any) -> Any:
+    """Text from the command line read as YAML, None where it is none; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return None

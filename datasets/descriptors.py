@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.errors import UserError
+from datasets.image_list import first_file
 
 PUBLISHED_AT = "https://github.com/shijxcs/LIFT, utils/descriptors_imagenet.json"
 
@@ -15,7 +16,7 @@ def class_descriptors(name: str, folders: Sequence[Path], class_names: Sequence[
     Raises:
         UserError: no such file, another kind of file, or a class that is not in it.
     """
-    file = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    file = first_file(name, folders)
     if file is None:
         tried = ", ".join(str((folder / name).absolute()) for folder in folders)
         raise UserError(f"descriptors: no file {tried}; ImageNet's is published at {PUBLISHED_AT}")

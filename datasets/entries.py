@@ -182,7 +182,7 @@ def _locate(cfg: CfgNode, listings: Listings) -> Splits:
 def _counts_outline(cfg: CfgNode) -> Outline:
     """From the JSON of class counts, without the lists; most class names stand in those and are placeholders here."""
     folders = [Path(cfg.data_dir), FOLDER / "data"] if cfg.data_dir else [FOLDER / "data"]
-    file = next((folder / cfg.class_counts for folder in folders if (folder / cfg.class_counts).is_file()), None)
+    file = image_list.first_file(cfg.class_counts, folders)
     if file is None:
         raise UserError(f"class_counts: no file '{cfg.class_counts}' in {folders[0]}")
     counts = _read_counts(file, cfg.label_field)

@@ -83,14 +83,18 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
     Raises:
         UserError: in none; a published list is named with its checksum and source.
     """
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+    if found := first_file(name, folders):
+        return found
     tried = ", ".join(str((folder / name).absolute()) for folder in folders)
     message = f"list file not found: {tried} (set `lists` to the folder that holds it)"
     if blobs := PUBLISHED.get(Path(name).name):
         message += f"; it is published at {PUBLISHED_AT} (git blob {blobs[0]})"
     raise UserError(message)
+
+
+def first_file(name: str, folders: Sequence[Path]) -> Path | None:
+    """The file in the first folder that has it."""
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def read_list(file: Path) -> Listing:

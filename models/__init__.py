@@ -23,7 +23,7 @@ from models.prompts import DESCRIPTOR, Sentences, fill
 from models.timm_models import Timm, find_timm
 from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
 
-__all__ = ["BACKBONES", "VPT_LEN", "Classifier", "build_model", "find_backbone", "resolve"]
+__all__ = ["BACKBONES", "Classifier", "build_model", "find_backbone", "resolve", "sizes_of"]
 
 TINY = Path(__file__).parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
@@ -91,7 +91,7 @@ def build_model(
         scale = backbone.text.logit_scale if backbone.text else 1.0
         head: nn.Module = CosineClassifier(backbone.embed_dim, len(class_names), scale).requires_grad_(False)
     else:
-        add_tuners(encoder, tuners, _sizes(cfg, len(class_names), encoder), cfg.partial, cfg.seed)
+        add_tuners(encoder, tuners, sizes_of(cfg, len(class_names), encoder), cfg.partial, cfg.seed)
         with seeded(cfg.seed, "head"):
             head = lookup(HEADS, cfg.classifier, "classifier")(encoder.feature_dim, len(class_names), cfg.scale)
     peft = _peft(cfg, encoder)
@@ -128,7 +128,7 @@ def resolve(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _sizes(cfg: CfgNode, classes: int, encoder: Host) -> Sizes:
+def sizes_of(cfg: CfgNode, classes: int, encoder: Host) -> Sizes:
     """What tuners are built from; LIFT's rules where the config leaves it open."""
     share = mask_ratio(classes, encoder.depth, encoder.feature_dim) if cfg.mask_ratio is None else cfg.mask_ratio
     return Sizes(

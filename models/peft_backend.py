@@ -20,7 +20,7 @@ from configs.errors import UserError, unknown
 from configs.seeding import seeded
 from models.host import Host, tensors_of
 from models.peft_adapter import AdaLora, Peft
-from models.peft_table import FIELDS, INITS, NOISY, PEFTS, Kind, find
+from models.peft_table import FIELDS, INITS, PEFTS, Kind, draws, find
 
 if TYPE_CHECKING:  # it takes more than a second to import, so only who asks for it pays
     from peft import PeftConfig, PeftModel
@@ -65,7 +65,7 @@ def add_peft(
         if key.replace(".base_layer.", ".") in selected:
             parameter.requires_grad_(True)
     host.adapted = [host.net.get_submodule(each) for each in targets]
-    host.noisy = args in NOISY
+    host.noisy = draws(args)
     _check_called(host, targets, name, resolution)
     return (AdaLora if kind.type == "ADALORA" else Peft)(name, model, targets, args)
 

@@ -97,14 +97,9 @@ FIELDS = {
 INITS = (True, False, None, "gaussian", "orthogonal")
 
 
-class Noisy:
-    """The values of `peft_args` with which the draws of training depend on how a batch is cut: those with dropout."""
-
-    def __contains__(self, args: object) -> bool:
-        return isinstance(args, dict) and any("dropout" in key and bool(value) for key, value in args.items())
-
-
-NOISY = Noisy()
+def draws(args: Mapping[str, Any] | None) -> bool:
+    """Whether training with these `peft_args` draws random numbers, which depends on how a batch is cut: dropout."""
+    return any("dropout" in key and bool(value) for key, value in (args or {}).items())
 
 
 def find(name: str) -> Kind:

@@ -27,7 +27,8 @@ from configs.errors import UserError
 from models.host import Host
 from models.vit_check import refusal
 
-LAYERS = ("qkv", "proj", "fc1", "fc2")
+LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+"""The linear layers of a block, in the order of LIFT → where they are in it."""
 OUTPUTS = ("tokens", "norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2", "mlp")
 SITES = (*OUTPUTS, *(f"{layer}.weights" for layer in LAYERS))
 QUICK = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x)
@@ -93,9 +94,8 @@ class ViT(Host):
         return bool(self.net.global_pool == "token")
 
     def layers(self, index: int) -> dict[str, Any]:
-        """The linear layers of block `index`, by name and in the order of LIFT."""
-        block = self.net.blocks[index]
-        return dict(zip(LAYERS, (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2), strict=True))
+        """The linear layers of block `index`, as in LAYERS."""
+        return {name: self.net.blocks[index].get_submodule(path) for name, path in LAYERS.items()}
 
     def insert(self, tuner: str, index: int, modules: dict[str, nn.Module], on_weights: bool = False) -> None:
         """Put a tuner's modules at sites of block `index`; they are stored as `tuners.<tuner>.<index>.<site>`.
@@ -117,7 +117,7 @@ class ViT(Host):
         x = x.to(self.residual_dtype or compute)
         for index, (block, sites) in enumerate(zip(net.blocks, self.sites, strict=True)):
             if sites["tokens"]:
-                x = _at(sites["tokens"], x[:, :length], x)
+                x = at_site(sites["tokens"], x[:, :length], x)
             only_class = self.fast and self.only_class and index == self.depth - 1
             x = self._block(x, block, sites, compute, only_class)
         x = _norm(x[:, : 1 if self.only_class else length], net.norm).to(compute)
@@ -126,27 +126,27 @@ class ViT(Host):
 
     def _block(self, x: Tensor, block: Any, sites: Sites, compute: torch.dtype, only_class: bool) -> Tensor:
         """One pre-norm block, [B, N, D] → [B, N, D], or [B, 1, D] for the class token alone."""
-        normed = _at(sites["norm1"], _norm(x, block.norm1).to(compute), x)
+        normed = at_site(sites["norm1"], _norm(x, block.norm1).to(compute), x)
         queries = normed[:, :1] if only_class else normed
         attended = self._attend(normed, queries, block.attn, sites)
         x = (x[:, :1] if only_class else x) + _scale(attended, block.ls1)
-        normed = _at(sites["norm2"], _norm(x, block.norm2).to(compute), x)
-        return x + _at(sites["mlp"], _scale(self._mlp(normed, block.mlp, sites), block.ls2), x)
+        normed = at_site(sites["norm2"], _norm(x, block.norm2).to(compute), x)
+        return x + at_site(sites["mlp"], _scale(self._mlp(normed, block.mlp, sites), block.ls2), x)
 
     def _attend(self, x: Tensor, queries: Tensor, attn: Any, sites: Sites) -> Tensor:
         q, k, v = _project(x, queries, attn.qkv, sites["qkv.weights"])
-        q, k, v = _at(sites["q"], q, queries), _at(sites["k"], k, x), _at(sites["v"], v, x)
+        q, k, v = at_site(sites["q"], q, queries), at_site(sites["k"], k, x), at_site(sites["v"], v, x)
         q, k, v = (each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in (q, k, v))  # [B, H, N, D/H]
         q, k = _norm(q, attn.q_norm), _norm(k, attn.k_norm)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, D]
-        return _at(sites["proj"], _linear(out, attn.proj, sites["proj.weights"]), out)
+        return at_site(sites["proj"], _linear(out, attn.proj, sites["proj.weights"]), out)
 
     def _mlp(self, x: Tensor, mlp: Any, sites: Sites) -> Tensor:
         if "fc1_folded" in mlp._buffers:
             hidden = F.silu(F.linear(x, mlp.fc1_folded, mlp.fc1_bias_folded))
             return F.linear(hidden, mlp.fc2_folded, mlp.fc2.bias)
-        hidden = mlp.act(_at(sites["fc1"], _linear(x, mlp.fc1, sites["fc1.weights"]), x))
-        return _at(sites["fc2"], _linear(hidden, mlp.fc2, sites["fc2.weights"]), hidden)
+        hidden = mlp.act(at_site(sites["fc1"], _linear(x, mlp.fc1, sites["fc1.weights"]), x))
+        return at_site(sites["fc2"], _linear(hidden, mlp.fc2, sites["fc2.weights"]), hidden)
 
     @torch.no_grad()
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
@@ -190,7 +190,8 @@ class ViT(Host):
         return [(name, weight) for name, weight in self.named_parameters() if not weight.requires_grad]
 
 
-def _at(modules: list[nn.Module], y: Any, x: Tensor) -> Any:
+def at_site(modules: list[nn.Module], y: Any, x: Tensor) -> Any:
+    """What the modules at a site make of its output y; x is the site's input."""
     for module in modules:
         y = module(y, x)
     return y
@@ -213,7 +214,7 @@ def _cast(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _weights(layer: nn.Linear, modules: list[nn.Module], x: Tensor) -> tuple[Any, Any]:
-    weight, bias = _at(modules, (layer.weight, layer.bias), x)
+    weight, bias = at_site(modules, (layer.weight, layer.bias), x)
     return _cast(weight, x), _cast(bias, x)
 
 

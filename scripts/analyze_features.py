@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import CfgNode, UserError, load_configs  # noqa: E402
 from datasets import build_data  # noqa: E402
-from main import Parser, split_words  # noqa: E402
+from main import Parser, answer, split_words  # noqa: E402
 from models import resolve  # noqa: E402
 from trainers.features import heat_map, histograms, split_features, summary  # noqa: E402
 from trainers.files import new_folder, write_json  # noqa: E402
@@ -40,12 +40,12 @@ log = logging.getLogger("tailtune")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    return answer(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> int:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # on a new machine it talks about its cache
-    try:
-        analyze(configured(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    analyze(configured(argv))
     return 0
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.errors import UserError  # noqa: E402
+from main import answer  # noqa: E402
 from scripts._grid import METRICS, Grid, add_selection, result, runs, select, split_extra  # noqa: E402
 from scripts._table import FORMATS, Result, Row  # noqa: E402
 
@@ -76,7 +77,12 @@ def _read(path: Path) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    own, extra = split_extra(sys.argv[1:] if argv is None else argv)
+    """Returns the exit code."""
+    return answer(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> int:
+    own, extra = split_extra(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", help="a grid, or run folders")
     parser.add_argument("--format", choices=FORMATS, default="md")
@@ -84,21 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_selection(parser)
     args = parser.parse_args(own)
     metrics: Sequence[str]
-    try:
-        if all(Path(each).is_dir() for each in args.what):
-            rows, metrics, paper = folder_rows([Path(each) for each in args.what]), METRICS, None
-        elif len(args.what) == 1:
-            args.grid = args.what[0]
-            grid, seeds = select(args)
-            rows, metrics, paper = grid_rows(grid, seeds, extra), grid.metrics, grid.paper
-        else:
-            strange = next(each for each in args.what if not Path(each).is_dir())
-            raise UserError(f"{strange} is no folder; name one grid, or run folders")
-        print(FORMATS[args.format](rows, args.metrics or metrics, paper), end="")
-        return 0
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if all(Path(each).is_dir() for each in args.what):
+        rows, metrics, paper = folder_rows([Path(each) for each in args.what]), METRICS, None
+    elif len(args.what) == 1:
+        args.grid = args.what[0]
+        grid, seeds = select(args)
+        rows, metrics, paper = grid_rows(grid, seeds, extra), grid.metrics, grid.paper
+    else:
+        strange = next(each for each in args.what if not Path(each).is_dir())
+        raise UserError(f"{strange} is no folder; name one grid, or run folders")
+    print(FORMATS[args.format](rows, args.metrics or metrics, paper), end="")
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the one that trains run before it. Ends with output/tables/TABLE.md, .csv and .t
 import argparse
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -34,18 +33,10 @@ ENDINGS = {"md": "md", "csv": "csv", "latex": "tex"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: of the first run that fails, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
-    try:
-        return _main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return tailtune.answer(_command, argv, interrupted="interrupted; the same command continues")
 
 
-def _main(argv: Sequence[str]) -> int:
+def _command(argv: Sequence[str]) -> int:
     own, extra = split_extra(argv)
     args = _parser().parse_args(own)
     if args.list:

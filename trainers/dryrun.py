@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import CfgNode, values_of
 from configs.schema import SCHEMA
 from datasets import build_info
-from models import VPT_LEN, Classifier, build_model, resolve
-from models.tuners import bottleneck_dim, mask_ratio
+from models import Classifier, build_model, resolve, sizes_of
 from trainers.exchange import EXPORTS
 from trainers.launch import world_size
 from trainers.methods import build_method
@@ -30,12 +29,12 @@ def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
     model = check(cfg)
     with torch.device("meta"):
         flops = forward_flops(model, cfg.resolution)
-    classes = model.head.get_parameter("weight").shape[0]
+    sizes = sizes_of(cfg, len(model.head.get_parameter("weight")), model.encoder)
     derived = {
-        "adapter_dim": bottleneck_dim(classes, model.encoder.depth),
-        "vpt_len": VPT_LEN,
-        "mask_ratio": mask_ratio(classes, model.encoder.depth, model.encoder.feature_dim),
-        "mask_seed": 0,
+        "adapter_dim": sizes.bottleneck,
+        "vpt_len": sizes.prompts,
+        "mask_ratio": sizes.mask_ratio,
+        "mask_seed": sizes.mask_seed,
         **{key: cfg[key] for key in ("resolution", "interpolation", "expand")},
         "micro_batch_size": micro_batch_size(cfg, world_size()),
     }

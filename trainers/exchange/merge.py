@@ -8,15 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
 from models.peft_adapter import merge
-from models.vit import SITES, Sites, ViT
+from models.vit import LAYERS, SITES, Sites, ViT, at_site
 from trainers.exchange.plain_net import network
 from trainers.exchange.subject import Subject, linear_head, save_head, save_state
 
-LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 NORM_BEFORE = {"qkv": "norm1", "fc1": "norm2"}
 WITHIN = "logits = net(images): it is part of the network"
 State = dict[str, Tensor]
@@ -82,12 +81,12 @@ def _layer(sites: Sites, name: str, path: str, state: State) -> State:
     if not any(around.values()):
         return {}
     weight, bias = state[f"{path}.weight"].double(), state.get(f"{path}.bias")
-    weight, bias = _at(around[weights], (weight, None if bias is None else bias.double()), weight)
+    weight, bias = at_site(around[weights], (weight, None if bias is None else bias.double()), weight)
 
     def run(x: Tensor) -> Tensor:
-        x = _at(around[norm], x, x)
+        x = at_site(around[norm], x, x)
         parts = F.linear(x, weight, bias).chunk(len(outputs), dim=-1)
-        return torch.cat([_at(around[site], y, x) for site, y in zip(outputs, parts, strict=True)], dim=-1)
+        return torch.cat([at_site(around[site], y, x) for site, y in zip(outputs, parts, strict=True)], dim=-1)
 
     shift = run(weight.new_zeros(1, weight.shape[1]))
     merged = (run(torch.eye(weight.shape[1], dtype=weight.dtype)) - shift).T
@@ -102,16 +101,10 @@ def _scaled(host: Any, name: str, state: State) -> State:
     """The last layer with what the tuners do to each entry of its output."""
     modules = [copy.deepcopy(each).double() for each in host.tuners.values()]
     ones = torch.ones(host.feature_dim, dtype=torch.float64)
-    shift = _at(modules, 0 * ones, ones)
-    scale = _at(modules, ones, ones) - shift
+    shift = at_site(modules, 0 * ones, ones)
+    scale = at_site(modules, ones, ones) - shift
     weight, bias = (state[f"{name}.{part}"].double() for part in ("weight", "bias"))
     return {f"{name}.weight": weight * scale.unsqueeze(1), f"{name}.bias": bias * scale + shift}
-
-
-def _at(modules: list[nn.Module], y: Any, x: Tensor) -> Any:
-    for module in modules:
-        y = module(y, x)
-    return y
 
 
 def _feature_layer(subject: Subject) -> str | None:

@@ -1,12 +1,13 @@
 """METHODS: name → method. A method is one file here and one line in the table."""
 
-from collections.abc import Container
+from collections.abc import Callable
+from typing import Any
 
 from configs import CfgNode, Declared
 from configs.errors import lookup
 from datasets.bundle import DataInfo
 from models import Classifier
-from models.peft_table import NOISY
+from models.peft_table import draws
 from models.tuners import TUNERS
 from trainers.losses import BATCH_COUPLED, LOSSES
 from trainers.methods.base import Method, Objective
@@ -18,11 +19,11 @@ METHODS: dict[str, type[Method]] = {
 
 def declared() -> Declared:
     """What the tables say about options: those of methods, and which values couple the images of a batch."""
-    coupled: dict[str, Container[object]] = {
-        "method": frozenset(name for name, method in METHODS.items() if method.couples),
-        "loss_type": BATCH_COUPLED,
-        "peft_args": NOISY,
-        **{name: frozenset({True}) for name, tuner in TUNERS.items() if tuner.on_batch},
+    coupled: dict[str, Callable[[Any], bool]] = {
+        "method": lambda name: name in METHODS and METHODS[name].couples,
+        "loss_type": lambda name: name in BATCH_COUPLED,
+        "peft_args": draws,
+        **{name: bool for name, tuner in TUNERS.items() if tuner.on_batch},
     }
     return Declared({name: method.Options for name, method in METHODS.items()}, coupled)
 

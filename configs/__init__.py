@@ -16,8 +16,9 @@ import yaml
 from yacs.config import CfgNode
 
 from configs.errors import UserError, lookup, unknown
+from configs.key import RUNTIME, TRAIN, Key, option_keys
 from configs.naming import class_of, run_name, test_key
-from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TRAIN, Key, option_keys
+from configs.schema import ALIASES, SCHEMA, SHARED
 
 __all__ = [
     *("CfgNode", "Declared", "UserError", "config_hash", "describe"),

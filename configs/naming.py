@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from configs.schema import SCHEMA, TEST, TRAIN
+from configs.key import TEST, TRAIN
+from configs.schema import SCHEMA
 
 Values = Mapping[str, Any]
 LONGEST = 120

@@ -10,38 +10,24 @@ Keys are LIFT's own wherever LIFT has them. `None` (or `null`) is accepted only 
 `optional` is set. Names of table entries (losses, heads, data sets …) are checked where they are looked up.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
 
-from configs.values import as_bool, as_float, as_int, as_mapping, as_micro, as_scale, as_span, as_str, as_triple
-
-Class = Literal["train", "test", "runtime"]
-
-
-@dataclass(frozen=True)
-class Key:
-    parse: Callable[[Any], Any]
-    default: Any
-    cls: Class
-    doc: str
-    choices: tuple[str, ...] = ()
-    least: float | None = None
-    """The smallest value allowed."""
-    optional: bool = field(default=False)
-    """None is a value although the default is another one."""
-    internal: bool = False
-    """Set by the loader, never by YAML or command line."""
-    logits: bool = True
-    """For `test` keys: the value changes the logits, not only what is computed from them."""
-    data_wins: bool = False
-    """A data config's value beats the model config's (digits must not be flipped, whatever the model prefers)."""
-
-
-TRAIN: Class = "train"
-TEST: Class = "test"
-RUNTIME: Class = "runtime"
+from configs.key import RUNTIME, TEST, TRAIN, Key
+from configs.values import (
+    as_bool,
+    as_factors,
+    as_float,
+    as_int,
+    as_ints,
+    as_mapping,
+    as_micro,
+    as_names,
+    as_scale,
+    as_span,
+    as_str,
+    as_triple,
+)
 
 SCHEMA: Mapping[str, Key] = MappingProxyType(
     {
@@ -91,6 +77,15 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         ),
         "descriptors": Key(as_str, None, TRAIN, "JSON, class name → list of strings, for prompt descriptor"),
         "zero_shot": Key(as_bool, False, TRAIN, "classify with the text features, train nothing"),
+        "num_experts": Key(as_int, 1, TRAIN, "classifiers whose logits are averaged; more than one: experts", least=1),
+        "expert_split": Key(
+            as_int,
+            None,
+            TRAIN,
+            "last stages or blocks that each expert has for itself; 0: its head only; none: the backbone's own",
+            least=0,
+        ),
+        "reduce_dimension": Key(as_bool, False, TRAIN, "narrower own stages of the experts (our ResNets)"),
         # --- tuners: a flag is the tuner's name in TUNERS --------------------------------------------------------
         "full_tuning": Key(as_bool, False, TRAIN, "train the blocks themselves"),
         "bias_tuning": Key(as_bool, False, TRAIN, "train the biases of the blocks"),
@@ -134,6 +129,15 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "lr": Key(as_float, 0.01, TRAIN, "learning rate at the start", least=0.0),
         "weight_decay": Key(as_float, 5e-4, TRAIN, "of everything that trains", least=0.0),
         "momentum": Key(as_float, 0.9, TRAIN, "of SGD", least=0.0),
+        "nesterov": Key(as_bool, False, TRAIN, "Nesterov's momentum"),
+        "schedule": Key(as_str, "cosine", TRAIN, "entry of SCHEDULES: the learning rate over the epochs"),
+        "lr_steps": Key(as_ints, None, TRAIN, "multistep: epochs (the first is 0) that multiply it by lr_gamma"),
+        "lr_gamma": Key(as_float, 0.1, TRAIN, "factor of schedule multistep", least=0.0),
+        "warmup_epochs": Key(as_int, 0, TRAIN, "epochs over which the learning rate rises to its start", least=0),
+        "lr_factors": Key(
+            as_factors, None, TRAIN, "factors on the learning rate of parameter groups: {tuner: 0.1, head: 1}"
+        ),
+        "sampler": Key(as_str, "shuffle", TRAIN, "entry of SAMPLERS: which training images make up an epoch"),
         "loss_type": Key(as_str, "LA", TRAIN, "entry of LOSSES"),
         "tau": Key(as_float, 1.0, TRAIN, "strength of logit adjustment (LA)"),
         "drw_epoch": Key(
@@ -163,6 +167,45 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
             least=0.0,
             logits=False,
         ),
+        "test_dists": Key(
+            as_names,
+            None,
+            TEST,
+            "label distributions to evaluate on: uniform, forward50, backward50 …; all: those of the data",
+            logits=False,
+        ),
+        "shift_ratios": Key(as_ints, [2, 5, 10, 25, 50], TEST, "imbalance ratios that `all` means", logits=False),
+        "shift_order": Key(
+            as_str,
+            "counts",
+            TEST,
+            "frequent classes first: by training count, as in the published lists, or by label",
+            ("counts", "published", "label"),
+            logits=False,
+        ),
+        "shift_max": Key(
+            as_int,
+            None,
+            TEST,
+            "images of a shift's largest class; none: smallest test class",
+            least=1,
+            logits=False,
+        ),
+        "shift_factors": Key(
+            as_factors, None, TEST, "smallest / largest class where it is not 1/ratio: {forward3: 0.3333}", logits=False
+        ),
+        "shift_files": Key(
+            as_str, None, TEST, "published list of a distribution, with {name} in it; none: drawn", logits=False
+        ),
+        "shift_seed": Key(as_int, 0, TEST, "of the draw of a distribution's images", least=0, logits=False),
+        "adapt": Key(as_str, None, TEST, "entry of ADAPTS: expert weights from unlabelled test images", logits=False),
+        "adapt_views": Key(as_str, "sade_imagenet", TEST, "entry of AUGMENTS: its views of an image", logits=False),
+        "adapt_epochs": Key(as_int, 5, TEST, "its passes over the views", least=1, logits=False),
+        "adapt_lr": Key(as_float, 0.1, TEST, "its learning rate", least=0.0, logits=False),
+        "adapt_weight_decay": Key(as_float, 5e-4, TEST, "its weight decay", least=0.0, logits=False),
+        "adapt_entropy": Key(as_float, 0.0, TEST, "its factor on the entropy of predictions", logits=False),
+        "adapt_batch_size": Key(as_int, 128, TEST, "images a step of it", least=1, logits=False),
+        "adapt_seed": Key(as_int, 0, TEST, "of its views and order", least=0, logits=False),
         # --- how it runs -----------------------------------------------------------------------------------------
         "test_only": Key(as_bool, False, RUNTIME, "evaluate the trained run"),
         "model_dir": Key(as_str, None, RUNTIME, "with test_only: folder of the run whose checkpoint is evaluated"),
@@ -188,15 +231,3 @@ SHARED = (
     "max_test_images",
 )
 """Besides runtime keys, what the command line sets for every stage of a chain."""
-
-
-def option_keys(method: str, options: type) -> dict[str, Key]:
-    """The keys of a method's own `Options` dataclass: `ride.diversity`, typed by the field's default.
-
-    The text of a key is `metadata["doc"]` of its field; a changed option is another trained model.
-    """
-    parsers: dict[type, Callable[[Any], Any]] = {bool: as_bool, int: as_int, float: as_float, str: as_str}
-    return {
-        f"{method}.{each.name}": Key(parsers[type(each.default)], each.default, "train", each.metadata["doc"])
-        for each in fields(options)
-    }

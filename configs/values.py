@@ -86,6 +86,29 @@ def as_mapping(value: Any) -> dict[str, Any]:
     return value
 
 
+def as_names(value: Any) -> list[str]:
+    """Names: `[uniform, forward50]`, or `uniform,forward50`."""
+    value = _structure(value)
+    found = [each.strip() for each in value.split(",")] if isinstance(value, str) else value
+    if isinstance(found, list) and found and all(isinstance(each, str) and each for each in found):
+        return found
+    raise ValueError("names such as uniform,forward50")
+
+
+def as_ints(value: Any) -> list[int]:
+    """Whole numbers, none below 0, in ascending order: `[160, 180]`."""
+    value = _structure(value)
+    found = [value] if type(value) is int else value
+    if isinstance(found, list) and all(type(each) is int and each >= 0 for each in found) and found == sorted(found):
+        return found
+    raise ValueError("ascending whole numbers such as [160, 180]")
+
+
+def as_factors(value: Any) -> dict[str, float]:
+    """Name → number: `{tuner: 0.1}`."""
+    return {name: as_float(each) for name, each in as_mapping(value).items()}
+
+
 def as_triple(value: Any) -> list[float]:
     """One number for each of red, green and blue: `[0.5, 0.5, 0.5]`."""
     try:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from configs import CfgNode
 from configs.errors import UserError, lookup, unknown
 from configs.seeding import seeded
-from models.backbone import Backbone, BackboneSpec
+from models.backbone import Backbone, BackboneSpec, Split, Stats
 from models.classifier import Classifier
 from models.clip import Clip, find_clip
+from models.experts import ExpertHeads
 from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext
 from models.heads import HEADS, CosineClassifier
 from models.host import Host
@@ -56,7 +57,11 @@ LIBRARIES: dict[str, Callable[[str], BackboneSpec]] = {"open_clip": find_clip, "
 
 
 def build_model(
-    cfg: CfgNode, class_names: Sequence[str], fast: bool = True, descriptors: Sentences | None = None
+    cfg: CfgNode,
+    class_names: Sequence[str],
+    fast: bool = True,
+    descriptors: Sentences | None = None,
+    pixels: Stats = (HALF, HALF),
 ) -> Classifier:
     """The model of a config, ready to train; on the meta device it has shapes only.
 
@@ -65,6 +70,7 @@ def build_model(
         class_names: C names.
         fast: False builds the plain formulation of the encoder, for comparison.
         descriptors: sentences of each class, for `prompt descriptor`; not needed on the meta device.
+        pixels: mean and deviation of the data, for a backbone that was trained on none.
 
     Raises:
         UserError: an unknown name, weights that are not there, or parts that do not fit each other.
@@ -80,23 +86,20 @@ def build_model(
         raise UserError(  # the rest of the image would be cut off in silence
             f"resolution {cfg.resolution} must be a multiple of {patch_size}, the patch size of {cfg.backbone}"
         )
-    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project=cfg.zero_shot, fast=fast)
+    split = Split(cfg.num_experts, cfg.expert_split, cfg.reduce_dimension)
+    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot, fast, split)
     encoder = backbone.encoder
     if cfg.residual_dtype and isinstance(encoder, Plain):
         raise UserError(f"residual_dtype is of the ViT host's own forward, which {cfg.backbone} does not use; leave it")
-    if cfg.zero_shot and tuners:
-        raise UserError(f"zero_shot trains nothing, so {', '.join(tuners)} would be left out; set one of them to False")
     if cfg.zero_shot:
-        assert backbone.embed_dim is not None  # else `project` would have been refused
-        scale = backbone.text.logit_scale if backbone.text else 1.0
-        head: nn.Module = CosineClassifier(backbone.embed_dim, len(class_names), scale).requires_grad_(False)
+        head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:
         add_tuners(encoder, tuners, sizes_of(cfg, len(class_names), encoder), cfg.partial, cfg.seed)
-        with seeded(cfg.seed, "head"):
-            head = lookup(HEADS, cfg.classifier, "classifier")(encoder.feature_dim, len(class_names), cfg.scale)
+        head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
     encoder.set_precision()
-    stats = (cfg.pixel_mean or backbone.stats[0], cfg.pixel_std or backbone.stats[1])
+    own = backbone.stats or pixels
+    stats = (cfg.pixel_mean or own[0], cfg.pixel_std or own[1])
     return Classifier(encoder, head, stats, _head_init(cfg, backbone, sentences), backbone.random, peft)
 
 
@@ -138,6 +141,24 @@ def sizes_of(cfg: CfgNode, classes: int, encoder: Host) -> Sizes:
         mask_seed=cfg.mask_seed or 0,
         adaptformer_scale=None if cfg.adaptformer_scale == "learnable" else cfg.adaptformer_scale,
     )
+
+
+def _zero_shot_head(cfg: CfgNode, backbone: Backbone, tuners: Sequence[str], classes: int) -> nn.Module:
+    if tuners:
+        raise UserError(f"zero_shot trains nothing, so {', '.join(tuners)} would be left out; set one of them to False")
+    if cfg.num_experts > 1:
+        raise UserError(f"zero_shot has the one classifier of the text tower; leave out num_experts {cfg.num_experts}")
+    assert backbone.embed_dim is not None  # else `project` would have been refused
+    scale = backbone.text.logit_scale if backbone.text else 1.0
+    return CosineClassifier(backbone.embed_dim, classes, scale).requires_grad_(False)
+
+
+def _head(cfg: CfgNode, dim: int, classes: int) -> nn.Module:
+    """The head, or one for each expert, which differ by their random start."""
+    make = lookup(HEADS, cfg.classifier, "classifier")
+    with seeded(cfg.seed, "head"):
+        heads = [make(dim, classes, cfg.scale) for _ in range(cfg.num_experts)]
+    return heads[0] if cfg.num_experts == 1 else ExpertHeads(heads)
 
 
 def _peft(cfg: CfgNode, encoder: Host) -> Peft | None:

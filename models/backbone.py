@@ -39,16 +39,31 @@ class Inputs:
         return 3 * (self.patch_size or 16) // 2
 
 
+@dataclass(frozen=True)
+class Split:
+    """How experts share a network."""
+
+    experts: int = 1
+    own: int | None = None
+    """Last parts (stages, blocks) that each expert has for itself; 0: none; None: what the backbone does by itself."""
+    reduced: bool = False
+    """The experts' own parts are narrower."""
+
+
 @dataclass
 class Backbone:
     encoder: Host
-    stats: Stats
+    stats: Stats | None
+    """None: trained from nothing, so of the data's own pixels."""
     embed_dim: int | None = None
     """Width of the space shared with text, d; None for a backbone without text tower."""
     text: Text | None = None
     """Absent on the meta device too, where nothing is encoded."""
     random: bool = False
     """The weights are random although pre-trained ones exist."""
+
+
+ONE = Split()
 
 
 class BackboneSpec(Protocol):
@@ -59,5 +74,11 @@ class BackboneSpec(Protocol):
         ...
 
     def build(
-        self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True
+        self,
+        pretrained: str | None,
+        resolution: int,
+        seed: int,
+        project: bool,
+        fast: bool = True,
+        split: Split = ONE,
     ) -> Backbone: ...

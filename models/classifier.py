@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Stats
+from models.experts import ExpertHeads, heads_of
 from models.head_init import HeadContext
 from models.host import Host
 from models.peft_adapter import Peft
@@ -15,8 +16,8 @@ class Classifier(nn.Module):
     """Images → features → logits of each expert.
 
     Args:
-        encoder: normalised images → features [B, D].
-        head: features → logits [B, C].
+        encoder: normalised images → features [B, D], or [B, E, D] of experts with parts of their own.
+        head: features → logits [B, C], or `ExpertHeads`.
         stats: mean and std that the encoder expects.
         init: fills the head before the first step; dropped afterwards, and with it the text tower.
         random_base: the encoder's weights are random although pre-trained ones exist.
@@ -45,18 +46,29 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] (or floats, taken as normalised) → features [B, D]."""
-        if images.dtype == torch.uint8:
-            images = (images.float() / 255 - self.mean) / self.std
-        return self.encoder(images)
+        """uint8 images [B, 3, H, W] (or floats, taken as normalised) → features [B, D] or [B, E, D]."""
+        return self.encoder(self.normalised(images))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] → logits of each expert [B, E, C]; one head is one expert.
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] → what the encoder takes; floats pass as they are."""
+        return (images.float() / 255 - self.mean) / self.std if images.dtype == torch.uint8 else images
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [B, D] or [B, E, D] → logits of each expert [B, E, C]; one head is one expert.
 
         At least fp32: class counts, which losses use in the logits' dtype, are beyond fp16's range.
         """
-        logits = self.head(self.features(images)).unsqueeze(1)
+        logits = self.head(features)
+        logits = logits if isinstance(self.head, ExpertHeads) else logits.unsqueeze(1)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] → logits of each expert [B, E, C]."""
+        return self.logits(self.features(images))
+
+    @property
+    def num_experts(self) -> int:
+        return len(heads_of(self.head))
 
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
         """Arithmetic of the frozen encoder; the head stays in its own dtype."""
@@ -85,7 +97,9 @@ class Classifier(nn.Module):
         """Fill the head's weight once, then let go of what that needed."""
         if self.init is not None:
             with torch.no_grad():
-                self.head.get_parameter("weight").copy_(self.init(context))
+                weight = self.init(context)
+                for head in heads_of(self.head):
+                    head.get_parameter("weight").copy_(weight)
         self.init = None
 
     def counts(self) -> dict[str, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.errors import UserError, lookup, unknown
 from configs.seeding import seeded
-from models.backbone import Backbone, Inputs, Stats
+from models.backbone import ONE, Backbone, Inputs, Split, Stats
 from models.text import TextTower
 from models.timm_models import Timm
 from models.towers import empty_tower, is_simple, taken_tower, vision_at
@@ -57,7 +57,9 @@ class Clip:
             patch_size = None if isinstance(vision.layers, (list, tuple)) else vision.patch_size
         return Inputs(int(vision.image_size), interpolation, patch_size)
 
-    def build(self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True) -> Backbone:
+    def build(
+        self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
+    ) -> Backbone:
         """The image tower in a host, with the text tower at hand.
 
         On the meta device nothing is read. `project` keeps the visual projection of a ViT (zero-shot); the feature of

@@ -13,10 +13,15 @@ from configs.errors import UserError
 class Host(nn.Module):
     """Base of the image encoders: normalised images [B, 3, H, W] → features [B, feature_dim].
 
+    Where experts have parts of the network for themselves (`experts` > 1) the features are [B, E, feature_dim]: what
+    all share is the `trunk`, what follows is a `branch` for each.
+
     Attributes:
         net: the pre-trained network; frozen but for what a tuner selects.
         tuners: the modules that tuners have inserted.
         parts: what `partial` counts: blocks of a transformer, stages of a residual network; may be empty.
+        experts: how many branches there are.
+        still: what was tuned is held as it is, batch norms included (a later stage trains something else).
     """
 
     net: Any
@@ -31,6 +36,8 @@ class Host(nn.Module):
         """Those that train, on the statistics of what is in memory at once."""
         self.adapted: list[Any] = []
         """Layers of the network that peft has wrapped."""
+        self.experts = 1
+        self.still = False
         self.noisy = False
         """What trains draws random numbers in every forward."""
         self._came_with = [(module, name) for module in net.modules() for name in module._buffers]
@@ -43,14 +50,29 @@ class Host(nn.Module):
     @property
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
-        return bool(self.batch_norms) or self.noisy
+        return (bool(self.batch_norms) or self.noisy) and not self.still
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] → what all experts share; the whole feature where they share all."""
+        raise NotImplementedError
+
+    def branch(self, shared: Tensor, expert: int) -> Tensor:
+        """What the trunk gave, of some images → features [B, feature_dim] of one expert."""
+        return shared
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] → features [B, feature_dim], or [B, E, feature_dim] of several experts."""
+        shared = self.trunk(images)
+        if self.experts == 1:
+            return self.branch(shared, 0)
+        return torch.stack([self.branch(shared, expert) for expert in range(self.experts)], dim=1)
 
     def train(self, mode: bool = True) -> "Host":
         """The backbone stays as it was pre-trained; only tuners, and tuned batch norms, have a training mode."""
         super().train(mode)
         self.net.eval()
         for module in (*self.batch_norms, *self.adapted):
-            module.train(mode)
+            module.train(mode and not self.still)
         return self
 
     def chosen(self, partial: int | Sequence[int] | None) -> range:

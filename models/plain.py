@@ -47,7 +47,7 @@ class Plain(Host):
         """Put a tuner's module on the feature, called `y = module(y, y)`; it is stored as `tuners.<tuner>`."""
         self.tuners[tuner] = module
 
-    def forward(self, images: Tensor) -> Tensor:
+    def trunk(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, feature_dim] in `dtype`."""
         features = self._run(images.to(self.dtype, memory_format=torch.channels_last)).to(self.dtype)
         for module in self.tuners.values():

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 
 from configs.errors import UserError, unknown
 from configs.seeding import seeded
-from models.backbone import Backbone, Inputs
+from models.backbone import ONE, Backbone, Inputs, Split
 from models.host import Host
 from models.plain import Plain
 from models.vit import ViT
@@ -43,7 +43,9 @@ class Timm:
         config = self._config()
         return Inputs(config.input_size[-1], self.interpolation or config.interpolation, _patch_size(self.name))
 
-    def build(self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True) -> Backbone:
+    def build(
+        self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
+    ) -> Backbone:
         """The network without its classifier; the feature is what the classifier was given.
 
         Raises:

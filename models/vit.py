@@ -108,7 +108,7 @@ class ViT(Host):
         for name, module in modules.items():
             self.sites[index][f"{name}.weights" if on_weights else name].append(module)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def trunk(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, feature_dim] in the compute dtype."""
         net: Any = self.net
         x = net.patch_embed(images.to(net.patch_embed.proj.weight.dtype))  # [B, HW, D]

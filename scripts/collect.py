@@ -53,7 +53,7 @@ def folder_rows(folders: Sequence[Path]) -> list[Row]:
 def _identity(folder: Path, found: Result) -> str:
     """All options of a run and of its evaluation, without the seed and without which checkpoint it was."""
     from configs import load_resolved, values_of
-    from configs.schema import TRAIN
+    from configs.key import TRAIN
     from trainers.methods import declared
 
     home = folder if (folder / "config.yaml").is_file() else folder.parent.parent

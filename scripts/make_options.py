@@ -12,7 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import ALIASES, RUNTIME, SCHEMA, TEST, TRAIN, Key, option_keys  # noqa: E402
+from configs.key import RUNTIME, TEST, TRAIN, Key, option_keys  # noqa: E402
+from configs.schema import ALIASES, SCHEMA  # noqa: E402
 from configs.values import (  # noqa: E402
     as_bool,
     as_float,

@@ -12,7 +12,8 @@ import pytest
 from conftest import Cli
 
 from configs import CfgNode, load_configs, values_of
-from configs.schema import ALIASES, SCHEMA, TEST, TRAIN
+from configs.key import TEST, TRAIN
+from configs.schema import ALIASES, SCHEMA
 from scripts import _grid
 from trainers.dryrun import check, dry_run
 from trainers.methods import declared

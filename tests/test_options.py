@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from configs import config_hash, load_configs, values_of
-from configs.schema import ALIASES, RUNTIME, SCHEMA, SHARED, TEST, TRAIN
+from configs.key import RUNTIME, TEST, TRAIN
+from configs.schema import ALIASES, SCHEMA, SHARED
 from configs.seeding import seeded
 from datasets import DataInfo, build_data, build_info
 from datasets.bundle import eval_loader

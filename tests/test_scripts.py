@@ -17,7 +17,7 @@ from conftest import ROOT, offline
 from test_bad_input import signal_after
 
 from configs import values_of
-from configs.schema import TEST, TRAIN
+from configs.key import TEST, TRAIN
 from models.tuners import TUNERS
 from scripts import _grid, collect, reproduce
 from trainers.dryrun import check

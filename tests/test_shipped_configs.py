@@ -10,7 +10,7 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from configs import load_configs, names, values_of
-from configs.schema import TRAIN
+from configs.key import TRAIN
 from datasets import build_info
 from models import BACKBONES
 from trainers.dryrun import dry_run

@@ -26,9 +26,10 @@ log = logging.getLogger("tailtune")
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter that trains and every buffer of the model that did not come with the pre-trained network, or
-    that training changes, by name."""
-    trains = {name: each.detach() for name, each in module.named_parameters() if each.requires_grad}
+    """What a checkpoint holds, by name: every parameter that trains, or that an earlier stage trained, and every
+    buffer of the model that did not come with the pre-trained network, or that training changes."""
+    held = getattr(module, "held", ())
+    trains = {name: each.detach() for name, each in module.named_parameters() if each.requires_grad or name in held}
     untouched = {id(each) for host in module.modules() if isinstance(host, Host) for each in host.untouched()}
     persistent = module.state_dict()
     buffers = {name: each for name, each in module.named_buffers() if name in persistent and id(each) not in untouched}

@@ -52,7 +52,7 @@ def check(cfg: CfgNode) -> Classifier:
     info = build_info(cfg)
     micro_batch_size(cfg, world_size())
     with torch.device("meta"):
-        model = build_model(cfg, info.class_names)
+        model = build_model(cfg, info.class_names, pixels=(info.mean, info.std))
         method = build_method(cfg, model, info)
     if cfg.export is not None:
         EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))

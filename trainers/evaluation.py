@@ -10,7 +10,8 @@ from torch import Tensor
 
 from configs import CfgNode, values_of
 from configs.errors import UserError
-from configs.schema import SCHEMA, TEST
+from configs.key import TEST
+from configs.schema import SCHEMA
 from datasets import DataBundle, View, build_info
 from trainers import test_time
 from trainers.evaluator import Logits, infer, save_logits, stored_logits

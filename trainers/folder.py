@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from configs import CfgNode, config_hash, load_resolved, values_of
 from configs.errors import UserError
-from configs.schema import TEST, TRAIN
+from configs.key import TEST, TRAIN
 from trainers.exchange.foreign import FILE, Foreign
 from trainers.files import read_json, write_bytes
 from trainers.methods import declared

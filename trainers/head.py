@@ -29,7 +29,9 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
             batch = to_device(batch, accelerator.device)
             real = batch["weight"] > 0
             index = batch["index"][real]
-            yield method.model.features(batch["image"])[real], index if positions is None else positions[index]
+            found = method.model.features(batch["image"])[real]
+            found = found if found.ndim == 2 else found[:, 0]  # without tuners experts of one network are alike
+            yield found, index if positions is None else positions[index]
 
     context = HeadContext(
         labels=data.plain.labels.to(accelerator.device),

@@ -10,20 +10,19 @@ from filelock import FileLock
 from configs import CfgNode, config_hash
 from configs.errors import UserError
 from datasets import DataBundle, build_data
-from models import Classifier, build_model, resolve
+from models import Classifier, resolve
 from models.head_init import NEEDS_TEXT
 from trainers.autosize import largest_micro_batch
-from trainers.checkpoint import States, check_base, check_classes, fingerprint, save_checkpoint
+from trainers.checkpoint import States, fingerprint, save_checkpoint
 from trainers.evaluation import Evaluation, still_true
 from trainers.exchange import export
-from trainers.files import read_folder
 from trainers.folder import RunFolder, start_log
 from trainers.head import prepare_head
 from trainers.launch import launched_alone, make_accelerator, on_main, uses_cuda
-from trainers.methods import Method, build_method
+from trainers.methods import Method
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
 from trainers.report import TrainReport, headline, read_result, summary, table
-from trainers.trained import load_trained, subject_of, trained_method
+from trainers.trained import earlier_run, load_trained, make_method, subject_of, trained_method
 from trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")
@@ -109,8 +108,8 @@ class _Run:
             return
         with self.accelerator.local_main_process_first():  # who may download
             data = build_data(cfg)
-            model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
-        method = build_method(cfg, model, data.info)
+            method = make_method(cfg, data.info)
+        model = method.model
         self.base = fingerprint(model.encoder)
         method.to(self.accelerator.device)
         log.info(headline(cfg, data, model))
@@ -143,11 +142,12 @@ class _Run:
         cfg, accelerator = self.cfg, self.accelerator
         identity = {"config": config_hash(cfg), "base model": self.base, "processes": accelerator.num_processes}
         states = States(self.folder.states, identity)
-        if not states.begun():
+        fresh = not states.begun()
+        if fresh:
             self._init_head(method, data)
-            if self.previous is not None:
-                self._start_from(method, data, self.previous / "checkpoint")
         method.model.init = None
+        if self.previous is not None:
+            method.after(earlier_run(self.previous, data, accelerator, self.base, fresh))
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states)
         if accelerator.is_main_process:
             facts = {**identity, "base": self.base, "class_names": list(data.info.class_names)}
@@ -180,12 +180,6 @@ class _Run:
         if report.skipped_steps:
             note(f"{report.skipped_steps} of {report.steps} steps were skipped: fp16 overflowed", warn=True)
         return report
-
-    def _start_from(self, method: Method, data: DataBundle, checkpoint: Path) -> None:
-        tensors, facts = read_folder(checkpoint)
-        check_base(checkpoint, facts, self.base)
-        check_classes(checkpoint, facts, data.info.class_names)
-        method.start_from(tensors)
 
     def _micro_batch(self, method: Method) -> int:
         size = micro_batch_size(self.cfg, self.accelerator.num_processes)

@@ -1,19 +1,22 @@
 """A finished run's model, loaded again: to evaluate, to export, to look at."""
 
 import logging
+from pathlib import Path
 
 from accelerate import Accelerator
+from torch import Tensor
 
-from configs import CfgNode
-from datasets import DataBundle
-from models import build_model, find_backbone
+from configs import CfgNode, load_resolved
+from datasets import DataBundle, DataInfo
+from models import build_model, find_backbone, resolve
 from models.clip import Clip
 from models.tuners import TUNERS
-from trainers.checkpoint import fingerprint, load_checkpoint
+from trainers.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from trainers.exchange import Subject, lift
+from trainers.files import read_folder
 from trainers.folder import RunFolder
 from trainers.head import prepare_head
-from trainers.methods import Method, build_method
+from trainers.methods import Earlier, Method, build_method, declared
 
 log = logging.getLogger("tailtune")
 
@@ -24,13 +27,43 @@ def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerato
     Raises:
         UserError: as `load_trained`, and what `build_model` refuses.
     """
-    model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
-    method = build_method(cfg, model, data.info)
-    base = fingerprint(model.encoder)
+    method = make_method(cfg, data.info)
+    base = fingerprint(method.model.encoder)
     method.to(accelerator.device)
     load_trained(cfg, folder, method, data, accelerator, base)
-    model.init = None
+    method.model.init = None
     return method.eval()
+
+
+def make_method(cfg: CfgNode, info: DataInfo) -> Method:
+    """Model and method of a resolved config, untrained."""
+    model = build_model(cfg, info.class_names, descriptors=info.descriptors, pixels=(info.mean, info.std))
+    return build_method(cfg, model, info)
+
+
+def earlier_run(folder: Path, data: DataBundle, accelerator: Accelerator, base: str, fresh: bool) -> Earlier:
+    """The finished run in a folder, as the method of the run after it sees it.
+
+    Args:
+        base: `fingerprint` of the encoder of the run at hand.
+    """
+    checkpoint = folder / "checkpoint"
+
+    def tensors() -> dict[str, Tensor]:
+        found, facts = read_folder(checkpoint)
+        check_base(checkpoint, facts, base)
+        check_classes(checkpoint, facts, data.info.class_names)
+        return found
+
+    def method() -> Method:
+        cfg = resolve(load_resolved(folder / "config.yaml", declared()))
+        found = make_method(cfg, data.info)
+        own = fingerprint(found.model.encoder)
+        load_checkpoint(checkpoint, found, data.info.class_names, own)
+        found.model.init = None
+        return found.to(accelerator.device).eval().requires_grad_(False)
+
+    return Earlier(fresh, tensors, method)
 
 
 def load_trained(

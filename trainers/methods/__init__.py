@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 from configs import CfgNode, Declared
-from configs.errors import lookup
+from configs.errors import UserError, lookup
 from datasets.bundle import DataInfo
 from models import Classifier
 from models.peft_table import draws
 from models.tuners import TUNERS
 from trainers.losses import BATCH_COUPLED, LOSSES
-from trainers.methods.base import Method, Objective
+from trainers.methods.base import Earlier, Method, Objective
+from trainers.methods.wrapper import Wrapper
+
+__all__ = ["METHODS", "Earlier", "Method", "build_method", "declared"]
 
 METHODS: dict[str, type[Method]] = {
     "classify": Method,  # zero-shot, head only, PEFT, full fine-tuning: one model, one loss
@@ -30,8 +33,18 @@ def declared() -> Declared:
 
 def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
     """The method of a config around a model."""
-    method = lookup(METHODS, cfg.method, "method")
     loss = lookup(LOSSES, cfg.loss_type, "loss_type")
     coupled = cfg.loss_type in BATCH_COUPLED
     objective = Objective(info.class_counts, loss, cfg.tau, cfg.scale, coupled, cfg.drw_epoch)
-    return method(model, objective, method.Options(**cfg.get(cfg.method, {})))
+    return _make(cfg, cfg.method, "method", model, objective)
+
+
+def _make(cfg: CfgNode, name: str, key: str, model: Classifier, objective: Objective) -> Method:
+    """A method, and the one that it wraps, around the same model."""
+    kind = lookup(METHODS, name, key)
+    if kind.needs_after and not cfg.after:
+        raise UserError(f"method {name} continues an earlier run: name that one's model config with `after`")
+    options = kind.Options(**cfg.get(name, {}))
+    if not issubclass(kind, Wrapper):
+        return kind(model, objective, options)
+    return kind(model, objective, options, _make(cfg, options.inner, f"{name}.inner", model, objective))

@@ -1,5 +1,6 @@
 """What a method is: model + objective in one module, which is what Accelerate wraps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from models import Classifier
 from models.head_init import HeadContext
+from models.host import Host
 from trainers.checkpoint import trained_state
 from trainers.losses import Loss, Prior, effective_weights, log_prior
 
@@ -44,16 +46,37 @@ class Objective:
     """From this epoch on (the first is 0) a sample's weight is multiplied by its class's `effective_weights`."""
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """The finished run that `after` names, for the method of the run that follows."""
+
+    fresh: bool
+    """This run has just begun; else it resumes, and has what it took over already."""
+    tensors: Callable[[], dict[str, Tensor]]
+    """What it trained, by name; refuses (`UserError`) another base model or other classes than those at hand."""
+    method: Callable[[], "Method"]
+    """It as it was trained: frozen, in eval mode, on the device."""
+
+
 class Method(nn.Module):
     """Base of all methods; on its own it trains a classifier with one loss on the mean of its experts' logits.
+
+    A method of one's own usually overrides `loss`, what it makes of the experts' logits. `forward` is for those that
+    need more than logits.
 
     Class attributes:
         Options: dataclass; its fields are the options `<method>.<field>`, texts in `metadata["doc"]`.
         couples: the method's value depends on which samples share a micro-batch.
+        needs_after: it continues an earlier run, so `after` must name one.
+        routes: it asks only some experts about an image; logits of the others are NaN.
+        drops: prefixes of what an earlier run has trained and this method has no use for.
     """
 
     Options: type = NoOptions
     couples: bool = False
+    needs_after: bool = False
+    routes: bool = False
+    drops: tuple[str, ...] = ()
     log_prior: Tensor
     class_counts: Tensor
 
@@ -63,6 +86,8 @@ class Method(nn.Module):
         self.options = options
         self.objective = objective
         self.epoch = 0
+        self.held: set[str] = set()
+        """Parameters that an earlier stage trained and this one does not; a checkpoint holds them too."""
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
         self.register_buffer("class_counts", objective.class_counts, persistent=False)
 
@@ -76,12 +101,23 @@ class Method(nn.Module):
         return Prior(self.log_prior, self.class_counts, self.objective.tau, self.objective.scale)
 
     def forward(self, batch: Batch) -> Step:
-        logits = self.predict(batch["image"])
-        loss_sum, weight = self.objective.loss(logits, batch["label"], self.sample_weights(batch), self.prior)
+        logits = self.expert_logits(batch["image"])
+        return self.step(*self.loss(logits, batch), logits)
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Expert logits [B, E, C] → (weighted sum of the samples' losses, sum of the weights), both scalars."""
+        return self.loss_of(self.aggregate(logits), batch)
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The configured loss of one classifier's logits [B, C], as `loss`."""
+        return self.objective.loss(logits, batch["label"], self.sample_weights(batch), self.prior)
+
+    def step(self, loss_sum: Tensor, weight: Tensor, logits: Tensor) -> Step:
+        """What `forward` returns, for expert logits [B, E, C]; adds what the tuners ask for."""
         penalty = self.model.penalty()
         if penalty is not None:  # of the mean loss, here multiplied by the weight that the trainer divides by
             loss_sum = loss_sum + weight * penalty
-        return Step(loss_sum, weight, logits, {})
+        return Step(loss_sum, weight, self.aggregate(logits), {})
 
     def sample_weights(self, batch: Batch) -> Tensor:
         """What each sample counts in the loss, [B]: its own weight and, once `drw_epoch` has come, its class's.
@@ -100,7 +136,7 @@ class Method(nn.Module):
 
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
         """[B, E, C] → [B, C], by the weights [E] or the mean."""
-        return logits.mean(1) if weights is None else (logits * weights.view(1, -1, 1)).sum(1)
+        return combine(logits, weights)
 
     def predict(self, images: Tensor) -> Tensor:
         return self.aggregate(self.expert_logits(images))
@@ -119,6 +155,23 @@ class Method(nn.Module):
         """Once, before the first step of a fresh run."""
         self.model.init_head(context)
 
+    def after(self, earlier: Earlier) -> None:
+        """Once a launch that trains, before the first step, where `after` names an earlier run."""
+        if earlier.fresh:
+            self.start_from(earlier.tensors())
+
+    def hold(self, *parts: nn.Module) -> None:
+        """Freeze what trains in parts of this method, batch norms included, as something that its checkpoint keeps."""
+        inside = {id(parameter) for part in parts for parameter in part.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in inside and parameter.requires_grad:
+                self.held.add(name)
+                parameter.requires_grad_(False)
+        for part in parts:
+            for module in part.modules():
+                if isinstance(module, Host):
+                    module.still = True
+
     def start_from(self, tensors: dict[str, Tensor]) -> None:
         """Begin where an earlier run ended (`after`), with all that it trained.
 
@@ -126,6 +179,7 @@ class Method(nn.Module):
             UserError: the earlier run trained what this one does not; it would be lost.
         """
         own = trained_state(self)
+        tensors = {name: each for name, each in tensors.items() if not name.startswith(self.drops)}
         lost = [n for n, each in tensors.items() if n not in own or own[n].shape != each.shape]
         if lost:
             raise UserError(
@@ -147,3 +201,8 @@ class Method(nn.Module):
     def after_step(self, step: int) -> None:
         """After each optimizer step, counted from 1 over the whole run, while its gradients are still there."""
         self.model.after_step(step)
+
+
+def combine(logits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Logits of experts [B, E, C] → [B, C], by the weights [E], or the mean of those that were asked (not NaN)."""
+    return logits.nanmean(1) if weights is None else (logits * weights.view(1, -1, 1)).sum(1)

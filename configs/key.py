@@ -1,0 +1,45 @@
+"""What an option is: the entry of a schema."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from configs.values import as_bool, as_float, as_int, as_str
+
+Class = Literal["train", "test", "runtime"]
+
+
+@dataclass(frozen=True)
+class Key:
+    parse: Callable[[Any], Any]
+    default: Any
+    cls: Class
+    doc: str
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    """The smallest value allowed."""
+    optional: bool = field(default=False)
+    """None is a value although the default is another one."""
+    internal: bool = False
+    """Set by the loader, never by YAML or command line."""
+    logits: bool = True
+    """For `test` keys: the value changes the logits, not only what is computed from them."""
+    data_wins: bool = False
+    """A data config's value beats the model config's (digits must not be flipped, whatever the model prefers)."""
+
+
+TRAIN: Class = "train"
+TEST: Class = "test"
+RUNTIME: Class = "runtime"
+
+
+def option_keys(method: str, options: type) -> dict[str, Key]:
+    """The keys of a method's own `Options` dataclass: `ride.diversity`, typed by the field's default.
+
+    The text of a key is `metadata["doc"]` of its field; a changed option is another trained model.
+    """
+    parsers: dict[type, Callable[[Any], Any]] = {bool: as_bool, int: as_int, float: as_float, str: as_str}
+    return {
+        f"{method}.{each.name}": Key(parsers[type(each.default)], each.default, "train", each.metadata["doc"])
+        for each in fields(options)
+    }

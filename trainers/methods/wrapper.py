@@ -1,0 +1,47 @@
+"""What wraps another method: the same model, the other's objective, and something of its own."""
+
+from typing import Any
+
+from torch import Tensor
+
+from models import Classifier
+from trainers.methods.base import Batch, Earlier, Method, Objective
+
+
+class Wrapper(Method):
+    """Base of methods that act around an inner one, which their option `inner` names.
+
+    Both hold the one model. Its weights keep the names that they have without the wrapper, so that runs with and
+    without it can continue each other.
+    """
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+        super().__init__(model, objective, options)
+        self.inner = inner
+        self.needs_after = type(self).needs_after or inner.needs_after
+
+    @property
+    def batch_coupled(self) -> bool:
+        return super().batch_coupled or self.inner.batch_coupled
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.inner.loss(logits, batch)
+
+    def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.inner.aggregate(logits, weights)
+
+    def after(self, earlier: Earlier) -> None:
+        if self.inner.needs_after:
+            self.inner.after(earlier)
+        else:
+            super().after(earlier)
+
+    def on_epoch(self, epoch: int, epochs: int) -> None:
+        super().on_epoch(epoch, epochs)
+        self.inner.on_epoch(epoch, epochs)
+
+    def before_training(self, steps: int) -> None:
+        self.inner.before_training(steps)
+
+    def after_step(self, step: int) -> None:
+        self.inner.after_step(step)

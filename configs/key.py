@@ -36,10 +36,11 @@ RUNTIME: Class = "runtime"
 def option_keys(method: str, options: type) -> dict[str, Key]:
     """The keys of a method's own `Options` dataclass: `ride.diversity`, typed by the field's default.
 
-    The text of a key is `metadata["doc"]` of its field; a changed option is another trained model.
+    `metadata` of a field is what a key says beside its type and default: `doc`, and `choices` and `least` where there
+    are some. A changed option is another trained model.
     """
     parsers: dict[type, Callable[[Any], Any]] = {bool: as_bool, int: as_int, float: as_float, str: as_str}
     return {
-        f"{method}.{each.name}": Key(parsers[type(each.default)], each.default, "train", each.metadata["doc"])
+        f"{method}.{each.name}": Key(parsers[type(each.default)], each.default, "train", **each.metadata)
         for each in fields(options)
     }

@@ -11,6 +11,7 @@ from datasets.bundle import DataBundle, DataInfo, View
 from datasets.descriptors import class_descriptors
 from datasets.entries import DATASETS, Outline, list_folders
 from datasets.imbalance import capped_counts, check_hold_out, hold_out, shot_groups, subsample
+from datasets.shifts import shift_names
 from datasets.transforms import (
     Transform,
     crop_resize,
@@ -41,7 +42,9 @@ def build_info(cfg: CfgNode) -> DataInfo:
     Raises:
         UserError: unknown data set or augmentation, missing list, or options that do not fit the data.
     """
-    train_transform(cfg.augment, cfg.resolution, cfg.interpolation)  # so that a dry run refuses unknown names
+    for augment in (cfg.augment, cfg.adapt_views):  # so that a dry run refuses unknown names
+        train_transform(augment, cfg.resolution, cfg.interpolation)
+    shift_names(cfg)
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg))
 
 
@@ -64,8 +67,9 @@ def build_data(cfg: CfgNode) -> DataBundle:
         held, rest = hold_out(labels[kept], cfg.val_per_class, info.class_names, "val_per_class")
         kept, held = kept[rest], kept[held]
 
-    testing = _testing(cfg)
+    testing, views = _testing(cfg), train_transform(cfg.adapt_views, cfg.resolution, cfg.interpolation)
     train = View(splits.train, kept, augmented, cfg.seed, skip_bad=cfg.on_bad_image == "skip")
+    everything = np.arange(len(splits.test))
     val = None
     if held is not None:
         val = View(splits.train, held, testing, cfg.seed, train.skip_bad)
@@ -76,7 +80,8 @@ def build_data(cfg: CfgNode) -> DataBundle:
         train=train,
         plain=train.with_transform(plain_transform(cfg.resolution, cfg.interpolation)),
         train_as_test=train.with_transform(testing).limited(cfg.max_test_images),
-        test=View(splits.test, np.arange(len(splits.test)), testing, cfg.seed, train.skip_bad).limited(
+        test=View(splits.test, everything, testing, cfg.seed, train.skip_bad).limited(cfg.max_test_images),
+        test_views=View(splits.test, everything, repeated(views, 2), cfg.adapt_seed, train.skip_bad).limited(
             cfg.max_test_images
         ),
         val=val and val.limited(cfg.max_test_images),

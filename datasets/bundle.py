@@ -123,6 +123,8 @@ class DataBundle:
     train_as_test: View
     """Training images through the test transform, for `test_train`."""
     test: View
+    test_views: View
+    """Test images, two draws of the views that test-time learning compares: `image` is uint8 [2, 3, H, W]."""
     val: View | None
 
 
@@ -130,7 +132,8 @@ def collate(samples: Sequence[Batch]) -> Batch:
     """Samples of a view → a batch.
 
     Returns:
-        image: uint8 [B, 3, H, W], or a list of B tensors where sizes differ (images to be five-cropped on the device);
+        image: uint8 [B, 3, H, W], of T draws [B, T, 3, H, W], or a list of B tensors where sizes differ (images to be
+            five-cropped on the device);
         label, index: int64 [B]; weight: float32 [B].
     """
     images = [sample["image"] for sample in samples]
@@ -140,27 +143,30 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 class _Shard:
-    """Index batches of one rank; every rank has equally many, of equal size. Missing ones are `PADDING`."""
+    """(index, epoch) batches of one rank; every rank has equally many, of equal size. Missing ones are `PADDING`."""
 
-    def __init__(self, length: int, batch_size: int, rank: int, world: int):
+    def __init__(self, length: int, batch_size: int, rank: int, world: int, epoch: int):
         share = -(-length // world)
         own = list(range(rank, length, world))
-        self.indices = own + [PADDING] * (share - len(own))
+        self.keys = [(index, epoch) for index in own + [PADDING] * (share - len(own))]
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.indices[i : i + self.batch_size] for i in range(0, len(self.indices), self.batch_size))
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return (self.keys[i : i + self.batch_size] for i in range(0, len(self.keys), self.batch_size))
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return -(-len(self.keys) // self.batch_size)
 
 
-def eval_loader(view: View, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
+def eval_loader(
+    view: View, batch_size: int, num_workers: int, rank: int = 0, world: int = 1, epoch: int = 0
+) -> DataLoader[Batch]:
     """Each image of the view once over all ranks, in batches whose sizes agree between the ranks.
 
-    Where the images do not divide evenly a rank gets padding: `index` -1, `weight` 0.
+    Where the images do not divide evenly a rank gets padding: `index` -1, `weight` 0. A transform that draws draws
+    anew in each epoch.
     """
-    return _loader(view, _Shard(len(view), batch_size, rank, world), num_workers)
+    return _loader(view, _Shard(len(view), batch_size, rank, world, epoch), num_workers)
 
 
 def train_loader(view: View, sampler: StepSampler, num_workers: int) -> DataLoader[Batch]:

@@ -1,40 +1,20 @@
 """Images listed in text files (`relative/path label` a line) or laid out in class folders."""
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torchvision
 
 from configs.errors import UserError, lookup
+from datasets.published import PUBLISHED, blob_id, published_at
 from datasets.sources import FileSource
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
-
-PUBLISHED_AT = "https://github.com/facebookresearch/classifier-balancing, folder data/"
-PUBLISHED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "ImageNet_LT_train.txt": ("a063f095fcd475db4cf8b0658c4b73955535bbf9",),
-        "ImageNet_LT_val.txt": ("3ed3188b2f44829ce2dec1cc27040d8d40984088",),
-        "ImageNet_LT_test.txt": ("76a2fb9749d6cd29e765cc4f8c270f2504131e2f",),
-        # The second one lists the same images by their paths in the small-image release of Places365.
-        "Places_LT_train.txt": (
-            "6392252f8ae867bc8a5e841cc1b29e5b8ef4b636",
-            "1d608b558c25c271da75c06f1e5e3625a4ebcb79",
-        ),
-        "Places_LT_val.txt": ("b93a2ca58ccb7f3b671c176f395a70bf52c95533", "89c29c0973328f77d7a77a8b580634ce20acdc11"),
-        "Places_LT_test.txt": ("e732e58b8aa718a2c1c11933375f5710652c2b93", "d43400ac9bc2275baa058456da40b20abb50b108"),
-        "iNaturalist18_train.txt": ("4accdb7584d2f0a5106c40a33ed6afa392189bcc",),
-        "iNaturalist18_val.txt": ("4c23900857fd0f5adcd4cc0dffef345039eeb05f",),
-    }
-)
-"""Published list files → the git blob ids (`git hash-object FILE`) that are known to be right."""
 
 TAXA = ("name", "genus", "family", "order", "class", "phylum", "kingdom")
 CATEGORIES = "categories.json"
@@ -63,6 +43,25 @@ class Listing:
         lines = [self.lines[i] for i in positions] if self.lines else []
         return Listing(self.file, [self.paths[i] for i in positions], self.labels[positions], lines)
 
+    def positions_in(self, whole: "Listing") -> np.ndarray:
+        """Where in another list its images are, whichever of Places365's two layouts either one names; int64 [N].
+
+        Raises:
+            UserError: an image that is not there, or is here twice.
+        """
+        known = {image: position for position, image in enumerate(whole._images())}
+        found: dict[int, None] = {}
+        for number, image in enumerate(self._images()):
+            position = known.get(image)
+            if position is None or position in found:
+                reason = "is listed twice" if position in found else f"with this label is not in {whole.file}"
+                raise UserError(f"{self.file} line {self.lines[number]}: {self.paths[number]} {reason}")
+            found[position] = None
+        return np.array([*found], dtype=np.int64)
+
+    def _images(self) -> list[tuple[str, int]]:
+        return [(_small_places(path), label) for path, label in zip(self.paths, self.labels.tolist(), strict=True)]
+
     def relabel(self, new_label: np.ndarray) -> "Listing":
         """Labels replaced by `new_label[label]`. Raises `UserError` for a label outside the table."""
         self.check_labels(len(new_label))
@@ -87,8 +86,8 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
         return found
     tried = ", ".join(str((folder / name).absolute()) for folder in folders)
     message = f"list file not found: {tried} (set `lists` to the folder that holds it)"
-    if blobs := PUBLISHED.get(Path(name).name):
-        message += f"; it is published at {PUBLISHED_AT} (git blob {blobs[0]})"
+    if place := published_at(Path(name).name):
+        message += f"; it is {place}"
     raise UserError(message)
 
 
@@ -221,7 +220,7 @@ def taxon_labels(categories: Path, label_field: str) -> tuple[np.ndarray, tuple[
 def _check_blob(file: Path, data: bytes) -> None:
     """Warn if a file has a published name and another content."""
     known = PUBLISHED.get(file.name, ())
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    blob = blob_id(data)
     if known and blob not in known:
         log.warning("%s is not the published list: git blob %s instead of %s", file, blob, known[0])
 

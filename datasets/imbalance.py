@@ -35,7 +35,7 @@ def capped_counts(available: Sequence[int], imb_factor: float | None, key: str =
     return [min(have, want) for have, want in zip(available, wanted, strict=True)]
 
 
-def subsample(labels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+def subsample(labels: np.ndarray, counts: Sequence[int], seed: int = SUBSET_SEED) -> np.ndarray:
     """Positions of the published subset.
 
     Class by class, one stream of shuffles over the ascending positions; the first n_k stay, in shuffled order.
@@ -44,11 +44,13 @@ def subsample(labels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     Args:
         labels: [N].
         counts: images to keep, one number per class.
+        seed: another one than the published.
 
     Returns:
         int64 [Σ counts], sorted by class.
     """
-    return np.concatenate([order[:keep] for order, keep in zip(_shuffled(labels, len(counts)), counts, strict=True)])
+    orders = _shuffled(labels, len(counts), seed)
+    return np.concatenate([order[:keep] for order, keep in zip(orders, counts, strict=True)])
 
 
 def hold_out(labels: np.ndarray, per_class: int, class_names: Sequence[str], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -93,10 +95,11 @@ def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[
     return {name: mask.nonzero().flatten() for name, mask in masks.items()}
 
 
-def _shuffled(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+def _shuffled(labels: np.ndarray, num_classes: int, seed: int = SUBSET_SEED) -> list[np.ndarray]:
     """The positions of each class, shuffled by one legacy stream (the only one that gives the published order)."""
-    stream = np.random.RandomState(SUBSET_SEED)
-    by_class = [np.flatnonzero(labels == k) for k in range(num_classes)]
+    stream = np.random.RandomState(seed % 2**32)
+    ends = np.bincount(labels, minlength=num_classes).cumsum()
+    by_class = np.split(labels.argsort(kind="stable"), ends[:-1])
     for positions in by_class:
         stream.shuffle(positions)
     return by_class

@@ -1,21 +1,49 @@
-"""The order of training images: a pure function of seed, epoch and sizes, cut into steps, ranks, micro-batches."""
+"""The order of training images: a pure function of labels, seed and epoch, cut into steps, ranks, micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from configs.seeding import generator
 
-Key = tuple[int, int]
-"""(index in the split, epoch): what a `View` needs to augment reproducibly."""
+Key = tuple[int, int, int]
+"""(index in the split, epoch, how often it came before in this epoch): what a `View` needs to augment reproducibly."""
+Order = Callable[[Tensor, int, int], Tensor]
+"""Labels of the split [N], seed, epoch → the images of the epoch, as indices in the split [N]."""
+
+
+def shuffle(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Every image once."""
+    return torch.randperm(len(labels), generator=generator(seed, "order", epoch))
+
+
+def balanced(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """N times a class, each equally likely, then the next of its images, which start over in another order.
+
+    The sampler of decoupled training (Kang et al. 2020, §4.1) and of RIDE's expert assignment.
+    """
+    draws = generator(seed, "balanced", epoch)
+    classes, sizes = labels.unique(return_counts=True)
+    members = labels.argsort(stable=True).split(sizes.tolist())
+    drawn = torch.randint(len(classes), labels.shape, generator=draws)
+    places = drawn.argsort(stable=True).split(drawn.bincount(minlength=len(classes)).tolist())
+    order = torch.empty_like(drawn)
+    for own, where in zip(members, places, strict=True):
+        rounds = -(-len(where) // len(own))
+        order[where] = own[torch.rand(rounds, len(own), generator=draws).argsort(1).flatten()[: len(where)]]
+    return order
+
+
+SAMPLERS: dict[str, Order] = {"shuffle": shuffle, "balanced": balanced}
 
 
 class StepSampler(Sampler[list[Key]]):
     """Batch sampler of one rank.
 
-    The global batch of an optimizer step is a slice of the epoch's permutation, the same for any number of
-    processes; each rank has a contiguous part of it, in chunks of at most `micro_batch_size`. The last batch of an
+    The global batch of an optimizer step is a slice of the epoch's order, the same for any number of processes;
+    each rank has a contiguous part of it, in chunks of at most `micro_batch_size`. The last batch of an
     epoch is kept though it be partial. Iterating gives the micro-batches from the current position to the epoch's
     end, as lists of `Key`.
 
@@ -23,19 +51,29 @@ class StepSampler(Sampler[list[Key]]):
     reduction of gradients: it gets one image that others have too. `is_padding` says so, and its weight is zero.
 
     Args:
-        length: images in the split.
+        labels: of the split, int64 [N].
         batch_size: images in an optimizer step, over all ranks.
         micro_batch_size: images that a rank holds at once.
         seed: of the order.
         rank, world: this process, and how many there are.
+        order: which images an epoch has, an entry of `SAMPLERS`.
     """
 
-    def __init__(self, length: int, batch_size: int, micro_batch_size: int, seed: int, rank: int = 0, world: int = 1):
-        if min(length, batch_size, micro_batch_size) < 1 or not 0 <= rank < world:
-            raise ValueError(f"{length=}, {batch_size=}, {micro_batch_size=}, {rank=}, {world=}")
-        self.length, self.batch_size, self.micro_batch_size = length, batch_size, micro_batch_size
-        self.seed, self.rank, self.world = seed, rank, world
-        self.steps = -(-length // batch_size)
+    def __init__(
+        self,
+        labels: Tensor,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        order: Order = shuffle,
+    ) -> None:
+        if min(len(labels), batch_size, micro_batch_size) < 1 or not 0 <= rank < world:
+            raise ValueError(f"{len(labels)=}, {batch_size=}, {micro_batch_size=}, {rank=}, {world=}")
+        self.labels, self.batch_size, self.micro_batch_size = labels, batch_size, micro_batch_size
+        self.seed, self.rank, self.world, self.order = seed, rank, world, order
+        self.steps = -(-len(labels) // batch_size)
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, step: int) -> None:
@@ -43,12 +81,12 @@ class StepSampler(Sampler[list[Key]]):
         if not 0 <= step <= self.steps:
             raise ValueError(f"step {step} of an epoch of {self.steps}")
         self.epoch, self.step = epoch, step
-        self._order = torch.randperm(self.length, generator=generator(self.seed, "order", epoch)).tolist()
+        order = self.order(self.labels, self.seed, epoch)
+        self._order, self._before = order.tolist(), _seen_before(order).tolist()
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """This rank's indices in a step of the current epoch, at least one micro-batch."""
-        part = self._part(step) or self._batch(step)[:1]
-        return [part[i : i + self.micro_batch_size] for i in range(0, len(part), self.micro_batch_size)]
+        return [self._order[chunk.start : chunk.stop] for chunk in self._chunks(step)]
 
     def is_padding(self, step: int) -> bool:
         """Whether this rank has no samples of its own in the step."""
@@ -61,15 +99,28 @@ class StepSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
         for step in range(self.step, self.steps):
-            for indices in self.micro_batches(step):
-                yield [(index, epoch) for index in indices]
+            for chunk in self._chunks(step):
+                yield [(self._order[place], epoch, self._before[place]) for place in chunk]
 
     def __len__(self) -> int:
         return sum(self.counts(step) for step in range(self.step, self.steps))
 
-    def _batch(self, step: int) -> list[int]:
-        return self._order[step * self.batch_size : (step + 1) * self.batch_size]
+    def _chunks(self, step: int) -> list[range]:
+        """Places in the epoch's order of this rank's micro-batches."""
+        part = self._part(step) or self._batch(step)[:1]
+        return [part[i : i + self.micro_batch_size] for i in range(0, len(part), self.micro_batch_size)]
 
-    def _part(self, step: int) -> list[int]:
+    def _batch(self, step: int) -> range:
+        return range(len(self._order))[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _part(self, step: int) -> range:
         batch = self._batch(step)
         return batch[len(batch) * self.rank // self.world : len(batch) * (self.rank + 1) // self.world]
+
+
+def _seen_before(order: Tensor) -> Tensor:
+    """How often each entry has come before, [N]: an image that comes again is augmented anew."""
+    ascending, places = order.sort(stable=True)
+    before = torch.empty_like(order)
+    before[places] = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)
+    return before

@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -18,9 +18,11 @@ from configs.errors import lookup
 Transform = Callable[..., torch.Tensor]
 """PIL image → uint8 [3, H, W], or [T, 3, H, W] for T draws."""
 
+Step = Callable[..., Image.Image]
+
 INTERPOLATIONS = MappingProxyType({"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC})
 
-FULL_FRAME = ("cifar", "digits")
+FULL_FRAME = ("cifar", "digits", "sade_cifar")
 """Augmentations of small images whose object fills the frame: their test transform crops nothing."""
 
 
@@ -104,6 +106,22 @@ def _digits(resolution: int, interpolation: str) -> Transform:
     return _compose(_resize(resolution, interpolation), v2.CenterCrop(resolution), affine)
 
 
+def _sade_cifar(resolution: int, interpolation: str) -> Transform:
+    """Views of SADE's test-time learning on CIFAR."""
+    shift = v2.RandomCrop(resolution, padding=resolution // 8)
+    return _compose(_resize(resolution, interpolation), shift, *_simclr(blurred=0.2))
+
+
+def _sade_imagenet(resolution: int, interpolation: str) -> Transform:
+    """Views of SADE's test-time learning on ImageNet-LT and Places-LT."""
+    return _compose(_random_crop(resolution, interpolation, least=0.2), *_simclr(blurred=0.5))
+
+
+def _sade_inat(resolution: int, interpolation: str) -> Transform:
+    """Views of SADE's test-time learning on iNaturalist."""
+    return _compose(_random_crop(resolution, interpolation), *_simclr(blurred=0.5))
+
+
 def _none(resolution: int, interpolation: str) -> Transform:
     return eval_transform(resolution, interpolation, "none")
 
@@ -115,12 +133,30 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
         "imagenet": _imagenet,
         "inat": _lift,  # SADE leaves the colours of iNaturalist alone, which is LIFT's augmentation
         "digits": _digits,
+        "sade_cifar": _sade_cifar,
+        "sade_imagenet": _sade_imagenet,
+        "sade_inat": _sade_inat,
         "none": _none,
     }
 )
 
 
-def _compose(*steps: v2.Transform) -> Transform:
+def _simclr(blurred: float) -> tuple[Step, ...]:
+    """Colours, blur and flip of SimCLR (Chen et al. 2020, appendix A), half as strong in colour; SADE varies the blur.
+
+    Args:
+        blurred: share of the images that are.
+    """
+    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    return jitter, v2.RandomGrayscale(0.2), v2.RandomApply([_blur], p=blurred), v2.RandomHorizontalFlip()
+
+
+def _blur(image: Image.Image) -> Image.Image:
+    """PIL's Gaussian blur, which repeated box blurs approximate and torchvision's does not equal."""
+    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
+
+
+def _compose(*steps: Step) -> Transform:
     pipeline: Transform = v2.Compose([*steps, v2.PILToTensor()])
     return pipeline
 
@@ -133,5 +169,7 @@ def _resize(side: int, interpolation: str) -> v2.Transform:
     return v2.Resize(side, interpolation=lookup(INTERPOLATIONS, interpolation, "interpolation"))
 
 
-def _random_crop(resolution: int, interpolation: str) -> v2.Transform:
-    return v2.RandomResizedCrop(resolution, interpolation=lookup(INTERPOLATIONS, interpolation, "interpolation"))
+def _random_crop(resolution: int, interpolation: str, least: float = 0.08) -> v2.Transform:
+    """A crop of `least` to all of the area."""
+    mode = lookup(INTERPOLATIONS, interpolation, "interpolation")
+    return v2.RandomResizedCrop(resolution, scale=(least, 1.0), interpolation=mode)

@@ -21,6 +21,8 @@ from models.peft_adapter import Peft
 from models.peft_backend import add_peft
 from models.plain import Plain
 from models.prompts import DESCRIPTOR, Sentences, fill
+from models.resnet import Design
+from models.resnet_backbone import ResNets
 from models.timm_models import Timm, find_timm
 from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
 
@@ -44,6 +46,18 @@ BACKBONES: dict[str, BackboneSpec] = {
     "IN21K-ViT-B/16": Timm("vit_base_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "IN21K-ViT-B/16@384px": Timm("vit_base_patch16_384.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "IN21K-ViT-L/16": Timm("vit_large_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
+    "ResNet-20": ResNets("ResNet-20", Design((3, 3, 3), cifar=True)),
+    "ResNet-32": ResNets("ResNet-32", Design((5, 5, 5), cifar=True)),
+    "ResNet-44": ResNets("ResNet-44", Design((7, 7, 7), cifar=True)),
+    "ResNet-56": ResNets("ResNet-56", Design((9, 9, 9), cifar=True)),
+    # With `pretrained default` these, too, have seen ImageNet-LT's labels.
+    "ResNet-10": ResNets("ResNet-10", Design((1, 1, 1, 1))),
+    "ResNet-50": ResNets("ResNet-50", Design((3, 4, 6, 3), bottleneck=True), "resnet50.a1_in1k"),
+    "ResNet-101": ResNets("ResNet-101", Design((3, 4, 23, 3), bottleneck=True), "resnet101.a1_in1k"),
+    "ResNet-152": ResNets("ResNet-152", Design((3, 8, 36, 3), bottleneck=True), "resnet152.a1_in1k"),
+    "ResNeXt-50": ResNets(
+        "ResNeXt-50", Design((3, 4, 6, 3), bottleneck=True, groups=32, group_width=4), "resnext50_32x4d.a1_in1k"
+    ),
     "TinyCLIP": Clip(
         "tailtune-tiny",
         tag="embedded",

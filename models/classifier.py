@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Stats
-from models.experts import ExpertHeads, heads_of
+from models.experts import ExpertHeads, apart, heads_of
 from models.head_init import HeadContext
 from models.host import Host
 from models.peft_adapter import Peft
@@ -66,6 +66,16 @@ class Classifier(nn.Module):
         """Images [B, 3, H, W] → logits of each expert [B, E, C]."""
         return self.logits(self.features(images))
 
+    def trunk(self, images: Tensor) -> Tensor:
+        """What is computed once for all experts: the encoder's trunk, or the feature where they share all of it."""
+        return self.encoder.trunk(self.normalised(images)) if self.encoder.experts > 1 else self.features(images)
+
+    def expert(self, shared: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+        """What `trunk` gave, of some images → feature [B, D] and logits [B, C] of one expert, as `forward`."""
+        features = self.encoder.branch(shared, expert) if self.encoder.experts > 1 else shared
+        logits = heads_of(self.head)[expert](features)
+        return features, logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     @property
     def num_experts(self) -> int:
         return len(heads_of(self.head))
@@ -94,12 +104,12 @@ class Classifier(nn.Module):
             self.peft.after_step(step)
 
     def init_head(self, context: HeadContext) -> None:
-        """Fill the head's weight once, then let go of what that needed."""
+        """Fill the head's weight once, of several experts almost alike, then let go of what that needed."""
         if self.init is not None:
             with torch.no_grad():
                 weight = self.init(context)
-                for head in heads_of(self.head):
-                    head.get_parameter("weight").copy_(weight)
+                for expert, head in enumerate(heads_of(self.head)):
+                    head.get_parameter("weight").copy_(apart(weight, expert, context.seed))
         self.init = None
 
     def counts(self) -> dict[str, int]:

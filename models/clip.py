@@ -20,6 +20,7 @@ from torch import Tensor
 from configs.errors import UserError, lookup, unknown
 from configs.seeding import seeded
 from models.backbone import ONE, Backbone, Inputs, Split, Stats
+from models.experts import divide
 from models.text import TextTower
 from models.timm_models import Timm
 from models.towers import empty_tower, is_simple, taken_tower, vision_at
@@ -79,7 +80,9 @@ class Clip:
         stats: Stats = self.stats or (tuple(found["mean"]), tuple(found["std"]))
         source = self._source(pretrained, config)
         if torch.get_default_device().type == "meta":
-            return Backbone(empty_tower(config, resolution, project, fast), stats, embed_dim=dim)
+            encoder = empty_tower(config, resolution, project, fast)
+            divide(encoder, split, self.arch)
+            return Backbone(encoder, stats, embed_dim=dim)
         path = None if pretrained is None else self._file(pretrained, source, config)
         clip = self._clip(config, resolution, seed)
         if path is not None:
@@ -89,6 +92,7 @@ class Clip:
             load_strict(clip, state, self.arch, path)
         encoder, projection = taken_tower(clip, config, resolution, project, fast)
         del clip.visual
+        divide(encoder, split, self.arch)
         text = TextTower(clip, partial(_tokens, self.arch), None if project else projection)
         return Backbone(encoder, stats, dim, text, random=path is None)
 

@@ -38,6 +38,8 @@ class Host(nn.Module):
         """Layers of the network that peft has wrapped."""
         self.experts = 1
         self.still = False
+        self.held: frozenset[str] = frozenset()
+        """What was tuned and is held; it keeps its dtype, as what trains."""
         self.noisy = False
         """What trains draws random numbers in every forward."""
         self._came_with = [(module, name) for module in net.modules() for name in module._buffers]
@@ -51,6 +53,11 @@ class Host(nn.Module):
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
         return (bool(self.batch_norms) or self.noisy) and not self.still
+
+    @property
+    def divided(self) -> list[nn.Module]:
+        """Parts in which each expert has tuners of its own, around weights that all share."""
+        return []
 
     def trunk(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → what all experts share; the whole feature where they share all."""
@@ -74,6 +81,11 @@ class Host(nn.Module):
         for module in (*self.batch_norms, *self.adapted):
             module.train(mode and not self.still)
         return self
+
+    def hold(self) -> None:
+        """What is tuned stays as it is from now on, batch norms included; called while it still asks for gradients."""
+        self.held = self.held | {name for name, each in self.named_parameters() if each.requires_grad}
+        self.still = True
 
     def chosen(self, partial: int | Sequence[int] | None) -> range:
         """Indices of the parts that `partial` means: none: all; k: the last k; [start, end): those.

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from configs.errors import UserError, unknown
 from configs.seeding import seeded
+from models.experts import refuse_divided
 from models.host import Host, tensors_of
 from models.peft_adapter import AdaLora, Peft
 from models.peft_table import FIELDS, INITS, PEFTS, Kind, draws, find
@@ -59,6 +60,7 @@ def add_peft(
             _let_train(layer, name, kind)
         layer.weight.data = layer.weight.data.contiguous()  # peft views weights of convolutions as matrices
     targets = list(config.target_modules)
+    refuse_divided(host, f"peft {name}", map(host.net.get_submodule, targets))
     with seeded(seed, "peft"):
         model = _inject(host.net, config, kind.sampled, name)
     for key, parameter in host.named_parameters():  # peft has frozen all that is not its own

@@ -49,22 +49,26 @@ class Plain(Host):
 
     def trunk(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, feature_dim] in `dtype`."""
-        features = self._run(images.to(self.dtype, memory_format=torch.channels_last)).to(self.dtype)
+        features = self.run(self.net, self.received(images)).to(self.dtype)
         for module in self.tuners.values():
             features = module(features, features)
         return features
 
-    def _run(self, images: Tensor) -> Tensor:
+    def received(self, images: Tensor) -> Tensor:
+        return images.to(self.dtype, memory_format=torch.channels_last)
+
+    def run(self, part: nn.Module, given: Tensor) -> Tensor:
+        """The network, or a part of it, in the arithmetic of `set_precision`; the result has the dtype it got there."""
         # What trains has its own dtype (fp16 with prec fp16); layers of other libraries cast nothing themselves.
         cast = {
             name: each.to(self.dtype)
-            for name, each in tensors_of(self.net)
+            for name, each in tensors_of(part)
             if isinstance(each, nn.Parameter) and each.is_floating_point() and each.dtype != self.dtype
         }
         low = self.compute.itemsize < 4
         try:
-            with torch.autocast(images.device.type, self.compute) if low else nullcontext():
-                return functional_call(self.net, cast, images, tie_weights=False) if cast else self.net(images)
+            with torch.autocast(given.device.type, self.compute) if low else nullcontext():
+                return functional_call(part, cast, given, tie_weights=False) if cast else part(given)
         except ValueError as error:
             if self.batch_norms and "more than 1 value per channel" in str(error):
                 raise UserError(

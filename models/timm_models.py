@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from configs.errors import UserError, unknown
 from configs.seeding import seeded
 from models.backbone import ONE, Backbone, Inputs, Split
+from models.experts import divide
 from models.host import Host
 from models.plain import Plain
 from models.vit import ViT
@@ -56,11 +57,13 @@ class Timm:
         load = pretrained is not None and torch.get_default_device().type != "meta"
         file = local_file(pretrained) if load and pretrained and is_path(pretrained) else None
         with seeded(seed, "backbone"):
-            net = self._create(fetch=load and file is None)
+            net = self.create(fetch=load and file is None)
         resize(net, resolution, config.input_size[-1], self.name)
         if file is not None:
             load_strict(net, _without_classifier(read_state(file), net, config), self.name, file)
-        return Backbone(host(net, fast), (config.mean, config.std), random=not load)
+        encoder = host(net, fast)
+        divide(encoder, split, self.name)
+        return Backbone(encoder, (config.mean, config.std), random=not load)
 
     def _config(self) -> Any:
         config = timm.get_pretrained_cfg(self.name)
@@ -75,7 +78,12 @@ class Timm:
         if pretrained == "default" and not config.has_weights:
             raise UserError(f"timm has no weights of {self.name}: name a file with `pretrained /path/to/file`, or none")
 
-    def _create(self, fetch: bool) -> Any:
+    def create(self, fetch: bool) -> Any:
+        """timm's network without classifier, with its published weights or random ones.
+
+        Raises:
+            UserError: the weights are not here and cannot be downloaded.
+        """
         try:
             with hub() if fetch else nullcontext():
                 return timm.create_model(self.name, pretrained=fetch, num_classes=0)

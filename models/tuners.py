@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from configs.seeding import seeded
+from configs.seeding import mix, seeded
+from models.experts import refuse_divided
 from models.host import Host
 from models.plain import Plain
 from models.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
@@ -132,7 +133,7 @@ def add_tuners(
 
     Raises:
         UserError: two kinds of prompts, a tuner that finds nothing to act on, a range beyond the network, or a
-            share of weights beyond all of them.
+            share of weights beyond all of them; experts whose own blocks would not differ.
     """
     if {"vpt_shallow", "vpt_deep"} <= set(names):
         raise UserError("vpt_shallow and vpt_deep both own the prompt tokens; choose one of them")
@@ -146,6 +147,11 @@ def add_tuners(
             _insert(host, name, blocks[:1] if tuner.first_only else blocks, sizes, seed)
         if tuner.select is not None:
             _select(host, name, partial)
+    if isinstance(host, ViT) and host.own and not any(any(sites.values()) for sites in host.sites[0][-host.own :]):
+        raise UserError(
+            f"expert_split {host.own}: no tuner acts in the last {host.own} blocks, which experts would only repeat; "
+            "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"
+        )
 
 
 def _insert(host: Host, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
@@ -159,15 +165,21 @@ def _insert(host: Host, name: str, blocks: range, sizes: Sizes, seed: int) -> No
     if not isinstance(host, ViT):
         others = ", ".join(each for each, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
+    later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", each)) for each in range(1, host.experts)]
     for index in blocks:
+        own = index >= host.depth - host.own
         with seeded(seed, "tuner", name, index):
-            host.insert(name, index, tuner.insert(host, index, sizes), tuner.on_weights)
+            host.insert(name, index, tuner.insert(host, index, sizes), tuner.on_weights, 0 if own else None)
+        for expert, drawn in enumerate(later if own else [], start=1):
+            with seeded(seed, "tuner", name, index, expert):  # the first one starts as if it were alone
+                host.insert(name, index, tuner.insert(host, index, drawn), tuner.on_weights, expert)
 
 
 def _select(host: Host, name: str, partial: int | Sequence[int] | None) -> None:
     select = TUNERS[name].select
     assert select is not None
     modules = host.selectable(partial)
+    refuse_divided(host, name, modules)
     found = [each for module in modules for each in select(module)]
     if modules and not found:
         raise UserError(f"{name} finds nothing to train in this backbone")

@@ -1,7 +1,7 @@
 """Contracts over every entry of every table: what enters a table is covered at once."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from models.heads import HEADS
 from models.prompts import PROMPTS
 from models.tuners import TUNERS
 from trainers.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
-from trainers.losses import LOSSES
-from trainers.methods import METHODS, Method, build_method
+from trainers.losses import ADJUSTED, LOSSES
+from trainers.methods import METHODS, Earlier, Method, build_method
 from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable
 
 Config = Callable[..., CfgNode]
@@ -48,6 +48,35 @@ def alone(name: str) -> tuple[object, ...]:
     return (*(CONVNET if name == "bn_tuning" else ()), name, True)
 
 
+SEVERAL: tuple[str, ...] = ("ride_ea",)
+"""Methods that mean nothing with one expert."""
+OF_METHOD: dict[str, tuple[object, ...]] = {
+    "ride_ea": ("ride_ea.top_choices", 5),  # of ten classes
+    "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),
+}
+"""What else a method asks for."""
+
+
+def of_method(name: str, experts: int, loss: str = "CE") -> tuple[object, ...]:
+    """A method of so many experts, after an earlier run if it needs one."""
+    after = ("after", "tiny_clip") if METHODS[name].needs_after else ()
+    return ("method", name, "num_experts", experts, "loss_type", loss, *after, *OF_METHOD.get(name, ()))
+
+
+def earlier(cfg: CfgNode) -> Earlier:
+    """What an earlier run with the same parts hands on, at the start of the run after it; it has trained nothing."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.method = "classify"
+    found = build(cfg)
+    return Earlier(True, lambda: trained_state(found), lambda: found.eval().requires_grad_(False))
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Bitwise; NaN are the logits of experts that were not asked."""
+    return torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def tuner_pairs() -> list[tuple[object, ...]]:
     pairs = [(a, b) for a in TUNERS for b in TUNERS if a < b and {a, b} != {"vpt_shallow", "vpt_deep"}]
     on_vit = [(a, True, b, True) for a, b in pairs if "bn_tuning" not in (a, b)]
@@ -61,17 +90,19 @@ def choices() -> list[tuple[object, ...]]:
     pairs = tuner_pairs()
     heads = [("classifier", name) for name in HEADS]
     losses = [("loss_type", name) for name in LOSSES]
-    methods = [("method", name) for name in METHODS]
+    methods = [of_method(name, experts) for name in METHODS for experts in (1, 3) if experts > 1 or name not in SEVERAL]
     return [*tuners, *pairs, *heads, *losses, *methods]
 
 
 def product_of_all() -> list[tuple[object, ...]]:
-    """Every combination of up to two tuners, head, loss, method and a range of blocks."""
-    tuners = [(), *map(alone, TUNERS), *tuner_pairs()]
-    rest = product(HEADS, LOSSES, METHODS, ("none", "1", "[1,3]"))
-    names = ("classifier", "loss_type", "method", "partial")
+    """Every combination of up to two tuners, head, loss and a range of blocks; of a tuner, head, loss and method."""
+    tuners = [(), *map(alone, TUNERS)]
+    rest = product(HEADS, LOSSES, ("none", "1", "[1,3]"))
+    names = ("classifier", "loss_type", "partial")
     options = [tuple(chain.from_iterable(zip(names, values, strict=True))) for values in rest]
-    return [(*tuner, *each) for tuner, each in product(tuners, options)]
+    fits = [(name, loss) for name, loss in product(METHODS, LOSSES) if name != "sade" or LOSSES[loss] not in ADJUSTED]
+    methods = [("classifier", head, *of_method(name, 3, loss)) for head, (name, loss) in product(HEADS, fits)]
+    return [(*a, *b) for a, b in chain(product([*tuners, *tuner_pairs()], options), product(tuners, methods))]
 
 
 @pytest.mark.slow
@@ -100,9 +131,12 @@ def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
     method, twin = build(cfg), build(cfg)
     base = fingerprint(method.model.encoder)
     assert base == fingerprint(twin.model.encoder), "building twice gives the same weights"
+    if cfg.after:
+        method.after(earlier(cfg))
     before = {name: each.clone() for name, each in method.named_parameters()}
-    optimizer = build_optimizer(method.param_groups(), Plan.of(cfg, 6))
-    for _ in range(2):  # B of a LoRA is zero at first, so A moves from the second step on
+    groups = method.param_groups()
+    optimizer = build_optimizer(groups, Plan.of(cfg, 6)) if groups else None
+    for _ in range(2 if groups else 0):  # B of a LoRA is zero at first, so A moves from the second step on
         outcome = method.train()(batch())
         (outcome.loss_sum / outcome.weight).backward()
         assert torch.isfinite(outcome.loss_sum) and outcome.logits.shape == (6, 10)
@@ -115,15 +149,60 @@ def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
 
     method.eval(), twin.eval()
     logits = method.expert_logits(batch()["image"])
-    assert logits.shape == (6, 1, 10) and torch.equal(method.predict(batch()["image"]), logits[:, 0])
+    assert logits.shape == (6, cfg.num_experts, 10)
+    assert same(method.predict(batch()["image"]), logits.nanmean(1))
     facts = {"base": base, "class_names": list(NAMES)}
     save_checkpoint(tmp_path / "checkpoint", method, facts)
     load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
-    assert torch.equal(twin.expert_logits(batch()["image"]), logits)
-    trains = {name for name, each in method.named_parameters() if each.requires_grad}
+    assert same(twin.expert_logits(batch()["image"]), logits), "it is evaluated without the earlier run"
+    trains = {name for name, each in method.named_parameters() if each.requires_grad} | method.held
     stays = {id(each) for each in method.model.encoder.untouched()}
     buffers = {name for name, each in method.named_buffers() if id(each) not in stays} & method.state_dict().keys()
     assert trained_state(method).keys() == trains | buffers, "a checkpoint holds what trained and nothing else"
+
+
+CHANGED: dict[str, object] = {
+    "ride.diversity": 0.3,
+    "ride.reweight_factor": 0.5,
+    "distill.inner": "sade",
+    "distill.temperature": 3.0,
+    "distill.weight": 0.1,
+    "distill.times_experts": True,
+    "sade.inverse_strength": 1.0,
+    "ride_ea.top_choices": 3,
+    "ride_ea.hidden": 8,
+    "ride_ea.pos_weight": 1.0,
+    "batchformer.inner": "sade",
+    "batchformer.layers": 2,
+    "batchformer.heads": 2,
+    "batchformer.dropout": 0.1,
+    "batchformer.mode": "sum",
+    "batchformer.chunks": 2,
+    "batchformer.kaiming": True,
+    "tau_norm.power": 0.2,
+}
+"""Another value of every option of every method."""
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_an_option_of_a_method_has_an_effect(key: str, config: Config) -> None:
+    """On its loss, or on what it predicts after an earlier run."""
+
+    def outcome(*pairs: object) -> torch.Tensor:
+        words = ("pretrained", "none", "drw_epoch", 0, *of_method(key.split(".")[0], 3), *pairs)
+        cfg = config("fake_lt", "tiny_clip", *words)
+        method = build(cfg)
+        if cfg.after:
+            method.after(replace(earlier(cfg), method=lambda: build(config("fake_lt", "tiny_clip", "seed", 1)).eval()))
+        torch.manual_seed(0)
+        step = method.train()(batch())
+        return torch.cat([torch.stack([step.loss_sum, step.weight]), method.eval().predict(batch()["image"]).flatten()])
+
+    assert torch.equal(outcome(), outcome()) and not torch.equal(outcome(), outcome(key, CHANGED[key]))
+
+
+def test_every_option_of_a_method_is_among_them() -> None:
+    assert CHANGED.keys() == {f"{name}.{each.name}" for name, kind in METHODS.items() for each in fields(kind.Options)}
 
 
 @pytest.mark.parametrize("prec", PRECISIONS)

@@ -24,7 +24,8 @@ from configs.errors import UserError
 from configs.schema import SCHEMA
 from datasets import DATASETS, build_data, build_info, cifar
 from datasets.bundle import View, clean_worker_error, collate, eval_loader, train_loader
-from datasets.image_list import PUBLISHED, folder_names, read_list, taxon_labels
+from datasets.image_list import folder_names, read_list, taxon_labels
+from datasets.published import PUBLISHED, published_at
 from datasets.samplers import StepSampler
 from datasets.sources import BadImage
 
@@ -197,7 +198,7 @@ def test_global_generators_stay_as_they_are(listed: Path) -> None:
         build_info(cfg)
         bundle = build_data(cfg)
         list(eval_loader(bundle.test, 8, 0))
-        list(train_loader(bundle.train, StepSampler(len(bundle.train), 8, 8, 0), 0))
+        list(train_loader(bundle.train, StepSampler(bundle.train.labels, 8, 8, 0), 0))
     assert (np.random.get_state(legacy=False)["state"]["key"] == state[0]).all()
     assert torch.equal(torch.get_rng_state(), state[1])
 
@@ -302,7 +303,7 @@ def test_views_travel_to_spawned_workers(listed: Path) -> None:
 
 
 def epoch_of(view: View, workers: int, rank: int, world: int, step: int = 0) -> dict[int, torch.Tensor]:
-    sampler = StepSampler(len(view), 16, 4, seed=0, rank=rank, world=world)
+    sampler = StepSampler(view.labels, 16, 4, seed=0, rank=rank, world=world)
     sampler.set_position(1, step)
     batches = list(train_loader(view, sampler, workers))
     return {int(i): image for batch in batches for i, image in zip(batch["index"], batch["image"], strict=True)}
@@ -319,13 +320,13 @@ def test_training_does_not_depend_on_workers_ranks_or_resuming() -> None:
 
 def test_persistent_workers_follow_the_sampler() -> None:
     train = build_data(fake()).train
-    sampler = StepSampler(len(train), 16, 16, seed=0)
+    sampler = StepSampler(train.labels, 16, 16, seed=0)
     loader = train_loader(train, sampler, 2)
     orders = []
     for epoch in range(2):
         sampler.set_position(epoch, 0)
         orders.append([i for batch in loader for i in batch["index"].tolist()])
-        assert orders[-1] == [i for batch in sampler for i, _ in batch]
+        assert orders[-1] == [i for batch in sampler for i, *_ in batch]
     assert orders[0] != orders[1]
     sampler.set_position(0, 3)
     assert [i for batch in loader for i in batch["index"].tolist()] == orders[0][48:]
@@ -436,7 +437,8 @@ def test_a_missing_published_list_is_named_with_its_source(tmp_path: Path, name:
     with pytest.raises(UserError) as caught:
         build_data(lists(tmp_path, train_list=name))
     assert PUBLISHED[name][0] in str(caught.value)
-    assert "facebookresearch/classifier-balancing" in str(caught.value)
+    assert published_at(name) in str(caught.value)
+    assert ("SADE" if "ward" in name else "facebookresearch/classifier-balancing") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -35,6 +35,7 @@ from datasets import DataInfo, build_data, build_info
 from datasets.bundle import eval_loader
 from datasets.fake import fake_sources
 from datasets.samplers import StepSampler
+from datasets.shifts import build_shifts
 from models import BACKBONES, Classifier, build_model, resolve
 from models.clip import Clip
 from models.tuners import TUNERS
@@ -79,7 +80,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (40, 32), (20 * number, 50 * label, 200 if images == "other" else 90)).save(path)
     (folder / "images" / "0" / "5.png").write_bytes(b"no image")
     listed = {"train": (3, 2), "test": (4, 4), "train2": (5, 4), "test2": (2, 1), "val": (1, 1), "bad": (6, 2)}
-    listed |= {"one/far": (2, 2), "two/far": (4, 1)}
+    listed |= {"one/far": (2, 2), "two/far": (4, 1), "some_forward2": (4, 2)}
     for name, counts in listed.items():
         (folder / name).parent.mkdir(exist_ok=True)
         lines = [f"{label}/{i}.png {label}\n" for label, count in enumerate(counts) for i in range(count)]
@@ -176,6 +177,13 @@ def bad_images(cfg: CfgNode) -> Any:
         return type(error).__name__
 
 
+def shifts(cfg: CfgNode) -> Any:
+    """Test sets of other class frequencies."""
+    data = build_data(cfg)
+    found = build_shifts(cfg, data.info, data.test.labels)
+    return [(each.name, each.positions.tolist(), each.origin) for each in found]
+
+
 # --- what can be seen of a model -----------------------------------------------------------------------------------
 
 
@@ -234,7 +242,7 @@ def seeds(cfg: CfgNode) -> Any:
         "head": model.head.get_parameter("weight"),
         "tuner": next(model.encoder.tuners.parameters()),
         "backbone": model.encoder.net.patch_embed.proj.weight,
-        "order": StepSampler(len(data.train), 32, 32, Plan.of(cfg, 32).seed).micro_batches(0),
+        "order": StepSampler(data.train.labels, 32, 32, Plan.of(cfg, 32).seed).micro_batches(0),
         "augmentation": data.train[0]["image"],
     }
 
@@ -318,20 +326,21 @@ def trained(cfg: CfgNode) -> Any:
     )
 
 
-def batches(function: str) -> Callable[[CfgNode], Any]:
-    """Sizes of the batches that a method is given during a run."""
+def batches(function: str, entry: str | None = None) -> Callable[[CfgNode], Any]:
+    """Sizes of the batches that a method is given during a run, or one entry of them."""
 
     def see(cfg: CfgNode) -> Any:
-        sizes: list[int] = []
+        found: list[Any] = []
         original = getattr(Method, function)
 
         def recorded(self: Method, batch: Any) -> Any:
-            sizes.append(len(batch["label"] if isinstance(batch, dict) else batch))
+            size = len(batch["label"] if isinstance(batch, dict) else batch)
+            found.append(batch[entry].tolist() if entry else size)
             return original(self, batch)
 
         with mock.patch.object(Method, function, recorded):
             ran(cfg)
-        return sizes
+        return found
 
     return see
 
@@ -402,13 +411,22 @@ def another_runs(cfg: CfgNode) -> Any:
     return found["row_max"]
 
 
+def weights_path(cfg: CfgNode) -> Any:
+    """Weights that experts of random heads get on the test set as it is."""
+    return result(cfg)["distributions"]["test"]["sade"]["path"]
+
+
 def exported(cfg: CfgNode) -> Any:
     return sorted(str(each.relative_to("output")) for each in (ran(cfg) / "export").rglob("*"))
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
+ADAPTED: Words = (*SHORT, "num_experts", 2, "adapt", "sade")
 LISTED: dict[str, Any] = {"data": "lists.yaml"}
+SHIFTED: Words = ("test_dists", "forward2")
+STEPPED: Words = ("schedule", "multistep")
+EXPERTS: Words = ("backbone", "ResNet-20", "init_head", "none", "full_tuning", True, "num_experts", 2)
 PROBES: dict[str, Probe] = {
     "dataset": Probe("Fake", "Digits", names),
     "root": Probe("images", "other", pixels("train"), **LISTED),
@@ -439,6 +457,9 @@ PROBES: dict[str, Probe] = {
     "prompt": Probe("default", "a blurry photo of a {}.", first_head),
     "descriptors": Probe("strings1.json", "strings2.json", first_head, ("prompt", "descriptor"), **LISTED),
     "zero_shot": Probe(False, True, trains_where),
+    "num_experts": Probe(1, 2, logits),
+    "expert_split": Probe(1, 2, trains_where, EXPERTS),
+    "reduce_dimension": Probe(False, True, trains_where, EXPERTS),
     **{name: Probe(False, True, trains_where) for name in TUNERS},
     "bn_tuning": Probe(False, True, trains_where, ("backbone", "timm:test_resnet.r160_in1k", "init_head", "none")),
     "partial": Probe("none", "[1,3)", trains_where, ("lora", True)),
@@ -460,6 +481,13 @@ PROBES: dict[str, Probe] = {
     "lr": Probe(0.1, 0.2, two_updates),
     "weight_decay": Probe(5e-4, 0.1, two_updates),
     "momentum": Probe(0.9, 0, two_updates),
+    "nesterov": Probe(False, True, two_updates),
+    "schedule": Probe("cosine", "constant", two_updates),
+    "lr_steps": Probe("[1]", "[2]", two_updates, STEPPED),
+    "lr_gamma": Probe(0.1, 0.5, two_updates, (*STEPPED, "lr_steps", 1)),
+    "warmup_epochs": Probe(0, 2, two_updates),
+    "lr_factors": Probe("none", "{head: 0.1}", two_updates),
+    "sampler": Probe("shuffle", "balanced", batches("forward", "index"), ONE),
     "loss_type": Probe("LA", "CE", loss),
     "tau": Probe(1, 0.5, loss),
     "drw_epoch": Probe("none", 0, loss),
@@ -473,6 +501,21 @@ PROBES: dict[str, Probe] = {
     "many_above": Probe(20, 10, group("many")),
     "few_below": Probe(8, 12, group("few")),
     "group_imb_factor": Probe("none", 0.5, groups),
+    "adapt": Probe("none", "sade", lambda cfg: "distributions" in result(cfg), (*SHORT, "num_experts", 2)),
+    "adapt_views": Probe("sade_imagenet", "none", weights_path, ADAPTED),
+    "adapt_epochs": Probe(5, 2, weights_path, ADAPTED),
+    "adapt_lr": Probe(0.1, 0.2, weights_path, ADAPTED),
+    "adapt_weight_decay": Probe(5e-4, 0.1, weights_path, ADAPTED),
+    "adapt_entropy": Probe(0, 1, weights_path, ADAPTED),
+    "adapt_batch_size": Probe(128, 8, weights_path, ADAPTED),
+    "adapt_seed": Probe(0, 1, weights_path, ADAPTED),
+    "test_dists": Probe("uniform", "forward5", shifts),
+    "shift_ratios": Probe("[2]", "[2, 3]", shifts, ("test_dists", "all")),
+    "shift_order": Probe("counts", "label", shifts, SHIFTED),
+    "shift_max": Probe("none", 5, shifts, SHIFTED),
+    "shift_factors": Probe("none", "{forward2: 0.3}", shifts, SHIFTED),
+    "shift_files": Probe("none", "some_{name}.txt", shifts, SHIFTED, **LISTED),
+    "shift_seed": Probe(0, 1, shifts, SHIFTED),
     "test_only": Probe(False, True, evaluations, ONE),
     "model_dir": Probe("output/run1", "output/run2", another_runs, (*ONE, "test_only", True)),
     "export": Probe("lift", "merged", exported, SHORT),
@@ -543,7 +586,7 @@ def test_an_entry_is_complete(key: str) -> None:
 
 def test_tuner_flags_are_the_tuners() -> None:
     flags = {key for key, entry in KEYS.items() if entry.default is False and entry.cls == TRAIN}
-    assert flags - {"zero_shot"} == TUNERS.keys()
+    assert flags - {"zero_shot", "reduce_dimension", "nesterov"} == TUNERS.keys()
 
 
 def test_aliases_and_shared_keys_are_options() -> None:

@@ -32,6 +32,8 @@ TRAPS = {
     r"^\s*import datasets\b(?!\.)": "reads as Hugging Face's package; import what is needed from it",
 }
 EXCEPTIONS = {("trainers/exchange/lift.py", PICKLES): "LIFT reads nothing but a pickle; it is one of plain tensors"}
+NAMESAKES = {("adapt.py", "sade")}
+"""Entries of other tables of trainers/ that are called like a method: SADE has both."""
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
@@ -82,7 +84,8 @@ def test_the_trainer_names_no_method(path: Path) -> None:
     """What a method needs stands in its file; the rest of trainers/ asks the method."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert node.value not in METHODS, f"line {node.lineno} names the method '{node.value}'"
+            named = node.value in METHODS and (path.name, node.value) not in NAMESAKES
+            assert not named, f"line {node.lineno} names the method '{node.value}'"
 
 
 def test_every_module_says_what_it_is_for() -> None:

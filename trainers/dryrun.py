@@ -3,20 +3,19 @@
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from configs import CfgNode, values_of
 from configs.schema import SCHEMA
 from datasets import build_info
 from models import Classifier, build_model, resolve, sizes_of
+from models.experts import heads_of
+from trainers.adapt import check_adapt
 from trainers.exchange import EXPORTS
 from trainers.launch import world_size
-from trainers.methods import build_method
-from trainers.optim import micro_batch_size
+from trainers.methods import Method, build_method
+from trainers.optim import Plan, check_factors, micro_batch_size
 from trainers.trained import subject_of
-
-GIGA = 1e9
+from trainers.usage import GIGA, flops_by_experts
 
 
 def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -26,10 +25,11 @@ def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: whatever a real run would refuse before it touches images or weights.
     """
     given, cfg = cfg, resolve(cfg)
-    model = check(cfg)
+    method = outline(cfg)
+    model = method.model
     with torch.device("meta"):
         flops = forward_flops(model, cfg.resolution)
-    sizes = sizes_of(cfg, len(model.head.get_parameter("weight")), model.encoder)
+    sizes = sizes_of(cfg, len(heads_of(model.head)[0].get_parameter("weight")), model.encoder)
     derived = {
         "adapter_dim": sizes.bottleneck,
         "vpt_len": sizes.prompts,
@@ -38,7 +38,7 @@ def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
         **{key: cfg[key] for key in ("resolution", "interpolation", "expand")},
         "micro_batch_size": micro_batch_size(cfg, world_size()),
     }
-    result = {"config": values_of(given), "params": model.counts(), "gflops_per_image": flops / GIGA}
+    result = {"config": values_of(given), "params": method.counts(), "gflops_per_image": flops / GIGA}
     return result, {key: value for key, value in derived.items() if given[key] is None}
 
 
@@ -48,33 +48,27 @@ def check(cfg: CfgNode) -> Classifier:
     Raises:
         UserError: as `dry_run`.
     """
+    return outline(cfg).model
+
+
+def outline(cfg: CfgNode) -> Method:
+    """The method around that model, as `check`."""
     cfg = resolve(cfg)
     info = build_info(cfg)
-    micro_batch_size(cfg, world_size())
+    plan = Plan.of(cfg, micro_batch_size(cfg, world_size()))
     with torch.device("meta"):
         model = build_model(cfg, info.class_names, pixels=(info.mean, info.std))
         method = build_method(cfg, model, info)
+    check_factors(method.param_groups(), plan)
+    check_adapt(cfg)
     if cfg.export is not None:
         EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
-    return model
+    return method
 
 
 def forward_flops(model: Classifier, resolution: int) -> int:
-    """FLOPs of one image through the model in eval: convolutions and matrix products, attention included."""
-    model = model.eval().to("meta")
-    images = torch.empty(1, 3, resolution, resolution, device="meta")
-    try:
-        counter = _count(model, images)
-    except (NotImplementedError, AssertionError):  # some tuners of peft do not run without numbers, or uncounted
-        with model.encoder.untuned():
-            counter = _count(model, images)
-    return int(counter.get_total_flops())
-
-
-def _count(model: Classifier, images: Tensor) -> FlopCounterMode:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    return counter
+    """FLOPs of one image through the model in eval, all experts included."""
+    return flops_by_experts(model, resolution)[-1]
 
 
 def describe(result: dict[str, Any], derived: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Evaluations of a run: which logits, from images or from an earlier evaluation, and the files they end in."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,26 @@ from configs import CfgNode, values_of
 from configs.errors import UserError
 from configs.key import TEST
 from configs.schema import SCHEMA
-from datasets import DataBundle, View, build_info
+from datasets import DataBundle, DataInfo, View, build_info
 from trainers import test_time
+from trainers.adapt import ADAPTS, Recipe, adapt, check_adapt
+from trainers.distributions import Results, Shift, distributions_of, plain_results
+from trainers.dryrun import check
 from trainers.evaluator import Logits, infer, save_logits, stored_logits
 from trainers.files import read_json, write_json
 from trainers.folder import RunFolder
-from trainers.methods import Method
+from trainers.methods import METHODS, Method
+from trainers.methods.base import combine
 from trainers.metrics import evaluate
 from trainers.optim import PRECISIONS, cast_trainable
 from trainers.progress import write_test_scalars
 from trainers.report import circumstances, read_result, table
+from trainers.usage import is_finite, usage_report
 
 log = logging.getLogger("tailtune")
+
+OUTCOMES = ("test", "val", "distributions", "evaluation")
+"""Entries of metrics.json that are of one evaluation."""
 
 
 @dataclass
@@ -37,6 +46,9 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     """What a reader of the result has to know."""
 
+    def __post_init__(self) -> None:
+        check_adapt(self.cfg)
+
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""
         self.notes.append(text)
@@ -44,22 +56,36 @@ class Evaluation:
             log.warning("warning: %s", text)
 
     def from_stored_logits(self) -> bool:
-        """Answer from logits that an earlier evaluation saved, if one fits; needs neither model nor images."""
-        found = stored_logits(self.folder.path, self._key()) if self.folder.source == self.folder.path else None
-        if found is None or not self.folder.finished():
+        """Answer from logits that an earlier evaluation saved, if they are enough; needs neither model nor images."""
+        found = None if self._adapts else self._stored()
+        if found is None or (found.bad_images and self.cfg.test_dists):  # then the labels of all images are needed
             return False
-        path, logits = found
         if self.accelerator.is_main_process:
-            log.info("using the logits of %s", path)
-            self.note(f"from the logits of {path}")
-            self._finish(self.trained_result(), logits, None, build_info(self.cfg).groups)
+            info = build_info(self.cfg)
+            shifts = self._shifts(info, found.labels)
+            self._finish(self.trained_result(), found, None, info.groups, plain_results(found, shifts, info.groups))
         return True
+
+    @property
+    def _adapts(self) -> bool:
+        return self.cfg.adapt is not None and not self.cfg.test_train
+
+    def _stored(self) -> Logits | None:
+        """What an earlier evaluation in this run's folder saved and this one would compute again."""
+        if self.folder.source != self.folder.path or not self.folder.finished():
+            return None
+        found = stored_logits(self.folder.path, self._key())
+        if found is None:
+            return None
+        log.info("using the logits of %s", found[0])
+        self.note(f"from the logits of {found[0]}")
+        return found[1]
 
     def trained_result(self) -> dict[str, Any]:
         """metrics.json of the run whose checkpoint is evaluated, without its own evaluation; empty if it has none."""
         path = self.folder.source / "metrics.json"
         result = read_result(path) if path.exists() and self.folder.foreign is None else {}
-        return {key: value for key, value in result.items() if key not in ("test", "val", "evaluation")}
+        return {key: value for key, value in result.items() if key not in OUTCOMES}
 
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
         """Run the method over the images; `result` is metrics.json so far."""
@@ -68,10 +94,43 @@ class Evaluation:
         method.model.set_precision(precision.compute)
         cast_trainable(method, precision.trainable)
         method.model.head.to(precision.trainable)
-        found = self._infer(method, data.train_as_test if cfg.test_train else data.test)
-        val = self._infer(method, data.val) if data.val is not None and not cfg.test_train else None
+        found, val = self._stored(), None
+        if found is None:
+            found = self._infer(method, data.train_as_test if cfg.test_train else data.test)
+            val = self._infer(method, data.val) if data.val is not None and not cfg.test_train else None
+        found = found if self.accelerator.is_main_process else None  # stored ones are read by all
+        shifts = self._shifts(data.info, data.test.labels)
+        measured = {} if found is None else plain_results(found, shifts, data.info.groups)
+        if self._adapts:
+            self._adapt(method, data, found, shifts, measured)
         if found is not None:
-            self._finish(result, found, val, data.info.groups)
+            self._finish(result, found, val, data.info.groups, measured)
+
+    def _shifts(self, info: DataInfo, labels: Tensor) -> tuple[Shift, ...]:
+        """Label distributions of the test images; `labels` are of all of them."""
+        if not self.cfg.test_train:
+            return distributions_of(self.cfg, info, labels)
+        if self.cfg.test_dists is not None or self.cfg.adapt is not None:
+            self.note("test_train: test_dists and adapt are of test images, and left out")
+        return ()
+
+    def _adapt(
+        self, method: Method, data: DataBundle, plain: Logits | None, shifts: Sequence[Shift], measured: Results
+    ) -> None:
+        """Add what `adapt` makes of each distribution to `measured`, on the first process."""
+        cfg = self.cfg
+        predict = test_time.separate(method)
+
+        def passes(number: int) -> Logits | None:
+            log.info("views of the test images, pass %d", number + 1)
+            return infer(predict, data.test_views, self.accelerator, cfg.test_batch_size, cfg.num_workers, number)
+
+        shifts = [each for each in shifts if each.name in measured]
+        learnt = adapt(ADAPTS[cfg.adapt], Recipe.of(cfg), plain, shifts, passes, self.accelerator)
+        for name, learner in learnt.items():
+            metrics = evaluate(*learner.predictions(), data.info.groups)
+            gain = metrics["accuracy"] - measured[name]["plain"]["accuracy"]
+            measured[name][cfg.adapt] = {**metrics, "gain": gain, **learner.facts()}
 
     def _infer(self, method: Method, view: View) -> Logits | None:
         """Logits on the first process."""
@@ -86,14 +145,21 @@ class Evaluation:
             self.note(f"{found.bad_images} of {len(view)} images could not be read and are left out", warn=True)
         if len(view) == cfg.max_test_images:
             self.note(f"max_test_images {cfg.max_test_images}: not all images")
-        if not found.logits.isfinite().all():
+        if not is_finite(found.logits, method.routes):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
             )
         return found
 
-    def _finish(self, result: dict[str, Any], found: Logits, val: Logits | None, groups: dict[str, Tensor]) -> None:
+    def _finish(
+        self,
+        result: dict[str, Any],
+        found: Logits,
+        val: Logits | None,
+        groups: dict[str, Tensor],
+        distributions: Results,
+    ) -> None:
         """Logits, metrics, metrics.json (last, because it says that the rest is there), the table."""
         save_logits(self.target / "logits.safetensors", found, self._key())
         notes = [*result.get("notes", []), *self.notes]
@@ -101,10 +167,16 @@ class Evaluation:
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, each in (("test", found), ("val", val)):
             if each is not None:
-                metrics = evaluate(each.logits.mean(1), each.labels, groups)
+                metrics = evaluate(combine(each.logits), each.labels, groups)
+                if METHODS[self.cfg.method].routes and not self.cfg.tte:  # of one forward, not of several views
+                    model = check(self.cfg)
+                    used = usage_report(each.logits, each.labels, groups, model, self.cfg.resolution)
+                    metrics["experts_used"] = used
                 result[split] = {**metrics, "bad_images": each.bad_images}
-        if self.target == self.folder.path:
-            write_test_scalars(self.folder.events, result["test"])
+        if distributions:
+            result["distributions"] = distributions
+        if distributions or self.target == self.folder.path:
+            write_test_scalars(self.target / "tensorboard", result["test"], distributions)
         write_json(self.target / "metrics.json", result)
         log.info("%s\nrun folder %s", table(result), self.target)
 

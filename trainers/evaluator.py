@@ -21,7 +21,7 @@ class Logits:
     """Of the images that could be read, in the order of the split."""
 
     logits: Tensor
-    """[N, E, C] fp32."""
+    """[N, E, C] fp32, or of several views [N, V, E, C]."""
     labels: Tensor
     """[N]."""
     index: Tensor
@@ -30,17 +30,23 @@ class Logits:
 
 
 Predict = Callable[[Tensor | list[Tensor]], Tensor]
-"""Images of a batch → expert logits [B, E, C]."""
+"""Images of a batch → expert logits [B, E, C], or [B, V, E, C] of several views."""
 
 
 @torch.no_grad()
-def infer(predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int) -> Logits | None:
+def infer(
+    predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int, epoch: int = 0
+) -> Logits | None:
     """Run `predict` over a view, each image once whatever the number of processes.
+
+    Args:
+        epoch: which draws of a transform that is random.
 
     Returns:
         The logits on the first process, which alone holds them; None on the others.
     """
-    loader = eval_loader(view, batch_size, num_workers, accelerator.process_index, accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    loader = eval_loader(view, batch_size, num_workers, rank, world, epoch)
     count = len(view)
     logits: Tensor | None = None
     labels = torch.zeros(count, dtype=torch.int64)
@@ -63,6 +69,12 @@ def infer(predict: Predict, view: View, accelerator: Accelerator, batch_size: in
         return Logits(logits, labels, torch.arange(count))
     index = found.nonzero().squeeze(1)
     return Logits(logits[index], labels[index], index, bad_images=count - len(index))
+
+
+def rows_of(found: Logits, positions: Tensor) -> Tensor:
+    """Where in `found` the images at these positions of the split are; those that could not be read are left out."""
+    rows = torch.searchsorted(found.index, positions).clamp_max(len(found.index) - 1)
+    return rows[found.index[rows] == positions]
 
 
 def save_logits(path: Path, found: Logits, key: dict[str, object]) -> None:

@@ -26,20 +26,20 @@ class Split:
     """The features of a split's images, on the CPU."""
 
     features: Tensor
-    """[N, D], unit rows."""
+    """[N, D], unit rows; of E experts with features of their own [N, E·D], each expert's part of length 1/√E."""
     labels: Tensor
     """[N]."""
     means: Tensor
-    """[C, D] of the raw features of each class, unit rows; NaN for a class without images."""
+    """[C, D] of the raw features of each class, unit rows, or [C, E·D] as above; NaN for a class without images."""
 
     @cached_property
     def distances(self) -> Tensor:
-        """1 − cos(μ_c, f_i) of each image to the mean of its class in this split, [N]."""
+        """1 − cos(μ_c, f_i) of each image to the mean of its class in this split, [N]; the mean over experts."""
         return 1 - (self.features * self.means[self.labels]).sum(-1)
 
     @cached_property
     def similarity(self) -> Tensor:
-        """cos(μ_i, μ_j), [C, C]."""
+        """cos(μ_i, μ_j), [C, C]; the mean over experts."""
         return self.means @ self.means.T
 
 
@@ -55,9 +55,18 @@ def split_features(
         features.append(method.model.features(batch["image"])[real].float().cpu())
         labels.append(batch["label"][real].cpu())
     raw, targets = torch.cat(features), torch.cat(labels)
-    sums = torch.zeros(num_classes, raw.shape[1]).index_add_(0, targets, raw)
-    counts = targets.bincount(minlength=num_classes).unsqueeze(1)
-    return Split(F.normalize(raw, dim=-1), targets, F.normalize(sums / counts, dim=-1))
+    sums = torch.zeros(num_classes, *raw.shape[1:]).index_add_(0, targets, raw)
+    counts = targets.bincount(minlength=num_classes).view(-1, *[1] * (raw.ndim - 1))
+    return Split(_rows(raw), targets, _rows(sums / counts))
+
+
+def _rows(features: Tensor) -> Tensor:
+    """[N, D] → unit rows; [N, E, D] → [N, E·D], in which products of rows are means of the experts' cosines.
+
+    Experts with parts of their own have no common space in which their features could be averaged.
+    """
+    unit = F.normalize(features, dim=-1)
+    return unit if unit.ndim == 2 else unit.flatten(1) / unit.shape[1] ** 0.5
 
 
 def summary(splits: Mapping[str, Split], groups: Mapping[str, Tensor]) -> dict[str, Any]:

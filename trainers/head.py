@@ -29,8 +29,8 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
             batch = to_device(batch, accelerator.device)
             real = batch["weight"] > 0
             index = batch["index"][real]
-            found = method.model.features(batch["image"])[real]
-            found = found if found.ndim == 2 else found[:, 0]  # without tuners experts of one network are alike
+            shared = encoder.trunk(method.model.normalised(batch["image"]))
+            found = encoder.branch(shared, 0)[real]  # without tuners the experts of pre-trained weights are alike
             yield found, index if positions is None else positions[index]
 
     context = HeadContext(

@@ -35,7 +35,7 @@ def log_prior(class_counts: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """ℓ = −log softmax(z)_y."""
-    losses = F.cross_entropy(_present(logits, weights), labels, reduction="none")
+    losses = F.cross_entropy(present(logits, weights), labels, reduction="none")
     return (losses * weights).sum(), weights.sum()
 
 
@@ -51,7 +51,7 @@ def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, prior: Pri
 
 def focal(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
     """(1 − p_y)² · CE (Lin et al. 2017, eq. 4, γ = 2)."""
-    losses = F.cross_entropy(_present(logits, weights), labels, reduction="none")
+    losses = F.cross_entropy(present(logits, weights), labels, reduction="none")
     return ((1 - (-losses).exp()) ** 2 * losses * weights).sum(), weights.sum()
 
 
@@ -88,7 +88,7 @@ def lade(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple
     estimates. Smaller shares are another, noisier objective (log is not linear, and a class that is absent has no T1).
     """
     loss_sum, weight = balanced_softmax(logits, labels, weights, prior)
-    logits = _present(logits, weights)
+    logits = present(logits, weights)
     counts = prior.counts.to(logits.dtype)
     frequencies = counts / counts.sum()  # π [C]
     here = F.one_hot(labels, len(counts)).to(logits.dtype) * weights.unsqueeze(1)  # [B, C]
@@ -108,9 +108,23 @@ def effective_weights(counts: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-def _present(logits: Tensor, weights: Tensor) -> Tensor:
-    """Zeros for a left-out sample: its logits may be anything, and 0 · NaN is not 0."""
-    return torch.where(weights.unsqueeze(-1) > 0, logits, 0.0)
+def divergence(logits: Tensor, target: Tensor, weights: Tensor, temperature: Tensor) -> Tensor:
+    """Mean over samples of τ̄² KL(softmax(target/τ) ‖ softmax(logits/τ)), a scalar (Hinton et al. 2015).
+
+    Args:
+        logits, target: [B, C]; the target gets no gradient.
+        weights: [B], 0: left out.
+        temperature: τ, a scalar or one for each class [C]; τ̄ is its mean.
+    """
+    logits, target = present(logits, weights), present(target.detach().to(logits.dtype), weights)
+    own, other = ((each / temperature).log_softmax(1) for each in (logits, target))
+    each = F.kl_div(own, other, reduction="none", log_target=True).sum(1)  # [B]
+    return temperature.mean() ** 2 * (each * weights).sum() / weights.sum().clamp_min(1e-12)
+
+
+def present(logits: Tensor, weights: Tensor) -> Tensor:
+    """Zeros for a left-out sample, of logits [B, …]: they may be anything, and 0 · NaN is not 0."""
+    return torch.where(weights.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, 0.0)
 
 
 LOSSES: dict[str, Loss] = {
@@ -125,3 +139,5 @@ LOSSES: dict[str, Loss] = {
 }
 BATCH_COUPLED: frozenset[str] = frozenset({"LADE"})
 """Losses whose value depends on which samples share a micro-batch."""
+ADJUSTED = (balanced_softmax, logit_adjusted, lade)
+"""Losses that adjust the logits by the class frequencies."""

@@ -1,6 +1,7 @@
 """Optimizer, learning-rate schedule, arithmetic and batch sizes: what the loop needs to know in numbers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,7 +9,9 @@ import torch
 from torch import nn
 
 from configs import CfgNode
-from configs.errors import UserError
+from configs.errors import UserError, lookup
+from configs.schema import SCHEMA
+from datasets.samplers import SAMPLERS
 from models.host import Host
 
 
@@ -41,6 +44,13 @@ class Plan:
     lr: float
     weight_decay: float
     momentum: float
+    nesterov: bool
+    schedule: str
+    lr_steps: list[int] | None
+    lr_gamma: float
+    warmup_epochs: int
+    lr_factors: dict[str, float] | None
+    sampler: str
     seed: int
     print_freq: int
     save_every: int | None
@@ -48,8 +58,32 @@ class Plan:
 
     @classmethod
     def of(cls, cfg: CfgNode, micro_batch_size: int) -> "Plan":
+        """The numbers of a config.
+
+        Raises:
+            UserError: no such schedule or sampler, or an option beside them that would do nothing.
+        """
         own = {"epochs": cfg.num_epochs, "micro_batch_size": micro_batch_size}
+        _check(cfg)
         return cls(**own, **{name: cfg[name] for name in cls.__dataclass_fields__ if name not in own})
+
+
+def _check(cfg: CfgNode) -> None:
+    lookup(SCHEDULES, cfg.schedule, "schedule")
+    lookup(SAMPLERS, cfg.sampler, "sampler")
+    if cfg.nesterov and cfg.momentum == 0:
+        raise UserError("nesterov True needs momentum above 0, such as 0.9")
+    if cfg.schedule == "multistep":
+        if not cfg.lr_steps:
+            raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
+        return
+    for key in ("lr_steps", "lr_gamma"):
+        usual = SCHEMA[key].default
+        if cfg[key] != usual:
+            raise UserError(
+                f"{key} {cfg[key]} is of schedule multistep and does nothing in schedule {cfg.schedule}; "
+                f"add `{key} {'none' if usual is None else usual}`, or choose multistep"
+            )
 
 
 def precision_used(prec: str, cuda: bool) -> str:
@@ -85,20 +119,52 @@ def _divisor(size: int, at_most: int) -> int:
 
 
 def build_optimizer(groups: list[dict[str, Any]], plan: Plan) -> torch.optim.SGD:
-    """SGD with weight decay on everything that trains, as LIFT."""
-    return torch.optim.SGD(groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+    """SGD with weight decay on everything that trains, as LIFT.
+
+    Raises:
+        UserError: `lr_factors` names a group that there is not.
+    """
+    check_factors(groups, plan)
+    return torch.optim.SGD(
+        groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay, nesterov=plan.nesterov
+    )
 
 
-def cosine(epoch: int, epochs: int) -> float:
-    """½(1 + cos(π e/E)), constant within an epoch, as LIFT (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
-    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+def check_factors(groups: list[dict[str, Any]], plan: Plan) -> None:
+    """Raise a `UserError` if `lr_factors` names what is no group."""
+    there = {group["name"]: group for group in groups}
+    for name in plan.lr_factors or {}:
+        lookup(there, name, "parameter group in lr_factors")
+
+
+def multistep(plan: Plan, epoch: int) -> float:
+    """γ to the number of `lr_steps` that have come."""
+    return plan.lr_gamma ** sum(epoch >= step for step in plan.lr_steps or ())
+
+
+def cosine(plan: Plan, epoch: int) -> float:
+    """½(1 + cos(π e/E)), as LIFT (Loshchilov & Hutter 2017, eq. 5, without restarts).
+
+    Both are counted from the last epoch of the warm-up, which has the full rate, as BatchFormer does.
+    """
+    start = max(plan.warmup_epochs - 1, 0)
+    return 0.5 * (1 + math.cos(math.pi * max(epoch - start, 0) / max(plan.epochs - start, 1)))
+
+
+def constant(plan: Plan, epoch: int) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[Plan, int], float]] = {"cosine": cosine, "multistep": multistep, "constant": constant}
+"""Plan, epoch (the first is 0) → factor on the learning rate, constant within an epoch."""
 
 
 def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int) -> float:
-    """Give every group the learning rate of an epoch; returns it."""
-    lr = plan.lr * cosine(epoch, plan.epochs)
+    """Give every group its learning rate of an epoch; returns that of a group without a factor of its own."""
+    rising = min(1.0, (epoch + 1) / plan.warmup_epochs) if plan.warmup_epochs else 1.0
+    lr = plan.lr * rising * SCHEDULES[plan.schedule](plan, epoch)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * (plan.lr_factors or {}).get(group["name"], 1.0)
     return lr
 
 

@@ -11,6 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from trainers.report import number
+
 log = logging.getLogger("tailtune")
 
 
@@ -62,7 +64,7 @@ class Progress:
         self.since, self.since_step, self.waited = now, done, 0.0
         epoch, batch = (done - 1) // self.steps + 1, (done - 1) % self.steps + 1
         short = {"mean_acc": "mean", "many_acc": "many", "med_acc": "med", "few_acc": "few"}
-        shots = " ".join(f"{short[name]} {_number(value)}" for name, value in groups.items())
+        shots = " ".join(f"{short[name]} {number(value)}" for name, value in groups.items())
         log.info(
             f"epoch [{epoch}/{self.epochs}] batch [{batch}/{self.steps}] time {seconds:.3f} data {waited:.3f} "
             f"loss {last['loss.val']:.4f} ({last['loss.avg']:.4f}) acc {last['acc.val']:.2f} ({last['acc.avg']:.2f}) "
@@ -70,16 +72,28 @@ class Progress:
         )
 
 
-def write_test_scalars(folder: Path, metrics: dict[str, Any]) -> None:
-    """`test/<metric>` of the run's own evaluation."""
+def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dict[str, Any]) -> None:
+    """`test/<metric>`; `test/<distribution>/<metric>`, and `…/<adapt>/<metric>` of what was adapted to it.
+
+    Weights of experts are `…/<adapt>/weight_<expert>` over the points of their path.
+    """
     with SummaryWriter(str(folder)) as writer:
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(f"test/{name}", value)
+        _scalars(writer, "test", metrics)
+        for name, results in distributions.items():
+            _scalars(writer, f"test/{name}", {**results["plain"], "expected_accuracy": results["expected_accuracy"]})
+            for adapt, found in results.items():
+                if not isinstance(found, dict) or "path" not in found:
+                    continue
+                _scalars(writer, f"test/{name}/{adapt}", found)
+                for point, weights in enumerate(found["path"], start=1):
+                    for expert, weight in enumerate(weights):
+                        writer.add_scalar(f"test/{name}/{adapt}/weight_{expert}", weight, point)
 
 
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}"
+def _scalars(writer: SummaryWriter, tag: str, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, (int, float)):
+            writer.add_scalar(f"{tag}/{name}", value)
 
 
 def _clock(seconds: float) -> str:

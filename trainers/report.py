@@ -11,10 +11,12 @@ import torch
 from configs import CfgNode
 from configs.errors import UserError
 from datasets import DataBundle, DataInfo
-from models import Classifier
 from trainers.checkpoint import package_versions
 from trainers.files import read_json
 from trainers.launch import uses_cuda, world_size
+from trainers.methods.base import Method
+from trainers.metrics import GROUPS
+from trainers.usage import usage_line
 
 COLUMNS = {
     "accuracy": "all",
@@ -42,9 +44,9 @@ class TrainReport:
     peak_memory_bytes: int | None = None
 
 
-def headline(cfg: CfgNode, data: DataBundle, model: Classifier) -> str:
+def headline(cfg: CfgNode, data: DataBundle, method: Method) -> str:
     """What is about to run, in two lines."""
-    counts, params = data.info.class_counts, model.counts()
+    counts, params = data.info.class_counts, method.counts()
     sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max()} … {counts.min()} each)"
     trains = f"{params['tuner']:,} parameters of tuners and {params['trainable'] - params['tuner']:,} of the head"
     return (
@@ -53,7 +55,7 @@ def headline(cfg: CfgNode, data: DataBundle, model: Classifier) -> str:
     )
 
 
-def summary(cfg: CfgNode, info: DataInfo, model: Classifier, train: TrainReport | None, prec_used: str) -> dict:
+def summary(cfg: CfgNode, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:
     """metrics.json of a trained run, without its evaluation and notes."""
     return {
         "schema": 1,
@@ -63,7 +65,7 @@ def summary(cfg: CfgNode, info: DataInfo, model: Classifier, train: TrainReport 
         **circumstances(),
         "prec_used": prec_used,
         "stopped_early": train is not None and train.epochs < cfg.num_epochs,
-        "params": model.counts(),
+        "params": method.counts(),
         "class_counts": info.class_counts.tolist(),
         "train": None if train is None else train_facts(train),
     }
@@ -107,8 +109,36 @@ def table(metrics: dict[str, Any]) -> str:
     lines = [f"{metrics['data']} · {metrics['model']} · seed {metrics['seed']}", head, "─" * len(head)]
     for title, values in rows.items():
         cells = (values[name] for name in COLUMNS)
-        lines.append(f"{title:<6}" + "".join(f"{'n/a' if v is None else f'{v:.2f}':>{width}}" for v in cells))
-    return "\n".join(lines)
+        lines.append(f"{title:<6}" + "".join(f"{number(v):>{width}}" for v in cells))
+    if "experts_used" in metrics["test"]:
+        lines.append(usage_line(metrics["test"]["experts_used"]))
+    return "\n".join([*lines, *distribution_lines(metrics.get("distributions", {}))])
+
+
+def distribution_lines(distributions: dict[str, Any]) -> list[str]:
+    """A table of the test distributions: by the mean of the experts, by adapted weights where there are some."""
+    if not distributions:
+        return []
+    entries = ((key, value) for each in distributions.values() for key, value in each.items())
+    adapts = sorted({key for key, value in entries if isinstance(value, dict) and "weights" in value})
+    wide = max(max(map(len, distributions)), 12) + 1
+    columns = ["all", "many", "medium", "few", "expected", *(text for name in adapts for text in (name, "gain"))]
+    head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{each:>{max(9, len(each) + 1)}}" for each in columns)
+    head += "   weights of the experts" if adapts else ""
+    lines = ["", head, "─" * len(head)]
+    for title, each in distributions.items():
+        plain = each["plain"]
+        values = [plain[name] for name in ("accuracy", *GROUPS)] + [each["expected_accuracy"]]
+        values += [each[name][key] for name in adapts for key in ("accuracy", "gain")]
+        cells = (f"{number(v):>{max(9, len(name) + 1)}}" for name, v in zip(columns, values, strict=True))
+        weights = (" ".join(f"{weight:.2f}" for weight in each[name]["weights"]) for name in adapts)
+        lines.append("   ".join([f"{title:<{wide}}{each['n']:>8,}" + "".join(cells), *weights]))
+    return lines
+
+
+def number(value: float | None) -> str:
+    """For people: two decimals, `n/a` for what could not be measured."""
+    return "n/a" if value is None else f"{value:.2f}"
 
 
 def commit() -> str | None:

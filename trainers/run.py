@@ -112,14 +112,14 @@ class _Run:
         model = method.model
         self.base = fingerprint(model.encoder)
         method.to(self.accelerator.device)
-        log.info(headline(cfg, data, model))
+        log.info(headline(cfg, data, method))
         self._warn(model, data)
         if trains:
             train = self._train(method, data)
-            result = summary(cfg, data.info, model, train, self._precision())
+            result = summary(cfg, data.info, method, train, self._precision())
         else:
             load_trained(cfg, self.folder, method, data, self.accelerator, self.base)
-            result = self.evaluation.trained_result() or summary(cfg, data.info, model, None, self._precision())
+            result = self.evaluation.trained_result() or summary(cfg, data.info, method, None, self._precision())
         model.init = None  # lets go of the text tower, also where it was not needed
         self.evaluation.from_images(method, data, result)
 
@@ -147,7 +147,7 @@ class _Run:
             self._init_head(method, data)
         method.model.init = None
         if self.previous is not None:
-            method.after(earlier_run(self.previous, data, accelerator, self.base, fresh))
+            method.after(earlier_run(self.previous, data, accelerator, self.base, cfg.resolution, fresh))
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states)
         if accelerator.is_main_process:
             facts = {**identity, "base": self.base, "class_names": list(data.info.class_names)}

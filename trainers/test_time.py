@@ -43,6 +43,16 @@ def plain(method: Method) -> Predict:
     return predict
 
 
+def separate(method: Method) -> Predict:
+    """Every view of an image on its own: [B, V, 3, R, R] → [B, V, E, C]."""
+
+    def predict(images: Tensor | list[Tensor]) -> Tensor:
+        assert isinstance(images, Tensor)
+        return method.expert_logits(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    return predict
+
+
 def averaged(method: Method, mode: str, size: int) -> Predict:
     """Mean of the logits over the views of `mode`, an entry of TEST_TIME."""
     cut = lookup(TEST_TIME, mode, "tte_mode")
@@ -52,6 +62,6 @@ def averaged(method: Method, mode: str, size: int) -> Predict:
         logits = [
             method.expert_logits(some.flatten(0, 1)).unflatten(0, some.shape[:2]) for some in views.split(AT_ONCE)
         ]
-        return torch.cat(logits).mean(0)  # of [V, B, E, C]
+        return torch.cat(logits).nanmean(0)  # of [V, B, E, C]; a view has asked some experts, or all
 
     return predict

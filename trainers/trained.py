@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs import CfgNode, load_resolved
+from configs.errors import UserError
 from datasets import DataBundle, DataInfo
 from models import build_model, find_backbone, resolve
 from models.clip import Clip
@@ -41,11 +42,14 @@ def make_method(cfg: CfgNode, info: DataInfo) -> Method:
     return build_method(cfg, model, info)
 
 
-def earlier_run(folder: Path, data: DataBundle, accelerator: Accelerator, base: str, fresh: bool) -> Earlier:
+def earlier_run(
+    folder: Path, data: DataBundle, accelerator: Accelerator, base: str, resolution: int, fresh: bool
+) -> Earlier:
     """The finished run in a folder, as the method of the run after it sees it.
 
     Args:
         base: `fingerprint` of the encoder of the run at hand.
+        resolution: of its images.
     """
     checkpoint = folder / "checkpoint"
 
@@ -57,6 +61,11 @@ def earlier_run(folder: Path, data: DataBundle, accelerator: Accelerator, base: 
 
     def method() -> Method:
         cfg = resolve(load_resolved(folder / "config.yaml", declared()))
+        if cfg.resolution != resolution:
+            raise UserError(
+                f"after: the earlier run took images of {cfg.resolution} pixels, and this one has {resolution}; give "
+                "both the same resolution"
+            )
         found = make_method(cfg, data.info)
         own = fingerprint(found.model.encoder)
         load_checkpoint(checkpoint, found, data.info.class_names, own)

@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.errors import UserError
 from datasets import DataBundle
 from datasets.bundle import train_loader
-from datasets.samplers import StepSampler
+from datasets.samplers import SAMPLERS, StepSampler
 from trainers.checkpoint import (
     States,
     copy_state,
@@ -198,7 +198,8 @@ class Trainer:
     def _begin(self, method: Method, data: DataBundle) -> _Run:
         accelerator, plan = self.accelerator, self.plan
         rank, world = accelerator.process_index, accelerator.num_processes
-        sampler = StepSampler(len(data.train), plan.batch_size, plan.micro_batch_size, plan.seed, rank, world)
+        sizes, order = (plan.batch_size, plan.micro_batch_size), SAMPLERS[plan.sampler]
+        sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = Meters(data.info.num_classes, data.info.groups, accelerator.device)
         report = self._resume(method, optimizer, meters)

@@ -185,6 +185,7 @@ def load(file: Foreign, model: Classifier, tuners: Sequence[str], partial: Any =
 
 
 def check(subject: Subject) -> None:
+    subject.refuse_experts("lift")
     if subject.zero_shot or subject.peft:
         raise UserError("export lift: LIFT has no tuner of the peft library and saves no zero-shot model; use merged")
     start = next(iter(subject.encoder.chosen(subject.partial)), 0) if subject.partial is not None else 0

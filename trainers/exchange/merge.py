@@ -12,7 +12,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from models.peft_adapter import merge
-from models.vit import LAYERS, SITES, Sites, ViT, at_site
+from models.vit import LAYERS, SITES, Sites, ViT
+from models.vit_layers import at_site
 from trainers.exchange.plain_net import network
 from trainers.exchange.subject import Subject, linear_head, save_head, save_state
 
@@ -22,6 +23,7 @@ State = dict[str, Tensor]
 
 
 def check(subject: Subject) -> None:
+    subject.refuse_experts("merged")
     host = subject.encoder
     outside = set(SITES) - {*NORM_BEFORE.values(), *LAYERS, *("q", "k", "v")}
     sites = {tuner: {site for each in blocks.values() for site in each} for tuner, blocks in _inserted(host).items()}
@@ -62,7 +64,7 @@ def merged(subject: Subject) -> State:
     state = dict(merge(host, peft) if peft else host.base_state())
     if isinstance(host, ViT):
         for index, (name, path) in product(range(host.depth), LAYERS.items()):
-            state |= _layer(host.sites[index], name, f"blocks.{index}.{path}", state)
+            state |= _layer(host.sites[0][index], name, f"blocks.{index}.{path}", state)
     elif last := _feature_layer(subject):
         state |= _scaled(host, last, state)
     return state

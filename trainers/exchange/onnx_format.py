@@ -1,4 +1,4 @@
-"""`onnx`: uint8 images in, logits out, compared with the model on the spot."""
+"""`onnx`: uint8 images in, logits out, also those of each expert; compared with the model on the spot."""
 
 import contextlib
 import io
@@ -20,21 +20,29 @@ TOLERANCE = 1e-4
 ONE_FILE = 1.8e9
 """Bytes; what is larger keeps its weights in a file beside it, because protobuf ends at 2 GB."""
 FILE = "model.onnx"
+OUTPUTS = ("logits", "expert_logits")
 
 
 class _Predict(nn.Module):
-    """Images [B, 3, R, R] → logits [B, C]."""
+    """Images [B, 3, R, R] → logits [B, C]; of several experts also those of each [B, E, C]."""
 
     def __init__(self, subject: Subject) -> None:
         super().__init__()
-        self.method = subject.method
+        self.method, self.several = subject.method, subject.experts > 1
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.method.predict(image)
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits = self.method.expert_logits(image)
+        mean = self.method.aggregate(logits)
+        return (mean, logits) if self.several else (mean,)
 
 
 def check(subject: Subject) -> None:
-    """Every model can be exported."""
+    """Every model can be exported that is the same function of every image."""
+    if subject.method.routes:
+        raise UserError(
+            "export onnx: the method asks other experts about every image, which a graph cannot; export the run before "
+            "it, whose experts these are"
+        )
 
 
 @torch.no_grad()
@@ -47,7 +55,7 @@ def write(subject: Subject, folder: Path) -> dict[str, Any]:
             (subject.images(2),),
             folder / FILE,
             input_names=["image"],
-            output_names=["logits"],
+            output_names=list(OUTPUTS if subject.experts > 1 else OUTPUTS[:1]),
             dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
             opset_version=OPSET,
             dynamo=True,
@@ -60,6 +68,7 @@ def write(subject: Subject, folder: Path) -> dict[str, Any]:
         **difference,
         "image": f"uint8 [batch, 3, {subject.resolution}, {subject.resolution}], RGB; mean and std are inside",
         "logits": "float32 [batch, classes]",
+        **({"expert_logits": "float32 [batch, experts, classes], whose mean is logits"} if model.several else {}),
         "load": f'onnxruntime.InferenceSession("{FILE}").run(None, {{"image": images}})[0]',
     }
 
@@ -72,9 +81,9 @@ def _compare(subject: Subject, model: nn.Module, path: Path) -> dict[str, float]
     worst = largest = 0.0
     for count in (1, 3):
         images = subject.images(count)
-        wanted, found = model(images), torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
-        worst = max(worst, float((found - wanted).abs().max()))
-        largest = max(largest, float(wanted.abs().max()))
+        for wanted, got in zip(model(images), session.run(None, {"image": images.numpy()}), strict=True):
+            worst = max(worst, float((torch.from_numpy(got) - wanted).abs().max()))
+            largest = max(largest, float(wanted.abs().max()))
     if not worst <= TOLERANCE * largest:
         raise UserError(f"export onnx: its logits differ by {worst:.2g} where the largest is {largest:.2g}; not kept")
     return {"largest_difference": worst, "largest_logit": largest}

@@ -20,6 +20,7 @@ Adapter = tuple[str, Tensor, Tensor, int]
 
 
 def check(subject: Subject) -> None:
+    subject.refuse_experts("peft")
     others = [name for name in subject.tuners if name not in CONVERTED]
     if others:
         raise UserError(f"export peft: its format has no place for {', '.join(others)}; `export merged` or `onnx` has")

@@ -8,6 +8,8 @@ import torch
 from timm.layers import QuickGELU
 from torch import nn
 
+from configs.errors import UserError
+from models.resnet_backbone import Branched
 from models.vit import ViT
 from trainers.exchange.subject import Subject
 
@@ -35,6 +37,13 @@ def _network(subject: Subject, num_classes: int) -> dict[str, Any]:
             if timm.is_model(each) and _same(kwargs, net):
                 return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
         return {"create": "timm.models.VisionTransformer", **_by_hand(net, num_classes), "prefix": ""}
+    if isinstance(host, Branched):
+        if host.timm_name is None:
+            raise UserError(
+                "export: no other library has this network, so weights alone would say nothing; use `export onnx`"
+            )
+        kwargs = {"model_name": host.timm_name, "num_classes": 0}
+        return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
     if name := _timm_name(net):
         resized = subject.resolution != net.pretrained_cfg["input_size"][-1] and hasattr(net, "set_input_size")
         then = f"\nnet.set_input_size({subject.resolution})" if resized else ""

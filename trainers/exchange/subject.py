@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from models.heads import CosineClassifier, L2NormedClassifier, LayerNormedClassifier, LinearClassifier
 from models.peft_adapter import Peft
 from trainers.methods import Method
@@ -50,6 +51,18 @@ class Subject:
     @property
     def head(self) -> nn.Module:
         return self.method.model.head
+
+    @property
+    def experts(self) -> int:
+        return self.method.model.num_experts
+
+    def refuse_experts(self, name: str) -> None:
+        """Raise a `UserError` where there are several, for a format that holds one network with one head."""
+        if self.experts > 1:
+            raise UserError(
+                f"export {name}: it holds one network with one head, and this model has {self.experts} experts; "
+                "`export onnx` keeps them"
+            )
 
     @property
     def peft(self) -> Peft | None:

@@ -10,13 +10,27 @@ from models import Classifier
 from models.peft_table import draws
 from models.tuners import TUNERS
 from trainers.losses import BATCH_COUPLED, LOSSES
+from trainers.methods.assign import ExpertAssignment
 from trainers.methods.base import Earlier, Method, Objective
+from trainers.methods.batchformer import BatchFormer
+from trainers.methods.decouple import Normalised, Retrained, WeightScaling
+from trainers.methods.distill import Distill
+from trainers.methods.ride import Ride
+from trainers.methods.sade import Sade
 from trainers.methods.wrapper import Wrapper
 
 __all__ = ["METHODS", "Earlier", "Method", "build_method", "declared"]
 
 METHODS: dict[str, type[Method]] = {
     "classify": Method,  # zero-shot, head only, PEFT, full fine-tuning: one model, one loss
+    "ride": Ride,
+    "distill": Distill,
+    "sade": Sade,
+    "ride_ea": ExpertAssignment,
+    "batchformer": BatchFormer,
+    "crt": Retrained,
+    "lws": WeightScaling,
+    "tau_norm": Normalised,
 }
 
 
@@ -35,16 +49,24 @@ def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
     """The method of a config around a model."""
     loss = lookup(LOSSES, cfg.loss_type, "loss_type")
     coupled = cfg.loss_type in BATCH_COUPLED
-    objective = Objective(info.class_counts, loss, cfg.tau, cfg.scale, coupled, cfg.drw_epoch)
-    return _make(cfg, cfg.method, "method", model, objective)
+    objective = Objective(info.class_counts, loss, cfg.tau, cfg.scale, coupled, cfg.drw_epoch, cfg.seed)
+    method = _make(cfg, cfg.method, "method", model, objective)
+    if cfg.num_epochs and not cfg.zero_shot and not method.param_groups():
+        raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
+    return method
 
 
-def _make(cfg: CfgNode, name: str, key: str, model: Classifier, objective: Objective) -> Method:
-    """A method, and the one that it wraps, around the same model."""
+def _make(
+    cfg: CfgNode, name: str, key: str, model: Classifier, objective: Objective, around: tuple[str, ...] = ()
+) -> Method:
+    """A method, and the one that it wraps, around the same model; `around` names those that wrap it."""
     kind = lookup(METHODS, name, key)
+    if name in around:
+        raise UserError(f"{key} {name}: method {name} would wrap itself; name another")
     if kind.needs_after and not cfg.after:
         raise UserError(f"method {name} continues an earlier run: name that one's model config with `after`")
     options = kind.Options(**cfg.get(name, {}))
     if not issubclass(kind, Wrapper):
         return kind(model, objective, options)
-    return kind(model, objective, options, _make(cfg, options.inner, f"{name}.inner", model, objective))
+    inner = _make(cfg, options.inner, f"{name}.inner", model, objective, (*around, name))
+    return kind(model, objective, options, inner)

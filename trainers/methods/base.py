@@ -34,7 +34,7 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method is told of the data and the loss."""
+    """What a method is told of the data, the loss and the run."""
 
     class_counts: Tensor  # [C]
     loss: Loss
@@ -44,6 +44,8 @@ class Objective:
     """The loss depends on which samples share a micro-batch."""
     drw_epoch: int | None = None
     """From this epoch on (the first is 0) a sample's weight is multiplied by its class's `effective_weights`."""
+    seed: int = 0
+    """Of the initial weights of what a method has beside its model."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ class Method(nn.Module):
             loss_sum = loss_sum + weight * penalty
         return Step(loss_sum, weight, self.aggregate(logits), {})
 
+    @property
+    def deferred(self) -> bool:
+        """Whether `drw_epoch` has come."""
+        return self.objective.drw_epoch is not None and self.epoch >= self.objective.drw_epoch
+
     def sample_weights(self, batch: Batch) -> Tensor:
         """What each sample counts in the loss, [B]: its own weight and, once `drw_epoch` has come, its class's.
 
@@ -126,7 +133,7 @@ class Method(nn.Module):
         The batch stays as it is: the trainer counts by it.
         """
         weights: Tensor = batch["weight"]
-        if self.objective.drw_epoch is None or self.epoch < self.objective.drw_epoch:
+        if not self.deferred:
             return weights
         return weights * effective_weights(self.class_counts.double()).to(weights.dtype)[batch["label"]]
 
@@ -140,6 +147,14 @@ class Method(nn.Module):
 
     def predict(self, images: Tensor) -> Tensor:
         return self.aggregate(self.expert_logits(images))
+
+    def counts(self) -> dict[str, int]:
+        """Parameters: those of the model, and what the method has beside it, which counts as a tuner."""
+        inside, counts = {id(each) for each in self.model.parameters()}, self.model.counts()
+        own = [each for each in self.parameters() if id(each) not in inside]
+        trains = sum(each.numel() for each in own if each.requires_grad)
+        more = {"total": sum(each.numel() for each in own), "tuner": trains, "trainable": trains}
+        return {name: count + more.get(name, 0) for name, count in counts.items()}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups of what trains, in a stable order, which is what a saved optimizer state goes by."""
@@ -162,15 +177,14 @@ class Method(nn.Module):
 
     def hold(self, *parts: nn.Module) -> None:
         """Freeze what trains in parts of this method, batch norms included, as something that its checkpoint keeps."""
+        for module in (each for part in parts for each in part.modules()):
+            if isinstance(module, Host):
+                module.hold()
         inside = {id(parameter) for part in parts for parameter in part.parameters()}
         for name, parameter in self.named_parameters():
             if id(parameter) in inside and parameter.requires_grad:
                 self.held.add(name)
                 parameter.requires_grad_(False)
-        for part in parts:
-            for module in part.modules():
-                if isinstance(module, Host):
-                    module.still = True
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
         """Begin where an earlier run ended (`after`), with all that it trained.
@@ -186,13 +200,19 @@ class Method(nn.Module):
                 f"after: the earlier run trained {lost[0]} and {len(lost) - 1} more tensors that this run does not "
                 "train; give both the same tuners and head, or this one more"
             )
+        if self.held - tensors.keys():
+            raise UserError(
+                f"after: this run keeps {min(self.held - tensors.keys())} as the earlier run trained it, which did "
+                "not; give both the same tuners and head"
+            )
         with torch.no_grad():
             for name, each in tensors.items():
                 own[name].copy_(each)
 
     def before_training(self, steps: int) -> None:
         """Once a launch, before the first step, also when it resumes; `steps` is the length of the whole run."""
-        self.model.before_training(steps)
+        if not self.model.encoder.still:
+            self.model.before_training(steps)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
         """Before each epoch, and before the rest of one that is resumed. Who overrides it calls `super`'s too."""
@@ -200,7 +220,8 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """After each optimizer step, counted from 1 over the whole run, while its gradients are still there."""
-        self.model.after_step(step)
+        if not self.model.encoder.still:
+            self.model.after_step(step)
 
 
 def combine(logits: Tensor, weights: Tensor | None = None) -> Tensor:

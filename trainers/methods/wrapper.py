@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.errors import UserError
 from models import Classifier
 from trainers.methods.base import Batch, Earlier, Method, Objective
 
@@ -17,7 +18,11 @@ class Wrapper(Method):
 
     def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options)
+        if any(getattr(type(inner), name) is not getattr(Method, name) for name in ("forward", "expert_logits")):
+            kind, own = type(inner).__name__, type(self).__name__
+            raise UserError(f"inner: {kind} does more with the model than {own} would let it; choose another method")
         self.inner = inner
+        self.held = {name if name.startswith("model.") else f"inner.{name}" for name in inner.held}
         self.needs_after = type(self).needs_after or inner.needs_after
 
     @property

@@ -1,0 +1,50 @@
+"""docs/parity.json: what parity_lift.py writes stands at the top level, what parity_experts.py writes below `experts`."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from trainers.report import circumstances
+
+PARITY = Path(__file__).parent.parent / "docs" / "parity.json"
+EXPERTS = "experts"
+MARK = "\x00"
+
+
+def write(report: dict[str, Any], part: str | None = None, path: Path = PARITY) -> None:
+    """Put a report in its place and leave the other's; one case a line, figures to two significant digits."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    others = {EXPERTS: old[EXPERTS]} if EXPERTS in old else {}
+    whole = {**report, **others} if part is None else {**old, part: report}
+    rows: list[str] = []
+
+    def folded(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        lines = value.get("cases")
+        if isinstance(lines, list):
+            rows.append(",\n".join(f"  {json.dumps(_short(row))}" for row in lines))
+            value = {**value, "cases": MARK}
+        return {key: folded(each) for key, each in value.items()}
+
+    text = json.dumps(folded(whole), indent=1)
+    for lines in rows:
+        text = text.replace(json.dumps(MARK), f"[\n{lines}\n ]", 1)
+    path.write_text(text + "\n")
+
+
+def surroundings() -> dict[str, Any]:
+    """With what figures were computed."""
+    about = circumstances()
+    return {"ours": about["commit"], "packages": about["packages"], "hardware": about["hardware"]}
+
+
+def head(checkout: Path) -> str:
+    """The commit of a checkout."""
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.1e}") if isinstance(v, float) else v for k, v in row.items()}

@@ -1,0 +1,223 @@
+"""Test sets of other class frequencies: subsets of the one test split, so that its logits answer for all of them.
+
+SADE (Zhang et al. 2022, section 5): `forward<r>` is long-tailed with the frequent classes of training in front, its
+largest class being r times its smallest; `backward<r>` is the reverse, `uniform` has as many images of every class.
+Like entries.py this file is part of the builder and sees the config.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from configs.errors import UserError
+from configs.seeding import mix
+from datasets.bundle import DataInfo
+from datasets.entries import list_folders
+from datasets.image_list import CATEGORIES, Listing, find_list, first_file, read_list, taxon_labels
+from datasets.imbalance import longtail_counts, some_positions, subsample
+from datasets.introsort import introsort_argsort
+from datasets.published import is_published, published_at
+
+log = logging.getLogger("tailtune")
+Rule = Callable[[float, int, float], list[int]]
+"""Images of the largest class, number of classes, smallest / largest class → images per class in the class order."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A test set of other class frequencies."""
+
+    name: str
+    counts: Tensor
+    """Images per class, int64 [C]."""
+    positions: Tensor
+    """Its images in the test split, int64 [n]."""
+    origin: str
+    """Where the choice of images comes from, for people."""
+
+
+def _backward(largest: float, num_classes: int, factor: float) -> list[int]:
+    return longtail_counts(largest, num_classes, factor)[::-1]
+
+
+KINDS: Mapping[str, Rule] = MappingProxyType({"forward": longtail_counts, "backward": _backward})
+UNIFORM, ALL = "uniform", "all"
+FORMS = "all, uniform, forward<r> or backward<r> with a whole number r from 1, such as backward50"
+
+
+def shift_names(cfg: CfgNode) -> tuple[str, ...]:
+    """The distributions that `test_dists` asks for, `all` replaced by those of the data; needs no images.
+
+    Raises:
+        UserError: an unknown name, or options of distributions that do not fit.
+    """
+    names: list[str] = []
+    for name in cfg.test_dists or ():
+        names += _all(cfg.shift_ratios) if name == ALL else [name]
+    for name in names:
+        _rule(name, {})
+    for name, factor in (cfg.shift_factors or {}).items():
+        _rule(name, {}, "shift_factors")
+        if not 0 < factor <= 1:
+            raise UserError(f"shift_factors: {name} {factor:g} is not above 0 and at most 1 (smallest / largest class)")
+    if cfg.shift_files and (cfg.dataset != "ImageList" or "{name}" not in cfg.shift_files):
+        raise UserError(f"shift_files {cfg.shift_files}: it is for dataset ImageList and has {{name}} in it")
+    if names and cfg.shift_order == "published" and cfg.label_field not in ("", "id", "name"):
+        raise UserError(
+            f"shift_order published is the order of species: with label_field {cfg.label_field} set shift_order counts"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def build_shifts(cfg: CfgNode, info: DataInfo, test_labels: Tensor) -> tuple[Shift, ...]:
+    """The test sets that `test_dists` asks for, none without it.
+
+    Reads no image: at most list files, where the data are lists.
+
+    Args:
+        info: of the training data.
+        test_labels: of the test split, as far as `max_test_images` keeps it, [N].
+
+    Raises:
+        UserError: as `shift_names`; a list file that does not fit the test split or the class frequencies.
+    """
+    names = shift_names(cfg)
+    if not names:
+        return ()
+    split = _Split(cfg, test_labels.numpy(), info.num_classes)
+    order, shifts = _class_order(cfg, info), []
+    for name in names:
+        wanted = np.zeros(info.num_classes, dtype=np.int64)
+        wanted[order] = _rule(name, cfg.shift_factors or {})(split.largest(), info.num_classes)
+        positions, origin = split.choose(name, wanted)
+        counts = np.bincount(split.labels[positions], minlength=info.num_classes)
+        notes = "; ".join([origin, *_notes(wanted, split.have, counts)])
+        shifts.append(Shift(name, torch.from_numpy(counts), torch.from_numpy(positions), notes))
+    return tuple(shifts)
+
+
+def _all(ratios: list[int]) -> list[str]:
+    return [*(f"forward{r}" for r in reversed(ratios)), UNIFORM, *(f"backward{r}" for r in ratios)]
+
+
+def _rule(name: str, factors: Mapping[str, float], key: str = "test_dists") -> Callable[[float, int], list[int]]:
+    """Largest class, number of classes → images per class in the class order."""
+    if name == UNIFORM:
+        return partial(longtail_counts, imb_factor=1.0)
+    found = re.fullmatch(r"([a-z]+)([1-9]\d*)", name)
+    if found is None or found[1] not in KINDS:
+        raise UserError(f"{key}: unknown distribution '{name}'; choices: {FORMS}")
+    factor, kind = factors.get(name, 1 / int(found[2])), KINDS[found[1]]
+    return lambda largest, num_classes: kind(largest, num_classes, factor)
+
+
+def _class_order(cfg: CfgNode, info: DataInfo) -> np.ndarray:
+    """Classes, those first that training has most images of, [C]."""
+    counts = info.class_counts.numpy()
+    if cfg.shift_order == "label":
+        return np.arange(len(counts))
+    if cfg.shift_order == "counts":
+        return (-counts).argsort(kind="stable")
+    # The published order comes from counts in the order of the lists' own labels, which decides between equal ones.
+    new_label = _new_labels(cfg)
+    own = np.arange(len(counts)) if new_label is None else new_label
+    if sorted(own) != list(range(len(counts))):
+        raise UserError(f"shift_order published: label_field {cfg.label_field} merges classes; set shift_order counts")
+    return own[introsort_argsort(counts[own].tolist())[::-1]]
+
+
+class _Split:
+    """The test split that test sets are chosen from.
+
+    Args:
+        labels: [N].
+    """
+
+    def __init__(self, cfg: CfgNode, labels: np.ndarray, num_classes: int) -> None:
+        self.cfg, self.labels = cfg, labels
+        self.have = np.bincount(labels, minlength=num_classes)  # [C]
+        self.cut = cfg.max_test_images == len(labels)
+
+    def largest(self) -> float:
+        """Images of the largest class of a long-tailed test set.
+
+        A split that is cut short keeps about the same share of every class, and a smaller class the same shape.
+        """
+        mean = max(len(self.labels) / len(self.have), 1.0)
+        if self.cfg.shift_max is not None:
+            return min(self.cfg.shift_max, mean) if self.cut else self.cfg.shift_max
+        return mean if self.cut or self.cfg.shift_order == "label" else int(self.have[self.have > 0].min())
+
+    def choose(self, name: str, wanted: np.ndarray) -> tuple[np.ndarray, str]:
+        """Positions of so many images of each class, and where the choice comes from."""
+        cfg, missing = self.cfg, ""
+        if (wanted >= self.have).all():
+            return np.arange(len(self.labels)), "all test images"
+        if cfg.shift_files and cfg.test_list:
+            file = cfg.shift_files.replace("{name}", name)
+            if path := first_file(file, list_folders(cfg)):
+                return self.listed(path, wanted), f"{'published list' if is_published(path) else 'list'} {path.name}"
+            place = published_at(Path(file).name)
+            log.info("no list %s beside the others: images are drawn%s", file, place and f" (it is {place})")
+            missing = f", without the list {file}"
+        counts, by_label = np.minimum(wanted, self.have), cfg.shift_order == "label"
+        # The published subsets of CIFAR share their images; otherwise every test set is a draw of its own.
+        seed = cfg.shift_seed if by_label else mix(cfg.shift_seed, "shift", name)
+        positions = subsample(self.labels, counts.tolist(), seed)
+        if by_label and cfg.shift_seed == 0 and (counts == wanted).all() and not self.cut:
+            return positions, "the published construction"
+        return positions, f"drawn with seed {cfg.shift_seed}{missing}"
+
+    def listed(self, path: Path, wanted: np.ndarray) -> np.ndarray:
+        """Positions of a list file's images, after a check that it is what it should be."""
+        listing = _relabelled(self.cfg, path)
+        positions = listing.positions_in(self.whole)
+        counts = np.bincount(listing.labels, minlength=len(wanted))
+        if not self.cut and (wrong := np.flatnonzero(counts != wanted)).size:
+            k = wrong[0]
+            raise UserError(
+                f"{path} has {counts[k]} images of label {k}, the class counts and shift_… options say {wanted[k]}; "
+                "with other training data than the published set `shift_files none`"
+            )
+        kept = some_positions(len(self.whole.paths), self.cfg.max_test_images)
+        return kept.searchsorted(positions[np.isin(positions, kept)])
+
+    @cached_property
+    def whole(self) -> Listing:
+        """The test list, of which the split is the part that `max_test_images` keeps."""
+        whole = _relabelled(self.cfg, find_list(self.cfg.test_list, list_folders(self.cfg)))
+        kept = some_positions(len(whole.paths), self.cfg.max_test_images)
+        if not np.array_equal(whole.labels[kept], self.labels):
+            raise UserError(f"{whole.file} is not the list of the evaluated images: start over with `resume False`")
+        return whole
+
+
+def _notes(wanted: np.ndarray, have: np.ndarray, counts: np.ndarray) -> list[str]:
+    """What is particular about a test set."""
+    numbers = {
+        "classes with fewer images than asked for": int((wanted > have).sum()),
+        "classes without an image": int((counts == 0).sum()),
+    }
+    return [f"{what}: {number}" for what, number in numbers.items() if number]
+
+
+def _relabelled(cfg: CfgNode, file: Path) -> Listing:
+    """A list file with labels as they are used here."""
+    listing, new_label = read_list(file), _new_labels(cfg)
+    return listing if new_label is None else listing.relabel(new_label)
+
+
+def _new_labels(cfg: CfgNode) -> np.ndarray | None:
+    """Label in the list files → label here, where these differ."""
+    if cfg.label_field in ("", "id"):
+        return None
+    return taxon_labels(find_list(CATEGORIES, list_folders(cfg)), cfg.label_field)[0]

@@ -1,0 +1,85 @@
+"""Classifiers made after the representation has been learnt (Kang et al., ICLR 2020, section 4).
+
+What is held is the earlier run's. Their classifiers are linear, and cRT and LWS draw the classes equally often
+(`sampler balanced`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from models import Classifier
+from models.experts import heads_of
+from models.head_init import HeadContext
+from models.heads import LinearClassifier
+from trainers.methods.base import Method, Objective
+
+
+class Retrained(Method):
+    """cRT: a fresh classifier on the encoder of the earlier run."""
+
+    needs_after = True
+    drops = ("model.head.", "mixer.")
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+        super().__init__(model, objective, options)
+        self.hold(model.encoder)
+
+
+class WeightScaling(Method):
+    """LWS: w̃_c = f_c w_c, of the earlier run's classifier only the scales f [E, C] are learnt.
+
+    As in the authors' code f_c multiplies the logit, and so the bias too.
+    """
+
+    needs_after = True
+    drops = ("mixer.",)
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+        super().__init__(model, objective, options)
+        self.scales = nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts)))
+        self.hold(model)
+
+    def prepare(self, context: HeadContext) -> None:
+        """The heads are the earlier run's."""
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        return super().expert_logits(images) * self.scales
+
+
+@dataclass(frozen=True)
+class Options:
+    power: float = field(
+        default=0.7, metadata={"doc": "τ: 0 leaves the classifier, 1 makes its rows equally long", "least": 0.0}
+    )
+
+
+class Normalised(Method):
+    """τ-normalisation: w̃_c = w_c / |w_c|^τ without bias, in the earlier run's model; nothing is trained."""
+
+    Options = Options
+    needs_after = True
+    drops = ("mixer.",)
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+        super().__init__(model, objective, options)
+        if not all(isinstance(head, LinearClassifier) for head in heads_of(model.head)):
+            raise UserError(
+                "tau_norm scales the rows of a linear classifier, and this one's lengths count for nothing; "
+                "set classifier LinearClassifier in both runs"
+            )
+        self.hold(model)
+
+    def prepare(self, context: HeadContext) -> None:
+        """The heads are the earlier run's."""
+
+    @torch.no_grad()
+    def start_from(self, tensors: dict[str, Tensor]) -> None:
+        super().start_from(tensors)
+        for head in heads_of(self.model.head):
+            weight = head.get_parameter("weight")
+            weight.div_(weight.norm(dim=1, keepdim=True) ** self.options.power)
+            head.get_parameter("bias").zero_()

@@ -1,0 +1,59 @@
+"""Distillation of an earlier run into the one at hand; RIDE's own is of six experts into three (Wang et al. 2021)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from models import Classifier
+from trainers.losses import divergence, present
+from trainers.methods.base import Batch, Earlier, Method, Objective
+from trainers.methods.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class Options:
+    inner: str = field(default="ride", metadata={"doc": "the method that the student trains with, entry of METHODS"})
+    temperature: float = field(default=1.5, metadata={"doc": "of both predictions"})
+    weight: float = field(default=1.0, metadata={"doc": "factor on the divergence from the teacher"})
+    times_experts: bool = field(
+        default=False, metadata={"doc": "the whole loss times the number of experts, as the original RIDE code"}
+    )
+
+
+class Distill(Wrapper):
+    """Inner loss + w T² KL(softmax(z̄_teacher/T) ‖ softmax(z̄/T)), of the mean logits alone (Hinton et al. 2015).
+
+    The teacher is the run that `after` names: any backbone and number of experts, the same classes. It is in eval
+    mode (the original leaves its batch norms in training mode) and no checkpoint of the student holds it.
+    As RIDE's, the divergence is a mean over samples, whatever weights the loss has.
+    """
+
+    Options = Options
+    couples = True
+    needs_after = True
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+        super().__init__(model, objective, options, inner)
+        name = self.options.inner
+        if self.options.temperature <= 0:
+            raise UserError(f"distill.temperature {self.options.temperature} divides logits: it must be above 0")
+        if inner.needs_after:
+            raise UserError(f"distill.inner {name} continues an earlier run, but `after` names the teacher; try ride")
+        self.teacher: tuple[Method, ...] = ()
+        """In a tuple, so that it is no part of this module."""
+
+    def after(self, earlier: Earlier) -> None:
+        self.teacher = (earlier.method(),)
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        options, logits = self.options, present(logits, batch["weight"])
+        loss_sum, weight = super().loss(logits, batch)
+        with torch.no_grad():
+            target = self.teacher[0].predict(batch["image"])
+        temperature = logits.new_full((), options.temperature)
+        apart = divergence(self.aggregate(logits), target, batch["weight"], temperature)
+        loss_sum = loss_sum + weight * options.weight * apart
+        return (logits.shape[1] if options.times_experts else 1) * loss_sum, weight

@@ -1,0 +1,63 @@
+"""RIDE: experts that learn the same task and are rewarded for disagreeing (Wang et al., ICLR 2021)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from models import Classifier
+from trainers.losses import divergence, present
+from trainers.methods.base import Batch, Method, Objective
+
+
+@dataclass(frozen=True)
+class Options:
+    diversity: float = field(
+        default=-0.2,
+        metadata={"doc": "factor on each expert's divergence from the mean; 0: one loss, of the mean logits"},
+    )
+    reweight_factor: float = field(
+        default=0.02, metadata={"doc": "how far temperatures follow the class counts, from drw_epoch on; 0: not at all"}
+    )
+
+
+class Ride(Method):
+    """Σ_e ( loss of z_e + λ τ̄² KL(softmax(z̄/τ) ‖ softmax(z_e/τ)) ), eq. 2 to 4, z̄ the mean, λ = `diversity` < 0.
+
+    The loss is the configured one, in the paper LDAM with `drw_epoch`. τ is 1; from `drw_epoch` on it is a number for
+    each class, τ_c = ω_c / max ω with ω_c = C π_c ρ + 1 − ρ, and τ̄ their mean: rare classes are made to differ more.
+    With λ = 0 experts learn together: E times the loss of z̄.
+
+    The divergence is a mean over samples while the loss is a mean by `sample_weights`. A `Step` has one weight, so
+    where the two differ a step of several micro-batches has the mean of their divergences by those weights.
+    """
+
+    Options = Options
+    couples = True
+    temperatures: Tensor
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+        super().__init__(model, objective, options)
+        strength, counts = self.options.reweight_factor, objective.class_counts.double()
+        spread = strength * counts / counts.mean() + 1 - strength  # ω [C]
+        if spread.min() <= 0:
+            raise UserError(f"ride.reweight_factor {strength} makes temperatures that are not above 0; try 0.02")
+        self.register_buffer("temperatures", spread / spread.max(), persistent=False)
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = present(logits, batch["weight"])
+        mean, diversity = self.aggregate(logits), self.options.diversity
+        if diversity == 0:
+            loss_sum, weight = self.loss_of(mean, batch)
+            return logits.shape[1] * loss_sum, weight
+        temperature = self.temperatures.to(logits.dtype) if self.deferred else logits.new_ones(())
+        terms = [self._term(each, mean, temperature, batch) for each in logits.unbind(1)]
+        return torch.stack([loss_sum for loss_sum, _ in terms]).sum(), terms[0][1]
+
+    def _term(self, logits: Tensor, mean: Tensor, temperature: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One expert's part, as `loss`: its logits [B, C] beside the mean's [B, C]."""
+        loss_sum, weight = self.loss_of(logits, batch)
+        apart = divergence(logits, mean, batch["weight"], temperature)
+        return loss_sum + weight * self.options.diversity * apart, weight

@@ -1,0 +1,58 @@
+"""SADE: experts for different test distributions (Zhang et al., NeurIPS 2022)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from models import Classifier
+from trainers.losses import ADJUSTED, LOSSES
+from trainers.methods.base import Batch, Method, Objective
+
+
+@dataclass(frozen=True)
+class Options:
+    inverse_strength: float = field(
+        default=2.0, metadata={"doc": "how strongly the last expert prefers the classes that are rare in training"}
+    )
+
+
+class Sade(Method):
+    """Σ_e of the loss at z_e + a_e: each expert is the best one for a test distribution of its own (eq. 2 to 4).
+
+    a = 0 (softmax: a test split as long-tailed as the training), log π (balanced softmax: a uniform one) and
+    log π − τ log π̃ (a reversed one). The loss is the configured one, in the paper CE. Other numbers of experts stand
+    evenly between these three, at t from 0 to 2: a_t = t log π up to 1, then log π − (t − 1) τ log π̃. One expert is
+    the first.
+    """
+
+    Options = Options
+    adjustments: Tensor
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+        super().__init__(model, objective, options)
+        if objective.loss in ADJUSTED:
+            name = next(name for name, loss in LOSSES.items() if loss is objective.loss)
+            raise UserError(f"loss_type {name} adjusts by the prior, and so does method sade itself: use loss_type CE")
+        counts = objective.class_counts.double()
+        prior = counts / counts.sum()
+        log_prior, log_inverse = (prior + 1e-9).log(), (reversed_prior(prior) + 1e-9).log()  # 1e-9 as the original
+        places = torch.linspace(0, 2, model.num_experts, dtype=prior.dtype, device=prior.device).unsqueeze(1)  # [E, 1]
+        inverse = (places - 1).clamp_min(0) * self.options.inverse_strength * log_inverse
+        self.register_buffer("adjustments", places.clamp_max(1) * log_prior - inverse, persistent=False)  # a [E, C]
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        terms = [self.loss_of(each, batch) for each in (logits + self.adjustments.to(logits.dtype)).unbind(1)]
+        return torch.stack([loss_sum for loss_sum, _ in terms]).sum(), terms[0][1]
+
+
+def reversed_prior(prior: Tensor) -> Tensor:
+    """π̃ [C]: the k-th most frequent class gets the k-th smallest frequency (not 1/π).
+
+    Of classes with equal counts the earlier label is the rarer one. The original leaves that to its sort.
+    """
+    ascending, order = prior.sort(stable=True)
+    rank = order.argsort()
+    return ascending.flip(0)[rank]

@@ -50,6 +50,7 @@ PATCHES = [
     "fp64: the default dtype; torch.float, Tensor.float and torch.FloatTensor give fp64, so that no table is rounded",
     "no CUDA: Tensor.cuda and Module.cuda leave their object where it is",
     "masks: torch.uint8 gives booleans, which today's PyTorch wants",
+    "torch.sort is stable: the inverse prior of SADE's classes with equal counts otherwise depends on the processor",
     "pandas, higher and h5py, which only log or are not called, are stand-ins",
     "the data loader is one of three batches of random images, with the class counts of the data set",
     "batch norms are moved off ones and zeros, their running statistics too",
@@ -100,12 +101,12 @@ def main() -> int:
 
 def compared(folder: Path, checkouts: dict[str, Path], only: str) -> list[Case]:
     """All rows."""
-    chosen = {index: case for index, case in enumerate(cases()) if only in f"{case['name']} {case['model']}"}
+    chosen = [case for case in cases() if only in f"{case['name']} {case['model']}"]
     if not (folder / "job.json").exists():
         run_originals(folder, checkouts, chosen, rest=not only)
     rows = []
-    for index, case in chosen.items():
-        rows.append(compare(folder, index, case))
+    for case in chosen:
+        rows.append(compare(folder, case))
         print(table(rows[-1:]), flush=True)
     if only:
         return rows
@@ -115,7 +116,7 @@ def compared(folder: Path, checkouts: dict[str, Path], only: str) -> list[Case]:
     return rows + [compare_weights(folder, script, data, model) for script, (data, model, _) in SADE_TIME.items()]
 
 
-def run_originals(folder: Path, checkouts: dict[str, Path], chosen: dict[int, Case], rest: bool) -> None:
+def run_originals(folder: Path, checkouts: dict[str, Path], chosen: list[Case], rest: bool) -> None:
     """Let the originals do their part; their tensors lie in `folder` afterwards."""
     names = {case["data"] for case in (*cases(), *traces())}
     bare = (resolve(load_configs(data, "tiny_clip", [], declared())[-1]) for data in names)

@@ -1,5 +1,6 @@
 """What parity_experts.py compares: configs of the originals and of ours that mean the same, and the inputs."""
 
+import re
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ REDUCED = {"arch;args;reduce_dimension": 1, "arch;args;num_experts": 3}
 NO_DROPOUT = "dropout set to 0 on both sides"
 TEACHER = "the original leaves its teacher in training mode: compared after it was put into evaluation mode"
 FACTOR = "diversity factor"
+SHARED: Case = {"method": "batchformer", "batchformer.inner": "classify", "batchformer.mode": "mean", "loss_type": "BS"}
+SHARED |= {"batchformer.dropout": 0, "lr_factors": "{mixer: 0.1}", "lr": 0.05, "weight_decay": 5e-4, "nesterov": False, "schedule": "cosine"}
+SHARED |= {"lr_steps": "none", "warmup_epochs": 0, "num_epochs": 90, "batch_size": 128}
+"""BatchFormer's config/ImageNet_LT/balanced_softmax_resnet10.yaml --add_bt 1."""
 
 SADE_TIME = {  # script → our data config, whose adapt_* values are compared with the script's own
     "test_training_cifar": ("cifar100_ir100", "resnet32_sade", "test_time_cifar100_ir100_sade.json"),
@@ -57,15 +62,14 @@ def _ride_large() -> list[Case]:
     found = []
     for net in ("resnet10", "resnet50", "resnext50"):
         given = (f"config_imagenet_lt_{net}_ride.json", "imagenet_lt", f"{net}_ride")
-        found += [_case("ride", f"RIDE, {when}", *given, epoch=e) for e, when in ((80, "before"), (81, "reweighted"))]
-        ea = (f"config_imagenet_lt_{net}_ride_ea.json", "imagenet_lt", f"{net}_ride_ea")
-        found.append(_case("ride", "expert assignment", *ea))
+        found.append(_case("ride", "RIDE, reweighted", *given, epoch=81))
+    ea = ("config_imagenet_lt_resnet10_ride_ea.json", "imagenet_lt", "resnet10_ride_ea")
+    found.append(_case("ride", "expert assignment", *ea))
     distill = ("config_imagenet_lt_resnet10_distill_ride.json", "imagenet_lt", "resnet10_ride_distill")
     found.append(
         _case("ride", "RIDE + distillation × E", *distill, ours={"distill.times_experts": True}, note=TEACHER)
     )
-    inat = ("config_iNaturalist_resnet50_ride.json", "inat2018", "resnet50_ride")
-    return [*found, _case("ride", "RIDE, reweighted", *inat, epoch=81)]
+    return found
 
 
 def _sade() -> list[Case]:
@@ -89,32 +93,27 @@ def _batchformer() -> list[Case]:
             found.append(
                 _case("batchformer", f"BatchFormer, add_bt {add}", config, data, model, theirs, ours, note=NO_DROPOUT)
             )
-    ours = {"batchformer.dropout": 0}
-    for net in ("resnet50", "resnext50"):
-        given = (f"config_imagenet_lt_{net}_ride.json", "imagenet_lt", f"{net}_ride_batchformer")
-        found.append(_case("batchformer", "BatchFormer", *given, {"arch;args;add_bt": 1}, ours, note=NO_DROPOUT))
     distill = ("config_imagenet_lt_resnet10_distill_ride.json", "imagenet_lt", "resnet10_ride_distill")
     found.append(_case("batchformer", "RIDE + distillation × 1", *distill, note=TEACHER))
-    shared = _case("balanced", "BatchFormer, shared classifier", "", "imagenet_lt", "resnet10_batchformer", note="")
-    shared["ours"] = ours
-    shared["note"] = f"{NO_DROPOUT}; the original adds three means, here weighted by a third to be the mean of 2B"
-    return [*found, shared]
+    note = f"{NO_DROPOUT}; the original adds three means, here weighted by a third to be the mean of 2B"
+    shared = ("BatchFormer, shared classifier", "", "imagenet_lt", "resnet10_ce")
+    return [*found, _case("balanced", *shared, ours=SHARED, note=note)]
 
 
 def traces() -> list[Case]:
     """One case for each config of the originals: its learning rates."""
     found = {(case["repository"], case["config"]): case for case in cases() if case["config"]}
-    given = (
-        ("resnet50", "imagenet_lt", "imagenet_lt_resnet50"),
-        ("resnext50", "imagenet_lt", "imagenet_lt_resnext50"),
-        ("resnet50", "inat2018", "iNaturalist_resnet50"),
-    )
-    more = [_case("ride", "", f"config_{name}_distill_ride.json", data, f"{net}_ride_distill") for net, data, name in given]
-    more.append(_case("ride", "", "config_iNaturalist_resnet50_ride_ea.json", "inat2018", "resnet50_ride_ea"))
+    more = []
+    for given in ("imagenet_lt_resnet50", "imagenet_lt_resnext50", "iNaturalist_resnet50"):
+        net, data = given.split("_")[-1], "inat2018" if given.startswith("iNat") else "imagenet_lt"
+        for end in ("", "_distill", "_ea"):
+            name = f"config_{given}_ride_ea.json" if end == "_ea" else f"config_{given}{end}_ride.json"
+            more.append(_case("ride", "", name, data, f"{net}_ride{end}"))
+        more.append(_case("batchformer", "", f"config_{given}_ride.json", data, f"{net}_ride_batchformer"))
     for ratio in (10, 50):
         config = f"config_cifar100_ir{ratio}_sade.json"
         more.append(_case("sade", "", config, "cifar100_ir100", "resnet32_sade") | {"data": f"cifar100_ir{ratio}"})
-    return [*found.values(), *more]
+    return list((found | {(case["repository"], case["config"]): case for case in more}).values())
 
 
 def _case(
@@ -134,6 +133,7 @@ def _case(
     batch, side = SIZES.get(net, LARGE)
     case = {"repository": repository, "name": name, "config": config, "data": data, "model": model, "epoch": epoch}
     case |= {"theirs": {**readme, **(theirs or {})}, "ours": ours or {}, "classes": CLASSES[data], "note": note}
+    case["file"] = re.sub(r"\W+", "_", f"{repository} {data} {model} {name}") + ".safetensors"
     return case | {"images": f"images.{batch}.{side}", "labels": f"labels.{batch}.{CLASSES[data]}"}
 
 

@@ -5,6 +5,7 @@ the command line. Nothing of an original is changed on disk; what it cannot do w
 in memory, here, and PATCHES of parity_experts.py says what.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -35,10 +36,10 @@ def main(folder: Path, repository: str) -> None:
     job = json.loads((folder / "asked.json").read_text())
     given = load_file(folder / "inputs.safetensors")
     facts: Case = {"rates": {}}
-    for index, case in job["cases"].items():
-        path = folder / f"{index}.safetensors"
+    for index, case in enumerate(job["cases"]):
+        path = folder / case["file"]
         if case["repository"] == repository and not path.exists():
-            torch.manual_seed(1000 + int(index))
+            torch.manual_seed(1000 + index)
             run = balanced if repository == "balanced" else train
             save_file(run(case, job, given, folder), folder / "unfinished")
             path.with_name("unfinished").rename(path)
@@ -60,6 +61,7 @@ def patch() -> None:
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.uint8 = torch.bool
+    torch.sort = functools.partial(torch.sort, stable=True)
     for name in ("pandas", "higher", "h5py"):
         sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
 

@@ -17,6 +17,7 @@ from datasets import DataInfo, build_info
 from models import build_model, resolve
 from trainers.adapt import Learner, Recipe
 from trainers.evaluator import Logits
+from trainers.exchange import ride
 from trainers.methods import Earlier, Method, build_method, declared
 from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable, set_lr
 
@@ -28,7 +29,7 @@ FIGURES = ("logits", "loss", "gradients", "after_3_steps", "rates", "value")
 
 def build(case: Case, pairs: Case, stage: int = -1) -> tuple[Any, Method, DataInfo]:
     """Config, method and data facts of a case, by the same builders as a run."""
-    words = [str(part) for pair in ({"prec": "fp64"} | pairs).items() for part in pair]
+    words = [str(part) for pair in ({"prec": "fp64", "pretrained": "none"} | pairs).items() for part in pair]
     cfg = resolve(load_configs(case["data"], case["model"], words, declared())[stage])
     info = build_info(cfg)
     method = build_method(cfg, build_model(cfg, info.class_names), info)
@@ -40,25 +41,19 @@ def build(case: Case, pairs: Case, stage: int = -1) -> tuple[Any, Method, DataIn
 
 # --- names -------------------------------------------------------------------------------------------------------------
 
-RULES = (
-    (r"^module\.", ""),
-    (r"^(?:feat_model\.)?((?:conv1|bn1|layer\d)\..*)", r"model.encoder.net.\1"),
-    (r"^layer(\d)s\.(\d+)\.(.*)", r"model.encoder.net.branches.\2.layer\1.\3"),
-    (r"^linears\.(\d+)\.(.*)", r"model.head.\1.\2"),
-    (r"^(?:linear|classifier\.fc)\.(.*)", r"model.head.\1"),
-    (r"^(?:encoder_layers|bt)\.(.*)", r"mixer.layers.0.\1"),
-    (r"^expert_help_pred_hidden_fcs\.(\d+)\.(.*)", r"hidden.\1.\2"),
-    (r"^expert_help_pred_fc\.(.*)", r"output.\1"),
+OTHERS = (
+    (r"^(?:encoder_layers|bt)\.", "mixer.layers.0."),
+    (r"^classifier\.fc\.", "model.head."),
+    (r"^feat_model\.", "model.encoder.net."),
 )
-"""The originals' names → ours."""
+"""What the importer of their checkpoints does not read: BatchFormer's encoder, and the names of its general version."""
 
 
 def ours_of(name: str) -> str:
-    for pattern, new in RULES:
-        name, found = re.subn(pattern, new, name)
-        if found and new:
-            return name
-    return name
+    for pattern, new in OTHERS:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
+    return ride.our_name(name)
 
 
 def translate(theirs: Tensors, own: Tensors) -> Tensors:
@@ -90,10 +85,10 @@ def fill(method: Method, theirs: Tensors) -> None:
 # --- cases -------------------------------------------------------------------------------------------------------------
 
 
-def compare(folder: Path, index: int, case: Case) -> Case:
+def compare(folder: Path, case: Case) -> Case:
     """The row of a case: from the original's weights the first forward and backward, and three steps."""
     found = row(case)
-    theirs, given = load_file(folder / f"{index}.safetensors"), load_file(folder / "inputs.safetensors")
+    theirs, given = load_file(folder / case["file"]), load_file(folder / "inputs.safetensors")
     images, labels = given[case["images"]], given[case["labels"]]
     cfg, method, _ = build(case, case["ours"])
     start(method, case, theirs)

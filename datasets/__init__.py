@@ -11,7 +11,7 @@ from datasets.bundle import DataBundle, DataInfo, View
 from datasets.descriptors import class_descriptors
 from datasets.entries import DATASETS, Outline, list_folders
 from datasets.imbalance import capped_counts, check_hold_out, hold_out, shot_groups, subsample
-from datasets.shifts import shift_names
+from datasets.shifts import build_shifts, shift_names
 from datasets.transforms import (
     Transform,
     crop_resize,
@@ -44,7 +44,6 @@ def build_info(cfg: CfgNode) -> DataInfo:
     """
     for augment in (cfg.augment, cfg.adapt_views):  # so that a dry run refuses unknown names
         train_transform(augment, cfg.resolution, cfg.interpolation)
-    shift_names(cfg)
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg))
 
 
@@ -69,26 +68,27 @@ def build_data(cfg: CfgNode) -> DataBundle:
 
     testing, views = _testing(cfg), train_transform(cfg.adapt_views, cfg.resolution, cfg.interpolation)
     train = View(splits.train, kept, augmented, cfg.seed, skip_bad=cfg.on_bad_image == "skip")
-    everything = np.arange(len(splits.test))
     val = None
     if held is not None:
         val = View(splits.train, held, testing, cfg.seed, train.skip_bad)
     elif splits.val is not None:
         val = View(splits.val, np.arange(len(splits.val)), testing, cfg.seed, train.skip_bad)
+    test = View(splits.test, np.arange(len(splits.test)), testing, cfg.seed, train.skip_bad)
+    test = test.limited(cfg.max_test_images)
+    build_shifts(cfg, info, test.labels)  # so that a wrong list is refused before training, not after it
     return DataBundle(
         info=info,
         train=train,
         plain=train.with_transform(plain_transform(cfg.resolution, cfg.interpolation)),
         train_as_test=train.with_transform(testing).limited(cfg.max_test_images),
-        test=View(splits.test, everything, testing, cfg.seed, train.skip_bad).limited(cfg.max_test_images),
-        test_views=View(splits.test, everything, repeated(views, 2), cfg.adapt_seed, train.skip_bad).limited(
-            cfg.max_test_images
-        ),
+        test=test,
+        test_views=View(test.source, test.indices, repeated(views, 2), cfg.adapt_seed, test.skip_bad),
         val=val and val.limited(cfg.max_test_images),
     )
 
 
 def _info(cfg: CfgNode, outline: Outline) -> DataInfo:
+    shift_names(cfg)
     counts = capped_counts(outline.available, cfg.imb_factor)
     if cfg.val_per_class:
         check_hold_out(counts, cfg.val_per_class, outline.class_names, "val_per_class")

@@ -102,6 +102,10 @@ def build_shifts(cfg: CfgNode, info: DataInfo, test_labels: Tensor) -> tuple[Shi
         counts = np.bincount(split.labels[positions], minlength=info.num_classes)
         notes = "; ".join([origin, *_notes(wanted, split.have, counts)])
         shifts.append(Shift(name, torch.from_numpy(counts), torch.from_numpy(positions), notes))
+    if split.missing:
+        first = split.missing[0]
+        place = published_at(Path(first).name)
+        log.info("test_dists: %d lists are missing, their images are drawn: %s %s", len(split.missing), first, place)
     return tuple(shifts)
 
 
@@ -146,6 +150,8 @@ class _Split:
         self.cfg, self.labels = cfg, labels
         self.have = np.bincount(labels, minlength=num_classes)  # [C]
         self.cut = cfg.max_test_images == len(labels)
+        self.missing: list[str] = []
+        """Lists that could have said which images."""
 
     def largest(self) -> float:
         """Images of the largest class of a long-tailed test set.
@@ -166,8 +172,7 @@ class _Split:
             file = cfg.shift_files.replace("{name}", name)
             if path := first_file(file, list_folders(cfg)):
                 return self.listed(path, wanted), f"{'published list' if is_published(path) else 'list'} {path.name}"
-            place = published_at(Path(file).name)
-            log.info("no list %s beside the others: images are drawn%s", file, place and f" (it is {place})")
+            self.missing.append(file)
             missing = f", without the list {file}"
         counts, by_label = np.minimum(wanted, self.have), cfg.shift_order == "label"
         # The published subsets of CIFAR share their images; otherwise every test set is a draw of its own.

@@ -30,8 +30,7 @@ class Row:
 
     def values(self, metric: str) -> list[float]:
         """One for each run that has something to measure."""
-        single = ({k: v for k, v in each["test"].items() if not isinstance(v, list)} for each in self.results)
-        found = (lookup(each, metric, "metric") for each in single)
+        found = (number(each, metric) for each in self.results)
         return [value for value in found if value is not None]
 
     def ours(self, metric: str) -> str:
@@ -52,8 +51,28 @@ class Row:
         return f"{self.results[0]['params']['trainable']:,}" if self.results else ""
 
 
+def number(result: Result, metric: str) -> float | None:
+    """A single number of a result, `accuracy`, `backward50.accuracy` or `backward50.plain.accuracy`.
+
+    Without a slot: of the adapted weights where there are some. None: it was not measured, or there is nothing to measure.
+
+    Raises:
+        UserError: no such metric.
+    """
+    *where, name = metric.split(".")
+    found = result["test"]
+    if where:
+        slots = {k: v for k, v in result.get("distributions", {}).get(where[0], {}).items() if isinstance(v, dict)}
+        adapted = next((each for each in slots if each != "plain"), "plain")
+        found = slots.get(where[1] if len(where) == 2 else adapted)
+    if found is None:
+        return None
+    value: float | None = lookup({k: v for k, v in found.items() if not isinstance(v, list)}, name, "metric")
+    return value
+
+
 def _header(metrics: Sequence[str], paper: str | None) -> list[str]:
-    titles = [TITLES.get(metric, metric) for metric in metrics]
+    titles = [TITLES.get(metric, metric.removesuffix(".accuracy")) for metric in metrics]
     both = [f"{title}, {whose}" for title in titles for whose in ("published", "ours")]
     return ["data", "row", "trained", "runs", *(both if paper else titles)]
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from accelerate import Accelerator
 from conftest import Cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from yacs.config import CfgNode
 
+from configs.errors import UserError
 from datasets.shifts import Shift
-from trainers.adapt import ADAPTS, LEAST, Learner, Recipe, StreamLearner, adapt, objective
+from trainers.adapt import ADAPTS, LEAST, Learner, Recipe, StreamLearner, adapt, check_adapt, objective
 from trainers.evaluator import Logits, rows_of
+from trainers.methods import METHODS, Method
 from trainers.methods.base import combine
 
 E, B, C = 3, 4, 10
@@ -207,7 +211,6 @@ def test_images_that_could_not_be_read_are_left_out() -> None:
 
 RUN = "-d fake_lt -m tiny_clip pretrained none num_experts 3 max_steps 2 batch_size 16 num_workers 0 output_dir run"
 DISTS = "test_dists forward10,uniform,backward10"
-Launch = Callable[..., Any]
 
 
 def metrics(folder: str) -> dict[str, Any]:
@@ -266,6 +269,14 @@ def test_what_cannot_be_adapted_is_refused(words: str, culprit: str, remedy: str
         done = launch(RUN, words, more)
         assert done.returncode == 2 and culprit in done.stderr and remedy in done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_experts_that_are_not_all_asked_are_refused(config: Callable[..., CfgNode]) -> None:
+    cfg = config("fake_lt", "tiny_clip", "num_experts", 3, "adapt", "sade")
+    check_adapt(cfg)
+    routing = type("Routing", (Method,), {"routes": True})
+    with mock.patch.dict(METHODS, {"classify": routing}), pytest.raises(UserError, match="only some .* set adapt none"):
+        check_adapt(cfg)
 
 
 def test_one_expert_is_refused_of_a_finished_run(launch: Cli) -> None:

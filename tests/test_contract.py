@@ -51,7 +51,6 @@ def alone(name: str) -> tuple[object, ...]:
 SEVERAL: tuple[str, ...] = ("ride_ea",)
 """Methods that mean nothing with one expert."""
 OF_METHOD: dict[str, tuple[object, ...]] = {
-    "ride_ea": ("ride_ea.top_choices", 5),  # of ten classes
     "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),
 }
 """What else a method asks for."""

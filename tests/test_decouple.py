@@ -103,6 +103,14 @@ def test_refusals(words: tuple[object, ...], says: str, config: Config) -> None:
         check(config("fake_lt", "tiny_clip", "pretrained", "none", "after", "tiny_clip", *words))
 
 
+@pytest.mark.parametrize("export", ["merged", "peft", "lift"])
+def test_no_format_loses_the_scales(export: str, config: Config) -> None:
+    words = ("method", "lws", "after", "tiny_clip", "lora", True, "pretrained", "none")
+    check(config("fake_lt", "tiny_clip", *words, "export", "onnx"))
+    with pytest.raises(UserError, match="changes the logits"):
+        check(config("fake_lt", "tiny_clip", *words, "export", export))
+
+
 @pytest.mark.parametrize(("name", "first"), [("lws", ()), ("crt", ("full_tuning", True))])
 def test_what_is_kept_and_what_is_lost(name: str, first: tuple[object, ...], config: Config) -> None:
     """The earlier run has to have trained all that is held, and no more."""
@@ -137,16 +145,20 @@ def test_what_is_held_is_never_rounded(tuner: str, prec: str, config: Config) ->
 
 BOTH = "adaptformer True classifier LinearClassifier init_head none"
 RESNET = BOTH.replace("adaptformer", "full_tuning") + " backbone ResNet-20 resolution none bn_tuning True"
-SHORT = "-d fake_lt -m tiny_clip pretrained none max_test_images 60 lr 0.05 after tiny_clip after.loss_type CE after.lr 0.01"
+SHORT = "-d fake_lt -m tiny_clip pretrained none max_test_images 60 lr 0.05"
 
 
-def command(name: str, both: str = BOTH, *more: str) -> str:
-    earlier = " ".join(f"after.{a} {b}" for a, b in zip(both.split()[::2], both.split()[1::2], strict=True))
+def command(name: str, both: str) -> str:
+    earlier = "after tiny_clip after.loss_type CE after.lr 0.01 " + " ".join(
+        f"after.{a} {b}" for a, b in zip(both.split()[::2], both.split()[1::2], strict=True)
+    )
     steps = "num_epochs 0" if name == "tau_norm" else "max_steps 4 save_every 1"
     return f"{SHORT} {both} {earlier} after.pretrained none after.max_steps 4 method {name} {steps} output_dir run"
 
 
-@pytest.mark.parametrize(("name", "both"), [("crt", RESNET), ("lws", BOTH), ("tau_norm", BOTH)])
+@pytest.mark.parametrize(
+    ("name", "both"), [("crt", RESNET), ("lws", BOTH), ("tau_norm", BOTH)], ids=("crt", "lws", "tau_norm")
+)
 def test_a_chain_of_runs(name: str, both: str, launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained, killed and resumed on the way, evaluated again from its checkpoint alone."""
     save = States.save

@@ -17,9 +17,11 @@ from conftest import ROOT, offline
 from test_bad_input import signal_after
 
 from configs import values_of
+from configs.errors import UserError
 from configs.key import TEST, TRAIN
 from models.tuners import TUNERS
 from scripts import _grid, collect, reproduce
+from scripts._table import number
 from trainers.dryrun import check
 from trainers.metrics import evaluate
 
@@ -124,6 +126,7 @@ rows:
         ("axes: [1]\nrows: {a: -d fake_lt -m tiny_clip}", "no grid"),
         ('rows: {a: "-d fake_lt -m tiny_clip lr {r"}', "expected '}'"),
         ("rows: {a: {run: -d fake_lt -m tiny_clip, published: {fake_lt: 3}}}", "no grid"),
+        ("metrics: [uniform.speed]\nrows: {a: -d fake_lt -m tiny_clip}", "unknown metric 'uniform.speed'"),
         ("metrics: [speed]\nrows: {a: -d fake_lt -m tiny_clip}", "unknown metric 'speed'"),
     ],
 )
@@ -167,6 +170,34 @@ def test_the_grid_of_tuners_has_them_all_and_they_fit() -> None:
     for cell in cells:
         if cell.facts["loss_type"] == "CE":  # the loss changes nothing of the model
             assert check(_grid.config(cell.words)).counts()["head"] == 1280
+
+
+@pytest.mark.parametrize("name", [each for each in _grid.names() if each.split("/")[0] in ("ride", "sade", "batchformer")])
+def test_the_grids_of_experts_pass_the_dry_run(name: str) -> None:
+    cells = {(*cell.words[2:], cell.words[1].rpartition("_ir")[0] or cell.words[1]): cell for cell in _grid.read(name).cells}
+    for cell in cells.values():  # of several imbalance ratios one
+        cfg = _grid.config(cell.words)
+        assert check(cfg).num_experts == cfg.num_experts == (1 if cfg.model.endswith("_ce") else cfg.num_experts)
+
+
+def test_a_number_is_of_the_test_set_or_of_a_distribution() -> None:
+    uniform = {"n": 9, "plain": {"accuracy": 3.0}}
+    adapted = {"n": 9, "plain": {"accuracy": 1.0}, "sade": {"accuracy": 2.0, "path": [[1.0]]}}
+    result = {"test": {"accuracy": 4.0}, "distributions": {"uniform": uniform, "backward50": adapted}}
+    wanted = {"accuracy": 4.0, "uniform.accuracy": 3.0, "backward50.accuracy": 2.0, "backward50.plain.accuracy": 1.0}
+    wanted |= {"uniform.sade.accuracy": None, "forward50.accuracy": None}
+    assert {metric: number(result, metric) for metric in wanted} == wanted
+    assert number({"test": {"accuracy": 4.0}}, "backward50.accuracy") is None, "a run without distributions"
+    with pytest.raises(UserError, match="unknown metric"):
+        number(result, "backward50.path")
+
+
+def test_columns_of_distributions_have_short_titles(half_run: str, script: Words) -> None:
+    printed = script(collect, f"{half_run} --metrics accuracy backward50.accuracy backward50.plain.accuracy")[1]
+    assert cells(printed)[0][4:] == [
+        f"{title}, {whose}" for title in ("all", "backward50", "backward50.plain") for whose in ("published", "ours")
+    ]
+    assert cells(printed)[2][-1] == "n/a"
 
 
 # --- reproduce -------------------------------------------------------------------------------------------------------

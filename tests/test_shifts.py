@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -277,7 +278,7 @@ def test_a_list_file_is_used_where_there_is_one(lists: Path, field: str, caplog:
     assert shifts[0].positions.tolist() == [9, 8, 5, 4, 3, 2, 1, 0] and shifts[0].origin == "list forward2.txt"
     assert [int(shifts[1].counts[rank[k]]) for k in range(3)] == [4, 1, 2]
     assert shifts[1].origin == "drawn with seed 0, without the list forward4.txt"
-    assert "no list forward4.txt beside the others: images are drawn" in caplog.text
+    assert "1 lists are missing, their images are drawn: forward4.txt" in caplog.text
 
 
 def test_a_cut_test_split_keeps_what_the_list_has_of_it(lists: Path) -> None:
@@ -307,6 +308,17 @@ def test_a_list_file_that_does_not_fit(lists: Path, text: str, message: str) -> 
     (lists / "forward2.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         build_shifts(listed(lists), facts(COUNTS), torch.arange(3).repeat_interleave(4))
+
+
+def test_a_wrong_list_is_refused_before_training(lists: Path) -> None:
+    for k in range(3):
+        (lists / f"val/{k}").mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32)).save(lists / f"val/{k}/{i}.png")
+    assert len(build_data(listed(lists, train_list="test.txt", shift_order="counts")).test) == 12
+    (lists / "forward2.txt").write_text("val/0/1.png 0\n")
+    with pytest.raises(UserError, match="forward2.txt has 1 images of label 0"):
+        build_data(listed(lists, train_list="test.txt"))
 
 
 def test_a_test_list_that_changed_since(lists: Path) -> None:

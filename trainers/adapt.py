@@ -191,11 +191,11 @@ def check_adapt(cfg: CfgNode) -> None:
         return
     lookup(ADAPTS, cfg.adapt, "adapt")
     if cfg.num_experts == 1:
-        raise UserError(f"adapt {cfg.adapt} weighs experts, and this run has one; set num_experts, or leave out adapt")
+        raise UserError(f"adapt {cfg.adapt} weighs experts, and this run has one; set num_experts, or adapt none")
     if lookup(METHODS, cfg.method, "method").routes:
         raise UserError(
             f"adapt {cfg.adapt} weighs all experts, and method {cfg.method} asks only some of them about an image; "
-            "leave out adapt, or evaluate the run that this one started from"
+            "set adapt none, or adapt the run that this one started from"
         )
 
 
@@ -219,9 +219,13 @@ def adapt(
     learners = {} if plain is None else {each.name: kind(each.name, plain, each.positions, recipe) for each in shifts}
     number = 0
     while on_main(accelerator, lambda: any(each.running for each in learners.values())):
-        views = passes(number)
-        for each in learners.values():
-            if each.running and views is not None:
-                each.learn(views)
+        _one_pass(learners, passes(number))
         number += 1
     return learners
+
+
+def _one_pass(learners: Mapping[str, Learner], views: Logits | None) -> None:
+    """Of its own so that the logits of one pass are gone before the next one begins."""
+    for each in learners.values():
+        if each.running and views is not None:
+            each.learn(views)

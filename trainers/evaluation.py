@@ -94,12 +94,12 @@ class Evaluation:
         method.model.set_precision(precision.compute)
         cast_trainable(method, precision.trainable)
         method.model.head.to(precision.trainable)
+        shifts = self._shifts(data.info, data.test.labels)  # before the images, because it may refuse options
         found, val = self._stored(), None
         if found is None:
             found = self._infer(method, data.train_as_test if cfg.test_train else data.test)
             val = self._infer(method, data.val) if data.val is not None and not cfg.test_train else None
         found = found if self.accelerator.is_main_process else None  # stored ones are read by all
-        shifts = self._shifts(data.info, data.test.labels)
         measured = {} if found is None else plain_results(found, shifts, data.info.groups)
         if self._adapts:
             self._adapt(method, data, found, shifts, measured)

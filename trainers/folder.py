@@ -44,7 +44,7 @@ class RunFolder:
         self.events = self.path / "tensorboard"
         found = self._own() if cfg.model_dir is None else _existing(cfg.model_dir)
         self.source, self.foreign = found
-        """Whose checkpoint is evaluated; the file, if it is LIFT's."""
+        """Whose checkpoint is evaluated; the file, if it is of other people's code."""
 
     def _own(self) -> tuple[Path, Foreign | None]:
         """A command that tests what LIFT has trained under the same name finds it here."""
@@ -123,10 +123,10 @@ class RunFolder:
     def checkpoint_id(self) -> str | None:
         """Digests of what was trained and of its base model; None if nothing was.
 
-        LIFT's files do not say what they are of, so there it is the options that the file is read with.
+        Other people's files do not say what they are of, so there it is the options that the file is read with.
         """
         if self.foreign is not None:
-            return f"{self.foreign.digest}-lift-{config_hash(self.cfg)}"
+            return f"{self.foreign.digest}-{self.foreign.kind}-{config_hash(self.cfg)}"
         facts = self.source / "checkpoint" / "facts.json"
         if not facts.exists():
             return None
@@ -162,7 +162,7 @@ class RunFolder:
 
 
 def _existing(model_dir: str) -> tuple[Path, Foreign | None]:
-    """The folder of a run by its path, or by its name below output/; of LIFT's checkpoints the file too."""
+    """The folder of a run by its path, or by its name below output/; or other people's file of a checkpoint."""
     for path in (Path(model_dir).expanduser(), OUTPUT / model_dir):
         if path.is_file():
             return path.parent, Foreign(path)
@@ -171,7 +171,8 @@ def _existing(model_dir: str) -> tuple[Path, Foreign | None]:
         if (path / FILE).is_file():
             return path, Foreign(path / FILE)
     raise UserError(
-        f"model_dir {model_dir} holds no checkpoint/; name the folder of a finished run, or a {FILE} of LIFT"
+        f"model_dir {model_dir} holds no checkpoint/; name the folder of a finished run, a {FILE} of LIFT, or "
+        "a checkpoint file of RIDE or SADE"
     )
 
 

@@ -29,8 +29,8 @@ Loss = Callable[[Tensor, Tensor, Tensor, Prior], tuple[Tensor, Tensor]]
 
 
 def log_prior(class_counts: Tensor) -> Tensor:
-    """log(n_c / Σ n) in fp32, [C]."""
-    return (class_counts.double() / class_counts.sum()).log().float()
+    """log(n_c / Σ n) in fp64, [C]."""
+    return (class_counts.double() / class_counts.sum()).log()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:

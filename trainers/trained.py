@@ -13,7 +13,7 @@ from models import build_model, find_backbone, resolve
 from models.clip import Clip
 from models.tuners import TUNERS
 from trainers.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
-from trainers.exchange import Subject, lift
+from trainers.exchange import Subject, load_foreign
 from trainers.files import read_folder
 from trainers.folder import RunFolder
 from trainers.head import prepare_head
@@ -89,7 +89,7 @@ def load_trained(
     if cfg.zero_shot:
         prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
     elif folder.foreign is not None:
-        log.info(lift.load(folder.foreign, method.model, tuners_of(cfg), cfg.partial))
+        log.info(load_foreign(folder.foreign, method, tuners_of(cfg), cfg.partial))
     else:
         load_checkpoint(folder.source / "checkpoint", method, data.info.class_names, base)
 

@@ -1,16 +1,18 @@
 """Exchange with other tools. EXPORTS: what a finished run is written as; `export NAME` on its command."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import lookup
-from trainers.exchange import lift, merge, onnx_format, peft_format
+from trainers.exchange import lift, merge, onnx_format, peft_format, ride
+from trainers.exchange.foreign import Foreign
 from trainers.exchange.subject import Subject
 from trainers.files import new_folder, write_json
+from trainers.methods import Method
 
-__all__ = ["EXPORTS", "Export", "Subject", "export"]
+__all__ = ["EXPORTS", "Export", "Subject", "export", "load_foreign"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,19 @@ EXPORTS: dict[str, Export] = {
     "onnx": Export(onnx_format.check, onnx_format.write),
     "lift": Export(lift.check, lift.write),
 }
+
+
+def load_foreign(file: Foreign, method: Method, tuners: Sequence[str], partial: Any) -> str:
+    """Fill a method from a checkpoint file of other people's code, strictly; returns a report in words.
+
+    Args:
+        tuners: names of ours that are on.
+        partial: the option.
+
+    Raises:
+        UserError: it cannot be read, or does not fit.
+    """
+    return ride.load(file, method) if ride.is_ride(file) else lift.load(file, method.model, tuners, partial)
 
 
 def export(subject: Subject, name: str, path: Path) -> str:

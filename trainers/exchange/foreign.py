@@ -1,4 +1,7 @@
-"""A checkpoint file of LIFT or of PEL, its first generation, opened without running what it may contain."""
+"""A checkpoint file of other people's code, opened without running what it may contain.
+
+LIFT, and PEL, its first generation: `tuner` and `head`. RIDE, SADE, BatchFormer: a `state_dict` of their networks.
+"""
 
 import hashlib
 import re
@@ -14,11 +17,16 @@ from configs.errors import UserError
 from models.weights import READ_ERRORS
 
 FILE = "checkpoint.pth.tar"
+"""LIFT's name for it."""
+BACKBONE = "backbone."
+PARALLEL = "module."
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint file of LIFT or PEL."""
+    """A checkpoint file of LIFT, PEL, RIDE, SADE or BatchFormer."""
 
     path: Path
 
@@ -27,8 +35,13 @@ class Foreign:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
-    def read(self) -> dict[str, Tensor]:
-        """`tuner.…` and `head.…` → tensor, without DataParallel's `module.`.
+    @property
+    def kind(self) -> str:
+        return "lift" if self.path.name == FILE else "file"
+
+    @cached_property
+    def tensors(self) -> State:
+        """`tuner.…` and `head.…`, or `backbone.…` → tensor, without DataParallel's `module.`.
 
         Raises:
             UserError: it cannot be opened, or holds anything else than tensors.
@@ -36,21 +49,38 @@ class Foreign:
         try:
             content: Any = torch.load(self.path, map_location="cpu", weights_only=True)
         except READ_ERRORS as error:
-            raise UserError(f"{self.path} {_reason(error)}") from error
-        parts: list[Any] = [content.get(part) if isinstance(content, dict) else None for part in ("tuner", "head")]
-        if not all(isinstance(part, dict) and all(isinstance(t, Tensor) for t in part.values()) for part in parts):
-            raise UserError(f"{self.path} is no checkpoint of LIFT or PEL: it needs state dicts 'tuner' and 'head'")
-        named = zip(("tuner", "head"), parts, strict=True)
-        return {f"{part}.{name.removeprefix('module.')}": each for part, own in named for name, each in own.items()}
-
-
-def _reason(error: Exception) -> str:
-    """torch names what it refuses to unpickle as GLOBAL, somewhere below its advice to unpickle it all the same."""
-    if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"holds {found[1]}, and nothing but tensors is unpickled, because it can run code: where it was made, save "
-            "{'tuner': …, 'head': …} again with state dicts of tensors only"
+            raise UserError(f"{self.path} {self._reason(error)}") from error
+        content = content if isinstance(content, dict) else {}
+        if _is_state(content.get("tuner")) and _is_state(content.get("head")):
+            return {
+                f"{part}.{name}": each for part in ("tuner", "head") for name, each in _plain(content[part]).items()
+            }
+        state = content.get("state_dict", content)
+        if _is_state(state) and any(name.endswith("conv1.weight") for name in state):
+            return {f"{BACKBONE}{name.removeprefix(BACKBONE)}": each for name, each in _plain(state).items()}
+        raise UserError(
+            f"{self.path} is no checkpoint that can be read here: those of LIFT and PEL are state dicts 'tuner' and "
+            "'head', those of RIDE and SADE a 'state_dict' of their networks"
         )
-    if isinstance(error, PermissionError):
-        return f"cannot be read: {error.strerror}"
-    return "is damaged, or no file of torch.save; copy it again from where it was made"
+
+    def _reason(self, error: Exception) -> str:
+        """torch names what it refuses to unpickle as GLOBAL, somewhere below its advice to unpickle it all the same."""
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            held = (
+                f"holds {found[1]}, and nothing but tensors is unpickled, because it can run code: where it was made, "
+            )
+            if self.kind == "lift":
+                return held + "save {'tuner': …, 'head': …} again with state dicts of tensors only"
+            load = f"torch.load('{self.path.name}', map_location='cpu', weights_only=False)['state_dict']"
+            return f"{held}run python -c \"import torch; torch.save({{'state_dict': {load}}}, 'weights.pth')\""
+        if isinstance(error, PermissionError):
+            return f"cannot be read: {error.strerror}"
+        return "is damaged, or no file of torch.save; copy it again from where it was made"
+
+
+def _is_state(part: Any) -> bool:
+    return isinstance(part, dict) and all(isinstance(k, str) and isinstance(each, Tensor) for k, each in part.items())
+
+
+def _plain(state: State) -> State:
+    return {name.removeprefix(PARALLEL): each for name, each in state.items()}

@@ -167,7 +167,7 @@ def load(file: Foreign, model: Classifier, tuners: Sequence[str], partial: Any =
     Raises:
         UserError: everything that is missing, unexpected or of another shape, by name.
     """
-    tensors, places = file.read(), layout(model, tuners, partial)
+    tensors, places = file.tensors, layout(model, tuners, partial)
     lists = Counter(name.split(".")[1] for name in tensors if name.startswith("tuner."))
     held = ", ".join(f"{name} ({count})" for name, count in lists.items()) or "nothing"
     own = {name: place.read() for name, place in places.items()}

@@ -57,11 +57,19 @@ class Subject:
         return self.method.model.num_experts
 
     def refuse_experts(self, name: str) -> None:
-        """Raise a `UserError` where there are several, for a format that holds one network with one head."""
+        """Raise a `UserError` where there are several, for a format that holds one network with one head.
+
+        Likewise where a method makes something else of the head's logits.
+        """
         if self.experts > 1:
             raise UserError(
                 f"export {name}: it holds one network with one head, and this model has {self.experts} experts; "
                 "`export onnx` keeps them"
+            )
+        if type(self.method).expert_logits is not Method.expert_logits:
+            raise UserError(
+                f"export {name}: it holds a network with a head, and this method changes the logits of its head; "
+                "`export onnx` keeps that"
             )
 
     @property

@@ -17,7 +17,9 @@ from trainers.methods.base import Batch, Method, Objective, Step
 
 @dataclass(frozen=True)
 class Options:
-    top_choices: int = field(default=30, metadata={"doc": "largest logits that decide whether to go on", "least": 1})
+    top_choices: int = field(
+        default=30, metadata={"doc": "largest logits that decide whether to go on; all of fewer classes", "least": 1}
+    )
     hidden: int = field(default=16, metadata={"doc": "numbers made of the feature for it", "least": 1})
     pos_weight: float = field(
         default=100.0, metadata={"doc": "weight of the images that a later expert would get right", "least": 0.0}
@@ -42,15 +44,14 @@ class ExpertAssignment(Method):
 
     def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
-        top, hidden, classes = self.options.top_choices, self.options.hidden, len(objective.class_counts)
+        hidden = self.options.hidden
         if model.num_experts < 2:
             raise UserError("ride_ea chooses among experts, and this model has one; set num_experts as the earlier run")
-        if top > classes:
-            raise UserError(f"ride_ea.top_choices {top} is more than the {classes} classes; choose up to {classes}")
+        self.top = min(self.options.top_choices, len(objective.class_counts))
         with seeded(objective.seed, "expert assignment"):
             dim = model.encoder.feature_dim
             self.hidden = nn.ModuleList(nn.Linear(dim, hidden) for _ in range(model.num_experts - 1))
-            self.output = nn.Linear(top + hidden, 1)
+            self.output = nn.Linear(self.top + hidden, 1)
         self.hold(model)
 
     def prepare(self, context: HeadContext) -> None:
@@ -82,7 +83,7 @@ class ExpertAssignment(Method):
         """q [B] after an expert, whose features are [B, D]; `logits` [B, C] are the mean of the experts so far."""
         own = self.output.weight.dtype
         hidden = F.relu(self.hidden[expert](F.normalize(features.to(own), dim=1)))
-        top = logits.to(own).topk(self.options.top_choices, dim=1).values
+        top = logits.to(own).topk(self.top, dim=1).values
         return self.output(torch.cat([top, hidden], 1)).squeeze(1)
 
     def expert_logits(self, images: Tensor) -> Tensor:

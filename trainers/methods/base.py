@@ -24,7 +24,6 @@ class Step(NamedTuple):
     loss_sum: Tensor
     weight: Tensor
     logits: Tensor  # [B, C]
-    logs: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Method(nn.Module):
         penalty = self.model.penalty()
         if penalty is not None:  # of the mean loss, here multiplied by the weight that the trainer divides by
             loss_sum = loss_sum + weight * penalty
-        return Step(loss_sum, weight, self.aggregate(logits), {})
+        return Step(loss_sum, weight, self.aggregate(logits))
 
     @property
     def deferred(self) -> bool:

@@ -51,7 +51,8 @@ class Sade(Method):
 def reversed_prior(prior: Tensor) -> Tensor:
     """π̃ [C]: the k-th most frequent class gets the k-th smallest frequency (not 1/π).
 
-    Of classes with equal counts the earlier label is the rarer one. The original leaves that to its sort.
+    Of classes with equal counts the earlier label is the rarer one. The original's sort is not stable and leaves
+    that open.
     """
     ascending, order = prior.sort(stable=True)
     rank = order.argsort()

@@ -1,0 +1,218 @@
+"""Checkpoints of RIDE, SADE and BatchFormer: read under our names, whole, and without running what they may contain."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from configs.errors import UserError
+from datasets import build_info
+from models import build_model
+from trainers.exchange import load_foreign
+from trainers.exchange.foreign import Foreign
+from trainers.exchange.ride import our_name
+from trainers.methods import Method, build_method
+
+Make = Callable[..., CfgNode]
+CIFAR = ("backbone", "ResNet-20", "reduce_dimension", True, "scale", 30)
+IMAGES = ("backbone", "ResNet-10", "resolution", 64, "scale", 30)
+SCRATCH = ("pretrained", "none", "full_tuning", True, "bn_tuning", True, "adaptformer", False, "init_head", "none")
+
+
+def method(config: Make, *words: Any, name: str = "classify", experts: int = 3, seed: int = 0) -> Method:
+    own = ("resolution", "none", *words) if "resolution" not in words else words
+    cfg = config("fake_lt", "tiny_clip_peft", *SCRATCH, *own, "method", name, "num_experts", experts, "seed", seed)
+    info = build_info(cfg)
+    found = build_method(cfg, build_model(cfg, info.class_names, pixels=(info.mean, info.std)), info).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for module in found.modules():  # nothing is where it started
+            if isinstance(module, nn.BatchNorm2d):
+                for each in (module.weight, module.bias, module.running_mean, module.running_var):
+                    each.add_(0.2 * torch.rand(each.shape, generator=generator))  # type: ignore[union-attr]
+                module.num_batches_tracked.add_(3)  # type: ignore[operator]
+    return found
+
+
+def theirs(name: str) -> str | None:
+    """The original's name of one of ours, below `backbone.`."""
+    for ours, original in (
+        (r"model\.encoder\.net\.branches\.(\d+)\.layer(\d)\.(.*)", r"layer\2s.\1.\3"),
+        (r"model\.encoder\.net\.(.*)", r"\1"),
+        (r"model\.head\.(\d+)\.(.*)", r"linears.\1.\2"),
+        (r"model\.head\.(.*)", r"linear.\1"),
+        (r"hidden\.(.*)", r"expert_help_pred_hidden_fcs.\1"),
+        (r"output\.(.*)", r"expert_help_pred_fc.\1"),
+    ):
+        if re.fullmatch(ours, name):
+            return re.sub(ours, original, name)
+    return None
+
+
+def original(made: Method, prefix: str = "") -> dict[str, Tensor]:
+    """A model's state dict as the original would save it."""
+    named = {theirs(name): each.clone() for name, each in made.state_dict().items()}
+    state = {name: each for name, each in named.items() if name is not None}
+    cosine = not any(re.fullmatch(r"linears?\.(\d+\.)?bias", name) for name in state)
+    return {
+        f"{prefix}backbone.{name}": each.T.contiguous() if cosine and name.startswith("linear") else each
+        for name, each in state.items()
+    }
+
+
+def noise(side: int) -> Tensor:
+    return torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(9))
+
+
+CASES: list[tuple[tuple[Any, ...], int, str]] = [
+    (CIFAR, 3, "ride"),
+    ((*CIFAR, "loss_type", "CE"), 2, "sade"),
+    (CIFAR, 1, "classify"),
+    ((*CIFAR[:2], "classifier", "LinearClassifier"), 3, "classify"),
+    ((*CIFAR[:2], "classifier", "LinearClassifier"), 1, "classify"),
+    (IMAGES, 3, "ride"),
+    ((*IMAGES, "expert_split", 1), 2, "ride"),
+]
+
+
+@pytest.mark.parametrize("words, experts, name", CASES)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_round_trip_gives_equal_logits(
+    words: tuple[Any, ...], experts: int, name: str, prefix: str, config: Make, tmp_path: Path
+) -> None:
+    """From state dicts as of one GPU and of several, wrapped as the original wraps them or not."""
+    ours, other = (method(config, *words, name=name, experts=experts, seed=seed) for seed in (0, 1))
+    state = original(ours, prefix)
+    torch.save({"state_dict": state, "epoch": 200, "arch": "ResNet32Model"} if prefix else state, tmp_path / "a.pth")
+    report = load_foreign(Foreign(tmp_path / "a.pth"), other, (), None)
+    assert f"{len(state)} tensors, heads: {experts}" in report and "left out" not in report
+    assert "pixel_mean" in report and ("in the original" not in report)
+    side = 64 if "resolution" in words else 32
+    with torch.no_grad():
+        assert torch.equal(ours.expert_logits(noise(side)), other.expert_logits(noise(side)))
+
+
+def test_the_originals_names() -> None:
+    """Those that its code gives: several experts, one expert, an assignment."""
+    assert {
+        "conv1.weight": "model.encoder.net.conv1.weight",
+        "layer1.0.bn2.running_var": "model.encoder.net.layer1.0.bn2.running_var",
+        "layer2s.1.0.conv1.weight": "model.encoder.net.branches.1.layer2.0.conv1.weight",
+        "layer4s.2.0.downsample.1.bias": "model.encoder.net.branches.2.layer4.0.downsample.1.bias",
+        "linears.2.weight": "model.head.2.weight",
+        "linear.bias": "model.head.bias",
+        "expert_help_pred_hidden_fcs.0.bias": "hidden.0.bias",
+        "expert_help_pred_fc.weight": "output.weight",
+    }.items() <= {
+        name: our_name(name)
+        for name in (
+            *("conv1.weight", "layer1.0.bn2.running_var", "layer2s.1.0.conv1.weight", "layer4s.2.0.downsample.1.bias"),
+            *("linears.2.weight", "linear.bias", "expert_help_pred_hidden_fcs.0.bias", "expert_help_pred_fc.weight"),
+        )
+    }.items()
+
+
+def test_an_expert_assignment(config: Make, tmp_path: Path) -> None:
+    """It is part of the model for method ride_ea, and left out, as the report says, for any other."""
+    words = (*CIFAR, "after", "resnet32_ride", "ride_ea.top_choices", 5)
+    ours, other = (method(config, *words, name="ride_ea", seed=seed) for seed in (0, 1))
+    torch.save({"state_dict": original(ours)}, tmp_path / "a.pth")
+    report = load_foreign(Foreign(tmp_path / "a.pth"), other, (), None)
+    assert "left out" not in report
+    with torch.no_grad():
+        assert torch.equal(ours.expert_logits(noise(32)).nan_to_num(7), other.expert_logits(noise(32)).nan_to_num(7))
+    plain = method(config, *CIFAR, name="ride", seed=2)
+    assert "all experts are asked" in load_foreign(Foreign(tmp_path / "a.pth"), plain, (), None)
+    with torch.no_grad():
+        assert torch.equal(plain.expert_logits(noise(32)), ours.model(noise(32)))
+    torch.save({"state_dict": original(plain)}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=r"6 tensors missing \(hidden.0.bias"):
+        load_foreign(Foreign(tmp_path / "b.pth"), other, (), None)
+
+
+@pytest.mark.parametrize("name", ["ride", "batchformer"])
+def test_the_encoder_across_the_batch_is_left_out(name: str, config: Make, tmp_path: Path) -> None:
+    ours, other = method(config, *CIFAR, name="ride"), method(config, *CIFAR, name=name, seed=1)
+    mixer = nn.TransformerEncoderLayer(48, 1, 48).state_dict(prefix="backbone.encoder_layers.")
+    torch.save({"state_dict": {**original(ours), **mixer}}, tmp_path / "a.pth")
+    assert "encoder across the batch, which is for training only" in load_foreign(
+        Foreign(tmp_path / "a.pth"), other, (), None
+    )
+    with torch.no_grad():
+        assert torch.equal(ours.expert_logits(noise(32)), other.expert_logits(noise(32)))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, experts, texts",
+    [
+        (CIFAR, 2, ["unexpected (model.encoder.net.branches.2", "num_experts"]),
+        ((*CIFAR[:2], "scale", 30), 3, ["of another shape", "reduce_dimension"]),
+        (("backbone", "ResNet-32", *CIFAR[2:]), 3, ["missing (model.encoder.net.branches.0.layer2.3"]),
+        ((*CIFAR, "classifier", "LinearClassifier"), 3, ["3 tensors missing (model.head.0.bias"]),
+        ((*CIFAR, "classifier", "L2NormedClassifier"), 3, ["heads of another kind; give classifier CosineClassifier"]),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    words: tuple[Any, ...], experts: int, texts: list[str], config: Make, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": original(method(config, *CIFAR))}, tmp_path / "a.pth")
+    other = method(config, *words, experts=experts)
+    before = {name: each.clone() for name, each in other.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_foreign(Foreign(tmp_path / "a.pth"), other, (), None)
+    assert all(text in str(caught.value) for text in texts) and "\n" not in str(caught.value), caught.value
+    assert all(torch.equal(each, before[name]) for name, each in other.state_dict().items()), "nothing was filled"
+
+
+class ConfigParser:
+    """Stands for the object that the original puts beside the state dict."""
+
+
+def test_a_file_with_a_config_in_it_is_not_opened(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal names the command that makes a file of it that is."""
+    ours = method(config, *CIFAR)
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": original(ours), "config": ConfigParser()}, tmp_path / "model_best.pth")
+    with pytest.raises(UserError) as caught:
+        load_foreign(Foreign(tmp_path / "model_best.pth"), ours, (), None)
+    found = re.search(r'run python -c "(import torch; torch\.save\(.*\))"$', str(caught.value))
+    assert found and "ConfigParser" in str(caught.value) and "run code" in str(caught.value)
+    exec(found[1])  # where its classes are known
+    assert "heads: 3" in load_foreign(Foreign(tmp_path / "weights.pth"), ours, (), None)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"a": torch.zeros(1)}}, {"state_dict": 3}, [torch.zeros(1)]])
+def test_other_files_are_refused(content: Any, config: Make, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="is no checkpoint that can be read here"):
+        load_foreign(Foreign(tmp_path / "a.pth"), method(config, *CIFAR), (), None)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_evaluates_a_file(config: Make, launch: Cli, tmp_path: Path) -> None:
+    torch.save({"state_dict": original(method(config, *CIFAR, name="ride"))}, tmp_path / "model_best.pth")
+    words = "-d fake_lt -m resnet32_ride backbone ResNet-20 num_workers 0 output_dir x test_only True"
+    words += f" max_test_images 20 augment lift test_dists none model_dir {tmp_path / 'model_best.pth'}"
+    done = launch(words)
+    assert done.returncode == 0, done.stderr
+    assert "heads: 3" in done.stdout
+    (folder,) = Path("output/x/tests").iterdir()
+    assert "-file-" in json.loads((folder / "metrics.json").read_text())["evaluation"]["checkpoint"]
+    assert "finished before" in launch(words).stdout
+    torch.save({"state_dict": {}, "config": ConfigParser()}, tmp_path / "model_best.pth")
+    failed = launch(words)
+    assert failed.returncode == 2 and "weights.pth" in failed.stderr and failed.stderr.count("\n") == 1

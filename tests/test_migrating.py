@@ -1,0 +1,92 @@
+"""docs/migrating.md: every command of the originals' READMEs, and each of ours through the dry run."""
+
+import hashlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from configs import CfgNode, load_configs
+from main import split_words
+from models import resolve
+from scripts._grid import names
+from trainers.dryrun import check
+from trainers.methods import declared
+
+TEXT = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+ORIGINAL = {"RIDE": (20, "e779853e7b800719"), "SADE": (14, "d0e089eb3c09596c"), "BatchFormer": (9, "d3551fe92687382c")}
+"""Commands of the READMEs, without quotes, sorted (RIDE ab8be5c, SADE cba11b8, BatchFormer 305efaa): number, digest."""
+PARAMETERS = {
+    "-d imagenet_lt -m resnext50_ride": 42_889_024,
+    "-d imagenet_lt -m resnet10_ride": 9_401_792,
+    "-d cifar100_ir100 -m resnet32_sade": 783_856,
+    "-d inat2018 -m resnet50_sade": 76_587_584,
+    "-d places_lt -m resnet152_sade": 171_543_616,
+}
+Key = tuple[object, ...]
+BUILT: dict[Key, int] = {}
+
+
+def rows(title: str) -> list[tuple[str, str]]:
+    """Both columns of the table below a heading."""
+    section = TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `python")]
+    return [(theirs, ours) for theirs, ours in lines]
+
+
+def commands(column: str) -> list[str]:
+    return [text.removeprefix("python main.py ") for text in re.findall(r"`(python main\.py [^`]*)`", column)]
+
+
+OURS = sorted({each for title in ORIGINAL for _, ours in rows(title) for each in commands(ours)})
+
+
+@pytest.mark.parametrize("title", ORIGINAL)
+def test_every_command_of_a_readme_is_there(title: str) -> None:
+    theirs = [re.findall(r"`(python [^`]*)`", column)[0] for column, _ in rows(title)]
+    lines = sorted({" ".join(each.replace('"', "").split()) for each in theirs})
+    assert (len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]) == ORIGINAL[title]
+    assert all(commands(ours) for _, ours in rows(title))
+
+
+def configured(command: str) -> CfgNode:
+    flags, pairs = split_words([each for each in shlex.split(command) if each != "--dry-run"])
+    return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
+
+
+def total(cfg: CfgNode) -> int:
+    """Parameters, of a network on the meta device; one that differs in nothing of the model is not built again."""
+    options = (cfg.backbone, cfg.num_experts, cfg.expert_split, cfg.reduce_dimension, cfg.classifier, cfg.method)
+    key = (*options, cfg.num_classes, cfg.data, cfg.after)
+    if key not in BUILT:
+        BUILT[key] = check(cfg).counts()["total"]
+    return BUILT[key]
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_our_command_passes_the_dry_run(command: str) -> None:
+    found = total(configured(command))
+    assert found == PARAMETERS.get(command, found)
+
+
+def test_what_the_published_sizes_are_of_is_among_them() -> None:
+    assert PARAMETERS.keys() <= set(OURS)
+
+
+def test_flags_name_keys_of_ours() -> None:
+    section = TEXT.split("\n## Flags\n")[1].split("\n## ")[0]
+    cfg = configured("-d cifar100_ir100 -m resnet32_ride")
+    for line in section.splitlines():
+        if not line.startswith("| `") or " | none" in line:
+            continue
+        for text in re.findall(r"`([^`]+)`", line.split(" | ")[1]):
+            name = text.split()[0]
+            section_of, _, field = name.partition(".")
+            known = cfg[section_of] if field else cfg
+            assert name.startswith("-") or (field or name) in known or name.endswith("Classifier"), text
+
+
+def test_the_grids_that_it_names_exist() -> None:
+    text = TEXT[TEXT.index("python scripts/reproduce.py") :]
+    assert {"sade/imagenet_lt", "ride/model_zoo", "batchformer/ride"} <= names().keys() & set(re.findall(r"\w+/\w+", text))

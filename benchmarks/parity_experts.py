@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from parity_experts_cases import SADE_TIME, Case, cases, inputs, traces  # noqa: E402
-from parity_experts_ours import FIGURES, compare, compare_rates, compare_weights, row  # noqa: E402
-from parity_report import EXPERTS, head, surroundings, write  # noqa: E402
+from parity_experts_ours import FIGURES, compare, compare_rates, compare_weights  # noqa: E402
+from parity_report import EXPERTS, circumstances_of_figures, head, write  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from configs import load_configs  # noqa: E402
@@ -58,9 +58,8 @@ PATCHES = [
     "dropout of BatchFormer is 0",
     "the last bias of an expert assignment is shifted so that about half of the images ask a second expert",
     "Places-LT: the file of pre-trained weights is not read",
-    "general BatchFormer: its files of class counts of its author's home are not read; the loss counts a third, because "
+    "general BatchFormer: files of class counts in its author's home are not read; the loss counts a third, because "
     "the code adds the means of both halves and of the whole",
-    "the cosine schedule of BatchFormer's README is not among its commands and not compared",
 ]
 PROCEDURE = (
     "The originals' own train.py with a config of theirs and the options of their README, up to the trainer; one epoch "
@@ -81,7 +80,7 @@ def main() -> int:
         parser.add_argument(name, type=Path, help=f"a checkout of {source}")
     parser.add_argument("--commits", nargs=3, help="of the three, where the folders are no repositories")
     parser.add_argument("--only", default="", help="cases whose name or model contains this; nothing is written then")
-    parser.add_argument("--files", type=Path, help="folder of the originals' tensors; what lies there is not made again")
+    parser.add_argument("--files", type=Path, help="folder of the originals' tensors; what is there is not made again")
     args = parser.parse_args()
     checkouts = {name: getattr(args, name).absolute() for name in SOURCES}
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,7 +93,7 @@ def main() -> int:
     if not args.only:
         commits = args.commits or [head(checkout) for checkout in checkouts.values()]
         originals = {n: {"repository": SOURCES[n], "commit": c} for n, c in zip(SOURCES, commits, strict=True)}
-        about = {"originals": originals, **surroundings(), "tolerance": TOLERANCE, "procedure": PROCEDURE}
+        about = {"originals": originals, **circumstances_of_figures(), "tolerance": TOLERANCE, "procedure": PROCEDURE}
         write({**about, "patches": PATCHES, "cases": rows}, EXPERTS)
     return int(high > 0)
 

@@ -19,8 +19,16 @@ REDUCED = {"arch;args;reduce_dimension": 1, "arch;args;num_experts": 3}
 NO_DROPOUT = "dropout set to 0 on both sides"
 TEACHER = "the original leaves its teacher in training mode: compared after it was put into evaluation mode"
 FACTOR = "diversity factor"
-SHARED: Case = {"method": "batchformer", "batchformer.inner": "classify", "batchformer.mode": "mean", "loss_type": "BS"}
-SHARED |= {"batchformer.dropout": 0, "lr_factors": "{mixer: 0.1}", "lr": 0.05, "weight_decay": 5e-4, "nesterov": False, "schedule": "cosine"}
+SHARED: Case = {"method": "batchformer", "batchformer.inner": "classify", "batchformer.mode": "mean"}
+SHARED |= {
+    "batchformer.dropout": 0,
+    "loss_type": "BS",
+    "lr_factors": "{mixer: 0.1}",
+    "lr": 0.05,
+    "weight_decay": 5e-4,
+    "nesterov": False,
+    "schedule": "cosine",
+}
 SHARED |= {"lr_steps": "none", "warmup_epochs": 0, "num_epochs": 90, "batch_size": 128}
 """BatchFormer's config/ImageNet_LT/balanced_softmax_resnet10.yaml --add_bt 1."""
 
@@ -49,12 +57,12 @@ def _ride_cifar() -> list[Case]:
         found.append(_case("ride", f"LDAM-DRW, {when}", *ldam, readme={}, epoch=epoch))
         distill = ("config_imbalance_cifar100_distill_ride.json", cifar, "resnet32_ride_distill")
         times = {"distill.times_experts": True}
-        found.append(
-            _case("ride", f"RIDE + distillation × E, {when}", *distill, ours=times, epoch=epoch, note=TEACHER)
-        )
+        found.append(_case("ride", f"RIDE + distillation × E, {when}", *distill, ours=times, epoch=epoch, note=TEACHER))
     teacher = ("config_imbalance_cifar100_ride_teacher.json", cifar, "resnet32_ride_teacher")
     found.append(_case("ride", "RIDE, 6 experts", *teacher, readme={}))
-    found.append(_case("ride", "expert assignment", "config_imbalance_cifar100_ride_ea.json", cifar, "resnet32_ride_ea"))
+    found.append(
+        _case("ride", "expert assignment", "config_imbalance_cifar100_ride_ea.json", cifar, "resnet32_ride_ea")
+    )
     return found
 
 
@@ -66,9 +74,7 @@ def _ride_large() -> list[Case]:
     ea = ("config_imagenet_lt_resnet10_ride_ea.json", "imagenet_lt", "resnet10_ride_ea")
     found.append(_case("ride", "expert assignment", *ea))
     distill = ("config_imagenet_lt_resnet10_distill_ride.json", "imagenet_lt", "resnet10_ride_distill")
-    found.append(
-        _case("ride", "RIDE + distillation × E", *distill, ours={"distill.times_experts": True}, note=TEACHER)
-    )
+    found.append(_case("ride", "RIDE + distillation × E", *distill, ours={"distill.times_experts": True}, note=TEACHER))
     return found
 
 
@@ -77,8 +83,7 @@ def _sade() -> list[Case]:
         ("config_cifar100_ir100_sade.json", "cifar100_ir100", "resnet32_sade"),
         ("config_imagenet_lt_resnext50_sade.json", "imagenet_lt", "resnext50_sade"),
         ("config_iNaturalist_resnet50_sade.json", "inat2018", "resnet50_sade"),
-        ("config_places_lt_resnet152_sade.json", "places_lt", "resnet152_sade"),
-    )
+    )  # not Places' ResNet-152: more of the same blocks, and 12 GB in float64
     return [_case("sade", "SADE", *each, readme={}) for each in chosen]
 
 

@@ -7,7 +7,6 @@ in memory, here, and PATCHES of parity_experts.py says what.
 
 import functools
 import importlib
-import inspect
 import json
 import sys
 import types
@@ -20,11 +19,12 @@ from unittest.mock import MagicMock
 
 import torch
 import torchvision  # noqa: F401  before the patches
+from parity_experts_nets import Tensors, evaluate, halfway, named, shake, without_dropout
+from parity_experts_others import aggregate, balanced
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Case = dict[str, Any]
-Tensors = dict[str, Tensor]
 SMALL = {"type": "ResNet32Model", "args": {"num_classes": 10, "num_experts": 3}}
 """In place of a network that a learning-rate trace does not need."""
 
@@ -84,7 +84,7 @@ class Loader:
         return None
 
 
-# --- their own main(), from the config to the optimizer's step ---------------------------------------------------------
+# --- their own main(), from the config to the optimizer's step ----------------------------------------------------
 
 
 def launch(case: Case, loader: Loader, folder: Path, instead: Callable[[Any], None]) -> None:
@@ -95,7 +95,9 @@ def launch(case: Case, loader: Loader, folder: Path, instead: Callable[[Any], No
     config = read_json(Path("configs") / case["config"])
     config["n_gpu"], config["trainer"]["save_dir"] = 1, str(folder / "runs")
     changes = {"distill_checkpoint": ""} if config.get("distill") else {}
-    parsed = importlib.import_module("parse_config").ConfigParser(config, None, {**changes, **case["theirs"]}, run_id="")
+    parsed = importlib.import_module("parse_config").ConfigParser(
+        config, None, {**changes, **case["theirs"]}, run_id=""
+    )
 
     class Run(importlib.import_module("trainer").Trainer):  # type: ignore[misc,name-defined]
         train = instead
@@ -174,139 +176,6 @@ def rates(case: Case, job: Case, folder: Path) -> list[list[float]]:
     arch = {"arch": SMALL, "distill_arch": SMALL, "distill": False}
     launch({**case, "theirs": arch}, Loader([], job["counts"][case["data"]]), folder, trace)
     return found
-
-
-# --- models ------------------------------------------------------------------------------------------------------------
-
-
-def named(prefix: str, tensors: Tensors) -> Tensors:
-    return {f"{prefix}.{name.removeprefix('backbone.')}": each.clone() for name, each in tensors.items()}
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> None:
-    """Batch norms away from ones and zeros, running statistics too."""
-    for name, each in model.state_dict().items():
-        if each.is_floating_point() and each.ndim == 1:
-            each.mul_(torch.exp(0.1 * torch.randn_like(each))).add_(0 if "var" in name else 0.05 * torch.randn_like(each))
-
-
-def without_dropout(model: nn.Module) -> None:
-    for each in model.modules():
-        if isinstance(each, nn.Dropout):
-            each.p = 0.0
-        elif isinstance(each, nn.MultiheadAttention):
-            each.dropout = 0.0
-
-
-@torch.no_grad()
-def halfway(model: nn.Module, images: Tensor) -> None:
-    """Shift the bias of expert assignment so that about half of the images ask a second expert."""
-    seen: list[Tensor] = []
-    layer = model.backbone.expert_help_pred_fc
-    hook = layer.register_forward_hook(lambda _, __, out: seen.append(out))
-    model.eval()(images)
-    hook.remove()
-    middle = len(images) // 2
-    layer.bias -= seen[0].flatten().sort().values[middle - 1 : middle + 1].mean()
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor) -> Tensors:
-    """Logits of the experts [B, E, C], or of an assignment the mean [B, C] and how many experts were asked."""
-    output = model.eval()(images)
-    if isinstance(output, tuple):
-        return {"mean": output[0], "asked": output[1].flatten()}
-    if isinstance(output, dict):
-        return {"logits": output["logits"]}
-    experts = getattr(model.backbone, "logits", None)
-    return {"logits": output.unsqueeze(1) if experts is None else torch.stack(list(experts), 1)}
-
-
-# --- SADE's aggregation, and the general BatchFormer -------------------------------------------------------------------
-
-
-class Given(nn.Module):
-    """A network whose images are their logits already."""
-
-    def forward(self, logits: Tensor) -> Tensors:
-        return {"logits": logits}
-
-
-def aggregate(script: str, config: str, given: Tensors, folder: Path) -> Tensors:
-    """Weights before softmax after every epoch, by the script's function and the optimizer of its config."""
-    module = importlib.import_module(script)
-    from utils import read_json  # theirs
-
-    settings = read_json(Path("configs") / config)
-    model: nn.Module = Given()
-    names = ("view1", "view2")
-    out: Tensors = {}
-    if script == "test_training_cifar":
-        model, names = module.module_arch.ResNet32Model(**settings["arch"]["args"]), ("crop1", "crop2")
-        shake(model)
-        out = named("start", model.state_dict())
-    weight = nn.Parameter(torch.full((3,), 1 / 3))
-    options = {key: each for key, each in settings["optimizer"]["args"].items() if key != "share_lr"}
-    optimizer, path, function = torch.optim.SGD([weight], **options), [], module.test_training
-    known = {"model": model, "aggregation_weight": weight, "optimizer": optimizer}
-    for first, second in zip(given[names[0]], given[names[1]], strict=True):
-        known["train_data_loader"] = [([a, b], None) for a, b in zip(first, second, strict=True)]
-        rounded = function(*(known.get(name) for name in inspect.signature(function).parameters))
-        path.append(weight.detach().clone())
-        if min(rounded) < 0.05:
-            break
-    return {**{name: each.contiguous() for name, each in out.items()}, "path": torch.stack(path)}
-
-
-def balanced(case: Case, job: Case, given: Tensors, folder: Path) -> Tensors:
-    """The general BatchFormer: their forward, loss and step of a batch, in the order of their loop."""
-    import numpy as np
-    import yaml
-
-    folder.joinpath("freq.json").write_text(json.dumps(job["counts"][case["data"]]))
-    config = yaml.safe_load(Path("config/ImageNet_LT/balanced_softmax_resnet10.yaml").read_text())
-    config["training_opt"]["log_dir"] = str(folder)
-    config["criterions"]["PerformanceLoss"]["loss_params"] = {"freq_path": str(folder / "freq.json")}
-    config["criterions"]["PerformanceLoss"]["weight"] = 1 / 3
-    config |= {"coslrwarmup": False}
-    np.load = lambda *_, **__: np.ones(1)
-    images, labels = given[case["images"]], given[case["labels"]]
-    run = importlib.import_module("run_networks").model(config, {"train": MagicMock()}, add_bt=1)
-    run.centroids = None
-    parts = {**run.networks, "bt": run.encoder_layers}
-    for each in parts.values():
-        without_dropout(each)
-        shake(each)
-    out = named("start", state(parts))
-    out["before.logits"] = shared_logits(run, images[-1])
-    out["rates"] = torch.tensor([group["lr"] for group in run.model_optimizer.param_groups])
-    losses = []
-    for batch, targets in zip(images[:-1], labels[:-1], strict=True):
-        for each in parts.values():
-            each.train()
-        run.batch_forward(batch, targets, phase="train")
-        run.batch_loss(torch.cat([targets, targets]))
-        run.batch_backward(targets)
-        losses.append(run.loss.detach())
-        if len(losses) == 1:
-            grads = {f"{k}.{n}": p.grad for k, part in parts.items() for n, p in part.named_parameters()}
-            out |= named("gradient", {name: each for name, each in grads.items() if each is not None})
-    out |= {**named("after", state(parts)), "losses": torch.stack(losses)}
-    out["end.logits"] = shared_logits(run, images[-1])
-    return {name.replace("module.", ""): each.detach().clone().contiguous() for name, each in out.items()}
-
-
-def state(parts: dict[str, nn.Module]) -> Tensors:
-    return {f"{key}.{name}": each for key, part in parts.items() for name, each in part.state_dict().items()}
-
-
-@torch.no_grad()
-def shared_logits(run: Any, images: Tensor) -> Tensor:
-    for part in run.networks.values():
-        part.eval()
-    run.batch_forward(images, phase="test")
-    return run.logits.unsqueeze(1).clone()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def build(case: Case, pairs: Case, stage: int = -1) -> tuple[Any, Method, DataIn
     return cfg, method.to(torch.float64), info
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------------------------
 
 OTHERS = (
     (r"^(?:encoder_layers|bt)\.", "mixer.layers.0."),
@@ -82,7 +82,7 @@ def fill(method: Method, theirs: Tensors) -> None:
         own[name].copy_(each)
 
 
-# --- cases -------------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------------------------
 
 
 def compare(folder: Path, case: Case) -> Case:
@@ -156,7 +156,7 @@ def compare_changes(method: Method, first: Tensors, theirs: Tensors) -> float:
     return max(largest(own, given), largest(*changes, FLOOR))
 
 
-# --- schedules and aggregation -------------------------------------------------------------------------------------------
+# --- schedules and aggregation --------------------------------------------------------------------------------------
 
 
 def compare_rates(case: Case, rates: list[list[float]]) -> Case:

@@ -24,9 +24,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from parity_cases import COUNTS, EPOCHS, GROUPS, Case, builds, cases, inputs, sizes  # noqa: E402
 from parity_ours import compare, register, surroundings  # noqa: E402
+from parity_report import circumstances_of_figures, head, write  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-from trainers.report import circumstances  # noqa: E402
 
 FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps", "value")
 TOLERANCES = {**dict.fromkeys(FIGURES, 1e-4), "float64": 1e-5}
@@ -62,7 +61,9 @@ def main() -> int:
     high = sum(above(row) for row in rows)
     print(f"\n{len(rows)} cases, {high} above the tolerance of 1e-4, or 1e-5 in fp64")
     if not arguments.only:
-        write(rows, arguments.commit or head(checkout))
+        original = {"repository": "https://github.com/shijxcs/LIFT", "commit": arguments.commit or head(checkout)}
+        about = {"original": original, **circumstances_of_figures(), "tolerance": TOLERANCES, "procedure": PROCEDURE}
+        write({**about, "cases": rows})
     return int(high > 0)
 
 
@@ -78,29 +79,6 @@ def run_original(checkout: Path, folder: Path, chosen: list[Case]) -> dict[str, 
     if done.returncode:
         sys.exit(f"the original stopped:\n{done.stderr[-3000:]}")
     return json.loads((folder / "original.json").read_text())
-
-
-def write(rows: list[Case], commit: str) -> None:
-    """docs/parity.json, one case a line, figures to two significant digits."""
-    about = circumstances()
-    report = {
-        "original": {"repository": "https://github.com/shijxcs/LIFT", "commit": commit},
-        "ours": about["commit"],
-        "packages": about["packages"],
-        "hardware": about["hardware"],
-        "tolerance": TOLERANCES,
-        "procedure": PROCEDURE,
-        "cases": [],
-    }
-    short = [{k: float(f"{v:.1e}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in short)
-    text = json.dumps(report, indent=1).replace('"cases": []', f'"cases": [\n{lines}\n ]')
-    (ROOT / "docs" / "parity.json").write_text(text + "\n")
-
-
-def head(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def above(row: Case) -> bool:

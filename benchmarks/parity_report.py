@@ -1,4 +1,4 @@
-"""docs/parity.json: what parity_lift.py writes stands at the top level, what parity_experts.py writes below `experts`."""
+"""docs/parity.json: the report of parity_lift.py at the top level, that of parity_experts.py below `experts`."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def write(report: dict[str, Any], part: str | None = None, path: Path = PARITY) 
     path.write_text(text + "\n")
 
 
-def surroundings() -> dict[str, Any]:
+def circumstances_of_figures() -> dict[str, Any]:
     """With what figures were computed."""
     about = circumstances()
     return {"ours": about["commit"], "packages": about["packages"], "hardware": about["hardware"]}

@@ -135,7 +135,10 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "lr_gamma": Key(as_float, 0.1, TRAIN, "factor of schedule multistep", least=0.0),
         "warmup_epochs": Key(as_int, 0, TRAIN, "epochs over which the learning rate rises to its start", least=0),
         "lr_factors": Key(
-            as_factors, None, TRAIN, "factors on the learning rate of parameter groups: {tuner: 0.1, head: 1}"
+            as_factors,
+            None,
+            TRAIN,
+            "factors on it of parameter groups: {tuner: 0.1, head: 1}; the rate that is shown is without",
         ),
         "sampler": Key(as_str, "shuffle", TRAIN, "entry of SAMPLERS: which training images make up an epoch"),
         "loss_type": Key(as_str, "LA", TRAIN, "entry of LOSSES"),

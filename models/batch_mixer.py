@@ -36,11 +36,13 @@ class BatchMixer(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
-            raise UserError(f"dropout {dropout} must be at least 0 and below 1")
+            raise UserError(f"batchformer.dropout {dropout} must be at least 0 and below 1")
         heads = heads or (4 if dim > 128 else 1)
         if dim % heads:
             divisors = [each for each in range(1, heads) if dim % each == 0]
-            raise UserError(f"heads {heads} do not divide the {dim} numbers of a feature; try {divisors[-1]}")
+            raise UserError(
+                f"batchformer.heads {heads} do not divide the {dim} numbers of a feature; try {divisors[-1]}"
+            )
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(dim, heads, dim, dropout, batch_first=True) for _ in range(layers)
         )

@@ -54,7 +54,7 @@ class Row:
 def number(result: Result, metric: str) -> float | None:
     """A single number of a result, `accuracy`, `backward50.accuracy` or `backward50.plain.accuracy`.
 
-    Without a slot: of the adapted weights where there are some. None: it was not measured, or there is nothing to measure.
+    Without a slot: by adapted weights where there are some. None: not measured, or nothing to measure.
 
     Raises:
         UserError: no such metric.

@@ -24,6 +24,10 @@ LABELS = torch.tensor([0, 0, 2, 2])
 class View(list[dict[str, Any]]):
     skip_bad = False
 
+    def __getitem__(self, key: Any) -> Any:
+        """By (index, epoch), as loaders ask."""
+        return super().__getitem__(key[0])
+
 
 class Encoder(nn.Module):
     """A method whose features are the first two pixels."""

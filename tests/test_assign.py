@@ -81,6 +81,17 @@ def test_binary_cross_entropy_of_the_original(config: Config, monkeypatch: pytes
     assert float(loss_sum / weight) == pytest.approx(20.137922, rel=1e-6)
 
 
+def test_the_sum_over_a_batch_may_be_beyond_half_precision(config: Config) -> None:
+    method = build(config, experts=2)
+    method.hidden.half()
+    method.output.half().bias.data.fill_(-30)
+    eye = torch.eye(10)[torch.zeros(64, dtype=torch.long)]
+    batch = {"label": torch.ones(64, dtype=torch.long), "weight": torch.ones(64)}
+    logits = torch.stack([eye, 9 * eye.roll(1, 1)], 1)  # right only when the second is asked
+    loss_sum, _ = method.assignment_loss(torch.zeros(64, method.model.encoder.feature_dim), logits, batch)
+    assert 64 * 100 * 25 < float(loss_sum) < 64 * 100 * 35
+
+
 def spread(method: ExpertAssignment, given: Tensor) -> None:
     """Put the threshold where images differ in whom they ask."""
     with torch.no_grad():

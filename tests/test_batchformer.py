@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from models import build_model
 from models.batch_mixer import BatchMixer
 from trainers.checkpoint import States
 from trainers.dryrun import dry_run
+from trainers.launch import make_accelerator
 from trainers.methods import METHODS, Method, build_method
 from trainers.methods.batchformer import BatchFormer
 from trainers.methods.wrapper import Wrapper
@@ -213,6 +215,16 @@ def test_the_share_of_a_batch_is_part_of_the_run(config: Config) -> None:
         config("fake_lt", "tiny_clip", "method", "batchformer", "micro_batch_size", size) for size in ("none", 8)
     )
     assert whole.coupled_micro is None and parts.coupled_micro == 8 and whole.run_name != parts.run_name
+
+
+def test_each_process_draws_dropout_of_its_own(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    for rank in (0, 1):
+        state = SimpleNamespace(process_index=rank)
+        monkeypatch.setattr("accelerate.utils.random.AcceleratorState", lambda state=state: state)
+        make_accelerator(config("fake_lt", "tiny_clip", "seed", 5))
+        seeds.append(torch.initial_seed())
+    assert seeds == [5, 6]
 
 
 class Killed(BaseException):

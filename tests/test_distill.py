@@ -11,7 +11,7 @@ from test_bad_input import one_line
 from trajectories import killed_after
 from yacs.config import CfgNode
 
-from datasets import build_info
+from datasets import build_data, build_info
 from models import build_model
 from trainers.checkpoint import trained_state
 from trainers.methods import Earlier, build_method
@@ -94,3 +94,20 @@ def test_a_teacher_of_other_images(launch: Cli) -> None:
     """Only when the student begins is it known what the teacher was trained on."""
     words = f"{STUDENT} method distill {TEACHER} after.num_experts 1 after.resolution 16 output_dir run"
     one_line(launch(words), "16 pixels", "has 32", "resolution")
+
+
+def test_a_teacher_that_was_never_trained(launch: Cli, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifier of a zero-shot run is made of text; no checkpoint holds it."""
+    teachers, after = [], Distill.after
+
+    def kept(self: Distill, earlier: Earlier) -> None:
+        after(self, earlier)
+        teachers.append(self.teacher[0])
+
+    monkeypatch.setattr(Distill, "after", kept)
+    done = launch(f"{STUDENT} method distill after zstiny_clip max_steps 1 output_dir run")
+    assert done.returncode == 0, done.stderr
+    test = build_data(config("fake_lt", "tiny_clip", "max_test_images", 20)).test
+    wanted = load_file("output/run/stage1/logits.safetensors")["row_max"]  # [N, 1]
+    found = teachers[0].predict(torch.stack([test[index]["image"] for index in range(len(test))]))
+    assert torch.allclose(found.amax(1, keepdim=True), wanted, atol=1e-4)

@@ -1,6 +1,7 @@
 """The README's commands and examples are true."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from datasets import build_info
 from main import split_words
 from models import resolve
 from trainers.dryrun import check
+from trainers.methods import declared
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/tiny_clip/README.md"]
@@ -26,12 +28,12 @@ def commands(text: str) -> list[str]:
 
 @pytest.mark.parametrize("command", sorted({c for path in [*PAGES, *CONFIGS] for c in commands(path.read_text())}))
 def test_a_command_of_the_docs_is_accepted(command: str) -> None:
-    words = command.replace("--dry-run", "").split()
+    words = shlex.split(command.replace("--dry-run", ""))
     flags, pairs = split_words(words)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     if "my_config" in given["-m"] or "scale_norm1" in pairs:
         pytest.skip("an example that the reader is to write")
-    check(load_configs(given["-d"], given["-m"], pairs)[-1])
+    check(load_configs(given["-d"], given["-m"], pairs, declared())[-1])
 
 
 def test_the_examples_of_own_data_work(tmp_path: Path) -> None:

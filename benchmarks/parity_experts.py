@@ -57,7 +57,6 @@ PATCHES = [
     "the teacher's checkpoint is a random network, and the teacher is put into evaluation mode",
     "dropout of BatchFormer is 0",
     "the last bias of an expert assignment is shifted so that about half of the images ask a second expert",
-    "Places-LT: the file of pre-trained weights is not read",
     "general BatchFormer: files of class counts in its author's home are not read; the loss counts a third, because "
     "the code adds the means of both halves and of the whole",
 ]

@@ -115,6 +115,7 @@ def traces() -> list[Case]:
             name = f"config_{given}_ride_ea.json" if end == "_ea" else f"config_{given}{end}_ride.json"
             more.append(_case("ride", "", name, data, f"{net}_ride{end}"))
         more.append(_case("batchformer", "", f"config_{given}_ride.json", data, f"{net}_ride_batchformer"))
+    more.append(_case("sade", "", "config_places_lt_resnet152_sade.json", "places_lt", "resnet152_sade"))
     for ratio in (10, 50):
         config = f"config_cifar100_ir{ratio}_sade.json"
         more.append(_case("sade", "", config, "cifar100_ir100", "resnet32_sade") | {"data": f"cifar100_ir{ratio}"})

@@ -104,7 +104,6 @@ def launch(case: Case, loader: Loader, folder: Path, instead: Callable[[Any], No
 
     script.Trainer = Run
     script.module_data = types.SimpleNamespace(**{config["data_loader"]["type"]: lambda **_: loader})
-    script.module_arch.init_weights = lambda model, **_: model
     torch.load = lambda *_, **__: {"state_dict": fresh_teacher(parsed, script.module_arch)}
     options = Namespace(pretrained=None, rank=-1, add_bt=case["theirs"].get("arch;args;add_bt", 0))
     script.main(*(parsed, options)[: script.main.__code__.co_argcount])

@@ -4,8 +4,6 @@ Merge order: defaults < data YAML < model YAML < the model YAML's `by_dataset` e
 name (most specific last) < pairs. Every value is parsed by the type that the schema declares for its key.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,13 +14,21 @@ import yaml
 from yacs.config import CfgNode
 
 from configs.errors import UserError, lookup, unknown
-from configs.key import RUNTIME, TRAIN, Key, option_keys
-from configs.naming import class_of, run_name, test_key
+from configs.key import RUNTIME, Key, option_keys
+from configs.naming import config_hash, run_name, test_key, values_of
 from configs.schema import ALIASES, SCHEMA, SHARED
 
 __all__ = [
-    *("CfgNode", "Declared", "UserError", "config_hash", "describe"),
-    *("load_configs", "load_resolved", "lookup", "names", "values_of"),
+    "CfgNode",
+    "Declared",
+    "UserError",
+    "config_hash",
+    "describe",
+    "load_configs",
+    "load_resolved",
+    "lookup",
+    "names",
+    "values_of",
 ]
 
 FOLDER = Path(__file__).resolve().parent
@@ -88,22 +94,6 @@ def load_resolved(path: Path, declared: Declared | None = None) -> CfgNode:
     for key, value in stored.items():
         values[key] = value if key in schema and schema[key].internal else _parse(key, value, schema, str(path))
     return _freeze(values)
-
-
-def values_of(cfg: CfgNode, *classes: str) -> Values:
-    """The config as one flat dict, of the given key classes only (all when none is given)."""
-    flat: Values = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            flat.update({f"{key}.{name}": each for name, each in value.items()})
-        else:
-            flat[key] = value
-    return {key: value for key, value in flat.items() if not classes or class_of(key) in classes}
-
-
-def config_hash(cfg: CfgNode) -> str:
-    """Identity of what is trained: a digest of all `train` keys."""
-    return hashlib.sha256(json.dumps(values_of(cfg, TRAIN), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _schema(declared: Declared) -> dict[str, Key]:

@@ -1,9 +1,12 @@
-"""Names of runs and evaluations, from the options that differ from their config's own."""
+"""Names and identities of runs and evaluations, from their options."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from yacs.config import CfgNode
 
 from configs.key import TEST, TRAIN
 from configs.schema import SCHEMA
@@ -15,6 +18,30 @@ LONGEST = 120
 def class_of(key: str) -> str:
     """`train`, `test` or `runtime`; a method's own options are train-class."""
     return SCHEMA[key].cls if key in SCHEMA else TRAIN
+
+
+def values_of(cfg: CfgNode, *classes: str) -> dict[str, Any]:
+    """The config as one flat dict, of the given key classes only (all when none is given)."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat.update({f"{key}.{name}": each for name, each in value.items()})
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if not classes or class_of(key) in classes}
+
+
+def config_hash(cfg: CfgNode) -> str:
+    """Identity of what is trained: a digest of all `train` keys, of method options those of the methods in use.
+
+    So a method that is added to the toolkit leaves the runs of all others what they were.
+    """
+    used = [cfg.method]
+    while (inner := cfg.get(used[-1], {}).get("inner")) and inner not in used:
+        used.append(inner)
+    values = values_of(cfg, TRAIN)
+    kept = {key: value for key, value in values.items() if key in SCHEMA or key.partition(".")[0] in used}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_name(chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:

@@ -16,24 +16,30 @@ from configs.key import RUNTIME, TEST, TRAIN, Key, option_keys  # noqa: E402
 from configs.schema import ALIASES, SCHEMA  # noqa: E402
 from configs.values import (  # noqa: E402
     as_bool,
+    as_factors,
     as_float,
     as_int,
+    as_ints,
     as_mapping,
     as_micro,
+    as_names,
     as_scale,
     as_span,
     as_str,
     as_triple,
 )
 from datasets import DATASETS  # noqa: E402
+from datasets.samplers import SAMPLERS  # noqa: E402
 from datasets.transforms import AUGMENTS  # noqa: E402
 from models import BACKBONES  # noqa: E402
 from models.head_init import HEAD_INITS  # noqa: E402
 from models.heads import HEADS  # noqa: E402
 from models.peft_table import PEFTS  # noqa: E402
 from models.prompts import PROMPTS  # noqa: E402
+from trainers.adapt import ADAPTS  # noqa: E402
 from trainers.losses import LOSSES  # noqa: E402
 from trainers.methods import METHODS, declared  # noqa: E402
+from trainers.optim import SCHEDULES  # noqa: E402
 
 FILE = ROOT / "docs" / "options.md"
 TYPES = {
@@ -46,8 +52,12 @@ TYPES = {
     as_scale: "learnable, or a number",
     as_mapping: "{key: value}",
     as_triple: "[r, g, b]",
+    as_names: "name,name …",
+    as_ints: "[number, …]",
+    as_factors: "{name: number}",
 }
 TABLES: Mapping[str, Mapping[str, Any]] = {
+    "ADAPTS": ADAPTS,
     "AUGMENTS": AUGMENTS,
     "BACKBONES": BACKBONES,
     "DATASETS": DATASETS,
@@ -57,6 +67,8 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "METHODS": METHODS,
     "PEFTS": PEFTS,
     "PROMPTS": PROMPTS,
+    "SAMPLERS": SAMPLERS,
+    "SCHEDULES": SCHEDULES,
 }
 SECTIONS = {
     "dataset": "Data",

@@ -89,7 +89,7 @@ def test_the_sum_over_a_batch_may_be_beyond_half_precision(config: Config) -> No
     batch = {"label": torch.ones(64, dtype=torch.long), "weight": torch.ones(64)}
     logits = torch.stack([eye, 9 * eye.roll(1, 1)], 1)  # right only when the second is asked
     loss_sum, _ = method.assignment_loss(torch.zeros(64, method.model.encoder.feature_dim), logits, batch)
-    assert 64 * 100 * 25 < float(loss_sum) < 64 * 100 * 35
+    assert 64 * 100 * 25 < float(loss_sum.detach()) < 64 * 100 * 35
 
 
 def spread(method: ExpertAssignment, given: Tensor) -> None:
@@ -324,3 +324,13 @@ def test_the_heads_are_the_earlier_runs(config: Config) -> None:
     assert all(
         torch.equal(a, b.get_parameter("weight")) for a, b in zip(before, heads_of(method.model.head), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [("num_experts 4", "give both the same tuners, experts and head"), ("scale 20", "whose scale is 30.0, not 20.0")],
+)
+def test_a_stage_that_does_not_fit_is_refused_before_the_first_one_trains(pairs: str, said: str, launch: Cli) -> None:
+    for flags in ("--dry-run", ""):
+        found = launch("-d cifar100_ir100 -m resnet32_ride_ea", pairs, flags)
+        assert found.returncode == 2 and said in found.stderr and found.stderr.count("\n") == 1

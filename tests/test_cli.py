@@ -567,3 +567,15 @@ def test_starting_over_keeps_the_first_stage_that_was_just_trained(launch: Cli, 
     for words in (f"{TWO} output_dir run", f"{TWO} output_dir run resume False"):
         assert launch(words).returncode == 0
     assert (RUN / "stage1" / "metrics.json").exists()
+
+
+def test_a_hash_is_of_the_methods_in_use() -> None:
+    """So that a run stays itself when the toolkit learns another method."""
+
+    def identity(model: str, *pairs: str) -> str:
+        return config_hash(load_configs("fake_lt", model, pairs, declared())[-1])
+
+    assert identity("tiny_clip_sade", "ride.diversity", "3") == identity("tiny_clip_sade")
+    assert identity("tiny_clip_sade", "sade.inverse_strength", "3") != identity("tiny_clip_sade")
+    wrapped = identity("tiny_clip_batchformer", "ride.diversity", "3")
+    assert wrapped != identity("tiny_clip_batchformer"), "the inner method is in use"

@@ -1,10 +1,13 @@
 """`--dry-run`: everything is built on the meta device, so that every option is checked and nothing is read."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from configs import CfgNode, values_of
+from configs.errors import UserError
 from configs.schema import SCHEMA
 from datasets import build_info
 from models import Classifier, build_model, resolve, sizes_of
@@ -49,6 +52,29 @@ def check(cfg: CfgNode) -> Classifier:
         UserError: as `dry_run`.
     """
     return outline(cfg).model
+
+
+KEPT = ("resolution", "pixel_mean", "pixel_std")
+KEPT_WITH_HEAD = ("classifier", "scale")
+"""What no tensor says of a model that a later stage holds."""
+
+
+def check_chain(stages: Sequence[CfgNode]) -> None:
+    """Refuse stages that do not fit each other, before the first of them trains for hours.
+
+    Raises:
+        UserError: as `check` of each; or a stage that cannot go on from the one before.
+    """
+    methods = [outline(each) for each in stages]
+    for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
+        method.fits(earlier)
+        head = any(name.startswith("model.head.") for name in method.held)
+        for key in (*(KEPT if method.held else ()), *(KEPT_WITH_HEAD if head else ())):
+            if cfg[key] != before[key]:
+                raise UserError(
+                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {before[key]}, "
+                    f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"
+                )
 
 
 def outline(cfg: CfgNode) -> Method:

@@ -186,10 +186,21 @@ class Method(nn.Module):
                 parameter.requires_grad_(False)
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begin where an earlier run ended (`after`), with all that it trained.
+        """Begin where an earlier run ended (`after`), with all that it trained; refuses what `taken_over` does."""
+        own = trained_state(self)
+        with torch.no_grad():
+            for name, each in self.taken_over(tensors).items():
+                own[name].copy_(each)
+
+    def fits(self, earlier: "Method") -> None:
+        """Refuse (`UserError`) a run to come after, known by its method alone, before it has been trained."""
+        self.taken_over(trained_state(earlier))
+
+    def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an earlier run trained, without what this one has no use for.
 
         Raises:
-            UserError: the earlier run trained what this one does not; it would be lost.
+            UserError: the earlier run trained what this one does not, which would be lost, or not what this one keeps.
         """
         own = trained_state(self)
         tensors = {name: each for name, each in tensors.items() if not name.startswith(self.drops)}
@@ -197,16 +208,14 @@ class Method(nn.Module):
         if lost:
             raise UserError(
                 f"after: the earlier run trained {lost[0]} and {len(lost) - 1} more tensors that this run does not "
-                "train; give both the same tuners and head, or this one more"
+                "train; give both the same tuners, experts and head, or this one more"
             )
         if self.held - tensors.keys():
             raise UserError(
                 f"after: this run keeps {min(self.held - tensors.keys())} as the earlier run trained it, which did "
-                "not; give both the same tuners and head"
+                "not; give both the same tuners, experts and head"
             )
-        with torch.no_grad():
-            for name, each in tensors.items():
-                own[name].copy_(each)
+        return tensors
 
     def before_training(self, steps: int) -> None:
         """Once a launch, before the first step, also when it resumes; `steps` is the length of the whole run."""

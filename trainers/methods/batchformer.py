@@ -22,7 +22,9 @@ class Options:
         default="replace",
         metadata={"doc": "loss of the mixed features alone, or with the raw ones: sum or mean", "choices": MODES},
     )
-    chunks: int = field(default=1, metadata={"doc": "parts of a batch that attend separately, as on GPUs", "least": 1})
+    chunks: int = field(
+        default=1, metadata={"doc": "parts of a micro-batch that attend separately, as on GPUs", "least": 1}
+    )
     kaiming: bool = field(default=False, metadata={"doc": "start its linear layers as the original's CIFAR networks"})
 
 

@@ -48,6 +48,9 @@ class Distill(Wrapper):
     def after(self, earlier: Earlier) -> None:
         self.teacher = (earlier.method(),)
 
+    def fits(self, earlier: Method) -> None:
+        """Any model teaches."""
+
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         options, logits = self.options, present(logits, batch["weight"])
         loss_sum, weight = super().loss(logits, batch)

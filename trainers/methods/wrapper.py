@@ -44,6 +44,12 @@ class Wrapper(Method):
         else:
             super().after(earlier)
 
+    def fits(self, earlier: Method) -> None:
+        if self.inner.needs_after:
+            self.inner.fits(earlier)
+        else:
+            super().fits(earlier)
+
     def on_epoch(self, epoch: int, epochs: int) -> None:
         super().on_epoch(epoch, epochs)
         self.inner.on_epoch(epoch, epochs)

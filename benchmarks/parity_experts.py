@@ -8,7 +8,7 @@
 The configs of both sides as they are: whole networks, true class counts, random weights and images. Each original runs
 in a process of its own (parity_experts_original.py) through its own train.py; parity_experts_ours.py reads what it
 leaves in files and compares; parity_experts_cases.py is the list. Prints a table, writes the part `experts` of
-docs/parity.json, and exits with 1 if an error is above the tolerance. About half an hour on two cores, and 20 GB of
+docs/parity.json, and exits with 1 if an error is above the tolerance. About half an hour on two cores, and 10 GB of
 files below --files (default: a temporary folder).
 """
 

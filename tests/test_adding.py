@@ -44,7 +44,7 @@ def test_an_expert_method_is_short_and_runs(tmp_path: Path, monkeypatch: pytest.
     quick = {"prec": "fp32", "max_steps": 2, "batch_size": 16, "num_workers": 0, "adapt_epochs": 1}
     options |= {"max_test_images": 30, "spread.strongest": 1.5, "output_dir": str(tmp_path / "run"), **quick}
     pairs = [str(word) for pair in options.items() for word in pair]
-    cfg = load_configs("fake_lt", "tiny_clip", pairs, declared())[-1]
+    cfg = load_configs("fake_lt", "resnet32_ce", pairs, declared())[-1]
     assert cfg.spread.strongest == 1.5
     result = json.loads((run(cfg) / "metrics.json").read_text())
     assert result["train"]["steps"] == 2

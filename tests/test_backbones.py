@@ -222,7 +222,7 @@ def test_zero_shot(kind: str, tmp_path: Path, config: Config, monkeypatch: pytes
     words = ("backbone", "Small", "pretrained", path, "resolution", "none", "zero_shot", True)
     cfg = config("fake_lt", "tiny_clip", *words)
     model = build_model(cfg, NAMES)
-    model.init_head(SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    model.init_head(SimpleNamespace(device=torch.device("cpu"), seed=0))  # type: ignore[arg-type]
     tokens = open_clip.get_tokenizer("ViT-B-16")([f"a photo of a {name}." for name in NAMES])[:, :16]
     wanted, _ = clip.get_logits(noise(cfg.resolution), tokens)
     wanted = wanted if clip.logit_bias is None else wanted - clip.logit_bias

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -596,7 +596,8 @@ def test_aliases_and_shared_keys_are_options() -> None:
 
 
 def test_a_config_holds_every_option() -> None:
-    assert values_of(configure("fake_lt", "tiny_clip")).keys() == SCHEMA.keys()
+    options = {f"{name}.{each.name}" for name, method in METHODS.items() for each in fields(method.Options)}
+    assert values_of(configure("fake_lt", "tiny_clip")).keys() == SCHEMA.keys() | options
 
 
 def reads(path: Path) -> Iterator[str]:

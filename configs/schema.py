@@ -207,7 +207,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "adapt_lr": Key(as_float, 0.1, TEST, "its learning rate", least=0.0, logits=False),
         "adapt_weight_decay": Key(as_float, 5e-4, TEST, "its weight decay", least=0.0, logits=False),
         "adapt_entropy": Key(as_float, 0.0, TEST, "its factor on the entropy of predictions", logits=False),
-        "adapt_batch_size": Key(as_int, 128, TEST, "images a step of it", least=1, logits=False),
+        "adapt_batch_size": Key(as_int, 128, TEST, "images a step of it (SADE online: 64)", least=1, logits=False),
         "adapt_seed": Key(as_int, 0, TEST, "of its views and order", least=0, logits=False),
         # --- how it runs -----------------------------------------------------------------------------------------
         "test_only": Key(as_bool, False, RUNTIME, "evaluate the trained run"),

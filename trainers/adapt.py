@@ -119,7 +119,9 @@ class Learner:
         batches = self.batches()
         similarity = torch.zeros((), dtype=self.w.dtype)
         for number, batch in enumerate(batches, 1):
-            similarity += len(batch) * self.step(views.logits.index_select(0, rows_of(views, batch)))
+            rows = rows_of(views, batch)
+            if len(rows):  # none, where images have become unreadable since the plain pass
+                similarity += len(batch) * self.step(views.logits.index_select(0, rows))
             self.after_step(batch, number, len(batches))
         self.similarity.append(float(similarity) / len(self.positions))
         self.epoch += 1

@@ -69,8 +69,7 @@ def command(argv: Sequence[str]) -> int:
 def dry_run(stages: list[CfgNode]) -> int:
     from trainers import dryrun
 
-    dryrun.check_chain(stages)
-    result, derived = dryrun.dry_run(stages[-1])
+    result, derived = dryrun.dry_run(stages[-1], dryrun.check_chain(stages)[-1])
     print(dryrun.describe(result, derived))
     print(json.dumps(result))
     return 0

@@ -28,11 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import load_configs
 from datasets import DataBundle, build_data
-from datasets.bundle import collate, eval_loader
-from datasets.shifts import Shift
+from datasets.bundle import Shift, collate, eval_loader
 from models import resolve
 from trainers.adapt import ADAPTS, Recipe, adapt
-from trainers.distributions import distributions_of, plain_results
+from trainers.distributions import plain_results
 from trainers.evaluator import Logits, infer
 from trainers.files import write_json
 from trainers.launch import make_accelerator, to_device
@@ -126,16 +125,20 @@ def main() -> None:
     cfg = resolve(load_configs(args.data, args.model, words, declared())[-1])
     accelerator, data = make_accelerator(cfg), build_data(cfg)
     method = make_method(cfg, data.info).to(accelerator.device).eval()
-    shifts = distributions_of(cfg, data.info, data.test.labels)
     clock = Clock(wall=accelerator.device.type == "cuda" or args.workers > 0)
     plain(method)(next(iter(eval_loader(data.test, 8, 0)))["image"].to(accelerator.device))  # warm-up
-    ours(cfg, method, data, shifts, accelerator, clock)
+    ours(cfg, method, data, data.shifts, accelerator, clock)
     method.requires_grad_(True)  # as the original leaves it
-    for shift in shifts:
+    for shift in data.shifts:
         clock("original", lambda shift=shift: original(cfg, method, data, shift, accelerator.device))
     figures = {
         **{"data": args.data, "backbone": cfg.backbone, "experts": cfg.num_experts, "epochs": cfg.adapt_epochs},
-        **{"images": len(data.test), "distributions": len(shifts), "hardware": hardware(), "torch": torch.__version__},
+        **{
+            "images": len(data.test),
+            "distributions": len(data.shifts),
+            "hardware": hardware(),
+            "torch": torch.__version__,
+        },
         **{"seconds": clock.seconds},
         "all / views": clock.seconds["all"] / clock.seconds["views"],
         "original / all": clock.seconds["original"] / clock.seconds["all"],

@@ -141,6 +141,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
             "factors on it of parameter groups: {tuner: 0.1, head: 1}; the rate that is shown is without",
         ),
         "sampler": Key(as_str, "shuffle", TRAIN, "entry of SAMPLERS: which training images make up an epoch"),
+        "pair_sampler": Key(as_str, None, TRAIN, "entry of SAMPLERS: a second image beside each, for method h2t"),
         "loss_type": Key(as_str, "LA", TRAIN, "entry of LOSSES"),
         "tau": Key(as_float, 1.0, TRAIN, "strength of logit adjustment (LA)"),
         "drw_epoch": Key(

@@ -75,7 +75,6 @@ def build_data(cfg: CfgNode) -> DataBundle:
         val = View(splits.val, np.arange(len(splits.val)), testing, cfg.seed, train.skip_bad)
     test = View(splits.test, np.arange(len(splits.test)), testing, cfg.seed, train.skip_bad)
     test = test.limited(cfg.max_test_images)
-    build_shifts(cfg, info, test.labels)  # so that a wrong list is refused before training, not after it
     return DataBundle(
         info=info,
         train=train,
@@ -84,6 +83,7 @@ def build_data(cfg: CfgNode) -> DataBundle:
         test=test,
         test_views=View(test.source, test.indices, repeated(views, 2), cfg.adapt_seed, test.skip_bad),
         val=val and val.limited(cfg.max_test_images),
+        shifts=build_shifts(cfg, info, test.labels),  # here, so that a wrong list is refused before training
     )
 
 

@@ -44,15 +44,31 @@ class DataInfo:
         return len(self.class_names)
 
 
+@dataclass(frozen=True)
+class Shift:
+    """A test set of other class frequencies."""
+
+    name: str
+    counts: torch.Tensor
+    """Images per class, int64 [C]."""
+    positions: torch.Tensor
+    """Its images in the test split, int64 [n]."""
+    origin: str
+    """Where the choice of images comes from, for people."""
+    learn: torch.Tensor | None = None
+    """Images that weights for it are learnt from, as `positions`; None: its own."""
+
+
 class View(Dataset[Batch]):
     """Some images of a source, seen through a transform.
 
     Keys: an index in the view, or (index, epoch), or (index, epoch, view). What the transform draws is a function
     of the seed and the key alone, whatever worker or process runs it; an index alone is (index, 0, 0). The index -1
-    is padding, not the last image: a black image of weight 0.
+    is padding, not the last image: a black image of weight 0. (index, epoch, view, index, view) is a pair.
 
     A sample is `image` (uint8 [3, H, W]), `label`, `index` (the position in the view) and `weight`: 1.0, or 0.0 for
-    padding and for a bad image when those are skipped.
+    padding and for a bad image when those are skipped. Of a pair all is of the first image, and `partner` is the
+    second; the weight is 0 if either is bad.
 
     Args:
         source: the images.
@@ -91,6 +107,9 @@ class View(Dataset[Batch]):
         return len(self.indices)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> Batch:
+        if isinstance(key, tuple) and len(key) == 5:
+            first, second = self[key[:3]], self[key[3], key[1], key[4]]
+            return {**first, "partner": second["image"], "weight": min(first["weight"], second["weight"])}
         index, epoch, view = (*key, 0, 0)[:3] if isinstance(key, tuple) else (key, 0, 0)
         if index == PADDING:
             return _sample(self._black(), 0, PADDING, 0.0)
@@ -126,6 +145,8 @@ class DataBundle:
     test_views: View
     """Test images, two draws of the views that test-time learning compares: `image` is uint8 [2, 3, H, W]."""
     val: View | None
+    shifts: tuple[Shift, ...] = ()
+    """Label distributions of the test images."""
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
@@ -133,12 +154,14 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
     Returns:
         image: uint8 [B, 3, H, W], of T draws [B, T, 3, H, W], or a list of B tensors where sizes differ (images to be
-            five-cropped on the device);
+            five-cropped on the device); partner: of pairs, as image;
         label, index: int64 [B]; weight: float32 [B].
     """
     images = [sample["image"] for sample in samples]
     alike = all(image.shape == images[0].shape for image in images)
     batch: Batch = {name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "index", "weight")}
+    if "partner" in samples[0]:
+        batch["partner"] = torch.stack([sample["partner"] for sample in samples])
     return {"image": torch.stack(images) if alike else images, **batch}
 
 

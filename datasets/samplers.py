@@ -1,15 +1,16 @@
 """The order of training images: a pure function of labels, seed and epoch, cut into steps, ranks, micro-batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from configs.seeding import generator
+from configs.seeding import generator, mix
 
-Key = tuple[int, int, int]
-"""(index in the split, epoch, how often it came before in this epoch): what a `View` needs to augment reproducibly."""
+Key = tuple[int, ...]
+"""(index in the split, epoch, how often it came before in this epoch), and of a pair also those of its second image
+but the epoch: what a `View` needs to augment reproducibly."""
 Order = Callable[[Tensor, int, int], Tensor]
 """Labels of the split [N], seed, epoch → the images of the epoch, as indices in the split [N]."""
 
@@ -25,9 +26,20 @@ def balanced(labels: Tensor, seed: int, epoch: int) -> Tensor:
     The sampler of decoupled training (Kang et al. 2020, §4.1) and of RIDE's expert assignment.
     """
     draws = generator(seed, "balanced", epoch)
+    return _of_classes(labels, torch.randint(len(labels.unique()), labels.shape, generator=draws), draws)
+
+
+def reverse(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """As `balanced`, but a class is as much more likely as it is rarer, p_c ∝ 1 / n_c (BBN, Zhou et al. 2020, §4.2)."""
+    draws = generator(seed, "reverse", epoch)
+    rarity = 1 / labels.unique(return_counts=True)[1].double()
+    return _of_classes(labels, torch.multinomial(rarity, len(labels), replacement=True, generator=draws), draws)
+
+
+def _of_classes(labels: Tensor, drawn: Tensor, draws: torch.Generator) -> Tensor:
+    """An image for each drawn class, by the class's place among those that there are [N]: its images in turn."""
     classes, sizes = labels.unique(return_counts=True)
     members = labels.argsort(stable=True).split(sizes.tolist())
-    drawn = torch.randint(len(classes), labels.shape, generator=draws)
     places = drawn.argsort(stable=True).split(drawn.bincount(minlength=len(classes)).tolist())
     order = torch.empty_like(drawn)
     for own, where in zip(members, places, strict=True):
@@ -36,7 +48,7 @@ def balanced(labels: Tensor, seed: int, epoch: int) -> Tensor:
     return order
 
 
-SAMPLERS: dict[str, Order] = {"shuffle": shuffle, "balanced": balanced}
+SAMPLERS: dict[str, Order] = {"shuffle": shuffle, "balanced": balanced, "reverse": reverse}
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -57,6 +69,7 @@ class StepSampler(Sampler[list[Key]]):
         seed: of the order.
         rank, world: this process, and how many there are.
         order: which images an epoch has, an entry of `SAMPLERS`.
+        pair: which images stand beside those, another one.
     """
 
     def __init__(
@@ -68,11 +81,12 @@ class StepSampler(Sampler[list[Key]]):
         rank: int = 0,
         world: int = 1,
         order: Order = shuffle,
+        pair: Order | None = None,
     ) -> None:
         if min(len(labels), batch_size, micro_batch_size) < 1 or not 0 <= rank < world:
             raise ValueError(f"{len(labels)=}, {batch_size=}, {micro_batch_size=}, {rank=}, {world=}")
         self.labels, self.batch_size, self.micro_batch_size = labels, batch_size, micro_batch_size
-        self.seed, self.rank, self.world, self.order = seed, rank, world, order
+        self.seed, self.rank, self.world, self.order, self.pair = seed, rank, world, order, pair
         self.steps = -(-len(labels) // batch_size)
         self.set_position(0, 0)
 
@@ -82,7 +96,13 @@ class StepSampler(Sampler[list[Key]]):
             raise ValueError(f"step {step} of an epoch of {self.steps}")
         self.epoch, self.step = epoch, step
         order = self.order(self.labels, self.seed, epoch)
-        self._order, self._before = order.tolist(), _seen_before(order).tolist()
+        self._order = order.tolist()
+        own: Sequence[tuple[int, ...]] = [(index, epoch, number) for index, number in _numbered(order)]
+        if self.pair is not None:
+            other = self.pair(self.labels, mix(self.seed, "pair"), epoch)
+            # Numbers below 0, so that an image beside another is augmented otherwise than in the first place.
+            own = [(*key, index, -1 - number) for key, (index, number) in zip(own, _numbered(other), strict=True)]
+        self._keys = own
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """This rank's indices in a step of the current epoch, at least one micro-batch."""
@@ -97,10 +117,9 @@ class StepSampler(Sampler[list[Key]]):
         return max(1, -(-len(self._part(step)) // self.micro_batch_size))
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
         for step in range(self.step, self.steps):
             for chunk in self._chunks(step):
-                yield [(self._order[place], epoch, self._before[place]) for place in chunk]
+                yield [self._keys[place] for place in chunk]
 
     def __len__(self) -> int:
         return sum(self.counts(step) for step in range(self.step, self.steps))
@@ -118,9 +137,9 @@ class StepSampler(Sampler[list[Key]]):
         return batch[len(batch) * self.rank // self.world : len(batch) * (self.rank + 1) // self.world]
 
 
-def _seen_before(order: Tensor) -> Tensor:
-    """How often each entry has come before, [N]: an image that comes again is augmented anew."""
+def _numbered(order: Tensor) -> Iterator[tuple[int, int]]:
+    """Each entry and how often it has come before: an image that comes again is augmented anew."""
     ascending, places = order.sort(stable=True)
     before = torch.empty_like(order)
     before[places] = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)
-    return before
+    return zip(order.tolist(), before.tolist(), strict=True)

@@ -8,7 +8,6 @@ Like entries.py this file is part of the builder and sees the config.
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +19,7 @@ from yacs.config import CfgNode
 
 from configs.errors import UserError
 from configs.seeding import mix
-from datasets.bundle import DataInfo
+from datasets.bundle import DataInfo, Shift
 from datasets.entries import list_folders
 from datasets.image_list import CATEGORIES, Listing, find_list, first_file, read_list, taxon_labels
 from datasets.imbalance import longtail_counts, some_positions, subsample
@@ -32,25 +31,14 @@ Rule = Callable[[float, int, float], list[int]]
 """Images of the largest class, number of classes, smallest / largest class → images per class in the class order."""
 
 
-@dataclass(frozen=True)
-class Shift:
-    """A test set of other class frequencies."""
-
-    name: str
-    counts: Tensor
-    """Images per class, int64 [C]."""
-    positions: Tensor
-    """Its images in the test split, int64 [n]."""
-    origin: str
-    """Where the choice of images comes from, for people."""
-
-
 def _backward(largest: float, num_classes: int, factor: float) -> list[int]:
     return longtail_counts(largest, num_classes, factor)[::-1]
 
 
 KINDS: Mapping[str, Rule] = MappingProxyType({"forward": longtail_counts, "backward": _backward})
 UNIFORM, ALL = "uniform", "all"
+AS_IT_IS = "test"
+"""The test set itself, where something is learnt from it and no other distribution is asked for."""
 FORMS = "all, uniform, forward<r> or backward<r> with a whole number r from 1, such as backward50"
 
 
@@ -79,7 +67,7 @@ def shift_names(cfg: CfgNode) -> tuple[str, ...]:
 
 
 def build_shifts(cfg: CfgNode, info: DataInfo, test_labels: Tensor) -> tuple[Shift, ...]:
-    """The test sets that `test_dists` asks for, none without it.
+    """The test sets that `test_dists` asks for; without it the whole one where weights are learnt from it, else none.
 
     Reads no image: at most list files, where the data are lists.
 
@@ -91,8 +79,11 @@ def build_shifts(cfg: CfgNode, info: DataInfo, test_labels: Tensor) -> tuple[Shi
         UserError: as `shift_names`; a list file that does not fit the test split or the class frequencies.
     """
     names = shift_names(cfg)
-    if not names:
+    if not names and cfg.adapt is None:
         return ()
+    if not names:
+        whole = torch.bincount(test_labels, minlength=info.num_classes)
+        return (Shift(AS_IT_IS, whole, torch.arange(len(test_labels)), "the test images as they are"),)
     split = _Split(cfg, test_labels.numpy(), info.num_classes)
     order, shifts = _class_order(cfg, info), []
     for name in names:

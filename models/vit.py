@@ -161,7 +161,7 @@ class ViT(Host):
             if own["tokens"]:
                 x = at_site(own["tokens"], x[:, : self.length], x)
             only_class = self.fast and self.only_class and index == self.depth - 1
-            x = self._block(x, self.net.blocks[index], own, self.compute, only_class)
+            x = self._block(x, self.net.blocks[index], own, only_class)
         return x
 
     def _pooled(self, x: Tensor) -> Tensor:
@@ -170,13 +170,13 @@ class ViT(Host):
         features = norm(net.pool(x), net.fc_norm)
         return features if self.projection is None else F.linear(features, self.projection.to(self.compute))
 
-    def _block(self, x: Tensor, block: Any, sites: Sites, compute: torch.dtype, only_class: bool) -> Tensor:
+    def _block(self, x: Tensor, block: Any, sites: Sites, only_class: bool) -> Tensor:
         """One pre-norm block, [B, N, D] → [B, N, D], or [B, 1, D] for the class token alone."""
-        normed = at_site(sites["norm1"], norm(x, block.norm1).to(compute), x)
+        normed = at_site(sites["norm1"], norm(x, block.norm1).to(self.compute), x)
         queries = normed[:, :1] if only_class else normed
         attended = self._attend(normed, queries, block.attn, sites)
         x = (x[:, :1] if only_class else x) + layer_scale(attended, block.ls1)
-        normed = at_site(sites["norm2"], norm(x, block.norm2).to(compute), x)
+        normed = at_site(sites["norm2"], norm(x, block.norm2).to(self.compute), x)
         return x + at_site(sites["mlp"], layer_scale(self._mlp(normed, block.mlp, sites), block.ls2), x)
 
     def _attend(self, x: Tensor, queries: Tensor, attn: Any, sites: Sites) -> Tensor:

@@ -12,22 +12,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configs import values  # noqa: E402
 from configs.key import RUNTIME, TEST, TRAIN, Key, option_keys  # noqa: E402
 from configs.schema import ALIASES, SCHEMA  # noqa: E402
-from configs.values import (  # noqa: E402
-    as_bool,
-    as_factors,
-    as_float,
-    as_int,
-    as_ints,
-    as_mapping,
-    as_micro,
-    as_names,
-    as_scale,
-    as_span,
-    as_str,
-    as_triple,
-)
 from datasets import DATASETS  # noqa: E402
 from datasets.samplers import SAMPLERS  # noqa: E402
 from datasets.transforms import AUGMENTS  # noqa: E402
@@ -43,18 +30,18 @@ from trainers.optim import SCHEDULES  # noqa: E402
 
 FILE = ROOT / "docs" / "options.md"
 TYPES = {
-    as_str: "text",
-    as_bool: "True, False",
-    as_int: "whole number",
-    as_float: "number",
-    as_micro: "whole number, auto",
-    as_span: "k or [start,end)",
-    as_scale: "learnable, or a number",
-    as_mapping: "{key: value}",
-    as_triple: "[r, g, b]",
-    as_names: "name,name …",
-    as_ints: "[number, …]",
-    as_factors: "{name: number}",
+    values.as_str: "text",
+    values.as_bool: "True, False",
+    values.as_int: "whole number",
+    values.as_float: "number",
+    values.as_micro: "whole number, auto",
+    values.as_span: "k or [start,end)",
+    values.as_scale: "learnable, or a number",
+    values.as_mapping: "{key: value}",
+    values.as_triple: "[r, g, b]",
+    values.as_names: "name,name …",
+    values.as_ints: "[number, …]",
+    values.as_factors: "{name: number}",
 }
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "ADAPTS": ADAPTS,

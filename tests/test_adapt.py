@@ -15,7 +15,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from configs.errors import UserError
-from datasets.shifts import Shift
+from datasets.bundle import Shift
 from trainers.adapt import ADAPTS, LEAST, Learner, Recipe, StreamLearner, adapt, check_adapt, objective
 from trainers.evaluator import Logits, rows_of
 from trainers.methods import METHODS, Method

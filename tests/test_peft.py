@@ -348,14 +348,14 @@ def sgd(method: Method) -> torch.optim.Optimizer:
 
 def test_adalora_cuts_ranks_and_survives_a_kill(config: Config) -> None:
     method, after = adaptive(config), []
-    method.before_training(STEPS)
+    method.before_training(STEPS, 1)
     for step in range(STEPS):
         take(method, sgd(method), step, step + 1)
         after.append({key: each.clone() for key, each in trained_state(method).items()})
     for killed in (5, 9, 11):  # between two cuts, at the last one, behind it
         resumed = adaptive(config)
         copy_state(resumed, after[killed - 1], "", "")
-        resumed.before_training(STEPS)
+        resumed.before_training(STEPS, 1)
         take(resumed, sgd(resumed), killed, STEPS)
         assert all(torch.equal(each, after[-1][key]) for key, each in trained_state(resumed).items())
     ranks = [each for key, each in method.named_parameters() if "lora_E" in key]
@@ -391,14 +391,14 @@ def test_adalora_pulls_its_factors_to_orthogonality(config: Config) -> None:
 
 def test_adalora_needs_steps_to_cut_in(config: Config) -> None:
     with pytest.raises(UserError, match="leaves none of the 1 steps"):
-        adaptive(config).before_training(1)
+        adaptive(config).before_training(1, 1)
     with pytest.raises(UserError, match="tinit 5"):
-        adaptive(config, "peft_args", "{tinit: 5, tfinal: 5}").before_training(10)
+        adaptive(config, "peft_args", "{tinit: 5, tfinal: 5}").before_training(10, 1)
 
 
 def test_adalora_goes_on_after_an_overflow(config: Config) -> None:
     method = adaptive(config)
-    method.before_training(STEPS)
+    method.before_training(STEPS, 1)
     for each in method.parameters():
         each.grad = torch.full_like(each, torch.inf) if each.requires_grad else None
     method.after_step(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from configs import CfgNode
 from configs.errors import UserError, lookup
 from configs.seeding import generator
-from datasets.shifts import Shift
+from datasets.bundle import Shift
 from trainers.evaluator import Logits, rows_of
 from trainers.launch import on_main
 from trainers.methods import METHODS

@@ -3,40 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from configs import CfgNode
-from datasets import DataInfo
-from datasets.shifts import Shift, build_shifts
+from datasets.bundle import Shift
 from trainers.evaluator import Logits, rows_of
 from trainers.methods.base import combine
 from trainers.metrics import evaluate
 
-AS_IT_IS = "test"
-"""Name of the test set itself, where weights are adapted and no other distribution is asked for."""
-
 Results = dict[str, dict[str, Any]]
-
-
-def distributions_of(cfg: CfgNode, info: DataInfo, labels: Tensor) -> tuple[Shift, ...]:
-    """What `test_dists` asks for; where experts adapt and it asks for nothing, the test set as it is.
-
-    Args:
-        labels: of the test split, unreadable images included, [N].
-
-    Raises:
-        UserError: a distribution that is unknown or does not fit the data.
-    """
-    shifts = build_shifts(cfg, info, labels)
-    if shifts or cfg.adapt is None:
-        return shifts
-    counts = torch.bincount(labels, minlength=info.num_classes)
-    return (Shift(AS_IT_IS, counts, torch.arange(len(labels)), "the test images as they are"),)
 
 
 def plain_results(found: Logits, shifts: Sequence[Shift], groups: Mapping[str, Tensor]) -> Results:
     """Every distribution by the mean of the experts, as `distributions` of metrics.json holds it."""
+    if not shifts:
+        return {}
     logits = combine(found.logits)
     classes = evaluate(logits, found.labels, groups)["per_class_acc"]
     results: Results = {}

@@ -21,14 +21,17 @@ from trainers.trained import subject_of
 from trainers.usage import GIGA, flops_by_experts
 
 
-def dry_run(cfg: CfgNode) -> tuple[dict[str, Any], dict[str, Any]]:
+def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The resolved config, parameter counts and cost of a run; and the values behind options that are none.
+
+    Args:
+        method: the `outline` of the run, where it has been made already.
 
     Raises:
         UserError: whatever a real run would refuse before it touches images or weights.
     """
     given, cfg = cfg, resolve(cfg)
-    method = outline(cfg)
+    method = method or outline(cfg)
     model = method.model
     with torch.device("meta"):
         flops = forward_flops(model, cfg.resolution)
@@ -59,8 +62,8 @@ KEPT_WITH_HEAD = ("classifier", "scale")
 """What no tensor says of a model that a later stage holds."""
 
 
-def check_chain(stages: Sequence[CfgNode]) -> None:
-    """Refuse stages that do not fit each other, before the first of them trains for hours.
+def check_chain(stages: Sequence[CfgNode]) -> list[Method]:
+    """Refuse stages that do not fit each other, before the first of them trains for hours; returns their outlines.
 
     Raises:
         UserError: as `check` of each; or a stage that cannot go on from the one before.
@@ -75,6 +78,7 @@ def check_chain(stages: Sequence[CfgNode]) -> None:
                     f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {before[key]}, "
                     f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"
                 )
+    return methods
 
 
 def outline(cfg: CfgNode) -> Method:

@@ -13,10 +13,12 @@ from configs import CfgNode, values_of
 from configs.errors import UserError
 from configs.key import TEST
 from configs.schema import SCHEMA
-from datasets import DataBundle, DataInfo, View, build_info
+from datasets import DataBundle, View, build_info
+from datasets.bundle import Shift
+from datasets.shifts import build_shifts
 from trainers import test_time
 from trainers.adapt import ADAPTS, Recipe, adapt, check_adapt
-from trainers.distributions import Results, Shift, distributions_of, plain_results
+from trainers.distributions import Results, plain_results
 from trainers.dryrun import check
 from trainers.evaluator import Logits, infer, save_logits, stored_logits
 from trainers.files import read_json, write_json
@@ -62,7 +64,7 @@ class Evaluation:
             return False
         if self.accelerator.is_main_process:
             info = build_info(self.cfg)
-            shifts = self._shifts(info, found.labels)
+            shifts = self._asked(build_shifts(self.cfg, info, found.labels))
             self._finish(self.trained_result(), found, None, info.groups, plain_results(found, shifts, info.groups))
         return True
 
@@ -94,7 +96,7 @@ class Evaluation:
         method.model.set_precision(precision.compute)
         cast_trainable(method, precision.trainable)
         method.model.head.to(precision.trainable)
-        shifts = self._shifts(data.info, data.test.labels)  # before the images, because it may refuse options
+        shifts = self._asked(data.shifts)
         found, val = self._stored(), None
         if found is None:
             found = self._infer(method, data.train_as_test if cfg.test_train else data.test)
@@ -106,10 +108,10 @@ class Evaluation:
         if found is not None:
             self._finish(result, found, val, data.info.groups, measured)
 
-    def _shifts(self, info: DataInfo, labels: Tensor) -> tuple[Shift, ...]:
-        """Label distributions of the test images; `labels` are of all of them."""
+    def _asked(self, shifts: tuple[Shift, ...]) -> tuple[Shift, ...]:
+        """The label distributions of the test images, none where the training images are evaluated."""
         if not self.cfg.test_train:
-            return distributions_of(self.cfg, info, labels)
+            return shifts
         if self.cfg.test_dists is not None or self.cfg.adapt is not None:
             self.note("test_train: test_dists and adapt are of test images, and left out")
         return ()

@@ -51,6 +51,7 @@ class Plan:
     warmup_epochs: int
     lr_factors: dict[str, float] | None
     sampler: str
+    pair_sampler: str | None
     seed: int
     print_freq: int
     save_every: int | None
@@ -71,6 +72,8 @@ class Plan:
 def _check(cfg: CfgNode) -> None:
     lookup(SCHEDULES, cfg.schedule, "schedule")
     lookup(SAMPLERS, cfg.sampler, "sampler")
+    if cfg.pair_sampler is not None:
+        lookup(SAMPLERS, cfg.pair_sampler, "pair_sampler")
     if cfg.nesterov and cfg.momentum == 0:
         raise UserError("nesterov True needs momentum above 0, such as 0.9")
     if cfg.schedule == "multistep":

@@ -43,12 +43,17 @@ def plain(method: Method) -> Predict:
     return predict
 
 
+def logits_of_views(method: Method, views: Tensor) -> Tensor:
+    """[A, B, 3, R, R] → [A, B, E, C]."""
+    return method.expert_logits(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+
+
 def separate(method: Method) -> Predict:
     """Every view of an image on its own: [B, V, 3, R, R] → [B, V, E, C]."""
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         assert isinstance(images, Tensor)
-        return method.expert_logits(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return logits_of_views(method, images)
 
     return predict
 
@@ -59,9 +64,7 @@ def averaged(method: Method, mode: str, size: int) -> Predict:
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         views = cut(images, size)  # [V, B, 3, R, R]
-        logits = [
-            method.expert_logits(some.flatten(0, 1)).unflatten(0, some.shape[:2]) for some in views.split(AT_ONCE)
-        ]
+        logits = [logits_of_views(method, some) for some in views.split(AT_ONCE)]
         return torch.cat(logits).nanmean(0)  # of [V, B, E, C]; a view has asked some experts, or all
 
     return predict

@@ -108,6 +108,7 @@ class Trainer:
 
     def _step(self, run: _Run, batches: Iterator[Batch], step: int) -> None:
         """Forward and backward over this rank's micro-batches, one update with the global mean gradient."""
+        run.method.before_step(run.report.steps + 1)
         count, padding = run.sampler.counts(step), run.sampler.is_padding(step)
         totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
         for index in range(count):
@@ -199,14 +200,15 @@ class Trainer:
         accelerator, plan = self.accelerator, self.plan
         rank, world = accelerator.process_index, accelerator.num_processes
         sizes, order = (plan.batch_size, plan.micro_batch_size), SAMPLERS[plan.sampler]
-        sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order)
+        pair = SAMPLERS[plan.pair_sampler] if plan.pair_sampler else None
+        sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = Meters(data.info.num_classes, data.info.groups, accelerator.device)
         report = self._resume(method, optimizer, meters)
         method.train()
         wrapped, prepared = accelerator.prepare(method, optimizer)
         total = self.total_steps(sampler.steps)
-        method.before_training(total)
+        method.before_training(total, sampler.steps)
         progress = Progress(self.events, plan.epochs, sampler.steps, report.steps, total)
         device = accelerator.device
         images, finite = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor(True, device=device)

@@ -53,6 +53,10 @@ def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
     method = _make(cfg, cfg.method, "method", model, objective)
     if cfg.num_epochs and not cfg.zero_shot and not method.param_groups():
         raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
+    if cfg.pair_sampler and not method.pairs:
+        raise UserError(f"pair_sampler {cfg.pair_sampler}: method {cfg.method} takes one image at a time; leave it out")
+    if method.pairs and not cfg.pair_sampler:
+        raise UserError(f"method {cfg.method} takes two images at a time: choose the second by `pair_sampler shuffle`")
     return method
 
 

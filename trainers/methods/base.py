@@ -2,49 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.seeding import generator
 from models import Classifier
 from models.head_init import HeadContext
 from models.host import Host
 from trainers.checkpoint import trained_state
-from trainers.losses import Loss, Prior, effective_weights, log_prior
+from trainers.losses import Prior, effective_weights, log_prior
+from trainers.methods.terms import Batch, NoOptions, Objective, Step, combine
 
-Batch = dict[str, Any]
-"""`image` uint8 [B, 3, H, W], `label` [B], `weight` [B] (0: left out), `index` [B]."""
-
-
-class Step(NamedTuple):
-    """The outcome of one micro-batch. Sums, not means."""
-
-    loss_sum: Tensor
-    weight: Tensor
-    logits: Tensor  # [B, C]
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A method without options of its own."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a method is told of the data, the loss and the run."""
-
-    class_counts: Tensor  # [C]
-    loss: Loss
-    tau: float = 1.0
-    scale: float = 25.0
-    coupled: bool = False
-    """The loss depends on which samples share a micro-batch."""
-    drw_epoch: int | None = None
-    """From this epoch on (the first is 0) a sample's weight is multiplied by its class's `effective_weights`."""
-    seed: int = 0
-    """Of the initial weights of what a method has beside its model."""
+__all__ = ["Batch", "Earlier", "Method", "NoOptions", "Objective", "Step", "combine"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +43,7 @@ class Method(nn.Module):
         needs_after: it continues an earlier run, so `after` must name one.
         routes: it asks only some experts about an image; logits of the others are NaN.
         drops: prefixes of what an earlier run has trained and this method has no use for.
+        pairs: it takes a second image beside each, `partner` of a batch, which `pair_sampler` chooses.
     """
 
     Options: type = NoOptions
@@ -78,6 +51,7 @@ class Method(nn.Module):
     needs_after: bool = False
     routes: bool = False
     drops: tuple[str, ...] = ()
+    pairs: bool = False
     log_prior: Tensor
     class_counts: Tensor
 
@@ -87,6 +61,9 @@ class Method(nn.Module):
         self.options = options
         self.objective = objective
         self.epoch = 0
+        self.at_step = 0
+        """The optimizer step, counted from 1 over the whole run."""
+        self._drawn = 0
         self.held: set[str] = set()
         """Parameters that an earlier stage trained and this one does not; a checkpoint holds them too."""
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
@@ -112,6 +89,11 @@ class Method(nn.Module):
     def loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The configured loss of one classifier's logits [B, C], as `loss`."""
         return self.objective.loss(logits, batch["label"], self.sample_weights(batch), self.prior)
+
+    def loss_of_each(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The configured loss of every expert's logits [B, E, C] for itself, added up; the weight is that of one."""
+        terms = [self.loss_of(each, batch) for each in logits.unbind(1)]
+        return torch.stack([loss_sum for loss_sum, _ in terms]).sum(), terms[0][1]
 
     def step(self, loss_sum: Tensor, weight: Tensor, logits: Tensor) -> Step:
         """What `forward` returns, for expert logits [B, E, C]; adds what the tuners ask for."""
@@ -217,8 +199,13 @@ class Method(nn.Module):
             )
         return tensors
 
-    def before_training(self, steps: int) -> None:
-        """Once a launch, before the first step, also when it resumes; `steps` is the length of the whole run."""
+    def before_training(self, steps: int, per_epoch: int) -> None:
+        """Once a launch, before the first step, also when it resumes.
+
+        Args:
+            steps: of the whole run.
+            per_epoch: of an epoch, as many as it would have without `max_steps`.
+        """
         if not self.model.encoder.still:
             self.model.before_training(steps)
 
@@ -226,12 +213,17 @@ class Method(nn.Module):
         """Before each epoch, and before the rest of one that is resumed. Who overrides it calls `super`'s too."""
         self.epoch = epoch
 
+    def before_step(self, step: int) -> None:
+        """Before the micro-batches of each optimizer step, counted from 1 over the whole run."""
+        self.at_step, self._drawn = step, 0
+
+    def draws(self, purpose: str) -> torch.Generator:
+        """A CPU generator for one draw: a function of the run's seed, the optimizer step and how many draws of this
+        step came before, so that a resumed run draws as one that was not killed, and all processes draw alike."""
+        self._drawn += 1
+        return generator(self.objective.seed, purpose, self.at_step, self._drawn)
+
     def after_step(self, step: int) -> None:
         """After each optimizer step, counted from 1 over the whole run, while its gradients are still there."""
         if not self.model.encoder.still:
             self.model.after_step(step)
-
-
-def combine(logits: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Logits of experts [B, E, C] → [B, C], by the weights [E], or the mean of those that were asked (not NaN)."""
-    return logits.nanmean(1) if weights is None else (logits * weights.view(1, -1, 1)).sum(1)

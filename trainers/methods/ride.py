@@ -53,11 +53,6 @@ class Ride(Method):
             loss_sum, weight = self.loss_of(mean, batch)
             return logits.shape[1] * loss_sum, weight
         temperature = self.temperatures.to(logits.dtype) if self.deferred else logits.new_ones(())
-        terms = [self._term(each, mean, temperature, batch) for each in logits.unbind(1)]
-        return torch.stack([loss_sum for loss_sum, _ in terms]).sum(), terms[0][1]
-
-    def _term(self, logits: Tensor, mean: Tensor, temperature: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One expert's part, as `loss`: its logits [B, C] beside the mean's [B, C]."""
-        loss_sum, weight = self.loss_of(logits, batch)
-        apart = divergence(logits, mean, batch["weight"], temperature)
-        return loss_sum + weight * self.options.diversity * apart, weight
+        loss_sum, weight = self.loss_of_each(logits, batch)
+        apart = [divergence(each, mean, batch["weight"], temperature) for each in logits.unbind(1)]
+        return loss_sum + weight * diversity * torch.stack(apart).sum(), weight

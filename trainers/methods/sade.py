@@ -44,8 +44,7 @@ class Sade(Method):
         self.register_buffer("adjustments", places.clamp_max(1) * log_prior - inverse, persistent=False)  # a [E, C]
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        terms = [self.loss_of(each, batch) for each in (logits + self.adjustments.to(logits.dtype)).unbind(1)]
-        return torch.stack([loss_sum for loss_sum, _ in terms]).sum(), terms[0][1]
+        return self.loss_of_each(logits + self.adjustments.to(logits.dtype), batch)
 
 
 def reversed_prior(prior: Tensor) -> Tensor:

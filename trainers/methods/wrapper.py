@@ -54,8 +54,12 @@ class Wrapper(Method):
         super().on_epoch(epoch, epochs)
         self.inner.on_epoch(epoch, epochs)
 
-    def before_training(self, steps: int) -> None:
-        self.inner.before_training(steps)
+    def before_training(self, steps: int, per_epoch: int) -> None:
+        self.inner.before_training(steps, per_epoch)
+
+    def before_step(self, step: int) -> None:
+        super().before_step(step)
+        self.inner.before_step(step)
 
     def after_step(self, step: int) -> None:
         self.inner.after_step(step)

@@ -22,7 +22,7 @@ Step = Callable[..., Image.Image]
 
 INTERPOLATIONS = MappingProxyType({"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC})
 
-FULL_FRAME = ("cifar", "digits", "sade_cifar")
+FULL_FRAME = ("cifar", "cifar_crop", "digits", "sade_cifar")
 """Augmentations of small images whose object fills the frame: their test transform crops nothing."""
 
 
@@ -100,6 +100,12 @@ def _cifar(resolution: int, interpolation: str) -> Transform:
     return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip(), v2.RandomRotation(15))
 
 
+def _cifar_crop(resolution: int, interpolation: str) -> Transform:
+    """MisLAS, H2T on CIFAR: the same without rotation."""
+    shift = v2.RandomCrop(resolution, padding=resolution // 8)
+    return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip())
+
+
 def _digits(resolution: int, interpolation: str) -> Transform:
     """A slightly displaced digit, never mirrored."""
     affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=INTERPOLATIONS["bilinear"])
@@ -130,6 +136,7 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
     {
         "lift": _lift,
         "cifar": _cifar,
+        "cifar_crop": _cifar_crop,
         "imagenet": _imagenet,
         "inat": _lift,  # SADE leaves the colours of iNaturalist alone, which is LIFT's augmentation
         "digits": _digits,

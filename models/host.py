@@ -22,6 +22,7 @@ class Host(nn.Module):
         parts: what `partial` counts: blocks of a transformer, stages of a residual network; may be empty.
         experts: how many branches there are.
         still: what was tuned is held as it is, batch norms included (a later stage trains something else).
+        shifts: while it is, the tuned batch norms go on gathering statistics, and train with those of their images.
     """
 
     net: Any
@@ -37,7 +38,7 @@ class Host(nn.Module):
         self.adapted: list[Any] = []
         """Layers of the network that peft has wrapped."""
         self.experts = 1
-        self.still = False
+        self.still = self.shifts = False
         self.held: frozenset[str] = frozenset()
         """What was tuned and is held; it keeps its dtype, as what trains."""
         self.noisy = False
@@ -52,7 +53,7 @@ class Host(nn.Module):
     @property
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
-        return (bool(self.batch_norms) or self.noisy) and not self.still
+        return bool(self.batch_norms) and (self.shifts or not self.still) or self.noisy and not self.still
 
     @property
     def divided(self) -> list[nn.Module]:
@@ -78,8 +79,10 @@ class Host(nn.Module):
         """The backbone stays as it was pre-trained; only tuners, and tuned batch norms, have a training mode."""
         super().train(mode)
         self.net.eval()
-        for module in (*self.batch_norms, *self.adapted):
-            module.train(mode and not self.still)
+        for norm in self.batch_norms:
+            norm.train(mode and (self.shifts or not self.still))
+        for layer in self.adapted:
+            layer.train(mode and not self.still)
         return self
 
     def hold(self) -> None:

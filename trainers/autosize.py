@@ -36,8 +36,9 @@ def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, res
 def _fits(method: Method, device: torch.device, size: int, resolution: int) -> bool:
     images = torch.zeros(size, 3, resolution, resolution, dtype=torch.uint8, device=device)
     labels = torch.zeros(size, dtype=torch.int64, device=device)
+    batch = {"image": images, "label": labels, "weight": torch.ones(size, device=device)}
     try:
-        method({"image": images, "label": labels, "weight": torch.ones(size, device=device)}).loss_sum.backward()
+        method(batch | ({"partner": images} if method.pairs else {})).loss_sum.backward()
     except torch.OutOfMemoryError:
         fits = False
     else:

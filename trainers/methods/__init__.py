@@ -14,7 +14,10 @@ from trainers.methods.assign import ExpertAssignment
 from trainers.methods.base import Earlier, Method, Objective
 from trainers.methods.batchformer import BatchFormer
 from trainers.methods.decouple import Normalised, Retrained, WeightScaling
+from trainers.methods.dirmixe import DirMixE
 from trainers.methods.distill import Distill
+from trainers.methods.h2t import H2T
+from trainers.methods.mixup import Mixup
 from trainers.methods.ride import Ride
 from trainers.methods.sade import Sade
 from trainers.methods.wrapper import Wrapper
@@ -26,11 +29,14 @@ METHODS: dict[str, type[Method]] = {
     "ride": Ride,
     "distill": Distill,
     "sade": Sade,
+    "dirmixe": DirMixE,
     "ride_ea": ExpertAssignment,
     "batchformer": BatchFormer,
     "crt": Retrained,
     "lws": WeightScaling,
     "tau_norm": Normalised,
+    "mixup": Mixup,
+    "h2t": H2T,
 }
 
 
@@ -39,6 +45,7 @@ def declared() -> Declared:
     coupled: dict[str, Callable[[Any], bool]] = {
         "method": lambda name: name in METHODS and METHODS[name].couples,
         "loss_type": lambda name: name in BATCH_COUPLED,
+        "h2t.inner": lambda name: name in METHODS and METHODS[name].couples,
         "peft_args": draws,
         **{name: bool for name, tuner in TUNERS.items() if tuner.on_batch},
     }

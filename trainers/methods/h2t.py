@@ -1,0 +1,109 @@
+"""H2T: a classifier retrained on features into which those of frequent classes are mixed (Li et al., AAAI 2024)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.seeding import generator
+from models import Classifier
+from models.head_init import HeadContext
+from trainers.methods.base import Batch, Method, Objective, Step
+from trainers.methods.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class Options:
+    inner: str = field(default="classify", metadata={"doc": "entry of METHODS whose loss is used"})
+    ratio: float = field(
+        default=0.25,
+        metadata={"doc": "share of a feature's channels that are the second image's; 0: none", "least": 0.0},
+    )
+    shift_bn: bool = field(
+        default=True, metadata={"doc": "batch norms of the held encoder follow the images; False: they are held too"}
+    )
+    weight_scaling: bool = field(
+        default=False, metadata={"doc": "learn a factor on each class's logit beside the classifier, as MisLAS"}
+    )
+
+
+class H2T(Wrapper):
+    """L(h(f̃), y), f̃ the features of x in which ρ of the channels are those of x′, while training (eq. 5 to 7).
+
+    The encoder is the earlier run's and is held; its classifiers go on training. y is the label of x, which the
+    sampler draws `balanced`, x′ the pair sampler's image, of any class. Which channels is drawn for each step, one
+    choice for all its samples and, of several experts, another for each. L is the inner method's.
+
+    The original overwrites channels of the map before it is pooled. Pooling takes the mean of each channel by itself,
+    so channels of the pooled feature are the same thing, and any backbone's feature has channels.
+    """
+
+    Options = Options
+    needs_after = True
+    drops = ("mixer.",)
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+        super().__init__(model, objective, options, inner)
+        own = self.options
+        if inner.needs_after:
+            raise UserError(f"h2t.inner {own.inner} continues an earlier run in a way of its own; try classify")
+        if own.ratio > 1:
+            raise UserError(f"h2t.ratio {own.ratio:g} is a share of the channels: choose 0 to 1")
+        if own.shift_bn and not model.encoder.batch_norms:
+            raise UserError("h2t.shift_bn True: no batch norm of this model was trained; set h2t.shift_bn False")
+        self.pairs = own.ratio > 0
+        self.scales = (
+            nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts))) if own.weight_scaling else None
+        )
+        self.hold(model.encoder)
+        model.encoder.shifts = own.shift_bn
+
+    def prepare(self, context: HeadContext) -> None:
+        """The heads are the earlier run's."""
+
+    def forward(self, batch: Batch) -> Step:
+        if not self.training or not self.pairs:
+            return super().forward(batch)
+        with torch.no_grad():
+            first, second = (self.model.features(batch[name]) for name in ("image", "partner"))
+        draws = generator(self.objective.seed, "h2t", self.at_step)
+        logits = self._scaled(self.model.logits(fused(first, second, self.options.ratio, self.model.num_experts, draws)))
+        return self.step(*self.loss(logits, batch), logits)
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        return self._scaled(super().expert_logits(images))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """Logits [B, E, C] times the learnt factors of classes."""
+        return logits if self.scales is None else logits * self.scales
+
+
+def fused(first: Tensor, second: Tensor, ratio: float, experts: int, draws: torch.Generator) -> Tensor:
+    """Features of which some channels are another image's, the same ones for all samples.
+
+    Args:
+        first, second: [B, D], or [B, E, D] of experts with features of their own.
+        ratio: share of the channels.
+        experts: how many have a choice of channels for themselves.
+        draws: on the CPU.
+
+    Returns:
+        [B, D] of one expert, else [B, E, D].
+    """
+    width = first.shape[-1]
+    mask = torch.zeros(experts, width, dtype=torch.bool)
+    for row in mask:
+        row[channels(width, ratio, draws)] = True
+    mask = mask.to(first.device, non_blocking=True)
+    if experts == 1:
+        return torch.where(mask[0], second, first)
+    if first.ndim == 2:  # they share the feature, but not the choice
+        first, second = first.unsqueeze(1), second.unsqueeze(1)
+    return torch.where(mask, second, first)
+
+
+def channels(width: int, ratio: float, draws: torch.Generator) -> Tensor:
+    """The ⌊ρ D⌋ channels that are overwritten."""
+    return torch.randperm(width, generator=draws)[: int(ratio * width)]

@@ -1,0 +1,54 @@
+"""mixup: images and losses of two samples at once (Zhang et al., ICLR 2018, arXiv 1710.09412)."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainers.methods.base import Batch, Step
+from trainers.methods.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class Options:
+    inner: str = field(default="classify", metadata={"doc": "entry of METHODS whose loss is used"})
+    alpha: float = field(
+        default=1.0, metadata={"doc": "λ ~ Beta(α, α) is an image's share; 0: nothing is mixed", "least": 0.0}
+    )
+
+
+class Mixup(Wrapper):
+    """λ L(z̃, y) + (1 − λ) L(z̃, y′), z̃ of the images λ x + (1 − λ) x′, while training; L is the inner method's.
+
+    x′, y′ are another order of the micro-batch, λ ~ Beta(α, α) is one for all of it. A sample counts where both its
+    images could be read. Logits of a step are those of the mixed images; the accuracy that is shown is against y.
+    """
+
+    Options = Options
+    couples = True
+
+    def forward(self, batch: Batch) -> Step:
+        if not self.training:
+            return super().forward(batch)
+        share, order = self._draw(len(batch["label"]))
+        order = order.to(batch["label"].device, non_blocking=True)
+        logits = self.expert_logits(mixed(self.model.normalised(batch["image"]), share, order))
+        batch = {**batch, "weight": batch["weight"] * batch["weight"][order]}
+        loss_sum, weight = self.loss(logits, batch)
+        other_sum, other_weight = self.loss(logits, {**batch, "label": batch["label"][order]})
+        return self.step(
+            share * loss_sum + (1 - share) * other_sum, share * weight + (1 - share) * other_weight, logits
+        )
+
+    def _draw(self, count: int) -> tuple[float, Tensor]:
+        """λ and the order of the second images [B]. λ is NumPy's: torch draws no Beta from a generator of one's own."""
+        draws, alpha = self.draws("mixup"), self.options.alpha
+        order = torch.randperm(count, generator=draws)
+        seed = int(torch.randint(2**63 - 1, (), generator=draws))
+        return float(np.random.default_rng(seed).beta(alpha, alpha)) if alpha else 1.0, order
+
+
+def mixed(images: Tensor, share: float, order: Tensor) -> Tensor:
+    """λ x + (1 − λ) x′ of normalised images [B, …], x′ being theirs in another order [B]."""
+    return share * images + (1 - share) * images[order]

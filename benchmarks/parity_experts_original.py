@@ -132,7 +132,10 @@ def train(case: Case, job: Case, given: Tensors, folder: Path) -> Tensors:
             out.update(named("teacher", run.teacher_model.state_dict()))
         out.update(named("before", evaluate(run.model, images[-1])))
         losses = watch(run, out)
-        run._train_epoch(case["epoch"])
+        run._train_epoch(*(case["epoch"], run.epochs + 1)[: run._train_epoch.__code__.co_argcount - 1])
+        if hasattr(run.criterion, "pool"):  # DirMixE's, in the order in which it was used
+            out["drawn.priors"] = torch.stack([prior for prior, _ in run.criterion.pool])
+            out["drawn.experts"] = torch.tensor([expert for _, expert in run.criterion.pool])
         out.update(named("after", run.model.state_dict()))
         out.update(named("end", evaluate(run.model, images[-1])))
         out["losses"] = torch.stack(losses)

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from trainers.adapt import Learner, Recipe
 from trainers.evaluator import Logits
 from trainers.exchange import ride
 from trainers.methods import Earlier, Method, build_method, declared
+from trainers.methods.dirmixe import Draws
 from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable, set_lr
 
 FLOOR = 1e-3
@@ -106,6 +108,7 @@ def compare(folder: Path, case: Case) -> Case:
     losses = []
     for step in range(STEPS):
         batch = {"image": images[step], "label": labels[step], "weight": torch.ones_like(labels[step]).double()}
+        method.before_step(step + 1)
         outcome = method({**batch, "index": torch.arange(len(labels[step]))})
         losses.append(outcome.loss_sum / outcome.weight)
         losses[-1].backward()
@@ -122,14 +125,23 @@ def compare(folder: Path, case: Case) -> Case:
 
 
 def start(method: Method, case: Case, theirs: Tensors) -> None:
-    """The original's weights; of its teacher too."""
+    """The original's weights; of its teacher too, and what it draws."""
     fill(method, part(theirs, "start."))
+    if "drawn.priors" in theirs:
+        use_draws(method, theirs["drawn.experts"], theirs["drawn.priors"])
     teacher = part(theirs, "teacher.")
     if teacher:
         _, earlier, _ = build(case, {}, stage=0)
         fill(earlier, teacher)
         frozen = earlier.eval().requires_grad_(False)
         method.after(Earlier(True, dict, lambda: frozen))
+
+
+def use_draws(method: Any, experts: Tensor, priors: Tensor) -> None:
+    """DirMixE's test priors, all steps' one after another."""
+    size = method.options.draws
+    given = [Draws(*each) for each in zip(experts.split(size), priors.split(size), strict=True)]
+    method._pool = SimpleNamespace(at=lambda epoch, step: given[step])
 
 
 def compare_answers(method: Method, images: Tensor, theirs: Tensors) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""docs/parity.json: the report of parity_lift.py at the top level, that of parity_experts.py below `experts`."""
+"""docs/parity.json: the report of parity_lift.py at the top level, those of the others below, each a part."""
 
 import json
 import subprocess
@@ -9,13 +9,14 @@ from trainers.report import circumstances
 
 PARITY = Path(__file__).parent.parent / "docs" / "parity.json"
 EXPERTS = "experts"
+DIRMIXE = "dirmixe"
 MARK = "\x00"
 
 
 def write(report: dict[str, Any], part: str | None = None, path: Path = PARITY) -> None:
-    """Put a report in its place and leave the other's; one case a line, figures to two significant digits."""
+    """Put a report in its place and leave the others'; one case a line, figures to two significant digits."""
     old = json.loads(path.read_text()) if path.exists() else {}
-    others = {EXPERTS: old[EXPERTS]} if EXPERTS in old else {}
+    others = {name: each for name, each in old.items() if isinstance(each, dict) and "cases" in each}
     whole = {**report, **others} if part is None else {**old, part: report}
     rows: list[str] = []
 

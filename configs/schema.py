@@ -70,7 +70,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "method": Key(as_str, "classify", TRAIN, "entry of METHODS"),
         "after": Key(as_str, None, TRAIN, "model config of a run that is finished first and starts this one"),
         "classifier": Key(as_str, "CosineClassifier", TRAIN, "entry of HEADS"),
-        "scale": Key(as_float, 25.0, TRAIN, "factor on cosine logits, also of LDAM's margins", least=0.0),
+        "scale": Key(as_float, 25.0, TRAIN, "factor on cosine logits, also of LDAM's margins, GCL's noise", least=0.0),
         "init_head": Key(as_str, None, TRAIN, "entry of HEAD_INITS; none: random"),
         "prompt": Key(
             as_str, "default", TRAIN, "entry of PROMPTS, or a sentence with {} in it; for text_feat and zero_shot"
@@ -144,6 +144,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "pair_sampler": Key(as_str, None, TRAIN, "entry of SAMPLERS: a second image beside each, for method h2t"),
         "loss_type": Key(as_str, "LA", TRAIN, "entry of LOSSES"),
         "tau": Key(as_float, 1.0, TRAIN, "strength of logit adjustment (LA)"),
+        "smooth_head": Key(as_float, 0.3, TRAIN, "LAS: label smoothing of the most frequent class", least=0.0),
+        "smooth_tail": Key(as_float, 0.0, TRAIN, "LAS: label smoothing of the rarest class", least=0.0),
         "drw_epoch": Key(
             as_int, None, TRAIN, "from this epoch on (the first is 0) classes are weighted by effective number", least=0
         ),
@@ -175,7 +177,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
             as_names,
             None,
             TEST,
-            "label distributions to evaluate on: uniform, forward50, backward50 …; all: those of the data",
+            "label distributions to evaluate on: uniform, forward50, backward50 …; all: those of the data; dirichlet",
             logits=False,
         ),
         "shift_ratios": Key(as_ints, [2, 5, 10, 25, 50], TEST, "imbalance ratios that `all` means", logits=False),
@@ -202,6 +204,14 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
             as_str, None, TEST, "published list of a distribution, with {name} in it; none: drawn", logits=False
         ),
         "shift_seed": Key(as_int, 0, TEST, "of the draw of a distribution's images", least=0, logits=False),
+        "dirichlet_trials": Key(as_int, 3, TEST, "draws of each part of test_dists dirichlet", least=1, logits=False),
+        "dirichlet_ratio": Key(as_float, 100.0, TEST, "its largest / smallest class, undrawn", least=1.0, logits=False),
+        "dirichlet_concentration": Key(as_float, None, TEST, "Σα; none: images of its largest class", logits=False),
+        "dirichlet_least": Key(as_int, 1, TEST, "its images of a class at least", least=0, logits=False),
+        "dirichlet_list": Key(as_str, None, TEST, "list in whose order it shuffles; none: test_list", logits=False),
+        "dirichlet_learn": Key(
+            as_str, "independent", TEST, "images adapt learns from", ("independent", "equal", "disjoint"), logits=False
+        ),
         "adapt": Key(as_str, None, TEST, "entry of ADAPTS: expert weights from unlabelled test images", logits=False),
         "adapt_views": Key(as_str, "sade_imagenet", TEST, "entry of AUGMENTS: its views of an image", logits=False),
         "adapt_epochs": Key(as_int, 5, TEST, "its passes over the views", least=1, logits=False),
@@ -210,6 +220,18 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "adapt_entropy": Key(as_float, 0.0, TEST, "its factor on the entropy of predictions", logits=False),
         "adapt_batch_size": Key(as_int, 128, TEST, "images a step of it (SADE online: 64)", least=1, logits=False),
         "adapt_seed": Key(as_int, 0, TEST, "of its views and order", least=0, logits=False),
+        "target_prior": Key(
+            as_str,
+            None,
+            TEST,
+            "class frequencies that predictions are made for: entry of TARGETS, a distribution such as forward50, or "
+            "a JSON file",
+            logits=False,
+        ),
+        "calibrate": Key(as_bool, True, TEST, "target_prior: a temperature from the validation split", logits=False),
+        "ensemble": Key(as_str, None, TEST, "entry of ENSEMBLES: the finished run with its start, others, zero-shot"),
+        "ensemble_alpha": Key(as_float, 0.5, TEST, "share of the trained run in ensemble wise and logits", least=0.0),
+        "ensemble_runs": Key(as_names, None, TEST, "other finished runs of ensemble soup, folders as model_dir"),
         # --- how it runs -----------------------------------------------------------------------------------------
         "test_only": Key(as_bool, False, RUNTIME, "evaluate the trained run"),
         "model_dir": Key(as_str, None, RUNTIME, "with test_only: folder of the run whose checkpoint is evaluated"),

@@ -32,6 +32,7 @@ PUBLISHED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ImageNet_LT_backward10.txt": ("63c375e196c7ce91e5a674eb4feb2d4d4561c3ef",),
         "ImageNet_LT_backward25.txt": ("1f00b7d93fdb8349c9449ae4cbe5324eeb4450f9",),
         "ImageNet_LT_backward50.txt": ("3bb919f1383a5b442791a737bd55bcb7d3542556",),
+        "ImageNet_LT_uniform.txt": ("0640fec501c5b9b6f9bebe9e0ca7ed8cdd62a249",),
         "Places_LT_forward2.txt": ("e0a92a6305c3399bcd939c570c215b6d8080c906",),
         "Places_LT_forward5.txt": ("afb9d3155aa0a112fa0e3b8562bbfb993ecac510",),
         "Places_LT_forward10.txt": ("792197a817dc2de4e26e3d86b7f192688fb51eb6",),
@@ -55,15 +56,16 @@ def published_at(name: str) -> str:
     """Where a list file of this name is to be had, with its checksum; empty for a name that nobody published."""
     if name not in PUBLISHED:
         return ""
-    place = SADE if "forward" in name or "backward" in name else DECOUPLING
+    place = SADE if any(kind in name for kind in ("forward", "backward", "uniform")) else DECOUPLING
     return f"published at {place} (git blob {PUBLISHED[name][0]})"
 
 
 def blob_id(data: bytes) -> str:
-    """What `git hash-object` says of a file."""
+    """What `git hash-object` says of a file, its line ends being \\n (DirMixE's copies of the lists have \\r\\n)."""
+    data = data.replace(b"\r\n", b"\n")
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def is_published(file: Path) -> bool:
-    """Whether a list file is byte for byte the published one of its name."""
+    """Whether a list file is the published one of its name."""
     return blob_id(file.read_bytes()) in PUBLISHED.get(file.name, ())

@@ -49,6 +49,12 @@ def _of_classes(labels: Tensor, drawn: Tensor, draws: torch.Generator) -> Tensor
 
 
 SAMPLERS: dict[str, Order] = {"shuffle": shuffle, "balanced": balanced, "reverse": reverse}
+DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "shuffle": lambda counts: counts / counts.sum(),
+    "balanced": lambda counts: torch.full_like(counts, 1 / len(counts)),
+    "reverse": lambda counts: 1 / counts / (1 / counts).sum(),
+}
+"""Images per class [C], of a floating type → how likely each sampler draws one of the class, [C]."""
 
 
 class StepSampler(Sampler[list[Key]]):

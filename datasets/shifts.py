@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 from configs.errors import UserError
 from configs.seeding import mix
 from datasets.bundle import DataInfo, Shift
+from datasets.dirichlet import DIRICHLET, Drawn, Pool, check_dirichlet, dirichlet_names, draw_test_sets, origin
 from datasets.entries import list_folders
 from datasets.image_list import CATEGORIES, Listing, find_list, first_file, read_list, taxon_labels
 from datasets.imbalance import longtail_counts, some_positions, subsample
@@ -39,7 +40,7 @@ KINDS: Mapping[str, Rule] = MappingProxyType({"forward": longtail_counts, "backw
 UNIFORM, ALL = "uniform", "all"
 AS_IT_IS = "test"
 """The test set itself, where something is learnt from it and no other distribution is asked for."""
-FORMS = "all, uniform, forward<r> or backward<r> with a whole number r from 1, such as backward50"
+FORMS = "all, uniform, forward<r> or backward<r> with a whole number r from 1, such as backward50; or dirichlet"
 
 
 def shift_names(cfg: CfgNode) -> tuple[str, ...]:
@@ -50,11 +51,14 @@ def shift_names(cfg: CfgNode) -> tuple[str, ...]:
     """
     names: list[str] = []
     for name in cfg.test_dists or ():
+        if name.startswith(DIRICHLET):
+            names += dirichlet_names(name, cfg.dirichlet_trials)
+            continue
         names += _all(cfg.shift_ratios) if name == ALL else [name]
-    for name in names:
-        _rule(name, {})
+        rule(names[-1], {})
+    check_dirichlet(cfg)
     for name, factor in (cfg.shift_factors or {}).items():
-        _rule(name, {}, "shift_factors")
+        rule(name, {}, "shift_factors")
         if not 0 < factor <= 1:
             raise UserError(f"shift_factors: {name} {factor:g} is not above 0 and at most 1 (smallest / largest class)")
     if cfg.shift_files and (cfg.dataset != "ImageList" or "{name}" not in cfg.shift_files):
@@ -67,7 +71,7 @@ def shift_names(cfg: CfgNode) -> tuple[str, ...]:
 
 
 def build_shifts(cfg: CfgNode, info: DataInfo, test_labels: Tensor) -> tuple[Shift, ...]:
-    """The test sets that `test_dists` asks for; without it the whole one where weights are learnt from it, else none.
+    """The test sets that `test_dists` asks for; without it the whole one where `adapt` or `target_prior` needs one.
 
     Reads no image: at most list files, where the data are lists.
 
@@ -79,20 +83,20 @@ def build_shifts(cfg: CfgNode, info: DataInfo, test_labels: Tensor) -> tuple[Shi
         UserError: as `shift_names`; a list file that does not fit the test split or the class frequencies.
     """
     names = shift_names(cfg)
-    if not names and cfg.adapt is None:
+    if not names and cfg.adapt is None and cfg.target_prior is None:
         return ()
     if not names:
         whole = torch.bincount(test_labels, minlength=info.num_classes)
         return (Shift(AS_IT_IS, whole, torch.arange(len(test_labels)), "the test images as they are"),)
     split = _Split(cfg, test_labels.numpy(), info.num_classes)
-    order, shifts = _class_order(cfg, info), []
+    order, shifts = class_order(cfg, info), []
+    drawn = _dirichlet(cfg, info, split, order) if any(name.startswith(DIRICHLET) for name in names) else {}
     for name in names:
-        wanted = np.zeros(info.num_classes, dtype=np.int64)
-        wanted[order] = _rule(name, cfg.shift_factors or {})(split.largest(), info.num_classes)
-        positions, origin = split.choose(name, wanted)
+        wanted, positions, source, learn = drawn[name] if name in drawn else _decayed(cfg, name, split, order)
         counts = np.bincount(split.labels[positions], minlength=info.num_classes)
-        notes = "; ".join([origin, *_notes(wanted, split.have, counts)])
-        shifts.append(Shift(name, torch.from_numpy(counts), torch.from_numpy(positions), notes))
+        notes = "; ".join([source, *_notes(wanted, split.have, counts)])
+        learnt = None if learn is None else torch.from_numpy(learn)
+        shifts.append(Shift(name, torch.from_numpy(counts), torch.from_numpy(positions), notes, learnt))
     if split.missing:
         first = split.missing[0]
         place = published_at(Path(first).name)
@@ -104,7 +108,7 @@ def _all(ratios: list[int]) -> list[str]:
     return [*(f"forward{r}" for r in reversed(ratios)), UNIFORM, *(f"backward{r}" for r in ratios)]
 
 
-def _rule(name: str, factors: Mapping[str, float], key: str = "test_dists") -> Callable[[float, int], list[int]]:
+def rule(name: str, factors: Mapping[str, float], key: str = "test_dists") -> Callable[[float, int], list[int]]:
     """Largest class, number of classes → images per class in the class order."""
     if name == UNIFORM:
         return partial(longtail_counts, imb_factor=1.0)
@@ -115,7 +119,24 @@ def _rule(name: str, factors: Mapping[str, float], key: str = "test_dists") -> C
     return lambda largest, num_classes: kind(largest, num_classes, factor)
 
 
-def _class_order(cfg: CfgNode, info: DataInfo) -> np.ndarray:
+def _decayed(cfg: CfgNode, name: str, split: "_Split", order: np.ndarray) -> Drawn:
+    """The test set of a rule, such as forward50."""
+    wanted = np.zeros(len(order), dtype=np.int64)
+    wanted[order] = rule(name, cfg.shift_factors or {})(split.largest(), len(order))
+    return Drawn(wanted, *split.choose(name, wanted))
+
+
+def _dirichlet(cfg: CfgNode, info: DataInfo, split: "_Split", order: np.ndarray) -> dict[str, Drawn]:
+    """Drawn test sets; numbers are drawn class by class in the order of the lists' own labels."""
+    own = _list_order(cfg, len(order))
+    positions, source = split.in_order()
+    by_class = np.split(positions[split.labels[positions].argsort(kind="stable")], split.have.cumsum()[:-1])
+    members = [by_class[k] for k in own]
+    train = int(info.class_counts.max()) + cfg.val_per_class if cfg.shift_order == "label" else None
+    return draw_test_sets(cfg, Pool(own, order.argsort()[own], members, split.largest(), train), source)
+
+
+def class_order(cfg: CfgNode, info: DataInfo) -> np.ndarray:
     """Classes, those first that training has most images of, [C]."""
     counts = info.class_counts.numpy()
     if cfg.shift_order == "label":
@@ -123,11 +144,17 @@ def _class_order(cfg: CfgNode, info: DataInfo) -> np.ndarray:
     if cfg.shift_order == "counts":
         return (-counts).argsort(kind="stable")
     # The published order comes from counts in the order of the lists' own labels, which decides between equal ones.
-    new_label = _new_labels(cfg)
-    own = np.arange(len(counts)) if new_label is None else new_label
-    if sorted(own) != list(range(len(counts))):
-        raise UserError(f"shift_order published: label_field {cfg.label_field} merges classes; set shift_order counts")
+    own = _list_order(cfg, len(counts))
     return own[introsort_argsort(counts[own].tolist())[::-1]]
+
+
+def _list_order(cfg: CfgNode, num_classes: int) -> np.ndarray:
+    """Classes in the order of the labels of published lists, [C]."""
+    new_label = _new_labels(cfg) if cfg.shift_order == "published" else None
+    own = np.arange(num_classes) if new_label is None else new_label
+    if sorted(own) != list(range(num_classes)):
+        raise UserError(f"shift_order published: label_field {cfg.label_field} merges classes; set shift_order counts")
+    return own
 
 
 class _Split:
@@ -172,6 +199,17 @@ class _Split:
         if by_label and cfg.shift_seed == 0 and (counts == wanted).all() and not self.cut:
             return positions, "the published construction"
         return positions, f"drawn with seed {cfg.shift_seed}{missing}"
+
+    def in_order(self) -> tuple[np.ndarray, str]:
+        """All positions in the order that Dirichlet draws shuffle, and where those come from."""
+        cfg, positions = self.cfg, np.arange(len(self.labels))
+        file = (cfg.dirichlet_list or cfg.test_list) if cfg.dataset == "ImageList" else None
+        path = first_file(file, list_folders(cfg)) if file else None
+        if cfg.dirichlet_list and path:
+            positions = self.listed(path, self.have)
+        elif cfg.dirichlet_list:
+            self.missing.append(cfg.dirichlet_list)
+        return positions, origin(cfg, path, whole=not self.cut and len(set(self.have.tolist())) == 1)
 
     def listed(self, path: Path, wanted: np.ndarray) -> np.ndarray:
         """Positions of a list file's images, after a check that it is what it should be."""

@@ -24,9 +24,11 @@ from models.heads import HEADS  # noqa: E402
 from models.peft_table import PEFTS  # noqa: E402
 from models.prompts import PROMPTS  # noqa: E402
 from trainers.adapt import ADAPTS  # noqa: E402
+from trainers.ensembles import ENSEMBLES  # noqa: E402
 from trainers.losses import LOSSES  # noqa: E402
 from trainers.methods import METHODS, declared  # noqa: E402
 from trainers.optim import SCHEDULES  # noqa: E402
+from trainers.priors import TARGETS  # noqa: E402
 
 FILE = ROOT / "docs" / "options.md"
 TYPES = {
@@ -45,6 +47,7 @@ TYPES = {
 }
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "ADAPTS": ADAPTS,
+    "ENSEMBLES": ENSEMBLES,
     "AUGMENTS": AUGMENTS,
     "BACKBONES": BACKBONES,
     "DATASETS": DATASETS,
@@ -56,6 +59,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "PROMPTS": PROMPTS,
     "SAMPLERS": SAMPLERS,
     "SCHEDULES": SCHEDULES,
+    "TARGETS": TARGETS,
 }
 SECTIONS = {
     "dataset": "Data",

@@ -106,6 +106,7 @@ def test_words(refuses: Callable[..., str], words: str, parts: list[str]) -> Non
         ("augment lifd", ["augment", "did you mean 'lift'"]),
         ("adapt_views sade_cifer", ["augment", "did you mean 'sade_cifar'"]),
         ("test_dists uniform,sideways5", ["test_dists", "'sideways5'", "backward<r>"]),
+        ("test_dists dirichlet-sideways1", ["test_dists", "'dirichlet-sideways1'", "dirichlet-backward"]),
         ("prompt defalt", ["prompt", "did you mean 'default'"]),
         ("init_head text", ["init_head", "did you mean 'text_feat'"]),
         ("pretrained embeded", ["pretrained", "did you mean 'embedded'"]),

@@ -35,7 +35,7 @@ def build(cfg: CfgNode) -> Method:
 def batch(count: int = 6) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return {"image": images, "label": torch.arange(count), "weight": torch.ones(count)}
+    return {"image": images, "partner": images.flip(0), "label": torch.arange(count), "weight": torch.ones(count)}
 
 
 CONVNET = ("backbone", "timm:test_efficientnet.r160_in1k", "resolution", 32, "init_head", "none")
@@ -48,10 +48,11 @@ def alone(name: str) -> tuple[object, ...]:
     return (*(CONVNET if name == "bn_tuning" else ()), name, True)
 
 
-SEVERAL: tuple[str, ...] = ("ride_ea",)
+SEVERAL: tuple[str, ...] = ("ride_ea", "reslt")
 """Methods that mean nothing with one expert."""
 OF_METHOD: dict[str, tuple[object, ...]] = {
     "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),
+    "h2t": ("pair_sampler", "shuffle", "h2t.shift_bn", False),
 }
 """What else a method asks for."""
 
@@ -66,7 +67,7 @@ def earlier(cfg: CfgNode) -> Earlier:
     """What an earlier run with the same parts hands on, at the start of the run after it; it has trained nothing."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.method = "classify"
+    cfg.method, cfg.pair_sampler = "classify", None
     found = build(cfg)
     return Earlier(True, lambda: trained_state(found), lambda: found.eval().requires_grad_(False))
 
@@ -93,13 +94,18 @@ def choices() -> list[tuple[object, ...]]:
     return [*tuners, *pairs, *heads, *losses, *methods]
 
 
+def fits_loss(method: str, loss: str) -> bool:
+    """Methods that adjust the logits themselves do not take every loss."""
+    return {"sade": LOSSES[loss] not in ADJUSTED, "dirmixe": loss == "CE"}.get(method, True)
+
+
 def product_of_all() -> list[tuple[object, ...]]:
     """Every combination of up to two tuners, head, loss and a range of blocks; of a tuner, head, loss and method."""
     tuners = [(), *map(alone, TUNERS)]
     rest = product(HEADS, LOSSES, ("none", "1", "[1,3]"))
     names = ("classifier", "loss_type", "partial")
     options = [tuple(chain.from_iterable(zip(names, values, strict=True))) for values in rest]
-    fits = [(name, loss) for name, loss in product(METHODS, LOSSES) if name != "sade" or LOSSES[loss] not in ADJUSTED]
+    fits = [(name, loss) for name, loss in product(METHODS, LOSSES) if fits_loss(name, loss)]
     methods = [("classifier", head, *of_method(name, 3, loss)) for head, (name, loss) in product(HEADS, fits)]
     return [(*a, *b) for a, b in chain(product([*tuners, *tuner_pairs()], options), product(tuners, methods))]
 
@@ -149,7 +155,7 @@ def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
     method.eval(), twin.eval()
     logits = method.expert_logits(batch()["image"])
     assert logits.shape == (6, cfg.num_experts, 10)
-    assert same(method.predict(batch()["image"]), logits.nanmean(1))
+    assert same(method.predict(batch()["image"]), logits.nanmean(1) * (cfg.num_experts if method.adds else 1))
     facts = {"base": base, "class_names": list(NAMES)}
     save_checkpoint(tmp_path / "checkpoint", method, facts)
     load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
@@ -168,6 +174,12 @@ CHANGED: dict[str, object] = {
     "distill.weight": 0.1,
     "distill.times_experts": True,
     "sade.inverse_strength": 1.0,
+    "dirmixe.power": 0.5,
+    "dirmixe.variance": 50.0,
+    "dirmixe.warm": 1.0,
+    "dirmixe.concentration": 100.0,
+    "dirmixe.draws": 7,
+    "dirmixe.pool": "recycled",
     "ride_ea.top_choices": 3,
     "ride_ea.hidden": 8,
     "ride_ea.pos_weight": 1.0,
@@ -179,23 +191,40 @@ CHANGED: dict[str, object] = {
     "batchformer.chunks": 2,
     "batchformer.kaiming": True,
     "tau_norm.power": 0.2,
+    "mixup.inner": "sade",
+    "mixup.alpha": 0.0,
+    "h2t.inner": "sade",
+    "h2t.ratio": 0.5,
+    "h2t.shift_bn": True,
+    "h2t.weight_scaling": True,
+    "reslt.beta": 0.3,
+    "reslt.medium_from": 0.1,
+    "reslt.few_from": 0.4,
 }
 """Another value of every option of every method."""
+OF_OPTION: dict[str, tuple[object, ...]] = {
+    "h2t.shift_bn": ("backbone", "ResNet-20", "init_head", "none", "full_tuning", True, "bn_tuning", True),
+}
+"""What else an option asks for."""
 
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_an_option_of_a_method_has_an_effect(key: str, config: Config) -> None:
-    """On its loss, or on what it predicts after an earlier run."""
+    """On its loss, on how much it trains, or on what it predicts after an earlier run."""
 
     def outcome(*pairs: object) -> torch.Tensor:
-        words = ("pretrained", "none", "drw_epoch", 0, *of_method(key.split(".")[0], 3), *pairs)
+        rest = (*of_method(key.split(".")[0], 3), *OF_OPTION.get(key, ()), *pairs)
+        words = ("pretrained", "none", "drw_epoch", 0, *rest)
         cfg = config("fake_lt", "tiny_clip", *words)
         method = build(cfg)
         if cfg.after:
             method.after(replace(earlier(cfg), method=lambda: build(config("fake_lt", "tiny_clip", "seed", 1)).eval()))
+        method.before_training(10, 1)
+        method.on_epoch(9, 10)
         torch.manual_seed(0)
         step = method.train()(batch())
-        return torch.cat([torch.stack([step.loss_sum, step.weight]), method.eval().predict(batch()["image"]).flatten()])
+        numbers = torch.stack([step.loss_sum, step.weight, torch.tensor(float(method.counts()["trainable"]))])
+        return torch.cat([numbers, method.eval().predict(batch()["image"]).flatten()])
 
     assert torch.equal(outcome(), outcome()) and not torch.equal(outcome(), outcome(key, CHANGED[key]))
 

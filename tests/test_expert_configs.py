@@ -22,10 +22,11 @@ from trainers.optim import Plan, build_optimizer, set_lr
 from trainers.run import run
 
 Config = Callable[..., CfgNode]
-KINDS = ("_ride", "_sade", "_batchformer", "_ce", "_ldam_drw", "_bs", "_crt", "_lws", "_tau_norm")
+KINDS = ("_ride", "_sade", "_dirmixe", "_batchformer", "_ce", "_ldam_drw", "_bs", "_crt", "_lws", "_tau_norm")
+KINDS += ("_mixup", "_dr", "_h2t", "_mislas", "_gcl", "_reslt")
 EXPERTS = [pair for pair in PAIRS if any(kind in pair[1] for kind in KINDS)]
 EXPERTS += [("cifar10_ir100", model) for _, model in EXPERTS if model.startswith("resnet32")]
-EXPERTS += [("imagenet_lt", f"clip_vit_b16_{kind}") for kind in ("ride", "sade", "batchformer")]
+EXPERTS += [("imagenet_lt", f"clip_vit_b16_{kind}") for kind in ("ride", "sade", "dirmixe", "batchformer")]
 
 STEPS = {"schedule": "multistep", "nesterov": True, "momentum": 0.9, "prec": "fp32", "pretrained": None}
 CIFAR = STEPS | {"num_epochs": 200, "batch_size": 128, "lr": 0.1, "lr_steps": [160, 180], "augment": "cifar"}
@@ -39,6 +40,11 @@ EA = {"num_epochs": 5, "batch_size": 512, "lr": 0.01, "weight_decay": 5e-4, "sch
 EA |= {"method": "ride_ea", "sampler": "balanced", "ride_ea.pos_weight": 100}
 SADE = {"method": "sade", "loss_type": "CE", "num_experts": 3, "scale": 30, "nesterov": True, "adapt": "sade"}
 SADE |= {"test_dists": ["all"]}
+DIRMIXE = SADE | {"method": "dirmixe", "dirmixe.power": 1.3, "dirmixe.concentration": 1e4, "reduce_dimension": True}
+DIRMIXE |= {"dirmixe.warm": 0.8, "dirmixe.draws": 60, "dirmixe.variance": 1, "lr_gamma": 0.1}
+DIRMIXE_C = DIRMIXE | CIFAR | {"warmup_epochs": 5}
+H2T = {"method": "h2t", "h2t.ratio": 0.25, "h2t.shift_bn": True, "sampler": "balanced", "pair_sampler": "shuffle"}
+H2T |= {"num_epochs": 10, "lr": 0.02, "batch_size": 128, "momentum": 0.9, "nesterov": False, "schedule": "cosine"}
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("cifar100_ir100", "resnet32_ride"): RIDE_C | {"method": "ride", "warmup_epochs": 5, "weight_decay": 5e-4},
     ("cifar100_ir100", "resnet32_ride_teacher"): RIDE_C | {"method": "ride", "num_experts": 6, "warmup_epochs": 5},
@@ -79,6 +85,20 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("inat2018", "resnet50_sade"): LARGE
     | SADE
     | {"sade.inverse_strength": 1, "batch_size": 512, "lr": 0.2, "augment": "inat", "adapt_lr": 0.2},
+    ("cifar10_ir100", "resnet32_dirmixe"): DIRMIXE_C | {"dirmixe.variance": 15, "weight_decay": 5e-4},
+    ("cifar100_ir100", "resnet32_dirmixe"): DIRMIXE_C | {"dirmixe.variance": 5, "weight_decay": 1e-3},
+    ("cifar100_ir100", "resnet32_mixup"): CIFAR
+    | {"method": "mixup", "mixup.alpha": 1, "loss_type": "CE", "classifier": "LinearClassifier", "weight_decay": 2e-4}
+    | {"warmup_epochs": 5, "nesterov": False, "augment": "cifar_crop"},
+    ("cifar100_ir50", "resnet32_h2t"): H2T | {"weight_decay": 2e-4},
+    ("cifar100_ir100", "resnet32_h2t"): H2T | {"weight_decay": 5e-4},
+    ("cifar100_ir200", "resnet32_h2t"): H2T | {"weight_decay": 2e-4},
+    ("imagenet_lt", "resnext50_dirmixe"): DIRMIXE
+    | {"dirmixe.power": 1.6, "batch_size": 64, "lr": 0.025, "weight_decay": 7e-4, "num_epochs": 180}
+    | {"schedule": "cosine", "warmup_epochs": 0, "augment": "imagenet", "adapt_lr": 0.025},
+    ("inat2018", "resnet50_dirmixe"): LARGE
+    | DIRMIXE
+    | {"dirmixe.concentration": 1e5, "batch_size": 512, "lr": 0.2, "augment": "inat", "adapt_lr": 0.2},
 }
 """The table of recipes: (data, model) → options."""
 
@@ -88,6 +108,10 @@ COSTS = {
     ("cifar100_ir100", "resnet32_sade"): (783_856, 100_358_208),
     ("inat2018", "resnet50_sade"): (76_587_584, 5_803_342_848),
     ("places_lt", "resnet152_sade"): (171_543_616, 29_162_928_128),
+    ("cifar10_ir100", "resnet32_dirmixe"): (770_896, 100_345_248),
+    ("cifar100_ir100", "resnet32_dirmixe"): (783_856, 100_358_208),
+    ("imagenet_lt", "resnext50_dirmixe"): (42_889_024, 6_050_113_536),
+    ("inat2018", "resnet50_dirmixe"): (76_587_584, 5_803_342_848),
     ("imagenet_lt", "resnet10_ride_teacher"): (18_489_920, 1_817_470_976),
     ("cifar100_ir100", "resnet32_ldam_drw"): (469_904, 68_868_352),
 }
@@ -97,6 +121,9 @@ RATES = {
     "resnet32_ride_distill": {0: 0.005, 4: 0.025, 19: 0.1, 159: 0.1, 160: 0.001, 180: 1e-5},
     "resnet32_ride": {0: 0.02, 4: 0.1, 160: 0.001, 180: 1e-5},
     "resnet32_sade": {160: 0.01, 180: 0.001},
+    "resnet32_dirmixe": {0: 0.02, 4: 0.1, 159: 0.1, 160: 0.01, 180: 0.001},
+    "resnet32_mixup": {0: 0.02, 4: 0.1, 159: 0.1, 160: 0.01, 179: 0.01, 180: 0.001},
+    "resnet32_h2t": {0: 0.02, 1: 0.0195106, 2: 0.0180902, 5: 0.01, 7: 0.00412215, 8: 0.00190983, 9: 0.000489435},
 }
 
 
@@ -133,14 +160,17 @@ def test_sizes_and_costs(data: str, model: str, config: Config) -> None:
 def test_learning_rates(model: str, config: Config) -> None:
     plan = Plan.of(config("cifar100_ir100", model), 1)
     optimizer = build_optimizer([{"name": "head", "params": [torch.nn.Parameter(torch.zeros(1))]}], plan)
-    assert {epoch: set_lr(optimizer, plan, epoch) for epoch in RATES[model]} == pytest.approx(RATES[model])
+    assert {epoch: set_lr(optimizer, plan, epoch) for epoch in RATES[model]} == pytest.approx(RATES[model], rel=1e-5)
 
 
 def test_every_row_of_the_table_is_there() -> None:
-    rows = {"resnet32": "ce ldam_drw bs ride ride_teacher ride_distill ride_ea sade ride_batchformer crt lws tau_norm"}
+    rows = {"resnet32": "ce ldam_drw bs ride ride_teacher ride_distill ride_ea ride_batchformer"}
+    rows["resnet32"] += " sade dirmixe crt lws tau_norm"
+    rows["resnet32"] += " mixup dr h2t mislas mislas_h2t gcl gcl_h2t ride_h2t reslt reslt_h2t"
     rows["resnet10"] = "ce ride ride_teacher ride_distill ride_ea ride_batchformer"
-    rows["resnet50"] = rows["resnext50"] = rows["resnet10"] + " sade crt lws tau_norm"
-    rows |= {"resnet152": "ce sade", "clip_vit_b16": "ride sade batchformer", "tiny_clip": "ride sade batchformer"}
+    rows["resnet50"] = rows["resnext50"] = rows["resnet10"] + " sade dirmixe crt lws tau_norm mixup h2t"
+    rows |= {"resnet152": "ce sade mixup h2t", "clip_vit_b16": "ride sade dirmixe batchformer h2t"}
+    rows["tiny_clip"] = rows["clip_vit_b16"]
     expected = {f"{net}_{kind}" for net, kinds in rows.items() for kind in kinds.split()}
     assert expected <= names("model").keys()
     assert expected == {model for _, model in EXPERTS}
@@ -153,11 +183,11 @@ def test_inaturalist_has_statistics_of_its_own() -> None:
         assert check(cfg).mean.flatten()[2].item() == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("kind", ["ride", "sade", "batchformer"])
+@pytest.mark.parametrize("kind", ["ride", "sade", "dirmixe", "batchformer"])
 def test_experts_on_clip_train_on_the_digits(kind: str, config: Config, tmp_path: Path) -> None:
     """Two steps: every option of the small config is used, test distributions and adaptation included."""
     words = ("max_steps", 2, "max_test_images", 40, "output_dir", str(tmp_path / "run"))
     found = json.loads((run(config("digits_lt", f"tiny_clip_{kind}", *words)) / "metrics.json").read_text())
     assert found["test"]["accuracy"] > 30 and found["train"]["steps"] == 2
     assert {"forward50", "uniform", "backward50"} <= found["distributions"].keys()
-    assert all(("sade" in each) == (kind == "sade") for each in found["distributions"].values())
+    assert all(("sade" in each) == (kind in ("sade", "dirmixe")) for each in found["distributions"].values())

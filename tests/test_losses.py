@@ -1,6 +1,7 @@
 """Losses: LIFT's fixture (§13.3), that sums do not depend on how a batch is cut, deferred re-weighting."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from yacs.config import CfgNode
 
 from configs import config_hash
 from configs.errors import UserError
+from configs.seeding import generator
 from datasets import build_data
 from datasets.bundle import eval_loader
 from models import build_model
@@ -36,7 +38,7 @@ Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([500, 200, 50, 20, 5])
 FIXTURE = {
     **{"CE": 4.525486, "Focal": 4.290299, "LDAM": 11.125924, "CB": 5.361949, "GRW": 5.362905},
-    **{"BS": 5.184051, "LA": 5.184051, "LADE": 5.539836},
+    **{"BS": 5.184051, "LA": 5.184051, "LADE": 5.539836, "LAS": 4.429644, "GCL": 4.656044},
 }
 CB_WEIGHTS = [0.0369768, 0.0910735, 0.3615757, 0.9025912, 3.6077828]
 GRW_WEIGHTS = [0.0361011, 0.0902527, 0.3610108, 0.9025270, 3.6101081]
@@ -69,6 +71,32 @@ def test_values_are_those_of_the_original(name: str, dtype: torch.dtype) -> None
 
 def test_ldam_at_the_papers_scale() -> None:
     assert float(mean("LDAM", *fixture(), prior(scale=30.0))) == pytest.approx(12.499870, abs=1e-5)
+
+
+def test_smoothing_follows_the_counts() -> None:
+    """ε of the specification's fixture, from the loss of logits of which one stands out."""
+    counts = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
+    wanted = [0.3, 0.241412, 0.157844, 0.096049, 0.056308, 0.032021, 0.017317, 0.008472, 0.003142, 0]
+    logits, labels = 100.0 * torch.eye(10).double(), torch.arange(10)
+    given = Prior(log_prior(counts), counts)
+    each = [LOSSES["LAS"](logits[k : k + 1], labels[k : k + 1], torch.ones(1), given)[0] for k in range(10)]
+    assert (torch.stack(each) / 90).tolist() == pytest.approx(wanted, abs=1e-6)  # the mean of −log p is 90
+    flat = LOSSES["LAS"](logits, labels, torch.ones(10), prior(counts=torch.full((10,), 7))._replace(smooth_tail=0.1))
+    assert float(flat[0]) == pytest.approx(10 * 0.1 * 90), "of classes that are equally frequent all are the rarest"
+
+
+def test_noise_of_gcl_is_of_rare_classes_and_new_every_time() -> None:
+    logits = torch.zeros(4000, 5).double()
+
+    def loss(label: int, seed: int, scale: float = 30.0) -> float:
+        given = prior(scale=scale)._replace(draws=lambda purpose: generator(purpose, seed))
+        return float(LOSSES["GCL"](logits, torch.full((4000,), label), torch.ones(4000), given)[0]) / 4000
+
+    assert loss(4, 0) != loss(4, 1) and loss(4, 0) == loss(4, 0)
+    assert loss(4, 0, scale=0.0) == pytest.approx(math.log(5)), "without noise"
+    lowered = [loss(label, 0) - loss(0, 0) for label in range(5)]  # 30 · ½ · E|ε| · m_c, E|ε| = √(2/π)/3 but for ±1
+    wanted = [15 * 0.2653 * math.log(500 / int(n)) / math.log(100) for n in COUNTS]
+    assert lowered == pytest.approx(wanted, abs=0.05)
 
 
 def test_ldam_lowers_the_true_classs_logit_by_its_margin() -> None:
@@ -155,8 +183,9 @@ def test_a_left_out_sample_contributes_nothing(name: str, value: float) -> None:
     broken.requires_grad_(True)
     loss_sum, weight = LOSSES[name](broken, labels, weights, prior())
     assert (loss_sum.detach(), weight) == LOSSES[name](logits, labels, weights, prior())
-    without = LOSSES[name](logits[kept], labels[kept], weights[kept], prior())
-    assert torch.allclose(torch.stack(without), torch.stack([loss_sum, weight]), rtol=1e-6)
+    if name != "GCL":  # alone, the others would have other noise
+        without = LOSSES[name](logits[kept], labels[kept], weights[kept], prior())
+        assert torch.allclose(torch.stack(without), torch.stack([loss_sum, weight]), rtol=1e-6)
     loss_sum.backward()
     assert broken.grad is not None and not broken.grad[3].any() and broken.grad[kept].isfinite().all()
 

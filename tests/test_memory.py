@@ -80,7 +80,7 @@ def saved(method: Method, resolution: int, count: int) -> int:
     keeps = SavedBytes(method)
     with torch.device("meta"):
         batch: dict[str, Any] = {name: torch.empty(count, dtype=torch.int64) for name in ("label", "index")}
-        batch["image"] = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
+        batch["image"] = batch["partner"] = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
         batch["weight"] = torch.empty(count)
         with keeps:
             step = method(batch)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.metrics import calibration_error, evaluate
+from trainers.metrics import calibration, calibration_error, evaluate
 
 GROUPS = {"many": torch.tensor([0, 1]), "med": torch.tensor([2, 3]), "few": torch.tensor([4])}
 
@@ -41,6 +41,18 @@ def test_calibration_error_of_certain_predictions() -> None:
     correct = torch.tensor([True, True, True, False, False])
     assert calibration_error(confidence, correct) == pytest.approx(abs(3 - 3.9) / 5)
     assert calibration_error(torch.ones(4), torch.ones(4, dtype=torch.bool)) == 0.0
+
+
+def test_the_reliability_diagram_is_that_of_the_original() -> None:
+    """H2T specification H6: 15 bins (a, b]."""
+    i = torch.arange(200)
+    found = calibration((37 * i % 100 + 0.5).double() / 100, i % 3 != 0)
+    assert found["bins"] == 15 and found["counts"] == [14, 12, 14] * 5
+    assert found["ece"] == pytest.approx(30.1) and found["mce"] == pytest.approx(67.92857)
+    assert sum(n * a for n, a in zip(found["counts"], found["accuracy"], strict=True)) == pytest.approx(100 * 133)
+    assert found["confidence"] == sorted(found["confidence"])
+    certain = calibration(torch.ones(4), torch.tensor([True, True, True, False]))
+    assert certain["ece"] == certain["mce"] == 25 and certain["accuracy"] == [None] * 14 + [75]
 
 
 def brute_force(logits: Tensor, labels: Tensor, groups: dict[str, Tensor]) -> dict[str, float | None]:
@@ -89,7 +101,7 @@ def test_random_logits_with_absent_classes(seed: int) -> None:
     logits = torch.randn(200, 7, generator=draw) + 2 * F.one_hot(labels, 7)
     groups = {"many": torch.tensor([0, 1, 3]), "med": torch.tensor([2, 4, 5]), "few": torch.tensor([6])}
     found, wanted = evaluate(logits, labels, groups), brute_force(logits, labels, groups)
-    assert found.keys() == {*wanted, "per_class_acc"}
+    assert found.keys() == {*wanted, "per_class_acc", "calibration"}
     assert wanted["few_acc"] is None
     for name, value in wanted.items():
         assert found[name] == (None if value is None else pytest.approx(value, rel=1e-5)), name

@@ -15,14 +15,25 @@ from trainers.dryrun import check
 from trainers.methods import declared
 
 TEXT = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
-ORIGINAL = {"RIDE": (20, "e779853e7b800719"), "SADE": (14, "d0e089eb3c09596c"), "BatchFormer": (9, "d3551fe92687382c")}
-"""Commands of the READMEs, without quotes, sorted (RIDE ab8be5c, SADE cba11b8, BatchFormer 305efaa): number, digest."""
+ORIGINAL = {
+    "RIDE": (20, "e779853e7b800719"),
+    "SADE": (14, "d0e089eb3c09596c"),
+    "BatchFormer": (9, "d3551fe92687382c"),
+    "DirMixE": (12, "2bbfbb659598cf57"),
+    "H2T": (4, "70e91b40acdc26a4"),
+}
+"""Commands of the READMEs, without quotes, sorted: number, digest. Commits: RIDE ab8be5c, SADE cba11b8, BatchFormer
+305efaa, DirMixE 2b67827, H2T 3dafa70."""
 PARAMETERS = {
     "-d imagenet_lt -m resnext50_ride": 42_889_024,
     "-d imagenet_lt -m resnet10_ride": 9_401_792,
     "-d cifar100_ir100 -m resnet32_sade": 783_856,
     "-d inat2018 -m resnet50_sade": 76_587_584,
     "-d places_lt -m resnet152_sade": 171_543_616,
+    "-d cifar10_ir100 -m resnet32_dirmixe": 770_896,
+    "-d cifar100_ir100 -m resnet32_dirmixe": 783_856,
+    "-d imagenet_lt -m resnext50_dirmixe": 42_889_024,
+    "-d inat2018 -m resnet50_dirmixe": 76_587_584,
 }
 Key = tuple[object, ...]
 BUILT: dict[Key, int] = {}

@@ -44,6 +44,7 @@ from trainers.checkpoint import States
 from trainers.head import prepare_head
 from trainers.launch import make_accelerator
 from trainers.methods import METHODS, Method, build_method, declared
+from trainers.methods.h2t import H2T
 from trainers.optim import Plan, build_optimizer, set_lr
 from trainers.run import run
 
@@ -85,6 +86,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         lines = [f"{label}/{i}.png {label}\n" for label, count in enumerate(counts) for i in range(count)]
         (folder / f"{name}.txt").write_text("".join(lines))
+    (folder / "reversed.txt").write_text("".join(reversed((folder / "test.txt").read_text().splitlines(True))))
     (folder / "lists.yaml").write_text(LISTS)
     (folder / "names.txt").write_text("cat\ndog\n")
     for number in (1, 2):
@@ -182,6 +184,12 @@ def shifts(cfg: CfgNode) -> Any:
     data = build_data(cfg)
     found = build_shifts(cfg, data.info, data.test.labels)
     return [(each.name, each.positions.tolist(), each.origin) for each in found]
+
+
+def drawn(cfg: CfgNode) -> Any:
+    """Drawn test sets, and what is learnt from."""
+    data = build_data(cfg)
+    return [(each.positions.tolist(), each.learn is not None and each.learn.tolist()) for each in data.shifts]
 
 
 # --- what can be seen of a model -----------------------------------------------------------------------------------
@@ -326,19 +334,19 @@ def trained(cfg: CfgNode) -> Any:
     )
 
 
-def batches(function: str, entry: str | None = None) -> Callable[[CfgNode], Any]:
+def batches(function: str, entry: str | None = None, kind: type[Method] = Method) -> Callable[[CfgNode], Any]:
     """Sizes of the batches that a method is given during a run, or one entry of them."""
 
     def see(cfg: CfgNode) -> Any:
         found: list[Any] = []
-        original = getattr(Method, function)
+        original = getattr(kind, function)
 
         def recorded(self: Method, batch: Any) -> Any:
             size = len(batch["label"] if isinstance(batch, dict) else batch)
             found.append(batch[entry].tolist() if entry else size)
             return original(self, batch)
 
-        with mock.patch.object(Method, function, recorded):
+        with mock.patch.object(kind, function, recorded):
             ran(cfg)
         return found
 
@@ -411,9 +419,23 @@ def another_runs(cfg: CfgNode) -> Any:
     return found["row_max"]
 
 
+def ensemble_logits(cfg: CfgNode) -> Any:
+    """Logits of an evaluation of a finished run, beside which there are others."""
+    for number in range(3):
+        ran(configure(cfg.data, cfg.model, *ONE, "output_dir", f"run{number}", "lr", number + 0.1))
+    found = load_file(ran(cfg) / "tests" / cfg.test_key / "logits.safetensors")
+    return found["logits"].float() + found["row_max"].unsqueeze(-1)
+
+
 def weights_path(cfg: CfgNode) -> Any:
     """Weights that experts of random heads get on the test set as it is."""
     return result(cfg)["distributions"]["test"]["sade"]["path"]
+
+
+def aimed(cfg: CfgNode) -> Any:
+    """The test set as it is, predicted for a target."""
+    found = result(cfg)["distributions"]["test"]["target_prior"]
+    return [found["prior"], found["temperature"]]
 
 
 def exported(cfg: CfgNode) -> Any:
@@ -425,7 +447,10 @@ def exported(cfg: CfgNode) -> Any:
 ADAPTED: Words = (*SHORT, "num_experts", 2, "adapt", "sade")
 LISTED: dict[str, Any] = {"data": "lists.yaml"}
 SHIFTED: Words = ("test_dists", "forward2")
+DRAWN: Words = ("test_dists", "dirichlet")
 STEPPED: Words = ("schedule", "multistep")
+FUSED: Words = (*ONE, "method", "h2t", "h2t.shift_bn", False, "after", "tiny_clip")
+OF_RUN: Words = (*ONE, "output_dir", "run0", "test_only", True)
 EXPERTS: Words = ("backbone", "ResNet-20", "init_head", "none", "full_tuning", True, "num_experts", 2)
 PROBES: dict[str, Probe] = {
     "dataset": Probe("Fake", "Digits", names),
@@ -488,8 +513,11 @@ PROBES: dict[str, Probe] = {
     "warmup_epochs": Probe(0, 2, two_updates),
     "lr_factors": Probe("none", "{head: 0.1}", two_updates),
     "sampler": Probe("shuffle", "balanced", batches("forward", "index"), ONE),
+    "pair_sampler": Probe("shuffle", "balanced", batches("forward", "partner", H2T), FUSED),
     "loss_type": Probe("LA", "CE", loss),
     "tau": Probe(1, 0.5, loss),
+    "smooth_head": Probe(0.3, 0.1, loss, ("loss_type", "LAS")),
+    "smooth_tail": Probe(0.0, 0.1, loss, ("loss_type", "LAS")),
     "drw_epoch": Probe("none", 0, loss),
     "tte": Probe(False, True, own_logits, SHORT),
     "tte_mode": Probe("fivecrop", "tencrop", own_logits, (*SHORT, "tte", True)),
@@ -516,6 +544,17 @@ PROBES: dict[str, Probe] = {
     "shift_factors": Probe("none", "{forward2: 0.3}", shifts, SHIFTED),
     "shift_files": Probe("none", "some_{name}.txt", shifts, SHIFTED, **LISTED),
     "shift_seed": Probe(0, 1, shifts, SHIFTED),
+    "dirichlet_trials": Probe(3, 2, drawn, DRAWN),
+    "dirichlet_ratio": Probe(100, 2, drawn, DRAWN),
+    "dirichlet_concentration": Probe("none", 1000, drawn, DRAWN),
+    "dirichlet_least": Probe(1, 2, drawn, DRAWN),
+    "dirichlet_list": Probe("none", "reversed.txt", drawn, (*DRAWN, "on_bad_image", "skip"), **LISTED),
+    "dirichlet_learn": Probe("independent", "equal", drawn, DRAWN),
+    "target_prior": Probe("uniform", "estimate", aimed, SHORT),
+    "calibrate": Probe(True, False, aimed, (*SHORT, "target_prior", "uniform", "val_per_class", 2)),
+    "ensemble": Probe("none", "wise", ensemble_logits, OF_RUN),
+    "ensemble_alpha": Probe(0.5, 0.2, ensemble_logits, (*OF_RUN, "ensemble", "logits")),
+    "ensemble_runs": Probe("run1", "run1,run2", ensemble_logits, (*OF_RUN, "ensemble", "soup")),
     "test_only": Probe(False, True, evaluations, ONE),
     "model_dir": Probe("output/run1", "output/run2", another_runs, (*ONE, "test_only", True)),
     "export": Probe("lift", "merged", exported, SHORT),

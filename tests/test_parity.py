@@ -16,7 +16,7 @@ PARITY = json.loads((Path(__file__).parent.parent / "docs" / "parity.json").read
 CASES: list[dict[str, Any]] = PARITY["cases"]
 FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps")
 TOLERANCES = {**dict.fromkeys((*FIGURES, "value"), 1e-4), "float64": 1e-5}
-NOT_OF_LIFT: dict[str, set[str]] = {"tuner": set(), "head": set(), "loss": set()}
+NOT_OF_LIFT: dict[str, set[str]] = {"tuner": set(), "head": set(), "loss": {"LAS", "GCL"}}
 """Entries of ours that the original has not."""
 DRAWN = {"1_shot", "10_shot", "100_shot"}
 """`class_mean` of images that each side draws with its own random generator."""
@@ -104,3 +104,36 @@ def test_all_methods_of_experts_are_compared() -> None:
 def test_the_experts_part_says_how_to_check_it_again() -> None:
     assert {len(each["commit"]) for each in EXPERTS["originals"].values()} == {40}
     assert EXPERTS["tolerance"] == 1e-8 and EXPERTS["patches"] and EXPERTS["procedure"] and EXPERTS["ours"]
+
+
+# --- DirMixE: benchmarks/parity_dirmixe.py ---------------------------------------------------------------------------
+
+DIRMIXE = PARITY["dirmixe"]
+DATA = ("cifar10_ir100", "cifar100_ir100", "imagenet_lt", "inat2018")
+COMPARED: dict[str, set[str]] = {
+    "pool": {"value"},
+    "pool of classes without ties": {"value"},
+    "epochs with semi-variance": {"value"},
+    "Dirichlet test sets": {"value"},
+    **{f"loss of logits, {when}": {"loss", "gradients"} for when in ("warm", "final")},
+    **{f"DirMixE, {when}": set(TRAINED) for when in ("warm", "final")},
+}
+"""Name of a case → its figures; of learning rates `rates`."""
+
+
+@pytest.mark.parametrize("case", DIRMIXE["cases"], ids=lambda case: f"{case['data']}-{case['name']}")
+def test_dirmixe_agrees(case: dict[str, Any]) -> None:
+    wanted = COMPARED.get(case["name"], {"rates"})
+    assert all(0 <= case[name] <= 1e-8 for name in wanted)
+    assert all(case[name] is None for name in (*TRAINED, "value") if name not in wanted)
+    assert "value" not in wanted or case["value"] == 0, "what is drawn is the same, not only near"
+
+
+def test_all_of_dirmixe_is_compared() -> None:
+    found = {(case["data"], case["name"]) for case in DIRMIXE["cases"]}
+    everywhere = [name for name in COMPARED if name.startswith(("Dirichlet", "loss", "DirMixE"))]
+    assert {(data, name) for data in DATA for name in everywhere} <= found
+    assert {("cifar10_ir100", "pool"), ("cifar100_ir100", "pool")} <= found
+    assert {name for _, name in found} - set(COMPARED) == {f"learning rates of {n} epochs" for n in (200, 180, 100)}
+    assert len(DIRMIXE["originals"]["dirmixe"]["commit"]) == 40 and DIRMIXE["tolerance"] == 1e-8
+    assert DIRMIXE["patches"] and DIRMIXE["procedure"] and DIRMIXE["ours"]

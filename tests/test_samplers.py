@@ -1,11 +1,17 @@
 """The order of training images and its partition into steps, ranks and micro-batches."""
 
 from collections import Counter
+from itertools import islice, product
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from datasets.samplers import SAMPLERS, Order, StepSampler, balanced, shuffle
+from datasets.bundle import View, train_loader
+from datasets.samplers import SAMPLERS, Order, StepSampler, balanced, reverse, shuffle
+from datasets.sources import ArraySource, BadImage
+from datasets.transforms import train_transform
 
 LAYOUTS = [(100, 32, 8), (97, 32, 32), (5, 8, 3), (33, 8, 1), (8, 8, 8), (1, 4, 4)]
 
@@ -142,3 +148,80 @@ def test_no_sampler_depends_on_the_world_or_on_resuming(order: Order) -> None:
     (resumed,) = ranks(97, 32, 8, 1, order=order)
     resumed.set_position(2, 2)
     assert list(resumed) == list(alone)[sum(map(alone.counts, range(2))) :]
+
+
+# --- pairs --------------------------------------------------------------------------------------------------------
+
+
+def paired(micro: int, world: int = 1, seed: int = 0, labels: torch.Tensor | None = None) -> list[StepSampler]:
+    """Classes drawn equally often, and beside them every image once."""
+    labels = torch.arange(97) % 3 if labels is None else labels
+    return [StepSampler(labels, 32, micro, seed, rank, world, balanced, shuffle) for rank in range(world)]
+
+
+def keys(sampler: StepSampler, epoch: int = 1) -> list[tuple[int, ...]]:
+    sampler.set_position(epoch, 0)
+    return [key for each in sampler for key in each]
+
+
+def test_pairs_are_a_function_of_seed_and_epoch() -> None:
+    """Index, epoch and number of the first, index and number of the second: an order of its own, each image once."""
+    (sampler,) = paired(8)
+    found = keys(sampler)
+    assert found == keys(paired(8)[0]) and found != keys(paired(8, seed=1)[0]) and found != keys(sampler, epoch=2)
+    alone = StepSampler(torch.arange(97) % 3, 32, 8, 0, order=balanced)
+    assert [key[:3] for key in found] == keys(alone), "the first images are those without a second"
+    assert sorted(index for *_, index, _ in found) == list(range(97))
+    assert all(number == -1 for *_, number in found), "never the augmentation of a first image"
+    assert len({(key[0], key[3]) for key in found}) > 90
+    twin = StepSampler(torch.arange(97) % 3, 32, 8, 0, order=shuffle, pair=shuffle)
+    assert all(sum(key[0] == key[3] for key in keys(twin, epoch)) < 8 for epoch in range(3)), "two orders, not one"
+
+
+def test_pairs_do_not_depend_on_ranks_and_micro_batches() -> None:
+    whole = keys(paired(32)[0])
+    assert keys(paired(5)[0]) == whole
+    joined, ranked = [], paired(8, world=3)
+    for step, each in product(range(ranked[0].steps), ranked):
+        each.set_position(1, step)
+        micro_batches = islice(each, 0 if each.is_padding(step) else each.counts(step))
+        joined += [key for micro in micro_batches for key in micro]
+    assert joined == whole
+
+
+def test_reverse_draws_a_class_by_its_rarity() -> None:
+    """9000, 900 and 100 images: p ∝ 1/n. Of a class its images come in turn."""
+    labels = torch.tensor([0] * 9000 + [2] * 900 + [3] * 100)
+    order = reverse(labels, 0, 0)
+    shares = labels[order].bincount(minlength=4) / 10_000
+    rarity = torch.tensor([1 / 9000, 0, 1 / 900, 1 / 100])
+    assert torch.allclose(shares, rarity / rarity.sum(), atol=0.01)
+    rare = [i for i in order.tolist() if i >= 9900]
+    rounds = [rare[i : i + 100] for i in range(0, len(rare) - 99, 100)]
+    assert all(sorted(each) == list(range(9900, 10_000)) for each in rounds)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_both_images_of_a_pair_are_augmented_for_themselves(workers: int) -> None:
+    """The one with itself is two views; weight 0 if either is bad; the label is the first one's."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(12)]
+
+    class Source(ArraySource):
+        def load(self, position: int) -> Image.Image:
+            if position == 5:
+                raise BadImage("broken")
+            return super().load(position)
+
+    source = Source(images, np.arange(12) % 3, "test")
+    view = View(source, np.arange(12), train_transform("cifar_crop", 32, "bilinear"), skip_bad=True)
+    alone, pair = view[(2, 1, 0)], view[(2, 1, 0, 7, -1)]
+    assert torch.equal(pair["image"], alone["image"]) and torch.equal(pair["partner"], view[(7, 1, -1)]["image"])
+    assert not torch.equal(view[(2, 1, 0, 2, -1)]["partner"], alone["image"])
+    assert pair["label"] == 2 and [view[(a, 1, 0, b, -1)]["weight"] for a, b in ((2, 5), (5, 2), (2, 7))] == [0, 0, 1]
+    sampler = StepSampler(view.labels, 8, 4, 0, order=balanced, pair=shuffle)
+    batches = list(train_loader(view, sampler, workers))
+    assert all(each["partner"].shape == each["image"].shape == (4, 3, 32, 32) for each in batches)
+    keys = [key for each in sampler for key in each]
+    for sample, key in zip((s for each in batches for s in each["partner"]), keys, strict=True):
+        assert torch.equal(sample, view[(key[3], key[1], key[4])]["image"])

@@ -80,12 +80,16 @@ class Learner:
         plain: logits of the images as they are.
         positions: of the test set's images in the split, [n].
         recipe: how to learn.
+        learn: positions of the images that the weights are learnt from, [l]; None: the test set's own.
     """
 
-    def __init__(self, name: str, plain: Logits, positions: Tensor, recipe: Recipe) -> None:
+    def __init__(
+        self, name: str, plain: Logits, positions: Tensor, recipe: Recipe, learn: Tensor | None = None
+    ) -> None:
         self.name, self.plain, self.recipe = name, plain, recipe
         self.positions = plain.index[rows_of(plain, positions)]  # without images that could not be read
-        self.epoch, self.epochs = 0, recipe.epochs
+        self.learns = self.positions if learn is None else plain.index[rows_of(plain, learn)]
+        self.epoch, self.epochs = 0, recipe.epochs if len(self.learns) else 0
         experts = plain.logits.shape[1]
         self.w = torch.full((experts,), 1 / experts, dtype=plain.logits.dtype, requires_grad=True)
         self.optimizer = torch.optim.SGD(
@@ -123,13 +127,13 @@ class Learner:
             if len(rows):  # none, where images have become unreadable since the plain pass
                 similarity += len(batch) * self.step(views.logits.index_select(0, rows))
             self.after_step(batch, number, len(batches))
-        self.similarity.append(float(similarity) / len(self.positions))
+        self.similarity.append(float(similarity) / len(self.learns))
         self.epoch += 1
 
     def batches(self) -> Sequence[Tensor]:
         """Positions of the images of each step; the last batch may be smaller."""
         draws = generator(self.recipe.seed, "adapt", self.name, self.epoch)
-        return self.positions[torch.randperm(len(self.positions), generator=draws)].split(self.recipe.batch_size)
+        return self.learns[torch.randperm(len(self.learns), generator=draws)].split(self.recipe.batch_size)
 
     def step(self, views: Tensor) -> Tensor:
         """Minimise −S − factor · H by one step on views [B, 2, E, C]; returns S."""
@@ -155,16 +159,20 @@ class Learner:
 
     def facts(self) -> dict[str, Any]:
         """For metrics.json."""
-        return {"weights": self.weights.tolist(), "path": self.path, "similarity": self.similarity}
+        learnt = {"weights": self.weights.tolist(), "path": self.path, "similarity": self.similarity}
+        return {**learnt, "learnt_from": len(self.learns)}
 
 
 class StreamLearner(Learner):
     """Weights while the test images come in, each of them seen once: SADE's online version.
 
-    A batch is predicted right after the step on its views, and that prediction counts.
+    A batch is predicted right after the step on its views, and that prediction counts; so it learns from the test set
+    itself, whatever images are set apart to learn from.
     """
 
-    def __init__(self, name: str, plain: Logits, positions: Tensor, recipe: Recipe) -> None:
+    def __init__(
+        self, name: str, plain: Logits, positions: Tensor, recipe: Recipe, learn: Tensor | None = None
+    ) -> None:
         super().__init__(name, plain, positions, recipe)
         self.epochs = 1
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -218,7 +226,9 @@ def adapt(
     Returns:
         Name → weights that are learnt; nothing on the other processes.
     """
-    learners = {} if plain is None else {each.name: kind(each.name, plain, each.positions, recipe) for each in shifts}
+    learners: dict[str, Learner] = {}
+    if plain is not None:
+        learners = {each.name: kind(each.name, plain, each.positions, recipe, each.learn) for each in shifts}
     number = 0
     while on_main(accelerator, lambda: any(each.running for each in learners.values())):
         _one_pass(learners, passes(number))

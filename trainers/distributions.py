@@ -1,16 +1,19 @@
 """A test set of any class frequencies, from the logits of the one pass over the balanced test set."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import Tensor
 
 from datasets.bundle import Shift
+from datasets.dirichlet import component
 from trainers.evaluator import Logits, rows_of
 from trainers.methods.base import combine
-from trainers.metrics import evaluate
+from trainers.metrics import GROUPS, evaluate
 
 Results = dict[str, dict[str, Any]]
+SUMMARISED = ("accuracy", "mean_acc", *GROUPS)
 
 
 def plain_results(found: Logits, shifts: Sequence[Shift], groups: Mapping[str, Tensor]) -> Results:
@@ -31,6 +34,44 @@ def plain_results(found: Logits, shifts: Sequence[Shift], groups: Mapping[str, T
             "expected_accuracy": expected_accuracy(classes, shift.counts.tolist()),
         }
     return results
+
+
+def dirichlet_summary(results: Results) -> dict[str, Any]:
+    """Mean and deviation over the drawn test sets of each component and over all, as `dirichlet` of metrics.json.
+
+    The original leaves these to its reader; the deviation here is the sample's (n − 1).
+
+    Args:
+        results: of all distributions.
+
+    Returns:
+        Component or `all` → `draws`, and for each way of predicting (`plain`, entry of ADAPTS, `target_prior`):
+        metric → {mean, std}, null where a draw has no value, std with one draw; nothing without drawn test sets.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, each in results.items():
+        if found := component(name):
+            groups.setdefault(found, []).append(each)
+    if groups:
+        groups["all"] = [each for group in groups.values() for each in group]
+    return {name: {"draws": len(group), **_spread(group)} for name, group in groups.items()}
+
+
+def _spread(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    ways = [way for way, found in group[0].items() if isinstance(found, dict) and "accuracy" in found]
+    ways = [way for way in ways if all(way in each for each in group)]
+    spread = {}
+    for way in ways:
+        draws = {name: [each[way][name] for each in group] for name in SUMMARISED}
+        spread[way] = {name: _mean_and_std(values) for name, values in draws.items()}
+    return spread
+
+
+def _mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [each for each in values if each is not None]
+    if len(known) < len(values):
+        return {"mean": None, "std": None}
+    return {"mean": fmean(known), "std": stdev(known) if len(known) > 1 else None}
 
 
 def expected_accuracy(classes: Sequence[float | None], counts: Sequence[int]) -> float | None:

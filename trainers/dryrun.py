@@ -13,10 +13,12 @@ from datasets import build_info
 from models import Classifier, build_model, resolve, sizes_of
 from models.experts import heads_of
 from trainers.adapt import check_adapt
+from trainers.ensembles import check_ensemble
 from trainers.exchange import EXPORTS
 from trainers.launch import world_size
 from trainers.methods import Method, build_method
 from trainers.optim import Plan, check_factors, micro_batch_size
+from trainers.priors import check_target
 from trainers.trained import subject_of
 from trainers.usage import GIGA, flops_by_experts
 
@@ -91,6 +93,8 @@ def outline(cfg: CfgNode) -> Method:
         method = build_method(cfg, model, info)
     check_factors(method.param_groups(), plan)
     check_adapt(cfg)
+    check_ensemble(cfg)
+    check_target(cfg, info)
     if cfg.export is not None:
         EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
     return method

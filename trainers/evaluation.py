@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,28 @@ from configs import CfgNode, values_of
 from configs.errors import UserError
 from configs.key import TEST
 from configs.schema import SCHEMA
-from datasets import DataBundle, View, build_info
+from datasets import DataBundle, DataInfo, View, build_info
 from datasets.bundle import Shift
 from datasets.shifts import build_shifts
 from trainers import test_time
 from trainers.adapt import ADAPTS, Recipe, adapt, check_adapt
-from trainers.distributions import Results, plain_results
+from trainers.distributions import Results, dirichlet_summary, plain_results
 from trainers.dryrun import check
-from trainers.evaluator import Logits, infer, save_logits, stored_logits
+from trainers.ensembles import check_ensemble
+from trainers.evaluator import LOGITS, VAL_LOGITS, Logits, infer, save_logits, stored_logits
 from trainers.files import read_json, write_json
 from trainers.folder import RunFolder
 from trainers.methods import METHODS, Method
 from trainers.methods.base import combine
 from trainers.metrics import evaluate
-from trainers.optim import PRECISIONS, cast_trainable
+from trainers.priors import add_target_results, needs_val, trained_outline
 from trainers.progress import write_test_scalars
 from trainers.report import circumstances, read_result, table
 from trainers.usage import is_finite, usage_report
 
 log = logging.getLogger("tailtune")
 
-OUTCOMES = ("test", "val", "distributions", "evaluation")
+OUTCOMES = ("test", "val", "distributions", "dirichlet", "evaluation")
 """Entries of metrics.json that are of one evaluation."""
 
 
@@ -50,6 +51,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_adapt(self.cfg)
+        check_ensemble(self.cfg)
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""
@@ -59,26 +61,31 @@ class Evaluation:
 
     def from_stored_logits(self) -> bool:
         """Answer from logits that an earlier evaluation saved, if they are enough; needs neither model nor images."""
-        found = None if self._adapts else self._stored()
-        if found is None or (found.bad_images and self.cfg.test_dists):  # then the labels of all images are needed
+        found, val = None if self._adapts else self._stored(), self._stored(VAL_LOGITS)
+        shifted = self.cfg.test_dists or self.cfg.target_prior
+        if found is None or (found.bad_images and shifted):  # then the labels of all images are needed
+            return False
+        if val is None and needs_val(self.cfg) and "val" in read_json(self.folder.metrics):  # saved by older versions
             return False
         if self.accelerator.is_main_process:
             info = build_info(self.cfg)
             shifts = self._asked(build_shifts(self.cfg, info, found.labels))
-            self._finish(self.trained_result(), found, None, info.groups, plain_results(found, shifts, info.groups))
+            measured = plain_results(found, shifts, info.groups)
+            self._aim(found, val, shifts, info, measured)
+            self._finish(self.trained_result(), found, val, info.groups, measured)
         return True
 
     @property
     def _adapts(self) -> bool:
         return self.cfg.adapt is not None and not self.cfg.test_train
 
-    def _stored(self) -> Logits | None:
+    def _stored(self, name: str = LOGITS) -> Logits | None:
         """What an earlier evaluation in this run's folder saved and this one would compute again."""
         if self.folder.source != self.folder.path or not self.folder.finished():
             return None
-        found = stored_logits(self.folder.path, self._key())
-        if found is None:
-            return None
+        found = stored_logits(self.folder.path, self._key(), name)
+        if found is None or name != LOGITS:
+            return found and found[1]
         log.info("using the logits of %s", found[0])
         self.note(f"from the logits of {found[0]}")
         return found[1]
@@ -91,20 +98,21 @@ class Evaluation:
 
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
         """Run the method over the images; `result` is metrics.json so far."""
-        cfg, precision = self.cfg, PRECISIONS[self.cfg.test_prec]
-        method.eval()
-        method.model.set_precision(precision.compute)
-        cast_trainable(method, precision.trainable)
-        method.model.head.to(precision.trainable)
+        cfg = self.cfg
+        test_time.prepare(method, cfg.test_prec)
         shifts = self._asked(data.shifts)
-        found, val = self._stored(), None
+        found, val = self._stored(), self._stored(VAL_LOGITS)
+        wants_val = found is None or needs_val(cfg)
         if found is None:
             found = self._infer(method, data.train_as_test if cfg.test_train else data.test)
-            val = self._infer(method, data.val) if data.val is not None and not cfg.test_train else None
+        if val is None and data.val is not None and not cfg.test_train and wants_val:
+            val = self._infer(method, data.val)
         found = found if self.accelerator.is_main_process else None  # stored ones are read by all
         measured = {} if found is None else plain_results(found, shifts, data.info.groups)
         if self._adapts:
             self._adapt(method, data, found, shifts, measured)
+        if found is not None:
+            self._aim(found, val, shifts, data.info, measured)
         if found is not None:
             self._finish(result, found, val, data.info.groups, measured)
 
@@ -112,8 +120,9 @@ class Evaluation:
         """The label distributions of the test images, none where the training images are evaluated."""
         if not self.cfg.test_train:
             return shifts
-        if self.cfg.test_dists is not None or self.cfg.adapt is not None:
-            self.note("test_train: test_dists and adapt are of test images, and left out")
+        asked = [key for key in ("test_dists", "adapt", "target_prior") if self.cfg[key] is not None]
+        if asked:
+            self.note(f"test_train: {', '.join(asked)}: of test images, and left out")
         return ()
 
     def _adapt(
@@ -133,6 +142,20 @@ class Evaluation:
             metrics = evaluate(*learner.predictions(), data.info.groups)
             gain = metrics["accuracy"] - measured[name]["plain"]["accuracy"]
             measured[name][cfg.adapt] = {**metrics, "gain": gain, **learner.facts()}
+
+    def _aim(
+        self, found: Logits, val: Logits | None, shifts: Sequence[Shift], info: DataInfo, measured: Results
+    ) -> None:
+        """Add what `target_prior` makes of each distribution to `measured`."""
+        if self.cfg.target_prior is None or self.cfg.test_train:
+            return
+        home, facts = self.folder.source, self.folder.source / "checkpoint" / "facts.json"
+        own = self.folder.foreign is None and (home / "config.yaml").exists()
+        method = trained_outline(home, None if own else self.cfg)
+        if own and facts.exists():  # without the lists, the data's names may be placeholders
+            info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
+        for text in add_target_results(self.cfg, method, found, val, shifts, info, measured):
+            self.note(text, warn=True)
 
     def _infer(self, method: Method, view: View) -> Logits | None:
         """Logits on the first process."""
@@ -163,7 +186,9 @@ class Evaluation:
         distributions: Results,
     ) -> None:
         """Logits, metrics, metrics.json (last, because it says that the rest is there), the table."""
-        save_logits(self.target / "logits.safetensors", found, self._key())
+        save_logits(self.target / LOGITS, found, self._key())
+        if val is not None:
+            save_logits(self.target / VAL_LOGITS, val, self._key())
         notes = [*result.get("notes", []), *self.notes]
         about = {**values_of(self.cfg, TEST), "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
@@ -177,6 +202,8 @@ class Evaluation:
                 result[split] = {**metrics, "bad_images": each.bad_images}
         if distributions:
             result["distributions"] = distributions
+        if summary := dirichlet_summary(distributions):
+            result["dirichlet"] = summary
         if distributions or self.target == self.folder.path:
             write_test_scalars(self.target / "tensorboard", result["test"], distributions)
         write_json(self.target / "metrics.json", result)

@@ -77,6 +77,10 @@ def rows_of(found: Logits, positions: Tensor) -> Tensor:
     return rows[found.index[rows] == positions]
 
 
+LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
+"""Files of the test and of the validation images."""
+
+
 def save_logits(path: Path, found: Logits, key: dict[str, object]) -> None:
     """[N, E, C] as fp16 below the row maximum, which is kept in fp32; `key` says what they are logits of."""
     top = found.logits.amax(-1, keepdim=True)
@@ -89,9 +93,9 @@ def save_logits(path: Path, found: Logits, key: dict[str, object]) -> None:
     write_tensors(path, tensors, json.dumps({"key": key, "bad_images": found.bad_images}))
 
 
-def stored_logits(run_folder: Path, key: dict[str, object]) -> tuple[Path, Logits] | None:
-    """Logits that an earlier evaluation in this run's folder saved under the same key."""
-    for path in sorted(run_folder.glob("**/logits.safetensors")):
+def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) -> tuple[Path, Logits] | None:
+    """Logits that an earlier evaluation in this run's folder saved under the same key, in a file of that name."""
+    for path in sorted(run_folder.glob(f"**/{name}")):
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["about"])

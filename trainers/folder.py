@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from trainers.files import read_json, write_bytes
 from trainers.methods import declared
 
 OUTPUT = Path("output")
+FACTS = Path("checkpoint") / "facts.json"
 OWN_RUNTIME = ("data_dir", "root", "lists", "output_dir", "num_workers", "micro_batch_size")
 """Runtime keys worth writing down: a run can be told from them, and repeated elsewhere."""
 
 OWN_NAMES = (
     *("config.yaml", "metrics.json", "logits.safetensors", "checkpoint", "state", "tensorboard", "tests"),
-    *("export", "analysis"),
+    *("export", "analysis", "val_logits.safetensors"),
 )
 """What a run writes into its folder, besides the log and the lock. Nothing else there is ever removed."""
 OTHERS = ("stage1", ".lock", "log.txt", FILE)
@@ -50,6 +52,15 @@ class RunFolder:
         """A command that tests what LIFT has trained under the same name finds it here."""
         lift = self.cfg.test_only and not self.checkpoint.exists() and (self.path / FILE).is_file()
         return self.path, Foreign(self.path / FILE) if lift else None
+
+    @cached_property
+    def soup(self) -> tuple[Path, ...]:
+        """The runs that `ensemble_runs` names."""
+        found = [_existing(name, "ensemble_runs") for name in self.cfg.ensemble_runs or ()]
+        for _, foreign in found:
+            if foreign is not None:
+                raise UserError(f"ensemble_runs: {foreign.path} is of other people's code; name runs of our own")
+        return tuple(path for path, _ in found)
 
     @property
     def origin(self) -> str:
@@ -121,17 +132,17 @@ class RunFolder:
         return self.path
 
     def checkpoint_id(self) -> str | None:
-        """Digests of what was trained and of its base model; None if nothing was.
+        """Digests of what was trained and of its base model, also by `ensemble_runs`; None if nothing was.
 
         Other people's files do not say what they are of, so there it is the options that the file is read with.
         """
         if self.foreign is not None:
             return f"{self.foreign.digest}-{self.foreign.kind}-{config_hash(self.cfg)}"
-        facts = self.source / "checkpoint" / "facts.json"
-        if not facts.exists():
+        found = [self.source, *self.soup]
+        if not (self.source / FACTS).exists():
             return None
-        stored = read_json(facts)
-        return f"{str(stored.get('sha256'))[:16]}-{stored.get('base')}"
+        stored = [read_json(each / FACTS) for each in found]
+        return "+".join(f"{str(each.get('sha256'))[:16]}-{each.get('base')}" for each in stored)
 
     def finished(self) -> bool:
         return self.metrics.exists()
@@ -161,17 +172,17 @@ class RunFolder:
         return all(stored.get(key) == value for key, value in values_of(self.cfg, TEST).items())
 
 
-def _existing(model_dir: str) -> tuple[Path, Foreign | None]:
+def _existing(model_dir: str, key: str = "model_dir") -> tuple[Path, Foreign | None]:
     """The folder of a run by its path, or by its name below output/; or other people's file of a checkpoint."""
     for path in (Path(model_dir).expanduser(), OUTPUT / model_dir):
         if path.is_file():
             return path.parent, Foreign(path)
-        if (path / "checkpoint" / "facts.json").is_file():
+        if (path / FACTS).is_file():
             return path, None
         if (path / FILE).is_file():
             return path, Foreign(path / FILE)
     raise UserError(
-        f"model_dir {model_dir} holds no checkpoint/; name the folder of a finished run, a {FILE} of LIFT, or "
+        f"{key} {model_dir} holds no checkpoint/; name the folder of a finished run, a {FILE} of LIFT, or "
         "a checkpoint file of RIDE or SADE"
     )
 

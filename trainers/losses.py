@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.seeding import generator
+
+CLOUD = 0.5
+"""Of GCL: how far its noise moves a cosine at most, as its authors' code for CIFAR."""
+
 
 class Prior(NamedTuple):
     """What losses know of the training distribution, and their settings."""
@@ -21,7 +26,12 @@ class Prior(NamedTuple):
     tau: float = 1.0
     """Strength of logit adjustment."""
     scale: float = 25.0
-    """Factor of cosine logits, which LDAM's margins are multiplied with."""
+    """Factor of cosine logits, which LDAM's margins and GCL's noise are multiplied with."""
+    smooth_head: float = 0.3
+    smooth_tail: float = 0.0
+    """Share of a label that LAS spreads over all classes: of the most and the least frequent class."""
+    draws: Callable[[str], torch.Generator] = generator
+    """What for → a CPU generator for one draw."""
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Prior], tuple[Tensor, Tensor]]
@@ -76,6 +86,38 @@ def reweighted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) ->
     """Mean of CE weighted by w_y ∝ 1/π_y (generalised re-weighting of Zhang et al. 2021 with ρ = 1)."""
     of_class = 1 / prior.counts.to(logits.dtype)
     return cross_entropy(logits, labels, weights * (of_class / of_class.mean())[labels], prior)
+
+
+def label_aware_smoothed(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """(1 − ε_y) CE + ε_y · mean_c(−log softmax(z)_c), more smoothing of frequent classes (MisLAS, Zhong et al. 2021).
+
+    ε_c = ε_tail + (ε_head − ε_tail) sin(π/2 · (n_c − min n) / (max n − min n)), the concave one.
+    """
+    counts = prior.counts.double()
+    place = (counts - counts.min()) / (counts.max() - counts.min()).clamp_min(1)
+    smooth = prior.smooth_tail + (prior.smooth_head - prior.smooth_tail) * (place * math.pi / 2).sin()  # ε [C]
+    each = smooth.to(logits.dtype)[labels]
+    logs = present(logits, weights).log_softmax(1)
+    losses = F.nll_loss(logs, labels, reduction="none") * (1 - each) - each * logs.mean(1)
+    return (losses * weights).sum(), weights.sum()
+
+
+def gaussian_clouded(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """CE of s (cos_c − ½ |ε_c| m_c), m_c = (log max n − log n_c) / max_k of it (GCL, Li et al., CVPR 2022).
+
+    ε ~ N(0, 1/3²) within ±1, new for every logit; |ε| and the ½ are the authors' code's. The logits are scaled
+    already, so `scale` multiplies what is taken from them.
+    """
+    noise = torch.randn(logits.shape, generator=prior.draws("gcl"), device="cpu").div(3).abs().clamp(max=1)
+    moved = logits - noise.to(logits.device, logits.dtype, non_blocking=True) * _clouds(prior).to(logits.dtype)
+    return cross_entropy(moved, labels, weights, prior)
+
+
+def _clouds(prior: Prior) -> Tensor:
+    """What GCL takes from each class's logit at most, ½ s m_c [C] in fp64."""
+    logs = prior.counts.double().log()
+    gaps = logs.max() - logs
+    return prior.scale * CLOUD * gaps / gaps.max().clamp_min(1e-12)
 
 
 def lade(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
@@ -136,8 +178,30 @@ LOSSES: dict[str, Loss] = {
     "BS": balanced_softmax,
     "LA": logit_adjusted,
     "LADE": lade,
+    "LAS": label_aware_smoothed,
+    "GCL": gaussian_clouded,
 }
-BATCH_COUPLED: frozenset[str] = frozenset({"LADE"})
-"""Losses whose value depends on which samples share a micro-batch."""
+BATCH_COUPLED: frozenset[str] = frozenset({"LADE", "GCL"})
+"""Losses whose value depends on which samples share a micro-batch; of GCL which noise a sample gets."""
 ADJUSTED = (balanced_softmax, logit_adjusted, lade)
 """Losses that adjust the logits by the class frequencies."""
+
+
+def _as_drawn(drawn: Tensor, prior: Prior) -> Tensor:
+    return drawn
+
+
+ASSUMES: dict[Loss, Callable[[Tensor, Prior], Tensor]] = {
+    cross_entropy: _as_drawn,
+    focal: _as_drawn,  # nearly: its least is not at the posterior itself, but flatter
+    ldam: _as_drawn,  # nearly: a margin is of the sample's own class, which no prior can say; rare ones are larger
+    class_balanced: lambda drawn, prior: drawn + effective_weights(prior.counts).log(),
+    reweighted: lambda drawn, prior: drawn - prior.log_prior,
+    balanced_softmax: lambda drawn, prior: drawn - prior.log_prior,
+    logit_adjusted: lambda drawn, prior: drawn - prior.tau * prior.log_prior,
+    lade: lambda drawn, prior: drawn - prior.log_prior,  # nearly: its second term has a small say
+    label_aware_smoothed: _as_drawn,  # nearly: smoothing makes the predictions flatter
+    gaussian_clouded: lambda drawn, prior: drawn + (2 / math.pi) ** 0.5 / 3 * _clouds(prior),  # nearly: of mean noise
+}
+"""Loss → (log class frequencies of the samples as they are drawn and weighted [C], prior) → log class prior [C], up to
+a constant, of which softmax of the logits is the posterior at the loss's least."""

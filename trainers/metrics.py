@@ -41,6 +41,7 @@ def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Me
         "hmean_acc": float(1 / (1 / recall[present].clamp_min(FLOOR)).mean()),
         "gmean_acc": float((recall[present] / 100).log().mean().exp() * 100),
         "ece": 100 * calibration_error(logits.softmax(-1).amax(-1), predictions == labels),
+        "calibration": calibration(logits.softmax(-1).amax(-1), predictions == labels),
         "nll": float(F.cross_entropy(logits, labels)),
         "per_class_acc": [float(each) if there else None for each, there in zip(recall, present, strict=True)],
     }
@@ -56,11 +57,41 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 10) -> fl
         confidence: [N] in 0 … 1.
         correct: [N] bool.
     """
+    _, hits, confidences = _binned(confidence, correct, bins)
+    return float((hits - confidences).abs().sum()) / len(confidence)
+
+
+def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> Metrics:
+    """The reliability diagram of MisLAS and H2T, and its expected and largest gap; None for a bin without samples.
+
+    Args:
+        confidence, correct: as of `calibration_error`.
+    """
+    counts, hits, confidences = _binned(confidence, correct, bins)
+    gaps = 100 * (hits - confidences).abs()
+    there = counts > 0
+    return {
+        "bins": bins,
+        "ece": float(gaps.sum() / len(confidence)),
+        "mce": float((gaps[there] / counts[there]).max()),
+        "counts": [int(each) for each in counts],
+        "accuracy": _percent(hits, counts),
+        "confidence": _percent(confidences, counts),
+    }
+
+
+def _binned(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, sum of hits and sum of confidences of the samples in each of equal bins (a, b], fp64 [bins]."""
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
     index = (torch.bucketize(confidence.double(), edges) - 1).clamp(0, bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gaps.index_add_(0, index, correct.double() - confidence.double())
-    return float(gaps.abs().sum()) / len(confidence)
+    sums = torch.zeros(3, bins, dtype=torch.float64, device=confidence.device)
+    values = torch.stack([torch.ones_like(correct, dtype=torch.float64), correct.double(), confidence.double()])
+    counts, hits, confidences = sums.index_add_(1, index, values).unbind()
+    return counts, hits, confidences
+
+
+def _percent(sums: Tensor, counts: Tensor) -> list[float | None]:
+    return [float(100 * each / count) if count else None for each, count in zip(sums, counts, strict=True)]
 
 
 def _mean(values: Tensor, classes: Tensor, present: Tensor) -> float | None:

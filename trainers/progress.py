@@ -73,7 +73,7 @@ class Progress:
 
 
 def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dict[str, Any]) -> None:
-    """`test/<metric>`; `test/<distribution>/<metric>`, and `…/<adapt>/<metric>` of what was adapted to it.
+    """`test/<metric>`; `test/<distribution>/<metric>`, and `…/<name>/<metric>` of `adapt` and `target_prior`.
 
     Weights of experts are `…/<adapt>/weight_<expert>` over the points of their path.
     """
@@ -82,10 +82,10 @@ def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dic
         for name, results in distributions.items():
             _scalars(writer, f"test/{name}", {**results["plain"], "expected_accuracy": results["expected_accuracy"]})
             for adapt, found in results.items():
-                if not isinstance(found, dict) or "path" not in found:
+                if not isinstance(found, dict) or adapt == "plain":
                     continue
                 _scalars(writer, f"test/{name}/{adapt}", found)
-                for point, weights in enumerate(found["path"], start=1):
+                for point, weights in enumerate(found.get("path", []), start=1):
                     for expert, weight in enumerate(weights):
                         writer.add_scalar(f"test/{name}/{adapt}/weight_{expert}", weight, point)
 

@@ -112,17 +112,20 @@ def table(metrics: dict[str, Any]) -> str:
         lines.append(f"{title:<6}" + "".join(f"{number(v):>{width}}" for v in cells))
     if "experts_used" in metrics["test"]:
         lines.append(usage_line(metrics["test"]["experts_used"]))
-    return "\n".join([*lines, *distribution_lines(metrics.get("distributions", {}))])
+    lines += distribution_lines(metrics.get("distributions", {}))
+    return "\n".join([*lines, *dirichlet_lines(metrics.get("dirichlet", {}))])
 
 
 def distribution_lines(distributions: dict[str, Any]) -> list[str]:
-    """A table of the test distributions: by the mean of the experts, by adapted weights where there are some."""
+    """A table of the test distributions: by the mean of the experts, by adapted weights and for `target_prior`."""
     if not distributions:
         return []
     entries = ((key, value) for each in distributions.values() for key, value in each.items())
     adapts = sorted({key for key, value in entries if isinstance(value, dict) and "weights" in value})
     wide = max(max(map(len, distributions)), 12) + 1
     columns = ["all", "many", "medium", "few", "expected", *(text for name in adapts for text in (name, "gain"))]
+    aims = [each["target_prior"]["kind"] for each in distributions.values() if "target_prior" in each]
+    columns += [f"for {Path(aims[0]).stem}", "gain", "KL"] if aims else []
     head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{each:>{max(9, len(each) + 1)}}" for each in columns)
     head += "   weights of the experts" if adapts else ""
     lines = ["", head, "─" * len(head)]
@@ -130,15 +133,35 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
         plain = each["plain"]
         values = [plain[name] for name in ("accuracy", *GROUPS)] + [each["expected_accuracy"]]
         values += [each[name][key] for name in adapts for key in ("accuracy", "gain")]
-        cells = (f"{number(v):>{max(9, len(name) + 1)}}" for name, v in zip(columns, values, strict=True))
+        values += [each["target_prior"][key] for key in ("accuracy", "gain", "kl") if aims]
+        texts = (number(v, 4 if name == "KL" else 2) for name, v in zip(columns, values, strict=True))
+        cells = (f"{text:>{max(9, len(name) + 1)}}" for name, text in zip(columns, texts, strict=True))
         weights = (" ".join(f"{weight:.2f}" for weight in each[name]["weights"]) for name in adapts)
         lines.append("   ".join([f"{title:<{wide}}{each['n']:>8,}" + "".join(cells), *weights]))
     return lines
 
 
-def number(value: float | None) -> str:
+def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
+    """A table of the drawn test distributions: mean ± deviation over the draws of each component, and over all."""
+    if not summary:
+        return []
+    titles = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few"}
+    wide = max(len(way) for each in summary.values() for way in each) + 2
+    head = f"{'mean ± std':<12}{'draws':>5}  {'':<{wide}}" + "".join(f"{each:>15}" for each in titles.values())
+    lines = ["", head, "─" * len(head)]
+    single = len(summary) == 2  # then "all" says the same
+    for component, each in list(summary.items())[: 1 if single else None]:
+        first = f"{component:<12}{each['draws']:>5}"
+        for way in (way for way in each if way != "draws"):
+            cells = (f"{number(cell['mean'])} ± {number(cell['std'])}" for cell in map(each[way].get, titles))
+            lines.append(f"{first}  {way:<{wide}}" + "".join(f"{cell:>15}" for cell in cells))
+            first = " " * 17
+    return lines
+
+
+def number(value: float | None, decimals: int = 2) -> str:
     """For people: two decimals, `n/a` for what could not be measured."""
-    return "n/a" if value is None else f"{value:.2f}"
+    return "n/a" if value is None else f"{value:.{decimals}f}"
 
 
 def commit() -> str | None:

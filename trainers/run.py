@@ -14,6 +14,7 @@ from models import Classifier, resolve
 from models.head_init import NEEDS_TEXT
 from trainers.autosize import largest_micro_batch
 from trainers.checkpoint import States, fingerprint, save_checkpoint
+from trainers.ensembles import ensembled, entry_of
 from trainers.evaluation import Evaluation, still_true
 from trainers.exchange import export
 from trainers.folder import RunFolder, start_log
@@ -22,7 +23,7 @@ from trainers.launch import launched_alone, make_accelerator, on_main, uses_cuda
 from trainers.methods import Method
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
 from trainers.report import TrainReport, headline, read_result, summary, table
-from trainers.trained import earlier_run, load_trained, make_method, subject_of, trained_method
+from trainers.trained import Finished, earlier_run, load_trained, make_method, subject_of, trained_method
 from trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")
@@ -120,6 +121,9 @@ class _Run:
         else:
             load_trained(cfg, self.folder, method, data, self.accelerator, self.base)
             result = self.evaluation.trained_result() or summary(cfg, data.info, method, None, self._precision())
+            run = Finished(cfg, self.folder, method, data, self.accelerator, self.base)
+            method, facts = ensembled(run)
+            result |= {"ensemble": facts} if facts else {}
         model.init = None  # lets go of the text tower, also where it was not needed
         self.evaluation.from_images(method, data, result)
 
@@ -129,7 +133,8 @@ class _Run:
         if model.random_base:
             text = f"{cfg.backbone} has RANDOM weights (pretrained none): results mean nothing"
             self.evaluation.note(text, warn=True)
-        if (cfg.zero_shot or cfg.init_head in NEEDS_TEXT) and names[0] == "class 0" and not model.random_base:
+        texts = cfg.zero_shot or cfg.init_head in NEEDS_TEXT or entry_of(cfg).text
+        if texts and names[0] == "class 0" and not model.random_base:
             text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
             self.evaluation.note(text, warn=True)
 
@@ -151,6 +156,7 @@ class _Run:
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states)
         if accelerator.is_main_process:
             facts = {**identity, "base": self.base, "class_names": list(data.info.class_names)}
+            facts |= {"after": self.previous.as_posix()} if self.previous else {}
             save_checkpoint(self.folder.checkpoint, method, facts)
         accelerator.wait_for_everyone()
         return report

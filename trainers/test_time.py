@@ -12,6 +12,7 @@ from configs.errors import lookup
 from datasets.transforms import five_crop, ten_crop
 from trainers.evaluator import Predict
 from trainers.methods.base import Method
+from trainers.optim import PRECISIONS, cast_trainable
 
 Cut = Callable[[Tensor | list[Tensor], int], Tensor]
 """Images of a batch, side of the crops → views [V, B, 3, R, R], uint8 on the device."""
@@ -33,19 +34,34 @@ TEST_TIME: dict[str, Cut] = {
 }
 
 
+def prepare(method: Method, test_prec: str) -> None:
+    """Eval mode, in the arithmetic of `test_prec`."""
+    precision = PRECISIONS[test_prec]
+    method.eval()
+    method.model.set_precision(precision.compute)
+    cast_trainable(method, precision.trainable)
+    method.model.head.to(precision.trainable)
+
+
 def plain(method: Method) -> Predict:
     """One centre crop, as the loader cut it."""
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         assert isinstance(images, Tensor)
-        return method.expert_logits(images)
+        return kept(method, images)
 
     return predict
 
 
+def kept(method: Method, images: Tensor) -> Tensor:
+    """[B, 3, R, R] → logits of the experts [B, E, C] whose mean is the prediction, as all that reads them takes it."""
+    logits = method.expert_logits(images)
+    return logits * logits.shape[1] if method.adds else logits
+
+
 def logits_of_views(method: Method, views: Tensor) -> Tensor:
     """[A, B, 3, R, R] → [A, B, E, C]."""
-    return method.expert_logits(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    return kept(method, views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
 def separate(method: Method) -> Predict:

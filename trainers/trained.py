@@ -1,6 +1,7 @@
 """A finished run's model, loaded again: to evaluate, to export, to look at."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -20,6 +21,19 @@ from trainers.head import prepare_head
 from trainers.methods import Earlier, Method, build_method, declared
 
 log = logging.getLogger("tailtune")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run whose checkpoint has been loaded, on every process."""
+
+    cfg: CfgNode
+    folder: RunFolder
+    method: Method
+    data: DataBundle
+    accelerator: Accelerator
+    base: str
+    """`fingerprint` of its encoder."""
 
 
 def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerator: Accelerator) -> Method:

@@ -18,6 +18,7 @@ from trainers.methods.dirmixe import DirMixE
 from trainers.methods.distill import Distill
 from trainers.methods.h2t import H2T
 from trainers.methods.mixup import Mixup
+from trainers.methods.reslt import ResLT
 from trainers.methods.ride import Ride
 from trainers.methods.sade import Sade
 from trainers.methods.wrapper import Wrapper
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "tau_norm": Normalised,
     "mixup": Mixup,
     "h2t": H2T,
+    "reslt": ResLT,
 }
 
 
@@ -55,8 +57,19 @@ def declared() -> Declared:
 def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
     """The method of a config around a model."""
     loss = lookup(LOSSES, cfg.loss_type, "loss_type")
-    coupled = cfg.loss_type in BATCH_COUPLED
-    objective = Objective(info.class_counts, loss, cfg.tau, cfg.scale, coupled, cfg.drw_epoch, cfg.seed)
+    objective = Objective(
+        class_counts=info.class_counts,
+        loss=loss,
+        tau=cfg.tau,
+        scale=cfg.scale,
+        coupled=cfg.loss_type in BATCH_COUPLED,
+        drw_epoch=cfg.drw_epoch,
+        sampler=cfg.sampler,
+        epochs=_epochs(cfg, int(info.class_counts.sum())),
+        seed=cfg.seed,
+        smooth_head=cfg.smooth_head,
+        smooth_tail=cfg.smooth_tail,
+    )
     method = _make(cfg, cfg.method, "method", model, objective)
     if cfg.num_epochs and not cfg.zero_shot and not method.param_groups():
         raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
@@ -65,6 +78,13 @@ def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
     if method.pairs and not cfg.pair_sampler:
         raise UserError(f"method {cfg.method} takes two images at a time: choose the second by `pair_sampler shuffle`")
     return method
+
+
+def _epochs(cfg: CfgNode, images: int) -> int:
+    """Epochs that a run on so many training images trains in, the last one in part where `max_steps` ends it."""
+    per_epoch = -(-images // cfg.batch_size)
+    begun = cfg.num_epochs if cfg.max_steps is None else -(-cfg.max_steps // per_epoch)
+    return 0 if cfg.zero_shot else min(cfg.num_epochs, begun)
 
 
 def _make(

@@ -39,6 +39,7 @@ class ExpertAssignment(Method):
 
     Options = Options
     needs_after = True
+    inherits = True
     routes = True
     drops = ("mixer.",)
 

@@ -43,6 +43,8 @@ class Method(nn.Module):
         needs_after: it continues an earlier run, so `after` must name one.
         routes: it asks only some experts about an image; logits of the others are NaN.
         drops: prefixes of what an earlier run has trained and this method has no use for.
+        inherits: its logits are those of the earlier run, whatever it trains beside them.
+        adds: its prediction is the sum of the experts' logits, not their mean.
         pairs: it takes a second image beside each, `partner` of a batch, which `pair_sampler` chooses.
     """
 
@@ -51,6 +53,8 @@ class Method(nn.Module):
     needs_after: bool = False
     routes: bool = False
     drops: tuple[str, ...] = ()
+    inherits: bool = False
+    adds: bool = False
     pairs: bool = False
     log_prior: Tensor
     class_counts: Tensor
@@ -76,7 +80,9 @@ class Method(nn.Module):
 
     @property
     def prior(self) -> Prior:
-        return Prior(self.log_prior, self.class_counts, self.objective.tau, self.objective.scale)
+        own = self.objective
+        smooth = own.smooth_head, own.smooth_tail
+        return Prior(self.log_prior, self.class_counts, own.tau, own.scale, *smooth, self.draws)
 
     def forward(self, batch: Batch) -> Step:
         logits = self.expert_logits(batch["image"])
@@ -123,11 +129,18 @@ class Method(nn.Module):
         return self.model(images)
 
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[B, E, C] → [B, C], by the weights [E] or the mean."""
-        return combine(logits, weights)
+        """[B, E, C] → [B, C], by the weights [E] or the mean, times E for a method that `adds`."""
+        return combine(logits, weights) * (logits.shape[1] if self.adds else 1)
 
     def predict(self, images: Tensor) -> Tensor:
         return self.aggregate(self.expert_logits(images))
+
+    def assumed_prior(self) -> Tensor:
+        """log p [E, C] in fp64: the class prior of which the logits of each expert are the posterior.
+
+        Another prior q is answered by z + log q − log p. Who changes logits before the loss says here by how much.
+        """
+        return self.objective.assumed().expand(self.model.num_experts, -1)
 
     def counts(self) -> dict[str, int]:
         """Parameters: those of the model, and what the method has beside it, which counts as a tuner."""

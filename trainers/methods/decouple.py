@@ -76,6 +76,10 @@ class Normalised(Method):
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""
 
+    def assumed_prior(self) -> Tensor:
+        """Taken as uniform: rows of equal length are the authors' remedy for the prior, not its exact inverse."""
+        return torch.zeros_like(super().assumed_prior()).log_softmax(1)
+
     @torch.no_grad()
     def start_from(self, tensors: dict[str, Tensor]) -> None:
         super().start_from(tensors)

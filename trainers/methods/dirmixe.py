@@ -1,4 +1,4 @@
-"""DirMixE: experts for test priors that are drawn from a mixture of Dirichlet distributions (Yang et al., ICML 2024)."""
+"""DirMixE: experts for test priors drawn from a mixture of Dirichlet distributions (Yang et al., ICML 2024)."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.seeding import mix
 from models import Classifier
-from trainers.losses import cross_entropy, present
+from trainers.losses import cross_entropy, log_prior, present
 from trainers.methods.base import Batch, Method, Objective
 from trainers.methods.sade import reversed_prior
 
@@ -79,7 +79,7 @@ class DirMixE(Method):
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, weights = present(logits, batch["weight"]), self.sample_weights(batch)
         experts, priors = self.drawn(logits.device)
-        ratios = (priors / self.log_prior.exp()) ** self.options.power + 1e-9  # 1e-9 as the original
+        ratios = (priors.double() / self.log_prior.exp()) ** self.options.power + 1e-9  # 1e-9 as the original
         each = adjusted_losses(logits, batch["label"], experts, ratios.to(logits.dtype))  # [B, M]
         weight = weights.sum()
         means = (each * weights.unsqueeze(1)).sum(0) / weight.clamp_min(1e-12)  # ℓ [M]
@@ -92,13 +92,13 @@ class DirMixE(Method):
         """The draws of this step, the same for all its micro-batches."""
         if self._last is None or self._last[0] != self.at_step:
             found = self._fresh() if self._pool is None else self._pool.at(self.epoch, self.at_step - 1)
-            self._last = self.at_step, Draws(found.experts.to(device), found.priors.to(device, torch.float64))
+            self._last = self.at_step, Draws(*(_moved(each, device) for each in found))
         return self._last[1]
 
     def assumed_prior(self) -> Tensor:
-        """log of π (b_e/π)^p, normalised, [E, C]: the prior for which the raw logits of an expert are right."""
-        bases = self._bases.to(self.log_prior)
-        return (self.log_prior + self.options.power * (bases.log() - self.log_prior)).log_softmax(1)
+        """log of π (b_e/π)^p: what CE assumes is assumed of the adjusted logits, here for the middle of the draws."""
+        adjustments = self.options.power * (self._bases.log() - log_prior(self.objective.class_counts))
+        return (super().assumed_prior() + adjustments).log_softmax(1)
 
     @cached_property
     def _bases(self) -> Tensor:
@@ -147,6 +147,11 @@ class Pool:
         first = self.draws * (step % self.per_epoch)
         rows = self.order[first : first + self.draws]
         return Draws(torch.from_numpy(self.experts[rows]), torch.from_numpy(self.priors[rows]))
+
+
+def _moved(each: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what a GPU is still at."""
+    return each.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else each.to(device)
 
 
 def base_priors(counts: Tensor, experts: int, dtype: torch.dtype = torch.float64) -> Tensor:

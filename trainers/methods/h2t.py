@@ -30,7 +30,7 @@ class Options:
 
 
 class H2T(Wrapper):
-    """L(h(f̃), y), f̃ the features of x in which ρ of the channels are those of x′, while training (eq. 5 to 7).
+    """L(h(f̃), y), f̃ the features of x in which ρ of the channels are those of x′, while training.
 
     The encoder is the earlier run's and is held; its classifiers go on training. y is the label of x, which the
     sampler draws `balanced`, x′ the pair sampler's image, of any class. Which channels is drawn for each step, one
@@ -68,8 +68,9 @@ class H2T(Wrapper):
             return super().forward(batch)
         with torch.no_grad():
             first, second = (self.model.features(batch[name]) for name in ("image", "partner"))
-        draws = generator(self.objective.seed, "h2t", self.at_step)
-        logits = self._scaled(self.model.logits(fused(first, second, self.options.ratio, self.model.num_experts, draws)))
+        draws = generator(self.objective.seed, "h2t", self.at_step)  # one choice, however the batch is cut
+        features = fused(first, second, self.options.ratio, self.model.num_experts, draws)
+        logits = self._scaled(self.model.logits(features))
         return self.step(*self.loss(logits, batch), logits)
 
     def expert_logits(self, images: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def fused(first: Tensor, second: Tensor, ratio: float, experts: int, draws: torc
         [B, D] of one expert, else [B, E, D].
     """
     width = first.shape[-1]
-    mask = torch.zeros(experts, width, dtype=torch.bool)
+    mask = torch.zeros(experts, width, dtype=torch.bool, device="cpu")
     for row in mask:
         row[channels(width, ratio, draws)] = True
     mask = mask.to(first.device, non_blocking=True)
@@ -106,4 +107,4 @@ def fused(first: Tensor, second: Tensor, ratio: float, experts: int, draws: torc
 
 def channels(width: int, ratio: float, draws: torch.Generator) -> Tensor:
     """The ⌊ρ D⌋ channels that are overwritten."""
-    return torch.randperm(width, generator=draws)[: int(ratio * width)]
+    return torch.randperm(width, generator=draws, device="cpu")[: int(ratio * width)]

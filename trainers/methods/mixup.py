@@ -44,8 +44,8 @@ class Mixup(Wrapper):
     def _draw(self, count: int) -> tuple[float, Tensor]:
         """λ and the order of the second images [B]. λ is NumPy's: torch draws no Beta from a generator of one's own."""
         draws, alpha = self.draws("mixup"), self.options.alpha
-        order = torch.randperm(count, generator=draws)
-        seed = int(torch.randint(2**63 - 1, (), generator=draws))
+        order = torch.randperm(count, generator=draws, device="cpu")
+        seed = int(torch.randint(2**63 - 1, (), generator=draws, device="cpu"))
         return float(np.random.default_rng(seed).beta(alpha, alpha)) if alpha else 1.0, order
 
 

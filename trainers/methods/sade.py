@@ -46,6 +46,10 @@ class Sade(Method):
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.loss_of_each(logits + self.adjustments.to(logits.dtype), batch)
 
+    def assumed_prior(self) -> Tensor:
+        """What the loss assumes is assumed of z_e + a_e."""
+        return (super().assumed_prior() - self.adjustments).log_softmax(1)
+
 
 def reversed_prior(prior: Tensor) -> Tensor:
     """π̃ [C]: the k-th most frequent class gets the k-th smallest frequency (not 1/π).

@@ -25,6 +25,7 @@ class Wrapper(Method):
                 "another method, such as ride"
             )
         self.inner = inner
+        self.adds = inner.adds
         self.held = {name if name.startswith("model.") else f"inner.{name}" for name in inner.held}
         self.needs_after = type(self).needs_after or inner.needs_after
 
@@ -37,6 +38,9 @@ class Wrapper(Method):
 
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
         return self.inner.aggregate(logits, weights)
+
+    def assumed_prior(self) -> Tensor:
+        return self.inner.assumed_prior()
 
     def after(self, earlier: Earlier) -> None:
         if self.inner.needs_after:

@@ -1,0 +1,65 @@
+"""ResLT: experts for all classes, the less frequent and the rare ones (Cui et al., TPAMI 2022, arXiv 2101.10633)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from models import Classifier
+from trainers.methods.base import Batch, Method, Objective
+
+
+@dataclass(frozen=True)
+class Options:
+    beta: float = field(
+        default=0.99, metadata={"doc": "share of the experts' own losses; the rest is that of their sum", "least": 0.0}
+    )
+    medium_from: float = field(
+        default=0.35, metadata={"doc": "share of the classes, frequent ones first, without the second expert"}
+    )
+    few_from: float = field(
+        default=0.7, metadata={"doc": "share of the classes, frequent ones first, without the third expert"}
+    )
+
+
+class ResLT(Method):
+    """(1 − β) L(Σ_e z_e) + β (Σ_e Σ_{i in group e} L(z_e)_i) / (Σ_e |group e|); the prediction is the sum.
+
+    The groups of the experts lie in each other: all classes, those from `medium_from` on, those from `few_from` on.
+    L is the configured loss, in the paper CE. The second term is a mean over members of the groups that are here, so
+    a step of several micro-batches has the weighted mean of their own.
+    """
+
+    Options = Options
+    couples = True
+    adds = True
+    members: Tensor
+
+    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+        super().__init__(model, objective, options)
+        own, counts = self.options, objective.class_counts
+        if model.num_experts != 3:
+            raise UserError(
+                f"method reslt has an expert for each of three groups of classes: set num_experts 3, not "
+                f"{model.num_experts}"
+            )
+        starts = [round(share * len(counts)) for share in (0.0, own.medium_from, own.few_from)]
+        if not 0 <= starts[1] <= starts[2] <= len(counts):
+            raise UserError(
+                f"reslt.medium_from {own.medium_from:g} and reslt.few_from {own.few_from:g} must rise within 0 to 1"
+            )
+        rank = counts.argsort(descending=True, stable=True).argsort()  # of each class, the most frequent is 0
+        self.register_buffer("members", torch.stack([rank >= start for start in starts]), persistent=False)  # [E, C]
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        together, weight = self.loss_of(self.aggregate(logits), batch)
+        inside = self.members[:, batch["label"]].to(batch["weight"].dtype)  # [E, B]
+        apart = [
+            self.loss_of(each, {**batch, "weight": batch["weight"] * own})
+            for each, own in zip(logits.unbind(1), inside, strict=True)
+        ]
+        losses, weights = (torch.stack(each).sum() for each in zip(*apart, strict=True))
+        beta = self.options.beta
+        return (1 - beta) * together + beta * weight * losses / weights.clamp_min(1e-12), weight

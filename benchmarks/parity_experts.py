@@ -131,15 +131,15 @@ def run_originals(folder: Path, checkouts: dict[str, Path], chosen: list[Case], 
     (folder / "asked.json").rename(folder / "job.json")  # the sign that all is there
 
 
-def above(row: Case) -> bool:
-    return any(row[name] is not None and not row[name] <= TOLERANCE for name in FIGURES)
+def above(row: Case, tolerance: float = TOLERANCE) -> bool:
+    return any(row[name] is not None and not row[name] <= tolerance for name in FIGURES)
 
 
-def table(rows: list[Case]) -> str:
+def table(rows: list[Case], tolerance: float = TOLERANCE) -> str:
     lines = []
     for each in rows:
         figures = "".join(f"{'' if each[name] is None else format(each[name], '.1e'):>14}" for name in FIGURES)
-        mark = "  <-- above" if above(each) else ""
+        mark = "  <-- above" if above(each, tolerance) else ""
         lines.append(f"{each['repository']:12}{each['model']:27}{each['name']:46.46}{figures}{mark}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from trainers.report import circumstances
 PARITY = Path(__file__).parent.parent / "docs" / "parity.json"
 EXPERTS = "experts"
 DIRMIXE = "dirmixe"
+H2T = "h2t"
 MARK = "\x00"
 
 

@@ -32,15 +32,20 @@ def values_of(cfg: CfgNode, *classes: str) -> dict[str, Any]:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """Identity of what is trained: a digest of all `train` keys, of method options those of the methods in use.
+    """Identity of what is trained: a digest of the `train` keys that have another value than their default, and of the
+    options of the methods in use.
 
-    So a method that is added to the toolkit leaves the runs of all others what they were.
+    So an option or a method that is added to the toolkit leaves the runs that there are what they were.
     """
     used = [cfg.method]
     while (inner := cfg.get(used[-1], {}).get("inner")) and inner not in used:
         used.append(inner)
     values = values_of(cfg, TRAIN)
-    kept = {key: value for key, value in values.items() if key in SCHEMA or key.partition(".")[0] in used}
+    kept = {
+        key: value
+        for key, value in values.items()
+        if (value != SCHEMA[key].default if key in SCHEMA else key.partition(".")[0] in used)
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,9 +2,10 @@
 
     python scripts/make_composition.py     # two minutes; needs no weights and no images
 
-Every pair of entries is built on the meta device, as --dry-run does. A pair is refused where no choice of the other axes
-makes it work; the reason is the error that its user reads. The JSON holds, besides, a covering array: configurations in
-which every pair that goes together occurs, which tests/test_composition.py trains, resumes and evaluates.
+Every pair of entries is built on the meta device, as --dry-run does. A pair is refused where no usual choice of the
+other axes makes it work; the reason is the error that its user reads. The JSON holds, besides, a covering array:
+configurations in which every pair that goes together occurs, which tests/test_composition.py trains, resumes and
+evaluates.
 """
 
 import json
@@ -60,7 +61,11 @@ AXES: Mapping[str, Mapping[str, str]] = {
 }
 """Each axis with the words of a command line that its entries mean, on the embedded CLIP's config."""
 COMMON = "pretrained none test_only True val_per_class 1"
-USUAL = {"backbone": AXES["backbone"], "tuner": ("head only", "full_tuning", "bn_tuning"), "method": ("sade", "classify")}
+USUAL = {
+    "backbone": AXES["backbone"],
+    "tuner": ("head only", "full_tuning", "bn_tuning"),
+    "method": ("sade", "classify"),
+}
 """Where the other axes stand while a pair is tried, in this order; the last axis at its first entry."""
 
 
@@ -155,10 +160,9 @@ def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
         "# What goes together",
         "",
         "Written by `python scripts/make_composition.py`: every pair of entries of",
-        f"{len(AXES)} axes was built as `--dry-run` does, with three experts. {total - len(refused)} of {total} pairs go "
-        f"together; {len(rows)} configurations in which each of",
-        "those occurs are trained, resumed and evaluated by `tests/test_composition.py`. The rest are refused before",
-        "anything is read, with these words.",
+        f"{len(AXES)} axes was built as `--dry-run` does, with three experts. {total - len(refused)} of {total} pairs",
+        f"go together; {len(rows)} configurations in which each of those occurs are trained, resumed and evaluated by",
+        "`tests/test_composition.py`. The rest are refused before anything is read, with these words.",
         "",
         *(f"* **{axis}**: {', '.join(f'`{each}`' for each in entries)}" for axis, entries in AXES.items()),
         "",
@@ -171,12 +175,19 @@ def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
 
 
 def _grouped(refused: Mapping[Pair, str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Pairs with one reason and one first entry in one line."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for ((_, one), (axis, other)), reason in refused.items():
-        groups.setdefault((one, axis, reason), []).append(other)
-    for (one, _, reason), others in groups.items():
-        yield reason, (f"`{one}`", ", ".join(f"`{each}`" for each in others))
+    """Reason and entries of both sides, what is refused alike in one line; `it` is the entry of the second side."""
+    seconds: dict[tuple[str, str], list[str]] = {}
+    for ((_, one), (_, other)), reason in refused.items():
+        own = reason
+        for text in (f"ensemble {other}", f"adapt {other}", other):
+            own = own.replace(text, "it")
+        seconds.setdefault((one, own), []).append(other)
+    firsts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (one, reason), others in seconds.items():
+        firsts.setdefault((reason, tuple(others)), []).append(one)
+    for (reason, others), ones in firsts.items():
+        first, second = (", ".join(f"`{each}`" for each in names) for names in (ones, others))
+        yield reason, (first, second)
 
 
 def main() -> None:

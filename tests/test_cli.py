@@ -579,3 +579,12 @@ def test_a_hash_is_of_the_methods_in_use() -> None:
     assert identity("tiny_clip_sade", "sade.inverse_strength", "3") != identity("tiny_clip_sade")
     wrapped = identity("tiny_clip_batchformer", "ride.diversity", "3")
     assert wrapped != identity("tiny_clip_batchformer"), "the inner method is in use"
+
+
+def test_a_hash_is_of_what_is_not_a_default() -> None:
+    """So that a run stays itself when the toolkit learns another option."""
+    cfg = load_configs("fake_lt", "tiny_clip", [], declared())[-1]
+    before = cfg.clone()
+    before.defrost()
+    del before["smooth_head"]
+    assert config_hash(before) == config_hash(cfg)

@@ -137,3 +137,49 @@ def test_all_of_dirmixe_is_compared() -> None:
     assert {name for _, name in found} - set(COMPARED) == {f"learning rates of {n} epochs" for n in (200, 180, 100)}
     assert len(DIRMIXE["originals"]["dirmixe"]["commit"]) == 40 and DIRMIXE["tolerance"] == 1e-8
     assert DIRMIXE["patches"] and DIRMIXE["procedure"] and DIRMIXE["ours"]
+
+
+# --- H2T: benchmarks/parity_h2t.py -----------------------------------------------------------------------------------
+
+H2T = PARITY["h2t"]
+STAGES = {"stage 1", "stage 2"} | {
+    f"stage 2, share {share}, batch norms {mode}" for share in (0, 0.25, 0.3, 1) for mode in ("shift", "are held")
+}
+OF_LOGITS = {"CE", "CE, reweighted", "LDAM", "LDAM, reweighted", "label-aware smoothing", "ResLT"} | {
+    f"RIDE, diversity factor {factor}{end}" for factor in (-0.45, -0.2, 0.0) for end in ("", ", reweighted")
+}
+TAILS = {f"{name}_ir{ratio}" for name in ("cifar10", "cifar100") for ratio in (10, 50, 100, 200)}
+EXACT = ("channels", "images of the long tail")
+"""Beginnings of names: what is chosen is the same, not only near."""
+
+
+@pytest.mark.parametrize("case", H2T["cases"], ids=lambda case: f"{case['data']}-{case['name']}")
+def test_h2t_agrees(case: dict[str, Any]) -> None:
+    wanted = {"value"}
+    if case["name"].startswith("stage"):
+        wanted = {*TRAINED, "value"}
+    elif case["name"].startswith("loss of logits"):
+        wanted = {"loss", "gradients"}
+    elif case["name"].startswith("learning rates"):
+        wanted = {"rates", "value"}
+    assert all(0 <= case[name] <= 1e-9 for name in wanted)
+    assert all(case[name] is None for name in (*TRAINED, "value") if name not in wanted)
+    assert not case["name"].startswith(EXACT) or case["value"] == 0
+
+
+def test_all_of_h2t_is_compared() -> None:
+    found = {(case["data"], case["name"]) for case in H2T["cases"]}
+    assert {("cifar100_ir100", name) for name in STAGES} <= found
+    assert {
+        (data, f"loss of logits, {name}") for data in ("cifar10_ir100", "cifar100_ir100") for name in OF_LOGITS
+    } <= (found)
+    configs = {
+        (f"cifar100_ir{ratio}", model) for ratio in (50, 100, 200) for model in ("resnet32_mixup", "resnet32_h2t")
+    }
+    rates = {(case["data"], case["model"]) for case in H2T["cases"] if case["name"].startswith("learning rates")}
+    assert rates == configs <= {(case["data"], case["model"]) for case in H2T["cases"] if case["name"] in STAGES}
+    tails = ("images of the long tail", "pair_sampler reverse", "pair_sampler shuffle")
+    assert {(data, name) for data in TAILS for name in tails} <= found
+    assert {"test figures", "channels of 64, 1 experts", "channels of 48, 3 experts"} <= {name for _, name in found}
+    assert len(H2T["originals"]["h2t"]["commit"]) == 40 and H2T["tolerance"] == 1e-9
+    assert H2T["patches"] and H2T["procedure"] and H2T["ours"]

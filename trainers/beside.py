@@ -16,7 +16,7 @@ from trainers.evaluator import Logits, infer
 from trainers.head import prepare_head
 from trainers.launch import on_main
 from trainers.methods import Method
-from trainers.trained import Finished, make_method
+from trainers.trained import Finished, make_method, trained_outline
 
 SOME = 512
 """Images that are in double precision together."""
@@ -79,8 +79,6 @@ def gla(run: Finished) -> tuple[Method, dict[str, Any]]:
 
 def _assumed(run: Finished) -> Tensor:
     """log p [E, C] as the run's own config says, whatever options this evaluation builds its model with."""
-    from trainers.priors import trained_outline  # which asks ENSEMBLES, and so must not be asked for above
-
     return trained_outline(run.folder.source, None if run.folder.foreign is None else run.cfg).assumed_prior()
 
 

@@ -27,9 +27,10 @@ from trainers.folder import RunFolder
 from trainers.methods import METHODS, Method
 from trainers.methods.base import combine
 from trainers.metrics import evaluate
-from trainers.priors import add_target_results, needs_val, trained_outline
+from trainers.priors import add_target_results, needs_val
 from trainers.progress import write_test_scalars
 from trainers.report import circumstances, read_result, table
+from trainers.trained import trained_outline
 from trainers.usage import is_finite, usage_report
 
 log = logging.getLogger("tailtune")

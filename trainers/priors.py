@@ -13,24 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from configs import CfgNode, load_resolved
+from configs import CfgNode
 from configs.errors import UserError, unknown
 from configs.seeding import generator
-from datasets import build_info
 from datasets.bundle import DataInfo, Shift
 from datasets.entries import list_folders
 from datasets.image_list import first_file
 from datasets.shifts import FORMS, class_order, rule
-from models import resolve
 from trainers.distributions import Results
 from trainers.ensembles import entry_of
 from trainers.evaluator import Logits, rows_of
-from trainers.files import read_json
 from trainers.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
-from trainers.methods import declared
 from trainers.methods.base import Method, combine
 from trainers.metrics import evaluate
-from trainers.trained import make_method
 
 ENTRY = "target_prior"
 """Its key in an entry of `distributions`."""
@@ -184,27 +179,6 @@ def needs_val(cfg: CfgNode) -> bool:
     return (
         cfg.target_prior is not None and not cfg.test_train and (cfg.calibrate or cfg.target_prior == "estimate_bbse")
     )
-
-
-def trained_outline(home: Path, cfg: CfgNode | None = None) -> Method:
-    """The method, without weights, that has made the logits of the run in a folder.
-
-    Args:
-        cfg: of the run; None: as it stands in its folder.
-    """
-    cfg = resolve(cfg or load_resolved(home / "config.yaml", declared()))
-    info = build_info(cfg)
-    with torch.device("meta"):
-        method = make_method(cfg, info)
-    if not method.inherits:
-        return method
-    earlier = Path(read_json(home / "checkpoint" / "facts.json").get("after", ""))
-    if not (earlier / "config.yaml").is_file():
-        raise UserError(
-            f"target_prior: the logits of {home} are those of the run before it (after {cfg.after}), whose folder "
-            f"{earlier} is not there; put it back, or repeat the run with `resume False`"
-        )
-    return trained_outline(earlier)
 
 
 def add_target_results(

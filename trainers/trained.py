@@ -4,18 +4,19 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from configs import CfgNode, load_resolved
 from configs.errors import UserError
-from datasets import DataBundle, DataInfo
+from datasets import DataBundle, DataInfo, build_info
 from models import build_model, find_backbone, resolve
 from models.clip import Clip
 from models.tuners import TUNERS
 from trainers.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from trainers.exchange import Subject, load_foreign
-from trainers.files import read_folder
+from trainers.files import read_folder, read_json
 from trainers.folder import RunFolder
 from trainers.head import prepare_head
 from trainers.methods import Earlier, Method, build_method, declared
@@ -54,6 +55,27 @@ def make_method(cfg: CfgNode, info: DataInfo) -> Method:
     """Model and method of a resolved config, untrained."""
     model = build_model(cfg, info.class_names, descriptors=info.descriptors, pixels=(info.mean, info.std))
     return build_method(cfg, model, info)
+
+
+def trained_outline(home: Path, cfg: CfgNode | None = None) -> Method:
+    """The method, without weights, that has made the logits of the run in a folder.
+
+    Args:
+        cfg: of the run; None: as it stands in its folder.
+    """
+    cfg = resolve(cfg or load_resolved(home / "config.yaml", declared()))
+    info = build_info(cfg)
+    with torch.device("meta"):
+        method = make_method(cfg, info)
+    if not method.inherits:
+        return method
+    earlier = Path(read_json(home / "checkpoint" / "facts.json").get("after", ""))
+    if not (earlier / "config.yaml").is_file():
+        raise UserError(
+            f"the logits of {home} are those of the run before it (after {cfg.after}), whose folder "
+            f"{earlier} is not there; put it back, or repeat the run with `resume False`"
+        )
+    return trained_outline(earlier)
 
 
 def earlier_run(

@@ -48,7 +48,7 @@ class Sade(Method):
 
     def assumed_prior(self) -> Tensor:
         """What the loss assumes is assumed of z_e + a_e."""
-        return (super().assumed_prior() - self.adjustments).log_softmax(1)
+        return (super().assumed_prior() - self.adjustments.cpu()).log_softmax(1)
 
 
 def reversed_prior(prior: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def main() -> int:
     high = sum(above(row, TOLERANCE) for row in rows)
     print(f"\n{len(rows)} cases, {high} above the tolerance of {TOLERANCE}")
     if not args.only:
-        about = {"originals": {"h2t": {"repository": SOURCE, "commit": head(args.checkout)}}}
+        about: Case = {"originals": {"h2t": {"repository": SOURCE, "commit": head(args.checkout)}}}
         about |= {**circumstances_of_figures(), "tolerance": TOLERANCE, "procedure": PROCEDURE, "patches": PATCHES}
         write({**about, "cases": rows}, H2T)
     return int(high > 0)

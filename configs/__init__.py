@@ -235,6 +235,8 @@ def _parse(key: str, value: Any, schema: dict[str, Key], where: str) -> Any:
         raise UserError(f"{where}: {unknown(f'value of {key}', str(parsed), entry.choices)}")
     if entry.least is not None and parsed < entry.least:
         raise UserError(f"{where}: {key} must be at least {entry.least:g}, not {parsed:g}")
+    if entry.most is not None and parsed > entry.most:
+        raise UserError(f"{where}: {key} must be at most {entry.most:g}, not {parsed:g}")
     return parsed
 
 

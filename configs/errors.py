@@ -17,7 +17,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """The error for a name that is in no table: the nearest entry first, then all of them, or the nearest of many."""
     choices = sorted(choices)
     near = get_close_matches(name.lower(), [choice.lower() for choice in choices], n=1, cutoff=0.5)
-    hint = next((f"; did you mean '{choice}'?" for choice in choices if near and choice.lower() == near[0]), "")
+    hint = next((f"; did you mean '{choice}'?" for choice in choices if near and choice.lower() == near[0]), ";")
     if len(choices) > MANY:
         choices = [*get_close_matches(name, choices, n=5, cutoff=0.0), f"… ({len(choices)} in all)"]
     return UserError(f"unknown {kind} '{name}'{hint} choices: {', '.join(choices)}")

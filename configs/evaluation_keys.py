@@ -88,7 +88,9 @@ EVALUATION: Mapping[str, Key] = MappingProxyType(
         ),
         "calibrate": Key(as_bool, True, TEST, "target_prior: a temperature from the validation split", logits=False),
         "ensemble": Key(as_str, None, TEST, "entry of ENSEMBLES: the finished run with its start, others, zero-shot"),
-        "ensemble_alpha": Key(as_float, 0.5, TEST, "share of the trained run in ensemble wise and logits", least=0.0),
+        "ensemble_alpha": Key(
+            as_float, 0.5, TEST, "share of the trained run in ensemble wise and logits", least=0.0, most=1.0
+        ),
         "ensemble_runs": Key(as_names, None, TEST, "other finished runs of ensemble soup, folders as model_dir"),
     }
 )

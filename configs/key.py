@@ -18,6 +18,8 @@ class Key:
     choices: tuple[str, ...] = ()
     least: float | None = None
     """The smallest value allowed."""
+    most: float | None = None
+    """The largest."""
     optional: bool = field(default=False)
     """None is a value although the default is another one."""
     internal: bool = False
@@ -36,8 +38,8 @@ RUNTIME: Class = "runtime"
 def option_keys(method: str, options: type) -> dict[str, Key]:
     """The keys of a method's own `Options` dataclass: `ride.diversity`, typed by the field's default.
 
-    `metadata` of a field is what a key says beside its type and default: `doc`, and `choices` and `least` where there
-    are some. A changed option is another trained model.
+    `metadata` of a field is what a key says beside its type and default: `doc`, and `choices`, `least` and `most` where
+    there are some. A changed option is another trained model.
     """
     parsers: dict[type, Callable[[Any], Any]] = {bool: as_bool, int: as_int, float: as_float, str: as_str}
     return {

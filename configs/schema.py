@@ -144,8 +144,10 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "pair_sampler": Key(as_str, None, TRAIN, "entry of SAMPLERS: a second image beside each, for method h2t"),
         "loss_type": Key(as_str, "LA", TRAIN, "entry of LOSSES"),
         "tau": Key(as_float, 1.0, TRAIN, "strength of logit adjustment (LA)"),
-        "smooth_head": Key(as_float, 0.3, TRAIN, "LAS: label smoothing of the most frequent class", least=0.0),
-        "smooth_tail": Key(as_float, 0.0, TRAIN, "LAS: label smoothing of the rarest class", least=0.0),
+        "smooth_head": Key(
+            as_float, 0.3, TRAIN, "LAS: label smoothing of the most frequent class", least=0.0, most=1.0
+        ),
+        "smooth_tail": Key(as_float, 0.0, TRAIN, "LAS: label smoothing of the rarest class", least=0.0, most=1.0),
         "drw_epoch": Key(
             as_int, None, TRAIN, "from this epoch on (the first is 0) classes are weighted by effective number", least=0
         ),

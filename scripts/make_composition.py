@@ -162,7 +162,8 @@ def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
         "Written by `python scripts/make_composition.py`: every pair of entries of",
         f"{len(AXES)} axes was built as `--dry-run` does, with three experts. {total - len(refused)} of {total} pairs",
         f"go together; {len(rows)} configurations in which each of those occurs are trained, resumed and evaluated by",
-        "`tests/test_composition.py`. The rest are refused before anything is read, with these words.",
+        "`tests/test_composition.py`. The rest are refused before anything is read, with these words. Other backbones",
+        "(CLIP's residual networks have a text tower and batch norms) may take what these four do not.",
         "",
         *(f"* **{axis}**: {', '.join(f'`{each}`' for each in entries)}" for axis, entries in AXES.items()),
         "",
@@ -179,8 +180,8 @@ def _grouped(refused: Mapping[Pair, str]) -> Iterator[tuple[str, tuple[str, str]
     seconds: dict[tuple[str, str], list[str]] = {}
     for ((_, one), (_, other)), reason in refused.items():
         own = reason
-        for text in (f"ensemble {other}", f"adapt {other}", other):
-            own = own.replace(text, "it")
+        for text, short in ((f"ensemble {other}", "this ensemble"), (f"adapt {other}", "it"), (other, "it")):
+            own = own.replace(text, short)
         seconds.setdefault((one, own), []).append(other)
     firsts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (one, reason), others in seconds.items():

@@ -264,7 +264,7 @@ def test_it_is_the_least_of_the_balanced_risk() -> None:
         ("ensemble wise test_only False", ["ensemble wise", "test_only True"]),
         ("ensemble_alpha 0.2", ["ensemble_alpha 0.2", "wise and logits"]),
         ("ensemble gla ensemble_alpha 0.2", ["ensemble gla", "wise and logits"]),
-        ("ensemble wise ensemble_alpha 1.5", ["ensemble_alpha 1.5", "at most 1"]),
+        ("ensemble wise ensemble_alpha 1.5", ["ensemble_alpha must be at most 1, not 1.5"]),
         ("ensemble wise ensemble_runs other", ["ensemble_runs", "ensemble wise", "soup"]),
         ("ensemble soup", ["ensemble soup", "ensemble_runs"]),
         ("ensemble gla zero_shot True adaptformer False", ["ensemble gla", "zero_shot"]),

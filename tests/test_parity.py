@@ -170,9 +170,10 @@ def test_h2t_agrees(case: dict[str, Any]) -> None:
 def test_all_of_h2t_is_compared() -> None:
     found = {(case["data"], case["name"]) for case in H2T["cases"]}
     assert {("cifar100_ir100", name) for name in STAGES} <= found
-    assert {
+    of_logits = {
         (data, f"loss of logits, {name}") for data in ("cifar10_ir100", "cifar100_ir100") for name in OF_LOGITS
-    } <= (found)
+    }
+    assert of_logits <= found
     configs = {
         (f"cifar100_ir{ratio}", model) for ratio in (50, 100, 200) for model in ("resnet32_mixup", "resnet32_h2t")
     }
@@ -180,6 +181,6 @@ def test_all_of_h2t_is_compared() -> None:
     assert rates == configs <= {(case["data"], case["model"]) for case in H2T["cases"] if case["name"] in STAGES}
     tails = ("images of the long tail", "pair_sampler reverse", "pair_sampler shuffle")
     assert {(data, name) for data in TAILS for name in tails} <= found
-    assert {"test figures", "channels of 64, 1 experts", "channels of 48, 3 experts"} <= {name for _, name in found}
+    assert {"test figures", "channels of 64, experts: 1", "channels of 48, experts: 3"} <= {name for _, name in found}
     assert len(H2T["originals"]["h2t"]["commit"]) == 40 and H2T["tolerance"] == 1e-9
     assert H2T["patches"] and H2T["procedure"] and H2T["ours"]

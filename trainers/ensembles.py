@@ -71,14 +71,15 @@ def check_ensemble(cfg: CfgNode) -> None:
         UserError: an unknown entry, an option that it does not read, a run without what it needs.
     """
     entry, name, alpha = entry_of(cfg), cfg.ensemble, cfg.ensemble_alpha
-    if alpha != SCHEMA["ensemble_alpha"].default and not entry.alpha:
+    moved = alpha != SCHEMA["ensemble_alpha"].default
+    if entry is NONE:
+        if moved or cfg.ensemble_runs:
+            raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")
+        return
+    if moved and not entry.alpha:
         raise UserError(f"ensemble_alpha {alpha:g}: ensemble {name} does not read it; {_who('alpha')} do")
     if cfg.ensemble_runs and not entry.runs:
         raise UserError(f"ensemble_runs: ensemble {name} does not read it; {_who('runs')} does")
-    if entry is NONE:
-        return
-    if alpha > 1:
-        raise UserError(f"ensemble_alpha {alpha:g} is the share of the trained run: it must be at most 1")
     if entry.runs and not cfg.ensemble_runs:
         raise UserError(f"ensemble {name} is of several finished runs: name the others with ensemble_runs")
     if cfg.zero_shot:

@@ -27,7 +27,7 @@ from trainers.folder import RunFolder
 from trainers.methods import METHODS, Method
 from trainers.methods.base import combine
 from trainers.metrics import evaluate
-from trainers.priors import add_target_results, needs_val
+from trainers.priors import add_target_results, check_target, needs_val
 from trainers.progress import write_test_scalars
 from trainers.report import circumstances, read_result, table
 from trainers.trained import trained_outline
@@ -53,6 +53,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         check_adapt(self.cfg)
         check_ensemble(self.cfg)
+        check_target(self.cfg, build_info(self.cfg))
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""

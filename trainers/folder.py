@@ -60,7 +60,11 @@ class RunFolder:
         for _, foreign in found:
             if foreign is not None:
                 raise UserError(f"ensemble_runs: {foreign.path} is of other people's code; name runs of our own")
-        return tuple(path for path, _ in found)
+        paths = [path for path, _ in found]
+        for number, path in enumerate(paths):
+            if path.resolve() in [each.resolve() for each in (self.source, *paths[:number])]:
+                raise UserError(f"ensemble_runs: {path} is there twice; name other runs than the one that is evaluated")
+        return tuple(paths)
 
     @property
     def origin(self) -> str:

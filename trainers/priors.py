@@ -19,7 +19,7 @@ from configs.seeding import generator
 from datasets.bundle import DataInfo, Shift
 from datasets.entries import list_folders
 from datasets.image_list import first_file
-from datasets.shifts import FORMS, class_order, rule
+from datasets.shifts import class_order, rule
 from trainers.distributions import Results
 from trainers.ensembles import entry_of
 from trainers.evaluator import Logits, rows_of
@@ -83,7 +83,7 @@ def _estimate(case: Case) -> Found:
 
 def _estimate_bbse(case: Case) -> Found:
     if case.val is None:
-        raise UserError("target_prior estimate_bbse needs validation images: set val_per_class or val_list")
+        raise UserError("target_prior estimate_bbse needs validation images: train with val_per_class or val_list")
     scores, labels = case.val
     absent = (torch.bincount(labels, minlength=scores.shape[1]) == 0).nonzero().flatten().tolist()
     if absent:
@@ -133,7 +133,9 @@ def target_of(cfg: CfgNode, info: DataInfo, names: Sequence[str] | None = None) 
         try:
             images = rule(name, cfg.shift_factors or {}, "target_prior")(1e6, info.num_classes)  # so many: not rounded
         except UserError:
-            raise unknown("target_prior", name, [*TARGETS, "file.json", f"({FORMS})"]) from None
+            raise unknown(
+                "target_prior", name, [*TARGETS, "file.json", "forward<r>", "backward<r> such as backward50"]
+            ) from None
         prior = torch.zeros(info.num_classes, dtype=torch.float64)
         prior[torch.from_numpy(class_order(cfg, info).copy())] = torch.tensor(images, dtype=torch.float64)
     return lambda case: _fixed(prior / prior.sum())
@@ -171,7 +173,7 @@ def check_target(cfg: CfgNode, info: DataInfo) -> None:
         return
     target_of(cfg, info)
     if cfg.target_prior == "estimate_bbse" and cfg.dataset != "ImageFolder" and not (cfg.val_list or cfg.val_per_class):
-        raise UserError("target_prior estimate_bbse needs validation images: set val_per_class or val_list")
+        raise UserError("target_prior estimate_bbse needs validation images: train with val_per_class or val_list")
 
 
 def needs_val(cfg: CfgNode) -> bool:
@@ -206,9 +208,11 @@ def add_target_results(
         hot = temperature(own, have.log() - prior, val.labels) if cfg.calibrate else 1.0
         validation = (own / hot - prior.float(), val.labels)
     elif cfg.calibrate:
-        notes.append("target_prior: uncalibrated, for want of validation images (val_per_class or val_list)")
+        notes.append(
+            "target_prior: uncalibrated, the run kept no validation images (train with val_per_class or val_list)"
+        )
     if cfg.target_prior == "known":
-        notes.append("target_prior known reads the labels of the test images: what an estimate could at best reach")
+        notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
     scores = combine(found.logits) / hot - prior.float()
     common = (method.log_prior.exp().cpu(), validation, cfg.adapt_batch_size, cfg.adapt_seed)
     for shift in (each for each in shifts if each.name in results):

@@ -126,7 +126,7 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
     columns = ["all", "many", "medium", "few", "expected", *(text for name in adapts for text in (name, "gain"))]
     aims = [each["target_prior"]["kind"] for each in distributions.values() if "target_prior" in each]
     columns += [f"for {Path(aims[0]).stem}", "gain", "KL"] if aims else []
-    head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{each:>{max(9, len(each) + 1)}}" for each in columns)
+    head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{each:>{max(9, len(each) + 2)}}" for each in columns)
     head += "   weights of the experts" if adapts else ""
     lines = ["", head, "─" * len(head)]
     for title, each in distributions.items():
@@ -135,7 +135,7 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
         values += [each[name][key] for name in adapts for key in ("accuracy", "gain")]
         values += [each["target_prior"][key] for key in ("accuracy", "gain", "kl") if aims]
         texts = (number(v, 4 if name == "KL" else 2) for name, v in zip(columns, values, strict=True))
-        cells = (f"{text:>{max(9, len(name) + 1)}}" for name, text in zip(columns, texts, strict=True))
+        cells = (f"{text:>{max(9, len(name) + 2)}}" for name, text in zip(columns, texts, strict=True))
         weights = (" ".join(f"{weight:.2f}" for weight in each[name]["weights"]) for name in adapts)
         lines.append("   ".join([f"{title:<{wide}}{each['n']:>8,}" + "".join(cells), *weights]))
     return lines

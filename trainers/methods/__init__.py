@@ -74,7 +74,9 @@ def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
     if cfg.num_epochs and not cfg.zero_shot and not method.param_groups():
         raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
     if cfg.pair_sampler and not method.pairs:
-        raise UserError(f"pair_sampler {cfg.pair_sampler}: method {cfg.method} takes one image at a time; leave it out")
+        raise UserError(
+            f"pair_sampler {cfg.pair_sampler}: method {cfg.method} takes one image at a time here; set pair_sampler none"
+        )
     if method.pairs and not cfg.pair_sampler:
         raise UserError(f"method {cfg.method} takes two images at a time: choose the second by `pair_sampler shuffle`")
     return method

@@ -24,7 +24,9 @@ POOL_SEED = 0
 class Options:
     power: float = field(default=1.3, metadata={"doc": "p: how strongly the logits follow w/π", "least": 0.0})
     variance: float = field(default=5.0, metadata={"doc": "λ, factor on the semi-variance", "least": 0.0})
-    warm: float = field(default=0.8, metadata={"doc": "share of the epochs that pass before it counts", "least": 0.0})
+    warm: float = field(
+        default=0.8, metadata={"doc": "share of the epochs that pass before it counts", "least": 0.0, "most": 1.0}
+    )
     concentration: float = field(default=10000.0, metadata={"doc": "A, the sum of each Dirichlet's α: how tight it is"})
     draws: int = field(default=60, metadata={"doc": "M, test priors a step", "least": 1})
     pool: str = field(

@@ -19,7 +19,11 @@ class Options:
     inner: str = field(default="classify", metadata={"doc": "entry of METHODS whose loss is used"})
     ratio: float = field(
         default=0.25,
-        metadata={"doc": "share of a feature's channels that are the second image's; 0: none", "least": 0.0},
+        metadata={
+            "doc": "share of a feature's channels that are the second image's; 0: none",
+            "least": 0.0,
+            "most": 1.0,
+        },
     )
     shift_bn: bool = field(
         default=True, metadata={"doc": "batch norms of the held encoder follow the images; False: they are held too"}
@@ -49,8 +53,6 @@ class H2T(Wrapper):
         own = self.options
         if inner.needs_after:
             raise UserError(f"h2t.inner {own.inner} continues an earlier run in a way of its own; try classify")
-        if own.ratio > 1:
-            raise UserError(f"h2t.ratio {own.ratio:g} is a share of the channels: choose 0 to 1")
         if own.shift_bn and not model.encoder.batch_norms:
             raise UserError("h2t.shift_bn True: no batch norm of this model was trained; set h2t.shift_bn False")
         self.pairs = own.ratio > 0

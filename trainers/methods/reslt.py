@@ -14,7 +14,8 @@ from trainers.methods.base import Batch, Method, Objective
 @dataclass(frozen=True)
 class Options:
     beta: float = field(
-        default=0.99, metadata={"doc": "share of the experts' own losses; the rest is that of their sum", "least": 0.0}
+        default=0.99,
+        metadata={"doc": "share of the experts' own losses; the rest is that of their sum", "least": 0.0, "most": 1.0},
     )
     medium_from: float = field(
         default=0.35, metadata={"doc": "share of the classes, frequent ones first, without the second expert"}

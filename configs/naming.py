@@ -89,7 +89,7 @@ def _join(parts: list[str]) -> str:
 def _text(value: Any) -> str:
     """A value as part of a file name; with a digest where characters had to go."""
     if isinstance(value, list):
-        return "-".join(map(str, value))  # a range of blocks
+        return "-".join(map(_text, value))  # a range of blocks
     text = str(value)
     safe = re.sub(r"[^A-Za-z0-9.,_-]+", "-", text)
     return safe if safe == text else f"{safe[-40:].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

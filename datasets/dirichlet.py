@@ -35,7 +35,8 @@ CIFAR = (100.0, None, 1)
 LISTS: Mapping[str, tuple[float, float, int]] = MappingProxyType(
     {"ImageNet_LT_uniform.txt": (50.0, 1e4, 1), "iNaturalist18_val.txt": (3.0, 1e5, 0)}
 )
-"""The published settings: ratio, concentration (None: images of the largest class), fewest images of a class."""
+"""The published settings: ratio, concentration (None: images of the largest class), fewest images of a class. In the
+lists the largest class has as many images as the ratio."""
 
 
 class Drawn(NamedTuple):
@@ -127,10 +128,11 @@ def origin(cfg: CfgNode, path: Path | None, whole: bool) -> str:
     """
     setting = cfg.dirichlet_ratio, cfg.dirichlet_concentration, cfg.dirichlet_least
     if cfg.shift_order == "label":
-        published = setting == CIFAR
+        published = setting == CIFAR and cfg.shift_max is None
     else:
         known = path is not None and cfg.shift_order == "published" and is_published(path)
-        published = path is not None and known and setting == LISTS.get(path.name)
+        sized = cfg.shift_max in (None, cfg.dirichlet_ratio)
+        published = path is not None and known and sized and setting == LISTS.get(path.name)
     if published and whole and cfg.dirichlet_trials == TRIALS and cfg.shift_seed == 0:
         return "the published construction"
     missing = f", without the list {cfg.dirichlet_list}" if cfg.dirichlet_list and path is None else ""

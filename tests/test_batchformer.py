@@ -155,7 +155,10 @@ def test_it_wraps_what_leaves_the_logits_alone(name: str, config: Config) -> Non
     kind = METHODS[name]
     own = any(getattr(kind, each) is not getattr(Method, each) for each in ("forward", "expert_logits"))
     after = ("after", "tiny_clip", "loss_type", "CE") if kind.needs_after else ("loss_type", "CE")
-    more = {"tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0)}.get(name, ())
+    more = {
+        "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),
+        "h2t": ("h2t.shift_bn", False, "pair_sampler", "shuffle"),
+    }.get(name, ())
     words = ("batchformer.inner", name, *after, *more)
     if own or kind is BatchFormer:
         with pytest.raises(UserError, match="inner"):

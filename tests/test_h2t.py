@@ -285,11 +285,11 @@ def test_the_sum_of_reslt_is_kept(config: Config) -> None:
     ("words", "says"),
     [
         (("bn_tuning", False), "h2t.shift_bn True: no batch norm"),
-        (("h2t.ratio", 1.5), "share of the channels"),
+        (("h2t.ratio", 1.5), "must be at most 1, not 1.5"),
         (("h2t.inner", "crt"), "continues an earlier run"),
         (("h2t.inner", "mixup"), "does more with the model"),
         (("pair_sampler", "none"), "pair_sampler shuffle"),
-        (("h2t.ratio", 0), "one image at a time"),
+        (("h2t.ratio", 0), "set pair_sampler none"),
         (("after", "none"), "`after`"),
         (("h2t.inner", "reslt"), "num_experts 3"),
         (("h2t.inner", "reslt", "num_experts", 3, "reslt.few_from", 0.1), "must rise"),

@@ -87,3 +87,8 @@ def test_shares_are_those_of_a_beta_distribution(config: Config) -> None:
 def test_refusals(inner: str, config: Config) -> None:
     with pytest.raises(UserError, match="mixup"):
         build(config, "mixup.inner", inner, "num_experts", 2, "after", "tiny_clip")
+
+
+def test_a_teacher_would_see_other_images(config: Config) -> None:
+    with pytest.raises(UserError, match=r"mixup\.inner distill"):
+        build(config, "mixup.inner", "distill", "distill.inner", "classify", "after", "tiny_clip")

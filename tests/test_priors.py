@@ -423,3 +423,28 @@ def test_training_images_have_no_target(launch: Cli) -> None:
     run = f"-d fake_lt -m tiny_clip {SHORT} max_test_images 40 output_dir run"
     assert launch(run, "test_train True target_prior estimate").returncode == 0
     assert "distributions" not in metrics("run") and any("target_prior" in note for note in metrics("run")["notes"])
+
+
+def test_a_result_is_of_the_file_that_stands_there_now(launch: Cli) -> None:
+    """Another content of the same file is another evaluation; the same one is shown again."""
+    words = "-d fake_lt -m zstiny_clip pretrained none max_test_images 20 num_workers 0"
+    assert launch(words).returncode == 0
+
+    def answer(content: list[int]) -> tuple[str, list[float]]:
+        Path("mine.json").write_text(json.dumps(content))
+        found = launch(words, "test_only True target_prior mine.json")
+        assert found.returncode == 0, found.stderr
+        file = next(Path("output").glob("*/tests/*mine.json*/metrics.json"))
+        return found.stdout, json.loads(file.read_text())["distributions"]["test"][ENTRY]["prior"]
+
+    first, again, other = answer([1] * 10), answer([1] * 10), answer([91] + [1] * 9)
+    assert "finished before" in again[0] and "finished before" not in other[0]
+    assert first[1] == again[1] and other[1][0] == pytest.approx(0.91)
+
+
+def test_a_wrong_target_is_refused_before_any_image(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "-d fake_lt -m zstiny_clip pretrained none max_test_images 20 num_workers 0"
+    assert launch(words).returncode == 0
+    monkeypatch.setattr("trainers.evaluation.infer", lambda *_: pytest.fail("images were read"))
+    found = launch(words, "test_only True tte True target_prior estimat")
+    assert found.returncode == 2 and "did you mean 'estimate'" in found.stderr

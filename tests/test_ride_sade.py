@@ -183,7 +183,7 @@ def test_ride_and_its_gradient_are_the_plain_formulation(diversity: float, exper
         assert torch.allclose(found, value(make(Method, epoch=epoch), logits), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "GCL"])  # whose noise is another for each expert
 def test_every_loss_is_of_every_expert(loss: str) -> None:
     """Any loss and number of experts: of like ones E times the one loss, with no divergence between them."""
     alike = wave(1).expand(-1, 5, -1)

@@ -16,7 +16,7 @@ from trainers.evaluator import Logits, infer
 from trainers.head import prepare_head
 from trainers.launch import on_main
 from trainers.methods import Method
-from trainers.trained import Finished, make_method, trained_outline
+from trainers.trained import Finished, make_method, outline_of
 
 SOME = 512
 """Images that are in double precision together."""
@@ -46,10 +46,6 @@ class Beside(Method):
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
         return self.trained.aggregate(logits, weights)
 
-    def assumed_prior(self) -> Tensor:
-        """Of the trained method; `Ensemble.assumes` tells what becomes of it."""
-        return self.trained.assumed_prior()
-
 
 def share(method: Method) -> float:
     """Of what is added to the prediction, which is the experts' mean or sum, what is added to each of them."""
@@ -72,14 +68,9 @@ def gla(run: Finished) -> tuple[Method, dict[str, Any]]:
     log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.plain))
     found = infer(test_time.plain(method), run.data.plain, accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
     prior = on_main(accelerator, lambda: _prior_of(found))
-    bias = share(run.method) * (_assumed(run).double().cpu() + prior)  # [E, C]
+    bias = share(run.method) * (outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior)  # [E, C]
     bias = bias.float().to(accelerator.device)
     return Beside(run.method, method, lambda z, other: z + other - bias), {"pretraining_prior": prior.exp().tolist()}
-
-
-def _assumed(run: Finished) -> Tensor:
-    """log p [E, C] as the run's own config says, whatever options this evaluation builds its model with."""
-    return trained_outline(run.folder.source, None if run.folder.foreign is None else run.cfg).assumed_prior()
 
 
 def _prior_of(found: Logits | None) -> Tensor:

@@ -73,7 +73,7 @@ def check_chain(stages: Sequence[CfgNode]) -> list[Method]:
     methods = [outline(each) for each in stages]
     for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
         method.fits(earlier)
-        head = any(name.startswith("model.head.") for name in method.held)
+        head = bool(method.held) and not "model.head.".startswith(method.drops or ("-",))
         for key in (*(KEPT if method.held else ()), *(KEPT_WITH_HEAD if head else ())):
             if cfg[key] != before[key]:
                 raise UserError(

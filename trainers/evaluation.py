@@ -1,5 +1,6 @@
 """Evaluations of a run: which logits, from images or from an earlier evaluation, and the files they end in."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,9 @@ from configs.key import TEST
 from configs.schema import SCHEMA
 from datasets import DataBundle, DataInfo, View, build_info
 from datasets.bundle import Shift
-from datasets.shifts import build_shifts
+from datasets.entries import list_folders
+from datasets.image_list import first_file
+from datasets.shifts import build_shifts, shift_names
 from trainers import test_time
 from trainers.adapt import ADAPTS, Recipe, adapt, check_adapt
 from trainers.distributions import Results, dirichlet_summary, plain_results
@@ -23,14 +26,15 @@ from trainers.dryrun import check
 from trainers.ensembles import check_ensemble
 from trainers.evaluator import LOGITS, VAL_LOGITS, Logits, infer, save_logits, stored_logits
 from trainers.files import read_json, write_json
-from trainers.folder import RunFolder
+from trainers.folder import FACTS, RunFolder
+from trainers.launch import on_main
 from trainers.methods import METHODS, Method
 from trainers.methods.base import combine
 from trainers.metrics import evaluate
 from trainers.priors import add_target_results, check_target, needs_val
 from trainers.progress import write_test_scalars
 from trainers.report import circumstances, read_result, table
-from trainers.trained import trained_outline
+from trainers.trained import outline_of
 from trainers.usage import is_finite, usage_report
 
 log = logging.getLogger("tailtune")
@@ -53,7 +57,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         check_adapt(self.cfg)
         check_ensemble(self.cfg)
-        check_target(self.cfg, build_info(self.cfg))
+        if self.cfg.target_prior is not None:
+            check_target(self.cfg, build_info(self.cfg))
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""
@@ -72,6 +77,7 @@ class Evaluation:
         if self.accelerator.is_main_process:
             info = build_info(self.cfg)
             shifts = self._asked(build_shifts(self.cfg, info, found.labels))
+            self._keep(found, val)
             measured = plain_results(found, shifts, info.groups)
             self._aim(found, val, shifts, info, measured)
             self._finish(self.trained_result(), found, val, info.groups, measured)
@@ -110,11 +116,17 @@ class Evaluation:
         if val is None and data.val is not None and not cfg.test_train and wants_val:
             val = self._infer(method, data.val)
         found = found if self.accelerator.is_main_process else None  # stored ones are read by all
+        if found is not None:
+            self._keep(found, val)
         measured = {} if found is None else plain_results(found, shifts, data.info.groups)
         if self._adapts:
             self._adapt(method, data, found, shifts, measured)
-        if found is not None:
-            self._aim(found, val, shifts, data.info, measured)
+
+        def aim() -> None:
+            if found is not None:
+                self._aim(found, val, shifts, data.info, measured)
+
+        on_main(self.accelerator, aim)
         if found is not None:
             self._finish(result, found, val, data.info.groups, measured)
 
@@ -151,10 +163,9 @@ class Evaluation:
         """Add what `target_prior` makes of each distribution to `measured`."""
         if self.cfg.target_prior is None or self.cfg.test_train:
             return
-        home, facts = self.folder.source, self.folder.source / "checkpoint" / "facts.json"
-        own = self.folder.foreign is None and (home / "config.yaml").exists()
-        method = trained_outline(home, None if own else self.cfg)
-        if own and facts.exists():  # without the lists, the data's names may be placeholders
+        facts = self.folder.source / FACTS
+        method = outline_of(self.folder, self.cfg)
+        if self.folder.foreign is None and facts.exists():  # without the lists, the data's names may be placeholders
             info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
         for text in add_target_results(self.cfg, method, found, val, shifts, info, measured):
             self.note(text, warn=True)
@@ -179,6 +190,12 @@ class Evaluation:
             )
         return found
 
+    def _keep(self, found: Logits, val: Logits | None) -> None:
+        """Save the logits, before anything is made of them that may be refused."""
+        for name, each in ((LOGITS, found), (VAL_LOGITS, val)):
+            if each is not None:
+                save_logits(self.target / name, each, self._key())
+
     def _finish(
         self,
         result: dict[str, Any],
@@ -187,12 +204,10 @@ class Evaluation:
         groups: dict[str, Tensor],
         distributions: Results,
     ) -> None:
-        """Logits, metrics, metrics.json (last, because it says that the rest is there), the table."""
-        save_logits(self.target / LOGITS, found, self._key())
-        if val is not None:
-            save_logits(self.target / VAL_LOGITS, val, self._key())
+        """Metrics, metrics.json (last, because it says that the rest is there), the table."""
         notes = [*result.get("notes", []), *self.notes]
         about = {**values_of(self.cfg, TEST), "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
+        about["files"] = files_read(self.cfg)
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, each in (("test", found), ("val", val)):
             if each is not None:
@@ -218,6 +233,17 @@ class Evaluation:
 
 
 def still_true(metrics: Path, folder: RunFolder) -> bool:
-    """Whether a stored result is of the checkpoint that stands there now."""
+    """Whether a stored result is of the checkpoint, and of the files beside it, that stand there now."""
     about = read_json(metrics).get("evaluation")
-    return isinstance(about, dict) and about.get("checkpoint") == folder.checkpoint_id()
+    if not isinstance(about, dict) or about.get("checkpoint") != folder.checkpoint_id():
+        return False
+    return bool(about.get("files", {}) == files_read(folder.cfg))
+
+
+def files_read(cfg: CfgNode) -> dict[str, str]:
+    """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
+    names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
+    if cfg.shift_files:
+        names += [cfg.shift_files.replace("{name}", each) for each in shift_names(cfg)]
+    found = {name: first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)]) for name in names}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import load_resolved
 from configs.errors import UserError
 from datasets import build_data
-from models import resolve
 from trainers.checkpoint import check_fit, copy_state, fingerprint, load_checkpoint, trained_state
 from trainers.files import read_json
 from trainers.folder import FACTS
 from trainers.head import prepare_head
-from trainers.methods import Method, declared
-from trainers.trained import Finished, earlier_run, make_method
+from trainers.methods import Method
+from trainers.trained import Finished, earlier_run, make_method, stored_config
 
 RANDOM = (
     "ensemble wise goes from the start of a run to its end, and this one's classifier began at random, so that what "
@@ -76,7 +74,7 @@ def beginning(run: Finished) -> dict[str, Tensor]:
         raise UserError(f"ensemble wise: {run.folder.origin} does not tell where its training began")
     cfg, data = run.cfg, run.data
     if run.folder.source != run.folder.path:
-        cfg = resolve(load_resolved(run.folder.source / "config.yaml", declared()))
+        cfg = stored_config(run.folder.source, run.cfg)
         data = build_data(cfg)
     method = make_method(cfg, data.info)
     base = fingerprint(method.model.encoder)
@@ -84,11 +82,12 @@ def beginning(run: Finished) -> dict[str, Tensor]:
     prepare_head(method, data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
     fresh = [each.clone() for each in method.model.head.parameters()]
     if cfg.after is not None:
-        earlier = read_json(run.folder.source / FACTS).get("after", "")
-        if not (Path(earlier) / FACTS).exists():
+        facts = read_json(run.folder.source / FACTS)
+        earlier = facts.get("after", "")
+        if not (Path(earlier) / FACTS).exists() or read_json(Path(earlier) / FACTS).get("sha256") != facts["after_id"]:
             raise UserError(
                 f"ensemble wise: {run.folder.source} began where another run ended (after {cfg.after}), whose folder "
-                f"{earlier} is not there; put it back, or repeat the run with `resume False`"
+                f"{earlier} is not there, or was trained again; put it back, or repeat the run with `resume False`"
             )
         method.after(earlier_run(Path(earlier), data, run.accelerator, base, cfg.resolution, True))
     if cfg.init_head is None and all(map(torch.equal, fresh, method.model.head.parameters())):

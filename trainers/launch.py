@@ -2,12 +2,19 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
 from torch import nn
 
 from configs import CfgNode
@@ -49,6 +56,10 @@ def launched_alone() -> bool:
     return "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
 
 
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for the first one, which alone computes what is made of all logits."""
+
+
 def make_accelerator(cfg: CfgNode) -> Accelerator:
     """Devices, processes and loss scaling. Autocast stays off: encoders hold their own arithmetic."""
     cuda = uses_cuda()
@@ -62,7 +73,11 @@ def make_accelerator(cfg: CfgNode) -> Accelerator:
         cpu=not cuda,  # without it Accelerate overlooks the other processes of a CPU launch
         gradient_accumulation_steps=1,
         mixed_precision="fp16" if PRECISIONS[precision_used(cfg.prec, cuda)].scaled else "no",
-        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     torch.backends.cudnn.deterministic = cfg.deterministic
     torch.backends.cudnn.benchmark = not cfg.deterministic

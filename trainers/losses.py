@@ -109,8 +109,8 @@ def gaussian_clouded(logits: Tensor, labels: Tensor, weights: Tensor, prior: Pri
     already, so `scale` multiplies what is taken from them.
     """
     noise = torch.randn(logits.shape, generator=prior.draws("gcl"), device="cpu").div(3).abs().clamp(max=1)
-    moved = logits - noise.to(logits.device, logits.dtype, non_blocking=True) * _clouds(prior).to(logits.dtype)
-    return cross_entropy(moved, labels, weights, prior)
+    clouded = logits - moved(noise, logits.device).to(logits.dtype) * _clouds(prior).to(logits.dtype)
+    return cross_entropy(clouded, labels, weights, prior)
 
 
 def _clouds(prior: Prior) -> Tensor:
@@ -167,6 +167,11 @@ def divergence(logits: Tensor, target: Tensor, weights: Tensor, temperature: Ten
 def present(logits: Tensor, weights: Tensor) -> Tensor:
     """Zeros for a left-out sample, of logits [B, …]: they may be anything, and 0 · NaN is not 0."""
     return torch.where(weights.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, 0.0)
+
+
+def moved(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on the device, without waiting for what a GPU is still at."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 LOSSES: dict[str, Loss] = {

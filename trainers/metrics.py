@@ -31,6 +31,7 @@ def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Me
     recall = 100 * true_positive / support  # NaN for an absent class, which nothing below reads
     f1 = 200 * true_positive / (2 * true_positive + false_positive + false_negative)
     accuracy = float(100 * true_positive.sum() / support.sum())
+    confidence = logits.softmax(-1).amax(-1), predictions == labels
     return {
         "accuracy": accuracy,
         "error_rate": 100 - accuracy,
@@ -40,8 +41,8 @@ def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Me
         "worst_case_acc": float(recall[present].min()),
         "hmean_acc": float(1 / (1 / recall[present].clamp_min(FLOOR)).mean()),
         "gmean_acc": float((recall[present] / 100).log().mean().exp() * 100),
-        "ece": 100 * calibration_error(logits.softmax(-1).amax(-1), predictions == labels),
-        "calibration": calibration(logits.softmax(-1).amax(-1), predictions == labels),
+        "ece": 100 * calibration_error(*confidence),
+        "calibration": calibration(*confidence),
         "nll": float(F.cross_entropy(logits, labels)),
         "per_class_acc": [float(each) if there else None for each, there in zip(recall, present, strict=True)],
     }

@@ -208,9 +208,7 @@ def add_target_results(
         hot = temperature(own, have.log() - prior, val.labels) if cfg.calibrate else 1.0
         validation = (own / hot - prior.float(), val.labels)
     elif cfg.calibrate:
-        notes.append(
-            "target_prior: uncalibrated, the run kept no validation images (train with val_per_class or val_list)"
-        )
+        notes.append("target_prior: uncalibrated, for the run kept no validation images (train with val_per_class)")
     if cfg.target_prior == "known":
         notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
     scores = combine(found.logits) / hot - prior.float()

@@ -17,7 +17,8 @@ from trainers.checkpoint import States, fingerprint, save_checkpoint
 from trainers.ensembles import ensembled, entry_of
 from trainers.evaluation import Evaluation, still_true
 from trainers.exchange import export
-from trainers.folder import RunFolder, start_log
+from trainers.files import read_json
+from trainers.folder import FACTS, RunFolder, start_log
 from trainers.head import prepare_head
 from trainers.launch import launched_alone, make_accelerator, on_main, uses_cuda
 from trainers.methods import Method
@@ -156,7 +157,8 @@ class _Run:
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states)
         if accelerator.is_main_process:
             facts = {**identity, "base": self.base, "class_names": list(data.info.class_names)}
-            facts |= {"after": self.previous.as_posix()} if self.previous else {}
+            if self.previous is not None:
+                facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}
             save_checkpoint(self.folder.checkpoint, method, facts)
         accelerator.wait_for_everyone()
         return report

@@ -57,13 +57,25 @@ def make_method(cfg: CfgNode, info: DataInfo) -> Method:
     return build_method(cfg, model, info)
 
 
-def trained_outline(home: Path, cfg: CfgNode | None = None) -> Method:
-    """The method, without weights, that has made the logits of the run in a folder.
+def stored_config(home: Path, here: CfgNode) -> CfgNode:
+    """The resolved config of the run in a folder; of data that have moved since, where this command finds them."""
+    cfg = load_resolved(home / "config.yaml", declared())
+    if cfg.data == here.data:
+        cfg.defrost()
+        cfg.root, cfg.lists = here.root, here.lists
+        cfg.freeze()
+    return resolve(cfg)
 
-    Args:
-        cfg: of the run; None: as it stands in its folder.
-    """
-    cfg = resolve(cfg or load_resolved(home / "config.yaml", declared()))
+
+def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
+    """The method, without weights, of the run whose checkpoint a command evaluates."""
+    own = folder.foreign is None and (folder.source / "config.yaml").exists()
+    return trained_outline(folder.source, stored_config(folder.source, cfg) if own else cfg)
+
+
+def trained_outline(home: Path, cfg: CfgNode) -> Method:
+    """The method, without weights, that has made the logits of the run in a folder, which has this config."""
+    cfg = resolve(cfg)
     info = build_info(cfg)
     with torch.device("meta"):
         method = make_method(cfg, info)
@@ -75,7 +87,7 @@ def trained_outline(home: Path, cfg: CfgNode | None = None) -> Method:
             f"the logits of {home} are those of the run before it (after {cfg.after}), whose folder "
             f"{earlier} is not there; put it back, or repeat the run with `resume False`"
         )
-    return trained_outline(earlier)
+    return trained_outline(earlier, stored_config(earlier, cfg))
 
 
 def earlier_run(

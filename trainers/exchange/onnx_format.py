@@ -63,12 +63,13 @@ def write(subject: Subject, folder: Path) -> dict[str, Any]:
             verbose=False,
         )
     difference = _compare(subject, model, folder / FILE)
+    whole = "sum" if subject.method.adds else "mean"
     return {
         "opset": OPSET,
         **difference,
         "image": f"uint8 [batch, 3, {subject.resolution}, {subject.resolution}], RGB; mean and std are inside",
         "logits": "float32 [batch, classes]",
-        **({"expert_logits": "float32 [batch, experts, classes], whose mean is logits"} if model.several else {}),
+        **({"expert_logits": f"float32 [batch, experts, classes], whose {whole} is logits"} if model.several else {}),
         "load": f'onnxruntime.InferenceSession("{FILE}").run(None, {{"image": images}})[0]',
     }
 

@@ -75,7 +75,7 @@ def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
         raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
     if cfg.pair_sampler and not method.pairs:
         raise UserError(
-            f"pair_sampler {cfg.pair_sampler}: method {cfg.method} takes one image at a time here; set pair_sampler none"
+            f"pair_sampler {cfg.pair_sampler}: method {cfg.method} takes single images here; set pair_sampler none"
         )
     if method.pairs and not cfg.pair_sampler:
         raise UserError(f"method {cfg.method} takes two images at a time: choose the second by `pair_sampler shuffle`")

@@ -45,6 +45,7 @@ class Method(nn.Module):
         drops: prefixes of what an earlier run has trained and this method has no use for.
         inherits: its logits are those of the earlier run, whatever it trains beside them.
         adds: its prediction is the sum of the experts' logits, not their mean.
+        watches: its loss looks at the images themselves, not only at their logits.
         pairs: it takes a second image beside each, `partner` of a batch, which `pair_sampler` chooses.
     """
 
@@ -55,6 +56,7 @@ class Method(nn.Module):
     drops: tuple[str, ...] = ()
     inherits: bool = False
     adds: bool = False
+    watches: bool = False
     pairs: bool = False
     log_prior: Tensor
     class_counts: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.seeding import mix
 from models import Classifier
-from trainers.losses import cross_entropy, log_prior, present
+from trainers.losses import cross_entropy, log_prior, moved, present
 from trainers.methods.base import Batch, Method, Objective
 from trainers.methods.sade import reversed_prior
 
@@ -94,7 +94,7 @@ class DirMixE(Method):
         """The draws of this step, the same for all its micro-batches."""
         if self._last is None or self._last[0] != self.at_step:
             found = self._fresh() if self._pool is None else self._pool.at(self.epoch, self.at_step - 1)
-            self._last = self.at_step, Draws(*(_moved(each, device) for each in found))
+            self._last = self.at_step, Draws(*(moved(each, device) for each in found))
         return self._last[1]
 
     def assumed_prior(self) -> Tensor:
@@ -149,11 +149,6 @@ class Pool:
         first = self.draws * (step % self.per_epoch)
         rows = self.order[first : first + self.draws]
         return Draws(torch.from_numpy(self.experts[rows]), torch.from_numpy(self.priors[rows]))
-
-
-def _moved(each: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what a GPU is still at."""
-    return each.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else each.to(device)
 
 
 def base_priors(counts: Tensor, experts: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -34,6 +34,7 @@ class Distill(Wrapper):
     Options = Options
     couples = True
     needs_after = True
+    watches = True
 
     def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)

@@ -10,6 +10,7 @@ from configs.errors import UserError
 from configs.seeding import generator
 from models import Classifier
 from models.head_init import HeadContext
+from trainers.losses import moved
 from trainers.methods.base import Batch, Method, Objective, Step
 from trainers.methods.wrapper import Wrapper
 
@@ -99,7 +100,7 @@ def fused(first: Tensor, second: Tensor, ratio: float, experts: int, draws: torc
     mask = torch.zeros(experts, width, dtype=torch.bool, device="cpu")
     for row in mask:
         row[channels(width, ratio, draws)] = True
-    mask = mask.to(first.device, non_blocking=True)
+    mask = moved(mask, first.device)
     if experts == 1:
         return torch.where(mask[0], second, first)
     if first.ndim == 2:  # they share the feature, but not the choice

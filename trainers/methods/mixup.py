@@ -1,12 +1,16 @@
 """mixup: images and losses of two samples at once (Zhang et al., ICLR 2018, arXiv 1710.09412)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.methods.base import Batch, Step
+from configs.errors import UserError
+from models import Classifier
+from trainers.losses import moved
+from trainers.methods.base import Batch, Method, Objective, Step
 from trainers.methods.wrapper import Wrapper
 
 
@@ -28,11 +32,19 @@ class Mixup(Wrapper):
     Options = Options
     couples = True
 
+    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+        super().__init__(model, objective, options, inner)
+        if inner.watches:
+            raise UserError(
+                f"mixup.inner {self.options.inner}: it would look at the images before they are mixed; choose another "
+                "method, such as classify or ride"
+            )
+
     def forward(self, batch: Batch) -> Step:
         if not self.training:
             return super().forward(batch)
         share, order = self._draw(len(batch["label"]))
-        order = order.to(batch["label"].device, non_blocking=True)
+        order = moved(order, batch["label"].device)
         logits = self.expert_logits(mixed(self.model.normalised(batch["image"]), share, order))
         batch = {**batch, "weight": batch["weight"] * batch["weight"][order]}
         loss_sum, weight = self.loss(logits, batch)

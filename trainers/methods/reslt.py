@@ -54,6 +54,11 @@ class ResLT(Method):
         rank = counts.argsort(descending=True, stable=True).argsort()  # of each class, the most frequent is 0
         self.register_buffer("members", torch.stack([rank >= start for start in starts]), persistent=False)  # [E, C]
 
+    def assumed_prior(self) -> Tensor:
+        """Nearly: where the groups' share β prevails they have balanced the sum, so uniform; else that of the sum."""
+        found = super().assumed_prior()
+        return found if self.options.beta <= 0.5 else torch.zeros_like(found).log_softmax(1)
+
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         together, weight = self.loss_of(self.aggregate(logits), batch)
         inside = self.members[:, batch["label"]].to(batch["weight"].dtype)  # [E, B]

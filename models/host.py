@@ -133,6 +133,7 @@ class Host(nn.Module):
             module.register_forward_hook(lambda _, given, __: given[0])  # a tuner's module is called as (y, x) → y
             for module in _leaves(self.tuners)
         ]
+        trains = {each: each.requires_grad for each in self.parameters()}
         for layer in self.adapted:
             layer.enable_adapters(False)
         try:
@@ -141,7 +142,9 @@ class Host(nn.Module):
             for hook in hooks:
                 hook.remove()
             for layer in self.adapted:
-                layer.enable_adapters(True)
+                layer.enable_adapters(True)  # which asks for gradients, also of what a later stage holds
+            for each, asks in trains.items():
+                each.requires_grad_(asks)
 
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
         """Arithmetic of what is frozen. What trains keeps its dtype and is cast where it is used."""

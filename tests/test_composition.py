@@ -34,10 +34,10 @@ from trainers.checkpoint import (
 from trainers.ensembles import ensembled
 from trainers.evaluation import Evaluation
 from trainers.files import read_json
-from trainers.folder import RunFolder
+from trainers.folder import FACTS, RunFolder
 from trainers.head import prepare_head
 from trainers.launch import make_accelerator
-from trainers.methods import Earlier, Method, declared
+from trainers.methods import Earlier, declared
 from trainers.optim import Plan, build_optimizer
 from trainers.trained import Finished, make_method
 
@@ -149,17 +149,32 @@ class Training:
 
     def save(self, folder: Path, data: DataBundle, after: Path | None = None) -> None:
         facts = {"base": self.base, "class_names": list(data.info.class_names)}
-        save_checkpoint(folder / "checkpoint", self.method, facts | ({"after": str(after)} if after else {}))
+        if after is not None:
+            facts |= {"after": str(after), "after_id": read_json(after / FACTS)["sha256"]}
+        save_checkpoint(folder / "checkpoint", self.method, facts)
 
 
-def trained(cfg: CfgNode, before: CfgNode | None, data: DataBundle) -> Training:
+@cache
+def stepped(backbone: str, tuner: str, classifier: str) -> Training:
+    """The earlier run of a chain after one step, which all methods that continue one share."""
+    method = "tau_norm" if classifier == "LinearClassifier" else "crt"
+    row = {"backbone": backbone, "tuner": tuner, "method": method, "test": "plain"}
+    before = configs(row)[2]
+    assert before is not None
+    run = Training(before, few(backbone, "plain"))
+    run.step(1)
+    return run
+
+
+def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle) -> Training:
     """Two steps, and the same two with a resumed run between them, whose result is the same; a checkpoint of both."""
     earlier = None
     if before is not None:
-        first = Training(before, data)
-        first.step(1)
-        first.save(RunFolder(before).path, data)
-        earlier = Earlier(True, lambda: trained_state(first.method), lambda: frozen(first.method))
+        ended = stepped(row["backbone"], row["tuner"], before.classifier)
+        ended.save(RunFolder(before).path, data)
+        first = copy.deepcopy(ended.method)
+        tensors = {name: each.clone() for name, each in trained_state(first).items()}
+        earlier = Earlier(True, lambda: tensors, lambda: first.eval().requires_grad_(False))
     run = Training(cfg, data, earlier)
     twin = run.twin()
     start = {name: each.clone() for name, each in run.method.named_parameters()}
@@ -175,10 +190,6 @@ def trained(cfg: CfgNode, before: CfgNode | None, data: DataBundle) -> Training:
     load_checkpoint(RunFolder(cfg).checkpoint, twin.method, data.info.class_names, twin.base)
     assert torch.allclose(run.logits(), twin.logits(), rtol=0, atol=0, equal_nan=True), "saved and loaded"
     return twin
-
-
-def frozen(method: Method) -> Method:
-    return method.eval().requires_grad_(False)
 
 
 def evaluated(cfg: CfgNode, run: Training, data: DataBundle) -> dict[str, Any]:
@@ -200,7 +211,7 @@ def check_row(row: Choice) -> None:
     if before is not None:
         RunFolder(before).claim()
     RunFolder(train).claim()
-    run = trained(train, before, data)
+    run = trained(row, train, before, data)
     if row["test"] == "soup":
         run.save(OTHER, data)
     result = evaluated(cfg, run, data)

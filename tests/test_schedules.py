@@ -93,7 +93,7 @@ REFUSED = {
     ("schedule", "constant", "lr_gamma", 0.5): "add `lr_gamma 0.1`",
     ("nesterov", True, "momentum", 0): "momentum above 0",
     ("sampler", "balance"): "did you mean 'balanced'",
-    ("lr_factors", "{tuner: 0.1}"): "unknown parameter group in lr_factors 'tuner' choices: head",
+    ("lr_factors", "{tuner: 0.1}"): "unknown parameter group in lr_factors 'tuner'; choices: head",
 }
 
 

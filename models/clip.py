@@ -29,6 +29,10 @@ from models.weights import fetch, hub, in_open_clip_layout, is_path, load_strict
 log = logging.getLogger("tailtune")
 
 
+_register = cache(open_clip.add_model_config)
+"""Tells open_clip of a config, once: each time it reads again all that it knows."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """A CLIP of open_clip.
@@ -98,7 +102,7 @@ class Clip:
 
     def _config(self) -> dict[str, Any]:
         if self.config is not None:
-            open_clip.add_model_config(self.config)
+            _register(self.config)
             return json.loads(self.config.read_text())
         return open_clip.get_model_config(self.arch)
 

@@ -84,7 +84,10 @@ def few(backbone: str, test: str) -> DataBundle:
     """Generated images in the shape that a backbone and a test-time step ask for; rows share them."""
     row = {**{axis: next(iter(entries)) for axis, entries in AXES.items()}, "backbone": backbone, "test": test}
     with mock.patch("datasets.fake.fake_sources", sources):
-        return build_data(configs(row)[0])
+        data = build_data(configs(row)[0])
+    of_class = [(data.plain.labels == k).nonzero()[:2, 0] for k in range(10)]
+    data.plain = data.plain.take(torch.cat(of_class).numpy())  # enough for a head's start, and quicker
+    return data
 
 
 sources = cache(fake_sources)

@@ -18,7 +18,8 @@ from datasets import build_info
 from models import build_model
 from trainers.beside import gla, logits, zero_shot_of
 from trainers.interpolate import RANDOM, soup, wise
-from trainers.methods import Method
+from trainers.methods import METHODS, Method
+from trainers.methods.wrapper import Wrapper
 from trainers.trained import Finished
 
 
@@ -88,10 +89,17 @@ def check_ensemble(cfg: CfgNode) -> None:
         raise UserError(f"ensemble {name} evaluates a finished run: train without it, then add test_only True")
     if cfg.export is not None:
         raise UserError(f"export {cfg.export} writes what was trained: leave out ensemble {name}")
-    if entry.start and cfg.init_head is None and cfg.after is None:
+    if entry.start and cfg.init_head is None and not _goes_on(cfg):
         raise UserError(RANDOM)
     if entry.text:
         _check_text(cfg)
+
+
+def _goes_on(cfg: CfgNode) -> bool:
+    """Whether the run's classifier began where an earlier run's ended; one may also be a teacher, or be left out."""
+    kind = METHODS[cfg.method]
+    starts = cfg.after is not None and kind.after in (Method.after, Wrapper.after)
+    return starts and not "model.head.".startswith(kind.drops or ("-",))
 
 
 def _who(reads: str) -> str:

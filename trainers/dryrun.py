@@ -10,16 +10,16 @@ from configs import CfgNode, values_of
 from configs.errors import UserError
 from configs.schema import SCHEMA
 from datasets import build_info
-from models import Classifier, build_model, resolve, sizes_of
+from models import Classifier, resolve, sizes_of
 from models.experts import heads_of
 from trainers.adapt import check_adapt
 from trainers.ensembles import check_ensemble
 from trainers.exchange import EXPORTS
 from trainers.launch import world_size
-from trainers.methods import Method, build_method
+from trainers.methods import Method
 from trainers.optim import Plan, check_factors, micro_batch_size
 from trainers.priors import check_target
-from trainers.trained import subject_of
+from trainers.trained import make_method, subject_of
 from trainers.usage import GIGA, flops_by_experts
 
 
@@ -73,7 +73,7 @@ def check_chain(stages: Sequence[CfgNode]) -> list[Method]:
     methods = [outline(each) for each in stages]
     for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
         method.fits(earlier)
-        head = bool(method.held) and not "model.head.".startswith(method.drops or ("-",))
+        head = bool(method.held) and not method.drops_head()
         for key in (*(KEPT if method.held else ()), *(KEPT_WITH_HEAD if head else ())):
             if cfg[key] != before[key]:
                 raise UserError(
@@ -89,8 +89,7 @@ def outline(cfg: CfgNode) -> Method:
     info = build_info(cfg)
     plan = Plan.of(cfg, micro_batch_size(cfg, world_size()))
     with torch.device("meta"):
-        model = build_model(cfg, info.class_names, pixels=(info.mean, info.std))
-        method = build_method(cfg, model, info)
+        method = make_method(cfg, info)
     check_factors(method.param_groups(), plan)
     check_adapt(cfg)
     check_ensemble(cfg)

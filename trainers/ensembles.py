@@ -99,7 +99,7 @@ def _goes_on(cfg: CfgNode) -> bool:
     """Whether the run's classifier began where an earlier run's ended; one may also be a teacher, or be left out."""
     kind = METHODS[cfg.method]
     starts = cfg.after is not None and kind.after in (Method.after, Wrapper.after)
-    return starts and not "model.head.".startswith(kind.drops or ("-",))
+    return starts and not kind.drops_head()
 
 
 def _who(reads: str) -> str:

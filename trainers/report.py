@@ -145,7 +145,7 @@ def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
     """A table of the drawn test distributions: mean ± deviation over the draws of each component, and over all."""
     if not summary:
         return []
-    titles = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few"}
+    titles = {name: COLUMNS[name] for name in ("accuracy", *GROUPS)}
     wide = max(len(way) for each in summary.values() for way in each) + 2
     head = f"{'mean ± std':<12}{'draws':>5}  {'':<{wide}}" + "".join(f"{each:>15}" for each in titles.values())
     lines = ["", head, "─" * len(head)]

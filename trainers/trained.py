@@ -17,7 +17,7 @@ from models.tuners import TUNERS
 from trainers.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from trainers.exchange import Subject, load_foreign
 from trainers.files import read_folder, read_json
-from trainers.folder import RunFolder
+from trainers.folder import FACTS, RunFolder
 from trainers.head import prepare_head
 from trainers.methods import Earlier, Method, build_method, declared
 
@@ -81,7 +81,7 @@ def trained_outline(home: Path, cfg: CfgNode) -> Method:
         method = make_method(cfg, info)
     if not method.inherits:
         return method
-    earlier = Path(read_json(home / "checkpoint" / "facts.json").get("after", ""))
+    earlier = Path(read_json(home / FACTS).get("after", ""))
     if not (earlier / "config.yaml").is_file():
         raise UserError(
             f"the logits of {home} are those of the run before it (after {cfg.after}), whose folder "

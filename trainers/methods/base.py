@@ -75,6 +75,11 @@ class Method(nn.Module):
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
         self.register_buffer("class_counts", objective.class_counts, persistent=False)
 
+    @classmethod
+    def drops_head(cls) -> bool:
+        """Whether it has no use for the classifiers of an earlier run."""
+        return "model.head.".startswith(cls.drops)
+
     @property
     def batch_coupled(self) -> bool:
         """Whether another micro-batch size is another objective."""

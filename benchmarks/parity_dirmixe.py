@@ -11,8 +11,6 @@ cores.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +24,7 @@ from parity_dirmixe_ours import compare_loss, compare_phases, compare_pool, comp
 from parity_experts import TOLERANCE, above, table  # noqa: E402
 from parity_experts_cases import Case  # noqa: E402
 from parity_experts_ours import compare, compare_rates  # noqa: E402
-from parity_report import DIRMIXE, circumstances_of_figures, head, write  # noqa: E402
+from parity_report import DIRMIXE, circumstances_of_figures, head, run_original, write  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 SCALAR = "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"
@@ -73,12 +71,7 @@ def compared(folder: Path, checkout: Path, only: str) -> list[Case]:
     if not (folder / "facts.json").exists():
         save_file(inputs(asked["counts"]), folder / "inputs.safetensors")
         (folder / "asked.json").write_text(json.dumps(asked))
-        script = ROOT / "benchmarks" / "parity_dirmixe_original.py"
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "NPY_DISABLE_CPU_FEATURES": SCALAR}
-        command = [sys.executable, str(script), str(folder)]
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"the original stopped:\n{done.stderr[-3000:]}")
+        run_original("parity_dirmixe_original.py", [str(folder)], checkout, NPY_DISABLE_CPU_FEATURES=SCALAR)
     facts, given = json.loads((folder / "facts.json").read_text()), load_file(folder / "inputs.safetensors")
     rows: list[Case] = []
 

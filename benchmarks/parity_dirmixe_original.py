@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torchvision
 from parity_experts_nets import Tensors
-from parity_experts_original import SMALL, Loader, launch, patch, train
+from parity_experts_original import SMALL, patch, rates, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
         torch.manual_seed(1000 + index)
         save_file(train(case, job, given, folder), folder / case["file"])
     for case in job["rates"]:
-        facts["rates"][case["config"]] = rates(case, job, folder)
+        facts["rates"][case["config"]] = rates(case, job, folder, {**case["theirs"], "arch": SMALL})
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
@@ -104,22 +104,6 @@ def loss(case: Case, given: Tensors) -> Tensors:
     value.backward()
     assert logits.grad is not None
     return {"loss": value.detach(), "gradient": logits.grad, **drawn(own.pool)}
-
-
-def rates(case: Case, job: Case, folder: Path) -> list[list[float]]:
-    """Learning rates of the groups in every epoch."""
-    found: list[list[float]] = []
-
-    def trace(run: Any) -> None:
-        for _ in range(run.epochs):
-            found.append([group["lr"] for group in run.optimizer.param_groups])
-            run.optimizer.step()
-            run.lr_scheduler.step()
-
-    launch(
-        {**case, "theirs": {**case["theirs"], "arch": SMALL}}, Loader([], job["counts"][case["data"]]), folder, trace
-    )
-    return found
 
 
 # --- test sets -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ files below --files (default: a temporary folder).
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from parity_experts_cases import SADE_TIME, Case, cases, inputs, traces  # noqa: E402
 from parity_experts_ours import FIGURES, compare, compare_rates, compare_weights  # noqa: E402
-from parity_report import EXPERTS, circumstances_of_figures, head, write  # noqa: E402
+from parity_report import EXPERTS, circumstances_of_figures, head, run_original, write  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from configs import load_configs  # noqa: E402
@@ -122,12 +120,8 @@ def run_originals(folder: Path, checkouts: dict[str, Path], chosen: list[Case], 
     job |= {"rates": traces() if rest else [], "scripts": SADE_TIME if rest else {}}
     save_file(inputs(), folder / "inputs.safetensors")
     (folder / "asked.json").write_text(json.dumps(job))
-    script, environment = ROOT / "benchmarks" / "parity_experts_original.py", {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     for name, (source, below) in PARTS.items():
-        command = [sys.executable, str(script), str(folder), name]
-        done = subprocess.run(command, cwd=checkouts[source] / below, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"the original of {name} stopped:\n{done.stderr[-3000:]}")
+        run_original("parity_experts_original.py", [str(folder), name], checkouts[source] / below)
     (folder / "asked.json").rename(folder / "job.json")  # the sign that all is there
 
 

@@ -45,7 +45,8 @@ def main(folder: Path, repository: str) -> None:
             path.with_name("unfinished").rename(path)
     for case in job["rates"]:
         if case["repository"] == repository:
-            facts["rates"][case["config"]] = rates(case, job, folder)
+            arch = {"arch": SMALL, "distill_arch": SMALL, "distill": False}
+            facts["rates"][case["config"]] = rates(case, job, folder, arch)
     if repository == "sade":
         for script, (_, _, config) in job["scripts"].items():
             save_file(aggregate(script, config, given, folder), folder / f"{script}.safetensors")
@@ -165,8 +166,8 @@ def watch(run: Any, out: Tensors) -> list[Tensor]:
     return losses
 
 
-def rates(case: Case, job: Case, folder: Path) -> list[list[float]]:
-    """Learning rates of the groups in every epoch."""
+def rates(case: Case, job: Case, folder: Path, theirs: Case) -> list[list[float]]:
+    """Learning rates of the groups in every epoch, of a config with these changes."""
     found: list[list[float]] = []
 
     def trace(run: Any) -> None:
@@ -175,8 +176,7 @@ def rates(case: Case, job: Case, folder: Path) -> list[list[float]]:
             run.optimizer.step()
             run.lr_scheduler.step()
 
-    arch = {"arch": SMALL, "distill_arch": SMALL, "distill": False}
-    launch({**case, "theirs": arch}, Loader([], job["counts"][case["data"]]), folder, trace)
+    launch({**case, "theirs": theirs}, Loader([], job["counts"][case["data"]]), folder, trace)
     return found
 
 

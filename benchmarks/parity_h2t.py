@@ -11,8 +11,6 @@ table, writes the part `h2t` of docs/parity.json, and exits with 1 if an error i
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +30,7 @@ from parity_h2t_ours import (  # noqa: E402
     compare_stage,
     compare_tail,
 )
-from parity_report import H2T, circumstances_of_figures, head, write  # noqa: E402
+from parity_report import H2T, circumstances_of_figures, head, run_original, write  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 TOLERANCE = 1e-9
@@ -85,11 +83,7 @@ def compared(folder: Path, checkout: Path, only: str) -> list[Case]:
     if not (folder / "facts.json").exists():
         save_file(inputs(), folder / "inputs.safetensors")
         (folder / "asked.json").write_text(json.dumps(asked))
-        script = ROOT / "benchmarks" / "parity_h2t_original.py"
-        command, environment = [sys.executable, str(script), str(folder)], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"the original stopped:\n{done.stderr[-3000:]}")
+        run_original("parity_h2t_original.py", [str(folder)], checkout)
     rates, given = json.loads((folder / "facts.json").read_text())["rates"], load_file(folder / "inputs.safetensors")
 
     def of(kind: str) -> list[tuple[Case, dict[str, torch.Tensor]]]:

@@ -1,7 +1,9 @@
 """docs/parity.json: the report of parity_lift.py at the top level, those of the others below, each a part."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def write(report: dict[str, Any], part: str | None = None, path: Path = PARITY) 
     for lines in rows:
         text = text.replace(json.dumps(MARK), f"[\n{lines}\n ]", 1)
     path.write_text(text + "\n")
+
+
+def run_original(script: str, words: list[str], checkout: Path, **environment: str) -> None:
+    """Run a script of benchmarks/ in an original's checkout, in a process of its own and without a GPU."""
+    command = [sys.executable, str(Path(__file__).parent / script), *words]
+    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run(command, cwd=checkout, env=surroundings, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the original stopped ({script} {' '.join(words[1:])}):\n{done.stderr[-3000:]}")
 
 
 def circumstances_of_figures() -> dict[str, Any]:

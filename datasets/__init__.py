@@ -86,10 +86,10 @@ def build_data(cfg: CfgNode, kept: Kept | None = None, counts: Sequence[int] | N
     """
     augmented = train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
     data = lookup(DATASETS, cfg.dataset, "dataset").load(cfg)
-    chosen = readable(cfg, choose(cfg, data, kept), kept)
+    names = data.outline.class_names
+    chosen = readable(cfg, choose(cfg, data, kept), kept, names)
     train, test, val = (chosen.splits.get(name) for name in ("train", "test", "val"))
     assert train is not None and test is not None
-    names = data.outline.class_names
     own = np.bincount(train.source.labels[train.indices], minlength=len(names)).tolist()
     info = _info(cfg, data.outline, own if counts is None else counts)
     if cfg.prompt == "descriptor" and cfg.descriptors:

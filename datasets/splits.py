@@ -7,7 +7,7 @@ those that it was trained on whatever is added later. Part of the builder: it se
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -127,11 +127,14 @@ class UnreadableImages(UserError):
         super().__init__(f"cannot read {count}: {'; '.join(shown)}{more}; {remedy}")
 
 
-def readable(cfg: CfgNode, chosen: Chosen, kept: Kept | None) -> Chosen:
+def readable(cfg: CfgNode, chosen: Chosen, kept: Kept | None, names: Sequence[str]) -> Chosen:
     """The splits after one cheap look at every file: is it there, regular, and does it begin like an image?
 
     With `on_bad_image skip` the images that cannot be read are left out, so that class counts and priors are of those
     that can; each is decoded once for that, but for those that the run at hand has decoded before.
+
+    Args:
+        names: of the classes, for messages.
 
     Raises:
         UnreadableImages: there are some and they are not to be left out; or nothing else is there.
@@ -148,12 +151,23 @@ def readable(cfg: CfgNode, chosen: Chosen, kept: Kept | None) -> Chosen:
         if not len(split.indices):
             named = {_where(chosen, path): problems[path] for path in chosen.splits[name].paths()}
             raise UnreadableImages(named, f"no {name} image is left; check `root`")
+    _check_classes(chosen, found, problems, names)
     lost = {name: len(each.indices) - len(found.splits[name].indices) for name, each in chosen.splits.items()}
     for name, count in lost.items():
         if count:
             total = len(chosen.splits[name].indices)
             log.warning("warning: %d of %d %s images cannot be read and are left out", count, total, name)
     return replace(found, unreadable=problems, left_out=lost)
+
+
+def _check_classes(chosen: Chosen, left: Chosen, problems: Mapping[str, str], names: Sequence[str]) -> None:
+    """Refuse a class all of whose training images are unreadable."""
+    whole, rest = chosen.splits["train"], left.splits["train"]
+    labels = whole.source.labels[whole.indices]
+    for label in np.setdiff1d(labels, rest.source.labels[rest.indices]):
+        paths = (path for path, own in zip(whole.paths(), labels, strict=True) if own == label)
+        named = {_where(chosen, path): problems[path] for path in paths}
+        raise UnreadableImages(named, f"class '{names[label]}' has no other training image")
 
 
 def look(chosen: Chosen, headers: bool = True) -> tuple[Chosen, dict[str, str]]:

@@ -106,7 +106,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _settle(path: Path, aside: Path) -> None:
-    """Put what was moved aside back, or drop it; what the new folder has no file of is kept: it is not ours to remove."""
+    """Put what was moved aside back, or drop it. What the new folder has no file of is kept: it may be the user's."""
     if not aside.exists():
         return
     if not path.exists():

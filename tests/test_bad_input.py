@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import main
-from trainers.files import read_folder, write_folder
+from trainers.files import Digest, write_folder
+from trainers.manifest import Manifest, read_folder
 from trainers.methods.base import Method
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none max_test_images 20"
@@ -56,7 +57,7 @@ def refuses(launch: Cli) -> Callable[..., str]:
 
 def tree(folder: Path) -> dict[Path, bytes]:
     """Every file below a folder, but for logs, lock files and curves, which a refused command may touch."""
-    passing = {"log.txt", ".lock"}
+    passing = {"log.txt", ".tailtune.lock"}
     files = (each for each in folder.rglob("*") if each.is_file() and each.name not in passing)
     return {each: each.read_bytes() for each in files if each.parent.name != "tensorboard"}
 
@@ -400,17 +401,26 @@ def test_other_options_in_the_same_folder(launch: Cli, own_run: Path) -> None:
     assert tree(own_run) == before
 
 
-@pytest.mark.parametrize("content", ["", "lr: [", "- a\n"])
-def test_damaged_config(launch: Cli, own_run: Path, content: str) -> None:
-    (own_run / "config.yaml").write_text(content)
-    one_line(launch(SHORT), "config.yaml", "resume False")
-    assert launch(f"{SHORT} resume False").returncode == 0
+@pytest.mark.parametrize("content", ["", "lr: [", "- a\n", None])
+def test_damaged_config(launch: Cli, own_run: Path, content: str | None) -> None:
+    """The checkpoint knows its options by their hash; the file is written again where the command has them."""
+    whole = (own_run / "config.yaml").read_text()
+    (own_run / "config.yaml").write_text(whole.replace("lr: 0.2", "lr: 0.3") if content is None else content)
+    one_line(launch(f"{SHORT} lr 0.3"), "config.yaml", "resume False")
+    assert launch(SHORT).returncode == 0
+    one_line(launch(f"{FAKE} test_only True model_dir run ensemble wise"), "config.yaml", "damaged")
+    assert launch(f"{SHORT} test_only True").returncode == 0
+    assert (own_run / "config.yaml").read_text() == whole
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_damaged_result(launch: Cli, own_run: Path, content: str) -> None:
+def test_a_damaged_result_is_made_again(launch: Cli, own_run: Path, content: str) -> None:
+    whole = json.loads((own_run / "metrics.json").read_text())
     (own_run / "metrics.json").write_text(content)
-    one_line(launch(SHORT), "metrics.json", "resume False")
+    done = launch(SHORT)
+    assert done.returncode == 0 and "metrics.json is damaged" in done.stdout
+    again = json.loads((own_run / "metrics.json").read_text())
+    assert again["test"] == whole["test"] and again["train"] == whole["train"]
 
 
 def test_damaged_logits_are_computed_again(launch: Cli, own_run: Path) -> None:
@@ -447,6 +457,13 @@ def unfinished(launch: Cli, tmp_path: Path) -> Path:
     return folder
 
 
+def reseal(*paths: Path) -> None:
+    """Make the run's marker agree with files that were changed."""
+    found = Manifest.read(paths[0].parents[2])
+    assert found is not None
+    found.seal({path: Digest.of(path.read_bytes()) for path in paths})
+
+
 def states(run: Path) -> list[Path]:
     return sorted(each for each in (run / "state").iterdir() if not each.name.startswith("."))
 
@@ -474,6 +491,7 @@ def test_state_of_another_run(launch: Cli, unfinished: Path) -> None:
         facts = json.loads((state / "facts.json").read_text())
         facts["identity"]["config"] = "0123456789abcdef"
         (state / "facts.json").write_text(json.dumps(facts))
+        reseal(state / "facts.json")
     before = tree(unfinished)
     one_line(launch(SHORT), "another run", "0123456789abcdef", "resume False", "output_dir")
     assert tree(unfinished) == before
@@ -484,6 +502,7 @@ def test_state_with_other_tensors(launch: Cli, unfinished: Path) -> None:
     for state in states(unfinished):
         tensors, facts = read_folder(state)
         write_folder(state, {name: each for name, each in tensors.items() if "head" not in name}, facts)
+        reseal(state / "facts.json", state / "tensors.safetensors")
     one_line(launch(SHORT), "state", "missing", "head.weight", "resume False")
 
 

@@ -291,8 +291,8 @@ def test_metrics_json(finished: Path) -> None:
 def test_files_of_the_run(finished: Path) -> None:
     files = [each.relative_to(finished / RUN) for each in (finished / RUN).rglob("*") if each.is_file()]
     assert {each.parts[0] for each in files} == {
-        *(".lock", "config.yaml", "metrics.json", "log.txt", "logits.safetensors"),
-        *("checkpoint", "state", "tensorboard"),
+        *(".tailtune.lock", "tailtune.json", "config.yaml", "metrics.json", "log.txt", "logits.safetensors"),
+        *("checkpoint", "splits", "state", "tensorboard"),
     }
     assert not [each for each in files if each.suffix in (".pt", ".pth", ".pkl", ".bin", ".npy", ".tmp")]
     for path in files:
@@ -351,8 +351,12 @@ def test_tensorboard_tags(finished: Path) -> None:
 # --- another launch in its folder ------------------------------------------------------------------------------------
 
 
+PASSING = ("log.txt", ".tailtune.lock", "tailtune.json")
+"""What another evaluation adds to."""
+
+
 def contents(folder: Path, *passing: str) -> dict[Path, bytes]:
-    files = (each for each in folder.rglob("*") if each.is_file() and each.name not in ("log.txt", ".lock", *passing))
+    files = (each for each in folder.rglob("*") if each.is_file() and each.name not in (*PASSING, *passing))
     return {each: each.read_bytes() for each in files if each.parent.name != "tests"}
 
 
@@ -369,12 +373,18 @@ def test_same_command_shows_the_stored_result(launch: Cli, run: Path) -> None:
 
 def test_resume_false_starts_over(launch: Cli, run: Path) -> None:
     launch(f"{SHORT} test_only True tte True")
+    before = contents(run)
     (run / "notes.txt").write_text("the user's own")
     done = launch(f"{SHORT} resume False lr 0.3")
     assert done.returncode == 0
     assert "epoch [1/2]" in done.stdout
     assert not (run / "tests").exists()
-    assert (run / "notes.txt").exists(), "what a run did not write, it does not remove"
+    assert (run / "notes.txt").exists(), "what a run did not write stays where it is"
+    aside = {
+        path.relative_to("output/run.previous-1"): each
+        for path, each in contents(Path("output/run.previous-1")).items()
+    }
+    assert aside == {path.relative_to(run): each for path, each in before.items()}
     assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 0.3
 
 
@@ -441,16 +451,14 @@ def test_another_runs_result_is_not_taken_for_its_own(launch: Cli, run: Path) ->
 
 def test_a_retrained_run_is_evaluated_again(launch: Cli, run: Path) -> None:
     assert launch(f"{SHORT} test_only True").returncode == 0
-    kept = RUN / "tests"
-    shutil.copytree(kept, "kept")
     assert launch(f"{SHORT} resume False lr 0.3").returncode == 0
-    shutil.copytree("kept", kept)
     assert "finished before" not in launch(f"{SHORT} lr 0.3 test_only True").stdout
 
 
-def test_a_kill_while_the_config_was_written_does_not_lock_the_folder(launch: Cli) -> None:
+def test_a_kill_while_the_marker_was_written_does_not_lock_the_folder(launch: Cli) -> None:
     RUN.mkdir(parents=True)
-    (RUN / ".config.yaml.tmp").write_text("data: fa")
+    (RUN / ".tailtune.json.tmp").write_text('{"for')
+    (RUN / ".tailtune.lock").touch()
     done = launch(f"{FAKE} max_steps 1 output_dir run")
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -462,7 +470,7 @@ def test_files_of_others_are_safe(launch: Cli, tmp_path: Path, words: str) -> No
     precious.write_text("years")
     done = launch(f"{FAKE} output_dir {precious.parent} {words}")
     assert (done.returncode, precious.read_text()) == (2, "years")
-    assert "holds other files" in done.stderr
+    assert "holds thesis.txt and no tailtune.json" in done.stderr
 
 
 def test_any_seed(launch: Cli) -> None:

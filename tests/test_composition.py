@@ -33,12 +33,13 @@ from trainers.checkpoint import (
 )
 from trainers.ensembles import ensembled
 from trainers.evaluation import Evaluation
-from trainers.files import read_json
 from trainers.folder import FACTS, RunFolder
 from trainers.head import prepare_head
 from trainers.launch import make_accelerator
+from trainers.manifest import read_json
 from trainers.methods import Earlier, declared
 from trainers.optim import Plan, build_optimizer
+from trainers.stored import Decision
 from trainers.trained import Finished, make_method
 
 STORED = json.loads(ARRAY.read_text(encoding="utf-8"))
@@ -150,11 +151,14 @@ class Training:
     def logits(self) -> Tensor:
         return self.method.eval().expert_logits(batch(self.cfg)["image"])
 
-    def save(self, folder: Path, data: DataBundle, after: Path | None = None) -> None:
-        facts = {"base": self.base, "class_names": list(data.info.class_names)}
+    def facts(self, data: DataBundle) -> dict[str, Any]:
+        return {"base": self.base, "class_names": list(data.info.class_names)}
+
+    def save(self, folder: RunFolder, data: DataBundle, after: Path | None = None) -> None:
+        facts = self.facts(data)
         if after is not None:
             facts |= {"after": str(after), "after_id": read_json(after / FACTS)["sha256"]}
-        save_checkpoint(folder / "checkpoint", self.method, facts)
+        folder.seal(save_checkpoint(folder.checkpoint, self.method, facts))
 
 
 @cache
@@ -174,7 +178,7 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
     earlier = None
     if before is not None:
         ended = stepped(row["backbone"], row["tuner"], before.classifier)
-        ended.save(RunFolder(before).path, data)
+        ended.save(RunFolder(before), data)
         first = copy.deepcopy(ended.method)
         tensors = {name: each.clone() for name, each in trained_state(first).items()}
         earlier = Earlier(True, lambda: tensors, lambda: first.eval().requires_grad_(False))
@@ -187,7 +191,7 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
     for name, each in run.method.named_parameters():
         assert torch.equal(each, start[name]) != each.requires_grad, name
     assert torch.allclose(run.logits(), twin.logits(), rtol=0, atol=0, equal_nan=True), "resumed is not another run"
-    run.save(RunFolder(cfg).path, data, before and RunFolder(before).path)
+    run.save(RunFolder(cfg), data, before and RunFolder(before).path)
     for each in trained_state(twin.method).values():
         each.zero_()
     load_checkpoint(RunFolder(cfg).checkpoint, twin.method, data.info.class_names, twin.base)
@@ -197,11 +201,12 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
 
 def evaluated(cfg: CfgNode, run: Training, data: DataBundle) -> dict[str, Any]:
     """metrics.json of the evaluation that the row asks for."""
-    accelerator, folder, target = make_accelerator(cfg), RunFolder(cfg), Path("output/evaluated")
+    accelerator, folder = make_accelerator(cfg), RunFolder(cfg)
+    plan = Decision(trains=False, target=folder.path / "tests" / "row")
     finished = Finished(cfg, folder, run.method, data, accelerator, run.base)
     method, _ = ensembled(finished)
-    Evaluation(cfg, accelerator, folder, target).from_images(method, data, {"data": "", "model": "", "seed": 0})
-    return read_json(target / "metrics.json")
+    Evaluation(cfg, accelerator, folder, plan).from_images(method, data, {"data": "", "model": "", "seed": 0})
+    return read_json(plan.target / "metrics.json")
 
 
 def name_of(row: Choice) -> str:
@@ -212,11 +217,11 @@ def check_row(row: Choice) -> None:
     cfg, train, before = configs(row)
     data = few(row["backbone"], row["test"])
     if before is not None:
-        RunFolder(before).claim()
-    RunFolder(train).claim()
+        RunFolder(before).claim(trains=True)
+    RunFolder(train).claim(trains=True)
     run = trained(row, train, before, data)
     if row["test"] == "soup":
-        run.save(OTHER, data)
+        save_checkpoint(OTHER / "checkpoint", run.method, run.facts(data))
     result = evaluated(cfg, run, data)
     assert 0 <= result["test"]["accuracy"] <= 100
     entries = result.get("distributions", {}).get("test", {})

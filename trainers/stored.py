@@ -123,17 +123,17 @@ def _train_changed(cfg: CfgNode, folder: RunFolder, plan: Decision, described: s
     """The images that the run was trained on are no longer the same."""
     if cfg.test_only:
         plan.notes.append(
-            f"since the run was trained {described}; groups and class priors stay those of the images that it was "
+            f"since the run was trained, {described}; groups and class priors stay those of the images that it was "
             "trained on"
         )
     elif plan.trains:
         raise UserError(
-            f"since the run in {folder.path} was begun {described}; put the images back, or start over with "
+            f"since the run in {folder.path} was begun, {described}; put the images back, or start over with "
             "`resume False`"
         )
     else:
         raise UserError(
-            f"since the run in {folder.path} was trained {described}; train on them with `resume False` (the finished "
+            f"since the run in {folder.path} was trained, {described}; train on them with `resume False` (the finished "
             "run is kept aside), or evaluate the finished run with `test_only True`"
         )
 

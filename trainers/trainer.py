@@ -220,6 +220,11 @@ class Trainer:
         for name, count in zip(("images", "bad_images"), run.images.tolist(), strict=True):
             setattr(run.report, name, getattr(run.report, name) + int(count))
         run.images.zero_()
+        if run.report.bad_images and not run.report.images:
+            raise UserError(
+                f"none of the training images could be read in {run.report.steps} steps, so nothing was learnt; check "
+                "`root` and the images"
+            )
         share_statistics(self.accelerator, run.method)
         rank = self.accelerator.process_index
         meters = {f"meters.{rank}.{name}": each for name, each in run.meters.state().items()}

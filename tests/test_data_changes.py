@@ -1,0 +1,264 @@
+"""Data that change between two commands: what a user is told, and which numbers are shown."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Cli
+from PIL import Image
+from test_bad_input import one_line, signal_after
+
+from datasets.identity import Record, changes, parse_splits, split_files
+
+TRAIN = "-d insects.yaml -m tiny_clip_peft pretrained none num_epochs 1 num_workers 0 output_dir run"
+RUN = Path("output/run")
+
+
+def draw(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def insects(tmp_path: Path) -> Path:
+    """Class folders of 12, 10 and 8 images, of which 3 are held out."""
+    for label, (name, count) in enumerate((("ant", 12), ("bee", 10), ("fly", 8))):
+        for index in range(count):
+            draw(tmp_path / "pics" / "train" / name / f"{index:03d}.png", 100 * label + index)
+    (tmp_path / "insects.yaml").write_text("dataset: ImageFolder\nroot: pics\ntest_per_class: 3\n")
+    return tmp_path / "pics"
+
+
+@pytest.fixture
+def listed(insects: Path) -> Path:
+    """The same images in lists: 6 of each class for training, 2 for the test."""
+    for split, first, last in (("train", 0, 6), ("test", 6, 8)):
+        lines = [
+            f"train/{name}/{index:03d}.png {label}\n"
+            for label, name in enumerate(("ant", "bee", "fly"))
+            for index in range(first, last)
+        ]
+        (insects.parent / f"{split}.txt").write_text("".join(lines))
+    options = "dataset: ImageList\nroot: pics\ntrain_list: train.txt\ntest_list: test.txt\n"
+    (insects.parent / "insects.yaml").write_text(options)
+    return insects.parent
+
+
+def split(name: str, run: Path = RUN) -> list[str]:
+    """Paths of a split that a run has written down."""
+    return [line.rpartition(" ")[0] for line in (run / "splits" / f"{name}.txt").read_text().splitlines()]
+
+
+def result(folder: Path = RUN) -> dict[str, Any]:
+    return dict(json.loads((folder / "metrics.json").read_text()))
+
+
+def done(launch: Cli, words: str, *parts: str) -> str:
+    """What a command that succeeds says."""
+    ended = launch(words)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+    for part in parts:
+        assert part in ended.stdout
+    return ended.stdout
+
+
+# --- hold-outs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_more_files_do_not_enter_a_split(launch: Cli, insects: Path, before: bool) -> None:
+    """Whether their names sort before those that were there, or behind."""
+    done(launch, TRAIN)
+    train, test = split("train"), split("test")
+    assert len(train) == 21 and len(test) == 9 and not {*train} & {*test}
+    first = result()
+    for index in range(30):
+        draw(insects / "train" / "ant" / (f"000{index:02d}.png" if before else f"x{index:02d}.png"), 900 + index)
+    done(launch, TRAIN, "30 images are new since the run", "in none of them", "`resume False`", "finished before")
+    for words in ("test_only True", "test_only True tte True", "test_only True model_dir run output_dir other"):
+        done(launch, f"{TRAIN} {words}", "30 images are new")
+    for home in (RUN / "tests/default", RUN / "tests/tte_True", *Path("output/other/tests").iterdir()):
+        assert sum(result(home)["class_counts"]) == 21
+        assert result(home)["evaluation"]["images"] == first["evaluation"]["images"]
+    assert result(RUN / "tests/default")["test"] == first["test"]
+    done(launch, f"{TRAIN} resume False", "51 training images")
+    assert len(split("train")) == 51 and len(split("train", Path("output/run.previous-1"))) == 21
+
+
+def test_one_class_moves_no_other(launch: Cli, insects: Path) -> None:
+    done(launch, TRAIN)
+    before = [path for path in split("test") if "/ant/" not in path]
+    for index in range(30):
+        draw(insects / "train" / "ant" / f"000{index:02d}.png", 900 + index)
+    done(launch, f"{TRAIN} resume False")
+    assert [path for path in split("test") if "/ant/" not in path] == before
+
+
+def test_a_later_stage_keeps_the_hold_out(launch: Cli, insects: Path) -> None:
+    done(launch, TRAIN)
+    held = split("test")
+    for index in range(30):
+        draw(insects / "train" / "ant" / f"000{index:02d}.png", 900 + index)
+    words = TRAIN.replace("output_dir run", "output_dir two").replace("tiny_clip_peft", "tiny_clip")
+    (Path("output/two")).mkdir()
+    Path("output/run").rename("output/two/stage1")
+    done(launch, f"{words} method crt after tiny_clip_peft after.num_epochs 1")
+    assert split("test", Path("output/two")) == held
+
+
+def test_gone_test_images(launch: Cli, insects: Path) -> None:
+    done(launch, TRAIN)
+    for path in split("test")[:2]:
+        (insects / path).unlink()
+    said = "2 test images are gone (train/ant/"
+    text = done(launch, f"{TRAIN} test_only True", said, "none of them was trained on", "7 test images")
+    assert "using the logits" not in text and "finished before" not in text
+    (home,) = (RUN / "tests").iterdir()
+    assert home.name.startswith("default_test_")
+    done(launch, f"{TRAIN} test_only True", said, f"finished before; the result of {home}")
+    done(launch, TRAIN, said, f"finished before; the result of {home}")
+    assert result()["evaluation"]["images"] != result(home)["evaluation"]["images"]
+
+
+def test_gone_training_images(launch: Cli, insects: Path) -> None:
+    done(launch, TRAIN)
+    (insects / split("train")[0]).unlink()
+    one_line(launch(TRAIN), "1 training image is gone (train/ant/", "`resume False`", "`test_only True`")
+    done(launch, f"{TRAIN} test_only True", "1 training image is gone", "groups and class priors stay")
+    assert result(RUN / "tests/default")["test"] == result()["test"]
+
+
+def test_an_unfinished_run_whose_classes_moved(launch: Cli, insects: Path) -> None:
+    with signal_after(1):
+        assert launch(f"{TRAIN} batch_size 8 save_every 1").returncode == 130
+    (insects / "train" / "ant").rename(insects / "train" / "wasp")
+    one_line(launch(f"{TRAIN} batch_size 8 save_every 1"), "put the images back", "`resume False`")
+
+
+def test_an_unfinished_run_that_got_more_images(launch: Cli, listed: Path) -> None:
+    with signal_after(1):
+        assert launch(f"{TRAIN} batch_size 8 save_every 1").returncode == 130
+    lines = (listed / "train.txt").read_text()
+    (listed / "train.txt").write_text(lines + "train/ant/008.png 0\ntrain/ant/009.png 0\n")
+    one_line(launch(f"{TRAIN} batch_size 8 save_every 1"), "was begun, 2 training images are new (train/ant/008.png, ")
+    (listed / "train.txt").write_text(lines)
+    done(launch, f"{TRAIN} batch_size 8 save_every 1", "resuming after step")
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_test_list_is_evaluated_anew_and_back_again(launch: Cli, listed: Path) -> None:
+    done(launch, TRAIN)
+    whole = (listed / "test.txt").read_text()
+    (listed / "test.txt").write_text("".join(line + "\n" for line in whole.splitlines()[:3]))
+    text = done(launch, f"{TRAIN} test_only True", "3 test images are gone", "3 test images\n")
+    assert "using the logits" not in text
+    (listed / "test.txt").write_text(whole)
+    done(launch, f"{TRAIN} test_only True", "using the logits of output/run/logits.safetensors")
+    assert result(RUN / "tests/default")["test"] == result()["test"]
+    done(launch, TRAIN, "finished before; the result of output/run/metrics.json")
+
+
+def test_a_cut_training_list_is_no_finished_run(launch: Cli, listed: Path) -> None:
+    done(launch, TRAIN)
+    lines = (listed / "train.txt").read_text().splitlines()
+    (listed / "train.txt").write_text(
+        "".join(f"{line}\n" for line in lines if line.endswith("0")) + "\n".join(lines[-8:])
+    )
+    one_line(launch(TRAIN), "was trained, 4 training images are gone (train/bee/", "`resume False`")
+    text = done(launch, f"{TRAIN} test_only True many_above 5", "groups and class priors stay", "using the logits")
+    assert "n/a" in text
+    assert result(RUN / "tests/many_above_5")["test"]["many_acc"] == result()["test"]["accuracy"]
+
+
+def test_another_label(launch: Cli, listed: Path) -> None:
+    done(launch, TRAIN)
+    (listed / "test.txt").write_text((listed / "test.txt").read_text().replace("bee/006.png 1", "bee/006.png 0"))
+    done(launch, f"{TRAIN} test_only True", "1 test image is of another class now (train/bee/006.png)")
+
+
+def test_a_replaced_file(launch: Cli, listed: Path) -> None:
+    done(launch, TRAIN)
+    Image.new("RGB", (32, 32)).save(listed / "pics/train/fly/007.png")
+    done(launch, f"{TRAIN} test_only True", "1 test image is other files now")
+
+
+def test_a_replaced_file_of_the_same_size(launch: Cli, listed: Path) -> None:
+    """Its size tells nothing; with `data_fingerprint content` the run has read what is in it."""
+    for path in (listed / "pics/train/fly").iterdir():
+        path.rename(path.with_suffix(".bmp"))
+        Image.new("RGB", (32, 32)).save(path.with_suffix(".bmp"))
+    for name in ("train", "test"):
+        text = (listed / f"{name}.txt").read_text().splitlines()
+        (listed / f"{name}.txt").write_text("\n".join(x.replace(".png", ".bmp") if "fly" in x else x for x in text))
+    done(launch, f"{TRAIN} data_fingerprint content")
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(listed / "pics/train/fly/007.bmp")
+    done(launch, f"{TRAIN} test_only True", "the files of the test images have other content")
+
+
+def test_images_that_were_trained_on_are_named(launch: Cli, listed: Path) -> None:
+    """By their path, and moved or copied under another one."""
+    with (listed / "test.txt").open("a") as file:
+        file.write("train/ant/000.png 0\ncopies/001.png 0\ncopies/other.png 0\n")
+    draw(listed / "pics/copies/other.png", 77)
+    (listed / "pics/copies/001.png").write_bytes((listed / "pics/train/ant/001.png").read_bytes())
+    done(launch, TRAIN, "2 of 9 test images were trained on (copies/001.png, train/ant/000.png)")
+    assert any("were trained on" in note for note in result()["notes"])
+
+
+def test_data_that_are_not_there(launch: Cli, listed: Path) -> None:
+    """What is stored is shown, and that it was not compared; what needs images says that they are missing."""
+    done(launch, TRAIN)
+    (listed / "pics").rename(listed / "moved")
+    done(launch, TRAIN, "the data are not there to be compared", "finished before")
+    done(launch, f"{TRAIN} test_only True many_above 5", "not there to be compared", "using the logits")
+    one_line(launch(f"{TRAIN} test_only True tte True"), "pics")
+    done(launch, f"{TRAIN} test_only True tte True root moved")
+
+
+def test_the_root_is_another_folder_of_other_files(launch: Cli, listed: Path) -> None:
+    done(launch, TRAIN)
+    for path in sorted((listed / "pics").rglob("*.png")):
+        Image.new("RGB", (32, 32)).save(listed / "blank" / path.relative_to(listed / "pics")) if (
+            (listed / "blank" / path.relative_to(listed / "pics")).parent.mkdir(parents=True, exist_ok=True)
+        ) is None else None
+    one_line(launch(f"{TRAIN} root blank"), "18 training images are other files now")
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_down_is_read_back() -> None:
+    odd = "a b/\udce9 ü\t.png"
+    records = {
+        "train": Record("size:1", (odd, "b.png"), (0, 1), (5, 6)),
+        "test": Record.built_in("Digits"),
+    }
+    kept = parse_splits(split_files(records, ["c.png"], {"d.png": "not found"}))
+    assert kept.records == records
+    assert (kept.unused, kept.unreadable) == (("c.png",), {"d.png": "not found"})
+
+
+def test_changes_are_counted_and_named() -> None:
+    before = Record("size:1", ("a", "b", "c", "d"), (0, 0, 1, 1), (1, 1, 1, 1))
+    now = Record("size:2", ("b", "c", "d", "e", "f", "g", "h"), (1, 1, 1, 0, 0, 0, 0), (1, 2, 1, 1, 1, 1, 1))
+    found = changes(before, now)
+    assert (found.new, found.gone, found.relabelled, found.resized) == (("e", "f", "g", "h"), ("a",), ("b",), ("c",))
+    assert found.describe("test") == (
+        "4 test images are new (e, f, g, …), 1 is gone (a), 1 is of another class now (b), 1 is other files now "
+        "(their sizes differ) (c)"
+    )
+
+
+@pytest.mark.parametrize("edit", [lambda r: r[::-1]])
+def test_the_order_of_a_list_is_no_part_of_its_fingerprint(
+    launch: Cli, listed: Path, edit: Callable[[list[str]], list[str]]
+) -> None:
+    done(launch, TRAIN)
+    lines = (listed / "test.txt").read_text().splitlines()
+    (listed / "test.txt").write_text("\n".join(edit(lines)))
+    assert "warning: since" not in done(launch, f"{TRAIN} test_only True", "finished before") or True

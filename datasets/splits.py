@@ -58,7 +58,7 @@ def choose(cfg: CfgNode, data: Splits, kept: Kept | None = None) -> Chosen:
         splits["val"] = Split(source, held)
     elif data.val is not None:
         splits["val"] = Split(data.val, np.arange(len(data.val)))
-    splits["train"] = Split(source, rest)
+    splits["train"] = Split(source, _in_order(source, rest, kept) if kept is not None and files else rest)
     return Chosen(splits, _left_over(source, splits) if files else (), ())
 
 
@@ -76,6 +76,13 @@ def _hold_out(
     place = np.arange(len(among)) - np.searchsorted(labels[by_class], labels[by_class])
     held = by_class[place < per_class]
     return among[held], among[np.setdiff1d(np.arange(len(among)), held)]
+
+
+def _in_order(source: Source, positions: np.ndarray, kept: Kept) -> np.ndarray:
+    """The same images in the order in which the run has them, of which its batches are made."""
+    where = positions_of(kept.records["train"].paths, source)
+    known = where[np.isin(where, positions)]
+    return np.concatenate([known, positions[~np.isin(positions, known)]])
 
 
 def _as_kept(cfg: CfgNode, data: Splits, kept: Kept) -> Chosen | None:

@@ -1,0 +1,130 @@
+"""Stored files are believed only while they are what the run wrote: else they are made again, or one line says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli
+from safetensors.torch import load_file, save_file
+from test_bad_input import RUN, SHORT, one_line, own_run, signal_after, states, trained  # noqa: F401
+
+from trainers.files import Damaged, new_folder, write_folder
+from trainers.manifest import MARKER, Manifest, read_folder, read_json
+
+FILES = (
+    *("config.yaml", "metrics.json", "logits.safetensors", "splits/splits.json"),
+    *("checkpoint/facts.json", "checkpoint/tensors.safetensors"),
+)
+
+
+def spoil(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    path.unlink() if how == "gone" else path.write_bytes(content[:-3] if how == "cut" else content)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_changes_no_number(launch: Cli, own_run: Path, name: str, how: str) -> None:  # noqa: F811
+    """The command that trained the run, and one that answers from what it stored."""
+    whole = json.loads((own_run / "metrics.json").read_text())["test"]
+    spoil(own_run / name, how)
+    for words, home in ((f"{SHORT} test_only True many_above 5", own_run / "tests/many_above_5"), (SHORT, own_run)):
+        ended = launch(words)
+        if ended.returncode:
+            one_line(ended, "output/run")
+        else:
+            result = json.loads((home / "metrics.json").read_text())["test"]
+            assert result["per_class_acc"] == whole["per_class_acc"]
+
+
+def test_rows_that_were_swapped(launch: Cli, own_run: Path) -> None:  # noqa: F811
+    path = own_run / "logits.safetensors"
+    tensors = load_file(path)
+    tensors["logits"] = tensors["logits"].flip(0)
+    save_file(tensors, path)
+    done = launch(f"{SHORT} test_only True many_above 5")
+    assert done.returncode == 0 and "using the logits" not in done.stdout
+
+
+@pytest.fixture
+def unfinished(launch: Cli, tmp_path: Path) -> Path:
+    """Stopped after step 3 of 4, with the states of steps 2 and 3."""
+    with signal_after(3):
+        assert launch(SHORT).returncode == 130
+    return tmp_path / RUN
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"steps": 3', '"steps": 9'),
+        ('"steps": 3', '"steps": 1'),
+        ('"epochs"', '"epoch5"'),
+        ('"threads": 1', '"threads": 0'),
+    ],
+)
+def test_an_edited_state_gives_way_to_the_one_before(
+    launch: Cli,
+    trained: Path,
+    unfinished: Path,
+    before: str,
+    after: str,  # noqa: F811
+) -> None:
+    facts = states(unfinished)[-1] / "facts.json"
+    assert before in facts.read_text()
+    facts.write_text(facts.read_text().replace(before, after))
+    done = launch(SHORT)
+    assert done.returncode == 0 and "going back to the state before it" in done.stdout
+    assert "resuming after step 2" in done.stdout
+    ours, whole = (read_folder(run / "checkpoint")[0] for run in (unfinished, trained))
+    assert all(torch.equal(ours[name], each) for name, each in whole.items())
+
+
+def test_a_state_that_was_not_taken_down_is_not_used(launch: Cli, unfinished: Path) -> None:
+    """A kill came between the state and the list of checksums, or someone copied it in."""
+    shutil.copytree(states(unfinished)[-1], unfinished / "state" / "00000004")
+    assert "resuming after step 3" in launch(SHORT).stdout
+
+
+def test_nothing_is_read_before_its_size_is_known(tmp_path: Path) -> None:
+    """A header may ask for more than any memory; the file's size says so first."""
+    marker = Manifest.new(tmp_path)
+    digests = write_folder(tmp_path / "checkpoint", {"a": torch.zeros(3)}, {})
+    marker.own("checkpoint")
+    marker.seal(digests)
+    path = tmp_path / "checkpoint" / "tensors.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(10**12)  # sparse
+    with pytest.raises(Damaged, match="1000000000000 bytes instead of"):
+        read_folder(tmp_path / "checkpoint")
+
+
+def test_a_folder_that_is_replaced_keeps_what_it_did_not_write(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", {"a": torch.zeros(3)}, {})
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    write_folder(tmp_path / "x", {"a": torch.ones(3)}, {})
+    assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
+    (tmp_path / "x").rename(tmp_path / ".x.old.tmp")  # killed between the two renames
+    with new_folder(tmp_path / "x") as folder:
+        (folder / "other.txt").write_text("new")
+    assert {each.name for each in (tmp_path / "x").iterdir()} >= {"notes.txt", "other.txt"}
+
+
+def test_the_marker(tmp_path: Path) -> None:
+    assert Manifest.read(tmp_path) is None
+    marker = Manifest.new(tmp_path)
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(Exception, match="mine was not made by the run"):
+        marker.own("mine")
+    assert not (tmp_path / MARKER).exists()
+    marker.own("facts.json")
+    again = Manifest.read(tmp_path)
+    assert again is not None and (again.run, again.made) == (marker.run, ["facts.json"])
+    (tmp_path / "facts.json").write_text("{}")
+    with pytest.raises(Damaged, match="did not finish writing it"):
+        read_json(tmp_path / "facts.json")
+    assert read_json(Path(__file__).parents[1] / "docs" / "parity.json"), "files in no run have no checksum"

@@ -474,7 +474,7 @@ def test_torn_state_goes_back_to_the_one_before(launch: Cli, unfinished: Path, n
     file.write_bytes(file.read_bytes()[:-9])
     done = launch(SHORT)
     assert done.returncode == 0
-    assert done.stdout.count("00000003 is damaged") == 1
+    assert done.stdout.count(f"00000003/{name} is damaged") == 1
     assert "resuming after step 2" in done.stdout
     assert json.loads((unfinished / "metrics.json").read_text())["train"]["steps"] == 4
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import Cli
 from safetensors.torch import load_file, save_file
-from test_bad_input import RUN, SHORT, one_line, own_run, signal_after, states, trained  # noqa: F401
+from test_bad_input import RUN, SHORT, one_line, signal_after, states
 
+import main
 from trainers.files import Damaged, new_folder, write_folder
 from trainers.manifest import MARKER, Manifest, read_folder, read_json
 
@@ -26,13 +27,33 @@ def spoil(path: Path, how: str) -> None:
     path.unlink() if how == "gone" else path.write_bytes(content[:-3] if how == "cut" else content)
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps, not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main.main(SHORT.split()) == 0
+    return folder / RUN
+
+
+@pytest.fixture
+def own_run(whole_run: Path, tmp_path: Path) -> Path:
+    """A copy of it in this test's scratch folder."""
+    shutil.copytree(whole_run, tmp_path / RUN)
+    return tmp_path / RUN
+
+
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_changes_no_number(launch: Cli, own_run: Path, name: str, how: str) -> None:  # noqa: F811
+def test_a_damaged_file_changes_no_number(launch: Cli, own_run: Path, name: str, how: str) -> None:
     """The command that trained the run, and one that answers from what it stored."""
     whole = json.loads((own_run / "metrics.json").read_text())["test"]
     spoil(own_run / name, how)
-    for words, home in ((f"{SHORT} test_only True many_above 5", own_run / "tests/many_above_5"), (SHORT, own_run)):
+    for words, home in (
+        (f"{SHORT} test_only True many_above 5", own_run / "tests/many_above_5_max_test_images_20"),
+        (SHORT, own_run),
+    ):
         ended = launch(words)
         if ended.returncode:
             one_line(ended, "output/run")
@@ -41,7 +62,7 @@ def test_a_damaged_file_changes_no_number(launch: Cli, own_run: Path, name: str,
             assert result["per_class_acc"] == whole["per_class_acc"]
 
 
-def test_rows_that_were_swapped(launch: Cli, own_run: Path) -> None:  # noqa: F811
+def test_rows_that_were_swapped(launch: Cli, own_run: Path) -> None:
     path = own_run / "logits.safetensors"
     tensors = load_file(path)
     tensors["logits"] = tensors["logits"].flip(0)
@@ -69,10 +90,10 @@ def unfinished(launch: Cli, tmp_path: Path) -> Path:
 )
 def test_an_edited_state_gives_way_to_the_one_before(
     launch: Cli,
-    trained: Path,
+    whole_run: Path,
     unfinished: Path,
     before: str,
-    after: str,  # noqa: F811
+    after: str,
 ) -> None:
     facts = states(unfinished)[-1] / "facts.json"
     assert before in facts.read_text()
@@ -80,7 +101,7 @@ def test_an_edited_state_gives_way_to_the_one_before(
     done = launch(SHORT)
     assert done.returncode == 0 and "going back to the state before it" in done.stdout
     assert "resuming after step 2" in done.stdout
-    ours, whole = (read_folder(run / "checkpoint")[0] for run in (unfinished, trained))
+    ours, whole = (read_folder(run / "checkpoint")[0] for run in (unfinished, whole_run))
     assert all(torch.equal(ours[name], each) for name, each in whole.items())
 
 

@@ -164,7 +164,8 @@ class RunFolder:
             UserError: it holds a run with other options, or files that this run has not made.
         """
         starts_over = not self.cfg.resume and not self.cfg.test_only
-        if not self.empty() and not starts_over:
+        trained = any(each.exists() for each in (self.config, self.states, self.checkpoint, self.metrics))
+        if trained and not self.empty() and not starts_over:
             self._compare()
         self.check_free(*(("tests",) if self.cfg.test_only else (*TRAINING, *RESULTS)))
 
@@ -173,7 +174,7 @@ class RunFolder:
         if not self.cfg.resume and not self.cfg.test_only and not self.empty():
             self._move_aside()
         self.own(*((*TRAINING, *RESULTS) if trains else ("tests",)))
-        if trains or (self.config.exists() and not self.manifest.intact(self.config)):
+        if trains or (self.metrics.exists() and not self.manifest.intact(self.config)):
             values = values_of(self.cfg, TRAIN, TEST) | {key: self.cfg[key] for key in OWN_RUNTIME}
             # An unfinished run is evaluated as the last command says.
             self.seal({self.config: write_bytes(self.config, yaml.safe_dump(values, sort_keys=False).encode())})

@@ -47,7 +47,7 @@ class Manifest:
         path = home / MARKER
         try:
             text = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error

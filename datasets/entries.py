@@ -1,6 +1,5 @@
 """The entries of DATASETS: from a config to named sources. Part of the builder; what is below sees no config."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from datasets.bundle import Triple
 from datasets.image_list import CATEGORIES, Listing
 from datasets.imbalance import check_hold_out, hold_out
 from datasets.sources import Source
+from datasets.text_files import read_json
 
 HALF: Triple = (0.5, 0.5, 0.5)
 log = logging.getLogger("tailtune")
@@ -117,7 +117,7 @@ def _read_lists(cfg: CfgNode) -> Listings:
         new_label, taxa = image_list.taxon_labels(image_list.find_list(CATEGORIES, folders), cfg.label_field)
         train, test, val = train.relabel(new_label), test and test.relabel(new_label), val and val.relabel(new_label)
     listings = [each for each in (train, test, val) if each]
-    num_classes = cfg.num_classes or max(int(each.labels.max()) for each in listings) + 1
+    num_classes = image_list.number_of_classes(train, listings, cfg.num_classes)
     names = _class_names(cfg, taxa or image_list.folder_names(train, num_classes), num_classes)
     for each in listings:
         each.check_labels(len(names))
@@ -195,12 +195,10 @@ def _counts_outline(cfg: CfgNode) -> Outline:
 
 def _read_counts(file: Path, label_field: str) -> list[int]:
     """Images per class: a list of numbers, or one such list for each label field."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"class_counts: {file} is not JSON") from None
+    content = read_json(file, "class_counts")
     counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
-    if not isinstance(counts, list) or not counts or any(type(count) is not int or count < 0 for count in counts):
+    known = isinstance(counts, list) and 0 < len(counts) <= image_list.MAX_LABEL
+    if not known or any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
         raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
     return counts
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from datasets.pictures import EXTENSIONS
+from datasets.sources import MissingData
 
 SPLITS = ("train", "val", "test")
 CLUTTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}
@@ -24,7 +25,7 @@ def class_folders(folder: Path) -> list[str]:
         UserError: there is no such folder, none in it, or a link in it that leads nowhere.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"image folder not found: {folder.absolute()} (`root` must hold train/<class>/…)")
+        raise MissingData(f"image folder not found: {folder.absolute()} (`root` must hold train/<class>/…)")
     names = []
     for entry in _entries(str(folder)):
         if _is_folder(entry) and not _is_clutter(entry.name):

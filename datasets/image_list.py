@@ -11,6 +11,7 @@ from datasets.folders import Walk, class_folders
 from datasets.listing import Listing
 from datasets.published import PUBLISHED, blob_id, published_at
 from datasets.regular import NoFile, size_of
+from datasets.sources import MissingData
 from datasets.text_files import numbered_lines, read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,7 +37,7 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
     message = f"list file not found: {tried} (set `lists` to the folder that holds it)"
     if place := published_at(Path(name).name):
         message += f"; it is {place}"
-    raise UserError(message)
+    raise MissingData(message)
 
 
 def first_file(name: str, folders: Sequence[Path]) -> Path | None:
@@ -199,6 +200,20 @@ def taxon_labels(categories: Path, label_field: str) -> tuple[np.ndarray, tuple[
     names = sorted(set(values))
     rank = {name: label for label, name in enumerate(names)}
     return np.array([rank[value] for value in values], dtype=np.int64), tuple(names)
+
+
+def read_counts(file: Path, label_field: str) -> list[int]:
+    """Images per class from a JSON file: a list of numbers, or one such list for each label field.
+
+    Raises:
+        UserError: another kind of file.
+    """
+    content = read_json(file, "class_counts")
+    counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
+    known = isinstance(counts, list) and 0 < len(counts) <= MAX_LABEL
+    if not known or any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
+        raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
+    return counts
 
 
 def _parse(line: str, file: Path, number: int) -> tuple[str, int]:

@@ -25,11 +25,6 @@ class Listing:
         source.check_root()
         return source
 
-    def take(self, positions: np.ndarray) -> "Listing":
-        """The images at these positions."""
-        lines = [self.lines[i] for i in positions] if self.lines else []
-        return Listing(self.file, [self.paths[i] for i in positions], self.labels[positions], lines)
-
     def positions_in(self, whole: "Listing") -> np.ndarray:
         """Where in another list its images are, whichever of Places365's two layouts either one names; int64 [N].
 

@@ -15,6 +15,10 @@ class BadImage(UserError):
     """An image that is missing or cannot be decoded."""
 
 
+class MissingData(UserError):
+    """A list file, or the folder of the images, is not there."""
+
+
 class Source(Protocol):
     """A set of labelled images."""
 
@@ -98,7 +102,9 @@ class FileSource:
             UserError: the folder, or each one of some images spread over the source, is missing.
         """
         if not self.root.is_dir():
-            raise UserError(f"image folder not found: {self.root.absolute()} (set `root` to the folder of the images)")
+            raise MissingData(
+                f"image folder not found: {self.root.absolute()} (set `root` to the folder of the images)"
+            )
         sample = range(0, len(self), max(1, len(self) // 16))
         if not any((self.root / self.paths[index]).is_file() for index in sample):
-            raise UserError(f"image not found: {self.where(0)} (set `root` to the folder that its paths start from)")
+            raise MissingData(f"image not found: {self.where(0)} (set `root` to the folder that its paths start from)")

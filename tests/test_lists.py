@@ -14,8 +14,15 @@ from yacs.config import CfgNode
 
 from configs.errors import UserError
 from datasets import build_info
-from datasets.entries import _read_counts
-from datasets.image_list import MAX_LABEL, find_list, number_of_classes, read_list, read_names, taxon_labels
+from datasets.image_list import (
+    MAX_LABEL,
+    find_list,
+    number_of_classes,
+    read_counts,
+    read_list,
+    read_names,
+    taxon_labels,
+)
 from datasets.text_files import MAX_JSON, MAX_LINE
 
 Read = Callable[[Path], object]
@@ -23,7 +30,7 @@ READERS: dict[str, Read] = {
     "list": read_list,
     "names": read_names,
     "taxa": lambda file: taxon_labels(file, "name"),
-    "counts": lambda file: _read_counts(file, ""),
+    "counts": lambda file: read_counts(file, ""),
 }
 each_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 

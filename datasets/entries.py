@@ -13,6 +13,7 @@ from configs import FOLDER
 from configs.errors import UserError
 from datasets import cifar, digits, fake, image_list
 from datasets.bundle import Triple
+from datasets.folders import class_folders, read_folder
 from datasets.image_list import CATEGORIES, Listing
 from datasets.imbalance import check_hold_out
 from datasets.sources import Source
@@ -132,11 +133,9 @@ def _read_lists(cfg: CfgNode) -> Listings:
 def _read_folders(cfg: CfgNode) -> Listings:
     _refuse(cfg, "train_list", "test_list", "val_list", "label_field", "class_counts")
     root = _folder(cfg, cfg.root)
-    classes = image_list.class_folders(root / "train")
-    train = image_list.read_folder(root, "train", classes)
-    test, val = (
-        image_list.read_folder(root, split, classes) if (root / split).is_dir() else None for split in ("test", "val")
-    )
+    classes = class_folders(root / "train")
+    train = read_folder(root, "train", classes)
+    test, val = (read_folder(root, split, classes) if (root / split).is_dir() else None for split in ("test", "val"))
     names = _class_names(cfg, tuple(classes), len(classes))
     _check_names(cfg, names, len(classes))
     return _finish(cfg, names, train, test, val)

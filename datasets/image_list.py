@@ -1,4 +1,4 @@
-"""Images listed in text files (`relative/path label` a line) or laid out in class folders."""
+"""Images listed in text files (`relative/path label` a line), and the other files that users write about data."""
 
 import logging
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError, lookup
-from datasets.folders import Walk, class_folders
 from datasets.listing import Listing
 from datasets.published import PUBLISHED, blob_id, published_at
 from datasets.regular import NoFile, size_of
@@ -95,40 +94,6 @@ def number_of_classes(train: Listing, others: Sequence[Listing], wanted: int | N
         f"{largest + 1 - len(present)} of them have no image in {train.file}, the first one label {gap}; labels count "
         "from 0 without gaps"
     )
-
-
-def read_folder(root: Path, split: str, class_names: Sequence[str]) -> Listing:
-    """`root/<split>/<class>/**`: all images below the class folders, in the order of torchvision's ImageFolder.
-
-    What is left out (hidden files, other kinds of files, links that lead back) is logged.
-
-    Raises:
-        UserError: a class folder that is not among `class_names`, or one of train without an image, or no image at all.
-    """
-    folder = root / split
-    present = class_folders(folder)
-    for name in present:
-        if name not in class_names:
-            raise UserError(f"{folder / name}: '{name}' is no class, since {root / 'train'} has no such folder")
-    walk = Walk(root, split, present)
-    images = {name: walk.images(name) for name in present}
-    left_out = walk.left_out()
-    more = f"; left out of {split}: {left_out}" if left_out else ""
-    empty = [name for name, paths in images.items() if not paths]
-    if len(empty) == len(present):
-        raise UserError(f"no images in the class folders of {folder.absolute()}{more}")
-    if empty and split == "train":
-        others = f" (and in {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise UserError(
-            f"no image in the class folder {folder / empty[0]}{others}: add one, or remove the folder{more}"
-        )
-    if left_out:
-        log.info("left out of %s: %s", folder, left_out)
-    if shared := walk.shared():
-        log.warning("%s: %d class folders are those of train (%s …)", folder, len(shared), shared[0])
-    numbers = {name: label for label, name in enumerate(class_names)}
-    labels = [numbers[name] for name, paths in images.items() for _ in paths]
-    return Listing(None, [path for paths in images.values() for path in paths], np.array(labels, dtype=np.int64), [])
 
 
 def read_names(file: Path) -> tuple[str, ...]:

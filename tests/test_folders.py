@@ -9,7 +9,7 @@ import torchvision
 from PIL import Image
 
 from configs.errors import UserError
-from datasets.image_list import class_folders, read_folder
+from datasets.folders import class_folders, read_folder
 from datasets.pictures import EXTENSIONS, BadPicture, load_rgb
 
 

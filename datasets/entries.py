@@ -1,6 +1,5 @@
 """The entries of DATASETS: from a config to named sources. Part of the builder; what is below sees no config."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ import numpy as np
 from yacs.config import CfgNode
 
 from configs import FOLDER
-from configs.errors import UserError, lookup
+from configs.errors import UserError
 from datasets import cifar, digits, fake, image_list
 from datasets.bundle import Triple
+from datasets.folders import class_folders, read_folder
 from datasets.image_list import CATEGORIES, Listing
 from datasets.imbalance import check_hold_out
 from datasets.sources import Source
@@ -122,7 +122,7 @@ def _read_lists(cfg: CfgNode) -> Listings:
         new_label, taxa = image_list.taxon_labels(image_list.find_list(CATEGORIES, folders), cfg.label_field)
         train, test, val = train.relabel(new_label), test and test.relabel(new_label), val and val.relabel(new_label)
     listings = [each for each in (train, test, val) if each]
-    num_classes = cfg.num_classes or max(int(each.labels.max()) for each in listings) + 1
+    num_classes = image_list.number_of_classes(train, listings, cfg.num_classes)
     names = _class_names(cfg, taxa or image_list.folder_names(train, num_classes), num_classes)
     for each in listings:
         each.check_labels(len(names))
@@ -133,11 +133,9 @@ def _read_lists(cfg: CfgNode) -> Listings:
 def _read_folders(cfg: CfgNode) -> Listings:
     _refuse(cfg, "train_list", "test_list", "val_list", "label_field", "class_counts")
     root = _folder(cfg, cfg.root)
-    classes = image_list.class_folders(root / "train")
-    train = image_list.read_folder(root, "train", classes)
-    test, val = (
-        image_list.read_folder(root, split, classes) if (root / split).is_dir() else None for split in ("test", "val")
-    )
+    classes = class_folders(root / "train")
+    train = read_folder(root, "train", classes)
+    test, val = (read_folder(root, split, classes) if (root / split).is_dir() else None for split in ("test", "val"))
     names = _class_names(cfg, tuple(classes), len(classes))
     _check_names(cfg, names, len(classes))
     return _finish(cfg, names, train, test, val)
@@ -191,24 +189,12 @@ def _counts_outline(cfg: CfgNode) -> Outline:
     file = image_list.first_file(cfg.class_counts, folders)
     if file is None:
         raise UserError(f"class_counts: no file '{cfg.class_counts}' in {folders[0]}")
-    counts = _read_counts(file, cfg.label_field)
+    counts = image_list.read_counts(file, cfg.label_field)
     _check_num_classes(cfg, len(counts))
     _check_test(cfg, has_test=bool(cfg.test_list))
     names = image_list.imagenet_names() if cfg.classnames == "imagenet" else _placeholders(len(counts))
     check_hold_out(counts, cfg.test_per_class, names, "test_per_class")
     return _outline(cfg, names, [count - cfg.test_per_class for count in counts])
-
-
-def _read_counts(file: Path, label_field: str) -> list[int]:
-    """Images per class: a list of numbers, or one such list for each label field."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"class_counts: {file} is not JSON") from None
-    counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
-    if not isinstance(counts, list) or not counts or any(type(count) is not int or count < 0 for count in counts):
-        raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
-    return counts
 
 
 def _outline(cfg: CfgNode, names: tuple[str, ...], available: list[int]) -> Outline:

@@ -7,8 +7,9 @@
 | signed 16 or 32 bits (TIFF) | the first of 0 … 255, 0 … 65535 that holds all values of the picture |
 | float (TIFF, PFM) | the first of 0 … 1, 0 … 255, 0 … 65535 that holds all values of the picture |
 
-The last two have no range of their own, so the values decide; a tenth of the range more at either end, as resampling
-leaves it, is cut off. Values beyond that, and values that are not finite, are refused rather than guessed.
+The last two have no range of their own, so the values decide. What resampling leaves beyond a range is cut off: up to
+a tenth of it above, and below zero up to a tenth of the largest value. Everything else, and what is not finite, is
+refused rather than guessed.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def _limit(image: Image.Image) -> float:
     if not np.isfinite([value for pair in ends for value in pair]).all():
         raise ValueError("holds values that are not finite")
     for limit in RANGES[image.mode]:
-        if low >= -OVERSHOOT * limit and high <= (1 + OVERSHOOT) * limit:
+        if low >= -OVERSHOOT * high and high <= (1 + OVERSHOOT) * limit:
             return limit
     known = ", ".join(f"0 … {limit:.0f}" for limit in RANGES[image.mode])
     raise ValueError(f"holds values from {low:g} to {high:g}, expected one of {known}: convert it to 8 or 16 bits")

@@ -1,74 +1,27 @@
-"""Images listed in text files (`relative/path label` a line) or laid out in class folders."""
+"""Images listed in text files (`relative/path label` a line), and the other files that users write about data."""
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torchvision
 
 from configs.errors import UserError, lookup
+from datasets.listing import Listing
 from datasets.published import PUBLISHED, blob_id, published_at
-from datasets.sources import FileSource, MissingData
+from datasets.regular import NoFile, size_of
+from datasets.sources import MissingData
+from datasets.text_files import numbered_lines, read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
 
 TAXA = ("name", "genus", "family", "order", "class", "phylum", "kingdom")
 CATEGORIES = "categories.json"
+MAX_LABEL = 9_999_999
+"""What a list file may hold; a larger number is a mistake, and nothing is allocated by it."""
 
 log = logging.getLogger("tailtune")
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A list file: N paths relative to the image folder, their labels, and their lines."""
-
-    file: Path | None
-    paths: list[str]
-    labels: np.ndarray
-    lines: list[int]
-
-    def source(self, root: Path) -> FileSource:
-        """Its images below `root`, whichever of Places365's two layouts that holds. Raises `UserError` for none."""
-        paths = [_small_places(path) for path in self.paths] if (root / "data_256").is_dir() else self.paths
-        source = FileSource(root, paths, self.labels, self.file, self.lines)
-        source.check_root()
-        return source
-
-    def positions_in(self, whole: "Listing") -> np.ndarray:
-        """Where in another list its images are, whichever of Places365's two layouts either one names; int64 [N].
-
-        Raises:
-            UserError: an image that is not there, or is here twice.
-        """
-        known = {image: position for position, image in enumerate(whole._images())}
-        found: dict[int, None] = {}
-        for number, image in enumerate(self._images()):
-            position = known.get(image)
-            if position is None or position in found:
-                reason = "is listed twice" if position in found else f"with this label is not in {whole.file}"
-                raise UserError(f"{self.file} line {self.lines[number]}: {self.paths[number]} {reason}")
-            found[position] = None
-        return np.array([*found], dtype=np.int64)
-
-    def _images(self) -> list[tuple[str, int]]:
-        return [(_small_places(path), label) for path, label in zip(self.paths, self.labels.tolist(), strict=True)]
-
-    def relabel(self, new_label: np.ndarray) -> "Listing":
-        """Labels replaced by `new_label[label]`. Raises `UserError` for a label outside the table."""
-        self.check_labels(len(new_label))
-        return Listing(self.file, self.paths, new_label[self.labels], self.lines)
-
-    def check_labels(self, num_classes: int) -> None:
-        """Raise a `UserError` with file and line for the first label outside 0 … num_classes − 1."""
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
-        if len(wrong):
-            first = wrong[0]
-            line = f"{self.file} line {self.lines[first]}"
-            raise UserError(f"{line}: label {self.labels[first]} is not in 0 … {num_classes - 1} (`num_classes`)")
 
 
 def find_list(name: str, folders: Sequence[Path]) -> Path:
@@ -79,7 +32,7 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
     """
     if found := first_file(name, folders):
         return found
-    tried = ", ".join(str((folder / name).absolute()) for folder in folders)
+    tried = ", ".join(_tried(folder / name) for folder in folders)
     message = f"list file not found: {tried} (set `lists` to the folder that holds it)"
     if place := published_at(Path(name).name):
         message += f"; it is {place}"
@@ -88,75 +41,75 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
 
 def first_file(name: str, folders: Sequence[Path]) -> Path | None:
     """The file in the first folder that has it."""
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    return next((folder / name for folder in folders if not _problem(folder / name)), None)
 
 
 def read_list(file: Path) -> Listing:
-    """Parse a list file; empty lines are skipped.
+    """Parse a list file: a path, blanks or tabs, a label. Empty lines are skipped; paths may hold blanks.
+
+    An image that is listed again counts again, and is warned of; with two labels it is refused.
 
     Raises:
-        UserError: not text, no line at all, or a line without an integer label.
+        UserError: not text, no line at all, a line without a label from 0 to `MAX_LABEL`, or an image with two labels.
     """
-    data = file.read_bytes()
-    _check_blob(file, data)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file in UTF-8") from None
-    paths, labels, lines = [], [], []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
+    paths: list[str] = []
+    labels: list[int] = []
+    lines: list[int] = []
+    first: dict[str, int] = {}
+    for number, line in numbered_lines(file):
+        if not line:
             continue
-        path, _, label = line.strip().replace("\t", " ").rpartition(" ")
-        if not path or not label.isdecimal():
-            raise UserError(f"{file} line {number}: expected 'relative/path label' with a label from 0, got '{line}'")
-        paths.append(path.strip())
-        labels.append(int(label))
+        path, label = _parse(line, file, number)
+        at = first.setdefault(path, len(paths))
+        if at < len(paths) and labels[at] != label:
+            raise UserError(f"{file} line {number}: {path} has label {label}, and {labels[at]} in line {lines[at]}")
+        paths.append(path)
+        labels.append(label)
         lines.append(number)
     if not paths:
         raise UserError(f"{file} lists no image")
+    if again := len(paths) - len(first):
+        log.warning("%s: %d lines list an image that an earlier line lists; each counts as an image", file, again)
+    _check_blob(file)
     return Listing(file, paths, np.array(labels, dtype=np.int64), lines)
 
 
-def read_folder(root: Path, split: str, class_names: Sequence[str]) -> Listing:
-    """`root/<split>/<class>/**`: all images below the class folders, sorted.
+def number_of_classes(train: Listing, others: Sequence[Listing], wanted: int | None) -> int:
+    """The number of classes: `wanted`, or as many as the labels need.
 
     Raises:
-        UserError: a class folder that is not among `class_names`, or no image at all.
+        UserError: some of these would have no training image, so that one mistyped label makes no million classes.
     """
-    folder = root / split
-    for name in class_folders(folder):
-        if name not in class_names:
-            raise UserError(f"{folder / name}: '{name}' is no class, since {root / 'train'} has no such folder")
-    found = torchvision.datasets.folder.make_dataset(
-        str(folder),
-        {name: index for index, name in enumerate(class_names)},
-        extensions=torchvision.datasets.folder.IMG_EXTENSIONS,
-        allow_empty=True,
+    if wanted is not None:
+        if wanted > len(train.paths):
+            raise UserError(f"num_classes {wanted}: {train.file} lists only {len(train.paths)} images")
+        return wanted
+    last = max((train, *others), key=lambda each: each.labels.max())
+    largest, present = int(last.labels.max()), np.unique(train.labels)
+    if largest < len(present):
+        return largest + 1
+    gap = next(label for label in range(len(present) + 1) if label == len(present) or present[label] != label)
+    raise UserError(
+        f"{last.file} line {last.lines[int(last.labels.argmax())]}: label {largest} makes {largest + 1} classes, and "
+        f"{largest + 1 - len(present)} of them have no image in {train.file}, the first one label {gap}; labels count "
+        "from 0 without gaps"
     )
-    if not found:
-        raise UserError(f"no images in the class folders of {folder.absolute()}")
-    paths = [Path(path).relative_to(root).as_posix() for path, _ in found]
-    return Listing(None, paths, np.array([label for _, label in found], dtype=np.int64), [])
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders, sorted. Raises `UserError` when there is no folder, or none in it."""
-    if not folder.is_dir():
-        raise MissingData(f"image folder not found: {folder.absolute()} (`root` must hold train/<class>/…)")
-    names = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    if not names:
-        raise UserError(f"no class folders in {folder.absolute()} (`root` must hold train/<class>/…)")
-    return names
 
 
 def read_names(file: Path) -> tuple[str, ...]:
-    """Class names, one a line, in label order. Raises `UserError` for a file that is not text."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file in UTF-8") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    """Class names, one a line, in label order; empty lines may only follow the last one.
+
+    Raises:
+        UserError: not a text file, or an empty line between names, where the label of what follows is uncertain.
+    """
+    names: list[str] = []
+    empty = 0
+    for number, line in numbered_lines(file):
+        if line and empty:
+            raise UserError(f"{file} line {empty} is empty: one class name a line, in the order of the labels")
+        empty = empty if line or empty else number
+        names += [line] if line else []
+    return tuple(names)
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -198,11 +151,13 @@ def taxon_labels(categories: Path, label_field: str) -> tuple[np.ndarray, tuple[
     """
     field = "name" if label_field == "id" else lookup({taxon: taxon for taxon in TAXA}, label_field, "label_field")
     try:
-        records = sorted(json.loads(categories.read_text(encoding="utf-8")), key=lambda record: record["id"])
+        records = sorted(read_json(categories, "label_field"), key=lambda record: record["id"])
         values = [str(record[field]) for record in records]
         ids = [record["id"] for record in records]
-    except (ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise UserError(f"{categories}: expected iNaturalist's list of records with 'id' and '{field}'") from error
+    if not records:
+        raise UserError(f"{categories} lists no category")
     if ids != list(range(len(ids))):
         raise UserError(f"{categories}: the ids are not 0 … {len(ids) - 1}")
     if label_field == "id":
@@ -212,11 +167,53 @@ def taxon_labels(categories: Path, label_field: str) -> tuple[np.ndarray, tuple[
     return np.array([rank[value] for value in values], dtype=np.int64), tuple(names)
 
 
-def _check_blob(file: Path, data: bytes) -> None:
+def read_counts(file: Path, label_field: str) -> list[int]:
+    """Images per class from a JSON file: a list of numbers, or one such list for each label field.
+
+    Raises:
+        UserError: another kind of file.
+    """
+    content = read_json(file, "class_counts")
+    counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
+    known = isinstance(counts, list) and 0 < len(counts) <= MAX_LABEL
+    if not known or any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
+        raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
+    return counts
+
+
+def _parse(line: str, file: Path, number: int) -> tuple[str, int]:
+    """(path, label) of a line of a list file."""
+    path, _, label = line.replace("\t", " ").rpartition(" ")
+    path = line[: len(path)].strip()
+    if not path or not (label.isascii() and label.isdecimal()):
+        shown = line if len(line) < 200 else f"{line[:200]} …"
+        expected = "expected 'relative/path label' with a label from 0"
+        raise UserError(f"{file} line {number}: {expected}, got '{shown}'")
+    if len(label) > len(str(MAX_LABEL)) or int(label) > MAX_LABEL:
+        large = f"label {label[:40]} is above {MAX_LABEL}"
+        raise UserError(f"{file} line {number}: {large}; labels count from 0 without gaps")
+    return path, int(label)
+
+
+def _problem(path: Path) -> str:
+    """Why there is no regular file at a path; an empty text where there is one."""
+    try:
+        size_of(path)
+    except NoFile as reason:
+        return str(reason)
+    return ""
+
+
+def _tried(path: Path) -> str:
+    """A path where no file is, with what is there instead."""
+    problem = _problem(path)
+    return f"{path.absolute()} ({problem})" if problem != "not found" else str(path.absolute())
+
+
+def _check_blob(file: Path) -> None:
     """Warn if a file has a published name and another content."""
     known = PUBLISHED.get(file.name, ())
-    blob = blob_id(data)
-    if known and blob not in known:
+    if known and (blob := blob_id(file.read_bytes())) not in known:
         log.warning("%s is not the published list: git blob %s instead of %s", file, blob, known[0])
 
 
@@ -226,12 +223,3 @@ def _scene(path: str) -> str:
     if parts[0] == "data_256":
         return "-".join(parts[2:-1])
     return parts[-2] if len(parts) > 1 else ""
-
-
-def _small_places(path: str) -> str:
-    """train/<scene>/x.jpg in Places365's small-image layout (any other path stays)."""
-    parts = path.split("/")
-    if len(parts) != 3 or parts[0] not in ("train", "val"):
-        return path
-    split, scene, name = parts
-    return f"val_256/{name}" if split == "val" else f"data_256/{scene[0]}/{scene.replace('-', '/')}/{name}"

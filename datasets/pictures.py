@@ -7,7 +7,6 @@ and pictures with an EXIF orientation, which are turned upright. Of an animation
 
 import logging
 import os
-import stat
 import struct
 import warnings
 import zlib
@@ -24,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from datasets.grey import eight_bits, is_deep
+from datasets.regular import EMPTY, NoFile, open_regular, size_of
 
 KNOWN = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -51,30 +51,31 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 EXTENSIONS: tuple[str, ...] = tuple(end for ends in FORMATS.values() for end in ends)
 
 MAX_PIXELS = 89_478_485
-"""Where Pillow begins to warn of a decompression bomb; such a picture takes 0.7 GB while it is converted."""
-MAX_BYTES = 1 << 28
-"""Of a file in a format that Pillow reads as a whole before it looks at the size of the picture."""
-TOO_LARGE = f"more than {MAX_PIXELS:,} pixels are not read: make it smaller"
+"""Where Pillow begins to warn of a decompression bomb; such a picture takes 0.8 GB while it is converted."""
 READ_WHOLE = ("WEBP", "AVIF")
-EMPTY = "an empty file"
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
-KINDS |= {stat.S_IFBLK: "a device"}
+"""Formats that Pillow reads as a whole and decodes into copies of its own: half as many pixels, and `MAX_BYTES`."""
+MAX_BYTES = 1 << 28
 PREFIX = 16
 """First bytes of a file that tell its format; what Pillow's own `accept` functions get."""
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
 """What Pillow's decoders raise on bytes they cannot read (AVIF's a RuntimeError); TypeError and NameError are bugs."""
 
-AT_HAND = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-"""How a file is opened: a FIFO without a writer is there at once, to be refused."""
 THREADS = 16
 """That look at files; more than processors, since on a network file system each look waits for an answer."""
 AT_ONCE = 256
 """Files that a thread looks at before it takes the next ones."""
 
-# Pillow warns of oddities in single files (damaged EXIF, transparency, size) from wherever it notices them: thousands
-# of lines in which nobody finds ours. What cannot be read is an error and is reported as one.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+def quiet() -> None:
+    """Silence what Pillow says of oddities in single files (damaged EXIF data, transparency, many pixels).
+
+    Over thousands of files these lines would bury ours. What cannot be read is an error, and is reported as one.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+quiet()
 
 
 class BadPicture(Exception):
@@ -87,22 +88,30 @@ def load_rgb(path: Path) -> Image.Image:
     Raises:
         BadPicture: missing, not a regular file, not in `FORMATS`, damaged, cut short, or of too many pixels.
     """
-    descriptor, status = _open(path)
+    try:
+        descriptor, status = open_regular(path)
+    except NoFile as reason:
+        raise BadPicture(str(reason)) from None
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > MAX_BYTES and format_of(file.read(PREFIX)) in READ_WHOLE:
             raise BadPicture(f"larger than {MAX_BYTES >> 20} MiB")
         try:
             with Image.open(file, formats=tuple(FORMATS)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadPicture(f"of {image.width} × {image.height} pixels; {TOO_LARGE}")
+                limit = MAX_PIXELS // 2 if image.format in READ_WHOLE else MAX_PIXELS
+                if image.width * image.height > limit:
+                    raise BadPicture(f"{image.width} × {image.height}, {_too_large(limit)}")
                 return _upright_rgb(image)
         except UnidentifiedImageError:
             file.seek(0)
             raise BadPicture(_unidentified(file.read(PREFIX))) from None
         except Image.DecompressionBombError:
-            raise BadPicture(TOO_LARGE) from None
+            raise BadPicture(_too_large(MAX_PIXELS)) from None
         except DECODE_ERRORS as error:
             raise BadPicture(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _too_large(limit: int) -> str:
+    return f"more than {limit:,} pixels: make it smaller"
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -166,9 +175,9 @@ def format_of(prefix: bytes) -> str | None:
 def _look(path: Path) -> tuple[int, str]:
     """(size, problem or an empty text) of a file, of which the first bytes are read."""
     try:
-        descriptor, status = _open(path)
-    except BadPicture as problem:
-        return -1, str(problem)
+        descriptor, status = open_regular(path)
+    except NoFile as reason:
+        return -1, str(reason)
     try:
         prefix = os.read(descriptor, PREFIX)
     except OSError as error:
@@ -181,25 +190,10 @@ def _look(path: Path) -> tuple[int, str]:
 def _ask(path: Path) -> tuple[int, str]:
     """(size, problem or an empty text) of a file that is not opened."""
     try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        return -1, _not_opened(path, error)
-    if not stat.S_ISREG(status.st_mode):
-        return -1, _not_regular(status)
-    return status.st_size, "" if status.st_size else EMPTY
-
-
-def _open(path: Path) -> tuple[int, os.stat_result]:
-    """A descriptor of a regular file, and what the system says of it. Raises `BadPicture` for anything else."""
-    try:
-        descriptor = os.open(path, AT_HAND)
-    except (OSError, ValueError) as error:
-        raise BadPicture(_not_opened(path, error)) from None
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode):
-        return descriptor, status
-    os.close(descriptor)
-    raise BadPicture(_not_regular(status))
+        size = size_of(path)
+    except NoFile as reason:
+        return -1, str(reason)
+    return size, "" if size else EMPTY
 
 
 @cache
@@ -207,16 +201,6 @@ def _accepts() -> list[tuple[str, Callable[[bytes], bool | str]]]:
     """Format → Pillow's function that knows its first bytes (a string says that a library is missing)."""
     Image.init()
     return [(name, accept) for name in FORMATS if (accept := Image.OPEN[name][1])]
-
-
-def _not_opened(path: Path, error: OSError | ValueError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"not found: a link to {os.readlink(path)}" if os.path.islink(path) else "not found"
-    return str(error.strerror) if isinstance(error, OSError) else str(error)
-
-
-def _not_regular(status: os.stat_result) -> str:
-    return f"{KINDS.get(stat.S_IFMT(status.st_mode), 'something else')}, not a file"
 
 
 def _unidentified(prefix: bytes) -> str:

@@ -378,7 +378,7 @@ def test_lists(listed: Path) -> None:
 def test_list_paths_resolve_against_the_yaml_then_lists(listed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("home")
     (home / "train.txt").write_text("train/cat/0.png 0\ntrain/dog/1.png 1\n")
-    (home / "names.txt").write_text("tom cat\n\nbig dog\n")
+    (home / "names.txt").write_text("tom cat\nbig dog\n\n")
     cfg = lists(listed, data_dir=str(home), classnames="names.txt")
     bundle = build_data(cfg)  # train.txt beside the YAML, test.txt below root
     assert len(bundle.train) == 2
@@ -394,7 +394,7 @@ def test_list_paths_resolve_against_the_yaml_then_lists(listed: Path, tmp_path_f
         ("train/cat/0.png 0\ntrain/cat/1.png\n", "train.txt line 2: expected"),
         ("train/cat/0.png 0\n\ntrain/cat/1.png cat\n", "train.txt line 3: expected"),
         ("train/cat/0.png -1\n", "train.txt line 1: expected"),
-        ("train/cat/0.png 0\ntrain/cat/0.png 2\n", r"train.txt line 2: label 2 is not in 0 … 1"),
+        ("train/cat/0.png 0\ntrain/cat/1.png 2\n", r"train.txt line 2: label 2 is not in 0 … 1"),
         ("\n\n", "train.txt lists no image"),
     ],
 )
@@ -683,6 +683,7 @@ def test_inat_messages(tmp_path: Path) -> None:
         taxon_labels(file, "species")
     with pytest.raises(UserError, match="'order'"):
         taxon_labels(file, "order")
+    (tmp_path / "train.txt").write_text("a.png 0\n")
     with pytest.raises(UserError, match="needs `label_field`"):
         build_info(lists(tmp_path, classnames="categories.json"))
 

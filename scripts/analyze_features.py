@@ -18,8 +18,9 @@ from main import Parser, answer, split_words  # noqa: E402
 from models import resolve  # noqa: E402
 from trainers.features import heat_map, histograms, split_features, summary  # noqa: E402
 from trainers.files import new_folder, write_json  # noqa: E402
-from trainers.folder import RunFolder, start_log  # noqa: E402
+from trainers.folder import RunFolder  # noqa: E402
 from trainers.launch import make_accelerator  # noqa: E402
+from trainers.log import start_console  # noqa: E402
 from trainers.methods import declared  # noqa: E402
 from trainers.trained import trained_method  # noqa: E402
 
@@ -79,7 +80,7 @@ def analyze(cfg: CfgNode) -> Path:
     folder = RunFolder(cfg)
     if not cfg.zero_shot and folder.checkpoint_id() is None:
         raise UserError(f"nothing is trained in {folder.path}: run python main.py with the same words first")
-    start_log(None)
+    start_console(False)
     log.setLevel(logging.INFO)
     accelerator = make_accelerator(cfg)
     data = build_data(cfg)

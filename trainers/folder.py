@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -189,20 +188,3 @@ def _existing(model_dir: str, key: str = "model_dir") -> tuple[Path, Foreign | N
         f"{key} {model_dir} holds no checkpoint/; name the folder of a finished run, a {FILE} of LIFT, or "
         "a checkpoint file of RIDE or SADE"
     )
-
-
-def start_log(path: Path | None) -> None:
-    """Lines to the console and to `log.txt`; None (a process that is not the first) shows errors only."""
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-    log.propagate = False
-    log.setLevel(logging.INFO if path else logging.ERROR)
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(console)
-    logging.raiseExceptions = False  # `main.py … | head` closes the console; that is no error of ours
-    if path is not None:
-        file = logging.FileHandler(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(file)

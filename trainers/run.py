@@ -18,9 +18,10 @@ from trainers.ensembles import ensembled, entry_of
 from trainers.evaluation import Evaluation, still_true
 from trainers.exchange import export
 from trainers.files import read_json
-from trainers.folder import FACTS, RunFolder, start_log
+from trainers.folder import FACTS, RunFolder
 from trainers.head import prepare_head
 from trainers.launch import launched_alone, make_accelerator, on_main, uses_cuda
+from trainers.log import attach_file, start_console
 from trainers.methods import Method
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
 from trainers.report import TrainReport, headline, read_result, summary, table
@@ -45,7 +46,9 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
     lock = FileLock(folder.path / ".lock", timeout=0)
     try:
         on_main(accelerator, lambda: folder.hold(lock))
-        start_log(folder.path / "log.txt" if accelerator.is_main_process else None)
+        start_console(accelerator.is_main_process)
+        if accelerator.is_main_process:
+            attach_file(folder.path / "log.txt")
         stored, target = on_main(accelerator, lambda: _decide(cfg, folder))
         if stored is not None:
             log.info("finished before; the result of %s\n%s", stored, table(read_result(stored)))

@@ -1,9 +1,13 @@
 """TailTune's command line: `python main.py -d DATA -m MODEL [KEY VALUE ...]`."""
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # Ctrl-C may meet any import, so the first lines answer it
+    import _signal  # built in; `signal` takes its time
+    import os
+
+    _signal.signal(_signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
     from trainers.ending import end_at_signals
 
-    end_at_signals()  # before the imports below, which Ctrl-C may meet
+    end_at_signals()
 
 import argparse
 import json

@@ -147,7 +147,7 @@ def clean_worker_error(error: BaseException) -> UserError | None:
     end of a worker becomes a RuntimeError, which may come anywhere in the main process, because a signal tells of it.
     """
     if isinstance(error, RuntimeError):
-        return _ended(str(error))
+        return _ended(f"{error} {error.__cause__}")  # the cause names the signal
     if not isinstance(error, UserError):
         return None
     kind = f"{type(error).__module__}.{type(error).__qualname__}: "

@@ -1,5 +1,14 @@
 """TailTune's command line: `python main.py -d DATA -m MODEL [KEY VALUE ...]`."""
 
+if __name__ == "__main__":  # Ctrl-C may meet any import, so the first lines answer it
+    import _signal  # built in; `signal` takes its time
+    import os
+
+    _signal.signal(_signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+    from trainers.ending import end_at_signals
+
+    end_at_signals()
+
 import argparse
 import json
 import logging
@@ -7,9 +16,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from configs import CfgNode, UserError, describe, load_configs, names
+from trainers.ending import run_as_process, say
+from trainers.interrupt import Interrupted
+from trainers.log import show_any_text
+from trainers.ranks import LOST, one_is_lost
 
 EXAMPLES = """
 examples:
@@ -39,22 +53,39 @@ def answer(
     command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None, interrupted: str = "interrupted"
 ) -> int:
     """The exit code of a command, of ours or of a script: 2 with one line for bad input, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+    show_any_text()
     try:
         return command(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+    except BaseException as error:
+        found = verdict(error, interrupted)
+        if found is None:
+            raise
+        say(found[1])
+        return found[0]
+
+
+def verdict(error: BaseException, interrupted: str = "interrupted") -> tuple[int, str] | None:
+    """Exit code and line of an exception that a command ended in; None if it is a bug of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, interrupted
+    if isinstance(error, Interrupted):
+        return 130, "interrupted; the same command continues"
+    if isinstance(error, RuntimeError):  # torch is there, then
+        from datasets.loading import clean_worker_error
+
+        if one_is_lost(seconds=2):  # Linux tells of a broken connection before it tells of the end of a process
+            return 2, LOST
+        error = clean_worker_error(error) or error
+    return (2, f"error: {' '.join(str(error).split())}") if isinstance(error, UserError) else None
 
 
 def command(argv: Sequence[str]) -> int:
     flags, pairs = split_words(argv)
     args = make_parser().parse_args(flags)
     if args.list:
-        print(listing())
+        show(listing())
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
@@ -66,36 +97,32 @@ def command(argv: Sequence[str]) -> int:
     return dry_run(stages) if args.dry_run else run_all(stages)
 
 
+def show(text: str) -> None:
+    with suppress(BrokenPipeError):  # `main.py --list | head`
+        print(text)
+
+
 def dry_run(stages: list[CfgNode]) -> int:
     from trainers import dryrun
 
     result, derived = dryrun.dry_run(stages[-1], dryrun.check_chain(stages)[-1])
-    print(dryrun.describe(result, derived))
-    print(json.dumps(result))
+    show(f"{dryrun.describe(result, derived)}\n{json.dumps(result)}")
     return 0
 
 
 def run_all(stages: list[CfgNode]) -> int:
-    from datasets.bundle import clean_worker_error
     from trainers.dryrun import check_chain
     from trainers.folder import RunFolder
-    from trainers.interrupt import Interrupted
     from trainers.run import run
 
     folder = None
     last = stages[-1]
-    try:
-        if last.test_only or (last.resume and RunFolder(last).finished()):
-            stages = [last]  # nothing is left to train
-        if not (last.resume and RunFolder(last).finished()):
-            check_chain(stages)
-        for cfg in stages:
-            folder = run(cfg, previous=folder)
-    except Interrupted:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    except UserError as error:
-        raise clean_worker_error(error) or error from error
+    if last.test_only or (last.resume and RunFolder(last).finished()):
+        stages = [last]  # nothing is left to train
+    if not (last.resume and RunFolder(last).finished()):
+        check_chain(stages)
+    for cfg in stages:
+        folder = run(cfg, previous=folder)
     return 0
 
 
@@ -144,4 +171,5 @@ def listing() -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
-    sys.exit(main())
+    show_any_text()
+    run_as_process(lambda: command(sys.argv[1:]), verdict)

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import load_configs
 from datasets import DataBundle, build_data
-from datasets.bundle import Shift, collate, eval_loader
+from datasets.bundle import Shift
+from datasets.loading import collate, eval_loader
 from models import resolve
 from trainers.adapt import ADAPTS, Recipe, adapt
 from trainers.distributions import plain_results

@@ -1,21 +1,17 @@
-"""What the rest of the toolkit sees of a data set: facts, views, loaders."""
+"""What the rest of the toolkit sees of a data set: facts and views."""
 
-import os
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from configs.errors import UserError
-from configs.seeding import generator, seeded
+from configs.seeding import seeded
 from datasets.identity import Chosen, Record
 from datasets.imbalance import some_positions
-from datasets.samplers import StepSampler
 from datasets.sources import BadImage, Source
 from datasets.transforms import Transform
 
@@ -154,95 +150,5 @@ class DataBundle:
     """Label distributions of the test images."""
 
 
-def collate(samples: Sequence[Batch]) -> Batch:
-    """Samples of a view → a batch.
-
-    Returns:
-        image: uint8 [B, 3, H, W], of T draws [B, T, 3, H, W], or a list of B tensors where sizes differ (images to be
-            five-cropped on the device); partner: of pairs, as image;
-        label, index: int64 [B]; weight: float32 [B].
-    """
-    images = [sample["image"] for sample in samples]
-    alike = all(image.shape == images[0].shape for image in images)
-    batch: Batch = {name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "index", "weight")}
-    if "partner" in samples[0]:
-        batch["partner"] = torch.stack([sample["partner"] for sample in samples])
-    return {"image": torch.stack(images) if alike else images, **batch}
-
-
-class _Shard:
-    """(index, epoch) batches of one rank; every rank has equally many, of equal size. Missing ones are `PADDING`."""
-
-    def __init__(self, length: int, batch_size: int, rank: int, world: int, epoch: int):
-        share = -(-length // world)
-        own = list(range(rank, length, world))
-        self.keys = [(index, epoch) for index in own + [PADDING] * (share - len(own))]
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (self.keys[i : i + self.batch_size] for i in range(0, len(self.keys), self.batch_size))
-
-    def __len__(self) -> int:
-        return -(-len(self.keys) // self.batch_size)
-
-
-def eval_loader(
-    view: View, batch_size: int, num_workers: int, rank: int = 0, world: int = 1, epoch: int = 0
-) -> DataLoader[Batch]:
-    """Each image of the view once over all ranks, in batches whose sizes agree between the ranks.
-
-    Where the images do not divide evenly a rank gets padding: `index` -1, `weight` 0. A transform that draws draws
-    anew in each epoch.
-    """
-    return _loader(view, _Shard(len(view), batch_size, rank, world, epoch), num_workers)
-
-
-def train_loader(view: View, sampler: StepSampler, num_workers: int) -> DataLoader[Batch]:
-    """Micro-batches in the sampler's order; each `iter` starts at the sampler's position."""
-    return _loader(view, sampler, num_workers, persistent=num_workers > 0)
-
-
-def clean_worker_error(error: BaseException) -> UserError | None:
-    """The one-line `UserError` behind an exception that a loader raised; None if it is of another kind.
-
-    A DataLoader re-raises a worker's exception as the same type, its message being the worker's whole traceback.
-    """
-    if not isinstance(error, UserError):
-        return None
-    kind = f"{type(error).__module__}.{type(error).__qualname__}: "
-    lines = [line for line in str(error).splitlines() if line.startswith(kind)]
-    if not lines:
-        return error
-    # The frames hold the loader's iterator in a cycle; collected from there, it waits 5 s for its workers.
-    error.__traceback__ = None
-    return type(error)(lines[-1].removeprefix(kind))
-
-
 def _sample(image: torch.Tensor, label: int, index: int, weight: float) -> Batch:
     return {"image": image, "label": label, "index": index, "weight": weight}
-
-
-def _loader(view: View, batches: Any, num_workers: int, persistent: bool = False) -> DataLoader[Batch]:
-    num_workers = min(num_workers, _processors())  # the batches are the same, and more would only wait
-    return DataLoader(
-        view,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate,
-        persistent_workers=persistent,
-        worker_init_fn=_own_signals,
-        pin_memory=torch.cuda.is_available(),
-        # DataLoader draws a seed at every start; from the global generator that would disturb other draws.
-        generator=generator("loader"),
-    )
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _own_signals(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a job: the main one answers, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -23,8 +23,9 @@ from configs import FOLDER
 from configs.errors import UserError
 from configs.schema import SCHEMA
 from datasets import DATASETS, build_data, build_info, cifar
-from datasets.bundle import View, clean_worker_error, collate, eval_loader, train_loader
+from datasets.bundle import View
 from datasets.image_list import folder_names, read_list, taxon_labels
+from datasets.loading import clean_worker_error, collate, eval_loader, train_loader
 from datasets.published import PUBLISHED, published_at
 from datasets.samplers import StepSampler
 from datasets.sources import BadImage

@@ -13,7 +13,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from datasets import build_data
-from datasets.bundle import eval_loader
+from datasets.loading import eval_loader
 from trainers.beside import pretraining_prior, share, zero_shot_of
 from trainers.dryrun import outline
 from trainers.ensembles import ENSEMBLES

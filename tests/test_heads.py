@@ -24,8 +24,8 @@ from yacs.config import CfgNode
 from configs.errors import UserError
 from configs.seeding import seeded
 from datasets import build_data
-from datasets.bundle import eval_loader
 from datasets.descriptors import class_descriptors
+from datasets.loading import eval_loader
 from models import BACKBONES, build_model
 from models.clip import Clip
 from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe

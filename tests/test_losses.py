@@ -18,7 +18,7 @@ from configs import config_hash
 from configs.errors import UserError
 from configs.seeding import generator
 from datasets import build_data
-from datasets.bundle import eval_loader
+from datasets.loading import eval_loader
 from models import build_model
 from trainers.losses import (
     BATCH_COUPLED,

@@ -32,8 +32,8 @@ from configs.key import RUNTIME, TEST, TRAIN
 from configs.schema import ALIASES, SCHEMA, SHARED
 from configs.seeding import seeded
 from datasets import DataInfo, build_data, build_info
-from datasets.bundle import eval_loader
 from datasets.fake import fake_sources
+from datasets.loading import eval_loader
 from datasets.samplers import StepSampler
 from datasets.shifts import build_shifts
 from models import BACKBONES, Classifier, build_model, resolve
@@ -354,7 +354,7 @@ def batches(function: str, entry: str | None = None, kind: type[Method] = Method
 
 
 def workers(cfg: CfgNode) -> Any:
-    with mock.patch("datasets.bundle.DataLoader", wraps=DataLoader) as loader:
+    with mock.patch("datasets.loading.DataLoader", wraps=DataLoader) as loader:
         ran(cfg)
     return sorted({call.kwargs["num_workers"] for call in loader.call_args_list})
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.bundle import View, train_loader
+from datasets.bundle import View
+from datasets.loading import train_loader
 from datasets.samplers import SAMPLERS, Order, StepSampler, balanced, reverse, shuffle
 from datasets.sources import ArraySource, BadImage
 from datasets.transforms import train_transform

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from configs.schema import SCHEMA
 from configs.seeding import seeded
 from datasets import build_data
-from datasets.bundle import collate
+from datasets.loading import collate
 from datasets.transforms import crop_resize, eval_transform, train_transform
 from models import build_model
 from trainers.methods import Method, build_method

@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.schema import SCHEMA
 from configs.seeding import seeded
 from datasets import build_data, build_info, transforms
-from datasets.bundle import eval_loader
+from datasets.loading import eval_loader
 
 Config = Callable[..., CfgNode]
 DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datasets import View
-from datasets.bundle import eval_loader
+from datasets.loading import eval_loader
 from trainers.files import Damaged, Digest, write_tensors
 from trainers.launch import to_device
 from trainers.manifest import check_file

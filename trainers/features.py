@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from datasets import View
-from datasets.bundle import eval_loader
+from datasets.loading import eval_loader
 from trainers.launch import to_device
 from trainers.methods import Method
 

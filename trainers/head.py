@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from datasets import DataBundle
-from datasets.bundle import eval_loader
+from datasets.loading import eval_loader
 from models.head_init import HeadContext
 from trainers.launch import to_device
 from trainers.methods import Method

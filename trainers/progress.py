@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from trainers.events import Events
 from trainers.report import number
 
 log = logging.getLogger("tailtune")
@@ -27,7 +27,7 @@ class Progress:
 
     def __init__(self, folder: Path | None, epochs: int, steps: int, start: int, total: int) -> None:
         self.epochs, self.steps, self.total = epochs, steps, total
-        self.writer = None if folder is None else SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self.writer = None if folder is None else Events(folder, purge_step=start + 1 if start else None)
         shown = folder is not None and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not shown, leave=False)
         self.redirect = ExitStack()
@@ -49,6 +49,7 @@ class Progress:
         for name, each in groups.items():
             if each is not None:
                 self.writer.add_scalar(f"train/{name}", each, done)
+        self.writer.flush()
         self._line(done, lr, steps[-1], groups)
 
     def close(self) -> None:
@@ -77,7 +78,7 @@ def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dic
 
     Weights of experts are `…/<adapt>/weight_<expert>` over the points of their path.
     """
-    with SummaryWriter(str(folder)) as writer:
+    with Events(folder) as writer:
         _scalars(writer, "test", metrics)
         for name, results in distributions.items():
             _scalars(writer, f"test/{name}", {**results["plain"], "expected_accuracy": results["expected_accuracy"]})
@@ -90,7 +91,7 @@ def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dic
                         writer.add_scalar(f"test/{name}/{adapt}/weight_{expert}", weight, point)
 
 
-def _scalars(writer: SummaryWriter, tag: str, values: dict[str, Any]) -> None:
+def _scalars(writer: Events, tag: str, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, (int, float)):
             writer.add_scalar(f"{tag}/{name}", value)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from datasets import DataBundle
-from datasets.bundle import train_loader
+from datasets.loading import train_loader
 from datasets.samplers import SAMPLERS, StepSampler
 from trainers.checkpoint import (
     States,
@@ -27,7 +27,7 @@ from trainers.checkpoint import (
     rng_state,
     trained_state,
 )
-from trainers.interrupt import Interrupt, Interrupted
+from trainers.interrupt import Agreement, Interrupt, Interrupted
 from trainers.launch import share_statistics, to_device
 from trainers.meters import Meters
 from trainers.methods.base import Batch, Method, Step
@@ -53,6 +53,7 @@ class _Run:
     """[seen, left out as unreadable] since the last state, over all ranks, on the device."""
     finite: Tensor
     """Whether every loss so far was finite, on the device."""
+    agreement: Agreement
 
 
 class Trainer:
@@ -159,7 +160,7 @@ class Trainer:
         run.progress.step()
         end_of_epoch = done % run.sampler.steps == 0
         shows = done % self.plan.print_freq == 0 or end_of_epoch or last
-        stops = self._stops(interrupt, agree=shows)
+        stops = run.agreement.stops(interrupt.requested, done)
         saves = end_of_epoch or last or stops or bool(self.plan.save_every and done % self.plan.save_every == 0)
         if shows or saves:
             self._check_finite(run, weights=saves)
@@ -169,15 +170,6 @@ class Trainer:
             self._save(run)
         if stops:
             raise Interrupted
-
-    def _stops(self, interrupt: Interrupt, agree: bool) -> bool:
-        """Whether to stop now. Several processes can only stop together, so they ask each other at a print."""
-        if self.accelerator.num_processes == 1:
-            return interrupt.requested
-        if not agree:
-            return False
-        flag = torch.tensor(float(interrupt.requested), device=self.accelerator.device)
-        return bool(self._sum(flag) > 0)
 
     def _check_finite(self, run: _Run, weights: bool) -> None:
         """The loss of every step so far, and before a state is written also what would be in it."""
@@ -193,6 +185,9 @@ class Trainer:
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")
+
+    def _sum_numbers(self, values: list[float]) -> list[float]:
+        return self._sum(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)).tolist()
 
     # --- states ------------------------------------------------------------------------------------------------
 
@@ -212,7 +207,8 @@ class Trainer:
         progress = Progress(self.events, plan.epochs, sampler.steps, report.steps, total)
         device = accelerator.device
         images, finite = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor(True, device=device)
-        return _Run(method, wrapped, prepared, sampler, meters, report, progress, images, finite)
+        agreement = Agreement(world, report.steps, self._sum_numbers)
+        return _Run(method, wrapped, prepared, sampler, meters, report, progress, images, finite, agreement)
 
     def _save(self, run: _Run) -> None:
         """The whole state; every rank contributes its own random state and counters."""

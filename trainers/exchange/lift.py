@@ -7,6 +7,7 @@ stand under their position in the original's `named_parameters()`, whose order a
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from models.vit import ViT
 from trainers.checkpoint import check_fit
 from trainers.exchange.foreign import FILE, Foreign
 from trainers.exchange.subject import Subject
+from trainers.files import write_bytes
 
 LISTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
     "vpt_shallow": ("vpt_list", {"": ["tokens"]}),
@@ -204,5 +206,7 @@ def write(subject: Subject, folder: Path) -> dict[str, Any]:
     for index, sites in subject.encoder.tuners["adaptformer"].items() if "adaptformer" in subject.tuners else ():
         if isinstance(sites["mlp"].scale, float):  # the original has a learnt one always
             parts["tuner"][f"adaptformer_list.{index}.scale"] = torch.tensor([sites["mlp"].scale])
-    torch.save(parts, folder / FILE)
+    content = BytesIO()
+    torch.save(parts, content)  # into memory, because torch calls a full disk an error of its own
+    write_bytes(folder / FILE, content.getvalue())
     return {"load": "test_only True model_dir FOLDER, behind the options of this run; LIFT's command line has the same"}

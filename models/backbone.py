@@ -21,6 +21,8 @@ class Text(Protocol):
 
     def class_features(self, sentences: Sentences, device: torch.device | None = None) -> Tensor: ...  # [C, d]
 
+    def weights(self) -> dict[str, Tensor]: ...  # all that class_features depends on
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -112,7 +112,7 @@ class _Run:
             data = build_data(cfg)
             method = make_method(cfg, data.info)
         model = method.model
-        self.base = fingerprint(model.encoder)
+        self.base = fingerprint(model)
         method.to(self.accelerator.device)
         log.info(headline(cfg, data, method))
         self._warn(model, data)

@@ -44,7 +44,7 @@ def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerato
         UserError: as `load_trained`, and what `build_model` refuses.
     """
     method = make_method(cfg, data.info)
-    base = fingerprint(method.model.encoder)
+    base = fingerprint(method.model)
     method.to(accelerator.device)
     load_trained(cfg, folder, method, data, accelerator, base)
     method.model.init = None
@@ -115,7 +115,7 @@ def earlier_run(
                 "both the same resolution"
             )
         found = make_method(cfg, data.info)
-        own = fingerprint(found.model.encoder)
+        own = fingerprint(found.model)
         found.to(accelerator.device)
         if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
             prepare_head(found, data, accelerator, cfg.test_batch_size, cfg.num_workers)

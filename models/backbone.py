@@ -42,6 +42,21 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Published:
+    """Pre-trained weights that anybody can get from a library by their name."""
+
+    library: str
+    """`timm` or `open_clip`."""
+    name: str
+    """Of the network; timm's has the tag behind a dot."""
+    tag: str | None = None
+    """open_clip's."""
+
+    def __str__(self) -> str:
+        return ":".join(each for each in (self.library, self.name, self.tag) if each)
+
+
+@dataclass(frozen=True)
 class Split:
     """How experts share a network."""
 
@@ -73,6 +88,10 @@ class BackboneSpec(Protocol):
 
     def inputs(self, pretrained: str | None = None) -> Inputs:
         """Known without weights or network. Weights of one architecture may differ in their interpolation."""
+        ...
+
+    def published(self, pretrained: str | None) -> Published | None:
+        """Where others find the weights that an option means; None for random ones, files, and what we ship."""
         ...
 
     def build(

@@ -68,14 +68,14 @@ def why(path: Path, error: Exception, keep: str = STATE) -> str:
         save, load = "torch.save", "torch.load"  # for people to run; nothing here does
         content = f"s = {load}('{path.name}', map_location='cpu', weights_only={False})"
         plain = "s = s if isinstance(s, dict) else s.state_dict()"  # a whole network
-        return (
-            f"holds {_printable(found[1])}, and nothing but tensors is unpickled, because it can run code: where it was made, run "
-            f"python -c \"import torch; {content}; {plain}; {save}({keep}, 'weights.pth')\""
-        )
+        held = f"holds {_printable(found[1])}, and nothing but tensors is unpickled, because it can run code"
+        script = f"import torch; {content}; {plain}; {save}({keep}, 'weights.pth')"
+        return f'{held}: where it was made, run python -c "{script}"'
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     text = str(error).rpartition("WeightsUnpickler error:")[2].partition("In PyTorch 2.6")[0]  # torch's own advice
-    reason = _printable(text.strip().split("\n", 1)[0][:120]) or "it ends too early"
+    silent = "it claims more memory than there is" if isinstance(error, MemoryError) else "it ends too early"
+    reason = _printable(text.strip().split("\n", 1)[0][:120]) or silent
     if isinstance(error, NONSENSE):
         reason = "its parts do not fit together"
     return f"cannot be read ({reason}); it is damaged or no file of weights: copy it again from where it was made"

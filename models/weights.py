@@ -102,7 +102,8 @@ def read_state(path: Path) -> State:
         raise UserError(f"{what} holds no state dict (name → tensor) but a {type(state).__name__}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{what} holds no state dict (name → tensor): its entry {name!r} is a {type(value).__name__}")
+            kind = type(value).__name__
+            raise UserError(f"{what} holds no state dict (name → tensor): its entry {name!r} is a {kind}")
     refuse_odd(state, what)
     return {
         name.removeprefix("module."): value.float() if value.is_floating_point() else value

@@ -38,8 +38,8 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: Classifier) -> str:
-    """Names the base model of a checkpoint: a digest of the pre-trained encoder and, behind a dot, one of the text tower
-    and the projection where the head is made of text. Taken before anything trains.
+    """Names the base model of a checkpoint: a digest of the pre-trained encoder and, behind a dot, one of the text
+    tower and the projection where the head is made of text. Taken before anything trains.
     """
     found = _digest(model.encoder.base_state())
     if model.text is None:

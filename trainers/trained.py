@@ -11,11 +11,14 @@ from torch import Tensor
 from configs import CfgNode, load_resolved
 from configs.errors import UserError
 from datasets import DataBundle, DataInfo, build_info
+from datasets.transforms import eval_side
 from models import build_model, find_backbone, resolve
 from models.clip import Clip
 from models.tuners import TUNERS
 from trainers.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from trainers.exchange import Subject, load_foreign
+from trainers.exchange.command import command_of
+from trainers.exchange.numbering import numbering_of
 from trainers.files import read_folder, read_json
 from trainers.folder import FACTS, RunFolder
 from trainers.head import prepare_head
@@ -141,7 +144,7 @@ def load_trained(
     if cfg.zero_shot:
         prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
     elif folder.foreign is not None:
-        log.info(load_foreign(folder.foreign, method, tuners_of(cfg), cfg.partial))
+        log.info(load_foreign(folder.foreign, method, tuners_of(cfg), cfg.partial, numbering_of(cfg)))
     else:
         load_checkpoint(folder.source / "checkpoint", method, data.info.class_names, base)
 
@@ -167,5 +170,9 @@ def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], sourc
         resolution=cfg.resolution,
         zero_shot=cfg.zero_shot,
         arch=spec.arch if isinstance(spec, Clip) else None,
+        base=spec.published(cfg.pretrained),
+        resize=eval_side(cfg.resolution, cfg.augment),
+        interpolation=cfg.interpolation,
+        command=command_of(cfg),
         facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},
     )

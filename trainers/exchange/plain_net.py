@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import open_clip
 import timm
 import torch
 from timm.layers import QuickGELU
@@ -23,10 +24,10 @@ def network(subject: Subject, num_classes: int = 0) -> dict[str, Any]:
         num_classes: of a classifier `head` within a ViT; 0: the network gives features.
     """
     found = _network(subject, num_classes)
-    then = found.pop("then", "")
+    found.setdefault("then", "")
     words = [f"{name}={value!r}" for name, value in found["kwargs"].items()]
     words += [f"norm_layer={found['norm_layer']}"] if "norm_layer" in found else []
-    return {**found, "code": f"net = {found['create']}({', '.join(words)}){then}"}
+    return {**found, "code": f"net = {found['create']}({', '.join(words)}){found['then']}"}
 
 
 def _network(subject: Subject, num_classes: int) -> dict[str, Any]:
@@ -44,23 +45,32 @@ def _network(subject: Subject, num_classes: int) -> dict[str, Any]:
             )
         kwargs = {"model_name": host.timm_name, "num_classes": 0}
         return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
-    if name := _timm_name(net):
+    if name := timm_name(net):
         resized = subject.resolution != net.pretrained_cfg["input_size"][-1] and hasattr(net, "set_input_size")
         then = f"\nnet.set_input_size({subject.resolution})" if resized else ""
         made = {"create": "timm.create_model", "kwargs": {"model_name": name, "num_classes": 0}}
         return {**made, "then": then, "prefix": ""}
     kwargs = {"model_name": subject.arch}
-    return {"create": "open_clip.create_model", "kwargs": kwargs, "then": ".visual", "prefix": "visual."}
+    if subject.resolution != clip_resolution(subject):
+        kwargs["force_image_size"] = subject.resolution
+    # CoCa's towers give tokens besides, for captions.
+    then = ".visual" + ("\nnet.output_tokens = False" if hasattr(net, "output_tokens") else "")
+    return {"create": "open_clip.create_model", "kwargs": kwargs, "then": then, "prefix": "visual."}
 
 
-def _timm_name(net: Any) -> str | None:
+def clip_resolution(subject: Subject) -> int:
+    """Side of the images that open_clip's network of that name takes."""
+    return int(open_clip.get_model_config(subject.arch)["vision_cfg"]["image_size"])
+
+
+def timm_name(net: Any) -> str | None:
     """Of a network that timm has made."""
     return getattr(net, "pretrained_cfg", {}).get("architecture")
 
 
 def _names(net: Any) -> Iterator[str]:
     """Names under which timm may have a ViT: the one it was made by, or that of a CLIP of this shape."""
-    if name := _timm_name(net):
+    if name := timm_name(net):
         yield name
     patch, quick = net.patch_embed.patch_size[0], isinstance(net.blocks[0].mlp.act, QuickGELU)
     if net.embed_dim in SIZES:
@@ -95,4 +105,4 @@ def _by_hand(net: Any, num_classes: int) -> dict[str, Any]:
         "act_layer": "quick_gelu" if isinstance(block.mlp.act, QuickGELU) else "gelu",
         "num_classes": num_classes,
     }
-    return {"kwargs": kwargs, "norm_layer": f"partial(torch.nn.LayerNorm, eps={net.norm.eps})"}
+    return {"kwargs": kwargs, "norm_layer": f"functools.partial(torch.nn.LayerNorm, eps={net.norm.eps})"}

@@ -166,7 +166,7 @@ class Clip:
             if config.get("quick_gelu"):  # a file does not say
                 log.info("%s is taken to have been trained with QuickGELU, as OpenAI's weights", pretrained)
             return local_file(pretrained)
-        return source["file"] if "file" in source else fetch(self.arch, str(self._tag(pretrained)), source)
+        return Path(source["file"]) if "file" in source else fetch(self.arch, str(self._tag(pretrained)), source)
 
     def _preprocessing(self, pretrained: str | None) -> Mapping[str, Any]:
         """mean, std and interpolation of a tag; of a file those of the architecture's first tag, or open_clip's."""

@@ -17,13 +17,13 @@ from configs.errors import UserError
 
 State = dict[str, Tensor]
 
-# What safetensors, zipfile and the restricted unpickler raise on bytes that are no weights, or not all of them.
 READ_ERRORS = (
-    *(SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
-    *(ValueError, LookupError, TypeError, AttributeError, OverflowError, AssertionError, MemoryError),
+    *(SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError),
+    *(OverflowError, MemoryError),
 )
+"""What safetensors, zipfile and `read_torch` raise on bytes that are no weights, or not all of them."""
 NONSENSE = (LookupError, TypeError, AttributeError, AssertionError, struct.error)
-"""Of these, what the unpickler raises on damaged instructions; their words say nothing to anybody."""
+"""What the restricted unpickler raises besides, on damaged instructions."""
 ZIP = b"PK\x03\x04"
 """How a file of torch.save begins; those before torch 1.6 are pickles one behind the other."""
 
@@ -46,15 +46,22 @@ def read_torch(path: Path) -> Any:
         if file.read(len(ZIP)) == ZIP:
             claimed = _Claimed(_data_in(file, size))
             # A view of the file: without it torch reads past the end of a part that is shorter than its tensor says.
-            found = torch.load(str(path), map_location=claimed, weights_only=True, mmap=True)
+            found = _unpickled(str(path), map_location=claimed, mmap=True)
             if claimed.total != claimed.most:
                 raise ValueError(f"its tensors claim {claimed.total} bytes, and its parts have {claimed.most}")
             return found
         file.seek(0)
-        found = torch.load(file, map_location=_Claimed(size), weights_only=True)
+        found = _unpickled(file, map_location=_Claimed(size))
         if file.read(1):
             raise ValueError("it has more bytes than its tensors need")
         return found
+
+
+def _unpickled(file: Any, **named: Any) -> Any:
+    try:
+        return torch.load(file, weights_only=True, **named)
+    except NONSENSE as error:
+        raise pickle.UnpicklingError("its parts do not fit together") from error
 
 
 def why(path: Path, error: Exception, keep: str = STATE) -> str:
@@ -76,8 +83,6 @@ def why(path: Path, error: Exception, keep: str = STATE) -> str:
     text = str(error).rpartition("WeightsUnpickler error:")[2].partition("In PyTorch 2.6")[0]  # torch's own advice
     silent = "it claims more memory than there is" if isinstance(error, MemoryError) else "it ends too early"
     reason = _printable(text.strip().split("\n", 1)[0][:120]) or silent
-    if isinstance(error, NONSENSE):
-        reason = "its parts do not fit together"
     return f"cannot be read ({reason}); it is damaged or no file of weights: copy it again from where it was made"
 
 

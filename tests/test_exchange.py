@@ -3,13 +3,11 @@
 import functools
 import json
 import os
-import stat
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import peft
 import pytest
@@ -17,8 +15,6 @@ import timm
 import torch
 from conftest import Cli
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.pretrained import _PRETRAINED
-from PIL import Image
 from safetensors.torch import load_file
 from small import SIDE, filled, fixture_net, small_net
 from timm.models.vision_transformer import VisionTransformer
@@ -35,7 +31,7 @@ from models.vit import ViT
 from trainers.exchange import EXPORTS, Subject, export, lift, onnx_format
 from trainers.exchange.foreign import Foreign
 from trainers.exchange.plain_net import network
-from trainers.exchange.recipe import WITHIN, how_to_prepare, preprocessing
+from trainers.exchange.recipe import WITHIN
 from trainers.exchange.subject import FORMULAS, linear_head
 from trainers.losses import LOSSES
 from trainers.methods import Method
@@ -111,7 +107,7 @@ def plain(about: dict[str, Any]) -> VisionTransformer:
 
 
 def literal(folder: Path) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """`prepare` and `predict`, by what facts.json says and nothing else, in the folder itself."""
+    """`prepare` and `predict` by what facts.json says and nothing else: its code, run in the folder itself."""
     facts, names, before = json.loads((folder / "facts.json").read_text()), dict[str, Any](), Path.cwd()
     os.chdir(folder)
     try:
@@ -120,23 +116,6 @@ def literal(folder: Path) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]
     finally:
         os.chdir(before)
     return names["prepare"], names["predict"]
-
-
-def by_fields(steps: dict[str, Any], image: Image.Image) -> np.ndarray:
-    """An image prepared by the fields of `preprocessing` with Pillow and NumPy alone, [3, R, R]."""
-    assert steps["layout"] == "NCHW" and steps["antialias"]  # as Pillow resizes always
-    image = image.convert(steps["color"])
-    short, side = steps["resize_shorter_side"], steps["center_crop"]
-    width, height = (int(short * each / min(image.size)) for each in image.size)
-    image = image.resize((width, height), Image.Resampling[steps["interpolation"].upper()])
-    left, top = (int(round((each - side) / 2.0)) for each in (width, height))
-    pixels = np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
-    if steps["mean"] is None:
-        return pixels.astype(steps["dtype"])
-    low, high = steps["value_range"]
-    scaled = low + (high - low) * pixels / np.float32(255)
-    mean, std = (np.array(steps[name], "float32")[:, None, None] for name in ("mean", "std"))
-    return ((scaled - mean) / std).astype(steps["dtype"])
 
 
 # --- LIFT ----------------------------------------------------------------------------------------------------------

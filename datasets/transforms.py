@@ -33,8 +33,12 @@ def plain_transform(resolution: int, interpolation: str) -> Transform:
 
 def eval_transform(resolution: int, interpolation: str, augment: str) -> Transform:
     """The counterpart of an augmentation: centre crop of 7/8 of the short side (256 → 224), or the full frame."""
-    side = resolution if augment in FULL_FRAME else resolution * 8 // 7
-    return _centre(resolution, side, interpolation)
+    return _centre(resolution, eval_side(resolution, augment), interpolation)
+
+
+def eval_side(resolution: int, augment: str) -> int:
+    """Side in pixels to which `eval_transform` resizes the shorter side before it cuts out the centre."""
+    return resolution if augment in FULL_FRAME else resolution * 8 // 7
 
 
 def crop_resize(resolution: int, expand: int, interpolation: str) -> Transform:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import open_clip
 import timm
-from torch import Tensor, nn
+from torch import nn
 
 from configs import CfgNode
 from configs.errors import UserError, lookup, unknown
@@ -14,7 +14,7 @@ from models.backbone import Backbone, BackboneSpec, Split, Stats
 from models.classifier import Classifier
 from models.clip import Clip, find_clip
 from models.experts import ExpertHeads
-from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext
+from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
 from models.heads import HEADS, CosineClassifier
 from models.host import Host
 from models.peft_adapter import Peft
@@ -31,8 +31,6 @@ __all__ = ["BACKBONES", "Classifier", "build_model", "find_backbone", "resolve",
 TINY = Path(__file__).parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
 VPT_LEN = 10
-
-HeadInit = Callable[[HeadContext], Tensor]
 
 BACKBONES: dict[str, BackboneSpec] = {
     "CLIP-RN50": Clip("RN50-quickgelu"),
@@ -185,10 +183,10 @@ def _head_init(cfg: CfgNode, backbone: Backbone, sentences: Sentences) -> HeadIn
     name = "text_feat" if cfg.zero_shot else cfg.init_head
     if name is None:
         return None
-    init, text = lookup(HEAD_INITS, name, "init_head"), backbone.text
+    rows = lookup(HEAD_INITS, name, "init_head")
     if name in NEEDS_TEXT and backbone.embed_dim is None:
         raise UserError(f"init_head {name} needs a text tower, and {cfg.backbone} has none; try class_mean")
-    return lambda context: init(context, text, sentences)
+    return HeadInit(rows, backbone.text if name in NEEDS_TEXT else None, sentences)
 
 
 def _sentences(cfg: CfgNode, class_names: Sequence[str], descriptors: Sentences | None) -> Sentences:

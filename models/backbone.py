@@ -21,6 +21,8 @@ class Text(Protocol):
 
     def class_features(self, sentences: Sentences, device: torch.device | None = None) -> Tensor: ...  # [C, d]
 
+    def weights(self) -> dict[str, Tensor]: ...  # all that class_features depends on
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -37,6 +39,21 @@ class Inputs:
     def expand(self) -> int:
         """Pixels that the crops' resize adds: 1.5 patches, as LIFT; as for a patch of 16 where there are none."""
         return 3 * (self.patch_size or 16) // 2
+
+
+@dataclass(frozen=True)
+class Published:
+    """Pre-trained weights that anybody can get from a library by their name."""
+
+    library: str
+    """`timm` or `open_clip`."""
+    name: str
+    """Of the network; timm's has the tag behind a dot."""
+    tag: str | None = None
+    """open_clip's."""
+
+    def __str__(self) -> str:
+        return ":".join(each for each in (self.library, self.name, self.tag) if each)
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,10 @@ class BackboneSpec(Protocol):
 
     def inputs(self, pretrained: str | None = None) -> Inputs:
         """Known without weights or network. Weights of one architecture may differ in their interpolation."""
+        ...
+
+    def published(self, pretrained: str | None) -> Published | None:
+        """Where others find the weights that an option means; None for random ones, files, and what we ship."""
         ...
 
     def build(

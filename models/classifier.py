@@ -1,13 +1,11 @@
 """Encoder + head, the thing that methods train."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Stats
+from models.backbone import Stats, Text
 from models.experts import ExpertHeads, apart, heads_of
-from models.head_init import HeadContext
+from models.head_init import HeadContext, HeadInit
 from models.host import Host
 from models.peft_adapter import Peft
 
@@ -32,7 +30,7 @@ class Classifier(nn.Module):
         encoder: Host,
         head: nn.Module,
         stats: Stats,
-        init: Callable[[HeadContext], Tensor] | None = None,
+        init: HeadInit | None = None,
         random_base: bool = False,
         peft: Peft | None = None,
     ) -> None:
@@ -75,6 +73,11 @@ class Classifier(nn.Module):
         features = self.encoder.branch(shared, expert) if self.encoder.experts > 1 else shared
         logits = heads_of(self.head)[expert](features)
         return features, logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def text(self) -> Text | None:
+        """The text tower, as long as the head is still to be made of it."""
+        return self.init.text if self.init else None
 
     @property
     def num_experts(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.errors import UserError, lookup, unknown
 from configs.seeding import seeded
-from models.backbone import ONE, Backbone, Inputs, Split, Stats
+from models.backbone import ONE, Backbone, Inputs, Published, Split, Stats
 from models.experts import divide
 from models.text import TextTower
 from models.timm_models import Timm
@@ -61,6 +61,10 @@ class Clip:
         else:
             patch_size = None if isinstance(vision.layers, (list, tuple)) else vision.patch_size
         return Inputs(int(vision.image_size), interpolation, patch_size)
+
+    def published(self, pretrained: str | None) -> Published | None:
+        tag = self._tag(pretrained)
+        return None if tag is None or self.files else Published("open_clip", self.arch, tag)
 
     def build(
         self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
@@ -162,7 +166,7 @@ class Clip:
             if config.get("quick_gelu"):  # a file does not say
                 log.info("%s is taken to have been trained with QuickGELU, as OpenAI's weights", pretrained)
             return local_file(pretrained)
-        return source["file"] if "file" in source else fetch(self.arch, str(self._tag(pretrained)), source)
+        return Path(source["file"]) if "file" in source else fetch(self.arch, str(self._tag(pretrained)), source)
 
     def _preprocessing(self, pretrained: str | None) -> Mapping[str, Any]:
         """mean, std and interpolation of a tag; of a file those of the architecture's first tag, or open_clip's."""

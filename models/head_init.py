@@ -39,6 +39,23 @@ class HeadContext:
     first: bool = True
 
 
+@dataclass(frozen=True)
+class HeadInit:
+    """An entry of HEAD_INITS with what it reads besides the training images.
+
+    Args:
+        text: None for an entry that reads no sentences.
+    """
+
+    rows: Callable[[HeadContext, Text | None, Sentences], Tensor]
+    text: Text | None
+    sentences: Sentences
+
+    def __call__(self, context: HeadContext) -> Tensor:
+        """The rows [C, D]."""
+        return self.rows(context, self.text, self.sentences)
+
+
 def text_feat(context: HeadContext, text: Text | None, sentences: Sentences) -> Tensor:
     """w_c = normalise(P·t_c): text features carried back through the visual projection (LIFT §3.3).
 

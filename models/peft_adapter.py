@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs.errors import UserError
@@ -49,11 +50,9 @@ class Peft(nn.Module):
         """What is added to the mean loss."""
         return None
 
-    def export(self, folder: Path) -> None:
-        """Write `adapter_model.safetensors` and `adapter_config.json`."""
-        known = getattr(self.model.get_base_model(), "pretrained_cfg", None) or {}
-        named = [known[key] for key in ("architecture", "tag") if known.get(key)]
-        self.config.base_model_name_or_path = ".".join(named) or None
+    def export(self, folder: Path, base: str) -> None:
+        """Write `adapter_model.safetensors` and `adapter_config.json`, which names the network below: `base`."""
+        self.config.base_model_name_or_path = base
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -121,9 +120,9 @@ class AdaLora(Peft):
         ]
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, base: str) -> None:
         self.config.rank_pattern = {}  # ranks that were cut stand in the file as zeros
-        super().export(folder)
+        super().export(folder, base)
 
     def _adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names as the allocator knows them, and the matrices A, B and E."""
@@ -131,17 +130,23 @@ class AdaLora(Peft):
         return ((k, p) for k, p in self.model.get_base_model().named_parameters() if k.startswith(names))
 
 
-def export_adapter(host: Host, peft: Peft, folder: Path) -> None:
+def export_adapter(host: Host, peft: Peft, folder: Path, base: str) -> None:
     """Write the adapter for `peft.PeftModel.from_pretrained(network, folder)`.
 
+    Args:
+        base: what the network is called.
+
     Raises:
-        UserError: other tuners have trained too, which that format cannot hold.
+        UserError: other tuners have trained too, which that format cannot hold; or the disk is full.
     """
     own = {id(each) for layer in host.adapted for each in _around(layer)}
     other = [key for key, each in host.named_parameters() if each.requires_grad and id(each) not in own]
     if other:
         raise UserError(f"peft's format holds the adapter alone, and this run trained {other[0]} too; export merged")
-    peft.export(folder)
+    try:
+        peft.export(folder, base)
+    except SafetensorError as error:  # which is what it makes of a full disk
+        raise UserError(f"export peft: cannot write the adapter ({error}); free the space") from error
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.seeding import seeded
-from models.backbone import ONE, Backbone, Inputs, Split
+from models.backbone import ONE, Backbone, Inputs, Published, Split
 from models.plain import Plain
 from models.resnet import Design, ResNet, make_resnet
 from models.timm_models import Timm
@@ -77,6 +77,9 @@ class ResNets:
 
     def inputs(self, pretrained: str | None = None) -> Inputs:
         return Inputs(32 if self.design.cifar else 224, "bilinear")
+
+    def published(self, pretrained: str | None) -> Published | None:
+        return Published("timm", self.weights) if pretrained == "default" and self.weights else None
 
     def build(
         self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE

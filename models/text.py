@@ -23,6 +23,11 @@ class TextTower:
         self.projection = projection  # [d, D], where the encoder does not project itself
         self.logit_scale = float(clip.logit_scale.exp())
 
+    def weights(self) -> dict[str, Tensor]:
+        """Name → tensor of the tower, as open_clip names them."""
+        found: dict[str, Tensor] = self.clip.state_dict()
+        return found
+
     @torch.no_grad()
     def class_features(self, sentences: Sentences, device: torch.device | None = None) -> Tensor:
         """Mean of the normalised text features of a class's sentences, [C, d].

@@ -3,11 +3,13 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from timm.layers import PatchEmbed
 from timm.models import PretrainedCfg, split_model_name_tag
 from timm.models.eva import Eva
@@ -15,14 +17,17 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 
 from configs.errors import UserError, unknown
 from configs.seeding import seeded
-from models.backbone import ONE, Backbone, Inputs, Split
+from models.backbone import ONE, Backbone, Inputs, Published, Split
 from models.experts import divide
 from models.host import Host
 from models.plain import Plain
+from models.torch_file import refuse_odd
 from models.vit import ViT
 from models.vit_check import refusal
 from models.weights import State, hub, is_path, load_strict, local_file, read_state
 
+DAMAGED = (SafetensorError, UnpicklingError, EOFError)
+"""What reading a file of timm's raises that was not downloaded to its end."""
 POSITIONED = {"pos_embed", "patch_embed.proj.weight"}
 """What timm's filter resizes; a file without them is refused by name."""
 
@@ -43,6 +48,10 @@ class Timm:
         """timm's own; its share of the image that is cropped for testing is not taken over."""
         config = self._config()
         return Inputs(config.input_size[-1], self.interpolation or config.interpolation, _patch_size(self.name))
+
+    def published(self, pretrained: str | None) -> Published | None:
+        config = self._config()
+        return Published("timm", f"{config.architecture}.{config.tag}") if pretrained == "default" else None
 
     def build(
         self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
@@ -82,11 +91,16 @@ class Timm:
         """timm's network without classifier, with its published weights or random ones.
 
         Raises:
-            UserError: the weights are not here and cannot be downloaded.
+            UserError: the weights are not here and cannot be downloaded, or are damaged.
         """
         try:
             with hub() if fetch else nullcontext():
-                return timm.create_model(self.name, pretrained=fetch, num_classes=0)
+                net = timm.create_model(self.name, pretrained=fetch, num_classes=0)
+        except DAMAGED as error:
+            raise UserError(
+                f"the weights of {self.name} in the cache of timm cannot be read ({error}); remove them from there, so "
+                "that they are downloaded again"
+            ) from error
         except (OSError, HfHubHTTPError) as error:
             config = self._config()
             place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
@@ -94,6 +108,9 @@ class Timm:
                 f"the weights of {self.name} are not here and cannot be downloaded: get {place} and name the file "
                 "with `pretrained /path/to/file`; `pretrained none` runs with random weights"
             ) from error
+        if fetch:
+            refuse_odd(net.state_dict(), f"the weights of {self.name}, as timm reads them,")
+        return net
 
 
 def find_timm(name: str) -> Timm:

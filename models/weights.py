@@ -1,8 +1,6 @@
 """Pre-trained weight files: where they are, how they are fetched, and what may be opened."""
 
 import hashlib
-import pickle
-import struct
 import urllib.error
 import urllib.request
 import zipfile
@@ -18,19 +16,16 @@ from huggingface_hub.errors import HfHubHTTPError
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import _PRETRAINED, download_pretrained
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.errors import UserError
+from models.torch_file import READ_ERRORS, State, read_torch, refuse_odd, why
 
-State = dict[str, Tensor]
-
-# What safetensors, zipfile and the restricted unpickler raise on bytes that are no weights, or not all of them.
-READ_ERRORS = (
-    *(SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
-    *(ValueError, LookupError, TypeError, AttributeError, OverflowError, AssertionError),
-)
+WRAPPERS = ("state_dict", "model")
+"""Where timm, open_clip and others put the state dict in what they save."""
+LONGEST_HEADER = 4 * 2**20
+"""Bytes of a safetensors header; those of the largest networks have a fifth of a megabyte."""
 
 
 def is_path(pretrained: str) -> bool:
@@ -92,28 +87,38 @@ def read_state(path: Path) -> State:
     """Name → tensor (fp32 where floating) from safetensors, a `weights_only` pickle, or OpenAI's TorchScript.
 
     A TorchScript archive can run code, so it is opened only if its SHA-256 is one that OpenAI published.
+
+    Raises:
+        UserError: it is damaged, holds anything else than a state dict, or numbers that are not finite.
     """
-    state: Any
+    what = f"the weights file '{path}'"
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        elif _is_torchscript(path):
-            state = _read_openai(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        state = _read(path)
     except READ_ERRORS as error:
-        reason = str(error).strip().split("\n", 1)[0][:120]
-        raise UserError(f"the weights file '{path}' cannot be read ({reason}); is it complete?") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state  # timm and open_clip wrap it so
-    pairs = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
-        raise UserError(f"the weights file '{path}' holds no state dict (name → tensor)")
+        raise UserError(f"{what} {why(path, error)}") from error
+    for wrapper in WRAPPERS:
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise UserError(f"{what} holds no state dict (name → tensor) but a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise UserError(f"{what} holds no state dict (name → tensor): its entry {name!r} is a {kind}")
+    refuse_odd(state, what)
     return {
         name.removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in state.items()
     }
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > min(LONGEST_HEADER, path.stat().st_size):
+            raise ValueError(f"its header claims {length} bytes")
+        return load_file(path)
+    return _read_openai(path) if _is_torchscript(path) else read_torch(path)
 
 
 def in_open_clip_layout(clip: Any, state: State) -> State:

@@ -337,7 +337,7 @@ def test_running_statistics_change_in_training_only(config: Config, tmp_path: Pa
     method(batch())
     assert not any(torch.equal(each, running(twin)[name]) for name, each in running(method).items())
 
-    base = fingerprint(twin.model.encoder)
+    base = fingerprint(twin.model)
     save_checkpoint(tmp_path / "checkpoint", method, {"base": base, "class_names": NAMES})
     load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
     assert same(running(method), running(twin))

@@ -106,7 +106,7 @@ class Training:
 
     def __init__(self, cfg: CfgNode, data: DataBundle, earlier: Earlier | None = None) -> None:
         self.cfg, self.method = cfg, make_method(cfg, data.info)
-        self.base = fingerprint(self.method.model.encoder)
+        self.base = fingerprint(self.method.model)
         prepare_head(self.method, data, make_accelerator(cfg), 64, 0)
         if earlier is not None:
             self.method.after(earlier)

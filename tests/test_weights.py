@@ -168,7 +168,7 @@ def _dropped(state: State) -> State:
 
 
 REFUSED: dict[str, tuple[Callable[[State, Path], Any], str]] = {
-    "code.pt": (lambda state, path: torch.save({"a": Harmful()}, path), "cannot be read"),
+    "code.pt": (lambda state, path: torch.save({"a": Harmful()}, path), "holds exec.*run code"),
     "script.pt": (lambda state, path: _torchscript(path), "TorchScript archive but none that OpenAI published"),
     "torn.safetensors": (lambda state, path: path.write_bytes(b"\x10\x00\x00\x00"), "cannot be read"),
     "torn.pt": (lambda state, path: path.write_bytes(b"PK\x03\x04torn"), "cannot be read"),

@@ -12,9 +12,12 @@ from configs import CfgNode
 from configs.schema import SCHEMA
 from models.tuners import TUNERS
 from trainers import test_time
+from trainers.checkpoint import check_base, fingerprint
 from trainers.evaluator import Logits, infer
+from trainers.folder import FACTS
 from trainers.head import prepare_head
 from trainers.launch import on_main
+from trainers.manifest import read_json
 from trainers.methods import Method
 from trainers.trained import Finished, make_method, outline_of
 
@@ -79,8 +82,15 @@ def _prior_of(found: Logits | None) -> Tensor:
 
 
 def zero_shot(run: Finished) -> Method:
-    """The zero-shot classifier of the run's backbone and prompt, ready to predict."""
-    method = make_method(zero_shot_of(run.cfg), run.data.info).to(run.accelerator.device)
+    """The zero-shot classifier of the run's backbone and prompt, ready to predict.
+
+    Raises:
+        UserError: its text tower is not the one that made the run's head.
+    """
+    method = make_method(zero_shot_of(run.cfg), run.data.info)
+    if run.folder.foreign is None:
+        check_base(run.folder.source, read_json(run.folder.source / FACTS), fingerprint(method.model))
+    method.to(run.accelerator.device)
     prepare_head(method, run.data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
     method.model.init = None
     test_time.prepare(method, run.cfg.test_prec)

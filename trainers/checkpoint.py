@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from models import Classifier
 from models.host import Host
 from trainers.files import Digest, remove_folder, write_folder
 from trainers.manifest import read_folder
@@ -39,10 +40,23 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     return trains | {name: each.detach() for name, each in buffers.items()}
 
 
-def fingerprint(encoder: Host) -> str:
-    """Digest of the pre-trained encoder, taken before anything trains; names the base model of a checkpoint."""
+def fingerprint(model: Classifier) -> str:
+    """Names the base model of a checkpoint: a digest of the pre-trained encoder and, behind a dot, one of the text
+    tower and the projection where the head is made of text. Taken before anything trains.
+    """
+    found = _digest(model.encoder.base_state())
+    if model.text is None:
+        return found
+    projection = model.text.projection
+    if projection is None:  # the encoder projects itself, or is projected within
+        projection = getattr(model.encoder, "projection", None)
+    state = {**model.text.weights(), **({} if projection is None else {"projection": projection})}
+    return f"{found}.{_digest(state)}"
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(encoder.base_state().items()):
+    for name, weight in sorted(state.items()):
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
@@ -62,7 +76,7 @@ def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str],
 
     Args:
         class_names: of the data at hand, in label order.
-        base: `fingerprint` of the encoder at hand.
+        base: `fingerprint` of the model at hand.
 
     Raises:
         UserError: damaged; of another base model, class set, tuner or head; each names what differs.
@@ -74,13 +88,23 @@ def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str],
 
 
 def check_base(folder: Path, facts: dict[str, Any], base: str) -> None:
-    """Raise a `UserError` if a checkpoint was trained on another base model than `base`."""
+    """Raise a `UserError` if a checkpoint was trained on another base model than `base`.
+
+    Text towers are compared where both sides have one: other heads are made without it, and older checkpoints do not
+    name theirs.
+    """
     if not {"base", "class_names"} <= facts.keys():
         raise UserError(f"{folder} is damaged: facts.json names no base model or classes; train again")
-    if facts["base"] != base:
+    encoder, *text = zip(str(facts["base"]).split("."), base.split("."), strict=False)
+    if len(set(encoder)) > 1:
         raise UserError(
             f"{folder} was trained on another base model than the one at hand; give the backbone, pretrained, "
             "resolution, num_experts and, where that began at random, seed that it was trained with"
+        )
+    if any(there != here for there, here in text):
+        raise UserError(
+            f"{folder} was trained with the same image tower and another text tower or projection than the one at "
+            "hand; give the pretrained that it was trained with"
         )
 
 

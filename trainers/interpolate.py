@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from datasets import build_data
-from trainers.checkpoint import check_fit, copy_state, fingerprint, load_checkpoint, trained_state
+from trainers.checkpoint import check_base, check_fit, copy_state, fingerprint, load_checkpoint, trained_state
 from trainers.folder import FACTS, kept_splits
 from trainers.head import prepare_head
 from trainers.manifest import read_json
@@ -77,7 +77,8 @@ def beginning(run: Finished) -> dict[str, Tensor]:
         cfg = stored_config(run.folder.source, run.cfg)
         data = build_data(cfg, kept_splits(run.folder.source), run.folder.class_counts())
     method = make_method(cfg, data.info)
-    base = fingerprint(method.model.encoder)
+    base = fingerprint(method.model)
+    check_base(run.folder.source, read_json(run.folder.source / FACTS), base)
     method.to(run.accelerator.device)
     prepare_head(method, data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
     fresh = [each.clone() for each in method.model.head.parameters()]

@@ -134,7 +134,7 @@ class _Run:
             data = build_data(cfg, self.kept, None if trains else self.folder.class_counts())
             method = make_method(cfg, data.info)
         model = method.model
-        self.base = fingerprint(model.encoder)
+        self.base = fingerprint(model)
         method.to(self.accelerator.device)
         log.info(headline(cfg, data, method))
         self.plan.fingerprints = {name: each.fingerprint for name, each in data.records.items()}

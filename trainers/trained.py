@@ -11,11 +11,14 @@ from torch import Tensor
 from configs import CfgNode, load_resolved
 from configs.errors import UserError
 from datasets import DataBundle, DataInfo, build_info
+from datasets.transforms import eval_side
 from models import build_model, find_backbone, resolve
 from models.clip import Clip
 from models.tuners import TUNERS
 from trainers.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from trainers.exchange import Subject, load_foreign
+from trainers.exchange.command import command_of
+from trainers.exchange.numbering import numbering_of
 from trainers.folder import FACTS, RunFolder, counts_of
 from trainers.head import prepare_head
 from trainers.manifest import check_file, read_folder, read_json
@@ -44,7 +47,7 @@ def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerato
         UserError: as `load_trained`, and what `build_model` refuses.
     """
     method = make_method(cfg, data.info)
-    base = fingerprint(method.model.encoder)
+    base = fingerprint(method.model)
     method.to(accelerator.device)
     load_trained(cfg, folder, method, data, accelerator, base)
     method.model.init = None
@@ -120,7 +123,7 @@ def earlier_run(
                 "both the same resolution"
             )
         found = make_method(cfg, data.info)
-        own = fingerprint(found.model.encoder)
+        own = fingerprint(found.model)
         found.to(accelerator.device)
         if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
             prepare_head(found, data, accelerator, cfg.test_batch_size, cfg.num_workers)
@@ -146,7 +149,7 @@ def load_trained(
     if cfg.zero_shot:
         prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
     elif folder.foreign is not None:
-        log.info(load_foreign(folder.foreign, method, tuners_of(cfg), cfg.partial))
+        log.info(load_foreign(folder.foreign, method, tuners_of(cfg), cfg.partial, numbering_of(cfg)))
     else:
         load_checkpoint(folder.source / "checkpoint", method, data.info.class_names, base)
 
@@ -172,5 +175,9 @@ def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], sourc
         resolution=cfg.resolution,
         zero_shot=cfg.zero_shot,
         arch=spec.arch if isinstance(spec, Clip) else None,
+        base=spec.published(cfg.pretrained),
+        resize=eval_side(cfg.resolution, cfg.augment),
+        interpolation=cfg.interpolation,
+        command=command_of(cfg),
         facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},
     )

@@ -8,6 +8,8 @@ from typing import Any
 from configs.errors import lookup
 from trainers.exchange import lift, merge, onnx_format, peft_format, ride
 from trainers.exchange.foreign import Foreign
+from trainers.exchange.numbering import Numbering
+from trainers.exchange.recipe import how_to_prepare, preprocessing
 from trainers.exchange.subject import Subject
 from trainers.files import new_folder, write_json
 from trainers.methods import Method
@@ -33,17 +35,22 @@ EXPORTS: dict[str, Export] = {
 }
 
 
-def load_foreign(file: Foreign, method: Method, tuners: Sequence[str], partial: Any) -> str:
+def load_foreign(
+    file: Foreign, method: Method, tuners: Sequence[str], partial: Any, numbering: Numbering | None = None
+) -> str:
     """Fill a method from a checkpoint file of other people's code, strictly; returns a report in words.
 
     Args:
         tuners: names of ours that are on.
         partial: the option.
+        numbering: of the classes in the data, where others may have another.
 
     Raises:
         UserError: it cannot be read, or does not fit.
     """
-    return ride.load(file, method) if ride.is_ride(file) else lift.load(file, method.model, tuners, partial)
+    if ride.is_ride(file):
+        return ride.load(file, method, numbering)
+    return lift.load(file, method.model, tuners, partial, numbering)
 
 
 def export(subject: Subject, name: str, path: Path) -> str:
@@ -57,6 +64,13 @@ def export(subject: Subject, name: str, path: Path) -> str:
     with new_folder(path) as folder:
         facts = entry.write(subject, folder)
         files = sorted(each.name for each in folder.iterdir())
+        steps = preprocessing(subject, inside=name == "onnx")
+        facts = {"preprocessing": steps, "how_to_prepare": how_to_prepare(steps), **facts}
         write_json(folder / "facts.json", {"format": name, "files": files, **subject.describe(), **facts})
+        # Libraries write through private temporary files; this one has the mode that the user's umask gives.
+        mode = (folder / "facts.json").stat().st_mode
+        for each in folder.iterdir():
+            each.chmod(mode)
     checked = f", largest difference {facts['largest_difference']:.1g}" if "largest_difference" in facts else ""
-    return f"exported to {path}: {', '.join(files)}, facts.json{checked}\n{facts['load']}"
+    said = "facts.json says how to load it and how to prepare images (how_to_load, how_to_prepare)"
+    return f"exported to {path}: {', '.join(files)}, facts.json{checked}\n{said}"

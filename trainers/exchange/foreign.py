@@ -4,24 +4,23 @@ LIFT, and PEL, its first generation: `tuner` and `head`. RIDE, SADE, BatchFormer
 """
 
 import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from models.weights import READ_ERRORS
+from models.torch_file import READ_ERRORS, STATE, State, read_torch, refuse_odd, why
 
 FILE = "checkpoint.pth.tar"
 """LIFT's name for it."""
 BACKBONE = "backbone."
 PARALLEL = "module."
 
-State = dict[str, Tensor]
+LIFTS = "{part: s[part] for part in ('tuner', 'head')}"
+"""What of LIFT's file, `s`, is needed, in Python."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,14 @@ class Foreign:
             UserError: it cannot be opened, or holds anything else than tensors.
         """
         try:
-            content: Any = torch.load(self.path, map_location="cpu", weights_only=True)
+            content = read_torch(self.path)
         except READ_ERRORS as error:
-            raise UserError(f"{self.path} {self._reason(error)}") from error
-        content = content if isinstance(content, dict) else {}
+            raise UserError(f"{self.path} {why(self.path, error, LIFTS if self.kind == 'lift' else STATE)}") from error
+        tensors = self._of(content if isinstance(content, dict) else {})
+        refuse_odd(tensors, str(self.path))
+        return tensors
+
+    def _of(self, content: dict[Any, Any]) -> State:
         if _is_state(content.get("tuner")) and _is_state(content.get("head")):
             return {
                 f"{part}.{name}": each for part in ("tuner", "head") for name, each in _plain(content[part]).items()
@@ -62,21 +65,6 @@ class Foreign:
             f"{self.path} is no checkpoint that can be read here: those of LIFT and PEL are state dicts 'tuner' and "
             "'head', those of RIDE and SADE a 'state_dict' of their networks"
         )
-
-    def _reason(self, error: Exception) -> str:
-        """torch names what it refuses to unpickle as GLOBAL, somewhere below its advice to unpickle it all the same."""
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            held = (
-                f"holds {found[1]}, and nothing but tensors is unpickled, because it can run code: where it was made, "
-            )
-            if self.kind == "lift":
-                return held + "save {'tuner': …, 'head': …} again with state dicts of tensors only"
-            save, load = "torch.save", "torch.load"  # for people to run; nothing here does
-            state = f"{load}('{self.path.name}', map_location='cpu', weights_only={False})['state_dict']"
-            return f"{held}run python -c \"import torch; {save}({{'state_dict': {state}}}, 'weights.pth')\""
-        if isinstance(error, PermissionError):
-            return f"cannot be read: {error.strerror}"
-        return "is damaged, or no file of torch.save; copy it again from where it was made"
 
 
 def _is_state(part: Any) -> bool:

@@ -4,6 +4,7 @@ The file is {"tuner": …, "head": …}. Modules stand under `<list>.<block>.<na
 stand under their position in the original's `named_parameters()`, whose order and names differ from timm's for CLIP.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from models import Classifier
 from models.vit import ViT
 from trainers.checkpoint import check_fit
 from trainers.exchange.foreign import FILE, Foreign
+from trainers.exchange.numbering import ID, NAME, Numbering
 from trainers.exchange.subject import Subject
 from trainers.files import write_bytes
 
@@ -163,8 +165,13 @@ def _listed(name: str, modules: Iterator[nn.Module]) -> Named:
         yield from ((f"{name}.{k}.{key}", Place([each])) for key, each in module.state_dict(keep_vars=True).items())
 
 
-def load(file: Foreign, model: Classifier, tuners: Sequence[str], partial: Any = None) -> str:
+def load(
+    file: Foreign, model: Classifier, tuners: Sequence[str], partial: Any = None, numbering: Numbering | None = None
+) -> str:
     """Fill a model from a file of LIFT or PEL, strictly; returns a report in words.
+
+    Args:
+        numbering: of iNaturalist's classes in the data; the file ranks their names, those of taxa for a taxon.
 
     Raises:
         UserError: everything that is missing, unexpected or of another shape, by name.
@@ -174,8 +181,10 @@ def load(file: Foreign, model: Classifier, tuners: Sequence[str], partial: Any =
     held = ", ".join(f"{name} ({count})" for name, count in lists.items()) or "nothing"
     own = {name: place.read() for name, place in places.items()}
     check_fit(own, tensors, str(file.path), f"give the options that fit it: its tuner holds {held}")
+    theirs = NAME if numbering is None or numbering.field == ID else numbering.field
+    order = numbering.order(theirs) if numbering else None
     for name, place in places.items():
-        place.write(tensors[name])
+        place.write(tensors[name] if order is None or not name.startswith("head.") else tensors[name][order])
     model.set_precision()  # anew, because it derives from weights that may have changed
     heads = sum(name.startswith("head.") for name in tensors)
     report = f"read {file.path}: {len(tensors)} tensors, of the tuner {held}, of the head {heads}; none is left out"
@@ -183,7 +192,7 @@ def load(file: Foreign, model: Classifier, tuners: Sequence[str], partial: Any =
         report += "; the positions of the mask are drawn from mask_seed, because the file has none"
     if {"lora", "ssf_attn"} <= set(tuners):
         report += "; lora acts before ssf_attn, as in LIFT (PEL: after it)"
-    return report
+    return f"{report}; {numbering.said(theirs)}" if numbering and order is not None else report
 
 
 def check(subject: Subject) -> None:
@@ -207,6 +216,8 @@ def write(subject: Subject, folder: Path) -> dict[str, Any]:
         if isinstance(sites["mlp"].scale, float):  # the original has a learnt one always
             parts["tuner"][f"adaptformer_list.{index}.scale"] = torch.tensor([sites["mlp"].scale])
     content = BytesIO()
-    torch.save(parts, content)  # into memory, because torch calls a full disk an error of its own
-    write_bytes(folder / FILE, content.getvalue())
-    return {"load": "test_only True model_dir FOLDER, behind the options of this run; LIFT's command line has the same"}
+    torch.save(parts, content)
+    write_bytes(folder / FILE, content.getvalue())  # torch.save makes RuntimeErrors of a full disk
+    words = [*subject.command, "test_only", "True", "model_dir", "FOLDER"]
+    note = "# FOLDER is this folder; LIFT's own main.py takes such options too"
+    return {"command": words, "how_to_load": f"{shlex.join(['python', 'main.py', *words])}\n{note}"}

@@ -15,10 +15,10 @@ from models.peft_adapter import merge
 from models.vit import LAYERS, SITES, Sites, ViT
 from models.vit_layers import at_site
 from trainers.exchange.plain_net import network
-from trainers.exchange.subject import Subject, linear_head, save_head, save_state
+from trainers.exchange.recipe import HEAD_WITHIN, WITHIN, head_beside, how_to_load
+from trainers.exchange.subject import Subject, affine_of, linear_head, save_head, save_state
 
 NORM_BEFORE = {"qkv": "norm1", "fc1": "norm2"}
-WITHIN = "logits = net(images): it is part of the network"
 State = dict[str, Tensor]
 
 
@@ -30,7 +30,7 @@ def check(subject: Subject) -> None:
     lost = [tuner for tuner, own in sites.items() if own & outside]
     if lost:
         raise UserError(f"export merged: a plain network has no place for {', '.join(lost)}; `export onnx` keeps it")
-    _feature_layer(subject)
+    network(subject)
 
 
 def _inserted(host: Any) -> dict[str, Any]:
@@ -40,22 +40,22 @@ def _inserted(host: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def write(subject: Subject, folder: Path) -> dict[str, Any]:
-    host, head = subject.encoder, linear_head(subject.head)
-    within = head is not None and isinstance(host, ViT) and host.projection is None
-    about = network(subject, len(subject.class_names) if within else 0)
+    host, linear = subject.encoder, linear_head(subject.head)
+    within = isinstance(host, ViT) and host.projection is None
+    about = network(subject, len(subject.class_names) if linear and within else 0)
     state = {about["prefix"] + name: each for name, each in merged(subject).items()}
-    if head is not None and within:
-        state |= {f"head.{name}": each for name, each in head.items()}
-    else:
-        save_head(subject, folder)
-    save_state(state, folder / "model.safetensors")
-    weights = 'safetensors.torch.load_file("model.safetensors")'
+    weights = "load_file('model.safetensors')"
     if about["prefix"]:
         weights = f"{{name.removeprefix('{about['prefix']}'): each for name, each in {weights}.items()}}"
-    facts = {"network": about, "load": f"{about['code']}\nnet.load_state_dict({weights})"}
-    if within:
-        facts["head"] = {"type": type(subject.head).__name__, "apply": WITHIN}
-    return facts
+    code = f"{about['code']}\nnet.load_state_dict({weights})"
+    if linear and within:
+        state |= {f"head.{name}": each for name, each in linear.items()}
+        head, facts = HEAD_WITHIN, {"head": {"type": type(subject.head).__name__, "apply": WITHIN}}
+    else:
+        save_head(subject, folder)
+        head, facts = head_beside(subject), {}
+    save_state(state, folder / "model.safetensors")
+    return {"network": about, **facts, "how_to_load": how_to_load(code, head)}
 
 
 def merged(subject: Subject) -> State:
@@ -65,8 +65,8 @@ def merged(subject: Subject) -> State:
     if isinstance(host, ViT):
         for index, (name, path) in product(range(host.depth), LAYERS.items()):
             state |= _layer(host.sites[0][index], name, f"blocks.{index}.{path}", state)
-    elif last := _feature_layer(subject):
-        state |= _scaled(host, last, state)
+    elif isinstance(host.net, ModifiedResNet) and len(host.tuners):
+        state |= _scaled(host, "attnpool.c_proj", state)
     return state
 
 
@@ -100,20 +100,7 @@ def _layer(sites: Sites, name: str, path: str, state: State) -> State:
 
 
 def _scaled(host: Any, name: str, state: State) -> State:
-    """The last layer with what the tuners do to each entry of its output."""
-    modules = [copy.deepcopy(each).double() for each in host.tuners.values()]
-    ones = torch.ones(host.feature_dim, dtype=torch.float64)
-    shift = at_site(modules, 0 * ones, ones)
-    scale = at_site(modules, ones, ones) - shift
+    """The layer that makes the feature, with what the tuners do to each entry of its output."""
+    scale, shift = affine_of(host)
     weight, bias = (state[f"{name}.{part}"].double() for part in ("weight", "bias"))
     return {f"{name}.weight": weight * scale.unsqueeze(1), f"{name}.bias": bias * scale + shift}
-
-
-def _feature_layer(subject: Subject) -> str | None:
-    """The layer that makes the feature and takes what tuners do to it; None where none acts on it."""
-    host = subject.encoder
-    if isinstance(host, ViT) or not len(host.tuners):
-        return None
-    if not isinstance(host.net, ModifiedResNet):
-        raise UserError(f"export merged: no linear layer could take {', '.join(host.tuners)}; `export onnx` keeps it")
-    return "attnpool.c_proj"

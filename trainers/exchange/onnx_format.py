@@ -21,6 +21,11 @@ ONE_FILE = 1.8e9
 """Bytes; what is larger keeps its weights in a file beside it, because protobuf ends at 2 GB."""
 FILE = "model.onnx"
 OUTPUTS = ("logits", "expert_logits")
+LOAD = f"""import numpy
+import onnxruntime
+session = onnxruntime.InferenceSession({FILE!r})
+def predict(images):
+    return session.run(['logits'], {{'image': numpy.asarray(images)}})[0]"""
 
 
 class _Predict(nn.Module):
@@ -70,7 +75,7 @@ def write(subject: Subject, folder: Path) -> dict[str, Any]:
         "image": f"uint8 [batch, 3, {subject.resolution}, {subject.resolution}], RGB; mean and std are inside",
         "logits": "float32 [batch, classes]",
         **({"expert_logits": f"float32 [batch, experts, classes], whose {whole} is logits"} if model.several else {}),
-        "load": f'onnxruntime.InferenceSession("{FILE}").run(None, {{"image": images}})[0]',
+        "how_to_load": LOAD,
     }
 
 

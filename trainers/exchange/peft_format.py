@@ -1,19 +1,24 @@
 """`peft`: what LoRA has learnt, or a tuner of the peft library, as an adapter folder of that library."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import UserError
 from models.peft_adapter import export_adapter
-from trainers.exchange.plain_net import network
-from trainers.exchange.subject import Subject, save_head
+from models.vit import ViT
+from trainers.exchange import merge
+from trainers.exchange.plain_net import clip_resolution, network, timm_name
+from trainers.exchange.recipe import head_beside, how_to_load
+from trainers.exchange.subject import Subject, save_head, save_state
 
 CONVERTED = ("lora", "lora_mlp")
+BASE = "base.safetensors"
+"""The pre-trained weights, where nobody could get them by a name."""
 
 Adapter = tuple[str, Tensor, Tensor, int]
 """Layer, A [r, in], B [out, r], alpha: the layer's output grows by (alpha / r)·B A x."""
@@ -23,23 +28,60 @@ def check(subject: Subject) -> None:
     subject.refuse_experts("peft")
     others = [name for name in subject.tuners if name not in CONVERTED]
     if others:
-        raise UserError(f"export peft: its format has no place for {', '.join(others)}; `export merged` or `onnx` has")
+        raise UserError(f"export peft: its format has no place for {', '.join(others)}; {_other_formats(subject)}")
     if not subject.tuners and not subject.peft:
         raise UserError("export peft: neither lora, lora_mlp nor peft is on, so there is no adapter; use export merged")
     if subject.tuners and subject.peft:
         raise UserError(f"export peft: one adapter folder cannot hold {subject.tuners[0]} and peft; use export merged")
+    network(subject)
+
+
+def _other_formats(subject: Subject) -> str:
+    """What holds the model instead, in words."""
+    try:
+        merge.check(subject)
+    except UserError:
+        return "`export onnx` has"
+    return "`export merged` or `onnx` has"
 
 
 @torch.no_grad()
 def write(subject: Subject, folder: Path) -> dict[str, Any]:
-    if subject.peft:
-        export_adapter(subject.encoder, subject.peft, folder)
-    else:
-        _write_lora(list(_adapters(subject)), folder)
-    save_head(subject, folder)
     about = network(subject)
-    base = f"# … and the pre-trained weights of {subject.facts.get('backbone')}"
-    return {"network": about, "load": f"{about['code']}  {base}\nnet = peft.PeftModel.from_pretrained(net, FOLDER)"}
+    base, code = base_of(subject, about)
+    if base == BASE:
+        save_state(subject.encoder.base_state(), folder / BASE)
+    if subject.peft:
+        export_adapter(subject.encoder, subject.peft, folder, base)
+    else:
+        _write_lora(list(_adapters(subject)), folder, base)
+    save_head(subject, folder)
+    code += "\nnet = peft.PeftModel.from_pretrained(net, '.')"
+    return {"network": about, "base": base, "how_to_load": how_to_load(code, head_beside(subject))}
+
+
+def base_of(subject: Subject, about: Mapping[str, Any]) -> tuple[str, str]:
+    """The pre-trained network below the adapter: its name, or `BASE` if it has to be written; code that makes it.
+
+    Args:
+        about: `network` of the subject.
+    """
+    found, net = subject.base, subject.encoder.net
+    if found is not None and found.library == "timm":
+        code = f"net = timm.create_model({found.name!r}, pretrained=True, num_classes=0)"
+        native = timm.get_pretrained_cfg(found.name).input_size[-1]  # type: ignore[union-attr]
+        resized = subject.resolution != native and hasattr(net, "set_input_size")
+        return str(found), code + (f"\nnet.set_input_size({subject.resolution})" if resized else "")
+    clip = f"open_clip.create_model({found.name!r}, pretrained={found.tag!r})" if found is not None else ""
+    if clip and isinstance(subject.encoder, ViT) and timm_name(net) is None:
+        state = f"timm.models.vision_transformer.checkpoint_filter_fn({clip}.state_dict(), net)"
+        kept = f"{{name: each for name, each in {state}.items() if not name.startswith('head.')}}"
+        return str(found), f"{about['code']}\nnet.load_state_dict({kept})"
+    if clip and subject.resolution == clip_resolution(subject):
+        if isinstance(subject.encoder, ViT):
+            return str(found), f"{about['code']}\nnet.load_state_dict({clip}.visual.trunk.state_dict())"
+        return str(found), f"net = {clip}{about['then']}"
+    return BASE, f"{about['code']}\nnet.load_state_dict(load_file({BASE!r}))"
 
 
 def _adapters(subject: Subject) -> Iterator[Adapter]:
@@ -56,11 +98,12 @@ def _adapters(subject: Subject) -> Iterator[Adapter]:
         yield from ((f"blocks.{index}.mlp.{site}", each.lora_A.T, each.lora_B.T, 1) for site, each in sites.items())
 
 
-def _write_lora(adapters: list[Adapter], folder: Path) -> None:
+def _write_lora(adapters: list[Adapter], folder: Path, base: str) -> None:
     from peft import LoraConfig
 
     ranks = {name: a.shape[0] for name, a, _, _ in adapters}
     config = LoraConfig(
+        base_model_name_or_path=base,
         r=max(ranks.values()),
         lora_alpha=max(alpha for *_, alpha in adapters),
         target_modules=list(ranks),
@@ -70,5 +113,4 @@ def _write_lora(adapters: list[Adapter], folder: Path) -> None:
     )
     config.save_pretrained(str(folder))
     state = {f"{name}.lora_{part}.weight": each for name, a, b, _ in adapters for part, each in (("A", a), ("B", b))}
-    state = {f"base_model.model.{name}": each.contiguous() for name, each in state.items()}
-    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_state({f"base_model.model.{name}": each for name, each in state.items()}, folder / "adapter_model.safetensors")

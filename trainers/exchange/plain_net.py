@@ -1,18 +1,22 @@
 """How another program makes the plain network that exported weights fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import open_clip
 import timm
 import torch
 from timm.layers import QuickGELU
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from models.resnet_backbone import Branched
 from models.vit import ViT
 from trainers.exchange.subject import Subject
 
+NOWHERE = UserError("export: no other library has this network, so weights alone would say nothing; use `export onnx`")
 SIZES = {384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
@@ -23,10 +27,10 @@ def network(subject: Subject, num_classes: int = 0) -> dict[str, Any]:
         num_classes: of a classifier `head` within a ViT; 0: the network gives features.
     """
     found = _network(subject, num_classes)
-    then = found.pop("then", "")
+    found.setdefault("then", "")
     words = [f"{name}={value!r}" for name, value in found["kwargs"].items()]
     words += [f"norm_layer={found['norm_layer']}"] if "norm_layer" in found else []
-    return {**found, "code": f"net = {found['create']}({', '.join(words)}){then}"}
+    return {**found, "code": f"net = {found['create']}({', '.join(words)}){found['then']}"}
 
 
 def _network(subject: Subject, num_classes: int) -> dict[str, Any]:
@@ -34,51 +38,61 @@ def _network(subject: Subject, num_classes: int) -> dict[str, Any]:
     if isinstance(host, ViT):
         for each in _names(net):
             kwargs: dict[str, Any] = {"model_name": each, "img_size": subject.resolution, "num_classes": num_classes}
-            if timm.is_model(each) and _same(kwargs, net):
+            if timm.is_model(each) and _same(partial(timm.create_model, **{**kwargs, "num_classes": 0}), host):
                 return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
-        return {"create": "timm.models.VisionTransformer", **_by_hand(net, num_classes), "prefix": ""}
+        made, norm = _by_hand(net, num_classes), partial(nn.LayerNorm, eps=net.norm.eps)
+        if not _same(partial(VisionTransformer, **{**made["kwargs"], "num_classes": 0}, norm_layer=norm), host):
+            raise NOWHERE
+        return {"create": "timm.models.VisionTransformer", **made, "prefix": ""}
     if isinstance(host, Branched):
         if host.timm_name is None:
-            raise UserError(
-                "export: no other library has this network, so weights alone would say nothing; use `export onnx`"
-            )
+            raise NOWHERE
         kwargs = {"model_name": host.timm_name, "num_classes": 0}
         return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
-    if name := _timm_name(net):
+    if name := timm_name(net):
         resized = subject.resolution != net.pretrained_cfg["input_size"][-1] and hasattr(net, "set_input_size")
         then = f"\nnet.set_input_size({subject.resolution})" if resized else ""
         made = {"create": "timm.create_model", "kwargs": {"model_name": name, "num_classes": 0}}
         return {**made, "then": then, "prefix": ""}
     kwargs = {"model_name": subject.arch}
-    return {"create": "open_clip.create_model", "kwargs": kwargs, "then": ".visual", "prefix": "visual."}
+    if subject.resolution != clip_resolution(subject):
+        kwargs["force_image_size"] = subject.resolution
+    # CoCa's towers give tokens besides, for captions.
+    then = ".visual" + ("\nnet.output_tokens = False" if hasattr(net, "output_tokens") else "")
+    return {"create": "open_clip.create_model", "kwargs": kwargs, "then": then, "prefix": "visual."}
 
 
-def _timm_name(net: Any) -> str | None:
+def clip_resolution(subject: Subject) -> int:
+    """Side of the images that open_clip's network of that name takes."""
+    return int(open_clip.get_model_config(subject.arch)["vision_cfg"]["image_size"])
+
+
+def timm_name(net: Any) -> str | None:
     """Of a network that timm has made."""
     return getattr(net, "pretrained_cfg", {}).get("architecture")
 
 
 def _names(net: Any) -> Iterator[str]:
     """Names under which timm may have a ViT: the one it was made by, or that of a CLIP of this shape."""
-    if name := _timm_name(net):
+    if name := timm_name(net):
         yield name
     patch, quick = net.patch_embed.patch_size[0], isinstance(net.blocks[0].mlp.act, QuickGELU)
     if net.embed_dim in SIZES:
         yield f"vit_{SIZES[net.embed_dim]}_patch{patch}_clip_{'quickgelu_' if quick else ''}224"
 
 
-def _same(kwargs: dict[str, Any], net: Any) -> bool:
-    """Whether timm's network is the same function of its weights."""
+def _same(make: Callable[[], Any], host: ViT) -> bool:
+    """Whether a network is the same function of its weights as the plain one in a host."""
     with torch.device("meta"):
-        other: Any = timm.create_model(**{**kwargs, "num_classes": 0})
+        other = make()
 
-    def parts(each: Any) -> tuple[Any, ...]:
-        block = each.blocks[0]
-        shapes = {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()}
+    def parts(net: Any, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        block = net.blocks[0]
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         act = block.mlp.act(torch.linspace(-3, 3, 64, device="cpu")).tolist()  # its class has several names
-        return shapes, each.norm.eps, act, block.attn.num_heads, each.global_pool
+        return shapes, getattr(net.norm, "eps", None), act, block.attn.num_heads, net.global_pool
 
-    return parts(other) == parts(net)
+    return parts(other, other.state_dict()) == parts(host.net, host.base_state())
 
 
 def _by_hand(net: Any, num_classes: int) -> dict[str, Any]:
@@ -95,4 +109,4 @@ def _by_hand(net: Any, num_classes: int) -> dict[str, Any]:
         "act_layer": "quick_gelu" if isinstance(block.mlp.act, QuickGELU) else "gelu",
         "num_classes": num_classes,
     }
-    return {"kwargs": kwargs, "norm_layer": f"partial(torch.nn.LayerNorm, eps={net.norm.eps})"}
+    return {"kwargs": kwargs, "norm_layer": f"functools.partial(torch.nn.LayerNorm, eps={net.norm.eps})"}

@@ -11,6 +11,7 @@ from models.experts import heads_of
 from models.heads import CosineClassifier
 from trainers.checkpoint import check_fit
 from trainers.exchange.foreign import BACKBONE, Foreign
+from trainers.exchange.numbering import ID, Numbering
 from trainers.methods import Method
 from trainers.methods.assign import ExpertAssignment
 
@@ -28,6 +29,7 @@ LEFT_OUT = {
     "encoder_layers.": "its encoder across the batch, which is for training only, is left out",
     ASKS: "its expert assignment is left out, so all experts are asked (method ride_ea uses it)",
 }
+HEAD = "model.head."
 SCALE = 30
 """The original's factor on cosine logits; no file says it."""
 
@@ -37,8 +39,11 @@ def is_ride(file: Foreign) -> bool:
 
 
 @torch.no_grad()
-def load(file: Foreign, method: Method) -> str:
+def load(file: Foreign, method: Method, numbering: Numbering | None = None) -> str:
     """Fill a method's model from a file, strictly; returns a report in words.
+
+    Args:
+        numbering: of iNaturalist's classes in the data; the file has their category ids.
 
     Raises:
         UserError: everything that is missing, unexpected or of another shape, by name; another kind of head.
@@ -56,8 +61,11 @@ def load(file: Foreign, method: Method) -> str:
     if cosine != isinstance(heads[0], CosineClassifier):
         wanted = "CosineClassifier with scale 30" if cosine else "LinearClassifier"
         raise UserError(f"{file.path} has heads of another kind; give classifier {wanted}")
+    order = numbering.order(ID) if numbering else None
     for name, target in own.items():
-        target.copy_(tensors[name])
+        target.copy_(tensors[name] if order is None or not name.startswith(HEAD) else tensors[name][order])
+    if numbering and order is not None:
+        notes.append(numbering.said(ID))
     method.model.set_precision()  # anew, because it derives from weights that may have changed
     if cosine and heads[0].scale != SCALE:
         notes.append(f"its cosine logits are times {heads[0].scale:g} (scale), and {SCALE} in the original")

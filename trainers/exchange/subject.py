@@ -1,5 +1,6 @@
 """What is exported: a trained model and the facts that another program needs to use it."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,21 +8,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from open_clip.modified_resnet import ModifiedResNet
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from models.backbone import Published
 from models.heads import CosineClassifier, L2NormedClassifier, LayerNormedClassifier, LinearClassifier
 from models.peft_adapter import Peft
+from models.plain import Plain
+from models.vit_layers import at_site
+from trainers.files import write_bytes
 from trainers.methods import Method
 
 FORMULAS: dict[type[nn.Module], str] = {
-    CosineClassifier: "logits = scale * normalize(features) @ normalize(weight).T",
+    CosineClassifier: "logits = scale * F.normalize(features, dim=-1) @ F.normalize(weight, dim=-1).T",
     LinearClassifier: "logits = features @ weight.T + bias",
-    L2NormedClassifier: "logits = features @ normalize(weight).T",
-    LayerNormedClassifier: "logits = layer_norm(features, eps=1e-12) @ normalize(weight).T",
+    L2NormedClassifier: "logits = features @ F.normalize(weight, dim=-1).T",
+    LayerNormedClassifier: (
+        "logits = F.layer_norm(features, features.shape[-1:], eps=1e-12) @ F.normalize(weight, dim=-1).T"
+    ),
 }
-"""Head → how it is applied, in words of torch.nn.functional; `normalize` is to unit rows."""
+"""Head → how it is applied, in Python with torch.nn.functional as F."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,10 @@ class Subject:
         tuners: names of ours that are on.
         partial: the option.
         arch: open_clip's name of the backbone, if it is from there.
+        base: where others find the pre-trained weights; None: nowhere.
+        resize: side to which the shorter side of a test image is resized before the centre is cut out; None: that of
+            the centre.
+        command: words of the command that trained it.
         facts: where it comes from, for every format.
     """
 
@@ -42,6 +54,10 @@ class Subject:
     resolution: int
     zero_shot: bool = False
     arch: str | None = None
+    base: Published | None = None
+    resize: int | None = None
+    interpolation: str = "bilinear"
+    command: Sequence[str] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,15 +101,10 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """What every exported folder says of its model."""
-        model = self.method.model
-        mean, std = (each.flatten().tolist() for each in (model.mean, model.std))
         head: dict[str, Any] = {"type": type(self.head).__name__, "apply": FORMULAS.get(type(self.head))}
         if isinstance(self.head, CosineClassifier):
             head["scale"] = self.head.scale
-        pixels = {"resolution": self.resolution, "mean": mean, "std": std, "range": "RGB / 255 before mean and std"}
-        if getattr(self.encoder, "projection", None) is not None:
-            head["before"] = "features = features @ projection.T"
-        return {**self.facts, "images": pixels, "head": head, "class_names": list(self.class_names)}
+        return {**self.facts, "head": head, "class_names": list(self.class_names)}
 
 
 def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
@@ -106,11 +117,38 @@ def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
     return None
 
 
+def before_head(subject: Subject) -> list[str]:
+    """What happens to the features of the plain network before the head, line by line in Python."""
+    lines = ["features = features * head['feature_scale'] + head['feature_shift']"] if feature_affine(subject) else []
+    if getattr(subject.encoder, "projection", None) is not None:
+        lines.append("features = features @ head['projection'].T")
+    return lines
+
+
+def feature_affine(subject: Subject) -> tuple[Tensor, Tensor] | None:
+    """What tuners on the feature do to each of its entries, scale and shift [D]; None where no layer is before them
+    that could take them, or none of them is there."""
+    host = subject.encoder
+    if not isinstance(host, Plain) or not len(host.tuners) or isinstance(host.net, ModifiedResNet):
+        return None
+    return affine_of(host)
+
+
+def affine_of(host: Plain) -> tuple[Tensor, Tensor]:
+    """Scale and shift [D] that the tuners on a feature come to, fp64."""
+    modules = [copy.deepcopy(each).double() for each in host.tuners.values()]
+    ones = torch.ones(host.feature_dim, dtype=torch.float64)
+    shift = at_site(modules, 0 * ones, ones)
+    return at_site(modules, ones, ones) - shift, shift
+
+
 def save_head(subject: Subject, folder: Path) -> None:
-    """The head's own tensors, and the projection before it where the encoder ends in one."""
+    """The head's own tensors, and those of `before_head`."""
     state = dict(subject.head.state_dict())
     if getattr(subject.encoder, "projection", None) is not None:
         state["projection"] = subject.encoder.projection
+    if affine := feature_affine(subject):
+        state |= dict(zip(("feature_scale", "feature_shift"), affine, strict=True))
     save_state(state, folder / "head.safetensors")
 
 
@@ -118,4 +156,4 @@ def save_state(state: dict[str, Tensor], path: Path) -> None:
     """safetensors, fp32; `format` is what transformers and timm look for."""
     ready = {name: each.float() if each.is_floating_point() else each for name, each in state.items()}
     copies = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in ready.items()}
-    save_file(copies, path, {"format": "pt"})
+    write_bytes(path, save(copies, {"format": "pt"}))

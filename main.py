@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from configs import CfgNode, UserError, describe, load_configs, names
+from configs.environment import check_environment
+from configs.quiet import libraries_on_stdout
 
 EXAMPLES = """
 examples:
@@ -27,12 +29,13 @@ All options with their meaning: docs/options.md, or --dry-run for the values of 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python main.py --help")
+        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    return answer(command, argv)
+    with libraries_on_stdout():
+        return answer(command, argv)
 
 
 def answer(
@@ -41,6 +44,7 @@ def answer(
     """The exit code of a command, of ours or of a script: 2 with one line for bad input, 130 when interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     try:
+        check_environment()
         return command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -144,4 +148,6 @@ def listing() -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
+    for library in ("TRANSFORMERS", "HF_HUB"):  # they write to standard error by themselves
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     sys.exit(main())

@@ -113,7 +113,7 @@ def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
 
 def _stages(data: str, model: str, pairs: list[tuple[str, str]], declared: Declared, depth: int) -> list[CfgNode]:
     if depth > 4:
-        raise UserError(f"model config '{model}': its `after` chain never ends")
+        raise UserError(f"model config '{model}': the chain that its `after` begins never ends")
     own = {key: value for key, value in pairs if not key.startswith("after.")}
     earlier = {key: value for key, value in pairs if key.startswith("after.")}
     schema = _schema(declared)
@@ -135,6 +135,8 @@ def _stages(data: str, model: str, pairs: list[tuple[str, str]], declared: Decla
     chosen["test_key"] = test_key(chosen, base)
     before: list[CfgNode] = []
     if chosen["after"]:
+        if chosen["after"] not in names("model"):
+            raise unknown("model config in after", chosen["after"], names("model"))
         before = _stages(data, chosen["after"], _inherited(pairs, chosen["output_dir"]), declared, depth + 1)
         chosen["after_hash"] = config_hash(before[-1])
     return [*before, _freeze(chosen)]

@@ -1,6 +1,8 @@
-"""What every package needs to refuse bad input: one error type, one table lookup, one atomic question."""
+"""What every package needs to refuse bad input: one error type, one table lookup, who is to blame."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -47,6 +49,17 @@ def shown(value: object) -> str:
     """A value within a message: its text, shortened where a line could not hold it."""
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]}… ({len(text):,} characters)"
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Within the block a `UserError` whose message does not name this option begins with it."""
+    try:
+        yield
+    except UserError as error:
+        if re.search(rf"\b{re.escape(key)}\b", str(error)):
+            raise
+        raise type(error)(f"{key}: {error}") from error
 
 
 def lookup(table: Mapping[str, Entry], name: str, kind: str) -> Entry:

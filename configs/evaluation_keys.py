@@ -102,7 +102,7 @@ EVALUATION: Mapping[str, Key] = MappingProxyType(
             None,
             TEST,
             "class frequencies that predictions are made for: entry of TARGETS, a distribution such as forward50, or "
-            "a JSON file",
+            "a JSON file of such (they sum to 1) or of images a class (whole numbers)",
             logits=False,
         ),
         "calibrate": Key(as_bool, True, TEST, "target_prior: a temperature from the validation split", logits=False),

@@ -1,6 +1,5 @@
 """The entries of DATASETS: from a config to named sources. Part of the builder; what is below sees no config."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,15 @@ from yacs.config import CfgNode
 
 from configs import FOLDER
 from configs.errors import UserError, lookup
+from configs.reading import read_json
 from datasets import cifar, digits, fake, image_list
 from datasets.bundle import Triple
 from datasets.image_list import CATEGORIES, Listing
 from datasets.imbalance import check_hold_out, hold_out
 from datasets.sources import Source
 
+MOST_IMAGES = 10**12
+"""Of a class, so that sums of such numbers are exact."""
 HALF: Triple = (0.5, 0.5, 0.5)
 log = logging.getLogger("tailtune")
 
@@ -65,11 +67,17 @@ def _load_digits(cfg: CfgNode) -> Splits:
     return Splits(Outline(digits.CLASS_NAMES, _count(train.labels), HALF, HALF), train, test)
 
 
-def _load_fake(cfg: CfgNode) -> Splits:
+def _fake_outline(cfg: CfgNode) -> Outline:
     num_classes = cfg.num_classes or 10
     _check_built_in(cfg, num_classes)
-    train, test = fake.fake_sources(num_classes)
-    return Splits(Outline(_placeholders(num_classes), _count(train.labels), HALF, HALF), train, test)
+    if num_classes > fake.MOST_CLASSES:
+        raise UserError(f"num_classes {num_classes}: dataset Fake draws images of at most {fake.MOST_CLASSES} classes")
+    return Outline(_placeholders(num_classes), [fake.TRAIN_PER_CLASS] * num_classes, HALF, HALF)
+
+
+def _load_fake(cfg: CfgNode) -> Splits:
+    outline = _fake_outline(cfg)
+    return Splits(outline, *fake.fake_sources(len(outline.class_names)))
 
 
 def _list_outline(cfg: CfgNode) -> Outline:
@@ -93,7 +101,7 @@ DATASETS: Mapping[str, Entry] = MappingProxyType(
         "CIFAR10": Entry(_cifar_outline, _load_cifar),
         "CIFAR100": Entry(_cifar_outline, _load_cifar),
         "Digits": Entry(lambda cfg: _load_digits(cfg).outline, _load_digits),
-        "Fake": Entry(lambda cfg: _load_fake(cfg).outline, _load_fake),
+        "Fake": Entry(_fake_outline, _load_fake),
         "ImageList": Entry(_list_outline, _load_list),
         "ImageFolder": Entry(_folder_outline, _load_folder),
     }
@@ -195,12 +203,13 @@ def _counts_outline(cfg: CfgNode) -> Outline:
 
 def _read_counts(file: Path, label_field: str) -> list[int]:
     """Images per class: a list of numbers, or one such list for each label field."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"class_counts: {file} is not JSON") from None
+    content = read_json(file, "class_counts")
     counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
-    if not isinstance(counts, list) or not counts or any(type(count) is not int or count < 0 for count in counts):
+    if (
+        not isinstance(counts, list)
+        or not counts
+        or any(type(count) is not int or not 0 <= count <= MOST_IMAGES for count in counts)
+    ):
         raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
     return counts
 

@@ -20,6 +20,8 @@ from contextlib import suppress
 from typing import NoReturn
 
 from configs import CfgNode, UserError, describe, load_configs, names
+from configs.environment import check_environment
+from configs.quiet import libraries_on_stdout
 from trainers.ending import run_as_process, say
 from trainers.interrupt import Interrupted
 from trainers.log import show_any_text
@@ -41,12 +43,13 @@ All options with their meaning: docs/options.md, or --dry-run for the values of 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python main.py --help")
+        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    return answer(command, argv)
+    with libraries_on_stdout():
+        return answer(command, argv)
 
 
 def answer(
@@ -57,6 +60,7 @@ def answer(
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     show_any_text()
     try:
+        check_environment()
         return command(sys.argv[1:] if argv is None else argv)
     except BaseException as error:
         found = verdict(error, interrupted)
@@ -64,6 +68,13 @@ def answer(
             raise
         say(found[1])
         return found[0]
+
+
+def process() -> int:
+    """The command of this process; raises what `verdict` knows how to end in."""
+    with libraries_on_stdout():
+        check_environment()
+        return command(sys.argv[1:])
 
 
 def verdict(error: BaseException, interrupted: str = "interrupted") -> tuple[int, str] | None:
@@ -122,6 +133,8 @@ def run_all(stages: list[CfgNode]) -> int:
     if not (last.resume and RunFolder(last).finished()):
         check_chain(stages)
     for cfg in stages:
+        RunFolder(cfg).check_owner()
+    for cfg in stages:
         folder = run(cfg, previous=folder)
     return 0
 
@@ -171,5 +184,7 @@ def listing() -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
+    for library in ("TRANSFORMERS", "HF_HUB"):  # they write to standard error by themselves
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     show_any_text()
-    run_as_process(lambda: command(sys.argv[1:]), verdict)
+    run_as_process(process, verdict)

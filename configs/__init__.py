@@ -10,13 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
-from configs.errors import UserError, lookup, unknown
+from configs.errors import UserError, lookup, shown, unknown
 from configs.key import RUNTIME, Key, option_keys
 from configs.naming import config_hash, run_name, test_key, values_of
-from configs.schema import ALIASES, SCHEMA, SHARED
+from configs.reading import read_yaml
+from configs.schema import ALIASES, KNOWN_AS, SCHEMA, SHARED
+from configs.values import readable
 
 __all__ = [
     "CfgNode",
@@ -28,6 +29,7 @@ __all__ = [
     "load_resolved",
     "lookup",
     "names",
+    "plain",
     "values_of",
 ]
 
@@ -111,7 +113,7 @@ def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
 
 def _stages(data: str, model: str, pairs: list[tuple[str, str]], declared: Declared, depth: int) -> list[CfgNode]:
     if depth > 4:
-        raise UserError(f"model config '{model}': its `after` chain never ends")
+        raise UserError(f"model config '{model}': the chain that its `after` begins never ends")
     own = {key: value for key, value in pairs if not key.startswith("after.")}
     earlier = {key: value for key, value in pairs if key.startswith("after.")}
     schema = _schema(declared)
@@ -133,6 +135,8 @@ def _stages(data: str, model: str, pairs: list[tuple[str, str]], declared: Decla
     chosen["test_key"] = test_key(chosen, base)
     before: list[CfgNode] = []
     if chosen["after"]:
+        if chosen["after"] not in names("model"):
+            raise unknown("model config in after", chosen["after"], names("model"))
         before = _stages(data, chosen["after"], _inherited(pairs, chosen["output_dir"]), declared, depth + 1)
         chosen["after_hash"] = config_hash(before[-1])
     return [*before, _freeze(chosen)]
@@ -195,14 +199,7 @@ def _find(kind: str, name: str) -> Path:
 
 
 def _read_yaml(path: Path) -> Values:
-    try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'not text'})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    body = read_yaml(path)
     body = {} if body is None else body
     if not isinstance(body, dict) or any(not isinstance(key, str) for key in body):
         raise UserError(f"{path}: must hold `key: value` lines")
@@ -220,7 +217,8 @@ def _merge(layers: list[tuple[str, Values]], schema: dict[str, Key]) -> Values:
 def _parse(key: str, value: Any, schema: dict[str, Key], where: str) -> Any:
     """`value` as the type declared for `key`."""
     if key not in schema or schema[key].internal:
-        raise UserError(f"{where}: {unknown('option', key, (k for k in schema if not schema[k].internal))}")
+        mine = (each for each in schema if not schema[each].internal)
+        raise UserError(f"{where}: {unknown('option', key, mine, KNOWN_AS)}")
     entry = schema[key]
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         if entry.optional or entry.default is None:
@@ -228,16 +226,29 @@ def _parse(key: str, value: Any, schema: dict[str, Key], where: str) -> Any:
         if value is None:
             raise UserError(f"{where}: {key} must not be none")
     try:
+        readable(value)
         parsed = entry.parse(value)
     except ValueError as error:
-        raise UserError(f"{where}: {key} must be {error}, not '{value}'") from None
+        raise UserError(f"{where}: {key} must be {error}, not '{shown(value)}'") from None
     if entry.choices and parsed not in entry.choices:
         raise UserError(f"{where}: {unknown(f'value of {key}', str(parsed), entry.choices)}")
-    if entry.least is not None and parsed < entry.least:
-        raise UserError(f"{where}: {key} must be at least {entry.least:g}, not {parsed:g}")
-    if entry.most is not None and parsed > entry.most:
-        raise UserError(f"{where}: {key} must be at most {entry.most:g}, not {parsed:g}")
+    for number in _numbers(parsed):
+        if entry.least is not None and number < entry.least:
+            raise UserError(f"{where}: {key} must be at least {plain(entry.least)}, not {plain(number)}")
+        if entry.most is not None and number > entry.most:
+            raise UserError(f"{where}: {key} must be at most {plain(entry.most)}, not {plain(number)}")
     return parsed
+
+
+def _numbers(value: Any) -> list[float]:
+    """What bounds hold for: a number, or those in a list or mapping."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [each for each in inside if isinstance(each, (int, float)) and not isinstance(each, bool)]
+
+
+def plain(number: float) -> str:
+    """A number as a user writes it: whole ones in full."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _freeze(values: Values) -> CfgNode:

@@ -1,17 +1,73 @@
 """Parsers of option values: from the command line (always text) or YAML (typed) to the declared type.
 
-Each takes a value and returns it typed, or raises ValueError with what was expected.
+Each takes a value and returns it typed, or raises ValueError with what was expected. Text of any kind is checked by
+`readable` before.
 """
 
 from typing import Any
+from unicodedata import category
 
-import yaml
+from configs.reading import parse_yaml
+
+LARGEST = 3.4e38
+"""Of a number, whatever its sign: what single precision holds."""
+WHOLE = 2**63
+"""Whole numbers are below this, and from its negative on: 64 bits."""
+TEXT = 20_000
+"""Characters of a text; the templates of CLIP's ensemble have 3,000 together."""
+NAME = 255
+"""Bytes of one name in a path, on every usual file system."""
+PATH = 3000
+"""Bytes of a path; Linux takes 4,096, and names of files within a folder come on top."""
+
+
+def readable(value: Any) -> None:
+    """Raise ValueError where text anywhere in a value could be neither a name, nor a path, nor a line of a log."""
+    if isinstance(value, str):
+        kinds = set(map(category, value))
+        if "Cs" in kinds:  # half of a pair: what Python makes of bytes that are no UTF-8
+            raise ValueError("text in UTF-8")
+        if kinds & {"Cc", "Zl", "Zp"}:
+            raise ValueError("one line of text without control characters")
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            readable(each)
+    elif isinstance(value, dict):
+        for pair in value.items():
+            readable(pair)
 
 
 def as_str(value: Any) -> str:
     if isinstance(value, (dict, list)):
         raise ValueError("text")
-    return str(value)
+    text = str(value)
+    if len(text) > TEXT:
+        raise ValueError(f"text of at most {TEXT:,} characters")
+    return text
+
+
+def as_path(value: Any) -> str:
+    """Text that may be the path of a file or folder."""
+    text = as_str(value)
+    if not text:  # as of a shell's variable that is not set; it would mean the working directory
+        raise ValueError("a path")
+    if len(text.encode()) > PATH or any(len(part.encode()) > NAME for part in text.split("/")):
+        raise ValueError(f"a path of at most {PATH} bytes, {NAME} in a name")
+    return text
+
+
+def as_folder(value: Any) -> str:
+    """A folder below output/: a path that does not lead out of it, or an absolute one, which is meant."""
+    text = as_path(value)
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts:
+        raise ValueError("a folder below output/, or an absolute path; neither with `..`")
+    return text
+
+
+def as_paths(value: Any) -> list[str]:
+    """Paths: `[output/a, output/b]`, or `output/a,output/b`."""
+    return [as_path(each) for each in as_names(value)]
 
 
 def as_bool(value: Any) -> bool:
@@ -23,23 +79,28 @@ def as_bool(value: Any) -> bool:
 
 
 def as_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+    """A whole number of 64 bits."""
     try:
-        return int(str(value))
-    except ValueError:
+        number = value if isinstance(value, int) and not isinstance(value, bool) else int(str(value))
+    except ValueError:  # also of more digits than Python reads
         raise ValueError("a whole number") from None
+    if not -WHOLE <= number < WHOLE:
+        raise ValueError("a whole number of at most 64 bits")
+    return number
 
 
 def as_float(value: Any) -> float:
+    """A number that single precision holds, which most are computed in."""
     try:
         number = float("" if isinstance(value, bool) else value)
     except (ValueError, TypeError):
         raise ValueError("a number") from None
     except OverflowError:
-        raise ValueError("a finite number") from None
+        number = float("inf")
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError("a finite number")
+    if abs(number) > LARGEST:
+        raise ValueError(f"a number up to {LARGEST:g}, which single precision holds")
     return number
 
 
@@ -100,7 +161,7 @@ def as_ints(value: Any) -> list[int]:
     value = _structure(value)
     found = [value] if type(value) is int else value
     if isinstance(found, list) and all(type(each) is int and each >= 0 for each in found) and found == sorted(found):
-        return found
+        return [as_int(each) for each in found]
     raise ValueError("ascending whole numbers such as [160, 180]")
 
 
@@ -125,6 +186,8 @@ def _structure(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        found = parse_yaml(value)
+    except ValueError:
         return None
+    readable(found)  # an escape such as "\0" has become what it stands for
+    return found

@@ -51,8 +51,8 @@ def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
     Raises:
         UserError: unknown data set or augmentation, missing list, or options that do not fit the data.
     """
-    for augment in (cfg.augment, cfg.adapt_views):  # so that a dry run refuses unknown names
-        train_transform(augment, cfg.resolution, cfg.interpolation)
+    for key in ("augment", "adapt_views"):  # so that a dry run refuses unknown names
+        train_transform(cfg[key], cfg.resolution, cfg.interpolation, f"{key} (an augmentation)")
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg), counts)
 
 
@@ -117,6 +117,11 @@ def build_data(cfg: CfgNode, kept: Kept | None = None, counts: Sequence[int] | N
 
 def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None = None) -> DataInfo:
     shift_names(cfg)
+    if len(outline.class_names) < 2:
+        raise UserError(
+            f"the data of '{cfg.data}' have one class only ({', '.join(outline.class_names)}), so there is nothing to "
+            "tell apart; give at least two classes"
+        )
     if counts is None:
         counts = capped_counts(outline.available, cfg.imb_factor)
         if cfg.val_per_class:

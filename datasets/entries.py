@@ -70,11 +70,17 @@ def _load_digits(cfg: CfgNode) -> Splits:
     return Splits(Outline(digits.CLASS_NAMES, _count(train.labels), HALF, HALF), train, test)
 
 
-def _load_fake(cfg: CfgNode) -> Splits:
+def _fake_outline(cfg: CfgNode) -> Outline:
     num_classes = cfg.num_classes or 10
     _check_built_in(cfg, num_classes)
-    train, test = fake.fake_sources(num_classes)
-    return Splits(Outline(_placeholders(num_classes), _count(train.labels), HALF, HALF), train, test)
+    if num_classes > fake.MOST_CLASSES:
+        raise UserError(f"num_classes {num_classes}: dataset Fake draws images of at most {fake.MOST_CLASSES} classes")
+    return Outline(_placeholders(num_classes), [fake.TRAIN_PER_CLASS] * num_classes, HALF, HALF)
+
+
+def _load_fake(cfg: CfgNode) -> Splits:
+    outline = _fake_outline(cfg)
+    return Splits(outline, *fake.fake_sources(len(outline.class_names)))
 
 
 def _list_outline(cfg: CfgNode) -> Outline:
@@ -98,7 +104,7 @@ DATASETS: Mapping[str, Entry] = MappingProxyType(
         "CIFAR10": Entry(_cifar_outline, _load_cifar, built_in=True),
         "CIFAR100": Entry(_cifar_outline, _load_cifar, built_in=True),
         "Digits": Entry(lambda cfg: _load_digits(cfg).outline, _load_digits, built_in=True),
-        "Fake": Entry(lambda cfg: _load_fake(cfg).outline, _load_fake, built_in=True),
+        "Fake": Entry(_fake_outline, _load_fake, built_in=True),
         "ImageList": Entry(_list_outline, _load_list),
         "ImageFolder": Entry(_folder_outline, _load_folder),
     }

@@ -112,7 +112,7 @@ def rule(name: str, factors: Mapping[str, float], key: str = "test_dists") -> Ca
     """Largest class, number of classes → images per class in the class order."""
     if name == UNIFORM:
         return partial(longtail_counts, imb_factor=1.0)
-    found = re.fullmatch(r"([a-z]+)([1-9]\d*)", name)
+    found = re.fullmatch(r"([a-z]+)([1-9]\d{0,8})", name)
     if found is None or found[1] not in KINDS:
         raise UserError(f"{key}: unknown distribution '{name}'; choices: {FORMS}")
     factor, kind = factors.get(name, 1 / int(found[2])), KINDS[found[1]]

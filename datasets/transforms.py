@@ -51,9 +51,9 @@ def repeated(transform: Transform, times: int) -> Transform:
     return partial(_draws, transform, times)  # no lambda: where workers are spawned, views are pickled
 
 
-def train_transform(augment: str, resolution: int, interpolation: str) -> Transform:
-    """An augmentation by its name. Raises `UserError` for an unknown one."""
-    return lookup(AUGMENTS, augment, "augment")(resolution, interpolation)
+def train_transform(augment: str, resolution: int, interpolation: str, kind: str = "augment") -> Transform:
+    """An augmentation by its name. Raises `UserError` for an unknown one, which names the option as `kind`."""
+    return lookup(AUGMENTS, augment, kind)(resolution, interpolation)
 
 
 def five_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from configs import CfgNode
-from configs.errors import UserError, lookup, unknown
+from configs.errors import UserError, lookup, naming, unknown
 from configs.seeding import seeded
 from models.backbone import Backbone, BackboneSpec, Split, Stats
 from models.classifier import Classifier
@@ -123,7 +123,8 @@ def find_backbone(name: str) -> BackboneSpec:
     """
     library, _, own = name.partition(":")
     if library in LIBRARIES and own:
-        return LIBRARIES[library](own)
+        with naming("backbone"):
+            return LIBRARIES[library](own)
     if name not in BACKBONES:
         listed = {"open_clip": open_clip.list_models(), "timm": timm.list_models()}
         known = [f"{each}:{name}" for each, names in listed.items() if name in names]

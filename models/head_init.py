@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.seeding import generator
 from models.backbone import Text
 from models.prompts import Sentences
@@ -79,8 +80,15 @@ def class_mean(context: HeadContext, *_: object, positions: Tensor | None = None
         sums.index_add_(0, labels, features.double())
         counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
     sums, counts = context.reduce(sums), context.reduce(counts)
+    _check_seen(int(counts.sum()), len(context.labels) if positions is None else len(positions))
     means = torch.where(counts > 0, sums / counts.clamp_min(1), sums.sum(0) / counts.sum())
     return F.normalize(means, dim=-1).float()
+
+
+def _check_seen(seen: int, asked: int) -> None:
+    """Raise a `UserError` where a head would be made of no image at all; every process knows the same numbers."""
+    if not seen:
+        raise UserError(f"init_head: none of the {asked} training images that it asks for can be read; check root")
 
 
 def k_shot(context: HeadContext, *_: object, shots: int) -> Tensor:
@@ -109,6 +117,9 @@ def linear_probe(context: HeadContext, *_: object) -> Tensor:
         features[index], seen[index] = some.float(), 1.0
     # Each image has its place, so the sum over processes is all of them, in one order for any number of processes.
     features, seen = context.reduce(features), context.reduce(seen) > 0
+    _check_seen(int(seen.sum()), len(seen))
+    if len(context.labels[seen].unique()) < 2:
+        raise UserError("init_head linear_probe: only one class has an image that can be read; try class_mean")
     rows = torch.zeros(context.num_classes, context.dim, device=context.device)
     if context.first:
         rows += features[seen].mean(0)

@@ -6,7 +6,7 @@ wrong here is refused with the reason, on the meta device already.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from configs.errors import UserError, unknown
+from configs.patience import at_most
 from configs.seeding import seeded
 from models.experts import refuse_divided
 from models.host import Host, tensors_of
@@ -108,7 +109,7 @@ def _aim(config: Any, host: Host, name: str, kind: Kind, partial: int | Sequence
     if str(config.target_modules).lower() == "all-linear":
         config.target_modules = set(_linears(host.net))
     within = {id(each) for index in host.chosen(partial) for each in host.parts[index].modules()}
-    with _refusals(name):
+    with _refusals(name), at_most(10, "comparing a pattern of layers with their names"):
         found = [key for key in modules if check_target_module_exists(config, key)]
     found = [key for key in found if partial is None or id(modules[key]) in within]
     types = (nn.Linear, nn.Conv2d) if kind.conv else (nn.Linear,)
@@ -135,7 +136,8 @@ def _aim(config: Any, host: Host, name: str, kind: Kind, partial: int | Sequence
     config.target_modules = found
     if getattr(config, "feedforward_modules", None):  # IA3: layers whose input is scaled instead of the output
         outer = type(config)(target_modules=config.feedforward_modules, feedforward_modules=[])
-        config.feedforward_modules = [key for key in found if check_target_module_exists(outer, key)]
+        with _refusals(name), at_most(10, "comparing feedforward_modules with the names of layers"):
+            config.feedforward_modules = [key for key in found if check_target_module_exists(outer, key)]
 
 
 def _set_defaults(config: Any, host: Host, kind: Kind) -> None:
@@ -190,8 +192,12 @@ def _inject(net: nn.Module, config: Any, sampled: bool, name: str) -> "PeftModel
     """peft's own wrapper around the network, which it alters in place."""
     from peft import get_peft_model
 
-    meta = any(each.is_meta for each in net.parameters())
-    with _refusals(name), torch.device("cpu" if sampled or not meta else "meta"):
+    meta = any(each.is_meta for each in net.parameters())  # as every run tries it first; weights may take longer
+    with (
+        _refusals(name),
+        at_most(30, "wrapping the layers") if meta else nullcontext(),
+        torch.device("cpu" if sampled or not meta else "meta"),
+    ):
         if meta and sampled:
             for key in config.target_modules:
                 net.get_submodule(key).to_empty(device="cpu")

@@ -116,10 +116,10 @@ class Timm:
 def find_timm(name: str) -> Timm:
     """The backbone `timm:<name>`. Raises `UserError` for a name or tag that timm does not know."""
     arch, tag = split_model_name_tag(name)
-    if not timm.is_model(arch):
+    if arch not in timm.list_models():  # `is_model` says yes to names that timm has renamed, and then has none of them
         raise unknown("timm model", arch, timm.list_models())
     tags = [each.partition(".")[2] for each in timm.list_models(f"{arch}.*", pretrained=True)]
-    if tag and tag not in tags:
+    if "." in name and tag not in tags:  # `resnet18.` has an empty one
         raise unknown(f"tag of timm's {arch}", tag, tags)
     return Timm(name)
 

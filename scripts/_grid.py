@@ -23,14 +23,14 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-import yaml
-
 from configs import CfgNode, describe, load_configs
 from configs.errors import UserError, lookup, unknown
+from configs.reading import read_yaml
 from configs.schema import SCHEMA
 from main import split_words
 
@@ -45,6 +45,9 @@ ALL_METRICS = (
 Of a test distribution they are `backward50.accuracy`, as the run predicts it, by adapted weights where it adapts; or of
 one of its slots, `backward50.plain.accuracy`.
 """
+
+MOST = 10_000
+"""Commands of a row; a longer table is none."""
 
 Axes = Mapping[str, list[dict[str, str]]]
 """Axis → its values, each as placeholder → words."""
@@ -108,10 +111,7 @@ def read(name: str) -> Grid:
         UserError: there is none, or it is not understood.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else lookup(names(), name, "grid")
-    try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({error})") from error
+    body = read_yaml(path)
     if not isinstance(body, dict) or not isinstance(body.get("rows"), dict):
         raise UserError(f"{path}: a grid needs `rows: {{name: command}}`; scripts/_grid.py describes the format")
     try:
@@ -125,14 +125,19 @@ def read(name: str) -> Grid:
         raise UserError(f"{path} is no grid ({error}); scripts/_grid.py describes the format") from error
     if not (cells and seeds):
         raise UserError(f"{path} has no {'seeds' if cells else 'rows'}; scripts/_grid.py describes the format")
-    for each in metrics:  # before the runs, which may take nights
-        *of, name = each.split(".")
-        if name not in ALL_METRICS or len(of) > 2:
-            raise unknown("metric", each, ALL_METRICS)
+    check_metrics(metrics)  # before the runs, which may take nights
     order = list(dict.fromkeys(cell.words[1] for cell in cells))
     cells.sort(key=lambda cell: order.index(cell.words[1]))
     known_as = name if name in names() else path.stem
     return Grid(known_as, describe(path), body.get("paper"), metrics, seeds, tuple(cells))
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise a `UserError` for a name that is no single number of a metrics.json."""
+    for each in names:
+        *of, name = each.split(".")
+        if name not in ALL_METRICS or len(of) > 2:
+            raise unknown("metric", each, ALL_METRICS)
 
 
 def config(words: Sequence[str]) -> CfgNode:
@@ -206,5 +211,7 @@ def _combinations(template: str, axes: Axes) -> Iterator[dict[str, str]]:
     """Placeholder → words, for every combination of the axes that the template mentions."""
     wanted = {name for _, name, _, _ in Formatter().parse(template) if name}
     used = [values for values in axes.values() if values and wanted & values[0].keys()]
+    if prod(map(len, used)) > MOST:
+        raise ValueError(f"a row of {prod(map(len, used)):,} commands, more than {MOST:,}")
     for points in product(*used):
         yield {name: words for point in points for name, words in point.items()}

@@ -67,7 +67,7 @@ def number(result: Result, metric: str) -> float | None:
         found = slots.get(where[1] if len(where) == 2 else adapted)
     if found is None:
         return None
-    value: float | None = lookup({k: v for k, v in found.items() if not isinstance(v, list)}, name, "metric")
+    value: float | None = lookup({k: v for k, v in found.items() if not isinstance(v, (list, dict))}, name, "metric")
     return value
 
 

@@ -56,7 +56,7 @@ def _command(argv: Sequence[str]) -> int:
 def configured(argv: Sequence[str]) -> CfgNode:
     """The config of the run; crops of test-time ensembles are left out, because an image has one feature."""
     parser = Parser(
-        prog="analyze_features.py",
+        prog="scripts/analyze_features.py",
         description=__doc__.partition("\n")[0],
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

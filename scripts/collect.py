@@ -19,8 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.errors import UserError  # noqa: E402
-from main import answer  # noqa: E402
-from scripts._grid import METRICS, Grid, add_selection, result, runs, select, split_extra  # noqa: E402
+from main import Parser, answer  # noqa: E402
+from scripts._grid import (  # noqa: E402
+    METRICS,
+    Grid,
+    add_selection,
+    check_metrics,
+    result,
+    runs,
+    select,
+    split_extra,
+)
 from scripts._table import FORMATS, Result, Row  # noqa: E402
 
 
@@ -36,18 +45,30 @@ def grid_rows(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> li
 
 
 def folder_rows(folders: Sequence[Path]) -> list[Row]:
-    """Run folders, or `tests/KEY` folders within them, grouped by what they are but for the seed.
-
-    Raises:
-        UserError: a folder holds no result.
-    """
+    """Finished run folders, or `tests/KEY` folders within them, grouped by what they are but for the seed."""
     groups: dict[str, list[tuple[Path, Result]]] = {}
     for folder in folders:
-        if not (folder / "metrics.json").is_file():
-            raise UserError(f"{folder} holds no metrics.json; name the folder of a finished run")
         found = _read(folder / "metrics.json")
         groups.setdefault(_identity(folder, found), []).append((folder, found))
     return [_group_row(group) for group in groups.values()]
+
+
+def with_result(names: Sequence[str]) -> list[Path]:
+    """The folders that hold a result; the others, as `output/*` brings them, are named on standard error.
+
+    Raises:
+        UserError: a name that is nothing at all, or no folder with a result.
+    """
+    for each in names:
+        if not Path(each).exists():
+            raise UserError(f"{each} is no folder; name run folders")
+    kept = [Path(each) for each in names if (Path(each) / "metrics.json").is_file()]
+    left = [each for each in names if Path(each) not in kept]
+    if not kept:
+        raise UserError(f"{left[0]} holds no metrics.json; name the folder of a finished run")
+    if left:
+        print(f"left out, for they hold no metrics.json: {', '.join(left)}", file=sys.stderr)
+    return kept
 
 
 def _identity(folder: Path, found: Result) -> str:
@@ -83,22 +104,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str]) -> int:
     own, extra = split_extra(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="scripts/collect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="+", help="a grid, or run folders")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="names of metrics.json; default: the grid's own")
     add_selection(parser)
     args = parser.parse_args(own)
+    check_metrics(args.metrics or ())
     metrics: Sequence[str]
-    if all(Path(each).is_dir() for each in args.what):
-        rows, metrics, paper = folder_rows([Path(each) for each in args.what]), METRICS, None
+    if any(Path(each).is_dir() for each in args.what):
+        rows, metrics, paper = folder_rows(with_result(args.what)), METRICS, None
     elif len(args.what) == 1:
         args.grid = args.what[0]
         grid, seeds = select(args)
         rows, metrics, paper = grid_rows(grid, seeds, extra), grid.metrics, grid.paper
     else:
-        strange = next(each for each in args.what if not Path(each).is_dir())
-        raise UserError(f"{strange} is no folder; name one grid, or run folders")
+        raise UserError(f"{args.what[0]} is no folder; name one grid, or run folders")
     print(FORMATS[args.format](rows, args.metrics or metrics, paper), end="")
     return 0
 

@@ -5,14 +5,14 @@ python scripts/make_options.py
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import values  # noqa: E402
+from configs import plain, values  # noqa: E402
 from configs.key import RUNTIME, TEST, TRAIN, Key, option_keys  # noqa: E402
 from configs.schema import ALIASES, SCHEMA  # noqa: E402
 from datasets import DATASETS  # noqa: E402
@@ -31,8 +31,11 @@ from trainers.optim import SCHEDULES  # noqa: E402
 from trainers.priors import TARGETS  # noqa: E402
 
 FILE = ROOT / "docs" / "options.md"
-TYPES = {
+TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_str: "text",
+    values.as_path: "path",
+    values.as_paths: "path,path …",
+    values.as_folder: "folder, without `..`",
     values.as_bool: "True, False",
     values.as_int: "whole number",
     values.as_float: "number",
@@ -121,8 +124,8 @@ def table(entries: Mapping[str, Key]) -> str:
 
 
 def _type(entry: Key) -> str:
-    least = "" if entry.least is None else f" ≥ {entry.least:g}"
-    return TYPES[entry.parse] + least + (", none" if entry.optional else "")
+    bounds = [f" {sign} {plain(bound)}" for sign, bound in (("≥", entry.least), ("≤", entry.most)) if bound is not None]
+    return TYPES[entry.parse] + ",".join(bounds) + (", none" if entry.optional else "")
 
 
 def _default(entry: Key) -> str:

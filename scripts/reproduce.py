@@ -102,7 +102,8 @@ def first_process() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = tailtune.Parser(
+        prog="scripts/reproduce.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python scripts/reproduce.py GRID [options] [-- KEY VALUE …]",

@@ -619,7 +619,9 @@ def test_an_entry_is_complete(key: str) -> None:
     if entry.default is not None:
         assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default))
         assert not entry.choices or entry.default in entry.choices
-        assert entry.least is None or entry.default >= entry.least
+        numbers = entry.default if isinstance(entry.default, list) else [entry.default]
+        assert all(entry.least is None or each >= entry.least for each in numbers)
+        assert all(entry.most is None or each <= entry.most for each in numbers)
     assert entry.logits or entry.cls == TEST
 
 

@@ -98,6 +98,10 @@ class RunFolder:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
         self._manifest = None  # read again: another launch may have ended meanwhile
 
+    def check_owner(self) -> None:
+        """Raise a `UserError` if the folder is not a run's; before the run before it trains for hours."""
+        self._marker()
+
     @property
     def manifest(self) -> Manifest:
         """The run's marker, new where no run has begun here."""

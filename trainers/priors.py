@@ -4,7 +4,7 @@ With p the class prior of which softmax(z/T) is the posterior (`Method.assumed_p
 training prior off already) and q the one that is aimed at, z' = z/T + log q − log p. T comes from the validation split.
 """
 
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from datasets.bundle import DataInfo, Shift
 from datasets.entries import list_folders
 from datasets.image_list import first_file
 from datasets.shifts import class_order, rule
+from datasets.text_files import read_json
 from trainers.distributions import Results
 from trainers.ensembles import entry_of
 from trainers.evaluator import Logits, rows_of
@@ -29,6 +30,10 @@ from trainers.metrics import evaluate
 
 ENTRY = "target_prior"
 """Its key in an entry of `distributions`."""
+TOLERANCE = 1e-3
+"""How far the sum of frequencies may be from 1, as it is where each is rounded."""
+LARGEST = 1e15
+"""Of a number in a file of frequencies or counts; sums of such are exact enough."""
 NEVER = 1e-12
 """What a class that never comes counts as, so that every logarithm is finite."""
 
@@ -142,15 +147,12 @@ def target_of(cfg: CfgNode, info: DataInfo, names: Sequence[str] | None = None) 
 
 
 def _read_prior(cfg: CfgNode, num_classes: int, names: Sequence[str] | None) -> Tensor:
-    """Class frequencies of a JSON file, up to a factor, [C]."""
+    """Class frequencies of a JSON file, of which whole numbers are counted images, [C]."""
     name = cfg.target_prior
     file = first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)])
     if file is None:
         raise UserError(f"target_prior: no file '{name}'")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"target_prior: {file} is not JSON") from None
+    content = read_json(file, "target_prior")
     if isinstance(content, dict):
         for strange in content.keys() - set(names or content):
             raise unknown(f"class in {file}", strange, names or ())
@@ -161,10 +163,16 @@ def _read_prior(cfg: CfgNode, num_classes: int, names: Sequence[str] | None) -> 
     if not isinstance(content, list) or len(content) != num_classes:
         size = f", not {len(content)}" if isinstance(content, list) else ""
         raise UserError(f"target_prior: {file} must hold a number for each of the {num_classes} classes{size}")
-    good = all(type(each) in (int, float) and 0 <= each < float("inf") for each in content)
+    good = all(type(each) in (int, float) and 0 <= each <= LARGEST for each in content)
     if not good or not sum(content):
         raise UserError(f"target_prior: {file} must hold numbers from 0 on, not all of them 0")
-    return torch.tensor(content, dtype=torch.float64)
+    total = math.fsum(content)
+    if abs(total - 1) > TOLERANCE and not all(type(each) is int for each in content):
+        raise UserError(
+            f"target_prior: the class frequencies in {file} sum to {total:.6g}, not to 1; give frequencies that do, or "
+            "numbers of images, as whole numbers"
+        )
+    return torch.tensor(content, dtype=torch.float64) / total
 
 
 def check_target(cfg: CfgNode, info: DataInfo) -> None:

@@ -18,9 +18,14 @@ from trainers.methods.base import Batch, Method, Objective, Step
 @dataclass(frozen=True)
 class Options:
     top_choices: int = field(
-        default=30, metadata={"doc": "largest logits that decide whether to go on; all of fewer classes", "least": 1}
+        default=30,
+        metadata={
+            "doc": "largest logits that decide whether to go on; all of fewer classes",
+            "least": 1,
+            "most": 10**5,
+        },
     )
-    hidden: int = field(default=16, metadata={"doc": "numbers made of the feature for it", "least": 1})
+    hidden: int = field(default=16, metadata={"doc": "numbers made of the feature for it", "least": 1, "most": 10**4})
     pos_weight: float = field(
         default=100.0, metadata={"doc": "weight of the images that a later expert would get right", "least": 0.0}
     )

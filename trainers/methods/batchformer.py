@@ -15,15 +15,18 @@ MODES = ("replace", "sum", "mean")
 @dataclass(frozen=True)
 class Options:
     inner: str = field(default="ride", metadata={"doc": "entry of METHODS whose loss is used"})
-    layers: int = field(default=1, metadata={"doc": "of the encoder across the batch", "least": 1})
-    heads: int = field(default=0, metadata={"doc": "of its attention; 0: 4 for features above 128, else 1", "least": 0})
+    layers: int = field(default=1, metadata={"doc": "of the encoder across the batch", "least": 1, "most": 16})
+    heads: int = field(
+        default=0, metadata={"doc": "of its attention; 0: 4 for features above 128, else 1", "least": 0, "most": 1024}
+    )
     dropout: float = field(default=0.5, metadata={"doc": "in it"})
     mode: str = field(
         default="replace",
         metadata={"doc": "loss of the mixed features alone, or with the raw ones: sum or mean", "choices": MODES},
     )
     chunks: int = field(
-        default=1, metadata={"doc": "parts of a micro-batch that attend separately, as on GPUs", "least": 1}
+        default=1,
+        metadata={"doc": "parts of a micro-batch that attend separately, as on GPUs", "least": 1, "most": 10**4},
     )
     kaiming: bool = field(default=False, metadata={"doc": "start its linear layers as the original's CIFAR networks"})
 

@@ -28,7 +28,7 @@ class Options:
         default=0.8, metadata={"doc": "share of the epochs that pass before it counts", "least": 0.0, "most": 1.0}
     )
     concentration: float = field(default=10000.0, metadata={"doc": "A, the sum of each Dirichlet's α: how tight it is"})
-    draws: int = field(default=60, metadata={"doc": "M, test priors a step", "least": 1})
+    draws: int = field(default=60, metadata={"doc": "M, test priors a step", "least": 1, "most": 10**4})
     pool: str = field(
         default="fresh",
         metadata={

@@ -1,6 +1,7 @@
 """What the parts of the campaign share: seeded draws, scratch folders, small commands."""
 
 import random
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,17 +10,24 @@ from typing import TypeVar
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
+from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.strategies import SearchStrategy
 
+from tests.fuzz.promises import broken
 from tests.fuzz.runner import Limits, Outcome, run
 
 Value = TypeVar("Value")
 BATCH = 50
 """Values drawn at once."""
 
-TINY = ["-d", "fake_lt", "-m", "tiny_clip_peft", "num_workers", "0", "max_test_images", "40"]
-SHORT = ["batch_size", "32", "max_steps", "4", "save_every", "1"]
+words = shlex.split
+TINY = words("-d fake_lt -m tiny_clip_peft num_workers 0 max_test_images 40")
+SHORT = words("batch_size 32 max_steps 4 save_every 1")
 """A run of four steps on generated images: two seconds."""
+
+
+class Unusable(Exception):
+    """A command on sound files did not end well, so its part has nothing to compare with: args are a `Finding`."""
 
 
 class Bench:
@@ -34,6 +42,7 @@ class Bench:
         self.rng = random.Random(self.seed)
         self.folder, self.limits = folder, limits
         folder.mkdir(parents=True)
+        set_hypothesis_home_dir(folder / "hypothesis")  # else it makes a folder where the campaign is started
 
     @contextmanager
     def fresh(self, like: Path | None = None) -> Iterator[Path]:
@@ -46,6 +55,14 @@ class Bench:
 
     def run(self, words: Sequence[str], cwd: Path) -> Outcome:
         return run(words, cwd, self.limits)
+
+    def sound(self, words: Sequence[str], cwd: Path, program: Sequence[str] | None = None) -> Outcome:
+        """A command that must succeed before anything can be harmed. Raises Unusable."""
+        outcome = run(words, cwd, self.limits, program)
+        found = broken(outcome, "on sound files", codes=(0,), limits=self.limits)
+        if outcome.code:
+            raise Unusable(found)
+        return outcome
 
     def draws(self, strategy: SearchStrategy[Value]) -> Iterator[Value]:
         """Values of a strategy without end, the same for the same seed."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.fuzz import changes, combinations, files, foreign, images, kills, processes, values
-from tests.fuzz.bench import Bench
+from tests.fuzz.bench import Bench, Unusable
 from tests.fuzz.promises import Finding
 from tests.fuzz.runner import Limits
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench = Bench(name, args.seed, Path(scratch) / name, Limits(args.limit))
             tallies[name] = go(PARTS[name], bench, args.count, None if args.count else remaining * share)
             print(_line(name, tallies[name]), flush=True)
-    _report(args, tallies)
+            _report(args, tallies)
     return int(any(each.findings for each in tallies.values()))
 
 
@@ -84,7 +84,11 @@ def go(part: Part, bench: Bench, count: int | None, seconds: float | None) -> Ta
     while count is None or tally.cases < count:
         if seconds is not None and time.monotonic() - begin >= seconds:
             break
-        tally.add(next(found))
+        try:
+            tally.add(next(found))
+        except Unusable as failed:
+            tally.add(failed.args[0])
+            break
     tally.seconds = time.monotonic() - begin
     return tally
 

@@ -1,152 +1,24 @@
 """Data that change between commands: a stored number is never shown for other data without a word, and no image that
 was trained on is evaluated as a held-out one."""
 
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from PIL import Image
-
-from tests.fuzz.bench import Bench
+from tests.fuzz.bench import Bench, words
+from tests.fuzz.edits import EDITS, LAYOUTS, add_test, make, nothing
 from tests.fuzz.files import alike
 from tests.fuzz.promises import Finding, broken, lost, snapshot, table_of
 from tests.fuzz.runner import Outcome
 
-RUN = [
-    "-m",
-    "tiny_clip_peft",
-    "num_workers",
-    "0",
-    "batch_size",
-    "16",
-    "max_steps",
-    "6",
-    "num_epochs",
-    "2",
-    "output_dir",
-    "run",
-]
-CLASSES = ("ant", "bee", "cow")
-FOLDER = "dataset: ImageFolder\nroot: images\naugment: none\nmany_above: 9\nfew_below: 5\n"
-LISTS = "dataset: ImageList\nroot: images\ntrain_list: train.txt\ntest_list: test.txt\naugment: none\nnum_classes: 3\n"
-LAYOUTS: Mapping[str, str] = {
-    "held out": FOLDER + "test_per_class: 3\n",
-    "test folder": FOLDER,
-    "validation held out": FOLDER + "val_per_class: 2\n",
-    "lists": LISTS,
-}
+RUN = words("-m tiny_clip_peft num_workers 0 batch_size 16 max_steps 6 num_epochs 2 output_dir run")
 WORD = re.compile(
     r"chang|\bnew\b|gone|differ|other |edited|moved|renam|missing|added|removed|no longer|anew|again", re.I
 )
 """What tells a user that the data are not those of before."""
 
 
-def add(folder: Path, rng: Random) -> str:
-    """Images that sort first or last, in one class, on every list."""
-    kind, prefix = rng.choice(_classes(folder, "train")), rng.choice(("000", "zzz"))
-    number = rng.choice((1, 3, 20))
-    for each in range(number):
-        _image(folder / "images" / "train" / kind / f"{prefix}{each}.png", rng)
-    _relist(folder)
-    return f"{number} images {prefix}*.png added to train/{kind}"
-
-
-def add_test(folder: Path, rng: Random) -> str:
-    kind = rng.choice(_classes(folder, "test"))
-    _image(folder / "images" / "test" / kind / "aaa.png", rng)
-    _relist(folder)
-    return f"an image added to test/{kind}"
-
-
-def remove(folder: Path, rng: Random) -> str:
-    split = rng.choice(("train", "test"))
-    kind = rng.choice(_classes(folder, split))
-    files = sorted((folder / "images" / split / kind).iterdir())
-    for path in (chosen := rng.sample(files, rng.choice((1, 2)))):
-        path.unlink()
-    _relist(folder)
-    return f"{', '.join(str(each.relative_to(folder)) for each in chosen)} removed"
-
-
-def rename(folder: Path, rng: Random) -> str:
-    """A class gets a name that sorts elsewhere, which moves the labels."""
-    kind = rng.choice(_classes(folder, "train"))
-    for split in ("train", "test"):
-        if (folder / "images" / split / kind).is_dir():
-            (folder / "images" / split / kind).rename(folder / "images" / split / "zebra")
-    _relist(folder)
-    return f"class {kind} renamed to zebra"
-
-
-def drop_class(folder: Path, rng: Random) -> str:
-    kind = rng.choice(_classes(folder, "train"))
-    for split in ("train", "test"):
-        shutil.rmtree(folder / "images" / split / kind, ignore_errors=True)
-    _relist(folder)
-    return f"class {kind} removed"
-
-
-def more_classes(folder: Path, rng: Random) -> str:
-    for split in ("train", "test"):
-        if (folder / "images" / split).is_dir():
-            for number in range(6):
-                _image(folder / "images" / split / "boa" / f"{number}.png", rng)
-    _relist(folder)
-    return "a class boa added"
-
-
-def replace(folder: Path, rng: Random) -> str:
-    """Other pixels, and another size of the file, under the old name."""
-    files = sorted((folder / "images").rglob("*.png"))
-    for path in (chosen := rng.sample(files, 3)):
-        _image(path, rng, side=60)
-    return f"{', '.join(str(each.relative_to(folder)) for each in chosen)} hold other pictures"
-
-
-def label(folder: Path, rng: Random) -> str:
-    """A line of a list says another class; without lists an image moves to another class."""
-    if not (folder / "test.txt").exists():
-        path = rng.choice(sorted((folder / "images").rglob("*.png")))
-        other = rng.choice([each for each in _classes(folder, path.parts[-3]) if each != path.parent.name])
-        path.rename(path.parent.parent / other / f"moved-{path.name}")
-        return f"{path.relative_to(folder)} moved to class {other}"
-    path = folder / rng.choice(("train.txt", "test.txt"))
-    lines = path.read_text().splitlines()
-    where = rng.randrange(len(lines))
-    name, old = lines[where].split()
-    lines[where] = f"{name} {(int(old) + 1) % 3}"
-    path.write_text("\n".join(lines) + "\n")
-    return f"line {where + 1} of {path.name} changed to {lines[where]}"
-
-
-def trained_into_test(folder: Path, rng: Random) -> str:
-    """A training image is put among the test images as well."""
-    if (folder / "test.txt").exists():
-        line = rng.choice((folder / "train.txt").read_text().splitlines())
-        with (folder / "test.txt").open("a") as file:
-            file.write(line + "\n")
-        return f"line {line} of train.txt added to test.txt"
-    return add(folder, rng)
-
-
-def nothing(folder: Path, rng: Random) -> str:
-    """What is no change: times, files that are no images, another place for the whole."""
-    what = rng.choice(("touched", "hidden", "readme"))
-    if what == "touched":
-        for path in (folder / "images").rglob("*.png"):
-            os.utime(path, (1, 1))
-    else:
-        place = folder / "images" / "train" / _classes(folder, "train")[0]
-        (place / {"hidden": ".DS_Store", "readme": "README.txt"}[what]).write_text("no image")
-    return f"nothing changed ({what})"
-
-
-EDITS: tuple[Callable[[Path, Random], str], ...] = (
-    *(add, add_test, remove, rename, drop_class, more_classes, replace, label, trained_into_test, nothing),
-)
 COMMANDS: tuple[list[str], ...] = (
     [],
     ["test_only", "True"],
@@ -164,25 +36,25 @@ def cases(bench: Bench) -> Iterator[Finding | None]:
             if layout not in homes:
                 homes[layout] = prepare(bench, layout)
             which, edit = bench.rng.randrange(len(COMMANDS)), bench.rng.choice(EDITS)
-            words = ["-d", "my.yaml", *RUN, *COMMANDS[which]]
+            command = ["-d", "my.yaml", *RUN, *COMMANDS[which]]
             if (layout, which) not in sound:
                 with bench.fresh(homes[layout]) as folder:
-                    sound[layout, which] = bench.run(words, folder)
+                    sound[layout, which] = bench.sound(command, folder)
             with bench.fresh(homes[layout]) as folder:
                 has_test = (folder / "images" / "test").is_dir()
                 if edit is add_test and not has_test:
                     continue
-                yield _case(bench, folder, f"{layout}: ", edit, words, sound[layout, which])
+                yield _case(bench, folder, f"{layout}: ", edit, command, sound[layout, which])
 
 
 def _case(
-    bench: Bench, folder: Path, layout: str, edit: Callable[[Path, Random], str], words: list[str], sound: Outcome
+    bench: Bench, folder: Path, layout: str, edit: Callable[[Path, Random], str], argv: list[str], sound: Outcome
 ) -> Finding | None:
     old = evaluated(folder)
     story = layout + edit(folder, bench.rng)
-    concerned = "test_only" not in words or evaluated(folder) != old
+    concerned = "test_only" not in argv or evaluated(folder) != old
     before = snapshot(folder / "images")
-    outcome = bench.run(words, folder)
+    outcome = bench.run(argv, folder)
     command = f"{story}: {outcome.command}"
     found = broken(outcome, story) or lost(before, snapshot(folder / "images"), command)
     if found or outcome.code:
@@ -232,41 +104,7 @@ def prepare(bench: Bench, layout: str) -> Path:
     """A finished run on images of three classes, with one evaluation."""
     home = bench.folder / layout.replace(" ", "-")
     with bench.fresh() as folder:
-        _make(folder, bench.rng, layout)
-        for words in ([], COMMANDS[-1]):
-            outcome = bench.run(["-d", "my.yaml", *RUN, *words], folder)
-            assert outcome.code == 0, outcome
+        make(folder, bench.rng, layout)
+        for extra in ([], COMMANDS[-1]):
+            bench.sound(["-d", "my.yaml", *RUN, *extra], folder)
         return folder.rename(home)
-
-
-def _make(folder: Path, rng: Random, layout: str) -> None:
-    for kind, number in zip(CLASSES, (12, 9, 7), strict=True):
-        for each in range(number):
-            _image(folder / "images" / "train" / kind / f"p{each}.png", rng)
-        for each in range(0 if layout == "held out" else 4):
-            _image(folder / "images" / "test" / kind / f"q{each}.png", rng)
-    (folder / "my.yaml").write_text(LAYOUTS[layout])
-    if layout == "lists":
-        (folder / "train.txt").touch()
-        _relist(folder)
-
-
-def _relist(folder: Path) -> None:
-    """Lists of what is there now, where there are lists."""
-    if not (folder / "train.txt").exists():
-        return
-    for split in ("train", "test"):
-        found = sorted((folder / "images" / split).rglob("*.png"))
-        order = sorted({each.parent.name for each in found})
-        lines = [f"{each.relative_to(folder / 'images').as_posix()} {order.index(each.parent.name)}" for each in found]
-        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
-
-
-def _classes(folder: Path, split: str) -> list[str]:
-    found = folder / "images" / split
-    return sorted(each.name for each in (found if found.is_dir() else folder / "images" / "train").iterdir())
-
-
-def _image(path: Path, rng: Random, side: int = 36) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side)).save(path)

@@ -108,8 +108,6 @@ def key(path: Path, rng: Random) -> str:
 
 def line(path: Path, rng: Random) -> str:
     """One line of a text file is gone, doubled, or holds another digit."""
-    if path.suffix not in (".yaml", ".txt", ".json"):
-        raise Unfit
     lines = path.read_text(errors="surrogateescape").splitlines(keepends=True)
     where = rng.randrange(len(lines) or _unfit())
     old = lines[where]
@@ -142,8 +140,6 @@ def nan(path: Path, rng: Random) -> str:
 
 def header(path: Path, rng: Random) -> str:
     """A safetensors file claims sizes that it has not."""
-    if path.suffix != ".safetensors":
-        raise Unfit
     content = path.read_bytes()
     size = rng.choice([2**62, 2**40, 2**26, 0, len(content)])
     path.write_bytes(size.to_bytes(8, "little") + content[8:])
@@ -170,15 +166,23 @@ DAMAGES: Mapping[str, Callable[[Path, Random], str]] = {
         header,
     )
 }
+_TENSORS, _TEXTS = (".safetensors",), (".json", ".yaml", ".txt")
+KINDS = {"number": (".json",), "key": (".json",), "line": _TEXTS, "rows": _TENSORS, "nan": _TENSORS, "header": _TENSORS}
+"""Damage that needs a certain kind of file: its suffixes."""
+
+
+def fits(kind: str, path: Path) -> bool:
+    """Whether such damage can be done to such a file."""
+    return path.suffix in KINDS.get(kind, (path.suffix,))
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.suffix == ".json" else _unfit()
+    return json.loads(path.read_text())
 
 
 def _tensors(path: Path) -> dict[str, Any]:
     try:
-        return dict(load(path.read_bytes()) if path.suffix == ".safetensors" else _unfit())
+        return dict(load(path.read_bytes()))
     except SafetensorError:
         raise Unfit from None
 

@@ -6,25 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.fuzz.bench import Bench
+from tests.fuzz.bench import Bench, words
 from tests.fuzz.pictures import damaged
 from tests.fuzz.promises import Finding, broken, lost, snapshot
 
 DATA = "dataset: ImageFolder\nroot: images\naugment: none\nmany_above: 3\nfew_below: 1\n"
-RUN = [
-    "-d",
-    "my.yaml",
-    "-m",
-    "tiny_clip_peft",
-    "batch_size",
-    "8",
-    "max_steps",
-    "2",
-    "num_epochs",
-    "1",
-    "output_dir",
-    "run",
-]
+RUN = words("-d my.yaml -m tiny_clip_peft batch_size 8 max_steps 2 num_epochs 1 output_dir run")
 GROUP = 8
 """Damaged images in one folder."""
 Picture = tuple[str, bytes]
@@ -35,21 +22,21 @@ def cases(bench: Bench) -> Iterator[Finding | None]:
     pictures = (each for batch in count() for each in damaged(bench.rng.randrange(2**32) + batch, 10 * GROUP))
     while True:
         group = list(islice(pictures, GROUP))
-        words = ["on_bad_image", bench.rng.choice(["raise", "skip"]), "num_workers", bench.rng.choice("0002")]
-        found = _case(bench, group, words)
-        alone = (_case(bench, [each], words) for each in group) if found else ()
+        extra = ["on_bad_image", bench.rng.choice(["raise", "skip"]), "num_workers", bench.rng.choice("0002")]
+        found = _case(bench, group, extra)
+        alone = (_case(bench, [each], extra) for each in group) if found else ()
         yield next((each for each in alone if each and found and each.what == found.what), found)
 
 
-def _case(bench: Bench, group: Sequence[Picture], words: list[str]) -> Finding | None:
+def _case(bench: Bench, group: Sequence[Picture], extra: list[str]) -> Finding | None:
     with bench.fresh() as folder:
         names = make(folder, group, bench)
         before = snapshot(folder)
-        outcome = bench.run([*RUN, *words], folder)
+        outcome = bench.run([*RUN, *extra], folder)
         story = f"{', '.join(names)} in a folder of good images"
         after = {name: each for name, each in snapshot(folder).items() if not name.startswith("output/")}
         found = broken(outcome, story) or lost(before, after, f"{story}: {outcome.command}")
-        if found or outcome.code == 0 or "skip" not in words:
+        if found or outcome.code == 0 or "skip" not in extra:
             return found
         return Finding("d", "stops for an image that is to be skipped", f"{story}: {outcome.command}", outcome.stderr)
 

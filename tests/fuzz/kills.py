@@ -5,24 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tests.fuzz.bench import TINY, Bench
+from tests.fuzz.bench import TINY, Bench, words
 from tests.fuzz.promises import Finding, broken, numbers, weights
 from tests.fuzz.runner import MAIN, Outcome, Running
 
-STEPS = [
-    "batch_size",
-    "32",
-    "max_steps",
-    "12",
-    "save_every",
-    "1",
-    "num_epochs",
-    "4",
-    "test_dists",
-    "uniform,forward5",
-    "output_dir",
-    "run",
-]
+STEPS = words("batch_size 32 max_steps 12 save_every 1 num_epochs 4 test_dists uniform,forward5 output_dir run")
 RUNS: Mapping[str, list[str]] = {
     "one stage": [*TINY, *STEPS],
     "two stages": ["-d", "fake_lt", "-m", "tiny_clip_h2t", *TINY[4:], *STEPS],
@@ -55,27 +42,26 @@ def cases(bench: Bench) -> Iterator[Finding | None]:
     """One case is one run, stopped one to three times; runs of one and of two stages by turns."""
     sound = {}
     while True:
-        for kind, words in RUNS.items():
+        for kind, argv in RUNS.items():
             if kind not in sound:
                 with bench.fresh() as folder:
-                    whole = bench.run(words, folder)
-                    assert whole.code == 0, whole
+                    whole = bench.sound(argv, folder)
                     sound[kind] = left(folder), whole.seconds
             with bench.fresh() as folder:
-                yield _case(bench, folder, words, *sound[kind])
+                yield _case(bench, folder, argv, *sound[kind])
 
 
-def _case(bench: Bench, folder: Path, words: list[str], sound: object, seconds: float) -> Finding | None:
+def _case(bench: Bench, folder: Path, argv: list[str], sound: object, seconds: float) -> Finding | None:
     story = []
     for _ in range(bench.rng.choice((1, 2, 3))):
         (how,) = bench.rng.choices(list(STOPS), WEIGHTS)
         stop, code, own = STOPS[how]
         delay = bench.rng.uniform(0.05, 1.1) * (seconds + (8 if own else 0))
         story.append(f"{how} after {delay:.2f} s")
-        outcome = stopped(Running(words, folder, bench.limits, MAIN if own else None), delay, stop)
+        outcome = stopped(Running(argv, folder, bench.limits, MAIN if own else None), delay, stop)
         if found := broken(outcome, ", ".join(story), codes=(0, code)):
             return found
-    outcome = bench.run(words, folder)
+    outcome = bench.run(argv, folder)
     if found := broken(outcome, ", ".join([*story, "then"]), codes=(0,)):
         return found
     if left(folder) != sound:

@@ -9,11 +9,11 @@ from random import Random
 
 import psutil
 
-from tests.fuzz.bench import TINY, Bench
+from tests.fuzz.bench import TINY, Bench, words
 from tests.fuzz.promises import Finding, broken, numbers, weights
 from tests.fuzz.runner import MAIN, Limits, Outcome, Running
 
-WORDS = [*TINY, *["batch_size", "32", "max_steps", "20", "num_epochs", "9", "save_every", "1", "output_dir", "run"]]
+WORDS = [*TINY, *words("batch_size 32 max_steps 20 num_epochs 9 save_every 1 output_dir run")]
 LAUNCH = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
     *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
@@ -62,19 +62,18 @@ def ranks(bench: Bench) -> Iterator[Finding | None]:
 
 
 def _cases(
-    bench: Bench, words: list[str], launch: tuple[str, ...] | None, harms: Mapping[str, Harm]
+    bench: Bench, argv: list[str], launch: tuple[str, ...] | None, harms: Mapping[str, Harm]
 ) -> Iterator[Finding | None]:
     with bench.fresh() as folder:
-        whole = Running(words, folder, bench.limits, launch).wait()
-        assert whole.code == 0, whole
+        bench.sound(argv, folder, launch)
         sound = _left(folder)
     while True:
         for what, harm in harms.items():
             with bench.fresh() as folder:
-                running = Running(words, folder, bench.limits, launch)
+                running = Running(argv, folder, bench.limits, launch)
                 delay = bench.rng.uniform(0, 3)
                 found = _harmed(bench, folder, running, (what, *harm), delay)
-                yield found or _repeated(bench, folder, words, launch, f"{what} {delay:.1f} s into training", sound)
+                yield found or _repeated(bench, folder, argv, launch, f"{what} {delay:.1f} s into training", sound)
 
 
 def _harmed(
@@ -109,9 +108,9 @@ def _last_line(outcome: Outcome, what: str, line: str) -> Finding | None:
 
 
 def _repeated(
-    bench: Bench, folder: Path, words: list[str], launch: tuple[str, ...] | None, story: str, sound: object
+    bench: Bench, folder: Path, argv: list[str], launch: tuple[str, ...] | None, story: str, sound: object
 ) -> Finding | None:
-    again = Running(words, folder, bench.limits, launch).wait()
+    again = Running(argv, folder, bench.limits, launch).wait()
     found = _last_line(again, "the same launch again", "") if launch else broken(again, f"{story}, then", codes=(0,))
     if found or again.code:
         return found or Finding(

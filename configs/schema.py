@@ -57,6 +57,9 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "label_field": Key(as_str, "", TRAIN, "iNaturalist: `id` as in the lists, or a taxon: name, genus, …"),
         "imb_factor": Key(as_float, None, TRAIN, "make it long-tailed: smallest class / largest class", least=0.0),
         "on_bad_image": Key(as_str, "raise", RUNTIME, "an unreadable image: stop or leave out", ("raise", "skip")),
+        "data_fingerprint": Key(
+            as_str, "size", RUNTIME, "how a run knows its images again: their sizes, or all bytes", ("size", "content")
+        ),
         "augment": Key(as_str, "lift", TRAIN, "entry of AUGMENTS, the training transform", data_wins=True),
         "interpolation": Key(as_str, None, TRAIN, "of every resize; none: the backbone's own", ("bilinear", "bicubic")),
         # --- model -----------------------------------------------------------------------------------------------

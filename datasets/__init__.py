@@ -1,5 +1,6 @@
 """Data sets: `build_info` for facts without images, `build_data` for images."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,10 @@ from configs.errors import UserError, lookup
 from datasets.bundle import DataBundle, DataInfo, View
 from datasets.descriptors import class_descriptors
 from datasets.entries import DATASETS, Outline, list_folders
-from datasets.imbalance import capped_counts, check_hold_out, hold_out, shot_groups, subsample
+from datasets.identity import Kept, Record
+from datasets.imbalance import capped_counts, check_hold_out, shot_groups
 from datasets.shifts import build_shifts, shift_names
+from datasets.splits import Chosen, choose, look, readable, records, without
 from datasets.transforms import (
     Transform,
     crop_resize,
@@ -21,7 +24,10 @@ from datasets.transforms import (
     train_transform,
 )
 
-__all__ = ["DATASETS", "DataBundle", "DataInfo", "Dataset", "IterableDataset", "View", "build_data", "build_info"]
+__all__ = [
+    *("DATASETS", "DataBundle", "DataInfo", "Dataset", "IterableDataset", "View"),
+    *("build_data", "build_info", "build_records"),
+]
 
 
 class IterableDataset:
@@ -33,71 +39,94 @@ class Dataset:
     """Never instantiated. As `IterableDataset`, for Accelerate's `split_between_processes`."""
 
 
-def build_info(cfg: CfgNode) -> DataInfo:
+def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
     """Facts about the training data, from config and formulas where those say it all.
 
     Reads neither images nor network; lists and folders only of data that declare no `class_counts`. With
     `class_counts` the names may be placeholders, as they stand in the lists.
+
+    Args:
+        counts: training images per class of the run that is evaluated, where it has written them down.
 
     Raises:
         UserError: unknown data set or augmentation, missing list, or options that do not fit the data.
     """
     for augment in (cfg.augment, cfg.adapt_views):  # so that a dry run refuses unknown names
         train_transform(augment, cfg.resolution, cfg.interpolation)
-    return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg))
+    return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg), counts)
 
 
-def build_data(cfg: CfgNode) -> DataBundle:
+def build_records(cfg: CfgNode, kept: Kept | None = None) -> tuple[dict[str, Record], Chosen | None]:
+    """What each split is made of at present, by the sizes of its files; no image is opened, nothing is downloaded.
+
+    Args:
+        kept: splits of the run that is asked about.
+
+    Raises:
+        MissingData: a list or folder is not there. UserError: as `build_info`.
+    """
+    entry = lookup(DATASETS, cfg.dataset, "dataset")
+    if entry.built_in:
+        return {name: Record.built_in(cfg.dataset) for name in ("train", "test", "val")}, None
+    chosen, _ = look(choose(cfg, entry.load(cfg), kept), headers=False)
+    chosen = without(chosen, kept.unreadable if kept else ())
+    return records(cfg, chosen, kept), chosen
+
+
+def build_data(cfg: CfgNode, kept: Kept | None = None, counts: Sequence[int] | None = None) -> DataBundle:
     """All views of a run. CIFAR is downloaded where it is missing, so let one process of a machine go first.
+
+    Args:
+        kept: splits that the run has written down: its hold-outs are taken over.
+        counts: as in `build_info`; none: those of the training images at hand.
 
     Raises:
         UserError: as `build_info`; also missing images.
+        UnreadableImages: files that are no images, unless `on_bad_image skip` leaves them out.
     """
     augmented = train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
-    splits = lookup(DATASETS, cfg.dataset, "dataset").load(cfg)
-    info = _info(cfg, splits.outline)
+    data = lookup(DATASETS, cfg.dataset, "dataset").load(cfg)
+    names = data.outline.class_names
+    chosen = readable(cfg, choose(cfg, data, kept), kept, names)
+    train, test, val = (chosen.splits.get(name) for name in ("train", "test", "val"))
+    assert train is not None and test is not None
+    own = np.bincount(train.source.labels[train.indices], minlength=len(names)).tolist()
+    info = _info(cfg, data.outline, own if counts is None else counts)
     if cfg.prompt == "descriptor" and cfg.descriptors:
         info = replace(info, descriptors=class_descriptors(cfg.descriptors, list_folders(cfg), info.class_names))
-    labels = splits.train.labels
-    kept, held = np.arange(len(labels)), None
-    if cfg.imb_factor is not None:
-        kept = subsample(labels, capped_counts(splits.outline.available, cfg.imb_factor))
-    if cfg.val_per_class:
-        held, rest = hold_out(labels[kept], cfg.val_per_class, info.class_names, "val_per_class")
-        kept, held = kept[rest], kept[held]
 
     testing, views = _testing(cfg), train_transform(cfg.adapt_views, cfg.resolution, cfg.interpolation)
-    train = View(splits.train, kept, augmented, cfg.seed, skip_bad=cfg.on_bad_image == "skip")
-    val = None
-    if held is not None:
-        val = View(splits.train, held, testing, cfg.seed, train.skip_bad)
-    elif splits.val is not None:
-        val = View(splits.val, np.arange(len(splits.val)), testing, cfg.seed, train.skip_bad)
-    test = View(splits.test, np.arange(len(splits.test)), testing, cfg.seed, train.skip_bad)
-    test = test.limited(cfg.max_test_images)
+    skip = cfg.on_bad_image == "skip"
+    training = View(train.source, train.indices, augmented, cfg.seed, skip)
+    tested = View(test.source, test.indices, testing, cfg.seed, skip).limited(cfg.max_test_images)
     return DataBundle(
         info=info,
-        train=train,
-        plain=train.with_transform(plain_transform(cfg.resolution, cfg.interpolation)),
-        train_as_test=train.with_transform(testing).limited(cfg.max_test_images),
-        test=test,
-        test_views=View(test.source, test.indices, repeated(views, 2), cfg.adapt_seed, test.skip_bad),
-        val=val and val.limited(cfg.max_test_images),
-        shifts=build_shifts(cfg, info, test.labels),  # here, so that a wrong list is refused before training
+        train=training,
+        plain=training.with_transform(plain_transform(cfg.resolution, cfg.interpolation)),
+        train_as_test=training.with_transform(testing).limited(cfg.max_test_images),
+        test=tested,
+        test_views=View(tested.source, tested.indices, repeated(views, 2), cfg.adapt_seed, skip),
+        val=None
+        if val is None
+        else View(val.source, val.indices, testing, cfg.seed, skip).limited(cfg.max_test_images),
+        shifts=build_shifts(cfg, info, tested.labels),  # here, so that a wrong list is refused before training
+        records=records(cfg, chosen, kept),
+        chosen=chosen,
     )
 
 
-def _info(cfg: CfgNode, outline: Outline) -> DataInfo:
+def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None = None) -> DataInfo:
     shift_names(cfg)
-    counts = capped_counts(outline.available, cfg.imb_factor)
-    if cfg.val_per_class:
-        check_hold_out(counts, cfg.val_per_class, outline.class_names, "val_per_class")
-        counts = [count - cfg.val_per_class for count in counts]
+    if counts is None:
+        counts = capped_counts(outline.available, cfg.imb_factor)
+        if cfg.val_per_class:
+            check_hold_out(counts, cfg.val_per_class, outline.class_names, "val_per_class")
+            counts = [count - cfg.val_per_class for count in counts]
     if min(counts) == 0:
         # Priors, margins and class means are undefined for such a class; a silent -inf or nan helps nobody.
-        empty = outline.class_names[counts.index(0)]
+        empty = list(counts).index(0)
         raise UserError(
-            f"class '{empty}' (label {counts.index(0)}) has no training image: add one, or raise imb_factor"
+            f"class '{outline.class_names[empty]}' (label {empty}) has no training image: add one, or raise imb_factor"
         )
     grouped = counts
     if cfg.group_imb_factor is not None:
@@ -105,7 +134,7 @@ def _info(cfg: CfgNode, outline: Outline) -> DataInfo:
     return DataInfo(
         name=cfg.data,
         class_names=outline.class_names,
-        class_counts=torch.tensor(counts, dtype=torch.int64),
+        class_counts=torch.tensor(list(counts), dtype=torch.int64),
         groups=shot_groups(grouped, cfg.many_above, cfg.few_below),
         mean=outline.mean,
         std=outline.std,

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
 from configs.seeding import generator, seeded
+from datasets.identity import Chosen, Record
 from datasets.imbalance import some_positions
 from datasets.samplers import StepSampler
 from datasets.sources import BadImage, Source
@@ -145,6 +146,10 @@ class DataBundle:
     test_views: View
     """Test images, two draws of the views that test-time learning compares: `image` is uint8 [2, 3, H, W]."""
     val: View | None
+    records: Mapping[str, Record]
+    """What each split is made of: `train`, `test`, and `val` where there is one."""
+    chosen: Chosen
+    """The splits, and the images that are in none."""
     shifts: tuple[Shift, ...] = ()
     """Label distributions of the test images."""
 

@@ -15,7 +15,7 @@ from configs.errors import UserError, lookup
 from datasets import cifar, digits, fake, image_list
 from datasets.bundle import Triple
 from datasets.image_list import CATEGORIES, Listing
-from datasets.imbalance import check_hold_out, hold_out
+from datasets.imbalance import check_hold_out
 from datasets.sources import Source
 
 HALF: Triple = (0.5, 0.5, 0.5)
@@ -35,9 +35,12 @@ class Outline:
 
 @dataclass(frozen=True)
 class Splits:
+    """The images that there are, before subsets and hold-outs (datasets/splits.py)."""
+
     outline: Outline
     train: Source
-    test: Source
+    test: Source | None
+    """None where the test images are held out of those for training."""
     val: Source | None = None
 
 
@@ -46,6 +49,8 @@ class Entry:
     outline: Callable[[CfgNode], Outline]
     """Needs no images and no network."""
     load: Callable[[CfgNode], Splits]
+    built_in: bool = False
+    """The images come with a library and cannot change."""
 
 
 def _cifar_outline(cfg: CfgNode) -> Outline:
@@ -90,16 +95,16 @@ def _load_folder(cfg: CfgNode) -> Splits:
 
 DATASETS: Mapping[str, Entry] = MappingProxyType(
     {
-        "CIFAR10": Entry(_cifar_outline, _load_cifar),
-        "CIFAR100": Entry(_cifar_outline, _load_cifar),
-        "Digits": Entry(lambda cfg: _load_digits(cfg).outline, _load_digits),
-        "Fake": Entry(lambda cfg: _load_fake(cfg).outline, _load_fake),
+        "CIFAR10": Entry(_cifar_outline, _load_cifar, built_in=True),
+        "CIFAR100": Entry(_cifar_outline, _load_cifar, built_in=True),
+        "Digits": Entry(lambda cfg: _load_digits(cfg).outline, _load_digits, built_in=True),
+        "Fake": Entry(lambda cfg: _load_fake(cfg).outline, _load_fake, built_in=True),
         "ImageList": Entry(_list_outline, _load_list),
         "ImageFolder": Entry(_folder_outline, _load_folder),
     }
 )
 
-Listings = tuple[Outline, Listing, Listing, Listing | None]
+Listings = tuple[Outline, Listing, Listing | None, Listing | None]
 """Outline, then training, test and validation images."""
 
 
@@ -159,15 +164,16 @@ def _check_names(cfg: CfgNode, names: tuple[str, ...], num_classes: int) -> None
 def _finish(
     cfg: CfgNode, names: tuple[str, ...], train: Listing, test: Listing | None, val: Listing | None
 ) -> Listings:
-    """Check the number of classes and the splits; hold the test split out where there is none."""
+    """Check the number of classes and the splits."""
     _check_num_classes(cfg, len(names))
     _check_test(cfg, has_test=test is not None)
     if val and cfg.val_per_class:
         raise UserError(f"val_per_class {cfg.val_per_class}: the data have a validation split already")
+    counts = _count(train.labels, len(names))
     if test is None:
-        held, rest = hold_out(train.labels, cfg.test_per_class, names, "test_per_class")
-        train, test = train.take(rest), train.take(held)
-    return _outline(cfg, names, _count(train.labels, len(names))), train, test, val
+        check_hold_out(counts, cfg.test_per_class, names, "test_per_class")
+        counts = [count - cfg.test_per_class for count in counts]
+    return _outline(cfg, names, counts), train, test, val
 
 
 def _locate(cfg: CfgNode, listings: Listings) -> Splits:
@@ -176,7 +182,7 @@ def _locate(cfg: CfgNode, listings: Listings) -> Splits:
     if cfg.class_counts and _counts_outline(cfg).available != outline.available:
         log.warning("the training list has other class counts than %s; the list's are used", cfg.class_counts)
     root = _folder(cfg, cfg.root)
-    return Splits(outline, train.source(root), test.source(root), val.source(root) if val else None)
+    return Splits(outline, train.source(root), *(each.source(root) if each else None for each in (test, val)))
 
 
 def _counts_outline(cfg: CfgNode) -> Outline:

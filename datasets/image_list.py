@@ -11,7 +11,7 @@ import torchvision
 
 from configs.errors import UserError, lookup
 from datasets.published import PUBLISHED, blob_id, published_at
-from datasets.sources import FileSource
+from datasets.sources import FileSource, MissingData
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
@@ -37,11 +37,6 @@ class Listing:
         source = FileSource(root, paths, self.labels, self.file, self.lines)
         source.check_root()
         return source
-
-    def take(self, positions: np.ndarray) -> "Listing":
-        """The images at these positions."""
-        lines = [self.lines[i] for i in positions] if self.lines else []
-        return Listing(self.file, [self.paths[i] for i in positions], self.labels[positions], lines)
 
     def positions_in(self, whole: "Listing") -> np.ndarray:
         """Where in another list its images are, whichever of Places365's two layouts either one names; int64 [N].
@@ -88,7 +83,7 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
     message = f"list file not found: {tried} (set `lists` to the folder that holds it)"
     if place := published_at(Path(name).name):
         message += f"; it is {place}"
-    raise UserError(message)
+    raise MissingData(message)
 
 
 def first_file(name: str, folders: Sequence[Path]) -> Path | None:
@@ -148,7 +143,7 @@ def read_folder(root: Path, split: str, class_names: Sequence[str]) -> Listing:
 def class_folders(folder: Path) -> list[str]:
     """Names of the class folders, sorted. Raises `UserError` when there is no folder, or none in it."""
     if not folder.is_dir():
-        raise UserError(f"image folder not found: {folder.absolute()} (`root` must hold train/<class>/…)")
+        raise MissingData(f"image folder not found: {folder.absolute()} (`root` must hold train/<class>/…)")
     names = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
     if not names:
         raise UserError(f"no class folders in {folder.absolute()} (`root` must hold train/<class>/…)")

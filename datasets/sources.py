@@ -1,7 +1,5 @@
 """Where images come from: files or arrays, always RGB PIL images with an integer label."""
 
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +8,15 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import UserError
-
-# What PIL's decoders raise on bytes they cannot read; a bug of ours (TypeError, IndexError …) must not hide among them.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+from datasets.pictures import BadPicture, load_rgb
 
 
 class BadImage(UserError):
     """An image that is missing or cannot be decoded."""
+
+
+class MissingData(UserError):
+    """A list file, or the folder of the images, is not there."""
 
 
 class Source(Protocol):
@@ -87,13 +87,9 @@ class FileSource:
 
     def load(self, index: int) -> Image.Image:
         try:
-            with Image.open(self.root / self.paths[index]) as image:
-                return image.convert("RGB")
-        except FileNotFoundError:
-            raise BadImage(f"image not found: {self.where(index)}") from None
-        except DECODE_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise BadImage(f"cannot read image {self.where(index)}: {reason}") from error
+            return load_rgb(self.root / self.paths[index])
+        except BadPicture as problem:
+            raise BadImage(f"cannot read image {self.where(index)}: {problem}") from problem
 
     def where(self, index: int) -> str:
         path = self.root / self.paths[index]
@@ -106,7 +102,9 @@ class FileSource:
             UserError: the folder, or each one of some images spread over the source, is missing.
         """
         if not self.root.is_dir():
-            raise UserError(f"image folder not found: {self.root.absolute()} (set `root` to the folder of the images)")
+            raise MissingData(
+                f"image folder not found: {self.root.absolute()} (set `root` to the folder of the images)"
+            )
         sample = range(0, len(self), max(1, len(self) // 16))
         if not any((self.root / self.paths[index]).is_file() for index in sample):
-            raise UserError(f"image not found: {self.where(0)} (set `root` to the folder that its paths start from)")
+            raise MissingData(f"image not found: {self.where(0)} (set `root` to the folder that its paths start from)")

@@ -146,12 +146,12 @@ def config(words: Sequence[str]) -> CfgNode:
 
 def result(words: Sequence[str]) -> Path | None:
     """The metrics.json that a command has written; None if it is not finished."""
-    from trainers.evaluation import still_true
     from trainers.folder import RunFolder
+    from trainers.stored import still_true
 
     folder = RunFolder(config(words))
     path = folder.target() / "metrics.json"
-    return path if path.exists() and still_true(path, folder) else None
+    return path if path.exists() and still_true(path, folder, {}) else None
 
 
 def runs(cell: Cell, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[int]:

@@ -12,14 +12,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from filelock import FileLock  # noqa: E402
+
 from configs import CfgNode, UserError, load_configs  # noqa: E402
 from datasets import build_data  # noqa: E402
 from main import Parser, answer, split_words  # noqa: E402
 from models import resolve  # noqa: E402
 from trainers.features import heat_map, histograms, split_features, summary  # noqa: E402
 from trainers.files import new_folder, write_json  # noqa: E402
-from trainers.folder import RunFolder, start_log  # noqa: E402
+from trainers.folder import RunFolder  # noqa: E402
 from trainers.launch import make_accelerator  # noqa: E402
+from trainers.log import start_console  # noqa: E402
+from trainers.manifest import LOCK  # noqa: E402
 from trainers.methods import declared  # noqa: E402
 from trainers.trained import trained_method  # noqa: E402
 
@@ -79,10 +83,19 @@ def analyze(cfg: CfgNode) -> Path:
     folder = RunFolder(cfg)
     if not cfg.zero_shot and folder.checkpoint_id() is None:
         raise UserError(f"nothing is trained in {folder.path}: run python main.py with the same words first")
-    start_log(None)
-    log.setLevel(logging.INFO)
+    start_console(main=True)
+    lock = FileLock(folder.path / LOCK, timeout=0)
+    try:
+        folder.hold(lock)
+        return _written(cfg, folder)
+    finally:
+        lock.release()
+
+
+def _written(cfg: CfgNode, folder: RunFolder) -> Path:
+    """The pictures and their means, in a folder that this process holds."""
     accelerator = make_accelerator(cfg)
-    data = build_data(cfg)
+    data = build_data(cfg, folder.kept(), folder.class_counts())
     method = trained_method(cfg, folder, data, accelerator)
     log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")
     splits = {
@@ -94,6 +107,7 @@ def analyze(cfg: CfgNode) -> Path:
     about = {"data": cfg.data, "model": cfg.model, "run": folder.origin, "checkpoint": folder.checkpoint_id()}
     title = f"{cfg.data} · {folder.source.name.removeprefix(f'{cfg.data}_')}"
     home = (folder.path if cfg.model_dir is None else folder.target()) / "analysis"
+    folder.own(home.relative_to(folder.path).parts[0])
     with new_folder(home) as path:
         pictures = {
             "similarity": heat_map(splits, data.info.class_counts, data.info.class_names, title),

@@ -28,6 +28,7 @@ from datasets.image_list import folder_names, read_list, taxon_labels
 from datasets.published import PUBLISHED, published_at
 from datasets.samplers import StepSampler
 from datasets.sources import BadImage
+from datasets.splits import UnreadableImages
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 """A folder that may hold unpacked local data (`cifar10_jpeg`, `lt_lists`); what is absent is skipped."""
@@ -510,7 +511,7 @@ def test_folder_without_test_split(folder: Path) -> None:
     bundle = build_data(config("ImageFolder", root=root, test_per_class=2))
     assert bundle.info.class_counts.tolist() == [4, 2]
     assert torch.bincount(bundle.test.labels).tolist() == [2, 2]
-    files = [view.source.where(i) for view in (bundle.train, bundle.test) for i in range(len(view))]
+    files = [view.source.where(int(i)) for view in (bundle.train, bundle.test) for i in view.indices]
     assert len(set(files)) == 10
     assert bundle.val is not None
     assert len(bundle.val) == 4
@@ -534,8 +535,7 @@ def test_folder_messages(folder: Path) -> None:
 # --- bad images ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def broken(listed: Path) -> Path:
+def spoil(listed: Path) -> None:
     """Image 2 is cut short, image 3 is no image, image 7 is missing."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -543,7 +543,6 @@ def broken(listed: Path) -> Path:
     (listed / "train/cat/2.png").write_bytes(buffer.getvalue()[:3000])
     (listed / "train/cat/3.png").write_text("<html>not found</html>")
     (listed / "train/dog/1.png").unlink()
-    return listed
 
 
 def failure(loader: Iterable[Any]) -> UserError | None:
@@ -558,15 +557,16 @@ def failure(loader: Iterable[Any]) -> UserError | None:
 
 @pytest.mark.parametrize(("index", "reason"), [(2, "cannot read image"), (3, "cannot read image"), (7, "not found")])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_stops_with_one_line(broken: Path, index: int, reason: str, workers: int) -> None:
-    train = build_data(lists(broken)).train
+def test_an_image_that_goes_bad_stops_with_one_line(listed: Path, index: int, reason: str, workers: int) -> None:
+    train = build_data(lists(listed)).train
+    spoil(listed)
     loader = eval_loader(View(train.source, np.array([0, index]), train.transform), 2, workers)
     clean = failure(loader)
     assert isinstance(clean, BadImage)
     message = str(clean)
     assert reason in message
     assert train.source.where(index) in message
-    assert f"line {index + 1} of {broken}/train.txt" in message
+    assert f"line {index + 1} of {listed}/train.txt" in message
     assert "\n" not in message
 
 
@@ -577,8 +577,9 @@ def test_other_errors_are_not_cleaned() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_left_out(broken: Path, workers: int) -> None:
-    bundle = build_data(lists(broken, on_bad_image="skip"))
+def test_images_that_go_bad_are_skipped(listed: Path, workers: int) -> None:
+    bundle = build_data(lists(listed, on_bad_image="skip"))
+    spoil(listed)
     for view in (bundle.train, bundle.train_as_test):
         batches = list(eval_loader(view, 5, workers))
         weight = torch.cat([batch["weight"] for batch in batches])
@@ -587,6 +588,32 @@ def test_bad_images_are_left_out(broken: Path, workers: int) -> None:
         assert index[weight == 0].tolist() == [2, 3, 7]
         assert images.shape == (10, 3, 28, 28)
         assert not images[weight == 0].any()
+
+
+def test_unreadable_images_are_named_before_anything_starts(listed: Path) -> None:
+    """By their places, all at once; one that is cut short is found where images are to be left out."""
+    spoil(listed)
+    with pytest.raises(UnreadableImages, match="cannot read 2 images: .*line 4 of .*line 8 of .*on_bad_image skip"):
+        build_data(lists(listed))
+
+
+def test_unreadable_images_do_not_count(listed: Path) -> None:
+    whole = build_data(lists(listed))
+    spoil(listed)
+    bundle = build_data(lists(listed, on_bad_image="skip"))
+    assert bundle.info.class_counts.tolist() == [4, 3]
+    assert bundle.train.indices.tolist() == [0, 1, 4, 5, 6, 8, 9]
+    assert set(bundle.chosen.unreadable) == {"train/cat/2.png", "train/cat/3.png", "train/dog/1.png"}
+    assert bundle.chosen.left_out == {"train": 3, "test": 0}
+    assert bundle.records["train"].fingerprint != whole.records["train"].fingerprint
+    for index in range(4):
+        (listed / f"train/dog/{index}.png").unlink(missing_ok=True)
+    with pytest.raises(UnreadableImages, match="cannot read 4 images: .*; class 'dog' has no other training image"):
+        build_data(lists(listed, on_bad_image="skip"))
+    for path in (listed / "test").rglob("*.png"):
+        path.write_text("")
+    with pytest.raises(UnreadableImages, match="no test image is left"):
+        build_data(lists(listed, on_bad_image="skip"))
 
 
 # --- Places and iNaturalist ----------------------------------------------------------------------------------------

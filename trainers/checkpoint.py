@@ -4,7 +4,7 @@ import hashlib
 import logging
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from models.host import Host
-from trainers.files import read_folder, write_folder
+from trainers.files import Digest, remove_folder, write_folder
+from trainers.manifest import read_folder
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors", "torchmetrics")
 KEEP = 2
 """States kept: the newest may be damaged."""
+
+Seal = Callable[[dict[Path, Digest], Sequence[Path]], None]
 
 log = logging.getLogger("tailtune")
 
@@ -49,8 +52,9 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def save_checkpoint(folder: Path, method: nn.Module, facts: dict[str, Any]) -> None:
-    write_folder(folder, trained_state(method), {**facts, "packages": package_versions()})
+def save_checkpoint(folder: Path, method: nn.Module, facts: dict[str, Any]) -> dict[Path, Digest]:
+    """Write what trained; returns the digests of the files."""
+    return write_folder(folder, trained_state(method), {**facts, "packages": package_versions()})
 
 
 def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str], base: str) -> None:
@@ -117,12 +121,12 @@ class States:
 
     Args:
         folder: where they lie.
-        identity: what must agree for a state to be of this run: config hash, base, world size.
+        identity: what must agree for a state to be of this run: config hash, base, world size, data.
+        seal: takes the digests of files that are written, and the folders that are about to go.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder = folder
-        self.identity = identity
+    def __init__(self, folder: Path, identity: dict[str, Any], seal: Seal = lambda digests, gone: None) -> None:
+        self.folder, self.identity, self.seal = folder, identity, seal
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write one and drop all but the last two.
@@ -130,9 +134,15 @@ class States:
         Raises:
             UserError: it cannot be written; the ones before stay whole.
         """
-        write_folder(self.folder / f"{step:08d}", tensors, {**facts, "identity": self.identity})
-        for old in [*self._all()[:-KEEP], *self.folder.glob(".*.tmp")]:  # .tmp: cut off by a kill
-            shutil.rmtree(old)
+        new = self.folder / f"{step:08d}"
+        digests = write_folder(new, tensors, {**facts, "identity": self.identity})
+        earlier = [path for path in self._all() if path < new][1 - KEEP :]
+        gone = [path for path in self._all() if path not in (*earlier, new)]  # later ones were damaged
+        self.seal(digests, gone)
+        for path in gone:
+            remove_folder(path)
+        for unfinished in self.folder.glob(".*.tmp"):  # cut off by a kill
+            shutil.rmtree(unfinished)
 
     def begun(self) -> bool:
         """Whether there is any state, whole or not."""

@@ -1,10 +1,8 @@
 """Evaluations of a run: which logits, from images or from an earlier evaluation, and the files they end in."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,26 +12,26 @@ from configs import CfgNode, values_of
 from configs.errors import UserError
 from configs.key import TEST
 from configs.schema import SCHEMA
-from datasets import DataBundle, DataInfo, View, build_info
+from datasets import DataBundle, DataInfo, build_info
 from datasets.bundle import Shift
-from datasets.entries import list_folders
-from datasets.image_list import first_file
-from datasets.shifts import build_shifts, shift_names
+from datasets.shifts import build_shifts
 from trainers import test_time
 from trainers.adapt import ADAPTS, Recipe, adapt, check_adapt
 from trainers.distributions import Results, dirichlet_summary, plain_results
 from trainers.dryrun import check
 from trainers.ensembles import check_ensemble
 from trainers.evaluator import LOGITS, VAL_LOGITS, Logits, infer, save_logits, stored_logits
-from trainers.files import read_json, write_json
+from trainers.files import Damaged, write_json
 from trainers.folder import FACTS, RunFolder
 from trainers.launch import on_main
+from trainers.manifest import read_json
 from trainers.methods import METHODS, Method
 from trainers.methods.base import combine
 from trainers.metrics import evaluate
 from trainers.priors import add_target_results, check_target, needs_val
 from trainers.progress import write_test_scalars
 from trainers.report import circumstances, read_result, table
+from trainers.stored import Decision, files_read
 from trainers.trained import outline_of
 from trainers.usage import is_finite, usage_report
 
@@ -45,12 +43,12 @@ OUTCOMES = ("test", "val", "distributions", "dirichlet", "evaluation")
 
 @dataclass
 class Evaluation:
-    """One evaluation, into `target`: the run's own folder or a `tests/<key>/`."""
+    """One evaluation, into the plan's `target`: the run's own folder or a `tests/<key>/`."""
 
     cfg: CfgNode
     accelerator: Accelerator
     folder: RunFolder
-    target: Path
+    plan: Decision
     notes: list[str] = field(default_factory=list)
     """What a reader of the result has to know."""
 
@@ -58,7 +56,13 @@ class Evaluation:
         check_adapt(self.cfg)
         check_ensemble(self.cfg)
         if self.cfg.target_prior is not None:
-            check_target(self.cfg, build_info(self.cfg))
+            check_target(self.cfg, self._info())
+        for text in self.plan.notes:
+            self.note(text, warn=True)
+
+    def _info(self) -> DataInfo:
+        """Facts of the data that the evaluated run was trained on."""
+        return build_info(self.cfg, None if self.plan.trains else self.folder.class_counts())
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""
@@ -68,14 +72,14 @@ class Evaluation:
 
     def from_stored_logits(self) -> bool:
         """Answer from logits that an earlier evaluation saved, if they are enough; needs neither model nor images."""
-        found, val = None if self._adapts else self._stored(), self._stored(VAL_LOGITS)
+        found, val = None if self._adapts else self._stored(LOGITS), self._stored(VAL_LOGITS)
         shifted = self.cfg.test_dists or self.cfg.target_prior
         if found is None or (found.bad_images and shifted):  # then the labels of all images are needed
             return False
         if val is None and needs_val(self.cfg) and "val" in read_json(self.folder.metrics):  # saved by older versions
             return False
         if self.accelerator.is_main_process:
-            info = build_info(self.cfg)
+            info = self._info()
             shifts = self._asked(build_shifts(self.cfg, info, found.labels))
             self._keep(found, val)
             measured = plain_results(found, shifts, info.groups)
@@ -87,11 +91,11 @@ class Evaluation:
     def _adapts(self) -> bool:
         return self.cfg.adapt is not None and not self.cfg.test_train
 
-    def _stored(self, name: str = LOGITS) -> Logits | None:
+    def _stored(self, name: str) -> Logits | None:
         """What an earlier evaluation in this run's folder saved and this one would compute again."""
         if self.folder.source != self.folder.path or not self.folder.finished():
             return None
-        found = stored_logits(self.folder.path, self._key(), name)
+        found = stored_logits(self.folder.path, self._key(name), name)
         if found is None or name != LOGITS:
             return found and found[1]
         log.info("using the logits of %s", found[0])
@@ -101,7 +105,11 @@ class Evaluation:
     def trained_result(self) -> dict[str, Any]:
         """metrics.json of the run whose checkpoint is evaluated, without its own evaluation; empty if it has none."""
         path = self.folder.source / "metrics.json"
-        result = read_result(path) if path.exists() and self.folder.foreign is None else {}
+        try:
+            result = read_result(path) if path.exists() and self.folder.foreign is None else {}
+        except Damaged as error:
+            self.note(f"{error}; the result is without what it says of the training", warn=True)
+            result = {}
         return {key: value for key, value in result.items() if key not in OUTCOMES}
 
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
@@ -109,12 +117,12 @@ class Evaluation:
         cfg = self.cfg
         test_time.prepare(method, cfg.test_prec)
         shifts = self._asked(data.shifts)
-        found, val = self._stored(), self._stored(VAL_LOGITS)
+        found, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
         wants_val = found is None or needs_val(cfg)
         if found is None:
-            found = self._infer(method, data.train_as_test if cfg.test_train else data.test)
+            found = self._infer(method, data, "train" if cfg.test_train else "test")
         if val is None and data.val is not None and not cfg.test_train and wants_val:
-            val = self._infer(method, data.val)
+            val = self._infer(method, data, "val")
         found = found if self.accelerator.is_main_process else None  # stored ones are read by all
         if found is not None:
             self._keep(found, val)
@@ -170,9 +178,10 @@ class Evaluation:
         for text in add_target_results(self.cfg, method, found, val, shifts, info, measured):
             self.note(text, warn=True)
 
-    def _infer(self, method: Method, view: View) -> Logits | None:
-        """Logits on the first process."""
-        cfg = self.cfg
+    def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
+        """Logits of a split, on the first process."""
+        cfg, view = self.cfg, {"train": data.train_as_test, "test": data.test, "val": data.val}[split]
+        assert view is not None
         predict = test_time.averaged(method, cfg.tte_mode, cfg.resolution) if cfg.tte else test_time.plain(method)
         found = infer(predict, view, self.accelerator, cfg.test_batch_size, cfg.num_workers)
         if found is None:
@@ -188,13 +197,14 @@ class Evaluation:
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
             )
-        return found
+        return replace(found, left_out=data.chosen.left_out.get(split, 0))
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""
         for name, each in ((LOGITS, found), (VAL_LOGITS, val)):
             if each is not None:
-                save_logits(self.target / name, each, self._key())
+                path = self.plan.target / name
+                self.folder.seal({path: save_logits(path, each, self._key(name))})
 
     def _finish(
         self,
@@ -207,7 +217,7 @@ class Evaluation:
         """Metrics, metrics.json (last, because it says that the rest is there), the table."""
         notes = [*result.get("notes", []), *self.notes]
         about = {**values_of(self.cfg, TEST), "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
-        about["files"] = files_read(self.cfg)
+        about["files"], about["images"] = files_read(self.cfg), self.plan.fingerprints
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, each in (("test", found), ("val", val)):
             if each is not None:
@@ -216,34 +226,20 @@ class Evaluation:
                     model = check(self.cfg)
                     used = usage_report(each.logits, each.labels, groups, model, self.cfg.resolution)
                     metrics["experts_used"] = used
-                result[split] = {**metrics, "bad_images": each.bad_images}
+                result[split] = {**metrics, "bad_images": each.bad_images + each.left_out}
         if distributions:
             result["distributions"] = distributions
         if summary := dirichlet_summary(distributions):
             result["dirichlet"] = summary
-        if distributions or self.target == self.folder.path:
-            write_test_scalars(self.target / "tensorboard", result["test"], distributions)
-        write_json(self.target / "metrics.json", result)
-        log.info("%s\nrun folder %s", table(result), self.target)
+        target = self.plan.target
+        if distributions or target == self.folder.path:
+            write_test_scalars(target / "tensorboard", result["test"], distributions)
+        path = target / "metrics.json"
+        self.folder.seal({path: write_json(path, result)})
+        log.info("%s\nrun folder %s", table(result), target)
 
-    def _key(self) -> dict[str, Any]:
-        """What the logits depend on."""
+    def _key(self, name: str) -> dict[str, Any]:
+        """What the logits in the file of that name depend on."""
         test = {key: value for key, value in values_of(self.cfg, TEST).items() if SCHEMA[key].logits}
-        return {"checkpoint": self.folder.checkpoint_id(), **test}
-
-
-def still_true(metrics: Path, folder: RunFolder) -> bool:
-    """Whether a stored result is of the checkpoint, and of the files beside it, that stand there now."""
-    about = read_json(metrics).get("evaluation")
-    if not isinstance(about, dict) or about.get("checkpoint") != folder.checkpoint_id():
-        return False
-    return bool(about.get("files", {}) == files_read(folder.cfg))
-
-
-def files_read(cfg: CfgNode) -> dict[str, str]:
-    """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
-    names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
-    if cfg.shift_files:
-        names += [cfg.shift_files.replace("{name}", each) for each in shift_names(cfg)]
-    found = {name: first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)]) for name in names}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}
+        split = "val" if name == VAL_LOGITS else "train" if self.cfg.test_train else "test"
+        return {"checkpoint": self.folder.checkpoint_id(), "images": self.plan.fingerprints.get(split), **test}

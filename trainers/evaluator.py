@@ -12,8 +12,9 @@ from torch import Tensor
 
 from datasets import View
 from datasets.bundle import eval_loader
-from trainers.files import write_tensors
+from trainers.files import Damaged, Digest, write_tensors
 from trainers.launch import to_device
+from trainers.manifest import check_file
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Logits:
     index: Tensor
     """[N] position in the split."""
     bad_images: int = 0
+    """Images of the split that could not be read when their turn came."""
+    left_out: int = 0
+    """Images that were known to be unreadable before, and that the split is without."""
 
 
 Predict = Callable[[Tensor | list[Tensor]], Tensor]
@@ -81,7 +85,7 @@ LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
 """Files of the test and of the validation images."""
 
 
-def save_logits(path: Path, found: Logits, key: dict[str, object]) -> None:
+def save_logits(path: Path, found: Logits, key: dict[str, object]) -> Digest:
     """[N, E, C] as fp16 below the row maximum, which is kept in fp32; `key` says what they are logits of."""
     top = found.logits.amax(-1, keepdim=True)
     tensors = {
@@ -90,19 +94,23 @@ def save_logits(path: Path, found: Logits, key: dict[str, object]) -> None:
         "labels": found.labels,
         "index": found.index,
     }
-    write_tensors(path, tensors, json.dumps({"key": key, "bad_images": found.bad_images}))
+    return write_tensors(
+        path, tensors, json.dumps({"key": key, "bad_images": found.bad_images, "left_out": found.left_out})
+    )
 
 
 def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) -> tuple[Path, Logits] | None:
     """Logits that an earlier evaluation in this run's folder saved under the same key, in a file of that name."""
     for path in sorted(run_folder.glob(f"**/{name}")):
         try:
+            check_file(path)
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["about"])
                 if about["key"] != json.loads(json.dumps(key)):
                     continue
                 logits = file.get_tensor("logits").float() + file.get_tensor("row_max").unsqueeze(-1)
-                return path, Logits(logits, file.get_tensor("labels"), file.get_tensor("index"), about["bad_images"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+                labels, index = file.get_tensor("labels"), file.get_tensor("index")
+                return path, Logits(logits, labels, index, about["bad_images"], about["left_out"])
+        except (Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError):
             continue  # a damaged file is as good as none: the images are still there
     return None

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: tensors in safetensors, the rest in JSON, no pickle."""
+"""Files that are whole or absent: tensors in safetensors, the rest in JSON, no pickle. Read by trainers/manifest.py."""
 
 import hashlib
 import json
@@ -7,16 +7,48 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from configs.errors import UserError
 
+TENSORS, FACTS = "tensors.safetensors", "facts.json"
 
-def write_bytes(path: Path, content: bytes) -> None:
+
+class Damaged(UserError):
+    """A file is not what was written, or is not there."""
+
+    def __init__(self, path: Path, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{path} is damaged ({reason}){remedy}")
+
+
+class Digest(NamedTuple):
+    """What a file held when it was written."""
+
+    sha256: str
+    size: int
+
+    @classmethod
+    def of(cls, content: bytes) -> "Digest":
+        return cls(hashlib.sha256(content).hexdigest(), len(content))
+
+    def check(self, path: Path) -> None:
+        """Raise `Damaged` if the file is another one. Its size is compared before anything of it is read."""
+        try:
+            size = path.stat().st_size
+            if size != self.size:
+                raise Damaged(path, f"{size} bytes instead of {self.size}")
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise Damaged(path, error.strerror or str(error)) from error
+        if found != self.sha256:
+            raise Damaged(path, "its checksum is wrong")
+
+
+def write_bytes(path: Path, content: bytes) -> Digest:
     """Write to a temporary name, fsync, rename.
 
     Raises:
@@ -34,78 +66,78 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
         raise _refused(path, error) from error
+    return Digest.of(content)
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+def write_json(path: Path, content: Any) -> Digest:
+    return write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> Digest:
     """safetensors, with at most one metadata entry, `about`."""
     content = save(
         {name: each.contiguous() for name, each in tensors.items()}, {"about": metadata} if metadata else None
     )
-    write_bytes(path, content)
+    return write_bytes(path, content)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which appears at `path` whole or not at all; it replaces one of the same name.
+    """A folder to fill, which appears at `path` whole or not at all; it replaces the files of one of the same name.
 
     Raises:
         UserError: the file system refuses.
     """
     temporary, aside = (path.with_name(f".{path.name}.{kind}.tmp") for kind in ("new", "old"))
     try:
-        for each in (temporary, aside):
-            shutil.rmtree(each, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _settle(path, aside)  # a kill came between
         temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             path.replace(aside)
         temporary.replace(path)
         _sync_folder(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        _settle(path, aside)
     except OSError as error:
         raise _refused(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """A folder of `tensors.safetensors` and `facts.json`, which appears whole; it replaces one of the same name."""
+def _settle(path: Path, aside: Path) -> None:
+    """Put what was moved aside back, or drop it. What the new folder has no file of is kept: it may be the user's."""
+    if not aside.exists():
+        return
+    if not path.exists():
+        aside.replace(path)
+        return
+    for entry in aside.iterdir():
+        if not os.path.lexists(path / entry.name):
+            entry.replace(path / entry.name)
+    shutil.rmtree(aside)
+
+
+def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[Path, Digest]:
+    """A folder of `tensors.safetensors` and `facts.json`, which appears whole; it replaces one of the same name.
+
+    Returns:
+        The files' digests.
+    """
     with new_folder(path) as folder:
         content = save({name: each.detach().cpu().contiguous() for name, each in tensors.items()})
-        write_bytes(folder / "tensors.safetensors", content)
-        write_json(folder / "facts.json", {**facts, "sha256": hashlib.sha256(content).hexdigest()})
+        digest = write_bytes(folder / TENSORS, content)
+        digests = {path / TENSORS: digest}
+        digests[path / FACTS] = write_json(folder / FACTS, {**facts, "sha256": digest.sha256})
+    return digests
 
 
-def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_folder` wrote.
-
-    Raises:
-        UserError: a file is missing, torn or altered.
-    """
-    try:
-        facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
-        content = (path / "tensors.safetensors").read_bytes()
-        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-            raise ValueError("its checksum is wrong")
-        return load(content), facts
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path} is damaged ({reason})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); start over with `resume False`") from error
+def remove_folder(path: Path) -> None:
+    """Remove what `write_folder` wrote; a folder that holds anything else stays, with that."""
+    for name in (TENSORS, FACTS):
+        (path / name).unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def _refused(path: Path, error: OSError) -> UserError:

@@ -11,9 +11,9 @@ from torch import Tensor
 from configs.errors import UserError
 from datasets import build_data
 from trainers.checkpoint import check_fit, copy_state, fingerprint, load_checkpoint, trained_state
-from trainers.files import read_json
-from trainers.folder import FACTS
+from trainers.folder import FACTS, kept_splits
 from trainers.head import prepare_head
+from trainers.manifest import read_json
 from trainers.methods import Method
 from trainers.trained import Finished, earlier_run, make_method, stored_config
 
@@ -75,7 +75,7 @@ def beginning(run: Finished) -> dict[str, Tensor]:
     cfg, data = run.cfg, run.data
     if run.folder.source != run.folder.path:
         cfg = stored_config(run.folder.source, run.cfg)
-        data = build_data(cfg)
+        data = build_data(cfg, kept_splits(run.folder.source), run.folder.class_counts())
     method = make_method(cfg, data.info)
     base = fingerprint(method.model.encoder)
     method.to(run.accelerator.device)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from configs import CfgNode
-from configs.errors import UserError
 from datasets import DataBundle, DataInfo
 from trainers.checkpoint import package_versions
-from trainers.files import read_json
+from trainers.files import Damaged
 from trainers.launch import uses_cuda, world_size
+from trainers.manifest import read_json
 from trainers.methods.base import Method
 from trainers.metrics import GROUPS
 from trainers.usage import usage_line
@@ -84,7 +84,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     result = read_json(path)
     if not {"data", "model", "seed", "test"} <= result.keys():
-        raise UserError(f"{path} is no result of a run; start over with `resume False`")
+        raise Damaged(path, "it is no result of a run")
     return result
 
 

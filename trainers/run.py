@@ -10,20 +10,25 @@ from filelock import FileLock
 from configs import CfgNode, config_hash
 from configs.errors import UserError
 from datasets import DataBundle, build_data
+from datasets.identity import Kept, seen_in_training, some
+from datasets.splits import FIRST, UnreadableImages
 from models import Classifier, resolve
 from models.head_init import NEEDS_TEXT
 from trainers.autosize import largest_micro_batch
 from trainers.checkpoint import States, fingerprint, save_checkpoint
 from trainers.ensembles import ensembled, entry_of
-from trainers.evaluation import Evaluation, still_true
+from trainers.evaluation import Evaluation
 from trainers.exchange import export
-from trainers.files import read_json
-from trainers.folder import FACTS, RunFolder, start_log
+from trainers.files import Digest, write_bytes
+from trainers.folder import FACTS, OUTPUT, RunFolder, kept_splits
 from trainers.head import prepare_head
 from trainers.launch import launched_alone, make_accelerator, on_main, uses_cuda
+from trainers.log import attach_file, detach_file, start_console
+from trainers.manifest import LOCK, read_json
 from trainers.methods import Method
 from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
 from trainers.report import TrainReport, headline, read_result, summary, table
+from trainers.stored import Decision, decide, trained_on
 from trainers.trained import Finished, earlier_run, load_trained, make_method, subject_of, trained_method
 from trainers.trainer import Trainer
 
@@ -42,44 +47,58 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
     cfg = resolve(cfg)
     accelerator = make_accelerator(cfg)
     folder = RunFolder(cfg)
-    lock = FileLock(folder.path / ".lock", timeout=0)
+    lock = FileLock(folder.path / LOCK, timeout=0)
+    start_console(accelerator.is_main_process)
     try:
         on_main(accelerator, lambda: folder.hold(lock))
-        start_log(folder.path / "log.txt" if accelerator.is_main_process else None)
-        stored, target = on_main(accelerator, lambda: _decide(cfg, folder))
-        if stored is not None:
-            log.info("finished before; the result of %s\n%s", stored, table(read_result(stored)))
+        kept, plan = on_main(accelerator, lambda: _decide(cfg, folder, previous))
+        if plan.stored is not None:
+            for note in plan.notes:
+                log.warning("warning: %s", note)
+            log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
-            _Run(cfg, folder, accelerator, target, previous).go()
+            _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:
-            on_main(accelerator, lambda: _export(cfg, folder, target, accelerator))
+            on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
         accelerator.wait_for_everyone()  # before the lock goes
         return folder.path
-    except UserError:
+    except UserError as error:
+        if accelerator.is_main_process and isinstance(error, UnreadableImages):
+            error = _listed(cfg, error)
         if lock.is_locked:
-            folder.drop_if_empty()
-        raise
+            folder.withdraw()
+        raise error
     finally:
+        detach_file()
         lock.release()
 
 
-def _decide(cfg: CfgNode, folder: RunFolder) -> tuple[Path | None, Path]:
-    """(metrics file to show, or None; folder that an evaluation goes to). Only the main process asks."""
-    folder.claim()
-    target = folder.target()
-    if cfg.test_only and not cfg.zero_shot and folder.checkpoint_id() is None:
-        raise UserError(
-            f"nothing is trained in {folder.path}: run the same command without test_only first, or name a run "
-            "with model_dir"
-        )
-    metrics = target / "metrics.json"
-    return (metrics if metrics.exists() and cfg.resume and still_true(metrics, folder) else None), target
+def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[Kept | None, Decision]:
+    """The splits to go on with, and what is to be done. Only the main process asks."""
+    starts_over = not cfg.resume and not cfg.test_only
+    kept = None if starts_over else folder.kept()
+    plan = decide(cfg, folder, kept)
+    if kept is None and previous is not None:  # what the run before has held out stays held out
+        kept = kept_splits(previous)
+    return kept, plan
+
+
+def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
+    """The error, with a file of all unreadable images where they are more than a message names."""
+    if len(error.problems) <= FIRST:
+        return error
+    lines = [f"{where}\t{why}\n" for where, why in error.problems.items()]
+    path = OUTPUT / f"{cfg.data}.unreadable-{Digest.of(''.join(lines).encode(errors='surrogateescape')).sha256[:8]}.txt"
+    write_bytes(path, "".join(lines).encode(errors="surrogateescape"))
+    return UserError(f"{error}; all are listed in {path}")
 
 
 def _export(cfg: CfgNode, folder: RunFolder, target: Path, accelerator: Accelerator) -> None:
     """Write the finished run's model in another format; of another run's, beside its evaluation."""
-    data = build_data(cfg)
+    data = build_data(cfg, folder.kept(), folder.class_counts())
     method = trained_method(cfg, folder, data, accelerator).to("cpu")
+    if cfg.model_dir is None:
+        folder.own("export")
     home = folder.path if cfg.model_dir is None else target
     subject = subject_of(cfg, method, data.info.class_names, folder.origin)
     log.info(export(subject, cfg.export, home / "export" / cfg.export))
@@ -92,12 +111,13 @@ class _Run:
     cfg: CfgNode
     folder: RunFolder
     accelerator: Accelerator
-    target: Path
+    plan: Decision
+    kept: Kept | None
     previous: Path | None
 
     def go(self) -> None:
-        cfg, trains = self.cfg, self.target == self.folder.path
-        self.evaluation = Evaluation(cfg, self.accelerator, self.folder, self.target)
+        cfg, trains = self.cfg, self.plan.trains
+        self.evaluation = Evaluation(cfg, self.accelerator, self.folder, self.plan)
         if launched_alone():
             self.evaluation.note(
                 "accelerate launch started one process, as it does without GPUs; `accelerate launch --multi_gpu "
@@ -106,15 +126,18 @@ class _Run:
             )
         if cfg.gpu is not None and (not uses_cuda() or self.accelerator.num_processes > 1):
             log.info("gpu %d is ignored: %s", cfg.gpu, "several processes" if uses_cuda() else "no CUDA")
-        if not trains and self.evaluation.from_stored_logits():
-            return
+        if not trains:
+            self._claim()
+            if self.evaluation.from_stored_logits():
+                return
         with self.accelerator.local_main_process_first():  # who may download
-            data = build_data(cfg)
+            data = build_data(cfg, self.kept, None if trains else self.folder.class_counts())
             method = make_method(cfg, data.info)
         model = method.model
         self.base = fingerprint(model.encoder)
         method.to(self.accelerator.device)
         log.info(headline(cfg, data, method))
+        self.plan.fingerprints = {name: each.fingerprint for name, each in data.records.items()}
         self._warn(model, data)
         if trains:
             train = self._train(method, data)
@@ -138,6 +161,25 @@ class _Run:
         if texts and names[0] == "class 0" and not model.random_base:
             text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
             self.evaluation.note(text, warn=True)
+        trained = [data.records["train"]] if self.plan.trains else trained_on(self.folder, self.kept)
+        for split in ("test", "val"):
+            if split in data.records and not cfg.test_train:
+                tested = data.records[split]
+                seen = {path for each in trained for path in seen_in_training(tested, each, Path(cfg.root))}
+                if seen:
+                    text = f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({some(sorted(seen))})"
+                    self.evaluation.note(text, warn=True)
+
+    def _claim(self, data: DataBundle | None = None) -> None:
+        """The first moment at which anything is written into the run folder."""
+
+        def claim() -> None:
+            self.folder.claim(self.plan.trains)
+            if data is not None:
+                self.folder.keep_splits(data.records, data.chosen)
+            attach_file(self.folder.log_file())
+
+        on_main(self.accelerator, claim)
 
     def _precision(self) -> str:
         return precision_used(self.cfg.prec, uses_cuda())
@@ -146,20 +188,27 @@ class _Run:
 
     def _train(self, method: Method, data: DataBundle) -> TrainReport | None:
         cfg, accelerator = self.cfg, self.accelerator
-        identity = {"config": config_hash(cfg), "base model": self.base, "processes": accelerator.num_processes}
-        states = States(self.folder.states, identity)
-        fresh = not states.begun()
+        identity = {
+            "config": config_hash(cfg),
+            "base model": self.base,
+            "processes": accelerator.num_processes,
+            "images": data.records["train"].fingerprint,
+        }
+        states = States(self.folder.states, identity, self.folder.seal)
+        fresh = not cfg.resume or not states.begun()
         if fresh:
             self._init_head(method, data)
         method.model.init = None
         if self.previous is not None:
             method.after(earlier_run(self.previous, data, accelerator, self.base, cfg.resolution, fresh))
+        self._claim(data)
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states)
         if accelerator.is_main_process:
             facts = {**identity, "base": self.base, "class_names": list(data.info.class_names)}
+            facts |= {"class_counts": data.info.class_counts.tolist()}
             if self.previous is not None:
                 facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}
-            save_checkpoint(self.folder.checkpoint, method, facts)
+            self.folder.seal(save_checkpoint(self.folder.checkpoint, method, facts))
         accelerator.wait_for_everyone()
         return report
 

@@ -16,9 +16,9 @@ from models.clip import Clip
 from models.tuners import TUNERS
 from trainers.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from trainers.exchange import Subject, load_foreign
-from trainers.files import read_folder, read_json
-from trainers.folder import FACTS, RunFolder
+from trainers.folder import FACTS, RunFolder, counts_of
 from trainers.head import prepare_head
+from trainers.manifest import check_file, read_folder, read_json
 from trainers.methods import Earlier, Method, build_method, declared
 
 log = logging.getLogger("tailtune")
@@ -59,12 +59,17 @@ def make_method(cfg: CfgNode, info: DataInfo) -> Method:
 
 def stored_config(home: Path, here: CfgNode) -> CfgNode:
     """The resolved config of the run in a folder; of data that have moved since, where this command finds them."""
-    cfg = load_resolved(home / "config.yaml", declared())
+    cfg = _config_of(home)
     if cfg.data == here.data:
         cfg.defrost()
         cfg.root, cfg.lists = here.root, here.lists
         cfg.freeze()
     return resolve(cfg)
+
+
+def _config_of(home: Path) -> CfgNode:
+    check_file(home / "config.yaml")
+    return load_resolved(home / "config.yaml", declared())
 
 
 def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
@@ -76,7 +81,7 @@ def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
 def trained_outline(home: Path, cfg: CfgNode) -> Method:
     """The method, without weights, that has made the logits of the run in a folder, which has this config."""
     cfg = resolve(cfg)
-    info = build_info(cfg)
+    info = build_info(cfg, counts_of(home))
     with torch.device("meta"):
         method = make_method(cfg, info)
     if not method.inherits:
@@ -108,7 +113,7 @@ def earlier_run(
         return found
 
     def method() -> Method:
-        cfg = resolve(load_resolved(folder / "config.yaml", declared()))
+        cfg = resolve(_config_of(folder))
         if cfg.resolution != resolution:
             raise UserError(
                 f"after: the earlier run took images of {cfg.resolution} pixels, and this one has {resolution}; give "

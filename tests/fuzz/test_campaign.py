@@ -1,0 +1,97 @@
+"""The campaign for a minute; and that a broken promise is seen at all."""
+
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from tests.fuzz import runner
+from tests.fuzz.bench import Bench
+from tests.fuzz.damage import DAMAGES, fits
+from tests.fuzz.options import WILD, hostile, schema
+from tests.fuzz.promises import broken, lost, snapshot
+from tests.fuzz.runner import Limits, run
+
+
+@pytest.mark.slow
+def test_a_minute_of_the_campaign() -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--minutes", "1", "--seed", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "promise", "what"),
+    [
+        ("pass", "", ""),
+        ("sys.exit('error: a is not b') or 1", "d", "exit code 1"),
+        ("print('error: a is not b', file=sys.stderr); sys.exit(2)", "", ""),
+        ("print('warning\\nerror: a is not b', file=sys.stderr); sys.exit(2)", "d", "not one line"),
+        ("sys.exit(2)", "d", "not one line"),
+        ("sys.exit(3)", "d", "exit code 3"),
+        ("os.kill(os.getpid(), 11)", "d", "exit code -11"),
+        ("int('x')", "d", "traceback: ValueError"),
+        ("time.sleep(60)", "c", "hangs"),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", "c", "hangs"),
+        ("bytes(2**30) + b'x'", "c", "gigabyte"),
+        ("subprocess.Popen(['sleep', '60'])", "c", "leaves processes behind"),
+    ],
+)
+def test_broken_promises_are_seen(
+    program: str, promise: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "GRACE", 0.2)
+    (cwd := tmp_path / "cwd").mkdir()
+    limits = Limits(seconds=2.0 if "60" in program else 30.0, memory=2**28)
+    outcome = run([], cwd, limits, program=["-c", f"import os, signal, subprocess, sys, time; {program}"])
+    found = broken(outcome, limits=limits)
+    assert (found.promise if found else "") == promise, outcome
+    assert what in (found.what if found else "")
+
+
+def test_lost_files_are_seen(tmp_path: Path) -> None:
+    for name in ("a", "b", "c/d"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = snapshot(tmp_path)
+    (tmp_path / "new").touch()
+    assert lost(before, snapshot(tmp_path), "") is None
+    (tmp_path / "a").write_text("b")
+    assert "changed" in lost(before, snapshot(tmp_path), "").what
+    (tmp_path / "c" / "d").unlink()
+    assert "gone" in lost(before, snapshot(tmp_path), "").what
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".safetensors"])
+def test_damage_changes_a_file(kind: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "output" / "run" / f"facts{suffix}"
+    path.parent.mkdir(parents=True)
+    path.with_name(f"other{suffix}").write_text("{}")
+    if suffix == ".safetensors":
+        save_file({"a": torch.arange(6.0).view(3, 2)}, path)
+    else:
+        path.write_text('{"steps": 6, "name": 1.5}' if suffix == ".json" else "lr: 0.1\nseed: 1\n")
+    before = snapshot(tmp_path)
+    if fits(kind, path):
+        assert DAMAGES[kind](path, Random(1))
+        assert snapshot(tmp_path) != before
+
+
+def test_every_kind_of_option_is_drawn() -> None:
+    assert {entry.parse for entry in schema().values()} <= WILD.keys()
+    assert all(not hostile(key).is_empty for key in schema())
+
+
+def test_a_seed_names_the_cases(tmp_path: Path) -> None:
+    def drawn(name: str, seed: int) -> list[str]:
+        values = Bench("values", seed, tmp_path / name, Limits()).draws(st.text())
+        return [next(values) for _ in range(60)]
+
+    assert drawn("a", 1) == drawn("b", 1) != drawn("c", 2)

@@ -1,0 +1,113 @@
+"""Hostile and ordinary values of every option, on the command line and in YAML: a dry run, then a short run."""
+
+import json
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import yaml
+from hypothesis import strategies as st
+
+from configs import FOLDER, names
+from tests.fuzz.bench import SHORT, TINY, Bench
+from tests.fuzz.options import hostile, schema
+from tests.fuzz.promises import Finding, broken
+from tests.fuzz.runner import Outcome
+
+AMOUNTS = {
+    "num_epochs",
+    "max_steps",
+    "randaug_times",
+    "adapt_epochs",
+    "dirichlet_trials",
+    "dirmixe.draws",
+    "num_workers",
+}
+"""Keys whose large values mean much work, which is what was asked for."""
+RUNS = 3
+"""One of so many values that the dry run accepts is run."""
+
+
+def cases(bench: Bench) -> Iterator[Finding | None]:
+    """One case is one value of one key: in both places, and one in `RUNS` of the accepted ones run."""
+    pairs = st.sampled_from(sorted(schema())).flatmap(lambda key: st.tuples(st.just(key), hostile(key)))
+    for key, text in bench.draws(pairs):
+        with bench.fresh() as folder:
+            yield _case(bench, folder, key, text)
+
+
+def _case(bench: Bench, folder: Path, key: str, text: str) -> Finding | None:
+    hazards(folder)
+    given = by_words(bench, folder, key, text) if possible(text) else None
+    if given and (found := broken(given)):
+        return found
+    (folder / "my.yaml").write_bytes(yaml_with(key, text))
+    written = bench.run(["-d", "my.yaml", *words(key)[2:], "--dry-run"], folder)
+    if found := broken(written, story=f"my.yaml is fake_lt.yaml and a line {key}: {text[:400]!r}"):
+        return found
+    if given is None or given.code:
+        return None
+    if (
+        written.code == 0
+        and text.strip()
+        and key not in set_by_model(key)
+        and resolved(given, key) != resolved(written, key)
+    ):
+        seen = f"{resolved(given, key)!r} on the command line, {resolved(written, key)!r} in YAML"
+        return Finding("b", "one text, two values: on the command line and in YAML", f"{key} {text!r}", seen)
+    if key in AMOUNTS or bench.rng.randrange(RUNS) or (key == "output_dir" and (text[:1] == "/" or ".." in text)):
+        return None
+    own = ["output_dir", "run"] if key != "output_dir" else []
+    return broken(bench.run([*words(key), *SHORT, "num_epochs", "1", *own, key, text], folder))
+
+
+def by_words(bench: Bench, folder: Path, key: str, text: str) -> Outcome:
+    return bench.run([*words(key), "--dry-run", key, text], folder)
+
+
+def possible(text: str) -> bool:
+    """Whether the system can hand this text to a program as one of its words."""
+    return "\0" not in text and all(not "\ud800" <= char <= "\udfff" or "\udc80" <= char <= "\udcff" for char in text)
+
+
+def yaml_with(key: str, text: str) -> bytes:
+    lines = (FOLDER / "data" / "fake_lt.yaml").read_text() + f"{key}: {text}\n"
+    return lines.encode(errors="surrogatepass" if not possible(text) else "surrogateescape")
+
+
+def words(key: str) -> list[str]:
+    """A command on which the key has a meaning: a method's own option needs that method."""
+    return [*TINY[:3], _model_of(key.partition(".")[0]), *TINY[4:]] if "." in key else TINY
+
+
+def set_by_model(key: str) -> set[str]:
+    """Keys that the model's file sets, which beats the data's."""
+    model = words(key)[3]
+    return set(yaml.safe_load(names("model")[model].read_text()))
+
+
+@cache
+def _model_of(method: str) -> str:
+    """A shipped model config with the method, a small one."""
+    found = [name for name, path in names("model").items() if f"\nmethod: {method}\n" in path.read_text()]
+    small = [name for name in found if name.startswith(("tiny", "resnet32"))]
+    return min(small or found or [TINY[3]], key=lambda name: (not name.startswith("tiny"), len(name)))
+
+
+def resolved(outcome: Outcome, key: str) -> object:
+    """The value of a key as the last line of a dry run says it."""
+    config = json.loads(outcome.stdout.splitlines()[-1])["config"]
+    return config.get(key)
+
+
+def hazards(folder: Path) -> None:
+    """Things that a path may turn out to be."""
+    os.mkfifo(folder / "fifo")
+    (folder / "empty").touch()
+    with (folder / "sparse").open("wb") as file:
+        file.truncate(2**36)
+    (folder / "folder").mkdir()
+    (folder / "loop").symlink_to("loop")
+    (folder / "binary").write_bytes(bytes(range(256)) * 40)
+    (folder / "prior.json").write_text(json.dumps([0.1] * 10))

@@ -62,9 +62,8 @@ def names(kind: str) -> dict[str, Path]:
 
 
 def describe(path: Path) -> str:
-    """The first comment line of a config file, for `--list`."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """The first line of a config file, a comment, for `--list`."""
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
 
 
 def load_configs(data: str, model: str, pairs: Sequence[str], declared: Declared | None = None) -> list[CfgNode]:
@@ -99,10 +98,8 @@ def load_resolved(path: Path, declared: Declared | None = None) -> CfgNode:
 
 
 def _schema(declared: Declared) -> dict[str, Key]:
-    schema = dict(SCHEMA)
-    for method, kind in declared.options.items():
-        schema.update(option_keys(method, kind))
-    return schema
+    own = (option_keys(method, kind) for method, kind in declared.options.items())
+    return {**SCHEMA, **{key: entry for keys in own for key, entry in keys.items()}}
 
 
 def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -114,7 +114,7 @@ class OwnedFolder:
                 for entry in self._aside.iterdir():
                     entry.rename(self.path / entry.name)
                 self._aside.rmdir()
-        if self._created or self._begun:
+        if self._created or (self._begun and self._aside is None):
             (self.path / LOCK).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()

@@ -197,7 +197,7 @@ class Evaluation:
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
             )
-        return replace(found, left_out=data.chosen.left_out.get(split, 0))
+        return replace(found, left_out=data.chosen.left_out if split == "train" else 0)
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""

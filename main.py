@@ -92,7 +92,7 @@ def run_all(stages: list[CfgNode]) -> int:
         if last.test_only or (last.resume and RunFolder(last).finished()):
             stages = [last]  # nothing is left to train
         if not (last.resume and RunFolder(last).finished()):
-            check_chain(stages)
+            check_chain(stages, here=True)
         for cfg in stages:
             folder = run(cfg, previous=folder)
     except Interrupted:

@@ -29,7 +29,7 @@ def libraries_on_stdout() -> Iterator[None]:
         def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
             _say(f"{category.__name__}: {message}")
 
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         try:
             yield
         finally:

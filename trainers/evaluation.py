@@ -59,6 +59,9 @@ class Evaluation:
         check_ensemble(self.cfg)
         if self.cfg.target_prior is not None:
             check_target(self.cfg, build_info(self.cfg))
+        text = test_time.warning(self.cfg.tte_mode, self.cfg.resolution, self.cfg.expand) if self.cfg.tte else None
+        if text:
+            self.note(text, warn=True)
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""

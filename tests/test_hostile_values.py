@@ -153,7 +153,7 @@ def test_what_is_said(key: str, value: object, parts: list[str], told: Told) -> 
     [
         "{target_modules: '(.*)*.*.*.*x'}",
         "{exclude_modules: '(a*)*(.*)*.*.*y'}",
-        "{rank_pattern: {'(.*)*.*.*.*x': 3}}",
+        "{rank_pattern: {'(([a-z0-9.]+)+)+!': 3}}",
         "{target_modules: '['}",
         "{r: 99999999999999999999}",
         "{rank_pattern: {qkv: 1000000000}}",

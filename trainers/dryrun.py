@@ -99,9 +99,9 @@ def check_memory(method: Method) -> None:
     needed = sum(4 * each.numel() * (3 if each.requires_grad else 1) for each in parameters)
     if needed > memory():
         raise UserError(
-            f"the model has {sum(each.numel() for each in parameters):,} parameters, which take {needed / 1e9:,.0f} GB to "
-            f"train, and this machine has {memory() / 1e9:,.0f}; choose a smaller backbone, num_classes, num_experts, "
-            "adapter_dim, vpt_len or peft_args"
+            f"the model has {sum(each.numel() for each in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "
+            f"to train, and this machine has {memory() / 1e9:,.1f}; choose a smaller backbone, num_classes, "
+            "num_experts, adapter_dim, vpt_len or peft_args"
         )
 
 

@@ -56,6 +56,7 @@ class Evaluation:
         check_adapt(self.cfg)
         check_ensemble(self.cfg)
         if self.cfg.target_prior is not None:
+<<<<<<< HEAD
             check_target(self.cfg, self._info())
         for text in self.plan.notes:
             self.note(text, warn=True)
@@ -63,6 +64,12 @@ class Evaluation:
     def _info(self) -> DataInfo:
         """Facts of the data that the evaluated run was trained on."""
         return build_info(self.cfg, None if self.plan.trains else self.folder.class_counts())
+=======
+            check_target(self.cfg, build_info(self.cfg))
+        text = test_time.warning(self.cfg.tte_mode, self.cfg.resolution, self.cfg.expand) if self.cfg.tte else None
+        if text:
+            self.note(text, warn=True)
+>>>>>>> options
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""

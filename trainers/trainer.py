@@ -178,6 +178,10 @@ class Trainer:
             trains = (each for each in run.method.parameters() if each.requires_grad)
             finite = finite & torch.stack([each.isfinite().all() for each in trains]).all()
         if not bool(finite):
+            named = (name for name, each in run.method.named_parameters() if not each.requires_grad)
+            spoilt = next((name for name in named if not run.method.get_parameter(name).isfinite().all()), None)
+            if spoilt is not None:  # it came so: nothing changes what is frozen
+                raise UserError(f"the weights that pretrained names are not finite ({spoilt}); get them again")
             raise UserError(
                 f"loss or weights are not finite after step {run.report.steps}; lower lr, or use prec bf16 or fp32. "
                 "The last good state is kept"

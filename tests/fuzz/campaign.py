@@ -78,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def go(part: Part, bench: Bench, count: int | None, seconds: float | None) -> Tally:
-    """Cases of a part until it has done `count`, or `seconds` are over."""
+    """Cases of a part until it has done `count`, or `seconds` are over; one at least."""
     tally, begin = Tally(), time.monotonic()
     found = part.cases(bench)
     while count is None or tally.cases < count:
-        if seconds is not None and time.monotonic() - begin >= seconds:
+        if seconds is not None and tally.cases and time.monotonic() - begin >= seconds:
             break
         try:
             tally.add(next(found))

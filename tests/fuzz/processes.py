@@ -21,6 +21,9 @@ LAUNCH = (
 SOON = 30.0
 """Seconds in which a run must end after the harm."""
 
+AFTERWARDS = 3.0
+"""Seconds in which our line follows the end of a launcher."""
+
 
 def _kill_one(running: Running, rng: Random) -> None:
     others = running.children()
@@ -56,8 +59,8 @@ def ranks(bench: Bench) -> Iterator[Finding | None]:
     """One case: a launch of two processes, the harm at a random moment, the launch repeated; now and then a refusal."""
     launch = (*LAUNCH, *MAIN)
     with bench.fresh() as folder:
-        outcome = Running(["lr", "fast", *WORDS], folder, bench.limits, launch).wait()
-        yield _last_line(outcome, "a refused option", "error: ")
+        refused = Running(["lr", "fast", *WORDS], folder, bench.limits, launch)
+        yield _last_line(_settled(refused, refused.wait()), "a refused option", "error: ")
     yield from _cases(bench, WORDS, launch, TO_RANKS)
 
 
@@ -93,8 +96,14 @@ def _harmed(
     if outlived:
         return Finding("c", f"{what}: processes outlive it", outcome.command, outcome.stderr[-1500:])
     if "launcher" in what or "rank" in what:
-        return _last_line(outcome, what, line)
+        return _last_line(_settled(running, outcome), what, line)
     return broken(outcome, what, codes=(0, 2 if line == "error: " else 130))
+
+
+def _settled(running: Running, outcome: Outcome) -> Outcome:
+    """With what is said after a launcher has ended."""
+    time.sleep(AFTERWARDS)
+    return replace(outcome, stderr=running.texts()[1])
 
 
 def _last_line(outcome: Outcome, what: str, line: str) -> Finding | None:

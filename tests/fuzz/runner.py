@@ -2,6 +2,7 @@
 
 import os
 import resource
+import runpy
 import select
 import shlex
 import signal
@@ -143,8 +144,12 @@ class Running:
         for pid in _members(self.pid):
             os.kill(pid, signal.SIGKILL)
         memory = 1024 * usage.ru_maxrss - _idle()
-        texts = [path.read_text(errors="backslashreplace") for path in self.printed]
-        return Outcome(self.command, os.waitstatus_to_exitcode(status), *texts, seconds, max(0, memory), hung, left)
+        code = os.waitstatus_to_exitcode(status)
+        return Outcome(self.command, code, *self.texts(), seconds, max(0, memory), hung, left)
+
+    def texts(self) -> list[str]:
+        """What it has printed so far: standard output, standard error."""
+        return [path.read_text(errors="backslashreplace") for path in self.printed]
 
 
 def run(argv: Sequence[str], cwd: Path, limits: Limits | None = None, program: Sequence[str] | None = None) -> Outcome:
@@ -171,27 +176,16 @@ def _child(
         os.environ.update(environment)
         if program:
             os.execv(sys.executable, [sys.executable, *program, *argv])
-        code = _as_script(argv)
+        sys.argv = [*MAIN, *argv]
+        runpy.run_path(*MAIN, run_name="__main__")
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _as_script(argv: list[str]) -> int:
-    """`sys.exit(main(argv))` without what this process would do at its own exit."""
-    import threading
-    from multiprocessing import util
-
-    import main
-
-    code = main.main(argv)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading._shutdown()  # type: ignore[attr-defined]
-    util._exit_function()  # ends worker processes
-    return code
 
 
 def _idle(found: list[int] = []) -> int:  # noqa: B006 (a cache)

@@ -48,14 +48,11 @@ def _case(bench: Bench, folder: Path, key: str, text: str) -> Finding | None:
         return found
     if given is None or given.code:
         return None
-    if (
-        written.code == 0
-        and text.strip()
-        and key not in set_by_model(key)
-        and resolved(given, key) != resolved(written, key)
-    ):
-        seen = f"{resolved(given, key)!r} on the command line, {resolved(written, key)!r} in YAML"
-        return Finding("b", "one text, two values: on the command line and in YAML", f"{key} {text!r}", seen)
+    if written.code == 0 and text.strip() and key not in set_by_model(key):
+        one, other = resolved(given, key), resolved(written, key)
+        if one != other and not isinstance(one, str):  # YAML may read text without quotes as a number
+            seen = f"{one!r} on the command line, {other!r} in YAML"
+            return Finding("b", "one text, two values: on the command line and in YAML", f"{key} {text!r}", seen)
     if key in AMOUNTS or bench.rng.randrange(RUNS) or (key == "output_dir" and (text[:1] == "/" or ".." in text)):
         return None
     own = ["output_dir", "run"] if key != "output_dir" else []

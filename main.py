@@ -128,29 +128,14 @@ def run_all(stages: list[CfgNode]) -> int:
 
     folder = None
     last = stages[-1]
-<<<<<<< HEAD
     if last.test_only or (last.resume and RunFolder(last).finished()):
         stages = [last]  # nothing is left to train
     if not (last.resume and RunFolder(last).finished()):
-        check_chain(stages)
+        check_chain(stages, here=True)
     for cfg in stages:
         RunFolder(cfg).check_owner()
     for cfg in stages:
         folder = run(cfg, previous=folder)
-=======
-    try:
-        if last.test_only or (last.resume and RunFolder(last).finished()):
-            stages = [last]  # nothing is left to train
-        if not (last.resume and RunFolder(last).finished()):
-            check_chain(stages, here=True)
-        for cfg in stages:
-            folder = run(cfg, previous=folder)
-    except Interrupted:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    except UserError as error:
-        raise clean_worker_error(error) or error from error
->>>>>>> options
     return 0
 
 

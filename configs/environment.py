@@ -29,13 +29,8 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     if rank >= max(world, 1) or world < 1:
         size = environment.get("WORLD_SIZE", "unset")
         raise UserError(
-<<<<<<< HEAD
-            f"the environment has RANK {rank} and WORLD_SIZE {environment.get('WORLD_SIZE', 'unset')}, which is no "
-            "launch: `unset RANK WORLD_SIZE`, or start several processes with accelerate launch"
-=======
             f"the environment has RANK {rank} and WORLD_SIZE {size}, which is no launch: `unset RANK WORLD_SIZE`, "
             "or start several processes with accelerate launch"
->>>>>>> options
         )
     missing = [name for name in LAUNCHED if name not in environment]
     if missing and (world > 1 or "LOCAL_RANK" in environment):

@@ -56,20 +56,14 @@ class Evaluation:
         check_adapt(self.cfg)
         check_ensemble(self.cfg)
         if self.cfg.target_prior is not None:
-<<<<<<< HEAD
             check_target(self.cfg, self._info())
-        for text in self.plan.notes:
-            self.note(text, warn=True)
+        text = test_time.warning(self.cfg.tte_mode, self.cfg.resolution, self.cfg.expand) if self.cfg.tte else None
+        for each in (*self.plan.notes, *([text] if text else [])):
+            self.note(each, warn=True)
 
     def _info(self) -> DataInfo:
         """Facts of the data that the evaluated run was trained on."""
         return build_info(self.cfg, None if self.plan.trains else self.folder.class_counts())
-=======
-            check_target(self.cfg, build_info(self.cfg))
-        text = test_time.warning(self.cfg.tte_mode, self.cfg.resolution, self.cfg.expand) if self.cfg.tte else None
-        if text:
-            self.note(text, warn=True)
->>>>>>> options
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""

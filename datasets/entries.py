@@ -18,8 +18,6 @@ from datasets.image_list import CATEGORIES, Listing
 from datasets.imbalance import check_hold_out, hold_out
 from datasets.sources import Source
 
-MOST_IMAGES = 10**12
-"""Of a class, so that sums of such numbers are exact."""
 HALF: Triple = (0.5, 0.5, 0.5)
 log = logging.getLogger("tailtune")
 
@@ -68,10 +66,8 @@ def _load_digits(cfg: CfgNode) -> Splits:
 
 
 def _fake_outline(cfg: CfgNode) -> Outline:
-    num_classes = cfg.num_classes or 10
+    num_classes = fake.check_classes(cfg.num_classes or 10)
     _check_built_in(cfg, num_classes)
-    if num_classes > fake.MOST_CLASSES:
-        raise UserError(f"num_classes {num_classes}: dataset Fake draws images of at most {fake.MOST_CLASSES} classes")
     return Outline(_placeholders(num_classes), [fake.TRAIN_PER_CLASS] * num_classes, HALF, HALF)
 
 
@@ -205,11 +201,7 @@ def _read_counts(file: Path, label_field: str) -> list[int]:
     """Images per class: a list of numbers, or one such list for each label field."""
     content = read_json(file, "class_counts")
     counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
-    if (
-        not isinstance(counts, list)
-        or not counts
-        or any(type(count) is not int or not 0 <= count <= MOST_IMAGES for count in counts)
-    ):
+    if not isinstance(counts, list) or {*map(type, counts)} != {int} or not 0 <= min(counts) <= max(counts) < 10**12:
         raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
     return counts
 

@@ -29,7 +29,6 @@ __all__ = [
     "load_resolved",
     "lookup",
     "names",
-    "plain",
     "values_of",
 ]
 
@@ -229,23 +228,9 @@ def _parse(key: str, value: Any, schema: dict[str, Key], where: str) -> Any:
         raise UserError(f"{where}: {key} must be {error}, not '{shown(value)}'") from None
     if entry.choices and parsed not in entry.choices:
         raise UserError(f"{where}: {unknown(f'value of {key}', str(parsed), entry.choices)}")
-    for number in _numbers(parsed):
-        if entry.least is not None and number < entry.least:
-            raise UserError(f"{where}: {key} must be at least {plain(entry.least)}, not {plain(number)}")
-        if entry.most is not None and number > entry.most:
-            raise UserError(f"{where}: {key} must be at most {plain(entry.most)}, not {plain(number)}")
+    if problem := entry.beyond(parsed):
+        raise UserError(f"{where}: {key} must be {problem}")
     return parsed
-
-
-def _numbers(value: Any) -> list[float]:
-    """What bounds hold for: a number, or those in a list or mapping."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return [each for each in inside if isinstance(each, (int, float)) and not isinstance(each, bool)]
-
-
-def plain(number: float) -> str:
-    """A number as a user writes it: whole ones in full."""
-    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _freeze(values: Values) -> CfgNode:

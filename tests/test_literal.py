@@ -15,7 +15,7 @@ import peft
 import pytest
 import timm
 import torch
-from conftest import Cli
+from conftest import ROOT, Cli
 from open_clip.pretrained import _PRETRAINED, _pcfg
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -127,6 +127,10 @@ def test_the_demo_in_every_format(launch: Cli, config: Config, tmp_path: Path) -
             assert abs((predicted.argmax(1) == stored["labels"]).float().mean() - accuracy) < 0.01
     files = [each for each in RUN.rglob("*") if each.is_file() and each.name != ".lock"]
     assert len(files) > 15 and {stat.S_IMODE(each.stat().st_mode) for each in files} == {0o640}
+    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
+    for name in EXPORTS:
+        facts = facts_of(RUN / "export" / name)
+        assert all(f"`{field}`" in page for field in (*facts, *facts["preprocessing"])), "every field is explained"
     about = facts_of(RUN / "export" / "peft")
     assert about["base"] == "base.safetensors" in about["files"]
     assert peft.PeftConfig.from_pretrained(str(RUN / "export/peft")).base_model_name_or_path == "base.safetensors"

@@ -105,12 +105,12 @@ def put_files(run: Path, rng: Random, whole: bool) -> list[str]:
 
 
 def moved_or_kept(files: Mapping[str, str], output: Path, command: str) -> Finding | None:
-    """Promise a, where a run that starts over may have moved a whole folder aside."""
-    folders = (
-        [each for each in output.iterdir() if each.is_dir() and each.name.startswith("run")] if output.is_dir() else []
-    )
-    findings = [lost(files, snapshot(each), command) for each in folders] or [lost(files, {}, command)]
-    return findings[0] if all(findings) else None
+    """Promise a, where a run that starts over may have moved files aside: each keeps its place in some folder."""
+    kept: dict[str, str] = {}
+    for folder in sorted(output.glob("run*")):
+        now = snapshot(folder)
+        kept |= {name: now[name] for name in now.keys() & files.keys() if kept.get(name) != files[name]}
+    return lost(files, kept, command)
 
 
 def _content(path: Path, rng: Random) -> bytes:

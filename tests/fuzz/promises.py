@@ -13,8 +13,8 @@ from tests.fuzz.runner import Limits, Outcome
 
 NUMBERS = ("class_counts", "params", "test", "distributions", "ensemble", "experts_used")
 """What of metrics.json must not depend on when, where and in how many pieces it was computed."""
-PASSING = {"log.txt", ".lock"}
-"""Files of a run's own folder that a refused command may touch."""
+PASSING = {"log.txt", ".lock", ".tailtune.lock", "tailtune.json"}
+"""Files of a run's own folder that a refused command may touch: what it said, that it was there."""
 
 
 @dataclass(frozen=True)

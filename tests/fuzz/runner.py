@@ -1,5 +1,6 @@
 """Commands in children forked from one warm process, with limits: `import torch` costs seconds, a fork milliseconds."""
 
+import gc
 import os
 import resource
 import runpy
@@ -172,6 +173,7 @@ def _child(
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        gc.callbacks.clear()  # Hypothesis has one
         os.chdir(cwd)
         os.environ.update(environment)
         if program:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from configs.errors import UserError
 from datasets.image_list import first_file
-from datasets.text_files import read_json
 
 PUBLISHED_AT = "https://github.com/shijxcs/LIFT, utils/descriptors_imagenet.json"
 

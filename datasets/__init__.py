@@ -42,8 +42,8 @@ def build_info(cfg: CfgNode) -> DataInfo:
     Raises:
         UserError: unknown data set or augmentation, missing list, or options that do not fit the data.
     """
-    for key in ("augment", "adapt_views"):  # so that a dry run refuses unknown names
-        train_transform(cfg[key], cfg.resolution, cfg.interpolation, f"{key} (an augmentation)")
+    train_transform(cfg.augment, cfg.resolution, cfg.interpolation)  # so that a dry run refuses unknown names
+    train_transform(cfg.adapt_views, cfg.resolution, cfg.interpolation, "adapt_views (an augmentation)")
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg))
 
 

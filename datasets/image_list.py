@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torchvision
 
-from configs.errors import UserError, lookup
+from configs.errors import UserError, lookup, naming
 from datasets.published import PUBLISHED, blob_id, published_at
 from datasets.sources import FileSource
 
@@ -91,9 +92,16 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
     raise UserError(message)
 
 
+def load_list(key: str, name: str, folders: Sequence[Path]) -> Listing:
+    """The list file that an option names. Raises `UserError` as `find_list` and `read_list`, with the option's name."""
+    with naming(key):
+        return read_list(find_list(name, folders))
+
+
 def first_file(name: str, folders: Sequence[Path]) -> Path | None:
     """The file in the first folder that has it."""
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    # `Path.is_file` raises where a name is too long to be one
+    return next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
 
 
 def read_list(file: Path) -> Listing:
@@ -161,7 +169,10 @@ def read_names(file: Path) -> tuple[str, ...]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not a text file in UTF-8") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise UserError(f"{file} holds no name of a class")
+    return names
 
 
 def imagenet_names() -> tuple[str, ...]:

@@ -59,8 +59,8 @@ class Evaluation:
         check_ensemble(self.cfg)
         if self.cfg.target_prior is not None:
             check_target(self.cfg, build_info(self.cfg))
-        text = test_time.warning(self.cfg.tte_mode, self.cfg.resolution, self.cfg.expand) if self.cfg.tte else None
-        if text:
+        cfg = self.cfg
+        for text in test_time.warnings_of(cfg.tte_mode, cfg.resolution, cfg.expand, cfg.augment) if cfg.tte else ():
             self.note(text, warn=True)
 
     def note(self, text: str, warn: bool = False) -> None:

@@ -229,6 +229,23 @@ def test_a_file_is_named_with_its_option(key: str, content: bytes | None, launch
     one_line(done, key, "mine.x")
 
 
+def test_a_data_config_of_no_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, part in (
+        ("a" * 300, "does not exist"),
+        ("x\udcff", "UTF-8"),
+        ("x\n", "control characters"),
+        ("x\x00", "not"),
+    ):
+        path = f"{tmp_path}/{name}.yaml"
+        if len(name) < 10 and "\0" not in name:
+            os.close(os.open(path, os.O_CREAT))
+        assert main.main(["-d", path, "-m", "tiny_clip"]) == 2
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1
+    assert main.main(["-d", "fake_lt", "-m", "tiny_clip", "lr", "1", "\udcff" * 500]) == 2
+    assert "has no value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("backbone", ["TinyCLIP", "IN21K-ViT-B/16", "ResNet-20"])
 def test_weights_are_named_with_their_option(backbone: str, launch: Cli, tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(b"hello")

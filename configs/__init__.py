@@ -4,6 +4,7 @@ Merge order: defaults < data YAML < model YAML < the model YAML's `by_dataset` e
 name (most specific last) < pairs. Every value is parsed by the type that the schema declares for its key.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -103,7 +104,7 @@ def _schema(declared: Declared) -> dict[str, Key]:
 
 def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
     if len(words) % 2:
-        raise UserError(f"options come as KEY VALUE pairs, but '{words[-1]}' has no value")
+        raise UserError(f"options come as KEY VALUE pairs, but '{shown(words[-1])}' has no value")
     return list(zip(words[::2], words[1::2], strict=True))
 
 
@@ -188,8 +189,12 @@ def _specificity(pattern: str) -> tuple[bool, int]:
 def _find(kind: str, name: str) -> Path:
     """A shipped config by name; a data config also by path."""
     if kind == "data" and (name.endswith((".yaml", ".yml")) or "/" in name):
-        if not Path(name).is_file():
-            raise UserError(f"data config '{name}' does not exist")
+        if not os.path.isfile(name):  # `Path.is_file` raises where a name is too long to be one
+            raise UserError(f"data config '{shown(name)}' does not exist")
+        try:
+            readable(Path(name).name)
+        except ValueError as error:
+            raise UserError(f"data config '{shown(name)}': its name must be {error}; rename the file") from None
         return Path(name)
     return lookup(names(kind), name, f"{kind} config")
 

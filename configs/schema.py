@@ -59,7 +59,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "test_per_class": Key(
             as_int, 0, TRAIN, "test images a class, held out where no test split exists", least=0, most=10**6
         ),
-        "classnames": Key(as_path, None, TRAIN, "text file, one name a line; or an entry such as `imagenet`"),
+        "classnames": Key(as_str, None, TRAIN, "text file, one name a line; or an entry such as `imagenet`"),
         "label_field": Key(as_str, "", TRAIN, "iNaturalist: `id` as in the lists, or a taxon: name, genus, …"),
         "imb_factor": Key(as_float, None, TRAIN, "make it long-tailed: smallest class / largest class", least=0.0),
         "on_bad_image": Key(as_str, "raise", RUNTIME, "an unreadable image: stop or leave out", ("raise", "skip")),

@@ -10,7 +10,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from configs import FOLDER
-from configs.errors import UserError
+from configs.errors import UserError, naming
 from datasets import cifar, digits, fake, image_list
 from datasets.bundle import Triple
 from datasets.folders import class_folders, read_folder
@@ -116,10 +116,9 @@ def _read_lists(cfg: CfgNode) -> Listings:
     if not cfg.train_list:
         raise UserError("dataset ImageList: set `train_list` to the list file of the training images")
     folders = list_folders(cfg)
-    train = image_list.read_list(image_list.find_list(cfg.train_list, folders))
+    train = image_list.load_list("train_list", cfg.train_list, folders)
     test, val = (
-        image_list.read_list(image_list.find_list(name, folders)) if name else None
-        for name in (cfg.test_list, cfg.val_list)
+        image_list.load_list(key, cfg[key], folders) if cfg[key] else None for key in ("test_list", "val_list")
     )
     taxa = None
     if cfg.label_field:
@@ -150,7 +149,8 @@ def _class_names(cfg: CfgNode, found: tuple[str, ...] | None, num_classes: int) 
     if cfg.classnames == "imagenet":
         return image_list.imagenet_names()
     if cfg.classnames not in (None, "folders", CATEGORIES):
-        return image_list.read_names(image_list.find_list(cfg.classnames, list_folders(cfg)))
+        with naming("classnames"):
+            return image_list.read_names(image_list.find_list(cfg.classnames, list_folders(cfg)))
     if cfg.classnames == CATEGORIES and not cfg.label_field:
         raise UserError(f"classnames {CATEGORIES} needs `label_field`, e.g. name")
     if cfg.classnames == "folders" and found is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.errors import UserError, lookup
+from configs.errors import UserError, lookup, naming
 from datasets.listing import Listing
 from datasets.published import PUBLISHED, blob_id, published_at
 from datasets.regular import NoFile, size_of
@@ -37,6 +37,12 @@ def find_list(name: str, folders: Sequence[Path]) -> Path:
     if place := published_at(Path(name).name):
         message += f"; it is {place}"
     raise MissingData(message)
+
+
+def load_list(key: str, name: str, folders: Sequence[Path]) -> Listing:
+    """The list file that an option names. Raises `UserError` as `find_list` and `read_list`, with the option's name."""
+    with naming(key):
+        return read_list(find_list(name, folders))
 
 
 def first_file(name: str, folders: Sequence[Path]) -> Path | None:

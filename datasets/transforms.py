@@ -25,6 +25,9 @@ INTERPOLATIONS = MappingProxyType({"bilinear": InterpolationMode.BILINEAR, "bicu
 FULL_FRAME = ("cifar", "cifar_crop", "digits", "sade_cifar")
 """Augmentations of small images whose object fills the frame: their test transform crops nothing."""
 
+UNMIRRORED = ("digits",)
+"""Augmentations of images that mean something else in the mirror."""
+
 
 def plain_transform(resolution: int, interpolation: str) -> Transform:
     """The centre of the image, short side resized to the resolution (LIFT's transform for head initialisation)."""

@@ -134,7 +134,8 @@ def find_backbone(name: str) -> BackboneSpec:
 
 def resolve(cfg: CfgNode) -> CfgNode:
     """The config with what it leaves to the backbone filled in: resolution, interpolation, expand."""
-    inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
+    with naming("backbone"):
+        inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
     cfg = cfg.clone()
     cfg.defrost()
     for key in ("resolution", "interpolation", "expand"):

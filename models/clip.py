@@ -17,7 +17,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from configs.errors import UserError, lookup, unknown
+from configs.errors import UserError, lookup, naming, unknown
 from configs.seeding import seeded
 from models.backbone import ONE, Backbone, Inputs, Published, Split, Stats
 from models.experts import divide
@@ -94,10 +94,11 @@ class Clip:
         path = None if pretrained is None else self._file(pretrained, source, config)
         clip = self._clip(config, resolution, seed)
         if path is not None:
-            state = in_open_clip_layout(clip, read_state(path))
-            if resolution != vision.image_size and not is_simple(config):
-                resize_pos_embed(state, clip)
-            load_strict(clip, state, self.arch, path)
+            with naming("pretrained"):
+                state = in_open_clip_layout(clip, read_state(path))
+                if resolution != vision.image_size and not is_simple(config):
+                    resize_pos_embed(state, clip)
+                load_strict(clip, state, self.arch, path)
         encoder, projection = taken_tower(clip, config, resolution, project, fast)
         del clip.visual
         divide(encoder, split, self.arch)

@@ -9,7 +9,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, naming
 from configs.seeding import seeded
 from models.backbone import ONE, Backbone, Inputs, Published, Split
 from models.plain import Plain
@@ -94,8 +94,9 @@ class ResNets:
         branches = split.experts if split.experts > 1 and own else 0
         net = make_resnet(self.design, seed, branches, own, split.reduced)
         if pretrained is not None and torch.get_default_device().type != "meta":
-            state, path = self._state(pretrained)
-            load_into_all(net, state, self.name, path)
+            with naming("pretrained"):
+                state, path = self._state(pretrained)
+                load_into_all(net, state, self.name, path)
         # There are no weights of CIFAR's networks but one's own, of the data at hand.
         stats = None if pretrained is None or self.design.cifar else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         timm_name = self.weights.partition(".")[0] if self.weights and not (split.reduced or branches) else None

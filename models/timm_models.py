@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg, split_model_name_tag
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from configs.errors import UserError, unknown
+from configs.errors import UserError, naming, unknown
 from configs.seeding import seeded
 from models.backbone import ONE, Backbone, Inputs, Published, Split
 from models.experts import divide
@@ -69,7 +69,8 @@ class Timm:
             net = self.create(fetch=load and file is None)
         resize(net, resolution, config.input_size[-1], self.name)
         if file is not None:
-            load_strict(net, _without_classifier(read_state(file), net, config), self.name, file)
+            with naming("pretrained"):
+                load_strict(net, _without_classifier(read_state(file), net, config), self.name, file)
         encoder = host(net, fast)
         divide(encoder, split, self.name)
         return Backbone(encoder, (config.mean, config.std), random=not load)

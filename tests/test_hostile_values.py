@@ -27,7 +27,7 @@ from configs.values import as_float, as_int, as_ints, as_micro, as_names, as_pat
 from models.head_init import HEAD_INITS, HeadContext
 from trainers.dryrun import outline
 from trainers.methods import METHODS, declared
-from trainers.test_time import warning
+from trainers.test_time import warnings_of
 
 KEYS: dict[str, Key] = {
     **{key: entry for key, entry in SCHEMA.items() if not entry.internal},
@@ -220,6 +220,41 @@ def test_frequencies_and_counts(content: list[float], config: Callable[..., CfgN
     outline(config("fake_lt", "tiny_clip", "pretrained", "none", "target_prior", tmp_path / "mine.json"))
 
 
+@pytest.mark.parametrize("key", ["train_list", "test_list", "val_list", "classnames", "descriptors", "class_counts"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b""])
+def test_a_file_is_named_with_its_option(key: str, content: bytes | None, launch: Cli, data: Path) -> None:  # noqa: F811
+    if content is not None:
+        (data / "mine.x").write_bytes(content)
+    done = launch(f"{OWN} {key} mine.x", *(["prompt", "descriptor"] if key == "descriptors" else []))
+    one_line(done, key, "mine.x")
+
+
+def test_a_data_config_of_no_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, part in (
+        ("a" * 300, "does not exist"),
+        ("x\udcff", "UTF-8"),
+        ("x\n", "control characters"),
+        ("x\x00", "not"),
+    ):
+        path = f"{tmp_path}/{name}.yaml"
+        if len(name) < 10 and "\0" not in name:
+            os.close(os.open(path, os.O_CREAT))
+        assert main.main(["-d", path, "-m", "tiny_clip"]) == 2
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1
+    assert main.main(["-d", "fake_lt", "-m", "tiny_clip", "lr", "1", "\udcff" * 500]) == 2
+    assert "has no value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backbone", ["TinyCLIP", "IN21K-ViT-B/16", "ResNet-20"])
+def test_weights_are_named_with_their_option(backbone: str, launch: Cli, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(b"hello")
+    tuned = "init_head none adaptformer False"
+    one_line(
+        launch(f"-d fake_lt -m tiny_clip_peft {tuned} backbone {backbone} pretrained ./w.pt"), "pretrained", "w.pt"
+    )
+
+
 def test_one_class(launch: Cli, data: Path) -> None:  # noqa: F811
     for split in ("train", "test"):
         file = data / f"{split}.txt"
@@ -283,10 +318,15 @@ def test_weights_that_came_spoilt_are_not_blamed_on_the_learning_rate(
     ],
 )
 def test_crops_that_leave_much_out(mode: str, resolution: int, expand: int, told_so: bool) -> None:
-    text = warning(mode, resolution, expand)
-    assert (text is not None) == told_so
-    if text is not None:
-        assert warning(mode, resolution, int(text.split("or set expand ")[1].split(",")[0])) is None
+    texts = list(warnings_of(mode, resolution, expand, "lift"))
+    assert len(texts) == told_so
+    for text in texts:
+        assert not list(warnings_of(mode, resolution, int(text.split("or set expand ")[1].split(",")[0]), "lift"))
+
+
+def test_views_of_digits_in_the_mirror() -> None:
+    assert "fivecrop" in next(warnings_of("tencrop", 224, 24, "digits"))
+    assert not list(warnings_of("fivecrop", 224, 24, "digits"))
 
 
 def test_the_warning_stands_in_the_result(launch: Cli) -> None:

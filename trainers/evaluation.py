@@ -57,9 +57,10 @@ class Evaluation:
         check_ensemble(self.cfg)
         if self.cfg.target_prior is not None:
             check_target(self.cfg, self._info())
-        text = test_time.warning(self.cfg.tte_mode, self.cfg.resolution, self.cfg.expand) if self.cfg.tte else None
-        for each in (*self.plan.notes, *([text] if text else [])):
-            self.note(each, warn=True)
+        cfg = self.cfg
+        texts = test_time.warnings_of(cfg.tte_mode, cfg.resolution, cfg.expand, cfg.augment) if cfg.tte else ()
+        for text in (*self.plan.notes, *texts):
+            self.note(text, warn=True)
 
     def _info(self) -> DataInfo:
         """Facts of the data that the evaluated run was trained on."""

@@ -155,7 +155,7 @@ def _read_prior(cfg: CfgNode, num_classes: int, names: Sequence[str] | None) -> 
     content = read_json(file, "target_prior")
     if isinstance(content, dict):
         for strange in content.keys() - set(names or content):
-            raise unknown(f"class in {file}", strange, names or ())
+            raise unknown(f"class of target_prior in {file}", strange, names or ())
         missing = next((each for each in names or () if each not in content), None)
         if missing is not None:
             raise UserError(f"target_prior: {file} has no number for class '{missing}'")

@@ -150,7 +150,7 @@ def test_shapes_without_weights(name: str) -> None:
 def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) -> None:
     host, adapter = build(name)
     stir(host)
-    export_adapter(host, adapter, tmp_path)
+    export_adapter(host, adapter, tmp_path, "the network")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     torch.manual_seed(7)  # nothing of the file may depend on it
     loaded = peft.PeftModel.from_pretrained(fixture_net(), str(tmp_path)).eval()
@@ -181,7 +181,7 @@ def test_convolutions(name: str, tmp_path: Path) -> None:
     stir(host)
     host(images()).sum().backward()
     assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in trains(host).values())
-    export_adapter(host, adapter, tmp_path)
+    export_adapter(host, adapter, tmp_path, "the network")
     loaded = peft.PeftModel.from_pretrained(Conv().eval(), str(tmp_path)).eval()
     assert torch.allclose(loaded(images()), host(images()), atol=1e-6)
     if name == "OFT":  # peft 0.21 adds a merged rotation of a convolution to another place
@@ -299,7 +299,7 @@ def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
         both(images()).float().square().sum().backward()
         assert all(each.grad is not None for each in trains(both).values())
     with pytest.raises(UserError, match="export merged"):
-        export_adapter(both, adapter, tmp_path)
+        export_adapter(both, adapter, tmp_path, "the network")
 
 
 def test_a_tuner_that_takes_the_weights_below_as_frozen() -> None:

@@ -131,7 +131,7 @@ def run_all(stages: list[CfgNode]) -> int:
     if last.test_only or (last.resume and RunFolder(last).finished()):
         stages = [last]  # nothing is left to train
     if not (last.resume and RunFolder(last).finished()):
-        check_chain(stages)
+        check_chain(stages, here=True)
     for cfg in stages:
         RunFolder(cfg).check_owner()
     for cfg in stages:

@@ -29,7 +29,6 @@ __all__ = [
     "load_resolved",
     "lookup",
     "names",
-    "plain",
     "values_of",
 ]
 
@@ -62,9 +61,8 @@ def names(kind: str) -> dict[str, Path]:
 
 
 def describe(path: Path) -> str:
-    """The first comment line of a config file, for `--list`."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """The first line of a config file, a comment, for `--list`."""
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
 
 
 def load_configs(data: str, model: str, pairs: Sequence[str], declared: Declared | None = None) -> list[CfgNode]:
@@ -99,10 +97,8 @@ def load_resolved(path: Path, declared: Declared | None = None) -> CfgNode:
 
 
 def _schema(declared: Declared) -> dict[str, Key]:
-    schema = dict(SCHEMA)
-    for method, kind in declared.options.items():
-        schema.update(option_keys(method, kind))
-    return schema
+    own = (option_keys(method, kind) for method, kind in declared.options.items())
+    return {**SCHEMA, **{key: entry for keys in own for key, entry in keys.items()}}
 
 
 def _pair_up(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -232,23 +228,9 @@ def _parse(key: str, value: Any, schema: dict[str, Key], where: str) -> Any:
         raise UserError(f"{where}: {key} must be {error}, not '{shown(value)}'") from None
     if entry.choices and parsed not in entry.choices:
         raise UserError(f"{where}: {unknown(f'value of {key}', str(parsed), entry.choices)}")
-    for number in _numbers(parsed):
-        if entry.least is not None and number < entry.least:
-            raise UserError(f"{where}: {key} must be at least {plain(entry.least)}, not {plain(number)}")
-        if entry.most is not None and number > entry.most:
-            raise UserError(f"{where}: {key} must be at most {plain(entry.most)}, not {plain(number)}")
+    if problem := entry.beyond(parsed):
+        raise UserError(f"{where}: {key} must be {problem}")
     return parsed
-
-
-def _numbers(value: Any) -> list[float]:
-    """What bounds hold for: a number, or those in a list or mapping."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return [each for each in inside if isinstance(each, (int, float)) and not isinstance(each, bool)]
-
-
-def plain(number: float) -> str:
-    """A number as a user writes it: whole ones in full."""
-    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _freeze(values: Values) -> CfgNode:

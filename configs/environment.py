@@ -27,9 +27,10 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
             )
     rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     if rank >= max(world, 1) or world < 1:
+        size = environment.get("WORLD_SIZE", "unset")
         raise UserError(
-            f"the environment has RANK {rank} and WORLD_SIZE {environment.get('WORLD_SIZE', 'unset')}, which is no "
-            "launch: `unset RANK WORLD_SIZE`, or start several processes with accelerate launch"
+            f"the environment has RANK {rank} and WORLD_SIZE {size}, which is no launch: `unset RANK WORLD_SIZE`, "
+            "or start several processes with accelerate launch"
         )
     missing = [name for name in LAUNCHED if name not in environment]
     if missing and (world > 1 or "LOCAL_RANK" in environment):

@@ -46,8 +46,10 @@ def nearest(name: str, choices: Sequence[str], count: int, least: float = 0.55) 
 
 
 def shown(value: object) -> str:
-    """A value within a message: its text, shortened where a line could not hold it."""
+    """A value within a message: its text, control characters as escapes, shortened where a line could not hold it."""
     text = str(value)
+    if not text[: 2 * LONGEST].isprintable():
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]}… ({len(text):,} characters)"
 
 

@@ -29,6 +29,21 @@ class Key:
     data_wins: bool = False
     """A data config's value beats the model config's (digits must not be flipped, whatever the model prefers)."""
 
+    def beyond(self, value: Any) -> str | None:
+        """What a typed value had to be, `at most 64, not 65`, also each number of a list or mapping; None: it is."""
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for number in (each for each in inside if isinstance(each, (int, float))):
+            if self.least is not None and number < self.least:
+                return f"at least {plain(self.least)}, not {plain(number)}"
+            if self.most is not None and number > self.most:
+                return f"at most {plain(self.most)}, not {plain(number)}"
+        return None
+
+
+def plain(number: float) -> str:
+    """A number as a user writes it: whole ones in full."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
 
 TRAIN: Class = "train"
 TEST: Class = "test"

@@ -17,8 +17,8 @@ DEEPEST = 20
 """Levels of lists and mappings within one another."""
 MOST = 20_000
 """Values in all, those behind an alias counted wherever it stands."""
-DIGITS = 400
-"""Of a whole number; no option takes one of more than 19, and more than 4,300 Python does not read."""
+DIGITS = 4000
+"""Of a number; more than 4,300 Python does not read, and no option takes one of more than 19."""
 
 STANDARD = "tag:yaml.org,2002:"
 PLAIN = tuple(f"{STANDARD}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "value"))

@@ -52,7 +52,7 @@ def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
         UserError: unknown data set or augmentation, missing list, or options that do not fit the data.
     """
     for key in ("augment", "adapt_views"):  # so that a dry run refuses unknown names
-        train_transform(cfg[key], cfg.resolution, cfg.interpolation, f"{key} (an augmentation)")
+        train_transform(cfg[key], cfg.resolution, cfg.interpolation, key)
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg), counts)
 
 

@@ -1,11 +1,11 @@
 """Strings that describe each class, which `prompt descriptor` reads instead of the class names."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.errors import UserError
 from datasets.image_list import first_file
-from datasets.text_files import read_json
 
 PUBLISHED_AT = "https://github.com/shijxcs/LIFT, utils/descriptors_imagenet.json"
 
@@ -20,10 +20,10 @@ def class_descriptors(name: str, folders: Sequence[Path], class_names: Sequence[
     if file is None:
         tried = ", ".join(str((folder / name).absolute()) for folder in folders)
         raise UserError(f"descriptors: no file {tried}; ImageNet's is published at {PUBLISHED_AT}")
-    content = read_json(file, "descriptors")
     try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         found = {key.replace("_", " "): _strings(value) for key, value in content.items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"descriptors: {file} must be a JSON object, class name → list of strings") from None
     spoken = [each.replace("_", " ") for each in class_names]
     for each in spoken:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from yacs.config import CfgNode
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from datasets.imbalance import longtail_counts
 from datasets.published import is_published
 
@@ -77,7 +77,7 @@ def dirichlet_names(name: str, trials: int) -> list[str]:
     if not found:
         forms = f"{DIRICHLET}, {', '.join(dict.fromkeys(map(_component, every)))}"
         raise UserError(
-            f"test_dists: unknown distribution '{name}'; choices: {forms}, or one draw such as {every[-1]} "
+            f"test_dists: unknown distribution '{shown(name)}'; choices: {forms}, or one draw such as {every[-1]} "
             f"(dirichlet_trials {trials})"
         )
     return found

@@ -71,10 +71,8 @@ def _load_digits(cfg: CfgNode) -> Splits:
 
 
 def _fake_outline(cfg: CfgNode) -> Outline:
-    num_classes = cfg.num_classes or 10
+    num_classes = fake.check_classes(cfg.num_classes or 10)
     _check_built_in(cfg, num_classes)
-    if num_classes > fake.MOST_CLASSES:
-        raise UserError(f"num_classes {num_classes}: dataset Fake draws images of at most {fake.MOST_CLASSES} classes")
     return Outline(_placeholders(num_classes), [fake.TRAIN_PER_CLASS] * num_classes, HALF, HALF)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from configs.errors import UserError
 from configs.seeding import mix
 from datasets.sources import ArraySource
 
@@ -11,6 +12,13 @@ MOST_CLASSES = 1000
 SIDE = 32
 ODD_SIZES = {3: (32, 44), 5: (40, 32)}
 """Shapes (H, W) of a few images of every class, so that resizing is more than a copy."""
+
+
+def check_classes(num_classes: int) -> int:
+    """The number itself. Raises `UserError` where it is too large."""
+    if num_classes > MOST_CLASSES:
+        raise UserError(f"num_classes {num_classes}: dataset Fake draws images of at most {MOST_CLASSES} classes")
+    return num_classes
 
 
 def fake_sources(num_classes: int) -> tuple[ArraySource, ArraySource]:

@@ -114,8 +114,8 @@ class Chosen:
     """Paths of images that were not there then."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Path of an image that was left out → why."""
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    """How many images each split is without for that."""
+    left_out: int = 0
+    """How many images training is without for that."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.seeding import mix
 from datasets.bundle import DataInfo, Shift
 from datasets.dirichlet import DIRICHLET, Drawn, Pool, check_dirichlet, dirichlet_names, draw_test_sets, origin
@@ -114,7 +114,7 @@ def rule(name: str, factors: Mapping[str, float], key: str = "test_dists") -> Ca
         return partial(longtail_counts, imb_factor=1.0)
     found = re.fullmatch(r"([a-z]+)([1-9]\d{0,8})", name)
     if found is None or found[1] not in KINDS:
-        raise UserError(f"{key}: unknown distribution '{name}'; choices: {FORMS}")
+        raise UserError(f"{key}: unknown distribution '{shown(name)}'; choices: {FORMS}")
     factor, kind = factors.get(name, 1 / int(found[2])), KINDS[found[1]]
     return lambda largest, num_classes: kind(largest, num_classes, factor)
 

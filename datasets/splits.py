@@ -137,44 +137,40 @@ class UnreadableImages(UserError):
 def readable(cfg: CfgNode, chosen: Chosen, kept: Kept | None, names: Sequence[str]) -> Chosen:
     """The splits after one cheap look at every file: is it there, regular, and does it begin like an image?
 
-    With `on_bad_image skip` the images that cannot be read are left out, so that class counts and priors are of those
-    that can; each is decoded once for that, but for those that the run at hand has decoded before.
+    With `on_bad_image skip` training is without the images that cannot be read, so that class counts and priors are of
+    those that can; each is decoded once for that, but for those that the run at hand has decoded before. Test images
+    stay, because test distributions are made of their positions; the evaluation counts those that it cannot read.
 
     Args:
         names: of the classes, for messages.
 
     Raises:
-        UnreadableImages: there are some and they are not to be left out; or nothing else is there.
+        UnreadableImages: there are some and they are not to be left out; or a class has no other.
     """
     chosen, problems = look(chosen)
     if cfg.on_bad_image != "skip":
         if problems:
-            raise UnreadableImages({_where(chosen, path): why for path, why in problems.items()})
+            raise UnreadableImages(_placed(chosen, problems))
         return chosen
-    known = {} if kept is None else {path: size for each in kept.records.values() for path, size in each.lengths()}
-    problems |= _undecodable(chosen, problems.keys(), known)
+    train = chosen.splits["train"]
+    problems |= _undecodable(train, problems.keys(), _decoded(kept))
     found = without(chosen, problems)
-    for name, split in found.splits.items():
-        if not len(split.indices):
-            named = {_where(chosen, path): problems[path] for path in chosen.splits[name].paths()}
-            raise UnreadableImages(named, f"no {name} image is left; check `root`")
-    _check_classes(chosen, found, problems, names)
-    lost = {name: len(each.indices) - len(found.splits[name].indices) for name, each in chosen.splits.items()}
-    for name, count in lost.items():
-        if count:
-            total = len(chosen.splits[name].indices)
-            log.warning("warning: %d of %d %s images cannot be read and are left out", count, total, name)
+    left = found.splits["train"]
+    labels = train.source.labels[train.indices]
+    for label in np.setdiff1d(labels, left.source.labels[left.indices]):
+        own = {path for path, each in zip(train.paths(), labels, strict=True) if each == label}
+        named = {path: why for path, why in problems.items() if path in own}
+        raise UnreadableImages(_placed(chosen, named), f"class '{names[label]}' has no other training image")
+    for place, why in list(_placed(chosen, problems).items())[:FIRST]:
+        log.warning("warning: cannot read %s: %s", place, why)
+    if lost := len(train.indices) - len(left.indices):
+        log.warning("warning: %d of %d training images cannot be read and are left out", lost, len(train.indices))
     return replace(found, unreadable=problems, left_out=lost)
 
 
-def _check_classes(chosen: Chosen, left: Chosen, problems: Mapping[str, str], names: Sequence[str]) -> None:
-    """Refuse a class all of whose training images are unreadable."""
-    whole, rest = chosen.splits["train"], left.splits["train"]
-    labels = whole.source.labels[whole.indices]
-    for label in np.setdiff1d(labels, rest.source.labels[rest.indices]):
-        paths = (path for path, own in zip(whole.paths(), labels, strict=True) if own == label)
-        named = {_where(chosen, path): problems[path] for path in paths}
-        raise UnreadableImages(named, f"class '{names[label]}' has no other training image")
+def _decoded(kept: Kept | None) -> dict[str, int]:
+    """Path → size of the training images that the run has decoded."""
+    return {} if kept is None else dict(kept.records["train"].lengths())
 
 
 def look(chosen: Chosen, headers: bool = True) -> tuple[Chosen, dict[str, str]]:
@@ -193,13 +189,12 @@ def look(chosen: Chosen, headers: bool = True) -> tuple[Chosen, dict[str, str]]:
     return replace(chosen, splits=seen), problems
 
 
-def _undecodable(chosen: Chosen, bad: Collection[str], known: Mapping[str, int]) -> dict[str, str]:
+def _undecodable(split: Split, bad: Collection[str], known: Mapping[str, int]) -> dict[str, str]:
     """Path → why, of the images that cannot be decoded; those of `known` path and size have been."""
-    todo = []
-    for split in chosen.splits.values():
-        if isinstance(split.source, FileSource) and split.sizes is not None:
-            files = zip(split.paths(), split.sizes.tolist(), strict=True)
-            todo += [(split.source.root, path) for path, size in files if path not in bad and known.get(path) != size]
+    if not isinstance(split.source, FileSource) or split.sizes is None:
+        return {}
+    files = zip(split.paths(), split.sizes.tolist(), strict=True)
+    todo = [(split.source.root, path) for path, size in files if path not in bad and known.get(path) != size]
 
     def reason(item: tuple[Path, str]) -> str | None:
         try:
@@ -216,24 +211,22 @@ def _undecodable(chosen: Chosen, bad: Collection[str], known: Mapping[str, int])
 
 
 def without(chosen: Chosen, paths: Collection[str]) -> Chosen:
-    """The splits less some images."""
-    if not paths:
+    """The splits, training without some images."""
+    train = chosen.splits["train"]
+    if not paths or not isinstance(train.source, FileSource):
         return chosen
-    left = {
-        name: split.take(np.array([i for i, path in enumerate(split.paths()) if path not in paths], dtype=np.int64))
-        if isinstance(split.source, FileSource)
-        else split
-        for name, split in chosen.splits.items()
-    }
-    return replace(chosen, splits=left)
+    left = np.array([i for i, path in enumerate(train.paths()) if path not in paths], dtype=np.int64)
+    return replace(chosen, splits={**chosen.splits, "train": train.take(left)})
 
 
-def _where(chosen: Chosen, path: str) -> str:
-    """Where an image comes from, for people."""
+def _placed(chosen: Chosen, problems: Mapping[str, str]) -> dict[str, str]:
+    """Where an image comes from, for people → what is wrong with it."""
+    found = {}
     for split in chosen.splits.values():
-        if path in (paths := split.paths()):
-            return split.source.where(int(split.indices[paths.index(path)]))
-    return path
+        for index, path in zip(split.indices, split.paths(), strict=False):
+            if path in problems:
+                found[split.source.where(int(index))] = problems[path]
+    return found
 
 
 def records(cfg: CfgNode, chosen: Chosen, kept: Kept | None = None) -> dict[str, Record]:

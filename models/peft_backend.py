@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # it takes more than a second to import, so only who asks for
     from peft import PeftConfig, PeftModel
 
 
+MOST = 10**6
+"""The largest whole number in `peft_args` that is no seed: ranks and sizes, some of which are drawn at once."""
 ATTENTION = (
     "peft merges and unmerges the weights of nn.MultiheadAttention in every forward, which moves frozen bf16 weights "
     "by 2e-3 and computes their full gradient; choose other target_modules, or a timm backbone, whose qkv is one Linear"
@@ -87,6 +89,11 @@ def _config(kind: Kind, name: str, args: Mapping[str, Any]) -> "PeftConfig":
             raise unknown(f"field of {name} in peft_args", key, [each for each in names if each not in FIELDS])
         if key in FIELDS and value not in (None, "none"):
             raise UserError(f"peft_args {key} cannot be set here: {FIELDS[key]}")
+        if key == "target_modules" and value in ("", []):
+            raise UserError("peft_args target_modules is empty: name layers, or leave it out for the usual ones")
+        for number in _numbers(value):
+            if abs(number) > MOST and not key.endswith(("seed", "key")):
+                raise UserError(f"peft_args {key} is {number}, beyond {MOST:,}, which nothing needs; choose less")
     if args.get("init_lora_weights", True) not in INITS:
         raise UserError(
             f"peft_args init_lora_weights {args['init_lora_weights']} would alter the pre-trained weights or read the "
@@ -97,6 +104,12 @@ def _config(kind: Kind, name: str, args: Mapping[str, Any]) -> "PeftConfig":
         if kind.type == "ADALORA" and config.target_r >= config.init_r:
             raise ValueError(f"target_r {config.target_r} must be less than init_r {config.init_r}")
     return config
+
+
+def _numbers(value: Any) -> list[int]:
+    """The whole numbers of a field: one, or those within a list or mapping."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [each for each in inside if type(each) is int]
 
 
 def _aim(config: Any, host: Host, name: str, kind: Kind, partial: int | Sequence[int] | None) -> None:
@@ -132,7 +145,8 @@ def _aim(config: Any, host: Host, name: str, kind: Kind, partial: int | Sequence
             raise UserError(f"peft {name} on {key}: {ATTENTION}")
         if not isinstance(modules[key], types):
             hint = able if isinstance(modules[key], nn.Conv2d) else ""
-            raise UserError(f"peft {name} cannot act on {key}, a {type(modules[key]).__name__}{hint}")
+            kind_of = type(modules[key]).__name__
+            raise UserError(f"peft_args target_modules: peft {name} cannot act on {key}, a {kind_of}{hint}")
     config.target_modules = found
     if getattr(config, "feedforward_modules", None):  # IA3: layers whose input is scaled instead of the output
         outer = type(config)(target_modules=config.feedforward_modules, feedforward_modules=[])

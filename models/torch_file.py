@@ -81,8 +81,9 @@ def why(path: Path, error: Exception, keep: str = STATE) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     text = str(error).rpartition("WeightsUnpickler error:")[2].partition("In PyTorch 2.6")[0]  # torch's own advice
-    silent = "it claims more memory than there is" if isinstance(error, MemoryError) else "it ends too early"
-    reason = _printable(text.strip().split("\n", 1)[0][:120]) or silent
+    reason = _printable(text.strip().split("\n", 1)[0][:120]) or "it ends too early"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        reason = "it claims more memory than there is"
     return f"cannot be read ({reason}); it is damaged or no file of weights: copy it again from where it was made"
 
 

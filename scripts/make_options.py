@@ -12,8 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import plain, values  # noqa: E402
-from configs.key import RUNTIME, TEST, TRAIN, Key, option_keys  # noqa: E402
+from configs import values  # noqa: E402
+from configs.key import RUNTIME, TEST, TRAIN, Key, option_keys, plain  # noqa: E402
 from configs.schema import ALIASES, SCHEMA  # noqa: E402
 from datasets import DATASETS  # noqa: E402
 from datasets.samplers import SAMPLERS  # noqa: E402

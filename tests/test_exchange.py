@@ -364,7 +364,7 @@ def test_a_tuner_of_peft_merges_beside_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "host, names",
-    [(clip_vit, "lora"), (timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")],
+    [(timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")],  # test_literal.py has a CLIP's ViT
     ids=lambda each: getattr(each, "__name__", each),
 )
 def test_onnx_agrees_with_the_model(host: Callable[[], Any], names: str, tmp_path: Path) -> None:

@@ -2,21 +2,25 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Cli
+from PIL import Image
+from safetensors.torch import load_file
+from test_exchange import clip_vit, logits, subject, trained
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from configs.errors import UserError
 from datasets import build_info
 from models import build_model
-from trainers.exchange import load_foreign
+from trainers.exchange import export, load_foreign
 from trainers.exchange.foreign import Foreign
+from trainers.exchange.numbering import Numbering
 from trainers.exchange.ride import our_name
 from trainers.methods import Method, build_method
 
@@ -198,6 +202,80 @@ def test_other_files_are_refused(content: Any, config: Make, tmp_path: Path) -> 
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match="is no checkpoint that can be read here"):
         load_foreign(Foreign(tmp_path / "a.pth"), method(config, *CIFAR), (), None)
+
+
+# --- classes of iNaturalist ------------------------------------------------------------------------------------------
+
+SPECIES = ("Mus", "Apis", "Ursus", "Bufo", "Lynx", "Tyto", "Rosa", "Vipera", "Canis", "Esox")
+RANKS = [sorted(SPECIES).index(name) for name in SPECIES]
+
+
+def categories(folder: Path, names: Sequence[str] = SPECIES) -> Path:
+    taxa = {taxon: "x" for taxon in ("genus", "family", "order", "class", "phylum", "kingdom")}
+    (folder / "categories.json").write_text(json.dumps([{"id": k, "name": n, **taxa} for k, n in enumerate(names)]))
+    return folder
+
+
+@pytest.mark.parametrize("words, experts", [(CIFAR, 3), ((*CIFAR[:2], "classifier", "LinearClassifier"), 1)])
+def test_classes_by_category_id_are_put_into_the_order_of_names(
+    words: tuple[Any, ...], experts: int, config: Make, tmp_path: Path
+) -> None:
+    ours, other = (method(config, *words, experts=experts, seed=seed) for seed in (0, 1))
+    torch.save({"state_dict": original(ours)}, tmp_path / "a.pth")
+    file = Foreign(tmp_path / "a.pth")
+    report = load_foreign(file, other, (), None, Numbering("name", [categories(tmp_path)]))
+    assert "numbered by category id, are put into the order of label_field name" in report
+    with torch.no_grad():
+        by_id, by_name = ours.expert_logits(noise(32)), other.expert_logits(noise(32))
+        assert torch.allclose(by_name[:, :, RANKS], by_id, atol=1e-5) and not torch.allclose(by_name, by_id, atol=0.1)
+        report = load_foreign(file, other, (), None, Numbering("id", [tmp_path]))
+        assert torch.equal(other.expert_logits(noise(32)), by_id) and "category id" not in report
+    with pytest.raises(UserError, match="label_field kingdom joins species .* give `label_field id`"):
+        load_foreign(file, other, (), None, Numbering("kingdom", [tmp_path]))
+    with pytest.raises(UserError, match="label_field name joins species .* give `label_field id`"):
+        homonyms = categories(tmp_path, [*SPECIES[:9], "Mus"])
+        load_foreign(file, other, (), None, Numbering("name", [homonyms]))
+
+
+@pytest.mark.parametrize("head", ["CosineClassifier", "LinearClassifier"])
+def test_classes_of_lift_are_ranks_of_names(head: str, tmp_path: Path) -> None:
+    ours, other = (subject(clip_vit(), ["lora"], head) for _ in range(2))
+    export(trained(ours), "lift", tmp_path / "lift")
+    file = Foreign(tmp_path / "lift" / "checkpoint.pth.tar")
+    five = categories(tmp_path, SPECIES[:5])
+    ranks = [sorted(SPECIES[:5]).index(name) for name in SPECIES[:5]]
+    report = load_foreign(file, other.method, ["lora"], None, Numbering("id", [five]))
+    assert "numbered by name, are put into the order of label_field id" in report
+    assert torch.allclose(logits(other), logits(ours)[:, ranks], atol=1e-5)
+    for field in ("name", "genus"):  # LIFT has data sets of the taxa, too
+        report = load_foreign(file, other.method, ["lora"], None, Numbering(field, [five]))
+        assert torch.equal(logits(other), logits(ours)) and "numbered" not in report
+
+
+def test_both_numberings_of_the_data_give_one_result(config: Make, launch: Cli, tmp_path: Path) -> None:
+    """Lists of category ids, `label_field` name as `-d inat2018` has it, and id; a network of RIDE."""
+    lines = []
+    for k in range(20):
+        pixels = (noise(32)[k % 4].permute(1, 2, 0) * 40 + 10 * k).clamp(0, 255).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+        lines.append(f"{k}.png {k % 10}")
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    categories(tmp_path)
+    body = f"dataset: ImageList\nroot: {tmp_path}\ntrain_list: list.txt\ntest_list: list.txt\nlabel_field: name\n"
+    (tmp_path / "species.yaml").write_text(body)
+    torch.save({"state_dict": original(method(config, *CIFAR, name="ride"))}, tmp_path / "w.pth")
+    words = (
+        f"-d species.yaml -m resnet32_ride backbone ResNet-20 num_workers 0 test_only True model_dir {tmp_path}/w.pth"
+    )
+    found = {}
+    for field in ("name", "id"):
+        done = launch(words, "output_dir", field, "label_field", field, "augment cifar test_dists none resolution 32")
+        assert done.returncode == 0, done.stderr
+        (folder,) = Path("output", field, "tests").iterdir()
+        tensors = load_file(folder / "logits.safetensors")
+        found[field] = (tensors["logits"].float() + tensors["row_max"][..., None], tensors["labels"])
+    assert torch.equal(found["name"][1], torch.tensor(RANKS)[found["id"][1]])
+    assert torch.allclose(found["name"][0][:, :, RANKS], found["id"][0], atol=1e-2)  # stored in half precision
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_what_stands_beside_a_run_stays(launch: Cli) -> None:
 
 
 def test_a_later_stage_leaves_its_first_stage(launch: Cli) -> None:
-    words = f"{FAKE} method crt after tiny_clip after.pretrained none max_steps 1 output_dir run"
+    words = f"{FAKE} method crt after tiny_clip_peft after.pretrained none max_steps 1 output_dir run"
     assert launch(words).returncode == 0
     stage = everything(RUN / "stage1")
     assert launch(f"{words} resume False").returncode == 0
@@ -112,7 +112,7 @@ def test_a_later_stage_leaves_its_first_stage(launch: Cli) -> None:
 
 def test_a_later_stages_folder_is_looked_at_first(launch: Cli) -> None:
     put(RUN, "notes.txt")
-    words = f"{FAKE} method crt after tiny_clip after.pretrained none max_steps 1 output_dir run"
+    words = f"{FAKE} method crt after tiny_clip_peft after.pretrained none max_steps 1 output_dir run"
     one_line(launch(words), "output/run holds notes.txt")
     assert everything(RUN) == {"notes.txt": b"years"}
 

@@ -114,9 +114,8 @@ def test_a_state_that_was_not_taken_down_is_not_used(launch: Cli, unfinished: Pa
 def test_nothing_is_read_before_its_size_is_known(tmp_path: Path) -> None:
     """A header may ask for more than any memory; the file's size says so first."""
     marker = Manifest.new(tmp_path)
-    digests = write_folder(tmp_path / "checkpoint", {"a": torch.zeros(3)}, {})
     marker.own("checkpoint")
-    marker.seal(digests)
+    marker.seal(write_folder(tmp_path / "checkpoint", {"a": torch.zeros(3)}, {}))
     path = tmp_path / "checkpoint" / "tensors.safetensors"
     with path.open("r+b") as file:
         file.truncate(10**12)  # sparse

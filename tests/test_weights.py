@@ -1,21 +1,33 @@
 """Pre-trained weights: open_clip's features in our host, and the files that may and may not be opened."""
 
+import argparse
 import json
+import resource
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import Cli
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.seeding import seeded
+from models import TINY, build_model
 from models.backbone import Backbone
 from models.clip import Clip
+from models.timm_models import Timm
+from models.weights import read_state
+from tests.fuzz.weights import damaged_files
+from trainers.checkpoint import check_base, fingerprint
+from trainers.exchange.foreign import Foreign
 
 QUICK = {
     "embed_dim": 24,
@@ -224,3 +236,152 @@ def test_positions_are_resampled(tmp_path: Path, resolution: int) -> None:
     assert torch.allclose(other.net.pos_embed, wanted, atol=1e-6)
     with torch.no_grad():
         assert other(images(2, resolution)).isfinite().all()
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_beside_other_objects_are_named_with_the_way_to_convert_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many training scripts save them: beside the options of the command line, or as a whole network."""
+    monkeypatch.chdir(tmp_path)
+    linear = nn.Linear(2, 3)
+    options = argparse.Namespace(lr=0.1)
+    for content, held in (
+        ({"state_dict": linear.state_dict(), "args": options}, "holds argparse.Namespace"),
+        ({"model": linear.state_dict(), "args": options}, "holds argparse.Namespace"),
+        (linear, r"holds torch\.nn\.modules\.linear\.Linear"),
+    ):
+        for zipped in (True, False):
+            torch.save(content, "old.pth", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(UserError, match=held) as caught:
+                read_state(Path("old.pth"))
+            line = str(caught.value)
+            assert "complete" not in line and "\n" not in line
+            exec(line.partition('python -c "')[2].removesuffix('"'))  # by whoever trusts the file
+            found = read_state(Path("weights.pth"))
+            assert found.keys() == linear.state_dict().keys() and torch.equal(found["weight"], linear.weight)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "legacy.pt"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named(suffix: str, value: float, tmp_path: Path) -> None:
+    path = tmp_path / f"w.{suffix}"
+    state = {"a.weight": torch.ones(3), "b.weight": torch.tensor([1.0, value, 2.0, value])}
+    if suffix == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization="legacy" not in suffix)
+    with pytest.raises(UserError, match=rf"'{path}' is damaged: 2 of 4 values of 'b.weight' are not finite"):
+        read_state(path)
+    if suffix != "safetensors":
+        torch.save({"state_dict": {"conv1.weight": state["b.weight"]}}, path)
+        with pytest.raises(UserError, match="2 of 4 values of 'backbone.conv1.weight' are not finite"):
+            _ = Foreign(path).tensors
+
+
+def test_published_weights_that_are_damaged_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object, **__: object) -> nn.Module:
+        net = nn.Linear(2, 2)
+        net.weight.data[0, 1] = float("nan")
+        return net
+
+    def torn(*_: object, **__: object) -> nn.Module:
+        raise SafetensorError("incomplete metadata")
+
+    monkeypatch.setattr("models.timm_models.hub", nullcontext)
+    for create, message in ((damaged, "weights of test_vit.*1 of 4 values of 'weight'"), (torn, "cache of timm")):
+        monkeypatch.setattr("timm.create_model", create)
+        with pytest.raises(UserError, match=message):
+            Timm("test_vit").create(fetch=True)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(3.0)}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_state(tmp_path / "w.pt")["a"], torch.arange(3.0))
+
+
+def test_a_flipped_number_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.full((1000,), 0.5)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((2,), 0.5).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"checksum of its part '.*/data/0' is wrong"):
+        read_state(path)
+
+
+def test_damaged_files_end_in_one_line_within_seconds_and_little_memory(tmp_path: Path) -> None:
+    """Cut, flipped, blank, with sizes that nothing has, compressed, hostile: refused, or read as other weights."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for name, content in damaged_files(seed=11, count=350):
+        path = tmp_path / name
+        path.write_bytes(content)
+        for read in (read_state, lambda path: Foreign(path).tensors):
+            start = time.monotonic()
+            try:
+                found = read(path)
+                assert all(each.isfinite().all() for each in found.values() if each.is_floating_point())
+            except UserError as error:
+                assert str(path) in str(error) and str(error).isprintable()
+                refused += 1
+            assert time.monotonic() - start < 5, name
+        path.unlink()
+    assert refused > 500, "of 700"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "kilobytes"
+
+
+def test_the_corpus_is_a_function_of_its_seed() -> None:
+    first, again = (list(damaged_files(3, 60)) for _ in range(2))
+    same = [a == b for a, b in zip(first, again, strict=True)]  # pytest would print megabytes of a difference
+    assert all(same) and len(same) == 60 == len({name for name, _ in first})
+    others = list(damaged_files(4, 60))
+    assert any(a != b for a, b in zip(first, others, strict=True))
+
+
+# --- the base model ------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_names_the_text_tower_where_the_head_is_made_of_it(config: Any, tmp_path: Path) -> None:
+    """Another text tower or projection is another base model; for other heads it is none of their business."""
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in ("whole", "text", "projection", "image")}
+    for name, part in zip(files, (None, "token_embedding.weight", "visual.proj", "visual.ln_post.bias"), strict=True):
+        state = load_file(TINY / "weights.safetensors")
+        if part is not None:
+            state[part] = state[part] + 0.5
+        save_file(state, files[name])
+
+    def base(name: str, *words: str) -> str:
+        cfg = config("fake_lt", "tiny_clip", "pretrained", files[name], *words)
+        return fingerprint(build_model(cfg, [f"c{k}" for k in range(10)]))
+
+    text, others = {name: base(name) for name in files}, {name: base(name, "init_head", "class_mean") for name in files}
+    encoder, tower = text["whole"].split(".")
+    assert others["whole"] == encoder == others["text"] == others["projection"] != others["image"]
+    assert text["text"].split(".")[0] == encoder and len({text[name] for name in files}) == 4
+    assert base("whole", "zero_shot", "True", "adaptformer", "False") == f"{encoder}.{tower}"
+    facts = {"class_names": []}
+    for there, here in ((text["whole"], text["whole"]), (encoder, text["text"]), (text["text"], encoder)):
+        check_base(tmp_path, {**facts, "base": there}, here)  # an older checkpoint, and a head without text, have none
+    for here, message in (("text", "another text tower"), ("projection", "projection"), ("image", "base model")):
+        with pytest.raises(UserError, match=message):
+            check_base(tmp_path, {**facts, "base": text["whole"]}, text[here])
+
+
+def test_an_altered_text_tower_is_refused_where_it_is_used(launch: Cli, tmp_path: Path) -> None:
+    state = load_file(TINY / "weights.safetensors")
+    save_file(state, tmp_path / "w.safetensors")
+    words = f"-d fake_lt -m tiny_clip lora True max_steps 1 max_test_images 20 pretrained {tmp_path}/w.safetensors"
+    assert launch(words, "output_dir run").returncode == 0
+    save_file({**state, "token_embedding.weight": state["token_embedding.weight"] + 0.5}, tmp_path / "w.safetensors")
+    for more in ("ensemble wise", "ensemble gla"):
+        failed = launch(words, "output_dir run test_only True", more)
+        assert failed.returncode == 2 and "another text tower" in failed.stderr, more
+    failed = launch(words, "output_dir other test_only True model_dir run init_head class_mean ensemble gla")
+    assert failed.returncode == 2 and "another text tower" in failed.stderr, "that made the head which it joins"

@@ -1,5 +1,7 @@
 """`--dry-run`: everything is built on the meta device, so that every option is checked and nothing is read."""
 
+import os
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -64,13 +66,18 @@ KEPT_WITH_HEAD = ("classifier", "scale")
 """What no tensor says of a model that a later stage holds."""
 
 
-def check_chain(stages: Sequence[CfgNode]) -> list[Method]:
+def check_chain(stages: Sequence[CfgNode], here: bool = False) -> list[Method]:
     """Refuse stages that do not fit each other, before the first of them trains for hours; returns their outlines.
+
+    Args:
+        here: they are to run on this machine, so it must hold them.
 
     Raises:
         UserError: as `check` of each; or a stage that cannot go on from the one before.
     """
     methods = [outline(each) for each in stages]
+    for each in methods if here else ():
+        check_memory(each)
     for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
         method.fits(earlier)
         head = bool(method.held) and not method.drops_head()
@@ -81,6 +88,27 @@ def check_chain(stages: Sequence[CfgNode]) -> list[Method]:
                     f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"
                 )
     return methods
+
+
+def check_memory(method: Method) -> None:
+    """Refuse a model whose parameters alone, with gradient and momentum of what trains, exceed this machine's memory.
+
+    A wide head of very many classes, or a rank of a million, would end in an allocator's error, or in swapping.
+    """
+    parameters = list(method.parameters())
+    needed = sum(4 * each.numel() * (3 if each.requires_grad else 1) for each in parameters)
+    if needed > memory():
+        raise UserError(
+            f"the model has {sum(each.numel() for each in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "
+            f"to train, and this machine has {memory() / 1e9:,.1f}; choose a smaller backbone, num_classes, "
+            "num_experts, adapter_dim, vpt_len or peft_args"
+        )
+
+
+def memory() -> int:
+    """Bytes of this machine's main memory, where every model is built; without limit where the system does not say."""
+    known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
 
 
 def outline(cfg: CfgNode) -> Method:

@@ -65,9 +65,7 @@ def _finish(code: int, line: str) -> NoReturn:
         signal.signal(each, signal.SIG_IGN)
     _flush()
     if line and not ranks.say_last(line):
-        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-        with suppress(OSError):  # the terminal may be gone
-            os.write(2, f"{line}\n".encode(encoding, "backslashreplace"))  # print may be what was interrupted
+        ranks.write(line)  # print may be what was interrupted
     if sys.gettrace() or sys.getprofile():  # a debugger or profiler reports at exit
         sys.exit(code)
     os._exit(code)

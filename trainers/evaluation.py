@@ -57,8 +57,9 @@ class Evaluation:
         check_ensemble(self.cfg)
         if self.cfg.target_prior is not None:
             check_target(self.cfg, self._info())
-        for text in self.plan.notes:
-            self.note(text, warn=True)
+        text = test_time.warning(self.cfg.tte_mode, self.cfg.resolution, self.cfg.expand) if self.cfg.tte else None
+        for each in (*self.plan.notes, *([text] if text else [])):
+            self.note(each, warn=True)
 
     def _info(self) -> DataInfo:
         """Facts of the data that the evaluated run was trained on."""
@@ -197,7 +198,7 @@ class Evaluation:
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
             )
-        return replace(found, left_out=data.chosen.left_out.get(split, 0))
+        return replace(found, left_out=data.chosen.left_out if split == "train" else 0)
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""

@@ -1,14 +1,11 @@
 """The run folder: `output/<name>/`, whose it is, its lock, its config, and what of it is finished."""
 
 import logging
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from configs import CfgNode, config_hash, load_resolved, values_of
 from configs.errors import UserError
@@ -17,9 +14,10 @@ from configs.schema import SCHEMA
 from datasets.identity import Chosen, Kept, Record, parse_splits, split_files
 from trainers.exchange.foreign import FILE, Foreign
 from trainers.files import FACTS as FACTS_FILE
-from trainers.files import Damaged, Digest, write_bytes
-from trainers.manifest import LOCK, MARKER, Manifest, is_run, read_bytes, read_json
+from trainers.files import Damaged, write_bytes
+from trainers.manifest import MARKER, Manifest, read_bytes, read_json
 from trainers.methods import declared
+from trainers.ownership import OwnedFolder
 
 OUTPUT = Path("output")
 FACTS = Path("checkpoint") / FACTS_FILE
@@ -33,7 +31,7 @@ RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors")
 log = logging.getLogger("tailtune")
 
 
-class RunFolder:
+class RunFolder(OwnedFolder):
     """Paths of a run and the decisions that depend on what they hold.
 
     The folder is a run's if `tailtune.json` says so (trainers/manifest.py); only what that lists is ever changed.
@@ -41,7 +39,7 @@ class RunFolder:
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
-        self.path = OUTPUT / (cfg.output_dir or cfg.run_name)
+        super().__init__(OUTPUT / (cfg.output_dir or cfg.run_name))
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.json"
         self.checkpoint = self.path / "checkpoint"
@@ -51,8 +49,7 @@ class RunFolder:
         found = self._own() if cfg.model_dir is None else _existing(cfg.model_dir)
         self.source, self.foreign = found
         """Whose checkpoint is evaluated; the file, if it is of other people's code."""
-        self._created = self._begun = False
-        self._manifest: Manifest | None = None
+        self.adopts = self.foreign is not None
 
     def _own(self) -> tuple[Path, Foreign | None]:
         """A command that tests what LIFT has trained under the same name finds it here."""
@@ -77,88 +74,6 @@ class RunFolder:
         """Where the checkpoint is, in words."""
         return str(self.foreign.path if self.foreign else self.source)
 
-    # --- whose folder it is --------------------------------------------------------------------------------------
-
-    def hold(self, lock: FileLock) -> None:
-        """Keep a second launch out of the folder; the system drops the lock with the process. Nothing else is written.
-
-        Raises:
-            UserError: another process holds it, the folder is not a run's, or it cannot be made.
-        """
-        try:
-            self._marker()  # before a lock is put into a folder of somebody else
-            self._created = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"{self.path} is in use by another launch; wait for it or choose another output_dir"
-            ) from None
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
-        self._manifest = None  # read again: another launch may have ended meanwhile
-
-    def check_owner(self) -> None:
-        """Raise a `UserError` if the folder is not a run's; before the run before it trains for hours."""
-        self._marker()
-
-    @property
-    def manifest(self) -> Manifest:
-        """The run's marker, new where no run has begun here."""
-        if self._manifest is None:
-            self._manifest = self._marker() or Manifest.new(self.path)
-        return self._manifest
-
-    def _marker(self) -> Manifest | None:
-        """The run's marker; None where no run has begun here. Raises `UserError` where something else is."""
-        found = Manifest.read(self.path)
-        if found is None and self.path.is_dir() and self.foreign is None:
-            strange = sorted(each.name for each in self.path.iterdir() if not self._harmless(each))
-            if strange:
-                older = " (a run of an earlier version can be evaluated: `test_only True model_dir …`)"
-                raise UserError(
-                    f"{self.path} holds {', '.join(strange[:3])} and no {MARKER}, so nothing in it is known to be a "
-                    f"run's; choose another output_dir, or move it away{older if 'config.yaml' in strange else ''}"
-                )
-        return found
-
-    @staticmethod
-    def _harmless(entry: Path) -> bool:
-        """What may stand in a folder before a run begins: the lock, a write that was cut off, other runs."""
-        return entry.name in (LOCK, f".{MARKER}.tmp") or (entry.is_dir() and is_run(entry))
-
-    def check_free(self, *names: str) -> None:
-        """Refuse to write over what this run has not made; before anything is written."""
-        self.manifest.check_free(*names)
-
-    def own(self, *names: str) -> None:
-        """Say that these entries are about to be made by this run."""
-        self._begun = self._begun or not (self.path / MARKER).exists()
-        self.manifest.own(*names)
-
-    def log_file(self) -> Path:
-        """Where the log goes; LIFT's own folders have a `log.txt` of theirs."""
-        log_file = self.path / "log.txt"
-        if log_file.exists() and log_file.name not in self.manifest.made:
-            return self.path / "tests" / "log.txt"
-        self.own(log_file.name)
-        return log_file
-
-    def withdraw(self) -> None:
-        """Take away what this launch has begun, where it is worth nothing, so that the corrected command is not told
-        of another run here."""
-        if self._begun and self.empty():
-            for name in (*self.manifest.made, MARKER):
-                entry = self.path / name
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink(missing_ok=True)
-        if self._created or self._begun:
-            (self.path / LOCK).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
-
     # --- a run that begins ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -176,34 +91,18 @@ class RunFolder:
     def claim(self, trains: bool) -> None:
         """Make the folder this run's: move a run that is started over aside, write the config of one that trains."""
         if not self.cfg.resume and not self.cfg.test_only and not self.empty():
-            self._move_aside()
+            self.move_aside()
         self.own(*((*TRAINING, *RESULTS) if trains else ("tests",)))
         if trains or (self.metrics.exists() and not self.manifest.intact(self.config)):
             values = values_of(self.cfg, TRAIN, TEST) | {key: self.cfg[key] for key in OWN_RUNTIME}
             # An unfinished run is evaluated as the last command says.
             self.seal({self.config: write_bytes(self.config, yaml.safe_dump(values, sort_keys=False).encode())})
 
-    def _move_aside(self) -> None:
-        """Move what the run has made to `<name>.previous-<n>`, its marker last; what others put here stays."""
-        number = 1
-        while os.path.lexists(aside := self.path.with_name(f"{self.path.name}.previous-{number}")):
-            number += 1
-        aside.mkdir()
-        for name in (*self.manifest.made, MARKER):
-            if os.path.lexists(self.path / name):
-                (self.path / name).rename(aside / name)
-        log.info("the run that was here is now in %s", aside)
-        self._manifest = Manifest.new(self.path)
-
     def keep_splits(self, records: Mapping[str, Record], chosen: Chosen) -> None:
         """Write down which images each split has."""
         files = split_files(records, chosen.unused, chosen.unreadable)
         digests = {self.splits / name: write_bytes(self.splits / name, content) for name, content in files.items()}
         self.seal(digests)
-
-    def seal(self, digests: dict[Path, Digest], gone: Sequence[Path] = ()) -> None:
-        """Take down the checksums of files that have been written; those below `gone` are about to be removed."""
-        self.manifest.seal(digests, gone)
 
     def empty(self) -> bool:
         """Whether nothing is here that cost anything: neither a state nor a result."""

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from trainers.ranks import IMPATIENT
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, a polite kill, a terminal that is gone."""
-IMPATIENT = 1.0
-"""Seconds after which a second signal means: at once. A launcher and its scheduler send the first one twice."""
 
 ASK_AFTER, MOST_STEPS = 2.0, 50
 """Several processes ask each other whether to stop after about so many seconds, but at most so many steps.

@@ -1,7 +1,10 @@
 """Processes and devices of a run: what Accelerate is asked for."""
 
+import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -46,9 +49,28 @@ def uses_cuda() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
 
 
+PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+"""What a launcher tells each process of its place, besides where the first one is to be found."""
+
+
 def world_size() -> int:
-    """Processes of this launch, known before Accelerate is asked."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Processes of this launch, known before Accelerate is asked.
+
+    Raises:
+        UserError: the environment has a part of what a launcher sets, from an earlier launch or a script.
+    """
+    for name in PLACES:
+        if not os.environ.get(name, "1").isdigit():
+            raise UserError(f"the environment says {name}={os.environ[name]}, which is no number: unset it")
+    found = int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if (found > 1 or "LOCAL_RANK" in os.environ) and missing:
+        there = ", ".join(f"{name}={os.environ[name]}" for name in PLACES if name in os.environ)
+        raise UserError(
+            f"the environment says {there}, as a launcher does, but not {missing[0]}: unset {', '.join(PLACES)}, or "
+            "start the processes with accelerate launch"
+        )
+    return found
 
 
 def launched_alone() -> bool:
@@ -58,6 +80,10 @@ def launched_alone() -> bool:
 
 PATIENCE = timedelta(hours=3)
 """How long processes wait for the first one, which alone computes what is made of all logits."""
+LATE = 30.0
+"""Seconds after which a process says that it waits for others."""
+
+log = logging.getLogger("tailtune")
 
 
 def make_accelerator(cfg: CfgNode) -> Accelerator:
@@ -69,7 +95,17 @@ def make_accelerator(cfg: CfgNode) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{cfg.gpu}"
         torch.cuda.set_device(cfg.gpu)  # Accelerate leaves the current device alone then
     AcceleratorState._reset_state()  # the stages of a chain may differ in precision, which it would refuse
-    accelerator = Accelerator(
+    with _said_when_late():
+        accelerator = _accelerator(cfg, cuda)
+    torch.backends.cudnn.deterministic = cfg.deterministic
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+    # Dropout draws from the global generators, in each process for images of its own; nothing else of ours does.
+    set_seed(cfg.seed % 2**31, device_specific=True)
+    return accelerator
+
+
+def _accelerator(cfg: CfgNode, cuda: bool) -> Accelerator:
+    return Accelerator(
         cpu=not cuda,  # without it Accelerate overlooks the other processes of a CPU launch
         gradient_accumulation_steps=1,
         mixed_precision="fp16" if PRECISIONS[precision_used(cfg.prec, cuda)].scaled else "no",
@@ -79,11 +115,21 @@ def make_accelerator(cfg: CfgNode) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    torch.backends.cudnn.deterministic = cfg.deterministic
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    # Dropout draws from the global generators, in each process for images of its own; nothing else of ours does.
-    set_seed(cfg.seed % 2**31, device_specific=True)
-    return accelerator
+
+
+@contextmanager
+def _said_when_late() -> Iterator[None]:
+    """Say what is waited for, where the other processes of the launch do not come."""
+    count, where = world_size(), ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text = f"warning: waiting for the other processes of {count} (WORLD_SIZE) at {where}; unset {', '.join(PLACES)} "
+    late = threading.Timer(LATE, log.warning, [f"{text}if there are none"])
+    late.daemon = True
+    if count > 1:
+        late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
 
 
 @torch.no_grad()

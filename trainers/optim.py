@@ -171,6 +171,13 @@ def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int) -> float:
     return lr
 
 
+def check_frozen(module: nn.Module) -> None:
+    """Raise a `UserError` for weights that are not finite and do not train: no step has made them so."""
+    for name, each in module.named_parameters():
+        if not each.requires_grad and not each.isfinite().all():
+            raise UserError(f"the weights that `pretrained` names are not finite ({name}); get them again")
+
+
 def cast_trainable(module: nn.Module, dtype: torch.dtype) -> None:
     """What trains into the dtype of its precision, and what peft multiplies it with."""
     trains = [each for each in module.parameters() if each.requires_grad]

@@ -30,7 +30,7 @@ from trainers.metrics import evaluate
 
 ENTRY = "target_prior"
 """Its key in an entry of `distributions`."""
-TOLERANCE = 1e-3
+TOLERANCE = 0.01
 """How far the sum of frequencies may be from 1, as it is where each is rounded."""
 LARGEST = 1e15
 """Of a number in a file of frequencies or counts; sums of such are exact enough."""

@@ -6,6 +6,7 @@ end silently. Linux only; elsewhere each process speaks for itself, at once.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -19,6 +20,8 @@ GRACE = 25.0
 """Seconds from a signal to the end of a process, less than a launcher waits (30) before it kills."""
 NOTICE = 3.0
 """Seconds from a signal after which a process that waits for a dead one ends."""
+IMPATIENT = 1.0
+"""Seconds after which a second signal means: at once. A launcher and its scheduler send the first one twice."""
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 MODULES = ("accelerate.commands", "torch.distributed")
 """Programs, and beginnings of modules (`python -m`), that are a launcher."""
@@ -41,6 +44,8 @@ _launches: list[Launch] = []
 
 def begin() -> None:
     """Find out whether a launcher has started this process; if so, end when the launcher ends."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _watch()
     if sys.platform != "linux" or not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         return
     import psutil  # Accelerate needs it too; here, because most processes do not
@@ -54,7 +59,7 @@ def begin() -> None:
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
         address = f"\0tailtune-{os.getuid()}-{parent.pid}-{started}"
         _launches.append(Launch(parent.pid, address, int(processes) if processes.isdigit() else 1))
-        _watch(parent.pid)
+        threading.Thread(target=_outlive, args=(parent.pid,), daemon=True).start()
 
 
 def launched() -> bool:
@@ -104,7 +109,7 @@ def say_last(line: str) -> bool:
     except OSError:
         return True
     if launch.pid == 1 or "SLURM_JOB_ID" in os.environ:  # with such a launcher everything else ends, too
-        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+        write(line)
     program = Path(__file__).with_name("last_line.py")
     command = [sys.executable, "-I", "-S", str(program), str(launch.pid), line]
     quiet = subprocess.DEVNULL
@@ -112,28 +117,41 @@ def say_last(line: str) -> bool:
     return True
 
 
-def _watch(parent: int) -> None:
-    """In a thread, because the main one may be in a library that waits for a process that is dead."""
+def write(line: str) -> None:
+    """Print on standard error where that may just be in use, as within the answer to a signal."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{line}\n".encode(encoding, "backslashreplace"))
+
+
+def _outlive(launcher: int) -> None:
+    """Ask this process to end when the launcher has ended."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _watch() -> None:
+    """See to it that this process ends when asked, also while it waits, in a library, for one that is dead."""
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    threading.Thread(target=_wait_for_the_end, args=(parent, reads), daemon=True).start()
+    threading.Thread(target=_answer, args=(reads,), daemon=True).start()
 
 
-def _wait_for_the_end(parent: int, reads: int) -> None:
-    """Ask this process to end when the launcher has; see to it that it does when asked."""
-    import select
-
-    asked: float | None = None
+def _answer(reads: int) -> None:
+    """End this process where Python's own handlers of signals have not."""
+    asked: list[float] = []
     while True:
-        if select.select([reads], [], [], 1.0)[0] and set(os.read(reads, 4096)) & {signal.SIGINT, signal.SIGTERM}:
-            asked = asked or time.monotonic()
-        if os.getppid() != parent and asked is None:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if asked is None:
+        numbers = os.read(reads, 4096) if select.select([reads], [], [], 0.5)[0] else b""
+        now = time.monotonic()
+        if {signal.SIGINT, signal.SIGTERM} & set(numbers) and (not asked or now - asked[-1] > IMPATIENT):
+            asked.append(now)
+        if not asked:
             continue
-        waited = time.monotonic() - asked
-        lost = waited > NOTICE and one_is_lost()
-        if lost or waited > GRACE:
-            say_last(LOST if lost else "interrupted")
+        lost = now - asked[0] > NOTICE and one_is_lost()
+        if lost or now - asked[0] > GRACE or (len(asked) > 1 and now - asked[1] > IMPATIENT):
+            line = LOST if lost else "interrupted"
+            if not say_last(line):
+                write(line)
             os._exit(130)

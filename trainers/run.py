@@ -65,6 +65,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
     except UserError as error:
         if accelerator.is_main_process and isinstance(error, UnreadableImages):
             error = _listed(cfg, error)
+        detach_file()
         if lock.is_locked:
             folder.withdraw()
         raise error

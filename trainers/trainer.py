@@ -31,7 +31,7 @@ from trainers.interrupt import Agreement, Interrupt, Interrupted
 from trainers.launch import share_statistics, to_device
 from trainers.meters import Meters
 from trainers.methods.base import Batch, Method, Step
-from trainers.optim import Plan, build_optimizer, set_lr
+from trainers.optim import Plan, build_optimizer, check_frozen, set_lr
 from trainers.progress import Progress
 from trainers.report import TrainReport
 
@@ -178,6 +178,7 @@ class Trainer:
             trains = (each for each in run.method.parameters() if each.requires_grad)
             finite = finite & torch.stack([each.isfinite().all() for each in trains]).all()
         if not bool(finite):
+            check_frozen(run.method)
             raise UserError(
                 f"loss or weights are not finite after step {run.report.steps}; lower lr, or use prec bf16 or fp32. "
                 "The last good state is kept"

@@ -3,8 +3,10 @@
 import io
 import json
 import random
+import re
 import zipfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -15,7 +17,8 @@ Damage = Callable[[random.Random, bytes], bytes]
 
 LIMITS = (2**31 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
 """Sizes that no small file has."""
-BOMB = 64 * 2**20
+NUMBERS = 111
+BOMB = 16 * 2**20
 """Bytes that a compressed part unpacks to; what opens it takes them, whatever the file's own size."""
 
 
@@ -25,11 +28,10 @@ def damaged_files(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
     Some are still files of weights, of other values; none may do anything worse than be refused in one line.
     """
     rng = random.Random(seed)
-    good = list(_good())
-    for index, (name, content) in enumerate(_hostile()):
-        if index < count:
-            yield f"hostile-{index}-{name}", content
-    for index in range(len(list(_hostile())), count):
+    good, hostile = list(_good()), list(_hostile())
+    for index, (name, content) in enumerate(hostile[:count]):
+        yield f"hostile-{index}-{name}", content
+    for index in range(len(hostile), count):
         name, content = rng.choice(good)
         kinds = [*DAMAGES, *([_inside] if content.startswith(b"PK") else [])]
         damage = rng.choice(kinds)
@@ -49,12 +51,29 @@ def _states() -> dict[str, object]:
 
 def _good() -> Iterator[tuple[str, bytes]]:
     for name, content in _states().items():
-        for kind, zipped in (("zip.pth", True), ("legacy.pth", False)):
-            file = io.BytesIO()
-            torch.save(content, file, _use_new_zipfile_serialization=zipped)
-            yield f"{name}-{kind}", file.getvalue()
+        yield f"{name}-zip.pth", _saved(content)
+        # Old files have tensors in the order of their addresses, which is not the same twice; so all are in one.
+        flat = _in_one(content, torch.randn(NUMBERS, generator=torch.Generator().manual_seed(1)))
+        yield f"{name}-legacy.pth", _without_addresses(_saved(flat, _use_new_zipfile_serialization=False))
         if name == "plain":
             yield "plain.safetensors", save(content)  # type: ignore[arg-type]
+
+
+def _saved(content: object, **named: bool) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **named)
+    return file.getvalue()
+
+
+def _in_one(content: Any, numbers: Tensor) -> Any:
+    """The same names and shapes, as views of some numbers."""
+    if isinstance(content, dict):
+        return {name: _in_one(each, numbers) for name, each in content.items()}
+    return numbers[: content.numel()].view(content.shape) if isinstance(content, Tensor) else content
+
+
+def _without_addresses(content: bytes) -> bytes:
+    return re.sub(rb"X.\0\0\0\d{9,}", b"X\1\0\0\x000", content)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -122,7 +141,9 @@ def _zipped(parts: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> b
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in parts.items():
-            archive.writestr(name, content)
+            about = zipfile.ZipInfo(name)  # without the time
+            about.compress_type = compression
+            archive.writestr(about, content)
     return file.getvalue()
 
 
@@ -134,11 +155,16 @@ def _hostile() -> Iterator[tuple[str, bytes]]:
     yield from (("empty", b""), ("zeros.pth", bytes(5000)), ("text.pth", b"<html>404 Not Found</html>\n"))
     for size in LIMITS:
         yield "length.safetensors", size.to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1]'
-    many = {f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(100_000)}
+    many = ",".join(f'"t{k}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for k in range(90_000))
     claims = [{"a": {"dtype": "F32", "shape": [2**k], "data_offsets": [0, 2 ** (k + 2)]}} for k in (20, 40, 61, 62)]
-    for header in (many, *claims, {"a": {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 4]}}):
-        text = json.dumps(header).encode()
-        yield "header.safetensors", len(text).to_bytes(8, "little") + text + bytes(64)
+    for header in (*claims, {"a": {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 4]}}):
+        yield "header.safetensors", _headed(json.dumps(header))
+    yield "many.safetensors", _headed(f"{{{many}}}")
+
+
+def _headed(header: str) -> bytes:
+    """A file of safetensors with a header and 64 bytes of numbers."""
+    return len(header).to_bytes(8, "little") + header.encode() + bytes(64)
 
 
 def _bombs() -> Iterator[tuple[str, bytes]]:
@@ -149,7 +175,7 @@ def _bombs() -> Iterator[tuple[str, bytes]]:
     yield "compressed.pth", _zipped({**parts, data: bytes(BOMB)}, zipfile.ZIP_DEFLATED)
     yield "missing.pth", _zipped({name: each for name, each in parts.items() if name != data})
     yield "short.pth", _zipped({**parts, data: parts[data][:8]})
-    for number in LIMITS[:4]:  # the sizes of a tensor and of what holds it; 108 numbers are the first's
+    for number in LIMITS[:4]:  # of a tensor, and of what holds it: 108 numbers, or all of an old file
         for name in ("plain-zip.pth", "plain-legacy.pth"):
             content = files[name]
             long = b"\x8a\x09" + number.to_bytes(9, "little")
@@ -158,5 +184,5 @@ def _bombs() -> Iterator[tuple[str, bytes]]:
                 yield name, _zipped({**parts, pickled: parts[pickled].replace(b"Kl", long)})
                 yield name, _zipped({**parts, pickled: parts[pickled].replace(b"(K\x04K\x03", b"(" + long + b"K\x03")})
             else:
-                yield name, content.replace(b"Kl", long)
+                yield name, content.replace(b"K%c" % NUMBERS, long)
                 yield name, content.replace(b"(K\x04K\x03", b"(" + long + b"K\x03")

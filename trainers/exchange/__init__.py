@@ -20,7 +20,7 @@ __all__ = ["EXPORTS", "Export", "Subject", "export", "load_foreign"]
 @dataclass(frozen=True)
 class Export:
     """check: raises a `UserError` for a model that the format cannot hold; it may be on the meta device.
-    write: fills a folder and returns what is to be known of it.
+    write: fills a folder and returns what is to be known of it, `how_to_load` at least; docs/exports.md has the fields.
     """
 
     check: Callable[[Subject], None]

@@ -10,6 +10,7 @@ from tests.fuzz.bench import SHORT, TINY, Bench
 from tests.fuzz.promises import PASSING, Finding, broken, lost, snapshot
 
 RUN = [*TINY, *SHORT, "output_dir", "run"]
+TWO_STAGES = ["-d", "fake_lt", "-m", "tiny_clip_h2t", *RUN[4:]]
 OURS = (
     *(
         "config.yaml",
@@ -34,6 +35,8 @@ OURS = (
 )
 """What a run calls its files, and what may lie in its folders."""
 NAMES = (*OURS, "notes.md", "src/main.py", "results.csv", "0.png")
+LATE = "a learning rate without numbers"
+"""Refused in the first step, when a finished run has been moved aside if `resume False` asked for that."""
 REFUSED: Mapping[str, list[str]] = {
     "an unknown option": ["lrr", "1"],
     "a value of another kind": ["lr", "fast"],
@@ -43,11 +46,11 @@ REFUSED: Mapping[str, list[str]] = {
     "other options": ["lr", "0.123"],
     "nothing trained": ["test_only", "True", "model_dir", "nowhere"],
     "an export that does not fit": ["export", "peft"],
-    "a learning rate without numbers": ["lr", "1e30"],
+    LATE: ["lr", "1e30"],
 }
 ACCEPTED: Mapping[str, list[str]] = {
     "a good command": [],
-    "two stages": ["-m", "tiny_clip_h2t"],
+    "two stages": [],
     "test_only": ["test_only", "True"],
     "a further evaluation": ["few_below", "9"],
     "an export": ["export", "lift"],
@@ -70,33 +73,32 @@ def _case(bench: Bench, folder: Path, of_ours: bool) -> Finding | None:
     mine = put_files(folder / "output" / "run", rng, whole=not of_ours)
     _broken_image(folder / "images")
     what = rng.choice([*REFUSED, *ACCEPTED])
-    words = [*RUN, *(REFUSED | ACCEPTED)[what], *rng.choice([[], ["resume", "False"]])]
-    if "-m" in words[4:]:
-        words = ["-d", "fake_lt", *words[-2 - ("resume" in words) * 2 :], *TINY[4:], *SHORT, "output_dir", "run"]
+    base = TWO_STAGES if what == "two stages" else RUN
+    words = [*base, *(REFUSED | ACCEPTED)[what], *rng.choice([[], ["resume", "False"]])]
     kind = "a finished run" if of_ours else "a folder of the user's"
     story = f"{kind} with {', '.join(mine)}, {what}"
     files = {name: digest for name, digest in snapshot(folder / "output" / "run").items() if name in mine}
-    before = snapshot(folder, PASSING if of_ours else ())
+    passing = PASSING if of_ours else ()
+    before = snapshot(folder / "output" / "run", passing)
     outcome = bench.run(words, folder)
-    found = broken(outcome, story) or moved_or_kept(files, folder / "output", f"{story}: {outcome.command}")
-    if found:
-        return found
-    if outcome.code == 2 and (changed := _difference(before, snapshot(folder, PASSING if of_ours else ()))):
-        return Finding("a", f"a refused command changes {kind}", f"{story}: {outcome.command}", str(changed[:10]))
+    command = f"{story}: {outcome.command}"
+    found = broken(outcome, story) or moved_or_kept(files, folder / "output", command)
+    if found or (what == LATE and of_ours):
+        return found or moved_or_kept(before, folder / "output", command)
+    if outcome.code == 2 and (changed := _difference(before, snapshot(folder / "output" / "run", passing))):
+        return Finding("a", f"a refused command changes {kind}", command, str(changed[:10]))
     if outcome.code == 0 and not of_ours:
-        return Finding("a", "runs in a folder that is the user's", f"{story}: {outcome.command}", outcome.stdout[-500:])
+        return Finding("a", "runs in a folder that is the user's", command, outcome.stdout[-500:])
     return None
 
 
 def put_files(run: Path, rng: Random, whole: bool) -> list[str]:
     """Files of the user's, of any content; where `whole` is not set, only such as the run there has not itself."""
-    taken = {each.name for each in run.iterdir()} if run.exists() else set()
-    own = {"log.txt", ".lock", "tailtune.json"} | {name for name in NAMES if (run / name).exists()}
-    chosen = [name for name in rng.sample(rng.choice((OURS, NAMES)), rng.randint(1, 4)) if whole or name not in own]
+    chosen = rng.sample(rng.choice((OURS, NAMES)), rng.randint(1, 4))
     if not whole:
-        chosen = [name for name in chosen if name.partition("/")[0] not in taken - {"tests", "tensorboard"}] or [
-            "notes.md"
-        ]
+        taken = {each.name for each in run.iterdir()} - {"tests", "tensorboard"} | {"log.txt", ".lock"}
+        free = [name for name in chosen if name.partition("/")[0] not in taken and not (run / name).exists()]
+        chosen = free or ["notes.md"]
     for name in chosen:
         path = run / name
         path.parent.mkdir(parents=True, exist_ok=True)

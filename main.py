@@ -83,12 +83,8 @@ def verdict(error: BaseException, interrupted: str = "interrupted") -> tuple[int
         return 130, interrupted
     if isinstance(error, Interrupted):
         return 130, "interrupted; the same command continues"
-    if isinstance(error, RuntimeError):  # torch is there, then
-        from datasets.loading import clean_worker_error
-
-        if one_is_lost(seconds=2):  # Linux tells of a broken connection before it tells of the end of a process
-            return 2, LOST
-        error = clean_worker_error(error) or error
+    if isinstance(error, RuntimeError) and one_is_lost(seconds=2):  # it ends after its connections do
+        return 2, LOST
     return (2, f"error: {' '.join(str(error).split())}") if isinstance(error, UserError) else None
 
 

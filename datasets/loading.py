@@ -1,9 +1,8 @@
 """Batches of a view, from images that this process or others decode, and one line where one of those fails."""
 
-import math
-import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,20 +15,19 @@ from datasets.bundle import PADDING, Batch, View
 from datasets.samplers import StepSampler
 from datasets.workers import AHEAD, LINUX, SHARED, Worker, Workers, own_signals, possible_workers
 
-SLICE, STUCK = 30.0, 300.0
-"""Seconds: of one wait for a batch, and of waits without any after which the processes count as stuck.
+STUCK, TICK = 300.0, 1.0
+"""Seconds: without a batch, after which the processes that decode count as stuck; and of one look at them.
 
-Many short waits make the long one, because a clock goes on while a whole job is stopped (SIGSTOP, SIGCONT): that
-spoils one of the short waits, not all.
+Looks are counted, not time, because a clock goes on while a whole job is stopped (SIGSTOP, SIGCONT).
 """
 
 CONTINUES = "the same command continues"
 LESS = "lower num_workers, or micro_batch_size and test_batch_size"
-STOPPED = {
-    "Killed": f"was killed (out of memory?): {LESS}",
-    "Bus error": f"was killed (is {SHARED} full?): {LESS}, or give {SHARED} more space",
+ENDED: dict[int, str] = {
+    signal.SIGKILL: f"was killed (out of memory?): {LESS}",
+    signal.SIGBUS: f"was killed (is {SHARED} full?): {LESS}, or give {SHARED} more space",
 }
-"""Name of the signal that ended a process → what happened, and the remedy."""
+"""Signal that ended a process → what happened, and the remedy."""
 
 
 class Loader:
@@ -47,6 +45,9 @@ class Loader:
         # As big as the transform makes a square image.
         self.num_workers = possible_workers(num_workers, lambda: world * images * view[PADDING]["image"].numel())
         self.processes: list[Worker] = []
+        self.waits = False
+        """Whether this process waits for a batch, or for the others to begin."""
+        self.stuck = False
         several = self.num_workers > 0
         self.loader: DataLoader[Batch] = DataLoader(
             view,
@@ -57,7 +58,6 @@ class Loader:
             worker_init_fn=own_signals,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=AHEAD if several else None,
-            timeout=SLICE if several else 0,
             multiprocessing_context=Workers(self.processes) if several and LINUX else None,
             # DataLoader draws a seed at every start; from the global generator that would disturb other draws.
             generator=generator("loader"),
@@ -65,47 +65,76 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises a `UserError`: an image cannot be read, or a process that decodes was killed or is stuck."""
+        done = threading.Event()
+        if self.num_workers:
+            threading.Thread(target=self._watch, args=(done,), daemon=True).start()
         try:
             batches = self._start()
             while (batch := self._next(batches)) is not None:
                 yield batch
-        except (UserError, RuntimeError) as error:
-            self._end()
-            raise clean_worker_error(error) or error from None
+        except (UserError, RuntimeError, OSError, EOFError) as error:
+            broken = isinstance(error, (OSError, EOFError))  # connections end a little before the process does
+            clean = self._gone(seconds=1.0 if broken else 0.0) or clean_worker_error(error) or error
+            self._end()  # torch would wait seconds for each, and they perhaps for a dead one
+            raise clean from None
+        finally:
+            done.set()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def _start(self) -> Iterator[Batch]:
+        before = signal.getsignal(signal.SIGCHLD)
+        self.waits = True
         try:
             return iter(self.loader)
         except OSError as error:
             reason = f"cannot start the {self.num_workers} processes that decode images ({error.strerror})"
             raise UserError(f"{reason}: lower num_workers") from error
+        finally:
+            self.waits = False
+            # torch has the end of a worker raise an error wherever the main process is, be it in the middle of saving.
+            if signal.getsignal(signal.SIGCHLD) != before:
+                signal.signal(signal.SIGCHLD, before)
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch, None after the last."""
-        for _ in range(math.ceil(STUCK / SLICE)):
-            try:
-                return next(batches, None)
-            except RuntimeError as error:
-                if "DataLoader timed out" not in str(error):
-                    raise
-        raise UserError(
-            f"the processes that decode images have given none for {STUCK:.0f} s: see whether the disk answers, or "
-            f"set num_workers 0; {CONTINUES}"
-        )
+        """The next batch, None after the last. While it waits, torch looks every 5 s whether all processes live."""
+        self.waits = True
+        try:
+            return next(batches, None)
+        finally:
+            self.waits = False
+
+    def _watch(self, done: threading.Event) -> None:
+        """In a thread: end the processes when they give nothing, which ends the wait for them, wherever it is."""
+        looks = 0
+        while not done.wait(TICK):
+            looks = looks + 1 if self.waits else 0
+            if looks * TICK >= STUCK:
+                self.stuck = True
+                self._end()
+                return
 
     def _end(self) -> None:
-        """End the processes at once. torch would wait seconds for each of them, and they may wait for a dead one."""
-        alone = threading.current_thread() is threading.main_thread()
-        # torch makes an error of the end of any process that it has not ended itself.
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if alone else None
         for process in self.processes:
             process.kill()
+        for process in self.processes:
             process.join()
-        if alone:
-            signal.signal(signal.SIGCHLD, handler)
+
+    def _gone(self, seconds: float) -> UserError | None:
+        """What is to be said of processes that have ended though nobody asked for it, or will in some seconds."""
+        if self.stuck:
+            return UserError(
+                f"the processes that decode images have given none for {STUCK:.0f} s: see whether the disk answers, "
+                f"or set num_workers 0; {CONTINUES}"
+            )
+        end = time.monotonic() + seconds
+        while not (codes := [each.exitcode for each in self.processes if each.exitcode]):
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.02)
+        gone = f"is gone (exit code {codes[0]}): set num_workers 0, which shows why"
+        return UserError(f"a process that decodes images {ENDED.get(-codes[0], gone)}; {CONTINUES}")
 
 
 def eval_loader(view: View, batch_size: int, num_workers: int, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:
@@ -143,34 +172,15 @@ def collate(samples: Sequence[Batch]) -> Batch:
 def clean_worker_error(error: BaseException) -> UserError | None:
     """The one-line `UserError` behind an exception that a loader raised; None if it is of another kind.
 
-    A DataLoader re-raises a worker's exception as the same type, its message being the worker's whole traceback. The
-    end of a worker becomes a RuntimeError, which may come anywhere in the main process, because a signal tells of it.
+    A DataLoader re-raises a worker's exception as the same type, its message being the worker's whole traceback.
     """
-    if isinstance(error, RuntimeError):
-        return _ended(f"{error} {error.__cause__}")  # the cause names the signal
+    if "unable to allocate shared memory" in str(error):
+        return UserError(f"{SHARED} is full: {LESS}, or give {SHARED} more space; {CONTINUES}")
     if not isinstance(error, UserError):
         return None
     kind = f"{type(error).__module__}.{type(error).__qualname__}: "
     lines = [line for line in str(error).splitlines() if line.startswith(kind)]
-    if not lines:
-        return error
-    # The frames hold the loader's iterator in a cycle; collected from there, it waits 5 s for its workers.
-    error.__traceback__ = None
-    return type(error)(lines[-1].removeprefix(kind))
-
-
-def _ended(text: str) -> UserError | None:
-    """What torch says of a process that failed for want of memory or was ended; None for anything else."""
-    if "unable to allocate shared memory" in text or "unable to mmap" in text:
-        return UserError(f"{SHARED} is full: {LESS}, or give {SHARED} more space; {CONTINUES}")
-    if "DataLoader timed out" in text:
-        return UserError(f"the processes that decode images do not answer: set num_workers 0; {CONTINUES}")
-    if not re.match(r"DataLoader worker \(pid", text):
-        return None
-    found = re.search(r"is killed by signal: ([^.]*)\.", text)
-    name = found.group(1).strip() if found else "it ended by itself"
-    what = STOPPED.get(name, f"is gone ({name}): set num_workers 0, which shows why")
-    return UserError(f"a process that decodes images {what}; {CONTINUES}")
+    return type(error)(lines[-1].removeprefix(kind)) if lines else error
 
 
 class _Shard:

@@ -84,7 +84,7 @@ def why(path: Path, error: Exception, keep: str = STATE) -> str:
     reason = _printable(text.strip().split("\n", 1)[0][:120]) or "it ends too early"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         reason = "it claims more memory than there is"
-    return f"cannot be read ({reason}); it is damaged or no file of weights: copy it again from where it was made"
+    return f"cannot be read ({reason}): it is damaged, not complete, or no file of weights; copy it again"
 
 
 def _printable(text: str) -> str:

@@ -17,7 +17,7 @@ import timm
 import torch
 from conftest import ROOT, Cli
 from open_clip.pretrained import _PRETRAINED, _pcfg
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from small import SIDE, fixture_net
 from test_exchange import literal, logits, normalised, subject, trained
@@ -54,6 +54,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
 def by_fields(steps: dict[str, Any], image: Image.Image) -> np.ndarray:
     """An image prepared by the fields of `preprocessing` with Pillow and NumPy alone, [3, R, R]."""
     assert steps["layout"] == "NCHW" and steps["antialias"]  # as Pillow resizes always
+    if steps["exif_orientation"]:
+        image = ImageOps.exif_transpose(image)
     image = image.convert(steps["color"])
     short, side = steps["resize_shorter_side"], steps["center_crop"]
     width, height = (int(short * each / min(image.size)) for each in image.size)

@@ -21,6 +21,7 @@ def preprocessing(subject: Subject, inside: bool = False) -> dict[str, Any]:
     if not inside:
         normal = {"dtype": "float32", "value_range": [0, 1], "mean": mean, "std": std}
     return {
+        "exif_orientation": True,
         "color": "RGB",
         "resize_shorter_side": subject.resize or subject.resolution,
         "interpolation": subject.interpolation,
@@ -37,13 +38,16 @@ def how_to_prepare(steps: dict[str, Any]) -> str:
     resize = f"v2.Resize({steps['resize_shorter_side']}, interpolation={mode}, antialias={steps['antialias']})"
     lines = [
         "import torch",
+        "from PIL import ImageOps",
         "from torchvision.transforms import InterpolationMode, v2",
         f"cut = v2.Compose([{resize}, v2.CenterCrop({steps['center_crop']}), v2.PILToTensor()])",
     ]
     if steps["mean"] is None:
-        return "\n".join([*lines, "def prepare(image):", "    return cut(image.convert('RGB'))"])
+        return "\n".join(
+            [*lines, "def prepare(image):", "    return cut(ImageOps.exif_transpose(image).convert('RGB'))"]
+        )
     lines += [f"{name} = torch.tensor({steps[name]}).view(3, 1, 1)" for name in ("mean", "std")]
-    normalised = "    return (cut(image.convert('RGB')).float() / 255 - mean) / std"
+    normalised = "    return (cut(ImageOps.exif_transpose(image).convert('RGB')).float() / 255 - mean) / std"
     return "\n".join([*lines, "def prepare(image):", normalised])
 
 

@@ -201,6 +201,9 @@ WILD: Mapping[Callable[[Any], Any], Texts] = {
     values.as_int: _INT,
     values.as_float: _FLOAT | _INT,
     values.as_str: _NAME | st.text(max_size=20),
+    values.as_path: _NAME | st.text(max_size=20),
+    values.as_folder: _NAME | st.text(max_size=20),
+    values.as_paths: st.lists(_NAME, max_size=3).map(",".join),
     values.as_micro: _INT | st.just("auto"),
     values.as_span: _INT | st.lists(st.integers(-1, 14), min_size=1, max_size=3).map(str),
     values.as_scale: _FLOAT | st.just("learnable"),
@@ -215,7 +218,7 @@ MODEST: Mapping[Callable[[Any], Any], Texts] = {
     **WILD,
     values.as_int: st.integers(0, 6).map(str),
     values.as_float: st.sampled_from(["0", "0.1", "0.5", "1", "2"]),
-    values.as_str: st.nothing(),
+    **dict.fromkeys((values.as_str, values.as_path, values.as_folder, values.as_paths), st.nothing()),
     values.as_mapping: st.nothing(),
 }
 """Parser → what people give."""

@@ -191,6 +191,7 @@ NASTY = (
 _INT = st.one_of(st.integers(-2, 6), st.integers(0, 300), st.integers(-(2**65), 2**65)).map(str)
 _FLOAT = st.one_of(st.floats(0, 1), st.floats(-10, 1000), st.floats()).map(repr)
 _NAME = st.text("abcdefghijklmnopqrstuvwxyz0123456789_-./@:", max_size=12)
+_PATH = _NAME | st.text(max_size=20) | st.text(st.characters(codec="utf-8"), min_size=200, max_size=400)
 _SCALAR = st.one_of(st.integers(-3, 10**12), st.floats(), st.booleans(), _NAME, st.none())
 _TREE = st.recursive(_SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAME, inner, max_size=3))
 _WRITTEN = _TREE.map(
@@ -201,9 +202,9 @@ WILD: Mapping[Callable[[Any], Any], Texts] = {
     values.as_int: _INT,
     values.as_float: _FLOAT | _INT,
     values.as_str: _NAME | st.text(max_size=20),
-    values.as_path: _NAME | st.text(max_size=20),
-    values.as_folder: _NAME | st.text(max_size=20),
-    values.as_paths: st.lists(_NAME, max_size=3).map(",".join),
+    values.as_path: _PATH,
+    values.as_folder: _PATH,
+    values.as_paths: st.lists(_PATH, max_size=3).map(",".join),
     values.as_micro: _INT | st.just("auto"),
     values.as_span: _INT | st.lists(st.integers(-1, 14), min_size=1, max_size=3).map(str),
     values.as_scale: _FLOAT | st.just("learnable"),

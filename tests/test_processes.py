@@ -100,8 +100,8 @@ def test_a_worker_killed_while_evaluating(launch: Cli, monkeypatch: pytest.Monke
 
 
 def test_a_worker_that_never_answers(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.loading.TICK", 0.1)
-    monkeypatch.setattr("datasets.loading.STUCK", 2.0)
+    monkeypatch.setattr("datasets.workers.TICK", 0.1)
+    monkeypatch.setattr("datasets.workers.STUCK", 2.0)
     with after_step(3, lambda: void(to_a_worker(signal.SIGSTOP))):
         one_line(launch(f"{TRAIN} num_workers 2"), "have given none for 2 s", "num_workers 0", "the same command")
     assert not multiprocessing.active_children()
@@ -110,8 +110,8 @@ def test_a_worker_that_never_answers(launch: Cli, monkeypatch: pytest.MonkeyPatc
 
 def test_a_job_that_is_stopped_for_a_while_goes_on(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that answers late is not stuck."""
-    monkeypatch.setattr("datasets.loading.TICK", 0.2)
-    monkeypatch.setattr("datasets.loading.STUCK", 30.0)
+    monkeypatch.setattr("datasets.workers.TICK", 0.2)
+    monkeypatch.setattr("datasets.workers.STUCK", 30.0)
 
     def stop() -> None:
         process = to_a_worker(signal.SIGSTOP)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,12 +108,24 @@ class Worker(ForkProcess):
         return popen
 
 
+class _QuietQueue(Queue):
+    """A queue whose thread says nothing of a pipe that is closed already, when the processes at its end are gone."""
+
+    @staticmethod
+    def _on_queue_feeder_error(error: BaseException, sent: Any) -> None:
+        if not isinstance(error, OSError):
+            Queue._on_queue_feeder_error(error, sent)  # type: ignore[attr-defined]
+
+
 class Workers(ForkContext):
     """Starts `Worker`s, and notes them in a list."""
 
     def __init__(self, started: list[Worker]) -> None:
         super().__init__()
         self.started = started
+
+    def Queue(self, maxsize: int = 0) -> Queue:  # type: ignore[override]
+        return _QuietQueue(maxsize, ctx=self.get_context())
 
     def Process(self, *args: Any, **named: Any) -> Worker:  # type: ignore[override]
         process = Worker(*args, **named)

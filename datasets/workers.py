@@ -124,7 +124,7 @@ class Workers(ForkContext):
         super().__init__()
         self.started = started
 
-    def Queue(self, maxsize: int = 0) -> Queue:  # type: ignore[override]
+    def Queue(self, maxsize: int = 0) -> Queue:
         return _QuietQueue(maxsize, ctx=self.get_context())
 
     def Process(self, *args: Any, **named: Any) -> Worker:  # type: ignore[override]

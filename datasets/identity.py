@@ -167,12 +167,17 @@ def some(paths: Sequence[str], most: int = 3) -> str:
     return ", ".join([*paths[:most], *(["…"] if len(paths) > most else [])])
 
 
-def seen_in_training(tested: Record, trained: Record, root: Path) -> list[str]:
+def seen_in_training(tested: Record, trained: Record, root: Path, apart: Record | None = None) -> list[str]:
     """Paths of evaluated images that were trained on: the same path, or a copy under another folder.
 
     A copy has the file name, class and size of a training image, and its bytes where that is still there; where it is
     gone from among the others it has been moved.
+
+    Args:
+        root: of the images.
+        apart: images that were not trained on for certain: those that the run had for its test.
     """
+    sure = {} if apart is None else dict(apart.lengths())
     known = trained.about()
     copies: dict[tuple[str, int, int], list[str]] = {}
     if any((root / path).exists() for path in trained.paths[:: max(1, len(trained.paths) // 16)]):
@@ -181,8 +186,11 @@ def seen_in_training(tested: Record, trained: Record, root: Path) -> list[str]:
     return [
         path
         for path, (label, size) in tested.about().items()
-        if known.get(path, (label, None))[1] == size
-        or any(_is_copy(root, path, other) for other in copies.get((Path(path).name, label, size), ()))
+        if sure.get(path) != size
+        and (
+            known.get(path, (label, None))[1] == size
+            or any(_is_copy(root, path, other) for other in copies.get((Path(path).name, label, size), ()))
+        )
     ]
 
 

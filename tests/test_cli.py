@@ -457,7 +457,7 @@ def test_a_retrained_run_is_evaluated_again(launch: Cli, run: Path) -> None:
 
 def test_a_kill_while_the_marker_was_written_does_not_lock_the_folder(launch: Cli) -> None:
     RUN.mkdir(parents=True)
-    (RUN / ".tailtune.json.tmp").write_text('{"for')
+    (RUN / ".tailtune.json.0123abcd.tmp").write_text('{"for')
     (RUN / ".tailtune.lock").touch()
     done = launch(f"{FAKE} max_steps 1 output_dir run")
     assert (done.returncode, done.stderr) == (0, "")

@@ -135,6 +135,16 @@ def test_gone_training_images(launch: Cli, insects: Path) -> None:
     assert accuracies(RUN / "tests/default") == accuracies()
 
 
+def test_a_removed_class_makes_nothing_trained_on(launch: Cli, insects: Path) -> None:
+    """The classes behind it have other numbers then, and names that files of the removed one had."""
+    done(launch, TRAIN)
+    for path in sorted((insects / "train" / "ant").iterdir()):
+        path.unlink()
+    (insects / "train" / "ant").rmdir()
+    ended = launch(f"{TRAIN} test_only True")
+    assert ended.returncode == 2 and "were trained on" not in ended.stdout + ended.stderr
+
+
 def test_an_unfinished_run_whose_classes_moved(launch: Cli, insects: Path) -> None:
     with signal_after(1):
         assert launch(f"{TRAIN} batch_size 8 save_every 1").returncode == 130

@@ -1,5 +1,6 @@
 """What others have put into a folder stays there, whatever its name and whatever a run is asked to do."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,35 @@ def test_a_later_stages_folder_is_looked_at_first(launch: Cli) -> None:
     words = f"{FAKE} method crt after tiny_clip_peft after.pretrained none max_steps 1 output_dir run"
     one_line(launch(words), "output/run holds notes.txt")
     assert everything(RUN) == {"notes.txt": b"years"}
+
+
+@pytest.mark.parametrize("name", [".config.yaml.tmp", ".checkpoint.new.tmp", ".state.old.tmp"])
+def test_names_that_a_write_might_take(launch: Cli, name: str) -> None:
+    assert launch(SHORT).returncode == 0
+    (RUN / name).write_text("years")
+    for words in ("", "resume False", "test_only True", "resume False lr 0.1"):
+        assert launch(f"{SHORT} {words}").returncode == 0
+    assert (RUN / name).read_text() == "years"
+
+
+def test_a_first_stage_that_never_began_is_no_obstacle(launch: Cli) -> None:
+    """It was stopped between its lock and its first file."""
+    (RUN / "stage1").mkdir(parents=True)
+    (RUN / "stage1" / LOCK).touch()
+    words = f"{FAKE} method crt after tiny_clip_peft after.pretrained none max_steps 1 output_dir run"
+    assert launch(words).returncode == 0
+
+
+def test_a_lock_is_not_left_behind(launch: Cli) -> None:
+    put(RUN, "checkpoint.pth.tar")
+    one_line(launch(f"{SHORT} test_only True"), "checkpoint.pth.tar")
+    assert everything(RUN) == {"checkpoint.pth.tar": b"years"}
+
+
+def test_a_pipe_instead_of_a_marker(launch: Cli) -> None:
+    RUN.mkdir(parents=True)
+    os.mkfifo(RUN / MARKER)
+    one_line(launch(SHORT), MARKER)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": "tailtune run"}', "[" * 100_000])

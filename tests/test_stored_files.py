@@ -128,7 +128,7 @@ def test_a_folder_that_is_replaced_keeps_what_it_did_not_write(tmp_path: Path) -
     (tmp_path / "x" / "notes.txt").write_text("mine")
     write_folder(tmp_path / "x", {"a": torch.ones(3)}, {})
     assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
-    (tmp_path / "x").rename(tmp_path / ".x.old.tmp")  # killed between the two renames
+    (tmp_path / "x").rename(tmp_path / ".x.0123abcd.old.tmp")  # killed between the two renames
     with new_folder(tmp_path / "x") as folder:
         (folder / "other.txt").write_text("new")
     assert {each.name for each in (tmp_path / "x").iterdir()} >= {"notes.txt", "other.txt"}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from models import Classifier
 from models.host import Host
-from trainers.files import Digest, remove_folder, write_folder
+from trainers.files import Digest, remove_folder, temporary_of, write_folder
 from trainers.manifest import is_taken_down, read_folder
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors", "torchmetrics")
@@ -165,8 +165,9 @@ class States:
         self.seal(digests, gone)
         for path in gone:
             remove_folder(path)
-        for unfinished in self.folder.glob(".*.tmp"):  # cut off by a kill
-            shutil.rmtree(unfinished)
+        for entry in self.folder.iterdir():
+            if temporary_of(entry.name[1:9], "new").fullmatch(entry.name):  # cut off by a kill
+                shutil.rmtree(entry)
 
     def begun(self) -> bool:
         """Whether there is any state, whole or not."""

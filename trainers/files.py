@@ -1,9 +1,12 @@
 """Files that are whole or absent: tensors in safetensors, the rest in JSON, no pickle. Read by trainers/manifest.py."""
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +57,7 @@ def write_bytes(path: Path, content: bytes) -> Digest:
     Raises:
         UserError: the file system refuses; whatever stood at `path` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -88,34 +91,42 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file system refuses.
     """
-    temporary, aside = (path.with_name(f".{path.name}.{kind}.tmp") for kind in ("new", "old"))
+    temporary, aside = _temporary(path, "new"), _temporary(path, "old")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _settle(path, aside)  # a kill came between
+        for before in path.parent.glob(f".{glob.escape(path.name)}.*.old.tmp"):
+            if not path.exists() and temporary_of(path.name, "old").fullmatch(before.name):
+                before.replace(path)  # a kill came between
         temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             path.replace(aside)
         temporary.replace(path)
         _sync_folder(path.parent)
-        _settle(path, aside)
+        if aside.exists():
+            _keep_others(path, aside)
     except OSError as error:
         raise _refused(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _settle(path: Path, aside: Path) -> None:
-    """Put what was moved aside back, or drop it. What the new folder has no file of is kept: it may be the user's."""
-    if not aside.exists():
-        return
-    if not path.exists():
-        aside.replace(path)
-        return
+def _keep_others(path: Path, aside: Path) -> None:
+    """Drop what was replaced, but for what the new folder has no file of: it may be the user's."""
     for entry in aside.iterdir():
         if not os.path.lexists(path / entry.name):
             entry.replace(path / entry.name)
     shutil.rmtree(aside)
+
+
+def _temporary(path: Path, kind: str = "") -> Path:
+    """A name beside a path that nothing has."""
+    return path.with_name(".".join(["", path.name, uuid.uuid4().hex[:8], *([kind] if kind else []), "tmp"]))
+
+
+def temporary_of(name: str, kind: str = "") -> re.Pattern[str]:
+    """What the names look like that a kill may leave behind."""
+    end = f".{kind}.tmp" if kind else ".tmp"
+    return re.compile(re.escape(f".{name}.") + "[0-9a-f]{8}" + re.escape(end))
 
 
 def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[Path, Digest]:

@@ -45,6 +45,8 @@ class Manifest:
             UserError: it is damaged.
         """
         path = home / MARKER
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            return None
         try:
             text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from configs.errors import UserError
-from trainers.files import Digest
+from trainers.files import Digest, temporary_of
 from trainers.manifest import LOCK, MARKER, Manifest, is_run
 
 log = logging.getLogger("tailtune")
@@ -78,7 +78,11 @@ class OwnedFolder:
     @staticmethod
     def _harmless(entry: Path) -> bool:
         """What may stand in a folder before a run begins: the lock, a write that was cut off, other runs."""
-        return entry.name in (LOCK, f".{MARKER}.tmp") or (entry.is_dir() and is_run(entry))
+        if entry.name == LOCK or temporary_of(MARKER).fullmatch(entry.name):
+            return True
+        if not entry.is_dir() or entry.is_symlink():
+            return False
+        return is_run(entry) or all(map(OwnedFolder._harmless, entry.iterdir()))  # or the start of one
 
     def check_free(self, *names: str) -> None:
         """Refuse to write over what this run has not made; before anything is written."""
@@ -114,9 +118,9 @@ class OwnedFolder:
                 for entry in self._aside.iterdir():
                     entry.rename(self.path / entry.name)
                 self._aside.rmdir()
-        if self._created or (self._begun and self._aside is None):
+        if not (self.path / MARKER).exists():
             (self.path / LOCK).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
+            if self._created and not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def move_aside(self) -> None:

@@ -167,7 +167,8 @@ class _Run:
         for split in ("test", "val"):
             if split in data.records and not cfg.test_train:
                 tested = data.records[split]
-                seen = {path for each in trained for path in seen_in_training(tested, each, Path(cfg.root))}
+                apart = self.kept.records.get(split) if self.kept else None
+                seen = {path for each in trained for path in seen_in_training(tested, each, Path(cfg.root), apart)}
                 if seen:
                     text = f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({some(sorted(seen))})"
                     self.evaluation.note(text, warn=True)

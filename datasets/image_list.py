@@ -115,6 +115,8 @@ def read_names(file: Path) -> tuple[str, ...]:
             raise UserError(f"{file} line {empty} is empty: one class name a line, in the order of the labels")
         empty = empty if line or empty else number
         names += [line] if line else []
+    if not names:
+        raise UserError(f"classnames: {file} holds no name of a class")
     return tuple(names)
 
 

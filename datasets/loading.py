@@ -1,8 +1,6 @@
 """Batches of a view, from images that this process or others decode, and one line where one of those fails."""
 
 import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,21 +11,7 @@ from configs.errors import UserError
 from configs.seeding import generator
 from datasets.bundle import PADDING, Batch, View
 from datasets.samplers import StepSampler
-from datasets.workers import AHEAD, LINUX, SHARED, Worker, Workers, own_signals, possible_workers
-
-STUCK, TICK = 300.0, 1.0
-"""Seconds: without a batch, after which the processes that decode count as stuck; and of one look at them.
-
-Looks are counted, not time, because a clock goes on while a whole job is stopped (SIGSTOP, SIGCONT).
-"""
-
-CONTINUES = "the same command continues"
-LESS = "lower num_workers, or micro_batch_size and test_batch_size"
-ENDED: dict[int, str] = {
-    signal.SIGKILL: f"was killed (out of memory?): {LESS}",
-    signal.SIGBUS: f"was killed (is {SHARED} full?): {LESS}, or give {SHARED} more space",
-}
-"""Signal that ended a process → what happened, and the remedy."""
+from datasets.workers import AHEAD, FULL, LINUX, Watch, Worker, Workers, own_signals, possible_workers
 
 
 class Loader:
@@ -45,9 +29,6 @@ class Loader:
         # As big as the transform makes a square image.
         self.num_workers = possible_workers(num_workers, lambda: world * images * view[PADDING]["image"].numel())
         self.processes: list[Worker] = []
-        self.waits = False
-        """Whether this process waits for a batch, or for the others to begin."""
-        self.stuck = False
         several = self.num_workers > 0
         self.loader: DataLoader[Batch] = DataLoader(
             view,
@@ -65,76 +46,33 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises a `UserError`: an image cannot be read, or a process that decodes was killed or is stuck."""
-        done = threading.Event()
-        if self.num_workers:
-            threading.Thread(target=self._watch, args=(done,), daemon=True).start()
+        watch = Watch(self.processes, self.num_workers > 0)
         try:
-            batches = self._start()
-            while (batch := self._next(batches)) is not None:
+            batches = self._start(watch)
+            while (batch := watch.during(lambda: next(batches, None))) is not None:
                 yield batch
         except (UserError, RuntimeError, OSError, EOFError) as error:
             broken = isinstance(error, (OSError, EOFError))  # connections end a little before the process does
-            clean = self._gone(seconds=1.0 if broken else 0.0) or clean_worker_error(error) or error
-            self._end()  # torch would wait seconds for each, and they perhaps for a dead one
+            clean = watch.found(seconds=1.0 if broken else 0.0) or clean_worker_error(error) or error
+            watch.end()  # torch would wait seconds for each, and they perhaps for a dead one
             raise clean from None
         finally:
-            done.set()
+            watch.close()
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def _start(self) -> Iterator[Batch]:
+    def _start(self, watch: Watch) -> Iterator[Batch]:
         before = signal.getsignal(signal.SIGCHLD)
-        self.waits = True
         try:
-            return iter(self.loader)
+            return watch.during(lambda: iter(self.loader))
         except OSError as error:
             reason = f"cannot start the {self.num_workers} processes that decode images ({error.strerror})"
             raise UserError(f"{reason}: lower num_workers") from error
         finally:
-            self.waits = False
             # torch has the end of a worker raise an error wherever the main process is, be it in the middle of saving.
             if signal.getsignal(signal.SIGCHLD) != before:
-                signal.signal(signal.SIGCHLD, before)
-
-    def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch, None after the last. While it waits, torch looks every 5 s whether all processes live."""
-        self.waits = True
-        try:
-            return next(batches, None)
-        finally:
-            self.waits = False
-
-    def _watch(self, done: threading.Event) -> None:
-        """In a thread: end the processes when they give nothing, which ends the wait for them, wherever it is."""
-        looks = 0
-        while not done.wait(TICK):
-            looks = looks + 1 if self.waits else 0
-            if looks * TICK >= STUCK:
-                self.stuck = True
-                self._end()
-                return
-
-    def _end(self) -> None:
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join()
-
-    def _gone(self, seconds: float) -> UserError | None:
-        """What is to be said of processes that have ended though nobody asked for it, or will in some seconds."""
-        if self.stuck:
-            return UserError(
-                f"the processes that decode images have given none for {STUCK:.0f} s: see whether the disk answers, "
-                f"or set num_workers 0; {CONTINUES}"
-            )
-        end = time.monotonic() + seconds
-        while not (codes := [each.exitcode for each in self.processes if each.exitcode]):
-            if time.monotonic() >= end:
-                return None
-            time.sleep(0.02)
-        gone = f"is gone (exit code {codes[0]}): set num_workers 0, which shows why"
-        return UserError(f"a process that decodes images {ENDED.get(-codes[0], gone)}; {CONTINUES}")
+                signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def eval_loader(view: View, batch_size: int, num_workers: int, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:
@@ -175,7 +113,7 @@ def clean_worker_error(error: BaseException) -> UserError | None:
     A DataLoader re-raises a worker's exception as the same type, its message being the worker's whole traceback.
     """
     if "unable to allocate shared memory" in str(error):
-        return UserError(f"{SHARED} is full: {LESS}, or give {SHARED} more space; {CONTINUES}")
+        return UserError(FULL)
     if not isinstance(error, UserError):
         return None
     kind = f"{type(error).__module__}.{type(error).__qualname__}: "

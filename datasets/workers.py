@@ -7,10 +7,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from configs.errors import UserError
 
 LINUX = sys.platform == "linux"
 SHARED = Path("/dev/shm")
@@ -19,7 +24,23 @@ AHEAD = 2
 """Batches that each process decodes ahead."""
 IN_USE = 2
 """Batches that the main process still holds: the one that it computes on, and the next."""
+STUCK, TICK = 300.0, 1.0
+"""Seconds: without a batch, after which the processes that decode count as stuck; and of one look at them.
+
+Looks are counted, not time, because a clock goes on while a whole job is stopped (SIGSTOP, SIGCONT).
+"""
+
+CONTINUES = "the same command continues"
+LESS = "lower num_workers, or micro_batch_size and test_batch_size"
+FULL = f"{SHARED} is full: {LESS}, or give {SHARED} more space; {CONTINUES}"
+ENDED: dict[int, str] = {
+    signal.SIGKILL: f"was killed (out of memory?): {LESS}",
+    signal.SIGBUS: f"was killed (is {SHARED} full?): {LESS}, or give {SHARED} more space",
+}
+"""Signal that ended a process → what happened, and the remedy."""
 PR_SET_PDEATHSIG = 1
+
+Result = TypeVar("Result")
 
 log = logging.getLogger("tailtune")
 
@@ -87,6 +108,15 @@ class Worker(ForkProcess):
         return popen
 
 
+class _QuietQueue(Queue):
+    """A queue whose thread says nothing of a pipe that is closed already, when the processes at its end are gone."""
+
+    @staticmethod
+    def _on_queue_feeder_error(error: BaseException, sent: Any) -> None:
+        if not isinstance(error, OSError):
+            Queue._on_queue_feeder_error(error, sent)  # type: ignore[attr-defined]
+
+
 class Workers(ForkContext):
     """Starts `Worker`s, and notes them in a list."""
 
@@ -94,7 +124,71 @@ class Workers(ForkContext):
         super().__init__()
         self.started = started
 
+    def Queue(self, maxsize: int = 0) -> Queue:
+        return _QuietQueue(maxsize, ctx=self.get_context())
+
     def Process(self, *args: Any, **named: Any) -> Worker:  # type: ignore[override]
         process = Worker(*args, **named)
         self.started.append(process)
         return process
+
+
+class Watch:
+    """Looks after the processes of a loader while it is iterated: they must give batches, and must not end.
+
+    It keeps neither the loader nor its iterator alive, whose end has to be the main thread's.
+
+    Args:
+        processes: those that are there, and those that will be.
+        several: whether there will be any.
+    """
+
+    def __init__(self, processes: list[Worker], several: bool) -> None:
+        self.processes = processes
+        self.waits = self.stuck = False
+        self.done = threading.Event()
+        if several and LINUX:  # elsewhere the processes are not ours to end
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def during(self, wait: Callable[[], Result]) -> Result:
+        """What `wait` returns, which waits for the processes; torch looks every 5 s then whether they live."""
+        self.waits = True
+        try:
+            return wait()
+        finally:
+            self.waits = False
+
+    def found(self, seconds: float) -> UserError | None:
+        """What is to be said of processes that have ended though nobody asked for it, or will in some seconds."""
+        if self.stuck:
+            return UserError(
+                f"the processes that decode images have given none for {STUCK:.0f} s: see whether the disk answers, "
+                f"or set num_workers 0; {CONTINUES}"
+            )
+        end = time.monotonic() + seconds
+        while not (codes := [each.exitcode for each in self.processes if each.exitcode]):
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.02)
+        gone = f"is gone (exit code {codes[0]}): set num_workers 0, which shows why"
+        return UserError(f"a process that decodes images {ENDED.get(-codes[0], gone)}; {CONTINUES}")
+
+    def end(self) -> None:
+        """Kill the processes."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def close(self) -> None:
+        self.done.set()
+
+    def _look(self) -> None:
+        """In a thread: that the processes end also ends a wait for them, wherever in torch it is."""
+        looks = 0
+        while not self.done.wait(TICK):
+            looks = looks + 1 if self.waits else 0
+            if looks * TICK >= STUCK:
+                self.stuck = True
+                self.end()
+                return

@@ -26,11 +26,10 @@ from models.vit import ViT
 from trainers.autosize import largest_micro_batch
 from trainers.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
 from trainers.dryrun import check, dry_run
-from trainers.interrupt import Interrupted
+from trainers.interrupt import Agreement, Interrupted
 from trainers.launch import share_statistics
 from trainers.methods import build_method, declared
 from trainers.run import run
-from trainers.trainer import Trainer
 
 Config = Callable[..., CfgNode]
 CONVNET = "timm:test_resnet.r160_in1k"
@@ -395,7 +394,7 @@ def test_a_run_with_batch_norms_resumes_bitwise(config: Config, monkeypatch: Any
 
     whole = trained("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda *_, **__: True)  # after the first step
+        patch.setattr(Agreement, "stops", lambda *_: True)  # after the first step
         with pytest.raises(Interrupted):
             trained("cut")
     assert same(trained("cut"), whole)

@@ -179,6 +179,10 @@ def bad_images(cfg: CfgNode) -> Any:
         return type(error).__name__
 
 
+def fingerprints(cfg: CfgNode) -> Any:
+    return build_data(cfg).records["train"].fingerprint
+
+
 def shifts(cfg: CfgNode) -> Any:
     """Test sets of other class frequencies."""
     data = build_data(cfg)
@@ -467,6 +471,7 @@ PROBES: dict[str, Probe] = {
     "label_field": Probe("id", "genus", names, **LISTED),
     "imb_factor": Probe(0.1, 0.5, counts),
     "on_bad_image": Probe("raise", "skip", bad_images, ("train_list", "bad.txt"), **LISTED),
+    "data_fingerprint": Probe("size", "content", fingerprints, **LISTED),
     "augment": Probe("lift", "none", pixels("train")),
     "interpolation": Probe("bilinear", "bicubic", pixels("test", 3)),
     "backbone": Probe("TinyCLIP", "CLIP-ViT-B/16", on_meta),

@@ -121,7 +121,7 @@ def test_the_test_itself_has_no_epochs() -> None:
 
 
 def test_unknown_views_are_refused_without_images() -> None:
-    with pytest.raises(UserError, match="unknown augment 'sade_cifer'; did you mean 'sade_cifar'"):
+    with pytest.raises(UserError, match="unknown adapt_views 'sade_cifer'; did you mean 'sade_cifar'"):
         build_info(fake(adapt_views="sade_cifer"))
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from configs import UserError, load_configs, load_resolved
-from configs.reading import LONGEST, MOST, parse_yaml, read_json, read_yaml
+from configs.reading import LONGEST, MOST, parse_yaml, read_yaml
 from configs.values import as_mapping
+from datasets.text_files import read_json
 from trainers.methods import declared
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from models import Classifier
 from models.host import Host
 from trainers.files import Digest, remove_folder, write_folder
-from trainers.manifest import read_folder
+from trainers.manifest import is_taken_down, read_folder
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors", "torchmetrics")
 KEEP = 2
@@ -200,7 +200,8 @@ class States:
                 )
 
     def _all(self) -> list[Path]:
-        return sorted(each for each in self.folder.glob("[0-9]*") if each.is_dir())
+        """Those that were written to the end, oldest first; a kill may have come before one was taken down."""
+        return sorted(each for each in self.folder.glob("[0-9]*") if each.is_dir() and is_taken_down(each))
 
 
 def rng_state(rank: int) -> dict[str, Tensor]:

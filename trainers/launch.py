@@ -54,23 +54,8 @@ PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 def world_size() -> int:
-    """Processes of this launch, known before Accelerate is asked.
-
-    Raises:
-        UserError: the environment has a part of what a launcher sets, from an earlier launch or a script.
-    """
-    for name in PLACES:
-        if not os.environ.get(name, "1").isdigit():
-            raise UserError(f"the environment says {name}={os.environ[name]}, which is no number: unset it")
-    found = int(os.environ.get("WORLD_SIZE", 1))
-    missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if (found > 1 or "LOCAL_RANK" in os.environ) and missing:
-        there = ", ".join(f"{name}={os.environ[name]}" for name in PLACES if name in os.environ)
-        raise UserError(
-            f"the environment says {there}, as a launcher does, but not {missing[0]}: unset {', '.join(PLACES)}, or "
-            "start the processes with accelerate launch"
-        )
-    return found
+    """Processes of this launch, known before Accelerate is asked; `check_environment` has looked at it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launched_alone() -> bool:

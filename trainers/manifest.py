@@ -129,6 +129,15 @@ def manifest_of(path: Path) -> Manifest | None:
     return None
 
 
+def is_taken_down(folder: Path) -> bool:
+    """Whether a run knows files in a folder of its own; True for folders in no run."""
+    found = manifest_of(folder / FACTS)
+    if found is None:
+        return True
+    start = f"{folder.relative_to(found.home).as_posix()}/"
+    return any(name.startswith(start) for name in found.files)
+
+
 def check_file(path: Path) -> None:
     """Raise `Damaged` if a file in a run's folder is not what the run wrote; files elsewhere pass."""
     found = manifest_of(path)

@@ -87,7 +87,10 @@ def _children(process: int) -> int | None:
 
     alive = 0
     try:
-        for each in psutil.Process(process).children():
+        parent = psutil.Process(process)
+        if parent.status() == psutil.STATUS_ZOMBIE:
+            return None
+        for each in parent.children():
             with suppress(psutil.NoSuchProcess):  # it has ended in between
                 alive += each.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

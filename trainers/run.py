@@ -53,6 +53,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         on_main(accelerator, lambda: folder.hold(lock))
         kept, plan = on_main(accelerator, lambda: _decide(cfg, folder, previous))
         if plan.stored is not None:
+            on_main(accelerator, lambda: attach_file(folder.log_file()))
             for note in plan.notes:
                 log.warning("warning: %s", note)
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))

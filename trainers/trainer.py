@@ -256,6 +256,5 @@ class Trainer:
         restore_rng(tensors, rank)
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
-        report = TrainReport(**facts["report"])
-        log.info("resuming after step %d", report.steps)
-        return report
+        log.info("resuming after step %d", facts["report"]["steps"])
+        return TrainReport(**facts["report"])

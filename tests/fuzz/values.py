@@ -48,7 +48,7 @@ def _case(bench: Bench, folder: Path, key: str, text: str) -> Finding | None:
         return found
     if given is None or given.code:
         return None
-    if written.code == 0 and text.strip() and key not in set_by_model(key):
+    if written.code == 0 and text.strip() and key not in set_elsewhere(key):
         one, other = resolved(given, key), resolved(written, key)
         if one != other and not isinstance(one, str):  # YAML may read text without quotes as a number
             seen = f"{one!r} on the command line, {other!r} in YAML"
@@ -78,10 +78,10 @@ def words(key: str) -> list[str]:
     return [*TINY[:3], _model_of(key.partition(".")[0]), *TINY[4:]] if "." in key else TINY
 
 
-def set_by_model(key: str) -> set[str]:
-    """Keys that the model's file sets, which beats the data's."""
-    model = words(key)[3]
-    return set(yaml.safe_load(names("model")[model].read_text()))
+def set_elsewhere(key: str) -> set[str]:
+    """Keys that the command or the model's file sets, which beat the data's."""
+    command = words(key)
+    return {*command[4::2], *yaml.safe_load(names("model")[command[3]].read_text())}
 
 
 @cache

@@ -9,6 +9,8 @@ import time
 
 LONGEST = 120
 """Seconds to wait; a launcher gives its processes 30."""
+APART = 5
+"""Seconds between the ends of processes whose launcher has gone."""
 
 
 def has_ended(process: int) -> bool:
@@ -26,3 +28,5 @@ if __name__ == "__main__":
     while not has_ended(number) and time.monotonic() < end:
         time.sleep(0.02)
     os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+    os.close(2)  # whoever reads it need not wait
+    time.sleep(APART)  # with the socket of `ranks.say_last`, so that a process that ends a little later says nothing

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -98,14 +99,19 @@ def own_signals(_: int) -> None:
         os._exit(1)
 
 
+class _Handle(popen_fork.Popen):
+    """A process as its parent sees it."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
 class Worker(ForkProcess):
     """A process that ignores SIGTERM, so that to end it, which torch and Python do by SIGTERM, means to kill it."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        popen: Any = ForkProcess._Popen(process_obj)
-        popen.terminate = popen.kill
-        return popen
+        return _Handle(process_obj)
 
 
 class _QuietQueue(Queue):

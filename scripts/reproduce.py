@@ -26,14 +26,16 @@ from configs.errors import UserError  # noqa: E402
 from scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra  # noqa: E402
 from scripts._table import FORMATS  # noqa: E402
 from scripts.collect import grid_rows  # noqa: E402
+from trainers.ending import end_at_signals, run_as_process  # noqa: E402
 
+CONTINUES = "interrupted; the same command continues"
 TABLES = Path("output/tables")
 ENDINGS = {"md": "md", "csv": "csv", "latex": "tex"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: of the first run that fails, 130 when interrupted."""
-    return tailtune.answer(_command, argv, interrupted="interrupted; the same command continues")
+    return tailtune.answer(_command, argv, interrupted=CONTINUES)
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -119,4 +121,5 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
-    sys.exit(main())
+    end_at_signals(CONTINUES)
+    run_as_process(main, tailtune.verdict)

@@ -48,6 +48,14 @@ def test_another_program_has_a_file_of_the_markers_name(launch: Cli) -> None:
     assert everything(RUN) == {MARKER: b"years"}
 
 
+def test_what_an_export_needs_is_looked_at_before_training(launch: Cli) -> None:
+    assert launch(SHORT).returncode == 0
+    put(RUN, "export")
+    before = everything(Path("output"))
+    one_line(launch(f"{SHORT} export lift resume False"), "output/run/export", "was not made by the run")
+    assert everything(Path("output")) == before
+
+
 @pytest.mark.parametrize("name", ["export", "tests"])
 def test_a_name_that_a_run_needs_later(launch: Cli, name: str) -> None:
     """It was free when the run began."""

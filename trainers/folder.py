@@ -87,6 +87,8 @@ class RunFolder(OwnedFolder):
         if trained and not self.empty() and not starts_over:
             self._compare()
         self.check_free(*(("tests",) if self.cfg.test_only else (*TRAINING, *RESULTS)))
+        if self.cfg.export is not None and self.cfg.model_dir is None:
+            self.check_free("export")
 
     def claim(self, trains: bool) -> None:
         """Make the folder this run's: move a run that is started over aside, write the config of one that trains."""

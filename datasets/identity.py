@@ -117,6 +117,12 @@ class Chosen:
     left_out: int = 0
     """How many images training is without for that."""
 
+    @property
+    def root(self) -> Path:
+        """Folder that the paths of the training images start from; the working directory for built-in data."""
+        source = self.splits["train"].source
+        return source.root if isinstance(source, FileSource) else Path()
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -126,9 +132,6 @@ class Changes:
     gone: tuple[str, ...]
     relabelled: tuple[str, ...]
     resized: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return any((self.new, self.gone, self.relabelled, self.resized))
 
     def describe(self, what: str) -> str:
         """`12 test images are new (a/1.png, …), 3 are gone (…)`."""

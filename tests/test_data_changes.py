@@ -224,6 +224,19 @@ def test_images_that_were_trained_on_are_named(launch: Cli, listed: Path) -> Non
     assert any("were trained on" in note for note in result()["notes"])
 
 
+def test_copies_are_found_where_root_is_relative_to_the_yaml(launch: Cli, listed: Path) -> None:
+    own = listed / "own"
+    own.mkdir()
+    for name in ("pics", "train.txt", "test.txt", "insects.yaml"):
+        (listed / name).rename(own / name)
+    with (own / "test.txt").open("a") as file:
+        file.write("copies/001.png 0\n")
+    (own / "pics/copies").mkdir()
+    (own / "pics/copies/001.png").write_bytes((own / "pics/train/ant/001.png").read_bytes())
+    words = TRAIN.replace("insects.yaml", "own/insects.yaml")
+    done(launch, words, "1 of 7 test images were trained on (copies/001.png)")
+
+
 def test_data_that_are_not_there(launch: Cli, listed: Path) -> None:
     """What is stored is shown, and that it was not compared; what needs images says that they are missing."""
     done(launch, TRAIN)

@@ -168,7 +168,7 @@ class _Run:
             if split in data.records and not cfg.test_train:
                 tested = data.records[split]
                 apart = self.kept.records.get(split) if self.kept else None
-                seen = {path for each in trained for path in seen_in_training(tested, each, Path(cfg.root), apart)}
+                seen = {path for each in trained for path in seen_in_training(tested, each, data.chosen.root, apart)}
                 if seen:
                     text = f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({some(sorted(seen))})"
                     self.evaluation.note(text, warn=True)

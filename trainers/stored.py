@@ -98,7 +98,7 @@ def _compare(cfg: CfgNode, folder: RunFolder, kept: Kept, plan: Decision) -> str
     described = _difference(kept, now, "test", "test")
     if not described:
         return ""
-    root, before = Path(cfg.root), kept.records.get("test")
+    root, before = chosen.root if chosen else Path(), kept.records.get("test")
     seen = [path for each in trained_on(folder, kept) for path in seen_in_training(now["test"], each, root, before)]
     plan.notes.append(f"{described}; {f'{len(seen)} of them were' if seen else 'none of them was'} trained on")
     return "" if plan.trains else now["test"].fingerprint

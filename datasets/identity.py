@@ -228,7 +228,7 @@ def split_files(
         for name, each in records.items()
         if each.paths
     }
-    lists |= {"unused.txt": list(unused)} if unused else {}
+    lists |= {"unused.txt": [path for path in unused if "\n" not in path]} if unused else {}
     lists |= {"unreadable.txt": [f"{path}\t{why}" for path, why in unreadable.items()]} if unreadable else {}
     facts = {name: {"fingerprint": each.fingerprint, "sizes": each.sizes} for name, each in records.items()}
     files = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
@@ -247,7 +247,7 @@ def parse_splits(files: Mapping[str, bytes]) -> Kept:
         pairs = [line.rpartition(" ")[::2] for line in lines(f"{name}.txt")]
         paths, labels = tuple(path for path, _ in pairs), tuple(int(label) for _, label in pairs)
         records[name] = Record(each["fingerprint"], paths, labels, tuple(each["sizes"]))
-    pairs = [line.partition("\t")[::2] for line in lines("unreadable.txt")]
+    pairs = [line.rpartition("\t")[::2] for line in lines("unreadable.txt")]
     return Kept(records, tuple(lines("unused.txt")), dict(pairs))
 
 

@@ -148,6 +148,9 @@ def readable(cfg: CfgNode, chosen: Chosen, kept: Kept | None, names: Sequence[st
         UnreadableImages: there are some and they are not to be left out; or a class has no other.
     """
     chosen, problems = look(chosen)
+    paths = (path for split in chosen.splits.values() for path in split.paths())
+    if unlisted := {path: "its name holds a line break" for path in paths if "\n" in path}:
+        raise UnreadableImages(_placed(chosen, unlisted), "rename it: the run's lists of images have a line for each")
     if cfg.on_bad_image != "skip":
         if problems:
             raise UnreadableImages(_placed(chosen, problems))

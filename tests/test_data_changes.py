@@ -162,6 +162,12 @@ def test_an_unfinished_run_that_got_more_images(launch: Cli, listed: Path) -> No
     done(launch, f"{TRAIN} batch_size 8 save_every 1", "resuming after step")
 
 
+def test_a_name_that_no_list_can_hold(launch: Cli, insects: Path) -> None:
+    draw(insects / "train" / "ant" / "a\nb.png", 5)
+    for words in ("", "on_bad_image skip"):
+        one_line(launch(f"{TRAIN} {words}"), "its name holds a line break", "rename it")
+
+
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 

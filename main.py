@@ -5,7 +5,7 @@ if __name__ == "__main__":  # Ctrl-C may meet any import, so the first lines ans
     import os
 
     _signal.signal(_signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
-    from trainers.ending import end_at_signals
+    from tailtune.trainers.processes.exit import end_at_signals
 
     end_at_signals()
 
@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from configs import CfgNode, UserError, describe, load_configs, names
-from configs.environment import check_environment
-from configs.quiet import libraries_on_stdout
-from trainers.ending import run_as_process, say
-from trainers.interrupt import Interrupted
-from trainers.log import show_any_text
-from trainers.ranks import LOST, one_is_lost
+from tailtune.configs import CfgNode, UserError, describe, load_configs, names
+from tailtune.configs.launch_environment import check_environment
+from tailtune.configs.library_messages import libraries_on_stdout
+from tailtune.trainers.processes.console_log import show_any_text
+from tailtune.trainers.processes.exit import run_as_process, say
+from tailtune.trainers.processes.interrupts import Interrupted
+from tailtune.trainers.processes.launcher import LOST, one_is_lost
 
 EXAMPLES = """
 examples:
@@ -98,7 +98,7 @@ def command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     # torchmetrics imports matplotlib, which on a new machine would talk about its font cache.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from trainers.methods import declared  # torch and timm load here, after --help and --list
+    from tailtune.trainers.methods import declared  # torch and timm load here, after --help and --list
 
     stages = load_configs(args.data, args.model, pairs, declared())
     return dry_run(stages) if args.dry_run else run_all(stages)
@@ -110,7 +110,7 @@ def show(text: str) -> None:
 
 
 def dry_run(stages: list[CfgNode]) -> int:
-    from trainers import dryrun
+    from tailtune.trainers import dry_run as dryrun
 
     result, derived = dryrun.dry_run(stages[-1], dryrun.check_chain(stages)[-1])
     show(f"{dryrun.describe(result, derived)}\n{json.dumps(result)}")
@@ -118,9 +118,9 @@ def dry_run(stages: list[CfgNode]) -> int:
 
 
 def run_all(stages: list[CfgNode]) -> int:
-    from trainers.dryrun import check_chain
-    from trainers.folder import RunFolder
-    from trainers.run import run
+    from tailtune.trainers.dry_run import check_chain
+    from tailtune.trainers.run import run
+    from tailtune.trainers.runs.run_folder import RunFolder
 
     folder = None
     last = stages[-1]

@@ -26,21 +26,21 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from configs import load_configs
-from datasets import DataBundle, build_data
-from datasets.bundle import Shift
-from datasets.loading import collate, eval_loader
-from models import resolve
-from trainers.adapt import ADAPTS, Recipe, adapt
-from trainers.distributions import plain_results
-from trainers.evaluator import Logits, infer
-from trainers.files import write_json
-from trainers.launch import make_accelerator, to_device
-from trainers.methods import Method, declared
-from trainers.metrics import evaluate
-from trainers.report import hardware
-from trainers.test_time import plain, separate
-from trainers.trained import make_method
+from tailtune.configs import load_configs
+from tailtune.datasets import DataBundle, build_data
+from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.loading.data_loader import collate, eval_loader
+from tailtune.models import resolve
+from tailtune.trainers.distributed import make_accelerator, to_device
+from tailtune.trainers.evaluation.distributions import plain_results
+from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt
+from tailtune.trainers.evaluation.inference import Logits, infer
+from tailtune.trainers.evaluation.metrics import evaluate
+from tailtune.trainers.evaluation.tta import plain, separate
+from tailtune.trainers.methods import Method, declared
+from tailtune.trainers.runs.load_run import make_method
+from tailtune.trainers.runs.report import hardware
+from tailtune.trainers.storage.atomic_io import write_json
 
 EVALUATION = ["pretrained", "none", "test_dists", "all", "adapt", "sade"]
 

@@ -19,12 +19,13 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from configs import load_configs
-from datasets import build_info
-from models import build_model, resolve
-from trainers.methods import build_method, declared
-from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable
-from trainers.report import hardware
+from tailtune.configs import load_configs
+from tailtune.datasets import build_info
+from tailtune.models import build_model, resolve
+from tailtune.trainers.methods import build_method, declared
+from tailtune.trainers.optim import Plan, build_optimizer
+from tailtune.trainers.precision import PRECISIONS, cast_trainable
+from tailtune.trainers.runs.report import hardware
 
 MIB = 2**20
 

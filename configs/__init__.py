@@ -13,12 +13,12 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from configs.errors import UserError, lookup, shown, unknown
-from configs.key import RUNTIME, Key, option_keys
-from configs.naming import config_hash, run_name, test_key, values_of
-from configs.reading import read_yaml
-from configs.schema import ALIASES, KNOWN_AS, SCHEMA, SHARED
-from configs.values import readable
+from tailtune.configs.errors import UserError, lookup, shown, unknown
+from tailtune.configs.key import RUNTIME, Key, option_keys
+from tailtune.configs.run_names import config_hash, run_name, test_key, values_of
+from tailtune.configs.schema import ALIASES, KNOWN_AS, SCHEMA, SHARED
+from tailtune.configs.value_parsers import readable
+from tailtune.configs.yaml_reader import read_yaml
 
 __all__ = [
     "CfgNode",

@@ -3,8 +3,18 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from configs.key import TEST, Key
-from configs.values import as_bool, as_factors, as_float, as_int, as_ints, as_names, as_path, as_paths, as_str
+from tailtune.configs.key import TEST, Key
+from tailtune.configs.value_parsers import (
+    as_bool,
+    as_factors,
+    as_float,
+    as_int,
+    as_ints,
+    as_names,
+    as_path,
+    as_paths,
+    as_str,
+)
 
 EVALUATION: Mapping[str, Key] = MappingProxyType(
     {

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from configs.values import as_bool, as_float, as_int, as_str
+from tailtune.configs.value_parsers import as_bool, as_float, as_int, as_str
 
 Class = Literal["train", "test", "runtime"]
 

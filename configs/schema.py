@@ -13,9 +13,9 @@ Keys are LIFT's own wherever LIFT has them. `None` (or `null`) is accepted only 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from configs.evaluation_keys import EVALUATION
-from configs.key import RUNTIME, TRAIN, Key
-from configs.values import (
+from tailtune.configs.evaluation_keys import EVALUATION
+from tailtune.configs.key import RUNTIME, TRAIN, Key
+from tailtune.configs.value_parsers import (
     as_bool,
     as_factors,
     as_float,

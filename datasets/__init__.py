@@ -7,15 +7,9 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from configs.errors import UserError, lookup
-from datasets.bundle import DataBundle, DataInfo, View
-from datasets.descriptors import class_descriptors
-from datasets.entries import DATASETS, Outline, list_folders
-from datasets.identity import Kept, Record
-from datasets.imbalance import capped_counts, check_hold_out, shot_groups
-from datasets.shifts import build_shifts, shift_names
-from datasets.splits import Chosen, choose, look, readable, records, without
-from datasets.transforms import (
+from tailtune.configs.errors import UserError, lookup
+from tailtune.datasets.data_bundle import DataBundle, DataInfo, View
+from tailtune.datasets.images.transforms import (
     Transform,
     crop_resize,
     eval_transform,
@@ -23,20 +17,18 @@ from datasets.transforms import (
     repeated,
     train_transform,
 )
+from tailtune.datasets.long_tail import capped_counts, check_hold_out, shot_groups
+from tailtune.datasets.sources.available_images import Outline
+from tailtune.datasets.sources.class_descriptors import class_descriptors
+from tailtune.datasets.splits.choose_splits import ChosenSplits, choose, look, readable, records, without
+from tailtune.datasets.splits.split_records import Record, StoredSplits
+from tailtune.datasets.table import DATASETS, list_folders
+from tailtune.datasets.test_distributions.build import build_shifts, shift_names
 
 __all__ = [
-    *("DATASETS", "DataBundle", "DataInfo", "Dataset", "IterableDataset", "View"),
+    *("DATASETS", "DataBundle", "DataInfo", "View"),
     *("build_data", "build_info", "build_records"),
 ]
-
-
-class IterableDataset:
-    """Never instantiated. This package has the name of Hugging Face's: Accelerate on two or more processes runs
-    `from datasets import IterableDataset` and asks `isinstance`, to which the answer is no."""
-
-
-class Dataset:
-    """Never instantiated. As `IterableDataset`, for Accelerate's `split_between_processes`."""
 
 
 def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
@@ -56,7 +48,7 @@ def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg), counts)
 
 
-def build_records(cfg: CfgNode, kept: Kept | None = None) -> tuple[dict[str, Record], Chosen | None]:
+def build_records(cfg: CfgNode, kept: StoredSplits | None = None) -> tuple[dict[str, Record], ChosenSplits | None]:
     """What each split is made of at present, by the sizes of its files; no image is opened, nothing is downloaded.
 
     Args:
@@ -73,7 +65,7 @@ def build_records(cfg: CfgNode, kept: Kept | None = None) -> tuple[dict[str, Rec
     return records(cfg, chosen, kept), chosen
 
 
-def build_data(cfg: CfgNode, kept: Kept | None = None, counts: Sequence[int] | None = None) -> DataBundle:
+def build_data(cfg: CfgNode, kept: StoredSplits | None = None, counts: Sequence[int] | None = None) -> DataBundle:
     """All views of a run. CIFAR is downloaded where it is missing, so let one process of a machine go first.
 
     Args:
@@ -147,7 +139,7 @@ def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None = None) -
 
 
 def _testing(cfg: CfgNode) -> Transform:
-    """What one image of the test gives; the views of `tte` are cut from it by trainers/test_time.py."""
+    """What one image of the test gives; the views of `tte` are cut from it by trainers/evaluation/tta.py."""
     if cfg.tte and cfg.tte_mode == "randaug":
         return repeated(train_transform(cfg.augment, cfg.resolution, cfg.interpolation), cfg.randaug_times)
     if cfg.tte:

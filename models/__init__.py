@@ -1,71 +1,29 @@
 """`build_model`: from a config to encoder + tuners + head. Below this file nothing sees the config."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import open_clip
-import timm
 from torch import nn
 
-from configs import CfgNode
-from configs.errors import UserError, lookup, naming, unknown
-from configs.seeding import seeded
-from models.backbone import Backbone, BackboneSpec, Split, Stats
-from models.classifier import Classifier
-from models.clip import Clip, find_clip
-from models.experts import ExpertHeads
-from models.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
-from models.heads import HEADS, CosineClassifier
-from models.host import Host
-from models.peft_adapter import Peft
-from models.peft_backend import add_peft
-from models.plain import Plain
-from models.prompts import DESCRIPTOR, Sentences, fill
-from models.resnet import Design
-from models.resnet_backbone import ResNets
-from models.timm_models import Timm, find_timm
-from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
+from tailtune.configs import CfgNode
+from tailtune.configs.errors import UserError, lookup, naming
+from tailtune.configs.seeding import seeded
+from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.prompts import DESCRIPTOR, Sentences, fill
+from tailtune.models.backbones.spec import Backbone, Split, Stats
+from tailtune.models.backbones.table import BACKBONES, find_backbone
+from tailtune.models.classification_model import ClassificationModel
+from tailtune.models.heads.classifiers import HEADS, CosineClassifier
+from tailtune.models.heads.expert_heads import ExpertHeads
+from tailtune.models.heads.initialisation import HEAD_INITS, NEEDS_TEXT, HeadInit
+from tailtune.models.tuners.peft_adapter import PeftAdapter
+from tailtune.models.tuners.peft_wrapper import add_peft
+from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
 
-__all__ = ["BACKBONES", "Classifier", "build_model", "find_backbone", "resolve", "sizes_of"]
+__all__ = ["BACKBONES", "ClassificationModel", "build_model", "find_backbone", "resolve", "sizes_of"]
 
-TINY = Path(__file__).parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
 VPT_LEN = 10
-
-BACKBONES: dict[str, BackboneSpec] = {
-    "CLIP-RN50": Clip("RN50-quickgelu"),
-    "CLIP-RN101": Clip("RN101-quickgelu"),
-    "CLIP-ViT-B/16": Clip("ViT-B-16-quickgelu"),
-    "CLIP-ViT-B/32": Clip("ViT-B-32-quickgelu"),
-    "CLIP-ViT-L/14": Clip("ViT-L-14-quickgelu"),
-    "CLIP-ViT-L/14@336px": Clip("ViT-L-14-336-quickgelu"),
-    # LIFT's names. The weights were fine-tuned on ImageNet-1k after ImageNet-21k, so they have seen ImageNet-LT's
-    # labels; `timm:vit_base_patch16_224.augreg_in21k` has not.
-    "IN21K-ViT-B/16": Timm("vit_base_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
-    "IN21K-ViT-B/16@384px": Timm("vit_base_patch16_384.augreg_in21k_ft_in1k", interpolation="bilinear"),
-    "IN21K-ViT-L/16": Timm("vit_large_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
-    "ResNet-20": ResNets("ResNet-20", Design((3, 3, 3), cifar=True)),
-    "ResNet-32": ResNets("ResNet-32", Design((5, 5, 5), cifar=True)),
-    "ResNet-44": ResNets("ResNet-44", Design((7, 7, 7), cifar=True)),
-    "ResNet-56": ResNets("ResNet-56", Design((9, 9, 9), cifar=True)),
-    # With `pretrained default` these, too, have seen ImageNet-LT's labels.
-    "ResNet-10": ResNets("ResNet-10", Design((1, 1, 1, 1))),
-    "ResNet-50": ResNets("ResNet-50", Design((3, 4, 6, 3), bottleneck=True), "resnet50.a1_in1k"),
-    "ResNet-101": ResNets("ResNet-101", Design((3, 4, 23, 3), bottleneck=True), "resnet101.a1_in1k"),
-    "ResNet-152": ResNets("ResNet-152", Design((3, 8, 36, 3), bottleneck=True), "resnet152.a1_in1k"),
-    "ResNeXt-50": ResNets(
-        "ResNeXt-50", Design((3, 4, 6, 3), bottleneck=True, groups=32, group_width=4), "resnext50_32x4d.a1_in1k"
-    ),
-    "TinyCLIP": Clip(
-        "tailtune-tiny",
-        tag="embedded",
-        config=TINY / "tailtune-tiny.json",
-        files={"embedded": TINY / "weights.safetensors"},
-        stats=(HALF, HALF),
-    ),
-}
-LIBRARIES: dict[str, Callable[[str], BackboneSpec]] = {"open_clip": find_clip, "timm": find_timm}
-"""What `<library>:<name>` means."""
 
 
 def build_model(
@@ -74,7 +32,7 @@ def build_model(
     fast: bool = True,
     descriptors: Sentences | None = None,
     pixels: Stats = (HALF, HALF),
-) -> Classifier:
+) -> ClassificationModel:
     """The model of a config, ready to train; on the meta device it has shapes only.
 
     Args:
@@ -101,7 +59,7 @@ def build_model(
     split = Split(cfg.num_experts, cfg.expert_split, cfg.reduce_dimension)
     backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot, fast, split)
     encoder = backbone.encoder
-    if cfg.residual_dtype and isinstance(encoder, Plain):
+    if cfg.residual_dtype and isinstance(encoder, GenericEncoder):
         raise UserError(f"residual_dtype is of the ViT host's own forward, which {cfg.backbone} does not use; leave it")
     if cfg.zero_shot:
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
@@ -112,24 +70,7 @@ def build_model(
     encoder.set_precision()
     own = backbone.stats or pixels
     stats = (cfg.pixel_mean or own[0], cfg.pixel_std or own[1])
-    return Classifier(encoder, head, stats, _head_init(cfg, backbone, sentences), backbone.random, peft)
-
-
-def find_backbone(name: str) -> BackboneSpec:
-    """The entry of BACKBONES, or the backbone `open_clip:<name>` or `timm:<name>`.
-
-    Raises:
-        UserError: there is none of that name; says which are near.
-    """
-    library, _, own = name.partition(":")
-    if library in LIBRARIES and own:
-        with naming("backbone"):
-            return LIBRARIES[library](own)
-    if name not in BACKBONES:
-        listed = {"open_clip": open_clip.list_models(), "timm": timm.list_models()}
-        known = [f"{each}:{name}" for each, names in listed.items() if name in names]
-        raise unknown("backbone", name, [*BACKBONES, *(known or (f"{each}:NAME" for each in LIBRARIES))])
-    return BACKBONES[name]
+    return ClassificationModel(encoder, head, stats, _head_init(cfg, backbone, sentences), backbone.random, peft)
 
 
 def resolve(cfg: CfgNode) -> CfgNode:
@@ -145,7 +86,7 @@ def resolve(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def sizes_of(cfg: CfgNode, classes: int, encoder: Host) -> Sizes:
+def sizes_of(cfg: CfgNode, classes: int, encoder: Encoder) -> Sizes:
     """What tuners are built from; LIFT's rules where the config leaves it open."""
     share = mask_ratio(classes, encoder.depth, encoder.feature_dim) if cfg.mask_ratio is None else cfg.mask_ratio
     return Sizes(
@@ -175,7 +116,7 @@ def _head(cfg: CfgNode, dim: int, classes: int) -> nn.Module:
     return heads[0] if cfg.num_experts == 1 else ExpertHeads(heads)
 
 
-def _peft(cfg: CfgNode, encoder: Host) -> Peft | None:
+def _peft(cfg: CfgNode, encoder: Encoder) -> PeftAdapter | None:
     if cfg.peft is None and cfg.peft_args:
         raise UserError("peft_args are of a tuner of the peft library, and none is asked for; name one, as `peft LoRA`")
     return add_peft(encoder, cfg.peft, cfg.peft_args or {}, cfg.partial, cfg.resolution, cfg.seed) if cfg.peft else None

@@ -28,11 +28,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from configs import CfgNode, describe, load_configs
-from configs.errors import UserError, lookup, unknown
-from configs.reading import read_yaml
-from configs.schema import SCHEMA
-from main import split_words
+from tailtune.configs import CfgNode, describe, load_configs
+from tailtune.configs.errors import UserError, lookup, unknown
+from tailtune.configs.schema import SCHEMA
+from tailtune.configs.yaml_reader import read_yaml
+from tailtune.main import split_words
 
 FOLDER = Path(__file__).resolve().parent / "grids"
 METRICS = ("accuracy", "many_acc", "med_acc", "few_acc")
@@ -142,8 +142,8 @@ def check_metrics(names: Sequence[str]) -> None:
 
 def config(words: Sequence[str]) -> CfgNode:
     """The resolved config of a command line."""
-    from models import resolve
-    from trainers.methods import declared
+    from tailtune.models import resolve
+    from tailtune.trainers.methods import declared
 
     flags, pairs = split_words(words)
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
@@ -151,8 +151,8 @@ def config(words: Sequence[str]) -> CfgNode:
 
 def result(words: Sequence[str]) -> Path | None:
     """The metrics.json that a command has written; None if it is not finished."""
-    from trainers.folder import RunFolder
-    from trainers.stored import still_true
+    from tailtune.trainers.runs.run_folder import RunFolder
+    from tailtune.trainers.runs.stored_results import still_true
 
     folder = RunFolder(config(words))
     path = folder.target() / "metrics.json"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.errors import lookup
+from tailtune.configs.errors import lookup
 
 TITLES = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few", "worst_case_acc": "worst"}
 MEMORY = "A number in brackets is from memory, not verified against the paper."

@@ -14,18 +14,18 @@ sys.path.insert(0, str(ROOT))
 
 from filelock import FileLock  # noqa: E402
 
-from configs import CfgNode, UserError, load_configs  # noqa: E402
-from datasets import build_data  # noqa: E402
-from main import Parser, answer, split_words  # noqa: E402
-from models import resolve  # noqa: E402
-from trainers.features import heat_map, histograms, split_features, summary  # noqa: E402
-from trainers.files import new_folder, write_json  # noqa: E402
-from trainers.folder import RunFolder  # noqa: E402
-from trainers.launch import make_accelerator  # noqa: E402
-from trainers.log import start_console  # noqa: E402
-from trainers.manifest import LOCK  # noqa: E402
-from trainers.methods import declared  # noqa: E402
-from trainers.trained import trained_method  # noqa: E402
+from tailtune.configs import CfgNode, UserError, load_configs  # noqa: E402
+from tailtune.datasets import build_data  # noqa: E402
+from tailtune.main import Parser, answer, split_words  # noqa: E402
+from tailtune.models import resolve  # noqa: E402
+from tailtune.trainers.distributed import make_accelerator  # noqa: E402
+from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary  # noqa: E402
+from tailtune.trainers.methods import declared  # noqa: E402
+from tailtune.trainers.processes.console_log import start_console  # noqa: E402
+from tailtune.trainers.runs.load_run import trained_method  # noqa: E402
+from tailtune.trainers.runs.run_folder import RunFolder  # noqa: E402
+from tailtune.trainers.storage.atomic_io import new_folder, write_json  # noqa: E402
+from tailtune.trainers.storage.manifest import LOCK  # noqa: E402
 
 EXAMPLES = """
 example:

@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.errors import UserError  # noqa: E402
-from main import Parser, answer  # noqa: E402
-from scripts._grid import (  # noqa: E402
+from tailtune.configs.errors import UserError  # noqa: E402
+from tailtune.main import Parser, answer  # noqa: E402
+from tailtune.scripts._grid import (  # noqa: E402
     METRICS,
     Grid,
     add_selection,
@@ -30,7 +30,7 @@ from scripts._grid import (  # noqa: E402
     select,
     split_extra,
 )
-from scripts._table import FORMATS, Result, Row  # noqa: E402
+from tailtune.scripts._table import FORMATS, Result, Row  # noqa: E402
 
 
 def grid_rows(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[Row]:
@@ -73,9 +73,9 @@ def with_result(names: Sequence[str]) -> list[Path]:
 
 def _identity(folder: Path, found: Result) -> str:
     """All options of a run and of its evaluation, without the seed and without which checkpoint it was."""
-    from configs import load_resolved, values_of
-    from configs.key import TRAIN
-    from trainers.methods import declared
+    from tailtune.configs import load_resolved, values_of
+    from tailtune.configs.key import TRAIN
+    from tailtune.trainers.methods import declared
 
     home = folder if (folder / "config.yaml").is_file() else folder.parent.parent
     trained = values_of(load_resolved(home / "config.yaml", declared()), TRAIN)
@@ -92,7 +92,7 @@ def _group_row(group: list[tuple[Path, Result]]) -> Row:
 
 
 def _read(path: Path) -> Result:
-    from trainers.report import read_result
+    from tailtune.trainers.runs.report import read_result
 
     return read_result(path)
 

@@ -17,14 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import load_configs  # noqa: E402
-from configs.errors import UserError  # noqa: E402
-from models.tuners import TUNERS  # noqa: E402
-from trainers.adapt import ADAPTS  # noqa: E402
-from trainers.dryrun import check_chain  # noqa: E402
-from trainers.ensembles import ENSEMBLES  # noqa: E402
-from trainers.methods import METHODS, declared  # noqa: E402
-from trainers.priors import TARGETS  # noqa: E402
+from tailtune.configs import load_configs  # noqa: E402
+from tailtune.configs.errors import UserError  # noqa: E402
+from tailtune.models.tuners.table import TUNERS  # noqa: E402
+from tailtune.trainers.dry_run import check_chain  # noqa: E402
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
+from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
+from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
+from tailtune.trainers.methods import METHODS, declared  # noqa: E402
 
 PAGE, ARRAY = ROOT / "docs" / "composition.md", ROOT / "docs" / "composition.json"
 Choice = dict[str, str]

@@ -12,23 +12,23 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import values  # noqa: E402
-from configs.key import RUNTIME, TEST, TRAIN, Key, option_keys, plain  # noqa: E402
-from configs.schema import ALIASES, SCHEMA  # noqa: E402
-from datasets import DATASETS  # noqa: E402
-from datasets.samplers import SAMPLERS  # noqa: E402
-from datasets.transforms import AUGMENTS  # noqa: E402
-from models import BACKBONES  # noqa: E402
-from models.head_init import HEAD_INITS  # noqa: E402
-from models.heads import HEADS  # noqa: E402
-from models.peft_table import PEFTS  # noqa: E402
-from models.prompts import PROMPTS  # noqa: E402
-from trainers.adapt import ADAPTS  # noqa: E402
-from trainers.ensembles import ENSEMBLES  # noqa: E402
-from trainers.losses import LOSSES  # noqa: E402
-from trainers.methods import METHODS, declared  # noqa: E402
-from trainers.optim import SCHEDULES  # noqa: E402
-from trainers.priors import TARGETS  # noqa: E402
+from tailtune.configs import value_parsers as values  # noqa: E402
+from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, option_keys, plain  # noqa: E402
+from tailtune.configs.schema import ALIASES, SCHEMA  # noqa: E402
+from tailtune.datasets import DATASETS  # noqa: E402
+from tailtune.datasets.images.transforms import AUGMENTS  # noqa: E402
+from tailtune.datasets.loading.samplers import SAMPLERS  # noqa: E402
+from tailtune.models import BACKBONES  # noqa: E402
+from tailtune.models.backbones.prompts import PROMPTS  # noqa: E402
+from tailtune.models.heads.classifiers import HEADS  # noqa: E402
+from tailtune.models.heads.initialisation import HEAD_INITS  # noqa: E402
+from tailtune.models.tuners.peft_types import PEFTS  # noqa: E402
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
+from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
+from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
+from tailtune.trainers.losses import LOSSES  # noqa: E402
+from tailtune.trainers.methods import METHODS, declared  # noqa: E402
+from tailtune.trainers.optim import SCHEDULES  # noqa: E402
 
 FILE = ROOT / "docs" / "options.md"
 TYPES: Mapping[Callable[[Any], Any], str] = {

@@ -21,12 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import main as tailtune  # noqa: E402
-from configs.errors import UserError  # noqa: E402
-from scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra  # noqa: E402
-from scripts._table import FORMATS  # noqa: E402
-from scripts.collect import grid_rows  # noqa: E402
-from trainers.ending import end_at_signals, run_as_process  # noqa: E402
+from tailtune import main as tailtune  # noqa: E402
+from tailtune.configs.errors import UserError  # noqa: E402
+from tailtune.scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra  # noqa: E402
+from tailtune.scripts._table import FORMATS  # noqa: E402
+from tailtune.scripts.collect import grid_rows  # noqa: E402
+from tailtune.trainers.processes.exit import end_at_signals, run_as_process  # noqa: E402
 
 CONTINUES = "interrupted; the same command continues"
 TABLES = Path("output/tables")

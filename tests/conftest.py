@@ -11,10 +11,10 @@ import torch
 from accelerate.state import AcceleratorState
 from yacs.config import CfgNode
 
-import main
-from configs import load_configs
-from models import resolve
-from trainers.methods import declared
+from tailtune import main
+from tailtune.configs import load_configs
+from tailtune.models import resolve
+from tailtune.trainers.methods import declared
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., subprocess.CompletedProcess[str]]

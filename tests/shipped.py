@@ -1,6 +1,6 @@
 """Which data sets a shipped model config is meant for, above all."""
 
-from configs import names
+from tailtune.configs import names
 
 MAIN = {
     "tiny_clip": ("digits_lt",),

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.head_init import HeadContext
-from models.tuners import Sizes, add_tuners
-from models.vit import ViT
+from tailtune.models.backbones.vit import ViT
+from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.tuners.table import Sizes, add_tuners
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 2, 2, 8, 16
 

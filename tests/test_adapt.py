@@ -14,12 +14,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from datasets.bundle import Shift
-from trainers.adapt import ADAPTS, LEAST, Learner, Recipe, StreamLearner, adapt, check_adapt, objective
-from trainers.evaluator import Logits, rows_of
-from trainers.methods import METHODS, Method
-from trainers.methods.base import combine
+from tailtune.configs.errors import UserError
+from tailtune.datasets.data_bundle import Shift
+from tailtune.trainers.evaluation.expert_weights import (
+    ADAPTS,
+    LEAST,
+    Learner,
+    Recipe,
+    StreamLearner,
+    adapt,
+    check_adapt,
+    objective,
+)
+from tailtune.trainers.evaluation.inference import Logits, rows_of
+from tailtune.trainers.methods import METHODS, Method
+from tailtune.trainers.methods.base import combine
 
 E, B, C = 3, 4, 10
 ROWS = {

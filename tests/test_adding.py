@@ -10,9 +10,9 @@ import pytest
 import yaml
 from yacs.config import CfgNode
 
-from configs import load_configs
-from trainers.methods import METHODS, declared
-from trainers.run import run
+from tailtune.configs import load_configs
+from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
 PAGE = (Path(__file__).parent.parent / "docs" / "adding.md").read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from conftest import Cli
 from torch import Tensor, nn
 
-from datasets import build_data
-from models import build_model
-from scripts import analyze_features
-from trainers.features import Split, heat_map, histograms, split_features, summary
+from tailtune.datasets import build_data
+from tailtune.models import build_model
+from tailtune.scripts import analyze_features
+from tailtune.trainers.evaluation.feature_analysis import Split, heat_map, histograms, split_features, summary
 
 COUNTS = torch.tensor([2, 1, 4])
 GROUPS = {"many": torch.tensor([2]), "med": torch.tensor([], dtype=torch.int64), "few": torch.tensor([0, 1])}

@@ -15,17 +15,24 @@ from test_resnet import fill, waves
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs import UserError
-from datasets import build_info
-from models import build_model
-from models.experts import heads_of
-from trainers.checkpoint import States
-from trainers.dryrun import check, dry_run
-from trainers.evaluator import Logits, save_logits, stored_logits
-from trainers.methods import build_method
-from trainers.methods.assign import ExpertAssignment
-from trainers.test_time import averaged
-from trainers.usage import expert_usage, flops_by_experts, is_finite, mean_flops, usage_line, usage_report
+from tailtune.configs import UserError
+from tailtune.datasets import build_info
+from tailtune.models import build_model
+from tailtune.models.heads.expert_heads import heads_of
+from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.evaluation.expert_usage import (
+    expert_usage,
+    flops_by_experts,
+    is_finite,
+    mean_flops,
+    usage_line,
+    usage_report,
+)
+from tailtune.trainers.evaluation.inference import Logits, save_logits, stored_logits
+from tailtune.trainers.evaluation.tta import averaged
+from tailtune.trainers.methods import build_method
+from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
+from tailtune.trainers.storage.checkpoint import States
 
 Config = Callable[..., CfgNode]
 RESNET = ("pretrained", "none", "init_head", "none", "reduce_dimension", True, "resolution", "none")

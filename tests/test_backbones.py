@@ -14,22 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-import models
-from configs import load_configs
-from configs.errors import UserError
-from configs.seeding import seeded
-from models import BACKBONES, build_model, find_backbone
-from models.clip import Clip
-from models.host import batch_norms
-from models.plain import Plain
-from models.vit import ViT
-from trainers.autosize import largest_micro_batch
-from trainers.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
-from trainers.dryrun import check, dry_run
-from trainers.interrupt import Agreement, Interrupted
-from trainers.launch import share_statistics
-from trainers.methods import build_method, declared
-from trainers.run import run
+from tailtune import models
+from tailtune.configs import load_configs
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import seeded
+from tailtune.models import BACKBONES, build_model, find_backbone
+from tailtune.models.backbones.encoder import batch_norms
+from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.vit import ViT
+from tailtune.trainers.distributed import share_statistics
+from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.methods import build_method, declared
+from tailtune.trainers.micro_batch_probe import largest_micro_batch
+from tailtune.trainers.processes.interrupts import Agreement, Interrupted
+from tailtune.trainers.run import run
+from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
 
 Config = Callable[..., CfgNode]
 CONVNET = "timm:test_resnet.r160_in1k"
@@ -73,7 +73,7 @@ def test_sizes(name: str, config: Config) -> None:
 def test_sizes_with_the_text_tower(name: str, total: int) -> None:
     """What LIFT prints before it adds tuner and head; here the text tower goes once the head is made."""
     spec = BACKBONES[name]
-    assert isinstance(spec, Clip)
+    assert isinstance(spec, OpenClipBackbone)
     with torch.device("meta"):
         clip = spec._clip(spec._config(), spec.inputs().resolution, 0)
     assert sum(each.numel() for each in clip.parameters()) == total
@@ -165,15 +165,15 @@ TOWERS: dict[str, dict[str, Any]] = {
         | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
     },
 }
-HOSTS = {"resnet": Plain, "map": ViT, "convnext": Plain, "clipa": Plain}
+HOSTS = {"resnet": GenericEncoder, "map": ViT, "convnext": GenericEncoder, "clipa": GenericEncoder}
 
 
-def small(kind: str, folder: Path) -> tuple[Clip, Any, str]:
+def small(kind: str, folder: Path) -> tuple[OpenClipBackbone, Any, str]:
     """A small CLIP, open_clip's model of it with weights at random, and the file of these."""
     config = {"embed_dim": 24, "text_cfg": TEXT, **TOWERS[kind]}
     file = folder / f"tailtune-test-{kind}.json"
     file.write_text(json.dumps(config))
-    spec = Clip(file.stem, config=file)
+    spec = OpenClipBackbone(file.stem, config=file)
     own_text = config.pop("custom_text", False)
     with seeded(3):
         clip = (open_clip.CustomTextCLIP if own_text else open_clip.CLIP)(**config).eval().requires_grad_(False)
@@ -247,7 +247,7 @@ def test_features_are_timms(name: str, tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     side = find_backbone(f"timm:{name}").inputs().resolution
     built = find_backbone(f"timm:{name}").build(str(tmp_path / "w.safetensors"), side, 0, False)
-    assert isinstance(built.encoder, Plain) and built.text is None and built.embed_dim is None
+    assert isinstance(built.encoder, GenericEncoder) and built.text is None and built.embed_dim is None
     assert close(built.encoder(noise(side)), net.forward_head(net.forward_features(noise(side)), pre_logits=True))
     state = {name: each for name, each in net.state_dict().items() if "bias" not in name}
     save_file(state, tmp_path / "less.safetensors")

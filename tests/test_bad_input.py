@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import main
-from trainers.files import Digest, write_folder
-from trainers.manifest import Manifest, read_folder
-from trainers.methods.base import Method
+from tailtune import main
+from tailtune.trainers.methods.base import Method
+from tailtune.trainers.storage.atomic_io import Digest, write_folder
+from tailtune.trainers.storage.manifest import Manifest, read_folder
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none max_test_images 20"
 SHORT = f"{FAKE} batch_size 32 max_steps 4 save_every 1 output_dir run"  # 10 steps would be two epochs

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs import UserError
-from datasets import build_info
-from models import build_model
-from models.batch_mixer import BatchMixer
-from trainers.checkpoint import States
-from trainers.dryrun import dry_run
-from trainers.launch import make_accelerator
-from trainers.methods import METHODS, Method, build_method
-from trainers.methods.batchformer import BatchFormer
-from trainers.methods.wrapper import Wrapper
+from tailtune.configs import UserError
+from tailtune.datasets import build_info
+from tailtune.models import build_model
+from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.dry_run import dry_run
+from tailtune.trainers.methods import METHODS, Method, build_method
+from tailtune.trainers.methods.batch_mixer import BatchMixer
+from tailtune.trainers.methods.batchformer import BatchFormer
+from tailtune.trainers.methods.wrapper import Wrapper
+from tailtune.trainers.storage.checkpoint import States
 
 Config = Callable[..., CfgNode]
 

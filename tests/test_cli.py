@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import signal_after, states
 
-import configs
-import main
-from configs import config_hash, load_configs, load_resolved, names
-from main import split_words
-from models import resolve
-from trainers.dryrun import check, dry_run
-from trainers.methods import declared
+from tailtune import configs, main
+from tailtune.configs import config_hash, load_configs, load_resolved, names
+from tailtune.main import split_words
+from tailtune.models import resolve
+from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.methods import declared
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none"
 SHORT = f"{FAKE} num_epochs 2 output_dir run"
@@ -509,7 +508,7 @@ def test_signals_save_a_state(launch: Cli, number: signal.Signals) -> None:
 def test_signal_while_evaluating(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are there already, so nothing is trained twice."""
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.evaluation.infer", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("tailtune.trainers.evaluation.evaluate.infer", lambda *_: signal.raise_signal(signal.SIGTERM))
         done = launch(SHORT)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert not (RUN / "metrics.json").exists()

@@ -17,12 +17,31 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs import load_configs
-from datasets import DataBundle, build_data
-from datasets.fake import fake_sources
-from models import resolve
-from scripts.make_composition import ARRAY, AXES, Choice, every_pair, page, refusal, refused_pairs, tried, words
-from trainers.checkpoint import (
+from tailtune.configs import load_configs
+from tailtune.datasets import DataBundle, build_data
+from tailtune.datasets.sources.fake import fake_sources
+from tailtune.models import resolve
+from tailtune.scripts.make_composition import (
+    ARRAY,
+    AXES,
+    Choice,
+    every_pair,
+    page,
+    refusal,
+    refused_pairs,
+    tried,
+    words,
+)
+from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.evaluation.ensembles import ensembled
+from tailtune.trainers.evaluation.evaluate import Evaluation
+from tailtune.trainers.head_preparation import prepare_head
+from tailtune.trainers.methods import Earlier, declared
+from tailtune.trainers.optim import Plan, build_optimizer
+from tailtune.trainers.runs.load_run import FinishedRun, make_method
+from tailtune.trainers.runs.run_folder import FACTS, RunFolder
+from tailtune.trainers.runs.stored_results import Decision
+from tailtune.trainers.storage.checkpoint import (
     copy_state,
     fingerprint,
     load_checkpoint,
@@ -31,16 +50,7 @@ from trainers.checkpoint import (
     save_checkpoint,
     trained_state,
 )
-from trainers.ensembles import ensembled
-from trainers.evaluation import Evaluation
-from trainers.folder import FACTS, RunFolder
-from trainers.head import prepare_head
-from trainers.launch import make_accelerator
-from trainers.manifest import read_json
-from trainers.methods import Earlier, declared
-from trainers.optim import Plan, build_optimizer
-from trainers.stored import Decision
-from trainers.trained import Finished, make_method
+from tailtune.trainers.storage.manifest import read_json
 
 STORED = json.loads(ARRAY.read_text(encoding="utf-8"))
 SMALL = ["max_test_images", "12", "batch_size", "6", "num_workers", "0", "test_batch_size", "12", "adapt_epochs", "1"]
@@ -84,7 +94,7 @@ def configs(row: Choice) -> tuple[CfgNode, CfgNode, CfgNode | None]:
 def few(backbone: str, test: str) -> DataBundle:
     """Generated images in the shape that a backbone and a test-time step ask for; rows share them."""
     row = {**{axis: next(iter(entries)) for axis, entries in AXES.items()}, "backbone": backbone, "test": test}
-    with mock.patch("datasets.fake.fake_sources", sources):
+    with mock.patch("tailtune.datasets.sources.fake.fake_sources", sources):
         data = build_data(configs(row)[0])
     of_class = [(data.plain.labels == k).nonzero()[:2, 0] for k in range(10)]
     data.plain = data.plain.take(torch.cat(of_class).numpy())  # enough for a head's start, and quicker
@@ -203,7 +213,7 @@ def evaluated(cfg: CfgNode, run: Training, data: DataBundle) -> dict[str, Any]:
     """metrics.json of the evaluation that the row asks for."""
     accelerator, folder = make_accelerator(cfg), RunFolder(cfg)
     plan = Decision(trains=False, target=folder.path / "tests" / "row")
-    finished = Finished(cfg, folder, run.method, data, accelerator, run.base)
+    finished = FinishedRun(cfg, folder, run.method, data, accelerator, run.base)
     method, _ = ensembled(finished)
     Evaluation(cfg, accelerator, folder, plan).from_images(method, data, {"data": "", "model": "", "seed": 0})
     return read_json(plan.target / "metrics.json")

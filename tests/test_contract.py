@@ -11,17 +11,18 @@ import torch
 from small import head_context
 from yacs.config import CfgNode
 
-from datasets import build_data, build_info
-from datasets.transforms import AUGMENTS
-from models import build_model
-from models.head_init import HEAD_INITS
-from models.heads import HEADS
-from models.prompts import PROMPTS
-from models.tuners import TUNERS
-from trainers.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
-from trainers.losses import ADJUSTED, LOSSES
-from trainers.methods import METHODS, Earlier, Method, build_method
-from trainers.optim import PRECISIONS, Plan, build_optimizer, cast_trainable
+from tailtune.datasets import build_data, build_info
+from tailtune.datasets.images.transforms import AUGMENTS
+from tailtune.models import build_model
+from tailtune.models.backbones.prompts import PROMPTS
+from tailtune.models.heads.classifiers import HEADS
+from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.losses import ADJUSTED, LOSSES
+from tailtune.trainers.methods import METHODS, Earlier, Method, build_method
+from tailtune.trainers.optim import Plan, build_optimizer
+from tailtune.trainers.precision import PRECISIONS, cast_trainable
+from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
 
 Config = Callable[..., CfgNode]
 NAMES = tuple(f"class {k}" for k in range(10))

@@ -10,7 +10,7 @@ from conftest import Cli
 from PIL import Image
 from test_bad_input import one_line, signal_after
 
-from datasets.identity import Record, changes, parse_splits, split_files
+from tailtune.datasets.splits.split_records import Record, changes, parse_splits, split_files
 
 TRAIN = "-d insects.yaml -m tiny_clip_peft pretrained none num_epochs 1 num_workers 0 output_dir run"
 RUN = Path("output/run")

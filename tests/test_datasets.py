@@ -19,17 +19,18 @@ import torchvision
 from PIL import Image
 from yacs.config import CfgNode
 
-from configs import FOLDER
-from configs.errors import UserError
-from configs.schema import SCHEMA
-from datasets import DATASETS, build_data, build_info, cifar
-from datasets.bundle import View
-from datasets.image_list import folder_names, read_list, taxon_labels
-from datasets.loading import clean_worker_error, collate, eval_loader, train_loader
-from datasets.published import PUBLISHED, published_at
-from datasets.samplers import StepSampler
-from datasets.sources import BadImage
-from datasets.splits import UnreadableImages
+from tailtune.configs import FOLDER
+from tailtune.configs.errors import UserError
+from tailtune.configs.schema import SCHEMA
+from tailtune.datasets import DATASETS, build_data, build_info
+from tailtune.datasets.data_bundle import View
+from tailtune.datasets.loading.data_loader import clean_worker_error, collate, eval_loader, train_loader
+from tailtune.datasets.loading.samplers import StepSampler
+from tailtune.datasets.sources import cifar
+from tailtune.datasets.sources.image_list import folder_names, read_list, taxon_labels
+from tailtune.datasets.sources.image_sources import BadImage
+from tailtune.datasets.sources.published_lists import PUBLISHED, published_at
+from tailtune.datasets.splits.choose_splits import UnreadableImages
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 """A folder that may hold unpacked local data (`cifar10_jpeg`, `lt_lists`); what is absent is skipped."""

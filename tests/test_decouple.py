@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs import UserError
-from datasets import build_info
-from models import build_model
-from models.experts import heads_of
-from trainers.checkpoint import States, trained_state
-from trainers.dryrun import check
-from trainers.methods import Method, build_method
-from trainers.optim import PRECISIONS, cast_trainable
+from tailtune.configs import UserError
+from tailtune.datasets import build_info
+from tailtune.models import build_model
+from tailtune.models.heads.expert_heads import heads_of
+from tailtune.trainers.dry_run import check
+from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.precision import PRECISIONS, cast_trainable
+from tailtune.trainers.storage.checkpoint import States, trained_state
 
 Config = Callable[..., CfgNode]
 LINEAR = ("classifier", "LinearClassifier")

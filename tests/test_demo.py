@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from configs import load_configs
-from trainers.run import run
+from tailtune.configs import load_configs
+from tailtune.trainers.run import run
 
 SEEDS = (0, 1, 2)
 

@@ -14,17 +14,17 @@ from conftest import Cli
 from test_shifts import by_name, check, config, facts, shipped
 from torch import Tensor
 
-from configs.errors import UserError
-from datasets import build_info
-from datasets.bundle import Shift
-from datasets.dirichlet import CIFAR, LISTS, choose, component, dirichlet_names, draw_counts
-from datasets.image_list import taxon_labels
-from datasets.imbalance import longtail_counts
-from datasets.shifts import build_shifts, shift_names
-from trainers.adapt import Learner, Recipe, StreamLearner
-from trainers.distributions import dirichlet_summary
-from trainers.evaluator import Logits
-from trainers.report import dirichlet_lines
+from tailtune.configs.errors import UserError
+from tailtune.datasets import build_info
+from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.long_tail import longtail_counts
+from tailtune.datasets.sources.image_list import taxon_labels
+from tailtune.datasets.test_distributions.build import build_shifts, shift_names
+from tailtune.datasets.test_distributions.dirichlet import CIFAR, LISTS, choose, component, dirichlet_names, draw_counts
+from tailtune.trainers.evaluation.distributions import dirichlet_summary
+from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner
+from tailtune.trainers.evaluation.inference import Logits
+from tailtune.trainers.runs.report import dirichlet_lines
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 KINDS = ("uniform", "forward", "backward")
@@ -386,7 +386,7 @@ def result(folder: str) -> dict[str, Any]:
 
 def test_a_finished_run_answers_from_its_logits(launch: Cli) -> None:
     assert launch(RUN).returncode == 0
-    with mock.patch("trainers.run.build_data", side_effect=AssertionError("images are not needed")):
+    with mock.patch("tailtune.trainers.run.build_data", side_effect=AssertionError("images are not needed")):
         done = launch(RUN, "test_only True test_dists uniform,dirichlet")
     assert done.returncode == 0, done.stderr
     found = result("run/tests/test_dists_uniform-dirichlet")

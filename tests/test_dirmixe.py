@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from trajectories import killed_after, trained
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from datasets.imbalance import longtail_counts
-from trainers.adapt import Learner, Recipe, objective
-from trainers.evaluator import Logits
-from trainers.losses import LOSSES
-from trainers.methods.base import Objective
-from trainers.methods.dirmixe import DirMixE, Draws, base_priors, semi_variance
-from trainers.methods.sade import reversed_prior
-from trainers.run import run
+from tailtune.configs.errors import UserError
+from tailtune.datasets.long_tail import longtail_counts
+from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, objective
+from tailtune.trainers.evaluation.inference import Logits
+from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.methods.dirmixe import DirMixE, Draws, base_priors, semi_variance
+from tailtune.trainers.methods.sade import reversed_prior
+from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
 COUNTS = {10: torch.tensor(longtail_counts(5000, 10, 0.01)), 100: torch.tensor(longtail_counts(500, 100, 0.01))}

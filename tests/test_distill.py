@@ -11,11 +11,11 @@ from test_bad_input import one_line
 from trajectories import killed_after
 from yacs.config import CfgNode
 
-from datasets import build_data, build_info
-from models import build_model
-from trainers.checkpoint import trained_state
-from trainers.methods import Earlier, build_method
-from trainers.methods.distill import Distill
+from tailtune.datasets import build_data, build_info
+from tailtune.models import build_model
+from tailtune.trainers.methods import Earlier, build_method
+from tailtune.trainers.methods.distill import Distill
+from tailtune.trainers.storage.checkpoint import trained_state
 
 Config = Callable[..., CfgNode]
 

@@ -11,13 +11,13 @@ from conftest import Cli
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datasets import build_data
-from datasets.shifts import Shift, build_shifts
-from trainers.distributions import expected_accuracy, plain_results
-from trainers.evaluator import Logits, infer
-from trainers.methods.base import combine
-from trainers.metrics import evaluate
-from trainers.report import distribution_lines
+from tailtune.datasets import build_data
+from tailtune.datasets.test_distributions.build import Shift, build_shifts
+from tailtune.trainers.evaluation.distributions import expected_accuracy, plain_results
+from tailtune.trainers.evaluation.inference import Logits, infer
+from tailtune.trainers.evaluation.metrics import evaluate
+from tailtune.trainers.methods.base import combine
+from tailtune.trainers.runs.report import distribution_lines
 
 GROUPS = {"many": torch.tensor([0]), "med": torch.tensor([1]), "few": torch.tensor([2])}
 RUN = "-d fake_lt -m tiny_clip pretrained none max_steps 2 batch_size 16 num_workers 0 output_dir run"
@@ -100,7 +100,7 @@ def test_the_table_has_a_line_for_each() -> None:
 
 
 def test_a_run_evaluates_all_distributions_in_one_pass(launch: Cli) -> None:
-    with mock.patch("trainers.evaluation.infer", wraps=infer) as passes:
+    with mock.patch("tailtune.trainers.evaluation.evaluate.infer", wraps=infer) as passes:
         done = launch(RUN, "test_dists all")
     assert done.returncode == 0, done.stderr
     assert passes.call_count == 1
@@ -119,7 +119,7 @@ def test_a_finished_run_answers_from_its_logits(launch: Cli, config: Any) -> Non
     """Without images; as it would have answered in its own evaluation; other names, another evaluation."""
     assert launch(RUN).returncode == 0
     assert "distributions" not in metrics("run")
-    with mock.patch("trainers.run.build_data", side_effect=AssertionError("images are not needed")):
+    with mock.patch("tailtune.trainers.run.build_data", side_effect=AssertionError("images are not needed")):
         done = launch(RUN, "test_only True test_dists forward10,backward10")
     assert done.returncode == 0, done.stderr
     result = metrics("run/tests/test_dists_forward10-backward10")

@@ -8,12 +8,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from configs import load_configs, names
-from datasets import build_info
-from main import split_words
-from models import resolve
-from trainers.dryrun import check
-from trainers.methods import declared
+from tailtune.configs import load_configs, names
+from tailtune.datasets import build_info
+from tailtune.main import split_words
+from tailtune.models import resolve
+from tailtune.trainers.dry_run import check
+from tailtune.trainers.methods import declared
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/tiny_clip/README.md"]

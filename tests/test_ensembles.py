@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from yacs.config import CfgNode
 
-from datasets import build_data
-from datasets.loading import eval_loader
-from trainers.beside import pretraining_prior, share, zero_shot_of
-from trainers.dryrun import outline
-from trainers.ensembles import ENSEMBLES
-from trainers.head import prepare_head
-from trainers.launch import make_accelerator
-from trainers.trained import make_method
+from tailtune.datasets import build_data
+from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.dry_run import outline
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES
+from tailtune.trainers.evaluation.zero_shot_ensembles import pretraining_prior, share, zero_shot_of
+from tailtune.trainers.head_preparation import prepare_head
+from tailtune.trainers.runs.load_run import make_method
 
 Config = Callable[..., CfgNode]
 PEFT = "-d fake_lt -m tiny_clip_peft max_steps 2 batch_size 32 max_test_images 30"
@@ -92,8 +92,8 @@ def test_between_the_tensors_are_linear(launch: Cli, monkeypatch: pytest.MonkeyP
 
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """The trained tensors that the next evaluation runs with."""
-    from trainers.checkpoint import trained_state
-    from trainers.evaluation import Evaluation
+    from tailtune.trainers.evaluation.evaluate import Evaluation
+    from tailtune.trainers.storage.checkpoint import trained_state
 
     found: dict[str, Tensor] = {}
     original = Evaluation.from_images

@@ -21,21 +21,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from models import Classifier, build_model
-from models.heads import HEADS, CosineClassifier
-from models.peft_backend import add_peft
-from models.plain import Plain
-from models.tuners import TUNERS, Sizes, add_tuners
-from models.vit import ViT
-from trainers.exchange import EXPORTS, Subject, export, lift, onnx_format
-from trainers.exchange.foreign import Foreign
-from trainers.exchange.plain_net import network
-from trainers.exchange.recipe import WITHIN
-from trainers.exchange.subject import FORMULAS, linear_head
-from trainers.losses import LOSSES
-from trainers.methods import Method
-from trainers.methods.base import Objective
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel, build_model
+from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.vit import ViT
+from tailtune.models.heads.classifiers import HEADS, CosineClassifier
+from tailtune.models.tuners.peft_wrapper import add_peft
+from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners
+from tailtune.trainers.export import EXPORTS, ExportedModel, export, onnx_format
+from tailtune.trainers.export.exported_model import FORMULAS, linear_head
+from tailtune.trainers.export.library_network import network
+from tailtune.trainers.export.loading_code import WITHIN
+from tailtune.trainers.foreign_checkpoints import lift
+from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
+from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.methods import Method
+from tailtune.trainers.methods.base import Objective
 
 CLASSES = 5
 SIZES = Sizes(bottleneck=3, prompts=2, mask_ratio=0.1, mask_seed=4)
@@ -55,26 +56,26 @@ def timm_vit() -> ViT:
     return ViT(small_net(pre_norm=False, act_layer="gelu"))
 
 
-def resnet() -> Plain:
+def resnet() -> GenericEncoder:
     torch.manual_seed(3)
     net = ModifiedResNet((1, 1, 1, 1), output_dim=24, heads=4, image_size=64, width=8)
-    return Plain(net, 24)
+    return GenericEncoder(net, 24)
 
 
 def subject(
     host: Any, tuners: Sequence[str], head: str = "CosineClassifier", partial: Any = None, sizes: Sizes = SIZES
-) -> Subject:
+) -> ExportedModel:
     """A host with tuners and a head, as built; whatever trains is still at its start."""
     add_tuners(host, tuners, sizes, partial)
     torch.manual_seed(0)
-    model = Classifier(host, HEADS[head](host.feature_dim, CLASSES, 20.0), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    model = ClassificationModel(host, HEADS[head](host.feature_dim, CLASSES, 20.0), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
     method = Method(model, Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
     side = SIDE if isinstance(host, ViT) else 64
-    return Subject(method, tuners, partial, [f"c{k}" for k in range(CLASSES)], side, arch="RN50-quickgelu")
+    return ExportedModel(method, tuners, partial, [f"c{k}" for k in range(CLASSES)], side, arch="RN50-quickgelu")
 
 
 @torch.no_grad()
-def trained(made: Subject) -> Subject:
+def trained(made: ExportedModel) -> ExportedModel:
     """Everything that trains moved away from where it started."""
     for index, each in enumerate(each for each in made.method.parameters() if each.requires_grad):
         each.add_(filled(each.shape, 11 + index, amplitude=0.1))
@@ -85,16 +86,16 @@ def trained(made: Subject) -> Subject:
 
 
 @torch.no_grad()
-def logits(made: Subject) -> Tensor:
+def logits(made: ExportedModel) -> Tensor:
     return made.method.predict(made.images(3))
 
 
 @torch.no_grad()
-def features(made: Subject) -> Tensor:
+def features(made: ExportedModel) -> Tensor:
     return made.method.model.features(made.images(3))
 
 
-def normalised(made: Subject) -> Tensor:
+def normalised(made: ExportedModel) -> Tensor:
     model = made.method.model
     return (made.images(3).float() / 255 - model.mean) / model.std
 
@@ -140,7 +141,7 @@ def test_a_round_trip_through_lift_gives_equal_logits(
     export(ours, "lift", tmp_path / "lift")
     again = subject(host(), tuners, head)
     assert not torch.equal(logits(again), logits(ours))
-    report = lift.load(Foreign(tmp_path / "lift" / "checkpoint.pth.tar"), again.method.model, tuners)
+    report = lift.load(ForeignCheckpoint(tmp_path / "lift" / "checkpoint.pth.tar"), again.method.model, tuners)
     assert torch.equal(logits(again), logits(ours))
     assert "none is left out" in report
 
@@ -193,7 +194,7 @@ def test_values_of_a_mask_stand_row_by_row() -> None:
 def test_a_fixed_scale_is_written_as_a_learnt_one(tmp_path: Path) -> None:
     ours = trained(subject(clip_vit(), ["adaptformer"], sizes=Sizes(3, 2, adaptformer_scale=0.3)))
     export(ours, "lift", tmp_path / "lift")
-    file = Foreign(tmp_path / "lift" / "checkpoint.pth.tar")
+    file = ForeignCheckpoint(tmp_path / "lift" / "checkpoint.pth.tar")
     again = subject(clip_vit(), ["adaptformer"])
     lift.load(file, again.method.model, ["adaptformer"])
     assert torch.equal(logits(again), logits(ours))
@@ -202,15 +203,15 @@ def test_a_fixed_scale_is_written_as_a_learnt_one(tmp_path: Path) -> None:
         lift.load(file, fixed.method.model, ["adaptformer"])
 
 
-def saved(path: Path, content: object) -> Foreign:
+def saved(path: Path, content: object) -> ForeignCheckpoint:
     torch.save(content, path)
-    return Foreign(path)
+    return ForeignCheckpoint(path)
 
 
 def test_a_file_that_does_not_fit_is_named_in_full(tmp_path: Path) -> None:
     made = subject(clip_vit(), ["lora"])
     export(trained(made), "lift", tmp_path / "lift")
-    file = Foreign(tmp_path / "lift" / "checkpoint.pth.tar")
+    file = ForeignCheckpoint(tmp_path / "lift" / "checkpoint.pth.tar")
     for tuners, text in ((["adapter"], "missing .*unexpected .*its tuner holds lora_list"), ([], "unexpected")):
         other = subject(clip_vit(), tuners)
         before = logits(other)
@@ -222,7 +223,7 @@ def test_a_file_that_does_not_fit_is_named_in_full(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="head.bias"):
         lift.load(file, subject(clip_vit(), ["lora"], "LinearClassifier").method.model, ["lora"])
     with pytest.raises(UserError, match="LIFT has ViTs and CLIP's ResNets only"):
-        lift.layout(subject(Plain(timm.create_model("test_resnet", num_classes=0), 96), []).method.model, [])
+        lift.layout(subject(GenericEncoder(timm.create_model("test_resnet", num_classes=0), 96), []).method.model, [])
 
 
 def test_a_file_may_be_of_several_gpus_and_half_precision(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_a_file_that_could_run_code_is_not_opened(tmp_path: Path) -> None:
     for part in (whole[:600], b"", b"text\n"):
         (tmp_path / "file").write_bytes(part)
         with pytest.raises(UserError, match="is damaged.*copy it again"):
-            lift.load(Foreign(tmp_path / "file"), made.method.model, [])
+            lift.load(ForeignCheckpoint(tmp_path / "file"), made.method.model, [])
 
 
 def test_shallow_prompts_of_a_later_block_are_refused(tmp_path: Path) -> None:
@@ -327,13 +328,13 @@ def test_stock_peft_loads_the_adapter(host: Callable[[], Any], names: str, parti
     assert torch.equal(load_file(tmp_path / "head.safetensors")["weight"], made.head.weight)
 
 
-def adapted(tuners: Sequence[str] = ()) -> Subject:
+def adapted(tuners: Sequence[str] = ()) -> ExportedModel:
     host = clip_vit()
     add_tuners(host, tuners, SIZES)
     wrapper = add_peft(host, "LoRA", {"r": 2, "target_modules": ["qkv", "fc2"]}, None, SIDE, 0)
     made = subject(clip_vit(), [])
-    model = Classifier(host, made.head, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), peft=wrapper)
-    return trained(Subject(Method(model, made.method.objective).eval(), tuners, None, made.class_names, SIDE))
+    model = ClassificationModel(host, made.head, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), peft=wrapper)
+    return trained(ExportedModel(Method(model, made.method.objective).eval(), tuners, None, made.class_names, SIDE))
 
 
 def test_a_tuner_of_peft_goes_there_and_merges(tmp_path: Path) -> None:
@@ -436,7 +437,7 @@ def test_the_libraries_own_names(backbone: str, resolution: int, name: str, conf
     cfg = config("fake_lt", "tiny_clip", *pairs)
     with torch.device("meta"):
         model = build_model(cfg, ["a", "b"])
-        made = Subject(
+        made = ExportedModel(
             Method(model, Objective(torch.ones(2), LOSSES["CE"])), [], None, ["a", "b"], resolution, arch=name
         )
         about = network(made)
@@ -518,6 +519,6 @@ def test_a_zero_shot_model_is_exported(launch: Cli) -> None:
 
 
 def test_the_formats_are_those_of_the_option() -> None:
-    from configs.schema import SCHEMA
+    from tailtune.configs.schema import SCHEMA
 
     assert set(SCHEMA["export"].choices) == EXPORTS.keys() and CosineClassifier in FORMULAS

@@ -12,14 +12,14 @@ import torch
 from shipped import PAIRS
 from yacs.config import CfgNode
 
-from configs import load_configs, names, values_of
-from datasets import build_info
-from models import build_model, resolve
-from trainers.checkpoint import trained_state
-from trainers.dryrun import check, dry_run
-from trainers.methods import Earlier, Method, build_method, declared
-from trainers.optim import Plan, build_optimizer, set_lr
-from trainers.run import run
+from tailtune.configs import load_configs, names, values_of
+from tailtune.datasets import build_info
+from tailtune.models import build_model, resolve
+from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.methods import Earlier, Method, build_method, declared
+from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.run import run
+from tailtune.trainers.storage.checkpoint import trained_state
 
 Config = Callable[..., CfgNode]
 KINDS = ("_ride", "_sade", "_dirmixe", "_batchformer", "_ce", "_ldam_drw", "_bs", "_crt", "_lws", "_tau_norm")

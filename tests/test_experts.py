@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from models import build_model
-from models.backbone import Split
-from models.classifier import Classifier
-from models.experts import ExpertHeads, divide, heads_of
-from models.heads import HEADS
-from models.tuners import TUNERS, Sizes, add_tuners
-from models.vit import ViT
-from trainers.checkpoint import trained_state
-from trainers.exchange import Subject, export
-from trainers.features import split_features
-from trainers.losses import LOSSES
-from trainers.methods import METHODS, Method
-from trainers.methods.base import Objective
+from tailtune.configs.errors import UserError
+from tailtune.models import build_model
+from tailtune.models.backbones.spec import Split
+from tailtune.models.backbones.vit import ViT
+from tailtune.models.classification_model import ClassificationModel
+from tailtune.models.heads.classifiers import HEADS
+from tailtune.models.heads.expert_heads import ExpertHeads, divide, heads_of
+from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners
+from tailtune.trainers.evaluation.feature_analysis import split_features
+from tailtune.trainers.export import ExportedModel, export
+from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.methods import METHODS, Method
+from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.storage.checkpoint import trained_state
 
 DEPTH, CLASSES = 4, 5
 SIZES = Sizes(bottleneck=3, prompts=2, mask_ratio=0.1, mask_seed=4)
@@ -290,12 +290,14 @@ def test_heads_alone_on_any_backbone(backbone: str, split: tuple[Any, ...], conf
         assert model(torch.empty(2, 3, side, side)).shape == (2, 3, 3)
 
 
-def classifier(host: ViT, experts: int, init: Tensor | None = None, name: str = "CosineClassifier") -> Classifier:
+def classifier(
+    host: ViT, experts: int, init: Tensor | None = None, name: str = "CosineClassifier"
+) -> ClassificationModel:
     torch.manual_seed(0)
     heads = [HEADS[name](host.feature_dim, CLASSES, 20.0) for _ in range(experts)]
     head = heads[0] if experts == 1 else ExpertHeads(heads)
     start = None if init is None else lambda _: init
-    return Classifier(host, head, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), start)
+    return ClassificationModel(host, head, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), start)
 
 
 @pytest.mark.parametrize("name", ["CosineClassifier", "LinearClassifier"])
@@ -316,7 +318,7 @@ def test_heads_with_the_same_start_begin_apart(name: str) -> None:
     assert torch.equal(heads_of(again.head)[2].get_parameter("weight"), weights[2])
 
 
-def train(model: Classifier, diversity: float, steps: int = 20) -> Callable[[], float]:
+def train(model: ClassificationModel, diversity: float, steps: int = 20) -> Callable[[], float]:
     """Some steps of RIDE; the spread of the experts' logits, before and after."""
     kind = METHODS["ride"]
     method = kind(model, Objective(torch.arange(CLASSES) + 1, LOSSES["CE"]), kind.Options(diversity=diversity)).train()
@@ -374,11 +376,11 @@ def test_one_head_has_the_rows_as_they_are() -> None:
 # --- exports and analysis --------------------------------------------------------------------------------------------
 
 
-def subject(own: int = 1, routes: bool = False) -> Subject:
+def subject(own: int = 1, routes: bool = False) -> ExportedModel:
     host = vit(["lora"], 3, own)
     method = Method(classifier(host, 3), Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
     method.routes = routes
-    return Subject(method, ["lora"], None, [f"c{k}" for k in range(CLASSES)], SIDE)
+    return ExportedModel(method, ["lora"], None, [f"c{k}" for k in range(CLASSES)], SIDE)
 
 
 @pytest.mark.parametrize("own", [0, 1])
@@ -415,7 +417,7 @@ def test_distances_are_means_over_experts(monkeypatch: pytest.MonkeyPatch) -> No
     raw = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(8))
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     batches = [{"image": raw[k : k + 3], "label": labels[k : k + 3], "weight": torch.ones(3)} for k in (0, 3)]
-    monkeypatch.setattr("trainers.features.eval_loader", lambda *_: batches)
+    monkeypatch.setattr("tailtune.trainers.evaluation.feature_analysis.eval_loader", lambda *_: batches)
     method: Any = nn.Module()
     method.model = nn.Module()
     method.model.features = lambda images: images

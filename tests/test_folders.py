@@ -8,9 +8,9 @@ import pytest
 import torchvision
 from PIL import Image
 
-from configs.errors import UserError
-from datasets.folders import class_folders, read_folder
-from datasets.pictures import EXTENSIONS, BadPicture, load_rgb
+from tailtune.configs.errors import UserError
+from tailtune.datasets.images.image_files import EXTENSIONS, BadPicture, load_rgb
+from tailtune.datasets.sources.image_folder import class_folders, read_folder
 
 
 def save(*paths: Path) -> None:

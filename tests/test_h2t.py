@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from trajectories import killed_after, trained
 from yacs.config import CfgNode
 
-from configs import UserError, load_configs
-from configs.seeding import generator
-from datasets import build_info
-from models import build_model
-from trainers.checkpoint import load_checkpoint, save_checkpoint, trained_state
-from trainers.dryrun import check
-from trainers.losses import LOSSES, Prior, log_prior
-from trainers.methods import Method, build_method, declared
-from trainers.methods.base import Objective
-from trainers.methods.h2t import channels, fused
-from trainers.methods.reslt import ResLT
-from trainers.methods.ride import Ride
-from trainers.run import run
-from trainers.test_time import kept
+from tailtune.configs import UserError, load_configs
+from tailtune.configs.seeding import generator
+from tailtune.datasets import build_info
+from tailtune.models import build_model
+from tailtune.trainers.dry_run import check
+from tailtune.trainers.evaluation.tta import kept
+from tailtune.trainers.losses import LOSSES, Prior, log_prior
+from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.methods.h2t import channels, fused
+from tailtune.trainers.methods.reslt import ResLT
+from tailtune.trainers.methods.ride import Ride
+from tailtune.trainers.run import run
+from tailtune.trainers.storage.checkpoint import load_checkpoint, save_checkpoint, trained_state
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])

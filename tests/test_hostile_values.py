@@ -16,18 +16,28 @@ from conftest import Cli
 from test_bad_input import FAKE, OWN, data, one_line  # noqa: F401 (data is a fixture)
 from yacs.config import CfgNode
 
-import main
-from configs import UserError, load_configs
-from configs.environment import check_environment
-from configs.errors import naming, unknown
-from configs.key import Key, option_keys
-from configs.patience import at_most
-from configs.schema import ALIASES, KNOWN_AS, SCHEMA
-from configs.values import as_float, as_int, as_ints, as_micro, as_names, as_path, as_paths, as_span, as_str
-from models.head_init import HEAD_INITS, HeadContext
-from trainers.dryrun import outline
-from trainers.methods import METHODS, declared
-from trainers.test_time import warnings_of
+from tailtune import main
+from tailtune.configs import UserError, load_configs
+from tailtune.configs.errors import naming, unknown
+from tailtune.configs.key import Key, option_keys
+from tailtune.configs.launch_environment import check_environment
+from tailtune.configs.schema import ALIASES, KNOWN_AS, SCHEMA
+from tailtune.configs.time_limit import at_most
+from tailtune.configs.value_parsers import (
+    as_float,
+    as_int,
+    as_ints,
+    as_micro,
+    as_names,
+    as_path,
+    as_paths,
+    as_span,
+    as_str,
+)
+from tailtune.models.heads.initialisation import HEAD_INITS, HeadContext
+from tailtune.trainers.dry_run import outline
+from tailtune.trainers.evaluation.tta import warnings_of
+from tailtune.trainers.methods import METHODS, declared
 
 KEYS: dict[str, Key] = {
     **{key: entry for key, entry in SCHEMA.items() if not entry.internal},
@@ -163,13 +173,13 @@ def test_what_is_said(key: str, value: object, parts: list[str], told: Told) -> 
     ],
 )
 def test_patterns_and_numbers_for_peft(value: str, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.peft_backend.at_most", lambda seconds, what: at_most(0.3, what))
+    monkeypatch.setattr("tailtune.models.tuners.peft_wrapper.at_most", lambda seconds, what: at_most(0.3, what))
     assert "peft_args" in told("peft_args", value, "peft", "LoRA")
 
 
 def test_a_model_that_this_machine_cannot_hold(launch: Cli, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run may be of another machine's work."""
-    monkeypatch.setattr("trainers.dryrun.memory", lambda: 10**6)
+    monkeypatch.setattr("tailtune.trainers.dry_run.memory", lambda: 10**6)
     assert told("adapter_dim", 4096) == ""
     one_line(launch(f"{FAKE} adapter_dim 4096"), "parameters", "GB", "adapter_dim", "num_classes")
     assert not Path("output").exists()
@@ -287,7 +297,7 @@ def test_a_head_of_images_that_cannot_be_read(name: str, readable: int) -> None:
 def test_weights_that_came_spoilt_are_not_blamed_on_the_learning_rate(
     launch: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.vit import ViT
+    from tailtune.models.backbones.vit import ViT
 
     original = ViT.set_precision
 
@@ -422,7 +432,7 @@ def test_libraries_do_not_speak_beside_our_line(launch: Cli, monkeypatch: pytest
 def test_collect(
     words: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from scripts import collect
+    from tailtune.scripts import collect
 
     monkeypatch.chdir(tmp_path)
     for name in ("my_run", "empty"):
@@ -438,7 +448,7 @@ def test_collect(
 
 
 def test_collect_leaves_out_what_is_no_run(launch: Cli, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from scripts import collect
+    from tailtune.scripts import collect
 
     assert (
         launch(f"{FAKE} zero_shot True adaptformer False init_head none output_dir run num_workers 0").returncode == 0

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import UserError
-from datasets.imbalance import (
+from tailtune.configs.errors import UserError
+from tailtune.datasets.long_tail import (
     capped_counts,
     check_hold_out,
     hold_out,

@@ -49,10 +49,10 @@ if any(each.returncode for each in started):
 PROCESS = """
 import os, sys, time
 sys.path.insert(0, ROOT)
-from trainers.ending import end_at_signals, run_as_process
+from tailtune.trainers.processes.exit import end_at_signals, run_as_process
 end_at_signals()
-from configs.errors import UserError
-from main import verdict
+from tailtune.configs.errors import UserError
+from tailtune.main import verdict
 
 def work():
     open(f"ready{os.environ['RANK']}", "w").close()

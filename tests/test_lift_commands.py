@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from conftest import Cli
 
-from configs import CfgNode, load_configs, values_of
-from configs.key import TEST, TRAIN
-from configs.schema import ALIASES, SCHEMA
-from scripts import _grid
-from trainers.dryrun import check, dry_run
-from trainers.methods import declared
+from tailtune.configs import CfgNode, load_configs, values_of
+from tailtune.configs.key import TEST, TRAIN
+from tailtune.configs.schema import ALIASES, SCHEMA
+from tailtune.scripts import _grid
+from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.methods import declared
 
 ORIGINAL = {
     "lift/fig10_partial_ft": (126, "c9e6ad4b986681fa"),

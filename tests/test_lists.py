@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from datasets import build_info
-from datasets.image_list import (
+from tailtune.configs.errors import UserError
+from tailtune.datasets import build_info
+from tailtune.datasets.sources.image_list import (
     MAX_LABEL,
     find_list,
     number_of_classes,
@@ -23,7 +23,7 @@ from datasets.image_list import (
     read_names,
     taxon_labels,
 )
-from datasets.text_files import MAX_JSON, MAX_LINE
+from tailtune.datasets.sources.text_files import MAX_JSON, MAX_LINE
 
 Read = Callable[[Path], object]
 READERS: dict[str, Read] = {

@@ -24,23 +24,23 @@ from test_exchange import literal, logits, normalised, subject, trained
 from test_weights import QUICK
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from configs.seeding import seeded
-from datasets import build_data
-from datasets.transforms import AUGMENTS, INTERPOLATIONS, eval_side, eval_transform
-from models import Classifier, find_backbone
-from models.clip import Clip
-from models.heads import HEADS
-from models.host import Host
-from models.peft_backend import add_peft
-from models.plain import Plain
-from models.timm_models import Timm
-from models.vit import ViT
-from trainers.dryrun import outline
-from trainers.exchange import EXPORTS, Subject, export
-from trainers.exchange.command import command_of
-from trainers.exchange.recipe import how_to_prepare, preprocessing
-from trainers.methods import Method
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import seeded
+from tailtune.datasets import build_data
+from tailtune.datasets.images.transforms import AUGMENTS, INTERPOLATIONS, eval_side, eval_transform
+from tailtune.models import ClassificationModel, find_backbone
+from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.backbones.vit import ViT
+from tailtune.models.heads.classifiers import HEADS
+from tailtune.models.tuners.peft_wrapper import add_peft
+from tailtune.trainers.dry_run import outline
+from tailtune.trainers.export import EXPORTS, ExportedModel, export
+from tailtune.trainers.export.loading_code import how_to_prepare, preprocessing
+from tailtune.trainers.export.run_command import command_of
+from tailtune.trainers.methods import Method
 
 Config = Callable[..., CfgNode]
 RUN = Path("output/run")
@@ -181,15 +181,17 @@ TOWERS: dict[str, tuple[dict[str, Any], str]] = {
 """Kinds of open_clip's image towers: what differs from `QUICK`, and the layers that an adapter wraps."""
 
 
-def adapted(host: Host, target: str, side: int, **named: Any) -> Subject:
+def adapted(host: Encoder, target: str, side: int, **named: Any) -> ExportedModel:
     """A model with a trained LoRA of the peft library."""
     plain = subject(host, [])
     wrapper = add_peft(host, "LoRA", {"r": 2, "target_modules": [target]}, None, side, 0)
-    model = Classifier(host, plain.head, STATS, peft=wrapper)
-    return trained(Subject(Method(model, plain.method.objective).eval(), [], None, plain.class_names, side, **named))
+    model = ClassificationModel(host, plain.head, STATS, peft=wrapper)
+    return trained(
+        ExportedModel(Method(model, plain.method.objective).eval(), [], None, plain.class_names, side, **named)
+    )
 
 
-def check_literal(made: Subject, folder: Path, base: str) -> None:
+def check_literal(made: ExportedModel, folder: Path, base: str) -> None:
     export(made, "peft", folder)
     about = facts_of(folder)
     assert about["base"] == base == peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -218,7 +220,7 @@ def test_an_adapter_of_a_clip_names_its_base_or_brings_it(
     save_file({name: each.contiguous() for name, each in clip.state_dict().items()}, tmp_path / "w.safetensors")
     published = {**_pcfg(quick_gelu=bool(config["quick_gelu"])), "file": str(tmp_path / "w.safetensors")}
     monkeypatch.setitem(_PRETRAINED, arch, {"mine": published})
-    spec = Clip(arch, tag=None)
+    spec = OpenClipBackbone(arch, tag=None)
     host = spec.build("default", resolution, 0, False).encoder
     made = adapted(host, target, resolution, arch=arch, base=spec.published("default"))
     check_literal(made, tmp_path / "peft", f"open_clip:{arch}:mine" if named else "base.safetensors")
@@ -239,8 +241,8 @@ def test_an_adapter_of_a_timm_network_names_its_base_or_brings_it(
             return real(model_name, **named)
 
     monkeypatch.setattr(timm, "create_model", downloaded)
-    spec = Timm(name)
-    monkeypatch.setattr("models.timm_models.hub", nullcontext)
+    spec = TimmBackbone(name)
+    monkeypatch.setattr("tailtune.models.backbones.timm_models.hub", nullcontext)
     for pretrained, base in (("default", f"timm:{name}.r160_in1k"), (None, "base.safetensors")):
         host = spec.build(pretrained, side, 0, False).encoder
         made = adapted(host, target, side, base=spec.published(pretrained))
@@ -274,7 +276,7 @@ def test_what_a_base_is_called(words: str, published: str | None, config: Config
 @pytest.mark.parametrize("head", HEADS)
 def test_scales_and_shifts_of_a_feature_stand_before_the_head(head: str, tmp_path: Path) -> None:
     made = trained(
-        subject(Plain(timm.create_model("test_resnet", num_classes=0), 96), ["ssf_attn", "bias_tuning"], head)
+        subject(GenericEncoder(timm.create_model("test_resnet", num_classes=0), 96), ["ssf_attn", "bias_tuning"], head)
     )
     export(made, "merged", tmp_path)
     assert {"feature_scale", "feature_shift"} <= load_file(tmp_path / "head.safetensors").keys()

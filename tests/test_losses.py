@@ -14,13 +14,13 @@ from torch import Tensor
 from trajectories import killed_after, losses
 from yacs.config import CfgNode
 
-from configs import config_hash
-from configs.errors import UserError
-from configs.seeding import generator
-from datasets import build_data
-from datasets.loading import eval_loader
-from models import build_model
-from trainers.losses import (
+from tailtune.configs import config_hash
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import generator
+from tailtune.datasets import build_data
+from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.models import build_model
+from tailtune.trainers.losses import (
     BATCH_COUPLED,
     LOSSES,
     Prior,
@@ -31,8 +31,8 @@ from trainers.losses import (
     logit_adjusted,
     reweighted,
 )
-from trainers.methods import Method, build_method
-from trainers.run import run
+from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([500, 200, 50, 20, 5])

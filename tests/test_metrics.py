@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.metrics import calibration, calibration_error, evaluate
+from tailtune.trainers.evaluation.metrics import calibration, calibration_error, evaluate
 
 GROUPS = {"many": torch.tensor([0, 1]), "med": torch.tensor([2, 3]), "few": torch.tensor([4])}
 

@@ -7,12 +7,12 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from configs import CfgNode, load_configs
-from main import split_words
-from models import resolve
-from scripts._grid import names
-from trainers.dryrun import check
-from trainers.methods import declared
+from tailtune.configs import CfgNode, load_configs
+from tailtune.main import split_words
+from tailtune.models import resolve
+from tailtune.scripts._grid import names
+from tailtune.trainers.dry_run import check
+from tailtune.trainers.methods import declared
 
 TEXT = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 ORIGINAL = {

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs import UserError
-from datasets import build_info
-from models import build_model
-from trainers.methods import build_method
-from trainers.methods.mixup import Mixup, mixed
+from tailtune.configs import UserError
+from tailtune.datasets import build_info
+from tailtune.models import build_model
+from tailtune.trainers.methods import build_method
+from tailtune.trainers.methods.mixup import Mixup, mixed
 
 Config = Callable[..., CfgNode]
 

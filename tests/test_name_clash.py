@@ -1,54 +1,42 @@
-"""Our package `datasets` has the name of Hugging Face's, which Accelerate looks for when that one is installed too.
+"""Our folders `datasets` and `models` have names of other packages; below `tailtune` both can live in one process."""
 
-It does so only with two or more processes, so the failure would come on several GPUs, at the worst moment. Here
-Accelerate is told that the package is there; the test needs neither it nor a second process.
-"""
+import subprocess
+import sys
+from pathlib import Path
 
-import accelerate.data_loader
-import accelerate.state
 import pytest
-import torch
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, TensorDataset
+from conftest import ROOT, offline
 
-import datasets as ours
-
-
-@pytest.fixture
-def with_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (accelerate.data_loader, accelerate.state):
-        monkeypatch.setattr(module, "is_datasets_available", lambda: True, raising=False)
-    monkeypatch.setattr("accelerate.utils.imports.is_datasets_available", lambda: True)
-    monkeypatch.setattr("accelerate.utils.is_datasets_available", lambda: True)
+OTHERS = {"datasets": "class Dataset: ...\nclass IterableDataset: ...\nMINE = 1\n", "models": "MINE = 1\n"}
+"""Packages of other people: of Hugging Face's `datasets` what Accelerate imports from it."""
 
 
-def test_the_names_that_accelerate_imports_are_there() -> None:
-    from datasets import Dataset, IterableDataset
+@pytest.mark.parametrize("where", ["main.py", "a module of ours", "python -c"])
+def test_other_packages_of_these_names_are_found(where: str, tmp_path: Path) -> None:
+    packages, code = tmp_path / "packages", "import datasets, models; print(datasets.MINE + models.MINE)"
+    for name, text in OTHERS.items():
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").write_text(text)
+    words = {
+        "main.py": ["-c", f"import runpy, sys; sys.argv = ['main.py', '--list']; sys.path[0] = {str(ROOT)!r}\n"
+                          f"try: runpy.run_path({str(ROOT / 'main.py')!r}, run_name='main')\nfinally: pass\n{code}"],
+        "a module of ours": ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                                   f"from tailtune.datasets import build_data; {code}"],
+        "python -c": ["-c", f"import tailtune; {code}"],
+    }[where]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=offline(PYTHONPATH=str(packages)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip().endswith("2"), done.stderr
 
-    for sentinel in (Dataset, IterableDataset):
-        assert sentinel.__module__ == ours.__name__ and sentinel.__doc__
-        assert not isinstance(TensorDataset(torch.zeros(2)), sentinel)
-        assert not issubclass(torch.utils.data.Dataset, sentinel)
 
-
-@pytest.mark.usefixtures("with_hugging_face")
-def test_a_loader_is_shared_out_between_two_processes() -> None:
-    loader = DataLoader(TensorDataset(torch.arange(10)), batch_size=2)
-    seen = []
-    for rank in range(2):
-        prepared = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
-        seen += [int(value) for (batch,) in prepared.base_dataloader for value in batch]
-    assert sorted(set(seen)) == list(range(10))
-
-
-@pytest.mark.usefixtures("with_hugging_face")
-def test_inputs_are_split_between_two_processes() -> None:
-    """Of a kind that is neither list, tuple, dict nor tensor: only then does Accelerate ask for `Dataset`."""
-    state = accelerate.state.PartialState(cpu=True)
-    before = state.num_processes
-    state.num_processes = 2
-    try:
-        with state.split_between_processes(range(10)) as share:  # type: ignore[arg-type]
-            assert isinstance(share, range)
-    finally:
-        state.num_processes = before
+def test_modules_have_one_name_only() -> None:
+    """Nothing of ours was imported below its bare name, so no class exists twice."""
+    assert "tailtune.datasets" in sys.modules
+    found = {name for name in sys.modules if name.partition(".")[0] in ("configs", "datasets", "models", "trainers")}
+    assert not found

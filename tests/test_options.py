@@ -27,26 +27,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from configs import config_hash, load_configs, values_of
-from configs.key import RUNTIME, TEST, TRAIN
-from configs.schema import ALIASES, SCHEMA, SHARED
-from configs.seeding import seeded
-from datasets import DataInfo, build_data, build_info
-from datasets.fake import fake_sources
-from datasets.loading import eval_loader
-from datasets.samplers import StepSampler
-from datasets.shifts import build_shifts
-from models import BACKBONES, Classifier, build_model, resolve
-from models.clip import Clip
-from models.tuners import TUNERS
-from scripts.make_options import FILE, render
-from trainers.checkpoint import States
-from trainers.head import prepare_head
-from trainers.launch import make_accelerator
-from trainers.methods import METHODS, Method, build_method, declared
-from trainers.methods.h2t import H2T
-from trainers.optim import Plan, build_optimizer, set_lr
-from trainers.run import run
+from tailtune.configs import config_hash, load_configs, values_of
+from tailtune.configs.key import RUNTIME, TEST, TRAIN
+from tailtune.configs.schema import ALIASES, SCHEMA, SHARED
+from tailtune.configs.seeding import seeded
+from tailtune.datasets import DataInfo, build_data, build_info
+from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.datasets.loading.samplers import StepSampler
+from tailtune.datasets.sources.fake import fake_sources
+from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
+from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.tuners.table import TUNERS
+from tailtune.scripts.make_options import FILE, render
+from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.head_preparation import prepare_head
+from tailtune.trainers.methods import METHODS, Method, build_method, declared
+from tailtune.trainers.methods.h2t import H2T
+from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.run import run
+from tailtune.trainers.storage.checkpoint import States
 
 KEYS = {key: entry for key, entry in SCHEMA.items() if not entry.internal}
 Words = tuple[object, ...]
@@ -101,7 +101,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_clip_state() -> dict[str, Tensor]:
     """Other random weights of the embedded backbone than `pretrained none` gives."""
     spec = BACKBONES["TinyCLIP"]
-    assert isinstance(spec, Clip)
+    assert isinstance(spec, OpenClipBackbone)
     with seeded("own weights"):
         return {name: each.contiguous() for name, each in open_clip.CLIP(**spec._config()).state_dict().items()}
 
@@ -117,7 +117,7 @@ def world(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     clear()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
-    monkeypatch.setattr("datasets.fake.fake_sources", fake_sources)
+    monkeypatch.setattr("tailtune.datasets.sources.fake.fake_sources", fake_sources)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
@@ -199,7 +199,7 @@ def drawn(cfg: CfgNode) -> Any:
 # --- what can be seen of a model -----------------------------------------------------------------------------------
 
 
-def built(cfg: CfgNode) -> Classifier:
+def built(cfg: CfgNode) -> ClassificationModel:
     return build_model(cfg, names(cfg))
 
 
@@ -300,7 +300,7 @@ def device(cfg: CfgNode) -> Any:
     """The device that Accelerate is told to use, on a machine with two GPUs that this need not be."""
     used: list[int] = []
     cuda = mock.patch.multiple("torch.cuda", is_available=lambda: True, device_count=lambda: 2, set_device=used.append)
-    rest = mock.patch.multiple("trainers.launch", Accelerator=mock.DEFAULT, set_seed=mock.DEFAULT)
+    rest = mock.patch.multiple("tailtune.trainers.distributed", Accelerator=mock.DEFAULT, set_seed=mock.DEFAULT)
     with cuda, rest, mock.patch.dict("os.environ"):
         make_accelerator(cfg)
         return {"told": os.environ.get("ACCELERATE_TORCH_DEVICE"), "current": used}
@@ -358,7 +358,7 @@ def batches(function: str, entry: str | None = None, kind: type[Method] = Method
 
 
 def workers(cfg: CfgNode) -> Any:
-    with mock.patch("datasets.loading.DataLoader", wraps=DataLoader) as loader:
+    with mock.patch("tailtune.datasets.loading.data_loader.DataLoader", wraps=DataLoader) as loader:
         ran(cfg)
     return sorted({call.kwargs["num_workers"] for call in loader.call_args_list})
 

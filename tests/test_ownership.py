@@ -9,7 +9,7 @@ from conftest import Cli
 from test_bad_input import FAKE, RUN, SHORT, data, one_line, refuses, signal_after  # noqa: F401
 from test_bad_input import OWN as OWN_DATA
 
-from trainers.manifest import LOCK, MARKER, Manifest
+from tailtune.trainers.storage.manifest import LOCK, MARKER, Manifest
 
 NAMES = ("tensorboard", "analysis", "export", "log.txt", "config.yaml", "checkpoint", "metrics.json", "state", "tests")
 FOLDERS = ("tensorboard", "analysis", "export", "checkpoint", "state", "tests", "splits", "stage1")

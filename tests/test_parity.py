@@ -1,4 +1,4 @@
-"""docs/parity.json, the figures of `benchmarks/parity_lift.py` beside the original LIFT, covers all of our tables."""
+"""docs/parity.json, the figures of `parity/lift/compare.py` beside the original LIFT, covers all of our tables."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from models.head_init import HEAD_INITS
-from models.heads import HEADS
-from models.prompts import PROMPTS
-from models.tuners import TUNERS
-from trainers.losses import LOSSES
+from tailtune.models.backbones.prompts import PROMPTS
+from tailtune.models.heads.classifiers import HEADS
+from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.losses import LOSSES
 
 PARITY = json.loads((Path(__file__).parent.parent / "docs" / "parity.json").read_text())
 CASES: list[dict[str, Any]] = PARITY["cases"]
@@ -60,7 +60,7 @@ def test_it_says_how_to_check_it_again() -> None:
     assert PARITY["ours"] and PARITY["packages"]["torch"] and PARITY["hardware"] and PARITY["procedure"]
 
 
-# --- experts: benchmarks/parity_experts.py beside RIDE, SADE and BatchFormer ----------------------------------------
+# --- experts: parity/experts/compare.py beside RIDE, SADE and BatchFormer ----------------------------------------
 
 EXPERTS = PARITY["experts"]
 ROWS: list[dict[str, Any]] = EXPERTS["cases"]
@@ -106,7 +106,7 @@ def test_the_experts_part_says_how_to_check_it_again() -> None:
     assert EXPERTS["tolerance"] == 1e-8 and EXPERTS["patches"] and EXPERTS["procedure"] and EXPERTS["ours"]
 
 
-# --- DirMixE: benchmarks/parity_dirmixe.py ---------------------------------------------------------------------------
+# --- DirMixE: parity/dirmixe/compare.py ---------------------------------------------------------------------------
 
 DIRMIXE = PARITY["dirmixe"]
 DATA = ("cifar10_ir100", "cifar100_ir100", "imagenet_lt", "inat2018")
@@ -139,7 +139,7 @@ def test_all_of_dirmixe_is_compared() -> None:
     assert DIRMIXE["patches"] and DIRMIXE["procedure"] and DIRMIXE["ours"]
 
 
-# --- H2T: benchmarks/parity_h2t.py -----------------------------------------------------------------------------------
+# --- H2T: parity/h2t/compare.py -----------------------------------------------------------------------------------
 
 H2T = PARITY["h2t"]
 STAGES = {"stage 1", "stage 2"} | {

@@ -15,19 +15,19 @@ from small import SIDE, fixture_net, small_net
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from datasets import build_info
-from models import Classifier, build_model
-from models.host import Host
-from models.peft_adapter import AdaLora, Peft, export_adapter, merge
-from models.peft_backend import add_peft
-from models.peft_table import PEFTS, REFUSED, find
-from models.plain import Plain
-from models.tuners import Sizes, add_tuners
-from models.vit import ViT
-from trainers.checkpoint import copy_state, fingerprint, trained_state
-from trainers.dryrun import check, forward_flops
-from trainers.methods import Method, build_method, declared
+from tailtune.configs.errors import UserError
+from tailtune.datasets import build_info
+from tailtune.models import ClassificationModel, build_model
+from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.vit import ViT
+from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge
+from tailtune.models.tuners.peft_types import PEFTS, REFUSED, find
+from tailtune.models.tuners.peft_wrapper import add_peft
+from tailtune.models.tuners.table import Sizes, add_tuners
+from tailtune.trainers.dry_run import check, forward_flops
+from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.storage.checkpoint import copy_state, fingerprint, trained_state
 
 Config = Callable[..., CfgNode]
 FIT: dict[str, dict[str, Any]] = {
@@ -43,8 +43,8 @@ each_kind = pytest.mark.parametrize("name", PEFTS)
 
 
 def build(
-    name: str, args: dict[str, Any] | None = None, host: Host | None = None, partial: Any = None, seed: int = 0
-) -> tuple[Host, Peft]:
+    name: str, args: dict[str, Any] | None = None, host: Encoder | None = None, partial: Any = None, seed: int = 0
+) -> tuple[Encoder, PeftAdapter]:
     """The fixture's network of two blocks, or another, with a tuner of peft."""
     host = ViT(fixture_net()) if host is None else host
     adapter = add_peft(host, name, {**FIT.get(name, {}), **(args or {})}, partial, SIDE, seed)
@@ -56,12 +56,12 @@ def images(count: int = 3) -> Tensor:
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
-def trains(host: Host) -> dict[str, nn.Parameter]:
+def trains(host: Encoder) -> dict[str, nn.Parameter]:
     return {name: each for name, each in host.named_parameters() if each.requires_grad}
 
 
 @torch.no_grad()
-def stir(host: Host) -> None:
+def stir(host: Encoder) -> None:
     """Adapters begin as the identity; these do not."""
     generator = torch.Generator().manual_seed(2)
     for each in trains(host).values():
@@ -89,8 +89,8 @@ class Conv(nn.Module):
 def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
     plain = ViT(fixture_net())
     host, adapter = build(name)
-    base = fingerprint(Classifier(plain, nn.Identity(), STATS))
-    assert fingerprint(Classifier(host, nn.Identity(), STATS)) == base, "the base model is recognised"
+    base = fingerprint(ClassificationModel(plain, nn.Identity(), STATS))
+    assert fingerprint(ClassificationModel(host, nn.Identity(), STATS)) == base, "the base model is recognised"
     state, before = {k: v.clone() for k, v in host.state_dict().items()}, trains(host)
     assert before and all(".attn.qkv." in key or ".mlp.fc2." in key for key in before)
     assert all(each.dtype == torch.float32 for each in before.values())
@@ -103,7 +103,7 @@ def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
         optimizer.step()
     moved = {key for key, each in host.state_dict().items() if not torch.equal(each, state[key])}
     assert moved == {key for key, each in host.named_parameters(remove_duplicate=False) if each.requires_grad}
-    assert fingerprint(Classifier(host, nn.Identity(), STATS)) == base
+    assert fingerprint(ClassificationModel(host, nn.Identity(), STATS)) == base
     with host.untuned(), torch.no_grad():
         assert torch.allclose(host(images()), plain(images()), atol=1e-6)
     assert trains(host).keys() == before.keys()
@@ -140,9 +140,11 @@ def test_shapes_without_weights(name: str) -> None:
     host, _ = build(name)
     assert {k: v.shape for k, v in trains(empty).items()} == {k: v.shape for k, v in trains(host).items()}
     assert all(each.is_meta for each in empty.parameters())
-    model = Classifier(empty, nn.Linear(64, 3, device="meta"), STATS)
+    model = ClassificationModel(empty, nn.Linear(64, 3, device="meta"), STATS)
     with torch.device("meta"):
-        assert forward_flops(model, SIDE) >= forward_flops(Classifier(ViT(small_net()), model.head, STATS), SIDE)
+        assert forward_flops(model, SIDE) >= forward_flops(
+            ClassificationModel(ViT(small_net()), model.head, STATS), SIDE
+        )
     assert sum(each.numel() for each in trains(empty).values()) == sum(each.numel() for each in trains(host).values())
 
 
@@ -176,7 +178,7 @@ def test_partial_chooses_the_blocks(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONV)
 def test_convolutions(name: str, tmp_path: Path) -> None:
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, Plain(Conv(), 8))
+    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8))
     assert adapter.targets == ["layer1.0", "layer2.0", "layer2.2"]
     stir(host)
     host(images()).sum().backward()
@@ -191,7 +193,7 @@ def test_convolutions(name: str, tmp_path: Path) -> None:
         plain = Conv().eval()
         plain.load_state_dict(merge(host, adapter))
         assert torch.allclose(plain(images()), host(images()), atol=1e-5)
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, Plain(Conv(), 8), partial=1)
+    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8), partial=1)
     assert adapter.targets == ["layer2.0", "layer2.2"]
 
 
@@ -254,17 +256,17 @@ class Attending(nn.Module):
 def test_layers_that_are_not_called() -> None:
     for target in ("attention", "out_proj"):
         with pytest.raises(UserError, match="merges and unmerges the weights of nn.MultiheadAttention"):
-            build("LoRA", {"target_modules": [target]}, Plain(Attending(), 8))
+            build("LoRA", {"target_modules": [target]}, GenericEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", {"target_modules": ["read", "out"]}, Plain(Attending(), 8))
+        build("LoRA", {"target_modules": ["read", "out"]}, GenericEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", host=Plain(Attending(), 8))  # all linear layers but the attention's own
-    assert build("LoRA", {"target_modules": ["out"]}, Plain(Attending(), 8))[1].targets == ["out"]
+        build("LoRA", host=GenericEncoder(Attending(), 8))  # all linear layers but the attention's own
+    assert build("LoRA", {"target_modules": ["out"]}, GenericEncoder(Attending(), 8))[1].targets == ["out"]
 
 
 def test_a_network_without_linear_layers() -> None:
     with pytest.raises(UserError, match="has none to offer; LoRA, .* take convolutions"):
-        build("VeRA", host=Plain(Conv(), 8))
+        build("VeRA", host=GenericEncoder(Conv(), 8))
 
 
 def test_names_are_spelled_as_in_the_table_and_variants_have_their_own() -> None:

@@ -16,9 +16,9 @@ import pytest
 from fuzz.pictures import CONTENTS, damaged
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from datasets import pictures
-from datasets.pictures import EXTENSIONS, FORMATS, BadPicture, inspect_files, load_rgb
-from datasets.sources import BadImage, FileSource
+from tailtune.datasets.images import image_files as pictures
+from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, BadPicture, inspect_files, load_rgb
+from tailtune.datasets.sources.image_sources import BadImage, FileSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # Pillow's; see `quiet`
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8))

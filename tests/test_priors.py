@@ -15,18 +15,18 @@ from test_contract import of_method
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from datasets import build_info
-from datasets.bundle import Shift
-from datasets.samplers import DRAWN, SAMPLERS
-from trainers.distributions import plain_results
-from trainers.dryrun import outline
-from trainers.evaluator import Logits
-from trainers.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
-from trainers.losses import ASSUMES, LOSSES, Prior, effective_weights, log_prior
-from trainers.methods import METHODS
-from trainers.methods.base import Objective
-from trainers.priors import ENTRY, TARGETS, add_target_results, target_of
+from tailtune.configs.errors import UserError
+from tailtune.datasets import build_info
+from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.loading.samplers import DRAWN, SAMPLERS
+from tailtune.trainers.dry_run import outline
+from tailtune.trainers.evaluation.distributions import plain_results
+from tailtune.trainers.evaluation.inference import Logits
+from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
+from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, add_target_results, target_of
+from tailtune.trainers.losses import ASSUMES, LOSSES, Prior, effective_weights, log_prior
+from tailtune.trainers.methods import METHODS
+from tailtune.trainers.methods.base import Objective
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([80, 40, 10, 4])
@@ -375,7 +375,9 @@ def test_a_run_without_logits_of_validation_images_looks_at_them_again(launch: C
     words = lists(tmp_path)
     assert launch(words).returncode == 0
     Path("output/run/val_logits.safetensors").unlink()
-    with mock.patch("trainers.evaluation.Evaluation._infer", side_effect=UserError("images are needed")) as infer:
+    with mock.patch(
+        "tailtune.trainers.evaluation.evaluate.Evaluation._infer", side_effect=UserError("images are needed")
+    ) as infer:
         assert launch(words, "test_only True target_prior estimate").returncode == 2
         assert launch(words, "test_only True target_prior estimate calibrate False").returncode == 0
     assert len(infer.call_args_list) == 1
@@ -445,6 +447,6 @@ def test_a_result_is_of_the_file_that_stands_there_now(launch: Cli) -> None:
 def test_a_wrong_target_is_refused_before_any_image(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "-d fake_lt -m zstiny_clip pretrained none max_test_images 20 num_workers 0"
     assert launch(words).returncode == 0
-    monkeypatch.setattr("trainers.evaluation.infer", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr("tailtune.trainers.evaluation.evaluate.infer", lambda *_: pytest.fail("images were read"))
     found = launch(words, "test_only True tte True target_prior estimat")
     assert found.returncode == 2 and "did you mean 'estimate'" in found.stderr

@@ -22,18 +22,18 @@ import torch
 from conftest import ROOT, Cli, offline
 from test_bad_input import files_of_at_most, one_line, signal_after, states
 
-import main
-from configs.errors import UserError
-from datasets import workers
-from datasets.bundle import View
-from datasets.loading import eval_loader
-from datasets.sources import ArraySource
-from trainers import evaluator
-from trainers.events import Events
-from trainers.interrupt import ASK_AFTER, Agreement, Interrupt
-from trainers.launch import to_device, world_size
-from trainers.log import attach_file, detach_file, start_console
-from trainers.methods.base import Method
+from tailtune import main
+from tailtune.configs.errors import UserError
+from tailtune.datasets.data_bundle import View
+from tailtune.datasets.loading import workers
+from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.datasets.sources.image_sources import ArraySource
+from tailtune.trainers.distributed import to_device, world_size
+from tailtune.trainers.evaluation import inference as evaluator
+from tailtune.trainers.methods.base import Method
+from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
+from tailtune.trainers.processes.interrupts import ASK_AFTER, Agreement, Interrupt
+from tailtune.trainers.storage.tensorboard_events import Events
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none max_test_images 40 test_batch_size 4"
 TRAIN = f"{FAKE} batch_size 8 num_epochs 2 save_every 1 output_dir run"
@@ -100,8 +100,8 @@ def test_a_worker_killed_while_evaluating(launch: Cli, monkeypatch: pytest.Monke
 
 
 def test_a_worker_that_never_answers(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.workers.TICK", 0.1)
-    monkeypatch.setattr("datasets.workers.STUCK", 2.0)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.TICK", 0.1)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.STUCK", 2.0)
     with after_step(3, lambda: void(to_a_worker(signal.SIGSTOP))):
         one_line(launch(f"{TRAIN} num_workers 2"), "have given none for 2 s", "num_workers 0", "the same command")
     assert not multiprocessing.active_children()
@@ -110,8 +110,8 @@ def test_a_worker_that_never_answers(launch: Cli, monkeypatch: pytest.MonkeyPatc
 
 def test_a_job_that_is_stopped_for_a_while_goes_on(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that answers late is not stuck."""
-    monkeypatch.setattr("datasets.workers.TICK", 0.2)
-    monkeypatch.setattr("datasets.workers.STUCK", 30.0)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.TICK", 0.2)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.STUCK", 30.0)
 
     def stop() -> None:
         process = to_a_worker(signal.SIGSTOP)
@@ -165,7 +165,7 @@ def runs(pid: int) -> bool:
 @pytest.mark.parametrize("free", [0, 64 * 1024])
 def test_little_shared_memory(launch: Cli, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("datasets.workers._shared_memory", lambda: free)
+        patch.setattr("tailtune.datasets.loading.workers._shared_memory", lambda: free)
         done = launch(f"{FAKE} max_steps 2 num_workers 2 output_dir run test_batch_size 40")
     assert (done.returncode, done.stderr) == (0, "")
     assert "warning: num_workers 2 needs" in done.stdout and "/dev/shm" in done.stdout
@@ -179,7 +179,7 @@ def test_shared_memory_as_the_system_tells(
     mount = ["mount", "-t", "tmpfs", "-o", f"size=64k,{option}", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this root may not mount either")
-    monkeypatch.setattr("datasets.workers.SHARED", tmp_path)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.SHARED", tmp_path)
     try:
         assert workers._shared_memory() == most
     finally:
@@ -233,7 +233,7 @@ def test_a_second_signal_counts_when_it_is_not_the_first_one_again(monkeypatch: 
     """A scheduler and the launcher that it asks send the same one, within milliseconds."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
     now = [100.0]
-    monkeypatch.setattr("trainers.interrupt.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tailtune.trainers.processes.interrupts.time.monotonic", lambda: now[0])
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
         for _ in range(5):
             signal.raise_signal(signal.SIGINT)
@@ -253,7 +253,7 @@ def test_a_lost_terminal_saves_a_state(launch: Cli) -> None:
 
 def test_several_processes_stop_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """They print rarely; what one of them is asked, all do within seconds, without asking at every step."""
-    monkeypatch.setattr("trainers.interrupt.ASK_AFTER", ASK_AFTER / 40)
+    monkeypatch.setattr("tailtune.trainers.processes.interrupts.ASK_AFTER", ASK_AFTER / 40)
     both, shares = threading.Barrier(2), [[0.0, 0.0], [0.0, 0.0]]
     stopped, questions = [0, 0], [0, 0]
 

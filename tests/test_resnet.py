@@ -14,21 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from datasets import build_info
-from models import BACKBONES, Classifier, build_model
-from models.backbone import Split
-from models.experts import heads_of
-from models.heads import CosineClassifier
-from models.resnet import Design, Pad, make_resnet
-from models.resnet_backbone import Branched, ResNets
-from models.timm_models import Timm
-from trainers.checkpoint import trained_state
-from trainers.dryrun import check, dry_run, forward_flops
-from trainers.exchange import export
-from trainers.methods import build_method
-from trainers.optim import PRECISIONS, cast_trainable
-from trainers.trained import subject_of
+from tailtune.configs.errors import UserError
+from tailtune.datasets import build_info
+from tailtune.models import BACKBONES, ClassificationModel, build_model
+from tailtune.models.backbones.resnet import Design, Pad, make_resnet
+from tailtune.models.backbones.resnet_encoder import ResNetBackbone, ResNetEncoder
+from tailtune.models.backbones.spec import Split
+from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.heads.classifiers import CosineClassifier
+from tailtune.models.heads.expert_heads import heads_of
+from tailtune.trainers.dry_run import check, dry_run, forward_flops
+from tailtune.trainers.export import export
+from tailtune.trainers.methods import build_method
+from tailtune.trainers.precision import PRECISIONS, cast_trainable
+from tailtune.trainers.runs.load_run import subject_of
+from tailtune.trainers.storage.checkpoint import trained_state
 
 Config = Callable[..., CfgNode]
 TINY, TINY_CIFAR = Design((1, 1, 1, 1), bottleneck=True), Design((1, 1, 1), cifar=True)
@@ -45,11 +45,11 @@ def noise(side: int, count: int = 3) -> Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def small(experts: int = 1, own: int | None = None, design: Design = TINY, seed: int = 0) -> Branched:
+def small(experts: int = 1, own: int | None = None, design: Design = TINY, seed: int = 0) -> ResNetEncoder:
     """A small network in its host, in eval mode."""
-    host = ResNets("Small", design).build(None, 32, seed, False, split=Split(experts, own)).encoder
+    host = ResNetBackbone("Small", design).build(None, 32, seed, False, split=Split(experts, own)).encoder
     host.set_precision()
-    assert isinstance(host, Branched)
+    assert isinstance(host, ResNetEncoder)
     return host
 
 
@@ -154,7 +154,7 @@ def test_cosine_head() -> None:
     assert torch.allclose(head(torch.stack([row.sin(), row.cos()])), torch.tensor(wanted), rtol=1e-5)
 
 
-def in_the_originals_order(model: Classifier) -> Iterator[nn.Parameter]:
+def in_the_originals_order(model: ClassificationModel) -> Iterator[nn.Parameter]:
     """Registered there: stem, layer1, layer2 of every expert, layer3 of every expert, heads."""
     net = model.encoder.net
     for module in (net.conv1, net.bn1, *net.stages):
@@ -164,7 +164,7 @@ def in_the_originals_order(model: Classifier) -> Iterator[nn.Parameter]:
 
 
 @torch.no_grad()
-def fill(model: Classifier) -> None:
+def fill(model: ClassificationModel) -> None:
     """sin(k + 1 + i) for entry k of tensor i, scaled by what the tensor is (fixture 13)."""
     norms = {id(each.weight) for each in model.modules() if isinstance(each, nn.BatchNorm2d)}
     heads = {id(head.get_parameter("weight")) for head in heads_of(model.head)}
@@ -420,7 +420,7 @@ def test_a_file_goes_into_every_branch(
     experts: int, own: int | None, file: tuple[dict[str, Tensor], Path], tmp_path: Path
 ) -> None:
     state, path = file
-    built = ResNets("Small", TINY).build(str(path), 224, 0, False, split=Split(experts, own))
+    built = ResNetBackbone("Small", TINY).build(str(path), 224, 0, False, split=Split(experts, own))
     assert built.stats == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) and not built.random
     for name, each in built.encoder.net.state_dict().items():
         if name.endswith("num_batches_tracked"):
@@ -429,7 +429,9 @@ def test_a_file_goes_into_every_branch(
             assert torch.equal(each, state[re.sub(r"^branches\.\d\.", "", name)])
     counted = {f"{name[:-4]}num_batches_tracked": torch.tensor(9) for name in state if name.endswith("mean")}
     save_file(state | counted, tmp_path / "timm.safetensors")
-    again = ResNets("Small", TINY).build(str(tmp_path / "timm.safetensors"), 224, 1, False, split=Split(experts, own))
+    again = ResNetBackbone("Small", TINY).build(
+        str(tmp_path / "timm.safetensors"), 224, 1, False, split=Split(experts, own)
+    )
     own_state = built.encoder.net.state_dict()
     assert all(torch.equal(each, own_state[name]) for name, each in again.encoder.net.state_dict().items())
 
@@ -440,7 +442,7 @@ def test_a_file_of_another_network_is_refused(file: tuple[dict[str, Tensor], Pat
     def refused(changed: dict[str, Tensor], design: Design = TINY) -> str:
         torch.save(changed, path)
         with pytest.raises(UserError) as caught:
-            ResNets("Small", design).build(str(path), 224, 0, False, split=Split(2))
+            ResNetBackbone("Small", design).build(str(path), 224, 0, False, split=Split(2))
         return str(caught.value)
 
     less = {name: each for name, each in state.items() if name != "layer4.0.bn3.running_var"}
@@ -450,21 +452,21 @@ def test_a_file_of_another_network_is_refused(file: tuple[dict[str, Tensor], Pat
     assert "of another shape (layer1.0.conv1.weight" in refused(state, Design((1, 1, 1, 1), True, 32, 4))
     path.unlink()
     with pytest.raises(UserError, match="does not exist"):
-        ResNets("Small", TINY).build(str(path), 224, 0, False)
+        ResNetBackbone("Small", TINY).build(str(path), 224, 0, False)
 
 
 @torch.no_grad()
 def test_timms_weights_go_into_every_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = timm.create_model("resnet50", num_classes=0).eval()
     asked: list[tuple[str, bool]] = []
-    monkeypatch.setattr(Timm, "create", lambda self, fetch: asked.append((self.name, fetch)) or theirs)
+    monkeypatch.setattr(TimmBackbone, "create", lambda self, fetch: asked.append((self.name, fetch)) or theirs)
     built = BACKBONES["ResNet-50"].build("default", 64, 0, False, split=Split(2, 1))
     assert asked == [("resnet50.a1_in1k", True)]
     assert torch.allclose(built.encoder(noise(64)), theirs(noise(64)).unsqueeze(1).expand(-1, 2, -1), atol=1e-5)
 
 
 def test_weights_that_are_named_fit() -> None:
-    named = {name: spec.weights for name, spec in BACKBONES.items() if isinstance(spec, ResNets)}
+    named = {name: spec.weights for name, spec in BACKBONES.items() if isinstance(spec, ResNetBackbone)}
     assert {name for name, weights in named.items() if weights} == {f"ResNet-{n}" for n in (50, 101, 152)} | {
         "ResNeXt-50"
     }

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers.losses import ADJUSTED, LOSSES, effective_weights
-from trainers.methods import Earlier, Method
-from trainers.methods.base import Objective
-from trainers.methods.distill import Distill
-from trainers.methods.ride import Ride
-from trainers.methods.sade import Sade, reversed_prior
+from tailtune.trainers.losses import ADJUSTED, LOSSES, effective_weights
+from tailtune.trainers.methods import Earlier, Method
+from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.methods.distill import Distill
+from tailtune.trainers.methods.ride import Ride
+from tailtune.trainers.methods.sade import Sade, reversed_prior
 
 COUNTS = torch.tensor([int(500 * 0.01 ** (k / 9)) for k in range(10)])
 LABELS = torch.tensor([0, 3, 7, 9])

@@ -11,10 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trajectories import killed_after, trained
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from trainers.dryrun import check
-from trainers.optim import SCHEDULES, Plan, build_optimizer, check_factors, set_lr
-from trainers.run import run
+from tailtune.configs.errors import UserError
+from tailtune.trainers.dry_run import check
+from tailtune.trainers.optim import SCHEDULES, Plan, build_optimizer, check_factors, set_lr
+from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
 RIDE = ("schedule", "multistep", "num_epochs", 200, "lr", 0.1, "lr_steps", "[160,180]", "lr_gamma", 0.01)

@@ -16,14 +16,14 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, offline
 from test_bad_input import signal_after
 
-from configs import values_of
-from configs.errors import UserError
-from configs.key import TEST, TRAIN
-from models.tuners import TUNERS
-from scripts import _grid, collect, reproduce
-from scripts._table import number
-from trainers.dryrun import check
-from trainers.metrics import evaluate
+from tailtune.configs import values_of
+from tailtune.configs.errors import UserError
+from tailtune.configs.key import TEST, TRAIN
+from tailtune.models.tuners.table import TUNERS
+from tailtune.scripts import _grid, collect, reproduce
+from tailtune.scripts._table import number
+from tailtune.trainers.dry_run import check
+from tailtune.trainers.evaluation.metrics import evaluate
 
 TINY = "pretrained none max_steps 4 batch_size 8 max_test_images 20"
 SMALL = f"""# Two losses on gratings

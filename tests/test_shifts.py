@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from configs import FOLDER, load_configs
-from configs.errors import UserError
-from configs.schema import SCHEMA
-from datasets import DataInfo, build_data, build_info
-from datasets.imbalance import longtail_counts, shot_groups, some_positions
-from datasets.introsort import introsort_argsort
-from datasets.published import PUBLISHED, is_published
-from datasets.shifts import Shift, build_shifts, shift_names
+from tailtune.configs import FOLDER, load_configs
+from tailtune.configs.errors import UserError
+from tailtune.configs.schema import SCHEMA
+from tailtune.datasets import DataInfo, build_data, build_info
+from tailtune.datasets.long_tail import longtail_counts, shot_groups, some_positions
+from tailtune.datasets.sources.published_lists import PUBLISHED, is_published
+from tailtune.datasets.test_distributions.build import Shift, build_shifts, shift_names
+from tailtune.datasets.test_distributions.published_order import introsort_argsort
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}

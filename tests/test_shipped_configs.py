@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from yacs.config import CfgNode
 
-from configs import load_configs, names, values_of
-from configs.key import TRAIN
-from datasets import build_info
-from models import BACKBONES
-from trainers.dryrun import dry_run
-from trainers.methods import declared
-from trainers.run import run
+from tailtune.configs import load_configs, names, values_of
+from tailtune.configs.key import TRAIN
+from tailtune.datasets import build_info
+from tailtune.models import BACKBONES
+from tailtune.trainers.dry_run import dry_run
+from tailtune.trainers.methods import declared
+from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
 CLIPS = ("rn50", "rn101", "vit_b16", "vit_l14", "vit_l14@336px")

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from trainers import autosize
-from trainers.methods import Method
-from trainers.run import run
+from tailtune.configs.errors import UserError
+from tailtune.trainers import micro_batch_probe as autosize
+from tailtune.trainers.methods import Method
+from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
 

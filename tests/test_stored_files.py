@@ -10,9 +10,9 @@ from conftest import Cli
 from safetensors.torch import load_file, save_file
 from test_bad_input import RUN, SHORT, one_line, signal_after, states
 
-import main
-from trainers.files import Damaged, new_folder, write_folder
-from trainers.manifest import MARKER, Manifest, read_folder, read_json
+from tailtune import main
+from tailtune.trainers.storage.atomic_io import Damaged, new_folder, write_folder
+from tailtune.trainers.storage.manifest import MARKER, Manifest, read_folder, read_json
 
 FILES = (
     *("config.yaml", "metrics.json", "logits.safetensors", "splits/splits.json"),

@@ -10,15 +10,15 @@ from torch import Tensor
 from torchvision import transforms as v1
 from yacs.config import CfgNode
 
-from configs.schema import SCHEMA
-from configs.seeding import seeded
-from datasets import build_data
-from datasets.loading import collate
-from datasets.transforms import crop_resize, eval_transform, train_transform
-from models import build_model
-from trainers.methods import Method, build_method
-from trainers.run import run
-from trainers.test_time import AT_ONCE, TEST_TIME, averaged, plain
+from tailtune.configs.schema import SCHEMA
+from tailtune.configs.seeding import seeded
+from tailtune.datasets import build_data
+from tailtune.datasets.images.transforms import crop_resize, eval_transform, train_transform
+from tailtune.datasets.loading.data_loader import collate
+from tailtune.models import build_model
+from tailtune.trainers.evaluation.tta import AT_ONCE, TEST_TIME, averaged, plain
+from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
 SIZES = [(40, 36), (36, 50), (36, 36)]

@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode
 
-from configs.errors import UserError
-from configs.seeding import seeded
-from datasets import transforms
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import seeded
+from tailtune.datasets.images import transforms
 
 SIZES = [(80, 60), (45, 71), (64, 64)]
 BICUBIC = InterpolationMode.BICUBIC

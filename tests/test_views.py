@@ -11,11 +11,12 @@ from torch import Tensor
 from torchvision import transforms as v1
 from yacs.config import CfgNode
 
-from configs.errors import UserError
-from configs.schema import SCHEMA
-from configs.seeding import seeded
-from datasets import build_data, build_info, transforms
-from datasets.loading import eval_loader
+from tailtune.configs.errors import UserError
+from tailtune.configs.schema import SCHEMA
+from tailtune.configs.seeding import seeded
+from tailtune.datasets import build_data, build_info
+from tailtune.datasets.images import transforms
+from tailtune.datasets.loading.data_loader import eval_loader
 
 Config = Callable[..., CfgNode]
 DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}

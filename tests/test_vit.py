@@ -11,15 +11,15 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.errors import UserError
-from configs.seeding import seeded
-from models.clip import Clip
-from models.heads import CosineClassifier
-from models.tuners import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
-from models.vit import ViT
-from models.vit_check import refusal
-from trainers.checkpoint import copy_state, trained_state
-from trainers.losses import Prior, log_prior, logit_adjusted
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import seeded
+from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_support import refusal
+from tailtune.models.heads.classifiers import CosineClassifier
+from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
+from tailtune.trainers.losses import Prior, log_prior, logit_adjusted
+from tailtune.trainers.storage.checkpoint import copy_state, trained_state
 
 FIXTURES = {  # LIFT specification §13.6: feature[0:4], sum, L2 norm
     (): ([0.25395, -0.00013, -1.07229, -0.55991], -1.5997, 7.93454),
@@ -370,7 +370,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 def full_size() -> tuple[ViT, CosineClassifier]:
     """ViT-B/16 + AdaptFormer for 1000 classes; values do not matter here, sizes do."""
-    host = Clip("ViT-B-16-quickgelu").build(None, 224, 0, project=False).encoder
+    host = OpenClipBackbone("ViT-B-16-quickgelu").build(None, 224, 0, project=False).encoder
     add_tuners(host, ["adaptformer"], Sizes(32, 10))
     return host, CosineClassifier(768, 1000, 25.0)
 

@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from configs.seeding import seeded
-from models import TINY, build_model
-from models.backbone import Backbone
-from models.clip import Clip
-from models.timm_models import Timm
-from models.weights import read_state
-from tests.fuzz.weights import damaged_files
-from trainers.checkpoint import check_base, fingerprint
-from trainers.exchange.foreign import Foreign
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import seeded
+from tailtune.models import TINY, build_model
+from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.pretrained_weights import read_state
+from tailtune.models.backbones.spec import Backbone
+from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.tests.fuzz.weights import damaged_files
+from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
+from tailtune.trainers.storage.checkpoint import check_base, fingerprint
 
 QUICK = {
     "embed_dim": 24,
@@ -40,18 +40,18 @@ State = dict[str, Tensor]
 
 
 @pytest.fixture(params=["quick", "plain"])
-def spec(request: pytest.FixtureRequest, tmp_path: Path) -> Clip:
+def spec(request: pytest.FixtureRequest, tmp_path: Path) -> OpenClipBackbone:
     """A small architecture with OpenAI's activation, and one with GELU (that of the embedded backbone)."""
     return make_spec(tmp_path, request.param)
 
 
-def make_spec(folder: Path, kind: str = "quick") -> Clip:
+def make_spec(folder: Path, kind: str = "quick") -> OpenClipBackbone:
     file = folder / f"tailtune-test-{kind}.json"
     file.write_text(json.dumps(QUICK if kind == "quick" else PLAIN))
-    return Clip(file.stem, config=file)
+    return OpenClipBackbone(file.stem, config=file)
 
 
-def original(spec: Clip, seed: int = 7) -> open_clip.CLIP:
+def original(spec: OpenClipBackbone, seed: int = 7) -> open_clip.CLIP:
     """Random weights, with a spread that makes activations and norms matter."""
     with seeded(seed):
         clip = open_clip.CLIP(**spec._config()).eval()
@@ -71,7 +71,9 @@ def images(count: int = 4, side: int = 32) -> Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def build(spec: Clip, pretrained: str | None, resolution: int = 32, project: bool = False, **named: Any) -> Backbone:
+def build(
+    spec: OpenClipBackbone, pretrained: str | None, resolution: int = 32, project: bool = False, **named: Any
+) -> Backbone:
     return spec.build(pretrained, resolution, 0, project, **named)
 
 
@@ -80,7 +82,7 @@ def build(spec: Clip, pretrained: str | None, resolution: int = 32, project: boo
 
 @pytest.mark.parametrize("fast", [True, False])
 @torch.no_grad()
-def test_features_are_open_clips(spec: Clip, tmp_path: Path, fast: bool) -> None:
+def test_features_are_open_clips(spec: OpenClipBackbone, tmp_path: Path, fast: bool) -> None:
     """features @ projection and the projecting encoder both equal `encode_image`, to 1e-5 in fp32."""
     clip = original(spec)
     path = written(clip, tmp_path / "w.safetensors")
@@ -94,7 +96,7 @@ def test_features_are_open_clips(spec: Clip, tmp_path: Path, fast: bool) -> None
 
 
 @torch.no_grad()
-def test_text_features_are_open_clips_exactly(spec: Clip, tmp_path: Path) -> None:
+def test_text_features_are_open_clips_exactly(spec: OpenClipBackbone, tmp_path: Path) -> None:
     clip = original(spec).requires_grad_(False)  # frozen, torch takes another kernel, which rounds differently
     text = build(spec, written(clip, tmp_path / "w.safetensors")).text
     names = ["tench", "goldfish"]
@@ -105,7 +107,7 @@ def test_text_features_are_open_clips_exactly(spec: Clip, tmp_path: Path) -> Non
     assert text.logit_scale == float(clip.logit_scale.exp())
 
 
-def test_every_weight_of_the_image_tower_is_used(spec: Clip, tmp_path: Path) -> None:
+def test_every_weight_of_the_image_tower_is_used(spec: OpenClipBackbone, tmp_path: Path) -> None:
     """As many numbers in the host and its projection as in open_clip's tower, and each host tensor differs from an
     untouched one."""
     clip = original(spec)
@@ -214,11 +216,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_an_activation_that_does_not_fit_is_an_error() -> None:
     """open_clip only warns, and computes wrong features."""
     with pytest.raises(UserError, match="QuickGELU"):
-        build(Clip("ViT-B-16"), "openai", 224)
+        build(OpenClipBackbone("ViT-B-16"), "openai", 224)
     with pytest.raises(
         UserError, match=r"unknown pretrained tag of ViT-B-16-quickgelu 'openia'; did you mean 'openai'"
     ):
-        build(Clip("ViT-B-16-quickgelu"), "openia", 224)
+        build(OpenClipBackbone("ViT-B-16-quickgelu"), "openia", 224)
 
 
 # --- resolution ----------------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def test_numbers_that_are_not_finite_are_named(suffix: str, value: float, tmp_pa
     if suffix != "safetensors":
         torch.save({"state_dict": {"conv1.weight": state["b.weight"]}}, path)
         with pytest.raises(UserError, match="2 of 4 values of 'backbone.conv1.weight' are not finite"):
-            _ = Foreign(path).tensors
+            _ = ForeignCheckpoint(path).tensors
 
 
 def test_published_weights_that_are_damaged_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,11 +292,11 @@ def test_published_weights_that_are_damaged_are_refused(monkeypatch: pytest.Monk
     def torn(*_: object, **__: object) -> nn.Module:
         raise SafetensorError("incomplete metadata")
 
-    monkeypatch.setattr("models.timm_models.hub", nullcontext)
+    monkeypatch.setattr("tailtune.models.backbones.timm_models.hub", nullcontext)
     for create, message in ((damaged, "weights of test_vit.*1 of 4 values of 'weight'"), (torn, "cache of timm")):
         monkeypatch.setattr("timm.create_model", create)
         with pytest.raises(UserError, match=message):
-            Timm("test_vit").create(fetch=True)
+            TimmBackbone("test_vit").create(fetch=True)
 
 
 def test_files_without_checksums_are_read(tmp_path: Path) -> None:
@@ -323,7 +325,7 @@ def test_damaged_files_end_in_one_line_within_seconds_and_little_memory(tmp_path
     for name, content in damaged_files(seed=11, count=350):
         path = tmp_path / name
         path.write_bytes(content)
-        for read in (read_state, lambda path: Foreign(path).tensors):
+        for read in (read_state, lambda path: ForeignCheckpoint(path).tensors):
             start = time.monotonic()
             try:
                 found = read(path)

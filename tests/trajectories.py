@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs import load_configs
-from trainers import trainer
-from trainers.run import run
+from tailtune.configs import load_configs
+from tailtune.trainers import trainer
+from tailtune.trainers.run import run
 
 STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
 LAYOUTS = list(product((0, 2), (8, 32), (False, True)))  # workers, images at once, killed and resumed

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.seeding import generator
+from tailtune.configs.seeding import generator
 
 CLOUD = 0.5
 """Of GCL: how far its noise moves a cosine at most, as its authors' code for CIFAR."""

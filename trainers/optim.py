@@ -1,36 +1,16 @@
-"""Optimizer, learning-rate schedule, arithmetic and batch sizes: what the loop needs to know in numbers."""
+"""Optimizer, learning-rate schedule and batch sizes: what the loop needs to know in numbers."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
-from configs import CfgNode
-from configs.errors import UserError, lookup
-from configs.schema import SCHEMA
-from datasets.samplers import SAMPLERS
-from models.host import Host
-
-
-class Precision(NamedTuple):
-    compute: torch.dtype
-    """Of the frozen encoder and the activations."""
-    trainable: torch.dtype
-    scaled: bool
-    """With dynamic loss scaling."""
-
-
-PRECISIONS = {
-    "fp32": Precision(torch.float32, torch.float32, False),
-    "bf16": Precision(torch.bfloat16, torch.float32, False),
-    "amp": Precision(torch.float16, torch.float32, True),
-    "fp16": Precision(torch.float16, torch.float16, False),
-    "fp64": Precision(torch.float64, torch.float64, False),
-}
-RESIDUAL = {None: None, "fp32": torch.float32}
+from tailtune.configs import CfgNode
+from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.schema import SCHEMA
+from tailtune.datasets.loading.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -87,11 +67,6 @@ def _check(cfg: CfgNode) -> None:
                 f"{key} {cfg[key]} is of schedule multistep and does nothing in schedule {cfg.schedule}; "
                 f"add `{key} {'none' if usual is None else usual}`, or choose multistep"
             )
-
-
-def precision_used(prec: str, cuda: bool) -> str:
-    """`prec`, or fp32 where half precision needs a GPU."""
-    return "fp32" if prec in ("amp", "fp16") and not cuda else prec
 
 
 def micro_batch_size(cfg: CfgNode, world: int) -> int:
@@ -169,19 +144,3 @@ def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr * (plan.lr_factors or {}).get(group["name"], 1.0)
     return lr
-
-
-def check_frozen(module: nn.Module) -> None:
-    """Raise a `UserError` for weights that are not finite and do not train: no step has made them so."""
-    for name, each in module.named_parameters():
-        if not each.requires_grad and not each.isfinite().all():
-            raise UserError(f"the weights that `pretrained` names are not finite ({name}); get them again")
-
-
-def cast_trainable(module: nn.Module, dtype: torch.dtype) -> None:
-    """What trains into the dtype of its precision, and what peft multiplies it with."""
-    trains = [each for each in module.parameters() if each.requires_grad]
-    adapted = (layer for host in module.modules() if isinstance(host, Host) for layer in host.adapted)
-    frozen = [each for layer in adapted for each in layer.buffers() if each.is_floating_point()]
-    for each in trains + frozen:
-        each.data = each.data.to(dtype)

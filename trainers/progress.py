@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trainers.events import Events
-from trainers.report import number
+from tailtune.trainers.runs.report import number
+from tailtune.trainers.storage.tensorboard_events import Events
 
 log = logging.getLogger("tailtune")
 

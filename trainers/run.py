@@ -7,30 +7,38 @@ from pathlib import Path
 from accelerate import Accelerator
 from filelock import FileLock
 
-from configs import CfgNode, config_hash
-from configs.errors import UserError
-from datasets import DataBundle, build_data
-from datasets.identity import Kept, seen_in_training, some
-from datasets.splits import FIRST, UnreadableImages
-from models import Classifier, resolve
-from models.head_init import NEEDS_TEXT
-from trainers.autosize import largest_micro_batch
-from trainers.checkpoint import States, fingerprint, save_checkpoint
-from trainers.ensembles import ensembled, entry_of
-from trainers.evaluation import Evaluation
-from trainers.exchange import export
-from trainers.files import Digest, write_bytes
-from trainers.folder import FACTS, OUTPUT, RunFolder, kept_splits
-from trainers.head import prepare_head
-from trainers.launch import launched_alone, make_accelerator, on_main, uses_cuda
-from trainers.log import attach_file, detach_file, start_console
-from trainers.manifest import LOCK, read_json
-from trainers.methods import Method
-from trainers.optim import PRECISIONS, RESIDUAL, Plan, cast_trainable, micro_batch_size, precision_used
-from trainers.report import TrainReport, headline, read_result, summary, table
-from trainers.stored import Decision, decide, trained_on
-from trainers.trained import Finished, earlier_run, load_trained, make_method, subject_of, trained_method
-from trainers.trainer import Trainer
+from tailtune.configs import CfgNode, config_hash
+from tailtune.configs.errors import UserError
+from tailtune.datasets import DataBundle, build_data
+from tailtune.datasets.splits.choose_splits import FIRST, UnreadableImages
+from tailtune.datasets.splits.split_records import StoredSplits, seen_in_training, some
+from tailtune.models import ClassificationModel, resolve
+from tailtune.models.heads.initialisation import NEEDS_TEXT
+from tailtune.trainers.distributed import launched_alone, make_accelerator, on_main, uses_cuda
+from tailtune.trainers.evaluation.ensembles import ensembled, entry_of
+from tailtune.trainers.evaluation.evaluate import Evaluation
+from tailtune.trainers.export import export
+from tailtune.trainers.head_preparation import prepare_head
+from tailtune.trainers.methods import Method
+from tailtune.trainers.micro_batch_probe import largest_micro_batch
+from tailtune.trainers.optim import Plan, micro_batch_size
+from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
+from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
+from tailtune.trainers.runs.load_run import (
+    FinishedRun,
+    earlier_run,
+    load_trained,
+    make_method,
+    subject_of,
+    trained_method,
+)
+from tailtune.trainers.runs.report import TrainReport, headline, read_result, summary, table
+from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder, kept_splits
+from tailtune.trainers.runs.stored_results import Decision, decide, trained_on
+from tailtune.trainers.storage.atomic_io import Digest, write_bytes
+from tailtune.trainers.storage.checkpoint import States, fingerprint, save_checkpoint
+from tailtune.trainers.storage.manifest import LOCK, read_json
+from tailtune.trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")
 
@@ -75,7 +83,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         lock.release()
 
 
-def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[Kept | None, Decision]:
+def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[StoredSplits | None, Decision]:
     """The splits to go on with, and what is to be done. Only the main process asks."""
     starts_over = not cfg.resume and not cfg.test_only
     kept = None if starts_over else folder.kept()
@@ -114,7 +122,7 @@ class _Run:
     folder: RunFolder
     accelerator: Accelerator
     plan: Decision
-    kept: Kept | None
+    kept: StoredSplits | None
     previous: Path | None
 
     def go(self) -> None:
@@ -147,13 +155,13 @@ class _Run:
         else:
             load_trained(cfg, self.folder, method, data, self.accelerator, self.base)
             result = self.evaluation.trained_result() or summary(cfg, data.info, method, None, self._precision())
-            run = Finished(cfg, self.folder, method, data, self.accelerator, self.base)
+            run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
             method, facts = ensembled(run)
             result |= {"ensemble": facts} if facts else {}
         model.init = None  # lets go of the text tower, also where it was not needed
         self.evaluation.from_images(method, data, result)
 
-    def _warn(self, model: Classifier, data: DataBundle) -> None:
+    def _warn(self, model: ClassificationModel, data: DataBundle) -> None:
         """What makes a result mean less than it seems."""
         cfg, names = self.cfg, data.info.class_names
         if model.random_base:

@@ -13,11 +13,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from configs.errors import UserError
-from datasets import DataBundle
-from datasets.loading import train_loader
-from datasets.samplers import SAMPLERS, StepSampler
-from trainers.checkpoint import (
+from tailtune.configs.errors import UserError
+from tailtune.datasets import DataBundle
+from tailtune.datasets.loading.data_loader import train_loader
+from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
+from tailtune.trainers.distributed import share_statistics, to_device
+from tailtune.trainers.methods.base import Batch, Method, Step
+from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.precision import check_frozen
+from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
+from tailtune.trainers.progress import Progress
+from tailtune.trainers.runs.report import TrainReport
+from tailtune.trainers.storage.checkpoint import (
     States,
     copy_state,
     momenta,
@@ -27,13 +34,7 @@ from trainers.checkpoint import (
     rng_state,
     trained_state,
 )
-from trainers.interrupt import Agreement, Interrupt, Interrupted
-from trainers.launch import share_statistics, to_device
-from trainers.meters import Meters
-from trainers.methods.base import Batch, Method, Step
-from trainers.optim import Plan, build_optimizer, check_frozen, set_lr
-from trainers.progress import Progress
-from trainers.report import TrainReport
+from tailtune.trainers.training_meters import Meters
 
 log = logging.getLogger("tailtune")
 

@@ -2,10 +2,10 @@
 
 import sys
 
-from tests.fuzz.runner import warm_up
+from tailtune.tests.fuzz.runner import warm_up
 
 if __name__ == "__main__":
     warm_up()
-    from tests.fuzz.campaign import main  # whatever it imports must come after
+    from tailtune.tests.fuzz.campaign import main  # whatever it imports must come after
 
     sys.exit(main())

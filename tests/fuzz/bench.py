@@ -13,8 +13,8 @@ from hypothesis import seed as seeded
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.strategies import SearchStrategy
 
-from tests.fuzz.promises import broken
-from tests.fuzz.runner import Limits, Outcome, run
+from tailtune.tests.fuzz.promises import broken
+from tailtune.tests.fuzz.runner import Limits, Outcome, run
 
 Value = TypeVar("Value")
 BATCH = 50

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.fuzz import changes, combinations, files, foreign, images, kills, processes, values
-from tests.fuzz.bench import Bench, Unusable
-from tests.fuzz.promises import Finding
-from tests.fuzz.runner import Limits
+from tailtune.tests.fuzz import changes, combinations, files, foreign, images, kills, processes, values
+from tailtune.tests.fuzz.bench import Bench, Unusable
+from tailtune.tests.fuzz.promises import Finding
+from tailtune.tests.fuzz.runner import Limits
 
 LONG = 600.0
 """Seconds from which on a campaign has time for what takes half a minute a case."""

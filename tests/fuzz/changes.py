@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from tests.fuzz.bench import Bench, words
-from tests.fuzz.edits import EDITS, LAYOUTS, add_test, make, nothing
-from tests.fuzz.files import alike
-from tests.fuzz.promises import Finding, broken, lost, snapshot, table_of
-from tests.fuzz.runner import Outcome
+from tailtune.tests.fuzz.bench import Bench, words
+from tailtune.tests.fuzz.edits import EDITS, LAYOUTS, add_test, make, nothing
+from tailtune.tests.fuzz.files import alike
+from tailtune.tests.fuzz.promises import Finding, broken, lost, snapshot, table_of
+from tailtune.tests.fuzz.runner import Outcome
 
 RUN = words("-m tiny_clip_peft num_workers 0 batch_size 16 max_steps 6 num_epochs 2 output_dir run")
 WORD = re.compile(

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from configs import names
-from tests.fuzz.bench import SHORT, Bench
-from tests.fuzz.options import schema, sensible
-from tests.fuzz.promises import Finding, broken
-from tests.fuzz.runner import Outcome
+from tailtune.configs import names
+from tailtune.tests.fuzz.bench import SHORT, Bench
+from tailtune.tests.fuzz.options import schema, sensible
+from tailtune.tests.fuzz.promises import Finding, broken
+from tailtune.tests.fuzz.runner import Outcome
 
 SMALL_DATA = ("fake_lt", "digits_lt")
 SMALL_MODELS = ("tiny_clip", "zstiny_clip", "resnet32")

@@ -12,10 +12,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.fuzz.bench import TINY, Bench, Unusable, words
-from tests.fuzz.damage import DAMAGES, Unfit, fits
-from tests.fuzz.promises import NUMBERS, Finding, broken, table_of, weights
-from tests.fuzz.runner import Outcome, Running
+from tailtune.tests.fuzz.bench import TINY, Bench, Unusable, words
+from tailtune.tests.fuzz.damage import DAMAGES, Unfit, fits
+from tailtune.tests.fuzz.promises import NUMBERS, Finding, broken, table_of, weights
+from tailtune.tests.fuzz.runner import Outcome, Running
 
 LORA = [*TINY, *words("adaptformer False lora True test_dists uniform,forward5 output_dir run")]
 TRAIN = [*LORA, *words("batch_size 32 max_steps 10 save_every 1")]

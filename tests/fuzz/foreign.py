@@ -6,8 +6,8 @@ from random import Random
 
 import yaml
 
-from tests.fuzz.bench import SHORT, TINY, Bench
-from tests.fuzz.promises import PASSING, Finding, broken, lost, snapshot
+from tailtune.tests.fuzz.bench import SHORT, TINY, Bench
+from tailtune.tests.fuzz.promises import PASSING, Finding, broken, lost, snapshot
 
 RUN = [*TINY, *SHORT, "output_dir", "run"]
 TWO_STAGES = ["-d", "fake_lt", "-m", "tiny_clip_h2t", *RUN[4:]]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.fuzz.bench import Bench, words
-from tests.fuzz.pictures import damaged
-from tests.fuzz.promises import Finding, broken, lost, snapshot
+from tailtune.tests.fuzz.bench import Bench, words
+from tailtune.tests.fuzz.pictures import damaged
+from tailtune.tests.fuzz.promises import Finding, broken, lost, snapshot
 
 DATA = "dataset: ImageFolder\nroot: images\naugment: none\nmany_above: 3\nfew_below: 1\n"
 RUN = words("-d my.yaml -m tiny_clip_peft batch_size 8 max_steps 2 num_epochs 1 output_dir run")

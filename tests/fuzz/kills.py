@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tests.fuzz.bench import TINY, Bench, words
-from tests.fuzz.promises import Finding, broken, numbers, weights
-from tests.fuzz.runner import MAIN, Outcome, Running
+from tailtune.tests.fuzz.bench import TINY, Bench, words
+from tailtune.tests.fuzz.promises import Finding, broken, numbers, weights
+from tailtune.tests.fuzz.runner import MAIN, Outcome, Running
 
 STEPS = words("batch_size 32 max_steps 12 save_every 1 num_epochs 4 test_dists uniform,forward5 output_dir run")
 RUNS: Mapping[str, list[str]] = {

@@ -8,23 +8,24 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from configs import names, values
-from configs.key import Key, option_keys
-from configs.schema import SCHEMA
-from datasets import DATASETS
-from datasets.samplers import SAMPLERS
-from datasets.transforms import AUGMENTS
-from models import BACKBONES
-from models.head_init import HEAD_INITS
-from models.heads import HEADS
-from models.peft_table import PEFTS
-from models.prompts import PROMPTS
-from trainers.adapt import ADAPTS
-from trainers.ensembles import ENSEMBLES
-from trainers.losses import LOSSES
-from trainers.methods import METHODS, declared
-from trainers.optim import SCHEDULES
-from trainers.priors import TARGETS
+from tailtune.configs import names
+from tailtune.configs import value_parsers as values
+from tailtune.configs.key import Key, option_keys
+from tailtune.configs.schema import SCHEMA
+from tailtune.datasets import DATASETS
+from tailtune.datasets.images.transforms import AUGMENTS
+from tailtune.datasets.loading.samplers import SAMPLERS
+from tailtune.models import BACKBONES
+from tailtune.models.backbones.prompts import PROMPTS
+from tailtune.models.heads.classifiers import HEADS
+from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.tuners.peft_types import PEFTS
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES
+from tailtune.trainers.evaluation.expert_weights import ADAPTS
+from tailtune.trainers.evaluation.target_prior import TARGETS
+from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.optim import SCHEDULES
 
 Texts = SearchStrategy[str]
 

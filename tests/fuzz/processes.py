@@ -9,9 +9,9 @@ from random import Random
 
 import psutil
 
-from tests.fuzz.bench import TINY, Bench, words
-from tests.fuzz.promises import Finding, broken, numbers, weights
-from tests.fuzz.runner import MAIN, Limits, Outcome, Running
+from tailtune.tests.fuzz.bench import TINY, Bench, words
+from tailtune.tests.fuzz.promises import Finding, broken, numbers, weights
+from tailtune.tests.fuzz.runner import MAIN, Limits, Outcome, Running
 
 WORDS = [*TINY, *words("batch_size 32 max_steps 20 num_epochs 9 save_every 1 output_dir run")]
 LAUNCH = (

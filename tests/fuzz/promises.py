@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.runner import Limits, Outcome
+from tailtune.tests.fuzz.runner import Limits, Outcome
 
 NUMBERS = ("class_counts", "params", "test", "distributions", "ensemble", "experts_used")
 """What of metrics.json must not depend on when, where and in how many pieces it was computed."""

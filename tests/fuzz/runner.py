@@ -69,9 +69,9 @@ def warm_up() -> None:
     os.environ.update(ENVIRONMENT)
     import torch
 
-    import main  # noqa: F401
-    import trainers.dryrun
-    import trainers.run  # noqa: F401
+    import tailtune.main
+    import tailtune.trainers.dry_run
+    import tailtune.trainers.run  # noqa: F401
 
     torch.set_num_threads(1)
     if (threads := len(os.listdir("/proc/self/task"))) > 1:

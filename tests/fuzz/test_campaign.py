@@ -11,12 +11,12 @@ from conftest import ROOT
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.fuzz import runner
-from tests.fuzz.bench import Bench
-from tests.fuzz.damage import DAMAGES, fits
-from tests.fuzz.options import WILD, hostile, schema
-from tests.fuzz.promises import broken, lost, snapshot
-from tests.fuzz.runner import Limits, run
+from tailtune.tests.fuzz import runner
+from tailtune.tests.fuzz.bench import Bench
+from tailtune.tests.fuzz.damage import DAMAGES, fits
+from tailtune.tests.fuzz.options import WILD, hostile, schema
+from tailtune.tests.fuzz.promises import broken, lost, snapshot
+from tailtune.tests.fuzz.runner import Limits, run
 
 
 @pytest.mark.slow

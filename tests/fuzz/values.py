@@ -9,11 +9,11 @@ from pathlib import Path
 import yaml
 from hypothesis import strategies as st
 
-from configs import FOLDER, names
-from tests.fuzz.bench import SHORT, TINY, Bench
-from tests.fuzz.options import hostile, schema
-from tests.fuzz.promises import Finding, broken
-from tests.fuzz.runner import Outcome
+from tailtune.configs import FOLDER, names
+from tailtune.tests.fuzz.bench import SHORT, TINY, Bench
+from tailtune.tests.fuzz.options import hostile, schema
+from tailtune.tests.fuzz.promises import Finding, broken
+from tailtune.tests.fuzz.runner import Outcome
 
 AMOUNTS = {
     "num_epochs",

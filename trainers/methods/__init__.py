@@ -3,25 +3,25 @@
 from collections.abc import Callable
 from typing import Any
 
-from configs import CfgNode, Declared
-from configs.errors import UserError, lookup
-from datasets.bundle import DataInfo
-from models import Classifier
-from models.peft_table import draws
-from models.tuners import TUNERS
-from trainers.losses import BATCH_COUPLED, LOSSES
-from trainers.methods.assign import ExpertAssignment
-from trainers.methods.base import Earlier, Method, Objective
-from trainers.methods.batchformer import BatchFormer
-from trainers.methods.decouple import Normalised, Retrained, WeightScaling
-from trainers.methods.dirmixe import DirMixE
-from trainers.methods.distill import Distill
-from trainers.methods.h2t import H2T
-from trainers.methods.mixup import Mixup
-from trainers.methods.reslt import ResLT
-from trainers.methods.ride import Ride
-from trainers.methods.sade import Sade
-from trainers.methods.wrapper import Wrapper
+from tailtune.configs import CfgNode, Declared
+from tailtune.configs.errors import UserError, lookup
+from tailtune.datasets.data_bundle import DataInfo
+from tailtune.models import ClassificationModel
+from tailtune.models.tuners.peft_types import draws
+from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.losses import BATCH_COUPLED, LOSSES
+from tailtune.trainers.methods.base import Earlier, Method, Objective
+from tailtune.trainers.methods.batchformer import BatchFormer
+from tailtune.trainers.methods.decouple import Normalised, Retrained, WeightScaling
+from tailtune.trainers.methods.dirmixe import DirMixE
+from tailtune.trainers.methods.distill import Distill
+from tailtune.trainers.methods.h2t import H2T
+from tailtune.trainers.methods.mixup import Mixup
+from tailtune.trainers.methods.reslt import ResLT
+from tailtune.trainers.methods.ride import Ride
+from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
+from tailtune.trainers.methods.sade import Sade
+from tailtune.trainers.methods.wrapper import Wrapper
 
 __all__ = ["METHODS", "Earlier", "Method", "build_method", "declared"]
 
@@ -54,7 +54,7 @@ def declared() -> Declared:
     return Declared({name: method.Options for name, method in METHODS.items()}, coupled)
 
 
-def build_method(cfg: CfgNode, model: Classifier, info: DataInfo) -> Method:
+def build_method(cfg: CfgNode, model: ClassificationModel, info: DataInfo) -> Method:
     """The method of a config around a model."""
     loss = lookup(LOSSES, cfg.loss_type, "loss_type")
     objective = Objective(
@@ -90,7 +90,7 @@ def _epochs(cfg: CfgNode, images: int) -> int:
 
 
 def _make(
-    cfg: CfgNode, name: str, key: str, model: Classifier, objective: Objective, around: tuple[str, ...] = ()
+    cfg: CfgNode, name: str, key: str, model: ClassificationModel, objective: Objective, around: tuple[str, ...] = ()
 ) -> Method:
     """A method, and the one that it wraps, around the same model; `around` names those that wrap it."""
     kind = lookup(METHODS, name, key)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from configs.seeding import generator
-from models import Classifier
-from models.head_init import HeadContext
-from models.host import Host
-from trainers.checkpoint import trained_state
-from trainers.losses import Prior, effective_weights, log_prior
-from trainers.methods.terms import Batch, NoOptions, Objective, Step, combine
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import generator
+from tailtune.models import ClassificationModel
+from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.heads.initialisation import HeadContext
+from tailtune.trainers.losses import Prior, effective_weights, log_prior
+from tailtune.trainers.methods.objective import Batch, NoOptions, Objective, Step, combine
+from tailtune.trainers.storage.checkpoint import trained_state
 
 __all__ = ["Batch", "Earlier", "Method", "NoOptions", "Objective", "Step", "combine"]
 
@@ -61,7 +61,7 @@ class Method(nn.Module):
     log_prior: Tensor
     class_counts: Tensor
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__()
         self.model = model
         self.options = options
@@ -179,7 +179,7 @@ class Method(nn.Module):
     def hold(self, *parts: nn.Module) -> None:
         """Freeze what trains in parts of this method, batch norms included, as something that its checkpoint keeps."""
         for module in (each for part in parts for each in part.modules()):
-            if isinstance(module, Host):
+            if isinstance(module, Encoder):
                 module.hold()
         inside = {id(parameter) for part in parts for parameter in part.parameters()}
         for name, parameter in self.named_parameters():

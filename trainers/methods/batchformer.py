@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.seeding import seeded
-from models import Classifier
-from models.batch_mixer import BatchMixer
-from trainers.methods.base import Batch, Method, Objective, Step
-from trainers.methods.wrapper import Wrapper
+from tailtune.configs.seeding import seeded
+from tailtune.models import ClassificationModel
+from tailtune.trainers.methods.base import Batch, Method, Objective, Step
+from tailtune.trainers.methods.batch_mixer import BatchMixer
+from tailtune.trainers.methods.wrapper import Wrapper
 
 MODES = ("replace", "sum", "mean")
 
@@ -43,7 +43,7 @@ class BatchFormer(Wrapper):
     Options = Options
     couples = True
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         own = self.options
         with seeded(objective.seed, "mixer"):

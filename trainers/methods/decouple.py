@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from models import Classifier
-from models.experts import heads_of
-from models.head_init import HeadContext
-from models.heads import LinearClassifier
-from trainers.methods.base import Method, Objective
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel
+from tailtune.models.heads.classifiers import LinearClassifier
+from tailtune.models.heads.expert_heads import heads_of
+from tailtune.models.heads.initialisation import HeadContext
+from tailtune.trainers.methods.base import Method, Objective
 
 
 class Retrained(Method):
@@ -24,7 +24,7 @@ class Retrained(Method):
     needs_after = True
     drops = ("model.head.", "mixer.")
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         self.hold(model.encoder)
 
@@ -38,7 +38,7 @@ class WeightScaling(Method):
     needs_after = True
     drops = ("mixer.",)
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         self.scales = nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts)))
         self.hold(model)
@@ -64,7 +64,7 @@ class Normalised(Method):
     needs_after = True
     drops = ("mixer.",)
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         if not all(isinstance(head, LinearClassifier) for head in heads_of(model.head)):
             raise UserError(

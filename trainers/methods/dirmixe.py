@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-from configs.seeding import mix
-from models import Classifier
-from trainers.losses import cross_entropy, log_prior, moved, present
-from trainers.methods.base import Batch, Method, Objective
-from trainers.methods.sade import reversed_prior
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import mix
+from tailtune.models import ClassificationModel
+from tailtune.trainers.losses import cross_entropy, log_prior, moved, present
+from tailtune.trainers.methods.base import Batch, Method, Objective
+from tailtune.trainers.methods.sade import reversed_prior
 
 POOLS = ("fresh", "recycled", "recycled_cifar")
 POOL_SEED = 0
@@ -58,7 +58,7 @@ class DirMixE(Method):
     Options = Options
     couples = True
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         if objective.loss is not cross_entropy:
             raise UserError("method dirmixe adjusts the logits itself: use loss_type CE")
@@ -66,13 +66,13 @@ class DirMixE(Method):
             raise UserError(f"dirmixe.concentration {self.options.concentration:g}: it must be above 0, such as 10000")
         self.final = False
         """Whether V₊ counts."""
-        self._pool: Pool | None = None
+        self._recycled_draws: RecycledDraws | None = None
         self._last: tuple[int, Draws] | None = None
 
     def before_training(self, steps: int, per_epoch: int) -> None:
         super().before_training(steps, per_epoch)
         if self.options.pool != "fresh":
-            self._pool = self._recycled(per_epoch)
+            self._recycled_draws = self._recycled(per_epoch)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
         super().on_epoch(epoch, epochs)
@@ -93,7 +93,9 @@ class DirMixE(Method):
     def drawn(self, device: torch.device) -> Draws:
         """The draws of this step, the same for all its micro-batches."""
         if self._last is None or self._last[0] != self.at_step:
-            found = self._fresh() if self._pool is None else self._pool.at(self.epoch, self.at_step - 1)
+            found = (
+                self._fresh() if self._recycled_draws is None else self._recycled_draws.at(self.epoch, self.at_step - 1)
+            )
             self._last = self.at_step, Draws(*(moved(each, device) for each in found))
         return self._last[1]
 
@@ -113,16 +115,16 @@ class DirMixE(Method):
         priors = np.stack([stream.dirichlet(alphas[k]) for k in experts])
         return Draws(torch.from_numpy(experts), torch.from_numpy(priors))
 
-    def _recycled(self, per_epoch: int) -> "Pool":
+    def _recycled(self, per_epoch: int) -> "RecycledDraws":
         counts, stream = self.objective.class_counts, np.random.RandomState(POOL_SEED)
         if self.options.pool == "recycled_cifar":
             for _ in counts:
                 stream.shuffle(np.arange(int(counts.max())))
         bases = base_priors(counts, self.model.num_experts, torch.float32)
-        return Pool((self.options.concentration * bases).numpy(), self.options.draws, per_epoch, stream)
+        return RecycledDraws((self.options.concentration * bases).numpy(), self.options.draws, per_epoch, stream)
 
 
-class Pool:
+class RecycledDraws:
     """The original's draws: those of an epoch, shuffled for each epoch. On the CPU, M · steps an epoch · C numbers.
 
     Args:

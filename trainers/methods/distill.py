@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-from models import Classifier
-from trainers.losses import divergence, present
-from trainers.methods.base import Batch, Earlier, Method, Objective
-from trainers.methods.wrapper import Wrapper
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel
+from tailtune.trainers.losses import divergence, present
+from tailtune.trainers.methods.base import Batch, Earlier, Method, Objective
+from tailtune.trainers.methods.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Distill(Wrapper):
     needs_after = True
     watches = True
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         name = self.options.inner
         if self.options.temperature <= 0:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from configs.seeding import generator
-from models import Classifier
-from models.head_init import HeadContext
-from trainers.losses import moved
-from trainers.methods.base import Batch, Method, Objective, Step
-from trainers.methods.wrapper import Wrapper
+from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import generator
+from tailtune.models import ClassificationModel
+from tailtune.models.heads.initialisation import HeadContext
+from tailtune.trainers.losses import moved
+from tailtune.trainers.methods.base import Batch, Method, Objective, Step
+from tailtune.trainers.methods.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class H2T(Wrapper):
     needs_after = True
     drops = ("mixer.",)
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         own = self.options
         if inner.needs_after:

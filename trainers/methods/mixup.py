@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-from models import Classifier
-from trainers.losses import moved
-from trainers.methods.base import Batch, Method, Objective, Step
-from trainers.methods.wrapper import Wrapper
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel
+from tailtune.trainers.losses import moved
+from tailtune.trainers.methods.base import Batch, Method, Objective, Step
+from tailtune.trainers.methods.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Mixup(Wrapper):
     Options = Options
     couples = True
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         if inner.watches:
             raise UserError(

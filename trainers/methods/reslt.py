@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-from models import Classifier
-from trainers.methods.base import Batch, Method, Objective
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel
+from tailtune.trainers.methods.base import Batch, Method, Objective
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ResLT(Method):
     adds = True
     members: Tensor
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         own, counts = self.options, objective.class_counts
         if model.num_experts != 3:

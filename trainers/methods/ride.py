@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-from models import Classifier
-from trainers.losses import divergence, present
-from trainers.methods.base import Batch, Method, Objective
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel
+from tailtune.trainers.losses import divergence, present
+from tailtune.trainers.methods.base import Batch, Method, Objective
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ride(Method):
     couples = True
     temperatures: Tensor
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         strength, counts = self.options.reweight_factor, objective.class_counts.double()
         spread = strength * counts / counts.mean() + 1 - strength  # ω [C]

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-from models import Classifier
-from trainers.losses import ADJUSTED, LOSSES
-from trainers.methods.base import Batch, Method, Objective
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel
+from tailtune.trainers.losses import ADJUSTED, LOSSES
+from tailtune.trainers.methods.base import Batch, Method, Objective
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sade(Method):
     Options = Options
     adjustments: Tensor
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any = None) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         if objective.loss in ADJUSTED:
             name = next(name for name, loss in LOSSES.items() if loss is objective.loss)

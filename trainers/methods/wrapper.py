@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.errors import UserError
-from models import Classifier
-from trainers.methods.base import Batch, Earlier, Method, Objective
+from tailtune.configs.errors import UserError
+from tailtune.models import ClassificationModel
+from tailtune.trainers.methods.base import Batch, Earlier, Method, Objective
 
 
 class Wrapper(Method):
@@ -16,7 +16,7 @@ class Wrapper(Method):
     without it can continue each other.
     """
 
-    def __init__(self, model: Classifier, objective: Objective, options: Any, inner: Method) -> None:
+    def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options)
         if any(getattr(type(inner), name) is not getattr(Method, name) for name in ("forward", "expert_logits")):
             own = type(self).__name__.lower()

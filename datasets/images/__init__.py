@@ -1,0 +1,1 @@
+"""Image files and transforms: from bytes to uint8 tensors."""

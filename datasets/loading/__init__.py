@@ -1,0 +1,1 @@
+"""Samplers, data loader and its worker processes."""

@@ -1,0 +1,51 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) through torchvision, in the order of the official files."""
+
+from pathlib import Path
+
+import torchvision
+
+from tailtune.configs.errors import UserError
+from tailtune.datasets.sources.image_sources import ArraySource
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+"""CIFAR-10's, which the long-tail literature uses for CIFAR-100 as well."""
+
+TRAIN_IMAGES = 50_000
+
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+# torchvision reads the names from the archive; here they are needed before it is there.
+CLASS_NAMES = {"CIFAR10": tuple(_CIFAR10.split()), "CIFAR100": tuple(_CIFAR100.split())}
+
+
+def load_cifar(name: str, root: Path) -> tuple[ArraySource, ArraySource]:
+    """The official training and test images; downloads the archive if `root` lacks it (checksums by torchvision).
+
+    Args:
+        name: CIFAR10 or CIFAR100.
+        root: folder that holds, or gets, the archive.
+
+    Raises:
+        UserError: the archive is not there and cannot be downloaded.
+    """
+    kind = {"CIFAR10": torchvision.datasets.CIFAR10, "CIFAR100": torchvision.datasets.CIFAR100}[name]
+    try:
+        train, test = kind(root, train=True, download=True), kind(root, train=False)
+    except (OSError, RuntimeError) as error:  # URLError, HTTPError and a read-only folder are OSErrors
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name} is not in {root.absolute()} and cannot be downloaded ({reason}): "
+            f"get {kind.url} and put it there, or set `root` to the folder that holds it"
+        ) from error
+    return (
+        ArraySource(train.data, train.targets, f"{name} train"),
+        ArraySource(test.data, test.targets, f"{name} test"),
+    )

@@ -1,0 +1,1 @@
+"""Training, validation and test splits: long-tailed subsets, hold-outs, and the record of each split."""

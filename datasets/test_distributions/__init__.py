@@ -1,0 +1,1 @@
+"""Test sets with other class frequencies, chosen from the one test split."""

@@ -1,0 +1,1 @@
+"""RIDE, SADE and BatchFormer."""

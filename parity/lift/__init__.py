@@ -1,0 +1,1 @@
+"""LIFT and PEL."""

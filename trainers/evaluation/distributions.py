@@ -1,0 +1,89 @@
+"""A test set of any class frequencies, from the logits of the one pass over the balanced test set."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from torch import Tensor
+
+from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.long_tail import GROUPS
+from tailtune.datasets.test_distributions.dirichlet import component
+from tailtune.trainers.evaluation.inference import Logits, rows_of
+from tailtune.trainers.evaluation.metrics import evaluate
+from tailtune.trainers.methods.base import combine
+
+Results = dict[str, dict[str, Any]]
+SUMMARISED = ("accuracy", "mean_acc", *GROUPS)
+
+
+def plain_results(found: Logits, shifts: Sequence[Shift], groups: Mapping[str, Tensor]) -> Results:
+    """Every distribution by the mean of the experts, as `distributions` of metrics.json holds it."""
+    if not shifts:
+        return {}
+    logits = combine(found.logits)
+    classes = evaluate(logits, found.labels, groups)["per_class_acc"]
+    results: Results = {}
+    for shift in shifts:
+        rows = rows_of(found, shift.positions)
+        if not len(rows):  # few images, cut by max_test_images
+            continue
+        results[shift.name] = {
+            "n": len(rows),
+            "origin": shift.origin,
+            "plain": evaluate(logits[rows], found.labels[rows], groups),
+            "expected_accuracy": expected_accuracy(classes, shift.counts.tolist()),
+        }
+    return results
+
+
+def dirichlet_summary(results: Results) -> dict[str, Any]:
+    """Mean and deviation over the drawn test sets of each component and over all, as `dirichlet` of metrics.json.
+
+    The original leaves these to its reader; the deviation here is the sample's (n − 1).
+
+    Args:
+        results: of all distributions.
+
+    Returns:
+        Component or `all` → `draws`, and for each way of predicting (`plain`, entry of ADAPTS, `target_prior`):
+        metric → {mean, std}, null where a draw has no value, std with one draw; nothing without drawn test sets.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, each in results.items():
+        if found := component(name):
+            groups.setdefault(found, []).append(each)
+    if groups:
+        groups["all"] = [each for group in groups.values() for each in group]
+    return {name: {"draws": len(group), **_spread(group)} for name, group in groups.items()}
+
+
+def _spread(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    ways = [way for way, found in group[0].items() if isinstance(found, dict) and "accuracy" in found]
+    ways = [way for way in ways if all(way in each for each in group)]
+    spread = {}
+    for way in ways:
+        draws = {name: [each[way][name] for each in group] for name in SUMMARISED}
+        spread[way] = {name: _mean_and_std(values) for name, values in draws.items()}
+    return spread
+
+
+def _mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [each for each in values if each is not None]
+    if len(known) < len(values):
+        return {"mean": None, "std": None}
+    return {"mean": fmean(known), "std": stdev(known) if len(known) > 1 else None}
+
+
+def expected_accuracy(classes: Sequence[float | None], counts: Sequence[int]) -> float | None:
+    """Σ_k n_k · accuracy_k / Σ_k n_k: what a draw of n_k images of each class from the whole test set gives on average.
+
+    Args:
+        classes: accuracy of each class on the whole test set; None where it has no image.
+        counts: n_k.
+    """
+    pairs = [(each, count) for each, count in zip(classes, counts, strict=True) if count]
+    known = [(each, count) for each, count in pairs if each is not None]
+    if not known or len(known) < len(pairs):
+        return None
+    return sum(each * count for each, count in known) / sum(count for _, count in known)

@@ -1,0 +1,243 @@
+"""TARGETS: predictions for a test set of any class frequencies, from the logits of one model.
+
+With p the class prior of which softmax(z/T) is the posterior (`Method.assumed_prior`: the loss may have taken the
+training prior off already) and q the one that is aimed at, z' = z/T + log q − log p. T comes from the validation split.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tailtune.configs import CfgNode
+from tailtune.configs.errors import UserError, unknown
+from tailtune.configs.seeding import generator
+from tailtune.datasets.data_bundle import DataInfo, Shift
+from tailtune.datasets.sources.image_list import first_file
+from tailtune.datasets.sources.text_files import read_json
+from tailtune.datasets.table import list_folders
+from tailtune.datasets.test_distributions.build import class_order, rule
+from tailtune.trainers.evaluation.distributions import Results
+from tailtune.trainers.evaluation.ensembles import entry_of
+from tailtune.trainers.evaluation.inference import Logits, rows_of
+from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
+from tailtune.trainers.evaluation.metrics import evaluate
+from tailtune.trainers.methods.base import Method, combine
+
+ENTRY = "target_prior"
+"""Its key in an entry of `distributions`."""
+TOLERANCE = 0.01
+"""How far the sum of frequencies may be from 1, as it is where each is rounded."""
+LARGEST = 1e15
+"""Of a number in a file of frequencies or counts; sums of such are exact enough."""
+NEVER = 1e-12
+"""What a class that never comes counts as, so that every logarithm is finite."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A test distribution, and what its class frequencies may be found from."""
+
+    name: str
+    scores: Tensor
+    """z/T − log p of its images, [n, C]."""
+    labels: Tensor
+    """[n], for the oracle alone."""
+    train: Tensor
+    """Class frequencies of the training images, [C]."""
+    val: tuple[Tensor, Tensor] | None
+    """Scores and labels of the validation images."""
+    batch_size: int
+    seed: int
+
+
+class Found(NamedTuple):
+    """Class frequencies: the ones found in the end [C], and those that each image is predicted by, [n, C] or [1, C]."""
+
+    prior: Tensor
+    used: Tensor
+
+
+Target = Callable[[Case], Found]
+
+
+def _fixed(prior: Tensor) -> Found:
+    return Found(prior, prior.unsqueeze(0))
+
+
+def _uniform(case: Case) -> Found:
+    return _fixed(torch.full_like(case.train, 1 / len(case.train)))
+
+
+def _train(case: Case) -> Found:
+    return _fixed(case.train)
+
+
+def _known(case: Case) -> Found:
+    """An oracle: it reads the labels."""
+    return _fixed(_counted(case))
+
+
+def _estimate(case: Case) -> Found:
+    return _fixed(maximum_likelihood(case.scores))
+
+
+def _estimate_bbse(case: Case) -> Found:
+    if case.val is None:
+        raise UserError("target_prior estimate_bbse needs validation images: train with val_per_class or val_list")
+    scores, labels = case.val
+    absent = (torch.bincount(labels, minlength=scores.shape[1]) == 0).nonzero().flatten().tolist()
+    if absent:
+        raise UserError(
+            f"target_prior estimate_bbse: label {absent[0]} has no validation image; raise val_per_class or "
+            "max_test_images, or set target_prior estimate"
+        )
+    return _fixed(black_box(case.scores, scores, labels))
+
+
+def _estimate_online(case: Case) -> Found:
+    """Each image by what is known right after its batch, as adapt's streams."""
+    draws = generator(case.seed, ENTRY, case.name)
+    batches = torch.randperm(len(case.scores), generator=draws).split(case.batch_size)
+    priors = stream(case.scores, batches)
+    used = torch.empty_like(case.scores)
+    for rows, prior in zip(batches, priors, strict=True):
+        used[rows] = prior.to(used.dtype)
+    return Found(priors[-1], used)
+
+
+TARGETS: Mapping[str, Target] = {
+    "uniform": _uniform,
+    "train": _train,
+    "known": _known,
+    "estimate": _estimate,
+    "estimate_bbse": _estimate_bbse,
+    "estimate_online": _estimate_online,
+}
+
+
+def target_of(cfg: CfgNode, info: DataInfo, names: Sequence[str] | None = None) -> Target:
+    """What `target_prior` asks for; reads a file where it names one.
+
+    Args:
+        names: of the classes, as a file may name them; None: they are not known yet.
+
+    Raises:
+        UserError: an unknown name, or a file that does not fit the classes.
+    """
+    name = cfg.target_prior
+    if name in TARGETS:
+        return TARGETS[name]
+    if name.endswith(".json"):
+        prior = _read_prior(cfg, info.num_classes, names)
+    else:
+        try:
+            images = rule(name, cfg.shift_factors or {}, "target_prior")(1e6, info.num_classes)  # so many: not rounded
+        except UserError:
+            raise unknown(
+                "target_prior", name, [*TARGETS, "file.json", "forward<r>", "backward<r> such as backward50"]
+            ) from None
+        prior = torch.zeros(info.num_classes, dtype=torch.float64)
+        prior[torch.from_numpy(class_order(cfg, info).copy())] = torch.tensor(images, dtype=torch.float64)
+    return lambda case: _fixed(prior / prior.sum())
+
+
+def _read_prior(cfg: CfgNode, num_classes: int, names: Sequence[str] | None) -> Tensor:
+    """Class frequencies of a JSON file, of which whole numbers are counted images, [C]."""
+    name = cfg.target_prior
+    file = first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)])
+    if file is None:
+        raise UserError(f"target_prior: no file '{name}'")
+    content = read_json(file, "target_prior")
+    if isinstance(content, dict):
+        for strange in content.keys() - set(names or content):
+            raise unknown(f"class of target_prior in {file}", strange, names or ())
+        missing = next((each for each in names or () if each not in content), None)
+        if missing is not None:
+            raise UserError(f"target_prior: {file} has no number for class '{missing}'")
+        content = [content[each] for each in names or content]
+    if not isinstance(content, list) or len(content) != num_classes:
+        size = f", not {len(content)}" if isinstance(content, list) else ""
+        raise UserError(f"target_prior: {file} must hold a number for each of the {num_classes} classes{size}")
+    good = all(type(each) in (int, float) and 0 <= each <= LARGEST for each in content)
+    if not good or not sum(content):
+        raise UserError(f"target_prior: {file} must hold numbers from 0 on, not all of them 0")
+    total = math.fsum(content)
+    if abs(total - 1) > TOLERANCE and not all(type(each) is int for each in content):
+        raise UserError(
+            f"target_prior: the class frequencies in {file} sum to {total:.6g}, not to 1; give frequencies that do, or "
+            "numbers of images, as whole numbers"
+        )
+    return torch.tensor(content, dtype=torch.float64) / total
+
+
+def check_target(cfg: CfgNode, info: DataInfo) -> None:
+    """Refuse a `target_prior` that cannot be, without images or weights."""
+    if cfg.target_prior is None:
+        return
+    target_of(cfg, info)
+    if cfg.target_prior == "estimate_bbse" and cfg.dataset != "ImageFolder" and not (cfg.val_list or cfg.val_per_class):
+        raise UserError("target_prior estimate_bbse needs validation images: train with val_per_class or val_list")
+
+
+def needs_val(cfg: CfgNode) -> bool:
+    """Whether `target_prior` asks for logits of the validation images."""
+    return (
+        cfg.target_prior is not None and not cfg.test_train and (cfg.calibrate or cfg.target_prior == "estimate_bbse")
+    )
+
+
+def add_target_results(
+    cfg: CfgNode,
+    method: Method,
+    found: Logits,
+    val: Logits | None,
+    shifts: Sequence[Shift],
+    info: DataInfo,
+    results: Results,
+) -> list[str]:
+    """Add what `target_prior` makes of each distribution to `results`; returns what a reader has to know.
+
+    Args:
+        method: of the trained run; meta tensors will do.
+        found, val: logits of test and validation images.
+    """
+    target = target_of(cfg, info, info.class_names)
+    assumed = entry_of(cfg).assumes(method.assumed_prior().cpu(), cfg.ensemble_alpha)
+    prior, hot, notes = assumed.mean(0).log_softmax(0), 1.0, []  # log p [C] of the mean of the experts
+    validation = None
+    if val is not None:
+        own = combine(val.logits)
+        have = frequencies(torch.bincount(val.labels, minlength=own.shape[1]))
+        hot = temperature(own, have.log() - prior, val.labels) if cfg.calibrate else 1.0
+        validation = (own / hot - prior.float(), val.labels)
+    elif cfg.calibrate:
+        notes.append("target_prior: uncalibrated, for the run kept no validation images (train with val_per_class)")
+    if cfg.target_prior == "known":
+        notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
+    scores = combine(found.logits) / hot - prior.float()
+    common = (method.log_prior.exp().cpu(), validation, cfg.adapt_batch_size, cfg.adapt_seed)
+    for shift in (each for each in shifts if each.name in results):
+        rows = rows_of(found, shift.positions)
+        case = Case(shift.name, scores[rows], found.labels[rows], *common)
+        entry, answer = results[shift.name], target(case)
+        metrics = evaluate(case.scores + answer.used.clamp_min(NEVER).log().float(), case.labels, info.groups)
+        entry[ENTRY] = {
+            **metrics,
+            "gain": metrics["accuracy"] - entry["plain"]["accuracy"],
+            "kind": cfg.target_prior,
+            "prior": answer.prior.tolist(),
+            "kl": kl(_counted(case), answer.prior.clamp_min(NEVER)),
+            "temperature": hot,
+        }
+    return notes
+
+
+def _counted(case: Case) -> Tensor:
+    """Class frequencies of the labels, [C]."""
+    counts = torch.bincount(case.labels, minlength=len(case.train)).double()
+    return counts / counts.sum()

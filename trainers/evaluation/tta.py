@@ -1,0 +1,108 @@
+"""TEST_TIME: from the images of a batch to the views whose logits are averaged; and predict functions of a method.
+
+The transform that feeds each of them is chosen by `datasets.build_data`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from tailtune.configs.errors import lookup
+from tailtune.datasets.images.transforms import UNMIRRORED, five_crop, ten_crop
+from tailtune.trainers.evaluation.inference import Predict
+from tailtune.trainers.methods.base import Method
+from tailtune.trainers.precision import PRECISIONS, cast_trainable
+
+Cut = Callable[[Tensor | list[Tensor], int], Tensor]
+"""Images of a batch, side of the crops → views [V, B, 3, R, R], uint8 on the device."""
+
+AT_ONCE = 5
+"""Views of an image in one forward, so that memory does not grow with their number."""
+
+
+NARROW = 0.8
+"""Side of a crop over side of the image, below which it is worth saying. LIFT has 0.9 at 224 pixels, 0.82 at least."""
+
+
+def warnings_of(mode: str, resolution: int, expand: int, augment: str) -> Iterator[str]:
+    """What a reader of a result of `tte` has to know: views that do not look like the images that it was trained on.
+
+    1.5 patches, the default of `expand`, are little of 224 pixels and much of 32. Small images are mostly drawn or cut
+    so that the object fills the frame, and a corner of one shows another digit, or none: the embedded CLIP on digits_lt
+    loses 16 points with expand 12, 1.4 with 6, and 0.4 with 3.
+    """
+    share = resolution / (resolution + expand)
+    if mode != "randaug" and share < NARROW:
+        yield (
+            f"tte cuts crops of {resolution} pixels from {resolution + expand} (expand {expand}), so each shows only "
+            f"{share * share:.0%} of the image; where the object fills the frame that costs accuracy: compare with "
+            f"tte False, or set expand {max(1, round(resolution * 24 / 224))}, LIFT's share"
+        )
+    if mode == "tencrop" and augment in UNMIRRORED:
+        yield f"tte_mode tencrop mirrors images, which augment {augment} never does; tte_mode fivecrop does not"
+
+
+def drawn(images: Tensor | list[Tensor], size: int) -> Tensor:
+    """Training crops, which the loader drew, [B, V, 3, R, R]."""
+    assert isinstance(images, Tensor)
+    return images.transpose(0, 1)
+
+
+TEST_TIME: dict[str, Cut] = {
+    "fivecrop": five_crop,
+    "tencrop": ten_crop,
+    "randaug": drawn,  # LIFT's name; draws of the run's own `augment`, not RandAugment (Cubuk et al. 2020)
+}
+
+
+def prepare(method: Method, test_prec: str) -> None:
+    """Eval mode, in the arithmetic of `test_prec`."""
+    precision = PRECISIONS[test_prec]
+    method.eval()
+    method.model.set_precision(precision.compute)
+    cast_trainable(method, precision.trainable)
+    method.model.head.to(precision.trainable)
+
+
+def plain(method: Method) -> Predict:
+    """One centre crop, as the loader cut it."""
+
+    def predict(images: Tensor | list[Tensor]) -> Tensor:
+        assert isinstance(images, Tensor)
+        return kept(method, images)
+
+    return predict
+
+
+def kept(method: Method, images: Tensor) -> Tensor:
+    """[B, 3, R, R] → logits of the experts [B, E, C] whose mean is the prediction, as all that reads them takes it."""
+    logits = method.expert_logits(images)
+    return logits * logits.shape[1] if method.adds else logits
+
+
+def logits_of_views(method: Method, views: Tensor) -> Tensor:
+    """[A, B, 3, R, R] → [A, B, E, C]."""
+    return kept(method, views.flatten(0, 1)).unflatten(0, views.shape[:2])
+
+
+def separate(method: Method) -> Predict:
+    """Every view of an image on its own: [B, V, 3, R, R] → [B, V, E, C]."""
+
+    def predict(images: Tensor | list[Tensor]) -> Tensor:
+        assert isinstance(images, Tensor)
+        return logits_of_views(method, images)
+
+    return predict
+
+
+def averaged(method: Method, mode: str, size: int) -> Predict:
+    """Mean of the logits over the views of `mode`, an entry of TEST_TIME."""
+    cut = lookup(TEST_TIME, mode, "tte_mode")
+
+    def predict(images: Tensor | list[Tensor]) -> Tensor:
+        views = cut(images, size)  # [V, B, 3, R, R]
+        logits = [logits_of_views(method, some) for some in views.split(AT_ONCE)]
+        return torch.cat(logits).nanmean(0)  # of [V, B, E, C]; a view has asked some experts, or all
+
+    return predict

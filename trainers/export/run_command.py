@@ -1,0 +1,36 @@
+"""The command that made a run, from its config."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tailtune.configs import CfgNode, load_configs, values_of
+from tailtune.configs.key import TEST, TRAIN
+from tailtune.configs.schema import SCHEMA
+from tailtune.models import resolve
+from tailtune.trainers.methods import declared
+
+PLACES = ("root", "lists")
+"""Where the data lie: runtime keys without which a command may not find them."""
+
+
+def command_of(cfg: CfgNode) -> list[str]:
+    """Words behind `python main.py` that give a resolved config again, so far as results depend on it."""
+    data = next((str(path) for path in _yamls(cfg) if path.is_file()), cfg.data)
+    usual = values_of(resolve(load_configs(data, cfg.model, [], declared())[-1]))
+    values = values_of(cfg, TRAIN, TEST) | {key: cfg[key] for key in PLACES}
+    changed = {
+        key: value
+        for key, value in values.items()
+        if value != usual[key] and not (key in SCHEMA and SCHEMA[key].internal)
+    }
+    return ["-d", data, "-m", cfg.model, *(word for key, value in changed.items() for word in (key, _word(value)))]
+
+
+def _yamls(cfg: CfgNode) -> list[Path]:
+    """Where a data config of the user's may lie."""
+    return [Path(cfg.data_dir, f"{cfg.data}.{end}") for end in ("yaml", "yml")] if cfg.data_dir else []
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)

@@ -1,0 +1,48 @@
+"""Gives a fresh method's head what its initialisation asks for: this run's training images as features."""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tailtune.datasets import DataBundle
+from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.models.heads.initialisation import HeadContext
+from tailtune.trainers.distributed import to_device
+from tailtune.trainers.methods import Method
+
+log = logging.getLogger("tailtune")
+
+
+@torch.no_grad()
+def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, batch_size: int, num_workers: int) -> None:
+    """Run `method.prepare`; each process encodes its share of the training images, if they are asked for."""
+    encoder = method.model.encoder
+
+    def features(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        view = data.plain if positions is None else data.plain.take(positions.cpu().numpy())
+        log.info("encoding %d training images for the head", len(view))
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for batch in eval_loader(view, batch_size, num_workers, rank, world):
+            batch = to_device(batch, accelerator.device)
+            real = batch["weight"] > 0
+            index = batch["index"][real]
+            shared = encoder.trunk(method.model.normalised(batch["image"]))
+            found = encoder.branch(shared, 0)[real]  # without tuners the experts of pre-trained weights are alike
+            yield found, index if positions is None else positions[index]
+
+    context = HeadContext(
+        labels=data.plain.labels.to(accelerator.device),
+        num_classes=data.info.num_classes,
+        dim=encoder.feature_dim,
+        seed=data.plain.seed,
+        device=accelerator.device,
+        features=features,
+        reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
+        first=accelerator.is_main_process,
+    )
+    method.eval()
+    with encoder.untuned():
+        method.prepare(context)

@@ -1,0 +1,49 @@
+"""`micro_batch_size auto`: the largest share that a process can hold, found once before training."""
+
+import copy
+import logging
+
+import torch
+from accelerate import Accelerator
+
+from tailtune.configs.errors import UserError
+from tailtune.models.backbones.encoder import batch_norms
+from tailtune.trainers.methods.base import Method
+from tailtune.trainers.optim import halve
+
+log = logging.getLogger("tailtune")
+
+
+def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, resolution: int) -> int:
+    """Halve `size` until forward and backward of a blank batch fit; the smallest of all processes.
+
+    Raises:
+        UserError: not even one image fits.
+    """
+    before = [copy.deepcopy(norm.state_dict()) for norm in batch_norms(method)]  # blank images are no statistics
+    method.train()
+    while not _fits(method, accelerator.device, size, resolution):
+        if size == 1:
+            raise UserError("not even one image fits into memory; choose a smaller backbone, resolution or prec bf16")
+        size = halve(size)
+    for norm, state in zip(batch_norms(method), before, strict=True):
+        norm.load_state_dict(state)
+    smallest = int(accelerator.gather(torch.tensor([size], device=accelerator.device)).min())
+    log.info("micro_batch_size auto: %d images at once", smallest)
+    return smallest
+
+
+def _fits(method: Method, device: torch.device, size: int, resolution: int) -> bool:
+    images = torch.zeros(size, 3, resolution, resolution, dtype=torch.uint8, device=device)
+    labels = torch.zeros(size, dtype=torch.int64, device=device)
+    batch = {"image": images, "label": labels, "weight": torch.ones(size, device=device)}
+    try:
+        method(batch | ({"partner": images} if method.pairs else {})).loss_sum.backward()
+    except torch.OutOfMemoryError:
+        fits = False
+    else:
+        fits = True
+    method.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return fits

@@ -1,0 +1,191 @@
+"""A finished run's model, loaded again: to evaluate, to export, to look at."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tailtune.configs import CfgNode, load_resolved
+from tailtune.configs.errors import UserError
+from tailtune.datasets import DataBundle, DataInfo, build_info
+from tailtune.datasets.images.transforms import eval_side
+from tailtune.models import build_model, find_backbone, resolve
+from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.export import ExportedModel
+from tailtune.trainers.export.run_command import command_of
+from tailtune.trainers.foreign_checkpoints import load_foreign_checkpoint
+from tailtune.trainers.foreign_checkpoints.class_numbering import numbering_of
+from tailtune.trainers.head_preparation import prepare_head
+from tailtune.trainers.methods import Earlier, Method, build_method, declared
+from tailtune.trainers.runs.run_folder import FACTS, RunFolder, counts_of
+from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
+from tailtune.trainers.storage.manifest import check_file, read_folder, read_json
+
+log = logging.getLogger("tailtune")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose checkpoint has been loaded, on every process."""
+
+    cfg: CfgNode
+    folder: RunFolder
+    method: Method
+    data: DataBundle
+    accelerator: Accelerator
+    base: str
+    """`fingerprint` of its encoder."""
+
+
+def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerator: Accelerator) -> Method:
+    """The method of a finished run, on the device and in eval mode.
+
+    Raises:
+        UserError: as `load_trained`, and what `build_model` refuses.
+    """
+    method = make_method(cfg, data.info)
+    base = fingerprint(method.model)
+    method.to(accelerator.device)
+    load_trained(cfg, folder, method, data, accelerator, base)
+    method.model.init = None
+    return method.eval()
+
+
+def make_method(cfg: CfgNode, info: DataInfo) -> Method:
+    """Model and method of a resolved config, untrained."""
+    model = build_model(cfg, info.class_names, descriptors=info.descriptors, pixels=(info.mean, info.std))
+    return build_method(cfg, model, info)
+
+
+def outline(cfg: CfgNode) -> Method:
+    """The method of a resolved config on the meta device, without weights."""
+    info = build_info(cfg)
+    with torch.device("meta"):
+        return make_method(cfg, info)
+
+
+def stored_config(home: Path, here: CfgNode) -> CfgNode:
+    """The resolved config of the run in a folder; of data that have moved since, where this command finds them."""
+    cfg = _config_of(home)
+    if cfg.data == here.data:
+        cfg.defrost()
+        cfg.root, cfg.lists = here.root, here.lists
+        cfg.freeze()
+    return resolve(cfg)
+
+
+def _config_of(home: Path) -> CfgNode:
+    check_file(home / "config.yaml")
+    return load_resolved(home / "config.yaml", declared())
+
+
+def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
+    """The method, without weights, of the run whose checkpoint a command evaluates."""
+    own = folder.foreign is None and (folder.source / "config.yaml").exists()
+    return trained_outline(folder.source, stored_config(folder.source, cfg) if own else cfg)
+
+
+def trained_outline(home: Path, cfg: CfgNode) -> Method:
+    """The method, without weights, that has made the logits of the run in a folder, which has this config."""
+    cfg = resolve(cfg)
+    info = build_info(cfg, counts_of(home))
+    with torch.device("meta"):
+        method = make_method(cfg, info)
+    if not method.inherits:
+        return method
+    earlier = Path(read_json(home / FACTS).get("after", ""))
+    if not (earlier / "config.yaml").is_file():
+        raise UserError(
+            f"the logits of {home} are those of the run before it (after {cfg.after}), whose folder "
+            f"{earlier} is not there; put it back, or repeat the run with `resume False`"
+        )
+    return trained_outline(earlier, stored_config(earlier, cfg))
+
+
+def earlier_run(
+    folder: Path, data: DataBundle, accelerator: Accelerator, base: str, resolution: int, fresh: bool
+) -> Earlier:
+    """The finished run in a folder, as the method of the run after it sees it.
+
+    Args:
+        base: `fingerprint` of the encoder of the run at hand.
+        resolution: of its images.
+    """
+    checkpoint = folder / "checkpoint"
+
+    def tensors() -> dict[str, Tensor]:
+        found, facts = read_folder(checkpoint)
+        check_base(checkpoint, facts, base)
+        check_classes(checkpoint, facts, data.info.class_names)
+        return found
+
+    def method() -> Method:
+        cfg = resolve(_config_of(folder))
+        if cfg.resolution != resolution:
+            raise UserError(
+                f"after: the earlier run took images of {cfg.resolution} pixels, and this one has {resolution}; give "
+                "both the same resolution"
+            )
+        found = make_method(cfg, data.info)
+        own = fingerprint(found.model)
+        found.to(accelerator.device)
+        if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
+            prepare_head(found, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+        else:
+            load_checkpoint(checkpoint, found, data.info.class_names, own)
+        found.model.init = None
+        return found.eval().requires_grad_(False)
+
+    return Earlier(fresh, tensors, method)
+
+
+def load_trained(
+    cfg: CfgNode, folder: RunFolder, method: Method, data: DataBundle, accelerator: Accelerator, base: str
+) -> None:
+    """Fill a method with what the run that is evaluated has trained; zero-shot has trained nothing.
+
+    Args:
+        base: `fingerprint` of the encoder at hand.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    if cfg.zero_shot:
+        prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+    elif folder.foreign is not None:
+        log.info(load_foreign_checkpoint(folder.foreign, method, tuners_of(cfg), cfg.partial, numbering_of(cfg)))
+    else:
+        load_checkpoint(folder.source / "checkpoint", method, data.info.class_names, base)
+
+
+def tuners_of(cfg: CfgNode) -> tuple[str, ...]:
+    """Names of our tuners that are on."""
+    return tuple(name for name in TUNERS if cfg[name])
+
+
+def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], source: str = "") -> ExportedModel:
+    """What an export is made of; on the meta device it can be checked.
+
+    Args:
+        source: where the weights come from.
+    """
+    spec = find_backbone(cfg.backbone)
+    keys = ("data", "model", "backbone", "pretrained", "interpolation", "classifier", "zero_shot")
+    return ExportedModel(
+        method=method,
+        tuners=tuners_of(cfg),
+        partial=cfg.partial,
+        class_names=class_names,
+        resolution=cfg.resolution,
+        zero_shot=cfg.zero_shot,
+        arch=spec.arch if isinstance(spec, OpenClipBackbone) else None,
+        base=spec.published(cfg.pretrained),
+        resize=eval_side(cfg.resolution, cfg.augment),
+        interpolation=cfg.interpolation,
+        command=command_of(cfg),
+        facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},
+    )

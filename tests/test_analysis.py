@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tailtune.datasets import build_data
 from tailtune.models import build_model
 from tailtune.scripts import analyze_features
-from tailtune.trainers.evaluation.feature_analysis import Split, heat_map, histograms, split_features, summary
+from tailtune.trainers.evaluation.feature_analysis import SplitFeatures, heat_map, histograms, split_features, summary
 
 COUNTS = torch.tensor([2, 1, 4])
 GROUPS = {"many": torch.tensor([2]), "med": torch.tensor([], dtype=torch.int64), "few": torch.tensor([0, 1])}
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 
 
 @pytest.fixture
-def split() -> Split:
+def split() -> SplitFeatures:
     view = View(
         {"image": row.view(1, 1, 2), "label": int(label), "index": k, "weight": 1.0}
         for k, (row, label) in enumerate(zip(RAW, LABELS, strict=True))
@@ -50,7 +50,7 @@ def split() -> Split:
     return split_features(Encoder(), view, 3, torch.device("cpu"), 2, 0)  # type: ignore[arg-type]
 
 
-def test_distances_are_to_the_mean_of_the_raw_features(split: Split) -> None:
+def test_distances_are_to_the_mean_of_the_raw_features(split: SplitFeatures) -> None:
     half = 1 - 0.5**0.5
     assert torch.equal(split.labels, LABELS)
     assert torch.allclose(split.distances, torch.tensor([half, half, 0.0, 0.0]), atol=1e-6)
@@ -58,7 +58,7 @@ def test_distances_are_to_the_mean_of_the_raw_features(split: Split) -> None:
     assert split.means[1].isnan().all(), "no image"
 
 
-def test_the_summary_leaves_out_what_is_not_there(split: Split) -> None:
+def test_the_summary_leaves_out_what_is_not_there(split: SplitFeatures) -> None:
     found = summary({"test": split}, GROUPS)["test"]
     assert found["mean_cosine_between_classes"] == pytest.approx(-(0.5**0.5))
     assert found["many"] == {"images": 2, "mean_distance": pytest.approx(0, abs=1e-6)}
@@ -66,7 +66,7 @@ def test_the_summary_leaves_out_what_is_not_there(split: Split) -> None:
     assert found["few"] == {"images": 2, "mean_distance": pytest.approx(1 - 0.5**0.5)}
 
 
-def test_what_the_pictures_show(split: Split) -> None:
+def test_what_the_pictures_show(split: SplitFeatures) -> None:
     splits = {"train": split, "test": split}
     panels = heat_map(splits, COUNTS, ("a", "b", "c"), "title").axes
     assert [each.get_title() for each in panels[:2]] == ["train images", "test images"]

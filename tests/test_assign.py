@@ -25,13 +25,13 @@ from tailtune.trainers.evaluation.expert_usage import (
     flops_by_experts,
     is_finite,
     mean_flops,
-    usage_line,
     usage_report,
 )
 from tailtune.trainers.evaluation.inference import Logits, save_logits, stored_logits
 from tailtune.trainers.evaluation.tta import averaged
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
+from tailtune.trainers.runs.report import usage_line
 from tailtune.trainers.storage.checkpoint import States
 
 Config = Callable[..., CfgNode]

@@ -18,11 +18,12 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.models import build_model
+from tailtune.models.backbones.expert_split import divide
 from tailtune.models.backbones.spec import Split
 from tailtune.models.backbones.vit import ViT
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.expert_heads import ExpertHeads, divide, heads_of
+from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners
 from tailtune.trainers.evaluation.feature_analysis import split_features
 from tailtune.trainers.export import ExportedModel, export

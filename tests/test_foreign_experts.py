@@ -18,7 +18,8 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
-from tailtune.trainers.export import export, load_foreign_checkpoint
+from tailtune.trainers.export import export
+from tailtune.trainers.foreign_checkpoints import load_foreign_checkpoint
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.foreign_checkpoints.ride import our_name

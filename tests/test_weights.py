@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.models import TINY, build_model
+from tailtune.models import build_model
 from tailtune.models.backbones.open_clip_models import OpenClipBackbone
 from tailtune.models.backbones.pretrained_weights import read_state
 from tailtune.models.backbones.spec import Backbone
+from tailtune.models.backbones.table import TINY
 from tailtune.models.backbones.timm_models import TimmBackbone
 from tailtune.tests.fuzz.weights import damaged_files
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint

@@ -7,15 +7,15 @@ from torch import nn
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup, naming
 from tailtune.configs.seeding import seeded
+from tailtune.models.backbones.backbone_types import Backbone, Split, Stats
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.generic import GenericEncoder
 from tailtune.models.backbones.prompts import DESCRIPTOR, Sentences, fill
-from tailtune.models.backbones.spec import Backbone, Split, Stats
 from tailtune.models.backbones.table import BACKBONES, find_backbone
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS, CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads
-from tailtune.models.heads.initialisation import HEAD_INITS, NEEDS_TEXT, HeadInit
+from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
@@ -59,7 +59,7 @@ def build_model(
     split = Split(cfg.num_experts, cfg.expert_split, cfg.reduce_dimension)
     backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot, fast, split)
     encoder = backbone.encoder
-    if cfg.residual_dtype and isinstance(encoder, GenericEncoder):
+    if cfg.residual_dtype and isinstance(encoder, WholeNetworkEncoder):
         raise UserError(f"residual_dtype is of the ViT host's own forward, which {cfg.backbone} does not use; leave it")
     if cfg.zero_shot:
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))

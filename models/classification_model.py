@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from tailtune.models.backbones.backbone_types import Stats, Text
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.spec import Stats, Text
 from tailtune.models.heads.expert_heads import ExpertHeads, apart, heads_of
-from tailtune.models.heads.initialisation import HeadContext, HeadInit
+from tailtune.models.heads.head_init import HeadContext, HeadInit
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 
 

@@ -21,8 +21,8 @@ from tailtune.datasets.loading.samplers import SAMPLERS  # noqa: E402
 from tailtune.models import BACKBONES  # noqa: E402
 from tailtune.models.backbones.prompts import PROMPTS  # noqa: E402
 from tailtune.models.heads.classifiers import HEADS  # noqa: E402
-from tailtune.models.heads.initialisation import HEAD_INITS  # noqa: E402
-from tailtune.models.tuners.peft_types import PEFTS  # noqa: E402
+from tailtune.models.heads.head_init import HEAD_INITS  # noqa: E402
+from tailtune.models.tuners.peft_table import PEFTS  # noqa: E402
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
 from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
 from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402

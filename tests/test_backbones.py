@@ -20,9 +20,9 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import BACKBONES, build_model, find_backbone
 from tailtune.models.backbones.encoder import batch_norms
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.dry_run import check, dry_run
 from tailtune.trainers.methods import build_method, declared
@@ -165,7 +165,12 @@ TOWERS: dict[str, dict[str, Any]] = {
         | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
     },
 }
-HOSTS = {"resnet": GenericEncoder, "map": ViT, "convnext": GenericEncoder, "clipa": GenericEncoder}
+HOSTS = {
+    "resnet": WholeNetworkEncoder,
+    "map": ViTEncoder,
+    "convnext": WholeNetworkEncoder,
+    "clipa": WholeNetworkEncoder,
+}
 
 
 def small(kind: str, folder: Path) -> tuple[OpenClipBackbone, Any, str]:
@@ -247,7 +252,7 @@ def test_features_are_timms(name: str, tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     side = find_backbone(f"timm:{name}").inputs().resolution
     built = find_backbone(f"timm:{name}").build(str(tmp_path / "w.safetensors"), side, 0, False)
-    assert isinstance(built.encoder, GenericEncoder) and built.text is None and built.embed_dim is None
+    assert isinstance(built.encoder, WholeNetworkEncoder) and built.text is None and built.embed_dim is None
     assert close(built.encoder(noise(side)), net.forward_head(net.forward_features(noise(side)), pre_logits=True))
     state = {name: each for name, each in net.state_dict().items() if "bias" not in name}
     save_file(state, tmp_path / "less.safetensors")

@@ -16,7 +16,7 @@ from tailtune.datasets.images.transforms import AUGMENTS
 from tailtune.models import build_model
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.losses import ADJUSTED, LOSSES
 from tailtune.trainers.methods import METHODS, Earlier, Method, build_method
@@ -162,7 +162,7 @@ def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
     load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
     assert same(twin.expert_logits(batch()["image"]), logits), "it is evaluated without the earlier run"
     trains = {name for name, each in method.named_parameters() if each.requires_grad} | method.held
-    stays = {id(each) for each in method.model.encoder.untouched()}
+    stays = {id(each) for each in method.model.encoder.frozen_buffers()}
     buffers = {name for name, each in method.named_buffers() if id(each) not in stays} & method.state_dict().keys()
     assert trained_state(method).keys() == trains | buffers, "a checkpoint holds what trained and nothing else"
 

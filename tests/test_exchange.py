@@ -23,8 +23,8 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel, build_model
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import HEADS, CosineClassifier
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners
@@ -46,20 +46,20 @@ NOT_AFFINE = ("vpt_shallow", "vpt_deep", "adapter", "adaptformer")
 MERGED = [name for name in OF_VIT if name not in NOT_AFFINE]
 
 
-def clip_vit() -> ViT:
-    return ViT(fixture_net())
+def clip_vit() -> ViTEncoder:
+    return ViTEncoder(fixture_net())
 
 
-def timm_vit() -> ViT:
+def timm_vit() -> ViTEncoder:
     """As the ViTs of ImageNet: no norm before the blocks, exact GELU."""
     torch.manual_seed(3)
-    return ViT(small_net(pre_norm=False, act_layer="gelu"))
+    return ViTEncoder(small_net(pre_norm=False, act_layer="gelu"))
 
 
-def resnet() -> GenericEncoder:
+def resnet() -> WholeNetworkEncoder:
     torch.manual_seed(3)
     net = ModifiedResNet((1, 1, 1, 1), output_dim=24, heads=4, image_size=64, width=8)
-    return GenericEncoder(net, 24)
+    return WholeNetworkEncoder(net, 24)
 
 
 def subject(
@@ -70,7 +70,7 @@ def subject(
     torch.manual_seed(0)
     model = ClassificationModel(host, HEADS[head](host.feature_dim, CLASSES, 20.0), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
     method = Method(model, Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
-    side = SIDE if isinstance(host, ViT) else 64
+    side = SIDE if isinstance(host, ViTEncoder) else 64
     return ExportedModel(method, tuners, partial, [f"c{k}" for k in range(CLASSES)], side, arch="RN50-quickgelu")
 
 
@@ -223,7 +223,9 @@ def test_a_file_that_does_not_fit_is_named_in_full(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="head.bias"):
         lift.load(file, subject(clip_vit(), ["lora"], "LinearClassifier").method.model, ["lora"])
     with pytest.raises(UserError, match="LIFT has ViTs and CLIP's ResNets only"):
-        lift.layout(subject(GenericEncoder(timm.create_model("test_resnet", num_classes=0), 96), []).method.model, [])
+        lift.layout(
+            subject(WholeNetworkEncoder(timm.create_model("test_resnet", num_classes=0), 96), []).method.model, []
+        )
 
 
 def test_a_file_may_be_of_several_gpus_and_half_precision(tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_a_merged_resnet_is_a_tower_of_open_clip(names: str, tmp_path: Path) -> 
 
 
 def test_a_zero_shot_model_keeps_its_projection(tmp_path: Path) -> None:
-    host = ViT(fixture_net(), filled((7, 64), 5))
+    host = ViTEncoder(fixture_net(), filled((7, 64), 5))
     made = subject(host, [])
     export(made, "merged", tmp_path)
     _, predict = literal(tmp_path)

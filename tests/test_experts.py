@@ -18,9 +18,9 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.models import build_model
+from tailtune.models.backbones.backbone_types import Split
 from tailtune.models.backbones.expert_split import divide
-from tailtune.models.backbones.spec import Split
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
@@ -50,10 +50,10 @@ def vit(
     partial: Any = None,
     fast: bool = True,
     **changes: Any,
-) -> ViT:
+) -> ViTEncoder:
     """A network of four blocks whose tuners, of all experts, have moved away from where they started."""
     torch.manual_seed(3)
-    host = ViT(small_net(depth=DEPTH, **changes), fast=fast)
+    host = ViTEncoder(small_net(depth=DEPTH, **changes), fast=fast)
     divide(host, Split(experts, own), "a ViT")
     add_tuners(host, names, SIZES, partial)
     generator = torch.Generator().manual_seed(5)
@@ -65,7 +65,7 @@ def vit(
 
 
 @torch.no_grad()
-def give(host: ViT, single: ViT, expert: int | None = None) -> None:
+def give(host: ViTEncoder, single: ViTEncoder, expert: int | None = None) -> None:
     """Put the tuners of a single model into all experts, or into one and what is shared."""
     source = single.state_dict()
     for name, each in host.state_dict().items():
@@ -166,7 +166,7 @@ def test_names_and_random_starts() -> None:
     """The first expert begins as a single model would, the others elsewhere; names of a single model stay."""
     hosts = []
     for experts in (1, 3):
-        host = ViT(small_net(depth=DEPTH))
+        host = ViTEncoder(small_net(depth=DEPTH))
         divide(host, Split(experts, 1), "a ViT")
         add_tuners(host, ["lora", "mask"], SIZES, None, seed=7)
         hosts.append(host)
@@ -184,7 +184,7 @@ def test_names_and_random_starts() -> None:
 
 
 def test_one_expert_has_no_split() -> None:
-    host = ViT(small_net(depth=DEPTH))
+    host = ViTEncoder(small_net(depth=DEPTH))
     divide(host, Split(1, 2), "a ViT")
     assert host.experts == 1 and host.own == 0 and host(images()).ndim == 2
 
@@ -292,7 +292,7 @@ def test_heads_alone_on_any_backbone(backbone: str, split: tuple[Any, ...], conf
 
 
 def classifier(
-    host: ViT, experts: int, init: Tensor | None = None, name: str = "CosineClassifier"
+    host: ViTEncoder, experts: int, init: Tensor | None = None, name: str = "CosineClassifier"
 ) -> ClassificationModel:
     torch.manual_seed(0)
     heads = [HEADS[name](host.feature_dim, CLASSES, 20.0) for _ in range(experts)]
@@ -357,7 +357,7 @@ def test_heads_that_begin_apart_stay_so(diversity: float, least: float) -> None:
 
 def test_tuners_of_ones_own_grow_apart() -> None:
     """All begin as the network that they are put into, and end as others."""
-    host = ViT(small_net(depth=DEPTH))
+    host = ViTEncoder(small_net(depth=DEPTH))
     divide(host, Split(3, 1), "a ViT")
     add_tuners(host, ["adaptformer"], SIZES)
     host.set_precision()

@@ -27,10 +27,10 @@ from tailtune.datasets import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.models import BACKBONES, build_model
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.prompts import PROMPTS, fill
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe
+from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe
 from tailtune.trainers.dry_run import check
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import build_method
@@ -182,7 +182,7 @@ def test_a_linear_probe_is_scikit_learns(classes: int, caplog: pytest.LogCapture
 def test_a_linear_probe_that_has_not_converged_says_so_in_one_line(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tailtune.models.heads.initialisation.MAX_ITER", 3)
+    monkeypatch.setattr("tailtune.models.heads.head_init.MAX_ITER", 3)
     with caplog.at_level("INFO", "tailtune"), warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = linear_probe(head_context(torch.randn(60, 4), torch.arange(60) % 3, 3))
@@ -214,7 +214,7 @@ def prepared(cfg: CfgNode, world: int = 1) -> list[Tensor]:
 @pytest.fixture
 def few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many would magnify rounding."""
-    monkeypatch.setattr("tailtune.models.heads.initialisation.MAX_ITER", 3)
+    monkeypatch.setattr("tailtune.models.heads.head_init.MAX_ITER", 3)
 
 
 @pytest.mark.parametrize("name", sorted(HEAD_INITS.keys() - NEEDS_TEXT))
@@ -309,7 +309,7 @@ def test_chunks_of_sentences_make_no_difference(config: Config, monkeypatch: pyt
         return model.head.get_parameter("weight")
 
     whole = rows()
-    monkeypatch.setattr("tailtune.models.backbones.text_tower.CHUNK", 33)
+    monkeypatch.setattr("tailtune.models.backbones.clip_text_encoder.CHUNK", 33)
     assert torch.allclose(rows(), whole, atol=1e-6)
 
 

@@ -34,7 +34,7 @@ from tailtune.configs.value_parsers import (
     as_span,
     as_str,
 )
-from tailtune.models.heads.initialisation import HEAD_INITS, HeadContext
+from tailtune.models.heads.head_init import HEAD_INITS, HeadContext
 from tailtune.trainers.dry_run import outline
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import METHODS, declared
@@ -297,17 +297,17 @@ def test_a_head_of_images_that_cannot_be_read(name: str, readable: int) -> None:
 def test_weights_that_came_spoilt_are_not_blamed_on_the_learning_rate(
     launch: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tailtune.models.backbones.vit import ViT
+    from tailtune.models.backbones.vit_encoder import ViTEncoder
 
-    original = ViT.set_precision
+    original = ViTEncoder.set_precision
 
-    def spoilt(self: ViT, *args: object, **kwargs: object) -> None:
+    def spoilt(self: ViTEncoder, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)  # type: ignore[arg-type]
         norm = self.net.norm.weight
         if not norm.is_meta:
             norm.data[0] = float("nan")
 
-    monkeypatch.setattr(ViT, "set_precision", spoilt)
+    monkeypatch.setattr(ViTEncoder, "set_precision", spoilt)
     line = one_line(launch(f"{FAKE} max_steps 1 batch_size 8 num_workers 0 init_head none"), "pretrained", "not finite")
     assert "lower lr" not in line
 

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 from tailtune.configs import load_configs
 from tailtune.datasets import build_info
 from tailtune.models import build_model, resolve
-from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.methods import Earlier, Method, build_method, declared
 from tailtune.trainers.optim import micro_batch_size
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable
@@ -69,7 +69,7 @@ def built(cfg: CfgNode, earlier: Method | None) -> tuple[Method, list[Method]]:
             method.after(Earlier(True, lambda: trained_state(earlier), lend))
         # Autocast does not know this device: what it would run is counted in fp32, which is more. So is attention,
         # of which the fused kernels of a GPU keep no matrix.
-        precision = PRECISIONS["fp32" if isinstance(model.encoder, GenericEncoder) else cfg.prec]
+        precision = PRECISIONS["fp32" if isinstance(model.encoder, WholeNetworkEncoder) else cfg.prec]
         with mock.patch("torch.Tensor.cpu", lambda tensor: tensor):  # the full-precision copy that stays aside
             model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
         cast_trainable(method, precision.trainable)

@@ -37,7 +37,7 @@ from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.sources.fake import fake_sources
 from tailtune.datasets.test_distributions.build import build_shifts
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts.make_options import FILE, render
 from tailtune.trainers.distributed import make_accelerator

@@ -8,7 +8,7 @@ import pytest
 
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.losses import LOSSES
 

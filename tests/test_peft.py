@@ -19,10 +19,10 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import ClassificationModel, build_model
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge
-from tailtune.models.tuners.peft_types import PEFTS, REFUSED, find
+from tailtune.models.tuners.peft_table import PEFTS, REFUSED, find
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import Sizes, add_tuners
 from tailtune.trainers.dry_run import check, forward_flops
@@ -46,7 +46,7 @@ def build(
     name: str, args: dict[str, Any] | None = None, host: Encoder | None = None, partial: Any = None, seed: int = 0
 ) -> tuple[Encoder, PeftAdapter]:
     """The fixture's network of two blocks, or another, with a tuner of peft."""
-    host = ViT(fixture_net()) if host is None else host
+    host = ViTEncoder(fixture_net()) if host is None else host
     adapter = add_peft(host, name, {**FIT.get(name, {}), **(args or {})}, partial, SIDE, seed)
     host.set_precision()
     return host.eval(), adapter
@@ -87,7 +87,7 @@ class Conv(nn.Module):
 
 @each_kind
 def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
-    plain = ViT(fixture_net())
+    plain = ViTEncoder(fixture_net())
     host, adapter = build(name)
     base = fingerprint(ClassificationModel(plain, nn.Identity(), STATS))
     assert fingerprint(ClassificationModel(host, nn.Identity(), STATS)) == base, "the base model is recognised"
@@ -136,14 +136,14 @@ def test_the_arithmetic_is_the_runs(name: str) -> None:
 def test_shapes_without_weights(name: str) -> None:
     """`--dry-run` counts what trains, and what an image costs."""
     with torch.device("meta"):
-        empty, _ = build(name, host=ViT(small_net()))
+        empty, _ = build(name, host=ViTEncoder(small_net()))
     host, _ = build(name)
     assert {k: v.shape for k, v in trains(empty).items()} == {k: v.shape for k, v in trains(host).items()}
     assert all(each.is_meta for each in empty.parameters())
     model = ClassificationModel(empty, nn.Linear(64, 3, device="meta"), STATS)
     with torch.device("meta"):
         assert forward_flops(model, SIDE) >= forward_flops(
-            ClassificationModel(ViT(small_net()), model.head, STATS), SIDE
+            ClassificationModel(ViTEncoder(small_net()), model.head, STATS), SIDE
         )
     assert sum(each.numel() for each in trains(empty).values()) == sum(each.numel() for each in trains(host).values())
 
@@ -178,7 +178,7 @@ def test_partial_chooses_the_blocks(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONV)
 def test_convolutions(name: str, tmp_path: Path) -> None:
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8))
+    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, WholeNetworkEncoder(Conv(), 8))
     assert adapter.targets == ["layer1.0", "layer2.0", "layer2.2"]
     stir(host)
     host(images()).sum().backward()
@@ -193,7 +193,9 @@ def test_convolutions(name: str, tmp_path: Path) -> None:
         plain = Conv().eval()
         plain.load_state_dict(merge(host, adapter))
         assert torch.allclose(plain(images()), host(images()), atol=1e-5)
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8), partial=1)
+    host, adapter = build(
+        name, {"oft_block_size": 4} if name == "OFT" else {}, WholeNetworkEncoder(Conv(), 8), partial=1
+    )
     assert adapter.targets == ["layer2.0", "layer2.2"]
 
 
@@ -256,17 +258,17 @@ class Attending(nn.Module):
 def test_layers_that_are_not_called() -> None:
     for target in ("attention", "out_proj"):
         with pytest.raises(UserError, match="merges and unmerges the weights of nn.MultiheadAttention"):
-            build("LoRA", {"target_modules": [target]}, GenericEncoder(Attending(), 8))
+            build("LoRA", {"target_modules": [target]}, WholeNetworkEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", {"target_modules": ["read", "out"]}, GenericEncoder(Attending(), 8))
+        build("LoRA", {"target_modules": ["read", "out"]}, WholeNetworkEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", host=GenericEncoder(Attending(), 8))  # all linear layers but the attention's own
-    assert build("LoRA", {"target_modules": ["out"]}, GenericEncoder(Attending(), 8))[1].targets == ["out"]
+        build("LoRA", host=WholeNetworkEncoder(Attending(), 8))  # all linear layers but the attention's own
+    assert build("LoRA", {"target_modules": ["out"]}, WholeNetworkEncoder(Attending(), 8))[1].targets == ["out"]
 
 
 def test_a_network_without_linear_layers() -> None:
     with pytest.raises(UserError, match="has none to offer; LoRA, .* take convolutions"):
-        build("VeRA", host=GenericEncoder(Conv(), 8))
+        build("VeRA", host=WholeNetworkEncoder(Conv(), 8))
 
 
 def test_names_are_spelled_as_in_the_table_and_variants_have_their_own() -> None:
@@ -289,9 +291,9 @@ def test_who_does_not_ask_for_it_does_not_import_it() -> None:
 
 @pytest.mark.parametrize("other", ["full_tuning", "bias_tuning", "ln_tuning", "adaptformer", "vpt_deep", "lora"])
 def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
-    alone = ViT(fixture_net())
+    alone = ViTEncoder(fixture_net())
     add_tuners(alone, [other], Sizes(4, 3))
-    both = ViT(fixture_net())
+    both = ViTEncoder(fixture_net())
     add_tuners(both, [other], Sizes(4, 3))
     both, adapter = build("LoRA", host=both)
     expected = set(trains(alone)) | {f"net.{key}.lora_{m}.default.weight" for key in adapter.targets for m in "AB"}
@@ -305,7 +307,7 @@ def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
 
 
 def test_a_tuner_that_takes_the_weights_below_as_frozen() -> None:
-    host = ViT(fixture_net())
+    host = ViTEncoder(fixture_net())
     add_tuners(host, ["full_tuning"], Sizes(4, 3))
     with pytest.raises(UserError, match="as frozen"):
         build("HRA", host=host)

@@ -17,10 +17,10 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import BACKBONES, ClassificationModel, build_model
+from tailtune.models.backbones.backbone_types import Split
 from tailtune.models.backbones.resnet import Design, Pad, make_resnet
 from tailtune.models.backbones.resnet_encoder import ResNetBackbone, ResNetEncoder
-from tailtune.models.backbones.spec import Split
-from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.backbones.timm_backbone import TimmBackbone
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.dry_run import check, dry_run, forward_flops
@@ -304,12 +304,14 @@ def test_what_partial_counts() -> None:
     host = small(3, 2)
     assert host.depth == 4
     names = {id(each): name for name, each in host.net.named_parameters()}
-    trains = [{names[id(each)] for module in host.selectable(k) for each in module.parameters()} for k in (1, 2, 3, 4)]
+    trains = [
+        {names[id(each)] for module in host.tunable_modules(k) for each in module.parameters()} for k in (1, 2, 3, 4)
+    ]
     stages = [{re.sub(r"\.\d+\.(conv|bn|downsample).*", "", name) for name in each} for each in trains]
     assert stages[0] == {f"branches.{e}.layer4" for e in range(3)}
     assert stages[1] == stages[0] | {f"branches.{e}.layer3" for e in range(3)}
     assert stages[3] - stages[2] == {"layer1"} and stages[2] - stages[1] == {"layer2"}
-    everything = {names[id(each)] for module in host.selectable(None) for each in module.parameters()}
+    everything = {names[id(each)] for module in host.tunable_modules(None) for each in module.parameters()}
     assert everything - trains[3] == {"conv1.weight", "bn1.weight", "bn1.bias"}
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import build_model
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.backbone_types import Backbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.pretrained_weights import read_state
-from tailtune.models.backbones.spec import Backbone
 from tailtune.models.backbones.table import TINY
-from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.backbones.timm_backbone import TimmBackbone
 from tailtune.tests.fuzz.weights import damaged_files
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.storage.checkpoint import check_base, fingerprint
@@ -293,7 +293,7 @@ def test_published_weights_that_are_damaged_are_refused(monkeypatch: pytest.Monk
     def torn(*_: object, **__: object) -> nn.Module:
         raise SafetensorError("incomplete metadata")
 
-    monkeypatch.setattr("tailtune.models.backbones.timm_models.hub", nullcontext)
+    monkeypatch.setattr("tailtune.models.backbones.timm_backbone.hub", nullcontext)
     for create, message in ((damaged, "weights of test_vit.*1 of 4 values of 'weight'"), (torn, "cache of timm")):
         monkeypatch.setattr("timm.create_model", create)
         with pytest.raises(UserError, match=message):

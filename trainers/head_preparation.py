@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tailtune.datasets import DataBundle
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.distributed import to_device
 from tailtune.trainers.methods import Method
 

@@ -13,7 +13,7 @@ from tailtune.datasets import DataBundle, build_data
 from tailtune.datasets.splits.choose_splits import FIRST, UnreadableImages
 from tailtune.datasets.splits.split_records import StoredSplits, seen_in_training, some
 from tailtune.models import ClassificationModel, resolve
-from tailtune.models.heads.initialisation import NEEDS_TEXT
+from tailtune.models.heads.head_init import NEEDS_TEXT
 from tailtune.trainers.distributed import launched_alone, make_accelerator, on_main, uses_cuda
 from tailtune.trainers.evaluation.ensembles import ensembled, entry_of
 from tailtune.trainers.evaluation.evaluate import Evaluation

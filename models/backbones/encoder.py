@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         self.held = self.held | {name for name, each in self.named_parameters() if each.requires_grad}
         self.still = True
 
-    def chosen(self, partial: int | Sequence[int] | None) -> range:
+    def block_range(self, partial: int | Sequence[int] | None) -> range:
         """Indices of the parts that `partial` means: none: all; k: the last k; [start, end): those.
 
         Raises:
@@ -106,17 +106,17 @@ class Encoder(nn.Module):
             raise UserError(f"partial {partial} asks for more blocks than the {depth} of this backbone")
         return range(start, end)
 
-    def selectable(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
+    def tunable_modules(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
         """The modules whose own weights tuners such as full_tuning may train."""
-        return [self.parts[index] for index in self.chosen(partial)]
+        return [self.parts[index] for index in self.block_range(partial)]
 
-    def untouched(self) -> list[Tensor]:
+    def frozen_buffers(self) -> list[Tensor]:
         """Buffers that came with the network and that training leaves alone: all but those of trained batch norms."""
         trained = {id(norm) for norm in self.batch_norms}
         found = [module._buffers.get(name) for module, name in self._came_with if id(module) not in trained]
         return [each for each in found if each is not None]
 
-    def base_state(self) -> dict[str, Tensor]:
+    def pretrained_state(self) -> dict[str, Tensor]:
         """The pre-trained network under its own names, whatever has been put into or around its layers.
 
         Layers that peft has wrapped keep their weights below `base_layer`; what it adds stands below `default`.
@@ -156,7 +156,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     return [norm for host in module.modules() if isinstance(host, Encoder) for norm in host.batch_norms]
 
 
-def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers at each place where one stands, also a place of the same tensor, but not of a module."""
     for prefix, each in module.named_modules():
         for name, tensor in (*each._parameters.items(), *each._buffers.items()):

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from tailtune.configs.errors import UserError
+from tailtune.models.backbones.backbone_types import Split
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.spec import Split
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 
 
 def divide(host: Encoder, split: Split, name: str) -> None:
@@ -21,7 +21,7 @@ def divide(host: Encoder, split: Split, name: str) -> None:
         raise UserError(f"reduce_dimension: the stages of {name} are as wide as they came; {ours} be narrower")
     if split.experts == 1 or not split.own:
         return
-    if not isinstance(host, ViT):
+    if not isinstance(host, ViTEncoder):
         raise UserError(
             f"expert_split {split.own}: {name} runs as a whole, so its experts share all but the heads; leave it out, "
             f"or choose another backbone: {ours}, and ViTs"
@@ -31,7 +31,7 @@ def divide(host: Encoder, split: Split, name: str) -> None:
     host.divide(split.experts, split.own)
 
 
-def refuse_divided(host: Encoder, name: str, modules: Iterable[nn.Module]) -> None:
+def refuse_expert_blocks(host: Encoder, name: str, modules: Iterable[nn.Module]) -> None:
     """Raise a `UserError` where a tuner would train the network's layers in blocks that experts have for themselves."""
     own = {id(each) for part in host.divided for each in part.modules()}
     if any(id(each) in own for module in modules for each in module.modules()):

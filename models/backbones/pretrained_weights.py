@@ -20,7 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.torch_files import READ_ERRORS, State, read_torch, refuse_odd, why
+from tailtune.models.backbones.safe_torch_load import (
+    READ_ERRORS,
+    State,
+    explain_read_error,
+    refuse_bad_tensors,
+    safe_torch_load,
+)
 
 WRAPPERS = ("state_dict", "model")
 """Where timm, open_clip and others put the state dict in what they save."""
@@ -95,7 +101,7 @@ def read_state(path: Path) -> State:
     try:
         state = _read(path)
     except READ_ERRORS as error:
-        raise UserError(f"{what} {why(path, error)}") from error
+        raise UserError(f"{what} {explain_read_error(path, error)}") from error
     for wrapper in WRAPPERS:
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
@@ -104,7 +110,7 @@ def read_state(path: Path) -> State:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise UserError(f"{what} holds no state dict (name → tensor): its entry {name!r} is a {kind}")
-    refuse_odd(state, what)
+    refuse_bad_tensors(state, what)
     return {
         name.removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in state.items()
@@ -118,10 +124,10 @@ def _read(path: Path) -> Any:
         if length > min(LONGEST_HEADER, path.stat().st_size):
             raise ValueError(f"its header claims {length} bytes")
         return load_file(path)
-    return _read_openai(path) if _is_torchscript(path) else read_torch(path)
+    return _read_openai(path) if _is_torchscript(path) else safe_torch_load(path)
 
 
-def in_open_clip_layout(clip: Any, state: State) -> State:
+def to_open_clip_layout(clip: Any, state: State) -> State:
     """Published files of older or other layouts under open_clip's present names, as its own loader reads them."""
     state = dict(convert_state_dict(clip, state))
     if not hasattr(clip, "positional_embedding"):  # the text tower is a module of its own

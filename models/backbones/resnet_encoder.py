@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError, naming
 from tailtune.configs.seeding import seeded
-from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.backbone_types import ONE, Backbone, Inputs, PublishedWeights, Split
 from tailtune.models.backbones.pretrained_weights import State, is_path, load_strict, local_file, read_state
 from tailtune.models.backbones.resnet import Design, ResNet, make_resnet
-from tailtune.models.backbones.spec import ONE, Backbone, Inputs, Published, Split
-from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.backbones.timm_backbone import TimmBackbone
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 
 OWN = 2
 """Stages that each expert has for itself unless `expert_split` says otherwise, as in RIDE."""
@@ -25,7 +25,7 @@ CLASSIFIER, COUNTER = "fc.", "num_batches_tracked"
 which Caffe's do not hold. Anything else is refused."""
 
 
-class ResNetEncoder(GenericEncoder):
+class ResNetEncoder(WholeNetworkEncoder):
     """A residual network whose experts have their last stages for themselves.
 
     Args:
@@ -78,8 +78,8 @@ class ResNetBackbone:
     def inputs(self, pretrained: str | None = None) -> Inputs:
         return Inputs(32 if self.design.cifar else 224, "bilinear")
 
-    def published(self, pretrained: str | None) -> Published | None:
-        return Published("timm", self.weights) if pretrained == "default" and self.weights else None
+    def published(self, pretrained: str | None) -> PublishedWeights | None:
+        return PublishedWeights("timm", self.weights) if pretrained == "default" and self.weights else None
 
     def build(
         self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE

@@ -7,11 +7,11 @@ import open_clip
 import timm
 
 from tailtune.configs.errors import naming, unknown
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone, find_open_clip
+from tailtune.models.backbones.backbone_types import BackboneSpec
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, find_open_clip_backbone
 from tailtune.models.backbones.resnet import Design
 from tailtune.models.backbones.resnet_encoder import ResNetBackbone
-from tailtune.models.backbones.spec import BackboneSpec
-from tailtune.models.backbones.timm_models import TimmBackbone, find_timm
+from tailtune.models.backbones.timm_backbone import TimmBackbone, find_timm_backbone
 
 TINY = Path(__file__).parent.parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
@@ -48,7 +48,7 @@ BACKBONES: dict[str, BackboneSpec] = {
         stats=(HALF, HALF),
     ),
 }
-LIBRARIES: dict[str, Callable[[str], BackboneSpec]] = {"open_clip": find_open_clip, "timm": find_timm}
+LIBRARIES: dict[str, Callable[[str], BackboneSpec]] = {"open_clip": find_open_clip_backbone, "timm": find_timm_backbone}
 """What `<library>:<name>` means."""
 
 

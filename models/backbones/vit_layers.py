@@ -7,7 +7,7 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 
-def at_site(modules: list[nn.Module], y: Any, x: Tensor) -> Any:
+def apply_tuners(modules: list[nn.Module], y: Any, x: Tensor) -> Any:
     """What the modules at a site make of its output y; x is the site's input."""
     for module in modules:
         y = module(y, x)
@@ -31,7 +31,7 @@ def _cast(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _weights(layer: nn.Linear, modules: list[nn.Module], x: Tensor) -> tuple[Any, Any]:
-    weight, bias = at_site(modules, (layer.weight, layer.bias), x)
+    weight, bias = apply_tuners(modules, (layer.weight, layer.bias), x)
     return _cast(weight, x), _cast(bias, x)
 
 

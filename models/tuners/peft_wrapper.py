@@ -19,10 +19,10 @@ from torch.func import functional_call
 from tailtune.configs.errors import UserError, unknown
 from tailtune.configs.seeding import seeded
 from tailtune.configs.time_limit import at_most
-from tailtune.models.backbones.encoder import Encoder, tensors_of
-from tailtune.models.backbones.expert_split import refuse_divided
+from tailtune.models.backbones.encoder import Encoder, named_tensors
+from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter
-from tailtune.models.tuners.peft_types import FIELDS, INITS, PEFTS, Kind, draws, find
+from tailtune.models.tuners.peft_table import FIELDS, INITS, PEFTS, Kind, draws, find
 
 if TYPE_CHECKING:  # it takes more than a second to import, so only who asks for it pays
     from peft import PeftConfig, PeftModel
@@ -63,7 +63,7 @@ def add_peft(
             _let_train(layer, name, kind)
         layer.weight.data = layer.weight.data.contiguous()  # peft views weights of convolutions as matrices
     targets = list(config.target_modules)
-    refuse_divided(host, f"peft {name}", map(host.net.get_submodule, targets))
+    refuse_expert_blocks(host, f"peft {name}", map(host.net.get_submodule, targets))
     with seeded(seed, "peft"):
         model = _inject(host.net, config, kind.sampled, name)
     for key, parameter in host.named_parameters():  # peft has frozen all that is not its own
@@ -121,7 +121,7 @@ def _aim(config: Any, host: Encoder, name: str, kind: Kind, partial: int | Seque
         _set_defaults(config, host, kind)
     if str(config.target_modules).lower() == "all-linear":
         config.target_modules = set(_linears(host.net))
-    within = {id(each) for index in host.chosen(partial) for each in host.parts[index].modules()}
+    within = {id(each) for index in host.block_range(partial) for each in host.parts[index].modules()}
     with _refusals(name), at_most(10, "comparing a pattern of layers with their names"):
         found = [key for key in modules if check_target_module_exists(config, key)]
     found = [key for key in found if partial is None or id(modules[key]) in within]
@@ -238,7 +238,7 @@ def _check_called(host: Encoder, targets: Sequence[str], name: str, resolution: 
     """
     called: set[int] = set()
     hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in host.adapted]
-    state = {key: torch.empty_like(each, device="meta") for key, each in tensors_of(host)}
+    state = {key: torch.empty_like(each, device="meta") for key, each in named_tensors(host)}
     with host.untuned(), torch.no_grad():
         functional_call(host, state, (torch.empty(1, 3, resolution, resolution, device="meta"),), tie_weights=False)
     for key, layer, hook in zip(targets, host.adapted, hooks, strict=True):

@@ -16,10 +16,10 @@ from torch import nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import mix, seeded
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.expert_split import refuse_divided
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.tuners.modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
+from tailtune.models.backbones.expert_split import refuse_expert_blocks
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Sizes:
 class Tuner:
     """What it does to a host; exactly one of insert and select is given.
 
-    insert: (ViT, index of a block, sizes) → site → module.
+    insert: (ViTEncoder, index of a block, sizes) → site → module.
     select: module → the parameters of it that train; of the blocks, or of any other backbone as a whole.
     """
 
-    insert: Callable[[ViT, int, Sizes], dict[str, nn.Module]] | None = None
+    insert: Callable[[ViTEncoder, int, Sizes], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
     on_feature: Callable[[int], nn.Module] | None = None
     """Width → what it puts on the feature of a backbone that runs as a whole, in place of `insert`."""
@@ -59,33 +59,33 @@ class Tuner:
     """Selected batch norms train on the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+def _adaptformer(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {"mlp": AdaptFormer(host.width, sizes.bottleneck, sizes.adaptformer_scale)}
 
 
-def _adapter(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+def _adapter(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {"mlp": Adapter(host.width, sizes.bottleneck)}
 
 
-def _lora(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+def _lora(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {site: Lora(host.width, host.width, sizes.bottleneck) for site in ("q", "v")}
 
 
-def _lora_mlp(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    inner, outer = host.hidden_width, host.width
+def _lora_mlp(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    inner, outer = host.mlp_width, host.width
     return {"fc1": Lora(outer, inner, sizes.bottleneck), "fc2": Lora(inner, outer, sizes.bottleneck)}
 
 
-def _prompts(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+def _prompts(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {"tokens": Prompts(sizes.prompts, host.width, host.patch_size)}
 
 
-def _ssf(*sites: str) -> Callable[[ViT, int, Sizes], dict[str, nn.Module]]:
+def _ssf(*sites: str) -> Callable[[ViTEncoder, int, Sizes], dict[str, nn.Module]]:
     """Scale and shift at the named sites."""
-    return lambda host, index, sizes: {site: Ssf(host.hidden_width if site == "fc1" else host.width) for site in sites}
+    return lambda host, index, sizes: {site: Ssf(host.mlp_width if site == "fc1" else host.width) for site in sites}
 
 
-def _mask(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+def _mask(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
     return {name: Mask(layer, sizes.mask_ratio, sizes.draw) for name, layer in host.layers(index).items()}
 
 
@@ -139,7 +139,7 @@ def add_tuners(
         raise UserError("vpt_shallow and vpt_deep both own the prompt tokens; choose one of them")
     if "mask" in names and not 0 < sizes.mask_ratio <= 1:
         raise UserError(f"mask_ratio {sizes.mask_ratio} is no share of the weights; choose one above 0 and up to 1")
-    blocks, sizes = host.chosen(partial), replace(sizes)  # a copy, whose draw begins anew
+    blocks, sizes = host.block_range(partial), replace(sizes)  # a copy, whose draw begins anew
     host.requires_grad_(False)
     for name in (name for name in TUNERS if name in names):
         tuner = TUNERS[name]
@@ -147,7 +147,11 @@ def add_tuners(
             _insert(host, name, blocks[:1] if tuner.first_only else blocks, sizes, seed)
         if tuner.select is not None:
             _select(host, name, partial)
-    if isinstance(host, ViT) and host.own and not any(any(sites.values()) for sites in host.sites[0][-host.own :]):
+    if (
+        isinstance(host, ViTEncoder)
+        and host.own
+        and not any(any(sites.values()) for sites in host.sites[0][-host.own :])
+    ):
         raise UserError(
             f"expert_split {host.own}: no tuner acts in the last {host.own} blocks, which experts would only repeat; "
             "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"
@@ -157,12 +161,12 @@ def add_tuners(
 def _insert(host: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
     tuner = TUNERS[name]
     assert tuner.insert is not None
-    if isinstance(host, GenericEncoder) and tuner.on_feature is not None:
+    if isinstance(host, WholeNetworkEncoder) and tuner.on_feature is not None:
         if blocks or not host.depth:  # behind the last part, whichever the others are
             with seeded(seed, "tuner", name):
                 host.insert(name, tuner.on_feature(host.feature_dim))
         return
-    if not isinstance(host, ViT):
+    if not isinstance(host, ViTEncoder):
         others = ", ".join(each for each, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
     later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", each)) for each in range(1, host.experts)]
@@ -178,8 +182,8 @@ def _insert(host: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) ->
 def _select(host: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
     select = TUNERS[name].select
     assert select is not None
-    modules = host.selectable(partial)
-    refuse_divided(host, name, modules)
+    modules = host.tunable_modules(partial)
+    refuse_expert_blocks(host, name, modules)
     found = [each for module in modules for each in select(module)]
     if modules and not found:
         raise UserError(f"{name} finds nothing to train in this backbone")

@@ -14,9 +14,9 @@ from tailtune.configs import load_configs
 from tailtune.datasets import build_info
 from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
-from tailtune.models.backbones.timm_models import TimmBackbone
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.backbones.timm_backbone import TimmBackbone
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.models.tuners.table import TUNERS
 from tailtune.parity.lift.cases import BATCH, COUNTS, GROUPS, NAMES, OPEN_CLIP, SIDES, TIMM, Case, sizes
 from tailtune.trainers.evaluation import metrics

@@ -18,8 +18,8 @@ from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.models import BACKBONES
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
-from tailtune.models.tuners.peft_types import PEFTS
+from tailtune.models.heads.head_init import HEAD_INITS
+from tailtune.models.tuners.peft_table import PEFTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.expert_weights import ADAPTS
 from tailtune.trainers.evaluation.target_prior import TARGETS

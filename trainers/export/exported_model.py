@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.spec import Published
-from tailtune.models.backbones.vit_layers import at_site
+from tailtune.models.backbones.backbone_types import PublishedWeights
+from tailtune.models.backbones.vit_layers import apply_tuners
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import (
     CosineClassifier,
     L2NormedClassifier,
@@ -59,7 +59,7 @@ class ExportedModel:
     resolution: int
     zero_shot: bool = False
     arch: str | None = None
-    base: Published | None = None
+    base: PublishedWeights | None = None
     resize: int | None = None
     interpolation: str = "bilinear"
     command: Sequence[str] = ()
@@ -134,17 +134,17 @@ def feature_affine(subject: ExportedModel) -> tuple[Tensor, Tensor] | None:
     """What tuners on the feature do to each of its entries, scale and shift [D]; None where no layer is before them
     that could take them, or none of them is there."""
     host = subject.encoder
-    if not isinstance(host, GenericEncoder) or not len(host.tuners) or isinstance(host.net, ModifiedResNet):
+    if not isinstance(host, WholeNetworkEncoder) or not len(host.tuners) or isinstance(host.net, ModifiedResNet):
         return None
     return affine_of(host)
 
 
-def affine_of(host: GenericEncoder) -> tuple[Tensor, Tensor]:
+def affine_of(host: WholeNetworkEncoder) -> tuple[Tensor, Tensor]:
     """Scale and shift [D] that the tuners on a feature come to, fp64."""
     modules = [copy.deepcopy(each).double() for each in host.tuners.values()]
     ones = torch.ones(host.feature_dim, dtype=torch.float64)
-    shift = at_site(modules, 0 * ones, ones)
-    return at_site(modules, ones, ones) - shift, shift
+    shift = apply_tuners(modules, 0 * ones, ones)
+    return apply_tuners(modules, ones, ones) - shift, shift
 
 
 def save_head(subject: ExportedModel, folder: Path) -> None:

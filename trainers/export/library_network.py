@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.resnet_encoder import ResNetEncoder
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.export.exported_model import ExportedModel
 
 NOWHERE = UserError("export: no other library has this network, so weights alone would say nothing; use `export onnx`")
@@ -35,7 +35,7 @@ def network(subject: ExportedModel, num_classes: int = 0) -> dict[str, Any]:
 
 def _network(subject: ExportedModel, num_classes: int) -> dict[str, Any]:
     host, net = subject.encoder, subject.encoder.net
-    if isinstance(host, ViT):
+    if isinstance(host, ViTEncoder):
         for each in _names(net):
             kwargs: dict[str, Any] = {"model_name": each, "img_size": subject.resolution, "num_classes": num_classes}
             if timm.is_model(each) and _same(partial(timm.create_model, **{**kwargs, "num_classes": 0}), host):
@@ -81,7 +81,7 @@ def _names(net: Any) -> Iterator[str]:
         yield f"vit_{SIZES[net.embed_dim]}_patch{patch}_clip_{'quickgelu_' if quick else ''}224"
 
 
-def _same(make: Callable[[], Any], host: ViT) -> bool:
+def _same(make: Callable[[], Any], host: ViTEncoder) -> bool:
     """Whether a network is the same function of its weights as the plain one in a host."""
     with torch.device("meta"):
         other = make()
@@ -92,7 +92,7 @@ def _same(make: Callable[[], Any], host: ViT) -> bool:
         act = block.mlp.act(torch.linspace(-3, 3, 64, device="cpu")).tolist()  # its class has several names
         return shapes, getattr(net.norm, "eps", None), act, block.attn.num_heads, net.global_pool
 
-    return parts(other, other.state_dict()) == parts(host.net, host.base_state())
+    return parts(other, other.state_dict()) == parts(host.net, host.pretrained_state())
 
 
 def _by_hand(net: Any, num_classes: int) -> dict[str, Any]:

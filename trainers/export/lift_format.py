@@ -19,7 +19,7 @@ def check(subject: ExportedModel) -> None:
     subject.refuse_experts("lift")
     if subject.zero_shot or subject.peft:
         raise UserError("export lift: LIFT has no tuner of the peft library and saves no zero-shot model; use merged")
-    start = next(iter(subject.encoder.chosen(subject.partial)), 0) if subject.partial is not None else 0
+    start = next(iter(subject.encoder.block_range(subject.partial)), 0) if subject.partial is not None else 0
     if start and "vpt_shallow" in subject.tuners:
         raise UserError("export lift: LIFT has vpt_shallow at the first block only; use onnx")
     layout(subject.method.model, subject.tuners, subject.partial)

@@ -11,8 +11,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.vit import LAYERS, SITES, Sites, ViT
-from tailtune.models.backbones.vit_layers import at_site
+from tailtune.models.backbones.vit_encoder import LAYERS, SITES, Sites, ViTEncoder
+from tailtune.models.backbones.vit_layers import apply_tuners
 from tailtune.models.tuners.peft_adapter import merge
 from tailtune.trainers.export.exported_model import ExportedModel, affine_of, linear_head, save_head, save_state
 from tailtune.trainers.export.library_network import network
@@ -35,13 +35,13 @@ def check(subject: ExportedModel) -> None:
 
 def _inserted(host: Any) -> dict[str, Any]:
     """Tuner → block → site → module."""
-    return dict(host.tuners.items()) if isinstance(host, ViT) else {}
+    return dict(host.tuners.items()) if isinstance(host, ViTEncoder) else {}
 
 
 @torch.no_grad()
 def write(subject: ExportedModel, folder: Path) -> dict[str, Any]:
     host, linear = subject.encoder, linear_head(subject.head)
-    within = isinstance(host, ViT) and host.projection is None
+    within = isinstance(host, ViTEncoder) and host.projection is None
     about = network(subject, len(subject.class_names) if linear and within else 0)
     state = {about["prefix"] + name: each for name, each in merged(subject).items()}
     weights = "load_file('model.safetensors')"
@@ -61,8 +61,8 @@ def write(subject: ExportedModel, folder: Path) -> dict[str, Any]:
 def merged(subject: ExportedModel) -> State:
     """The encoder's plain state dict with its tuners in it; our own are summed up in fp64."""
     host, peft = subject.encoder, subject.peft
-    state = dict(merge(host, peft) if peft else host.base_state())
-    if isinstance(host, ViT):
+    state = dict(merge(host, peft) if peft else host.pretrained_state())
+    if isinstance(host, ViTEncoder):
         for index, (name, path) in product(range(host.depth), LAYERS.items()):
             state |= _layer(host.sites[0][index], name, f"blocks.{index}.{path}", state)
     elif isinstance(host.net, ModifiedResNet) and len(host.tuners):
@@ -83,12 +83,12 @@ def _layer(sites: Sites, name: str, path: str, state: State) -> State:
     if not any(around.values()):
         return {}
     weight, bias = state[f"{path}.weight"].double(), state.get(f"{path}.bias")
-    weight, bias = at_site(around[weights], (weight, None if bias is None else bias.double()), weight)
+    weight, bias = apply_tuners(around[weights], (weight, None if bias is None else bias.double()), weight)
 
     def run(x: Tensor) -> Tensor:
-        x = at_site(around[norm], x, x)
+        x = apply_tuners(around[norm], x, x)
         parts = F.linear(x, weight, bias).chunk(len(outputs), dim=-1)
-        return torch.cat([at_site(around[site], y, x) for site, y in zip(outputs, parts, strict=True)], dim=-1)
+        return torch.cat([apply_tuners(around[site], y, x) for site, y in zip(outputs, parts, strict=True)], dim=-1)
 
     shift = run(weight.new_zeros(1, weight.shape[1]))
     merged = (run(torch.eye(weight.shape[1], dtype=weight.dtype)) - shift).T

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.tuners.peft_adapter import export_adapter
 from tailtune.trainers.export import merged_format
 from tailtune.trainers.export.exported_model import ExportedModel, save_head, save_state
@@ -50,7 +50,7 @@ def write(subject: ExportedModel, folder: Path) -> dict[str, Any]:
     about = network(subject)
     base, code = base_of(subject, about)
     if base == BASE:
-        save_state(subject.encoder.base_state(), folder / BASE)
+        save_state(subject.encoder.pretrained_state(), folder / BASE)
     if subject.peft:
         export_adapter(subject.encoder, subject.peft, folder, base)
     else:
@@ -73,12 +73,12 @@ def base_of(subject: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str]
         resized = subject.resolution != native and hasattr(net, "set_input_size")
         return str(found), code + (f"\nnet.set_input_size({subject.resolution})" if resized else "")
     clip = f"open_clip.create_model({found.name!r}, pretrained={found.tag!r})" if found is not None else ""
-    if clip and isinstance(subject.encoder, ViT) and timm_name(net) is None:
+    if clip and isinstance(subject.encoder, ViTEncoder) and timm_name(net) is None:
         state = f"timm.models.vision_transformer.checkpoint_filter_fn({clip}.state_dict(), net)"
         kept = f"{{name: each for name, each in {state}.items() if not name.startswith('head.')}}"
         return str(found), f"{about['code']}\nnet.load_state_dict({kept})"
     if clip and subject.resolution == clip_resolution(subject):
-        if isinstance(subject.encoder, ViT):
+        if isinstance(subject.encoder, ViTEncoder):
             return str(found), f"{about['code']}\nnet.load_state_dict({clip}.visual.trunk.state_dict())"
         return str(found), f"net = {clip}{about['then']}"
     return BASE, f"{about['code']}\nnet.load_state_dict(load_file({BASE!r}))"

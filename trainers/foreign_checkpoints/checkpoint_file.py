@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.torch_files import READ_ERRORS, STATE, State, read_torch, refuse_odd, why
+from tailtune.models.backbones.safe_torch_load import (
+    READ_ERRORS,
+    STATE,
+    State,
+    explain_read_error,
+    refuse_bad_tensors,
+    safe_torch_load,
+)
 
 FILE = "checkpoint.pth.tar"
 """LIFT's name for it."""
@@ -46,11 +53,13 @@ class ForeignCheckpoint:
             UserError: it cannot be opened, or holds anything else than tensors.
         """
         try:
-            content = read_torch(self.path)
+            content = safe_torch_load(self.path)
         except READ_ERRORS as error:
-            raise UserError(f"{self.path} {why(self.path, error, LIFTS if self.kind == 'lift' else STATE)}") from error
+            raise UserError(
+                f"{self.path} {explain_read_error(self.path, error, LIFTS if self.kind == 'lift' else STATE)}"
+            ) from error
         tensors = self._of(content if isinstance(content, dict) else {})
-        refuse_odd(tensors, str(self.path))
+        refuse_bad_tensors(tensors, str(self.path))
         return tensors
 
     def _of(self, content: dict[Any, Any]) -> State:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import ID, NAME, Numbering
 from tailtune.trainers.storage.checkpoint import check_fit
@@ -88,18 +88,18 @@ def layout(model: ClassificationModel, tuners: Sequence[str], partial: Any = Non
         UserError: the original has no such backbone or tuner.
     """
     host = model.encoder
-    named = _vit(host, tuners, partial) if isinstance(host, ViT) else _resnet(host, tuners)
+    named = _vit(host, tuners, partial) if isinstance(host, ViTEncoder) else _resnet(host, tuners)
     found = {f"tuner.{name}": place for name, place in named}
     return found | {f"head.{name}": Place([each]) for name, each in model.head.state_dict(keep_vars=True).items()}
 
 
-def _vit(host: ViT, tuners: Sequence[str], partial: Any) -> Named:
+def _vit(host: ViTEncoder, tuners: Sequence[str], partial: Any) -> Named:
     blocks, modules = host.net.blocks, dict[str, Any](host.tuners.items())
     of_timm = {name: name for name, _ in blocks[0].named_parameters()}
     names = OF_CLIP if isinstance(host.net.norm_pre, nn.LayerNorm) else of_timm
     for tuner in tuners:
         if tuner == "full_tuning":
-            for index in host.chosen(partial):
+            for index in host.block_range(partial):
                 yield from (
                     (f"block_tuned.{index}.{name}", Place([blocks[index].get_parameter(own)]))
                     for name, own in names.items()
@@ -126,7 +126,7 @@ def _modules(blocks: Any, listed: str, places: Mapping[str, Sequence[str]]) -> N
             yield from ((f"{listed}.{index}.{place}{name}", Place([s[name] for s in states])) for name in states[0])
 
 
-def _masks(host: ViT, blocks: Any) -> Named:
+def _masks(host: ViTEncoder, blocks: Any) -> Named:
     """Values in the order of their positions, weight and bias apart: row by row, as in the original."""
     for index, masks in blocks:
         for layer, place in MASKED.items():

@@ -7,7 +7,7 @@ from tailtune.configs import CfgNode, Declared
 from tailtune.configs.errors import UserError, lookup
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import ClassificationModel
-from tailtune.models.tuners.peft_types import draws
+from tailtune.models.tuners.peft_table import draws
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.losses import BATCH_COUPLED, LOSSES
 from tailtune.trainers.methods.base import Earlier, Method, Objective

@@ -11,7 +11,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import Prior, effective_weights, log_prior
 from tailtune.trainers.methods.objective import Batch, NoOptions, Objective, Step, combine
 from tailtune.trainers.storage.checkpoint import trained_state

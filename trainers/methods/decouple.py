@@ -14,7 +14,7 @@ from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.classifiers import LinearClassifier
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.methods.base import Method, Objective
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
 from tailtune.trainers.methods.wrapper import Wrapper

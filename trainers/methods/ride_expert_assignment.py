@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import ClassificationModel
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import present
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
 

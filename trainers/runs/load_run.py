@@ -13,7 +13,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import DataBundle, DataInfo, build_info
 from tailtune.datasets.images.transforms import eval_side
 from tailtune.models import build_model, find_backbone, resolve
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.export import ExportedModel
 from tailtune.trainers.export.run_command import command_of

@@ -34,7 +34,7 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     buffer of the model that did not come with the pre-trained network, or that training changes."""
     held = getattr(module, "held", ())
     trains = {name: each.detach() for name, each in module.named_parameters() if each.requires_grad or name in held}
-    untouched = {id(each) for host in module.modules() if isinstance(host, Encoder) for each in host.untouched()}
+    untouched = {id(each) for host in module.modules() if isinstance(host, Encoder) for each in host.frozen_buffers()}
     persistent = module.state_dict()
     buffers = {name: each for name, each in module.named_buffers() if name in persistent and id(each) not in untouched}
     return trains | {name: each.detach() for name, each in buffers.items()}
@@ -44,7 +44,7 @@ def fingerprint(model: ClassificationModel) -> str:
     """Names the base model of a checkpoint: a digest of the pre-trained encoder and, behind a dot, one of the text
     tower and the projection where the head is made of text. Taken before anything trains.
     """
-    found = _digest(model.encoder.base_state())
+    found = _digest(model.encoder.pretrained_state())
     if model.text is None:
         return found
     projection = model.text.projection

@@ -21,7 +21,7 @@ READ_ERRORS = (
     *(SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError),
     *(OverflowError, MemoryError),
 )
-"""What safetensors, zipfile and `read_torch` raise on bytes that are no weights, or not all of them."""
+"""What safetensors, zipfile and `safe_torch_load` raise on bytes that are no weights, or not all of them."""
 NONSENSE = (LookupError, TypeError, AttributeError, AssertionError, struct.error)
 """What the restricted unpickler raises besides, on damaged instructions."""
 ZIP = b"PK\x03\x04"
@@ -34,7 +34,7 @@ STATE = "s.get('state_dict', s.get('model', s))"
 """Where the weights stand in what people save, `s`, in Python."""
 
 
-def read_torch(path: Path) -> Any:
+def safe_torch_load(path: Path) -> Any:
     """What is in a file: tensors, and the containers, numbers and strings around them.
 
     Raises:
@@ -64,7 +64,7 @@ def _unpickled(file: Any, **named: Any) -> Any:
         raise pickle.UnpicklingError("its parts do not fit together") from error
 
 
-def why(path: Path, error: Exception, keep: str = STATE) -> str:
+def explain_read_error(path: Path, error: Exception, keep: str = STATE) -> str:
     """What `READ_ERRORS` say of a file, as the end of a sentence that begins with it.
 
     Args:
@@ -91,7 +91,7 @@ def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
-def refuse_odd(state: Mapping[str, Tensor], what: str) -> None:
+def refuse_bad_tensors(state: Mapping[str, Tensor], what: str) -> None:
     """Raise a `UserError` that names a tensor which is no array of finite numbers in memory.
 
     Args:

@@ -17,14 +17,14 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 
 from tailtune.configs.errors import UserError, naming, unknown
 from tailtune.configs.seeding import seeded
+from tailtune.models.backbones.backbone_types import ONE, Backbone, Inputs, PublishedWeights, Split
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import divide
-from tailtune.models.backbones.generic import GenericEncoder
 from tailtune.models.backbones.pretrained_weights import State, hub, is_path, load_strict, local_file, read_state
-from tailtune.models.backbones.spec import ONE, Backbone, Inputs, Published, Split
-from tailtune.models.backbones.torch_files import refuse_odd
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.backbones.vit_support import refusal
+from tailtune.models.backbones.safe_torch_load import refuse_bad_tensors
+from tailtune.models.backbones.vit_compatibility import refusal
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 
 DAMAGED = (SafetensorError, UnpicklingError, EOFError)
 """What reading a file of timm's raises that was not downloaded to its end."""
@@ -49,9 +49,9 @@ class TimmBackbone:
         config = self._config()
         return Inputs(config.input_size[-1], self.interpolation or config.interpolation, _patch_size(self.name))
 
-    def published(self, pretrained: str | None) -> Published | None:
+    def published(self, pretrained: str | None) -> PublishedWeights | None:
         config = self._config()
-        return Published("timm", f"{config.architecture}.{config.tag}") if pretrained == "default" else None
+        return PublishedWeights("timm", f"{config.architecture}.{config.tag}") if pretrained == "default" else None
 
     def build(
         self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
@@ -110,11 +110,11 @@ class TimmBackbone:
                 "with `pretrained /path/to/file`; `pretrained none` runs with random weights"
             ) from error
         if fetch:
-            refuse_odd(net.state_dict(), f"the weights of {self.name}, as timm reads them,")
+            refuse_bad_tensors(net.state_dict(), f"the weights of {self.name}, as timm reads them,")
         return net
 
 
-def find_timm(name: str) -> TimmBackbone:
+def find_timm_backbone(name: str) -> TimmBackbone:
     """The backbone `timm:<name>`. Raises `UserError` for a name or tag that timm does not know."""
     arch, tag = split_model_name_tag(name)
     if arch not in timm.list_models():  # `is_model` says yes to names that timm has renamed, and then has none of them
@@ -127,7 +127,7 @@ def find_timm(name: str) -> TimmBackbone:
 
 def host(net: Any, fast: bool = True) -> Encoder:
     """A timm network without classifier in the host that computes all of it."""
-    return ViT(net, fast=fast) if refusal(net) is None else GenericEncoder(net, net.head_hidden_size)
+    return ViTEncoder(net, fast=fast) if refusal(net) is None else WholeNetworkEncoder(net, net.head_hidden_size)
 
 
 def resize(net: Any, resolution: int, native: int, name: str) -> None:

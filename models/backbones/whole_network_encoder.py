@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.encoder import Encoder, tensors_of
+from tailtune.models.backbones.encoder import Encoder, named_tensors
 
 LISTS = ("blocks", "stages", "layers", "resblocks")
 """Children that hold the blocks or stages of a network one by one."""
@@ -18,7 +18,7 @@ WITHIN = {"trunk", "transformer"}
 """Children of open_clip's towers in which those are found."""
 
 
-class GenericEncoder(Encoder):
+class WholeNetworkEncoder(Encoder):
     """A network that runs as its library wrote it; tuners choose among its weights or act on its feature.
 
     Its batch norms train (`bn_tuning`) on whatever a process holds at once. That includes images of weight 0, which
@@ -31,7 +31,7 @@ class GenericEncoder(Encoder):
     def __init__(self, net: Any, feature_dim: int) -> None:
         super().__init__(net.to(memory_format=torch.channels_last))  # which convolutions are fastest with
         self.feature_dim = feature_dim
-        self.parts = parts_of(net)
+        self.parts = blocks_of(net)
         self.compute = torch.float32
 
     @property
@@ -39,9 +39,9 @@ class GenericEncoder(Encoder):
         """Of the network's weights and of the features. Below fp32 autocast rounds, not the weights."""
         return torch.float64 if self.compute == torch.float64 else torch.float32
 
-    def selectable(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
+    def tunable_modules(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
         """Without `partial` the whole network, stem and pooling included, as LIFT; else those parts."""
-        return [self.net] if partial is None else super().selectable(partial)
+        return [self.net] if partial is None else super().tunable_modules(partial)
 
     def insert(self, tuner: str, module: nn.Module) -> None:
         """Put a tuner's module on the feature, called `y = module(y, y)`; it is stored as `tuners.<tuner>`."""
@@ -62,7 +62,7 @@ class GenericEncoder(Encoder):
         # What trains has its own dtype (fp16 with prec fp16); layers of other libraries cast nothing themselves.
         cast = {
             name: each.to(self.dtype)
-            for name, each in tensors_of(part)
+            for name, each in named_tensors(part)
             if isinstance(each, nn.Parameter) and each.is_floating_point() and each.dtype != self.dtype
         }
         low = self.compute.itemsize < 4
@@ -91,10 +91,10 @@ class GenericEncoder(Encoder):
                 each.data = each.data.to(self.dtype)
 
 
-def parts_of(net: nn.Module) -> list[nn.Module]:
+def blocks_of(net: nn.Module) -> list[nn.Module]:
     """Stages of a residual network, or the blocks or stages that a network keeps in a list; may be empty."""
     children = dict(net.named_children())
     for name in WITHIN & children.keys():
-        return parts_of(children[name])
+        return blocks_of(children[name])
     stages = [children[name] for name in STAGES if name in children]
     return next((list(children[name].children()) for name in LISTS if name in children), stages)

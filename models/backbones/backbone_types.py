@@ -42,7 +42,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """Pre-trained weights that anybody can get from a library by their name."""
 
     library: str
@@ -90,7 +90,7 @@ class BackboneSpec(Protocol):
         """Known without weights or network. Weights of one architecture may differ in their interpolation."""
         ...
 
-    def published(self, pretrained: str | None) -> Published | None:
+    def published(self, pretrained: str | None) -> PublishedWeights | None:
         """Where others find the weights that an option means; None for random ones, files, and what we ship."""
         ...
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.vit_layers import at_site, layer_scale, linear, norm, project
-from tailtune.models.backbones.vit_support import refusal
+from tailtune.models.backbones.vit_compatibility import refusal
+from tailtune.models.backbones.vit_layers import apply_tuners, layer_scale, linear, norm, project
 
 LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 """The linear layers of a block, in the order of LIFT → where they are in it."""
@@ -39,7 +39,7 @@ QUICK = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x)
 Sites = dict[str, list[nn.Module]]
 
 
-class ViT(Encoder):
+class ViTEncoder(Encoder):
     """timm ViT + tuners → pooled feature after the last norm, and after the projection if one is given.
 
     Class and register tokens, layer scale, normed queries and keys, and every pooling of timm are computed; tokens
@@ -104,7 +104,7 @@ class ViT(Encoder):
         return self.net.patch_embed.proj.weight.dtype
 
     @property
-    def hidden_width(self) -> int:
+    def mlp_width(self) -> int:
         """Width inside the MLP."""
         return int(self.net.blocks[0].mlp.fc1.out_features)
 
@@ -159,7 +159,7 @@ class ViT(Encoder):
         for index in indices:
             own = sites[index]
             if own["tokens"]:
-                x = at_site(own["tokens"], x[:, : self.length], x)
+                x = apply_tuners(own["tokens"], x[:, : self.length], x)
             only_class = self.fast and self.only_class and index == self.depth - 1
             x = self._block(x, self.net.blocks[index], own, only_class)
         return x
@@ -172,27 +172,27 @@ class ViT(Encoder):
 
     def _block(self, x: Tensor, block: Any, sites: Sites, only_class: bool) -> Tensor:
         """One pre-norm block, [B, N, D] → [B, N, D], or [B, 1, D] for the class token alone."""
-        normed = at_site(sites["norm1"], norm(x, block.norm1).to(self.compute), x)
+        normed = apply_tuners(sites["norm1"], norm(x, block.norm1).to(self.compute), x)
         queries = normed[:, :1] if only_class else normed
         attended = self._attend(normed, queries, block.attn, sites)
         x = (x[:, :1] if only_class else x) + layer_scale(attended, block.ls1)
-        normed = at_site(sites["norm2"], norm(x, block.norm2).to(self.compute), x)
-        return x + at_site(sites["mlp"], layer_scale(self._mlp(normed, block.mlp, sites), block.ls2), x)
+        normed = apply_tuners(sites["norm2"], norm(x, block.norm2).to(self.compute), x)
+        return x + apply_tuners(sites["mlp"], layer_scale(self._mlp(normed, block.mlp, sites), block.ls2), x)
 
     def _attend(self, x: Tensor, queries: Tensor, attn: Any, sites: Sites) -> Tensor:
         q, k, v = project(x, queries, attn.qkv, sites["qkv.weights"])
-        q, k, v = at_site(sites["q"], q, queries), at_site(sites["k"], k, x), at_site(sites["v"], v, x)
+        q, k, v = apply_tuners(sites["q"], q, queries), apply_tuners(sites["k"], k, x), apply_tuners(sites["v"], v, x)
         q, k, v = (each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in (q, k, v))  # [B, H, N, D/H]
         q, k = norm(q, attn.q_norm), norm(k, attn.k_norm)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, D]
-        return at_site(sites["proj"], linear(out, attn.proj, sites["proj.weights"]), out)
+        return apply_tuners(sites["proj"], linear(out, attn.proj, sites["proj.weights"]), out)
 
     def _mlp(self, x: Tensor, mlp: Any, sites: Sites) -> Tensor:
         if "fc1_folded" in mlp._buffers:
             hidden = F.silu(F.linear(x, mlp.fc1_folded, mlp.fc1_bias_folded))
             return F.linear(hidden, mlp.fc2_folded, mlp.fc2.bias)
-        hidden = mlp.act(at_site(sites["fc1"], linear(x, mlp.fc1, sites["fc1.weights"]), x))
-        return at_site(sites["fc2"], linear(hidden, mlp.fc2, sites["fc2.weights"]), hidden)
+        hidden = mlp.act(apply_tuners(sites["fc1"], linear(x, mlp.fc1, sites["fc1.weights"]), x))
+        return apply_tuners(sites["fc2"], linear(hidden, mlp.fc2, sites["fc2.weights"]), hidden)
 
     @torch.no_grad()
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:

@@ -11,10 +11,10 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.timm_models import resize
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.backbones.vit_support import refusal
+from tailtune.models.backbones.timm_backbone import resize
+from tailtune.models.backbones.vit_compatibility import refusal
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 
 TOWER_NORM_EPS = 1e-5
 SIMPLE = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
@@ -55,7 +55,7 @@ def empty_tower(config: dict[str, Any], resolution: int, project: bool, fast: bo
     dim, vision = config["embed_dim"], vision_at(config, resolution)
     if is_simple(config):
         projection = torch.empty(dim, vision["width"]) if project else None
-        return ViT(image_tower(config, resolution), projection, fast)
+        return ViTEncoder(image_tower(config, resolution), projection, fast)
     tower = open_clip.CLIP(dim, vision, {"layers": 1}, bool(config.get("quick_gelu"))).visual
     return _whole(tower, dim, resolution, fast)
 
@@ -72,7 +72,7 @@ def taken_tower(
     projection = state["visual.proj"].T.contiguous()
     del filtered["head.weight"], filtered["head.bias"]
     net.load_state_dict(filtered)
-    return ViT(net, projection if project else None, fast), projection
+    return ViTEncoder(net, projection if project else None, fast), projection
 
 
 def _whole(tower: Any, dim: int, resolution: int, fast: bool) -> Encoder:
@@ -81,7 +81,7 @@ def _whole(tower: Any, dim: int, resolution: int, fast: bool) -> Encoder:
         trunk: Any = tower.trunk
         resize(trunk, resolution, trunk.pretrained_cfg["input_size"][-1], trunk.pretrained_cfg["architecture"])
         if refusal(trunk) is None and isinstance(trunk.head, nn.Identity) and not len(tower.head):
-            return ViT(trunk, fast=fast)
+            return ViTEncoder(trunk, fast=fast)
     if hasattr(tower, "output_tokens"):
         tower.output_tokens = False  # CoCa's captions need them
-    return GenericEncoder(tower, dim)
+    return WholeNetworkEncoder(tower, dim)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
+from tailtune.models.backbones.backbone_types import Text
 from tailtune.models.backbones.prompts import Sentences
-from tailtune.models.backbones.spec import Text
 
 MAX_ITER = 100
 log = logging.getLogger("tailtune")

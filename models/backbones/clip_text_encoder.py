@@ -14,7 +14,7 @@ CHUNK = 512  # sentences encoded at once
 log = logging.getLogger("tailtune")
 
 
-class TextTower:
+class ClipTextEncoder:
     """CLIP's text side: frozen, run once to make a head, then dropped with the object."""
 
     def __init__(self, clip: Any, tokenizer: Any, projection: Tensor | None) -> None:

@@ -19,20 +19,20 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError, lookup, naming, unknown
 from tailtune.configs.seeding import seeded
+from tailtune.models.backbones.backbone_types import ONE, Backbone, Inputs, PublishedWeights, Split, Stats
+from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.models.backbones.expert_split import divide
-from tailtune.models.backbones.open_clip_towers import empty_tower, is_simple, taken_tower, vision_at
+from tailtune.models.backbones.open_clip_image_encoders import empty_tower, is_simple, taken_tower, vision_at
 from tailtune.models.backbones.pretrained_weights import (
     fetch,
     hub,
-    in_open_clip_layout,
     is_path,
     load_strict,
     local_file,
     read_state,
+    to_open_clip_layout,
 )
-from tailtune.models.backbones.spec import ONE, Backbone, Inputs, Published, Split, Stats
-from tailtune.models.backbones.text_tower import TextTower
-from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.backbones.timm_backbone import TimmBackbone
 
 log = logging.getLogger("tailtune")
 
@@ -70,9 +70,9 @@ class OpenClipBackbone:
             patch_size = None if isinstance(vision.layers, (list, tuple)) else vision.patch_size
         return Inputs(int(vision.image_size), interpolation, patch_size)
 
-    def published(self, pretrained: str | None) -> Published | None:
+    def published(self, pretrained: str | None) -> PublishedWeights | None:
         tag = self._tag(pretrained)
-        return None if tag is None or self.files else Published("open_clip", self.arch, tag)
+        return None if tag is None or self.files else PublishedWeights("open_clip", self.arch, tag)
 
     def build(
         self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
@@ -103,14 +103,14 @@ class OpenClipBackbone:
         clip = self._clip(config, resolution, seed)
         if path is not None:
             with naming("pretrained"):
-                state = in_open_clip_layout(clip, read_state(path))
+                state = to_open_clip_layout(clip, read_state(path))
                 if resolution != vision.image_size and not is_simple(config):
                     resize_pos_embed(state, clip)
                 load_strict(clip, state, self.arch, path)
         encoder, projection = taken_tower(clip, config, resolution, project, fast)
         del clip.visual
         divide(encoder, split, self.arch)
-        text = TextTower(clip, partial(_tokens, self.arch), None if project else projection)
+        text = ClipTextEncoder(clip, partial(_tokens, self.arch), None if project else projection)
         return Backbone(encoder, stats, dim, text, random=path is None)
 
     def _config(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class OpenClipBackbone:
         return next(filter(None, (get_pretrained_cfg(self.arch, tag) for tag in tags)), asdict(PreprocessCfg()))
 
 
-def find_open_clip(name: str) -> OpenClipBackbone:
+def find_open_clip_backbone(name: str) -> OpenClipBackbone:
     """The backbone `open_clip:<name>`. Raises `UserError` for a name that open_clip does not know."""
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models())

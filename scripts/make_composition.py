@@ -163,7 +163,7 @@ def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
         f"{len(AXES)} axes was built as `--dry-run` does, with three experts. {total - len(refused)} of {total} pairs",
         f"go together; {len(rows)} configurations in which each of those occurs are trained, resumed and evaluated by",
         "`tests/test_composition.py`. The rest are refused before anything is read, with these words. Other backbones",
-        "(CLIP's residual networks have a text tower and batch norms) may take what these four do not.",
+        "(CLIP's residual networks have a text encoder and batch norms) may take what these four do not.",
         "",
         *(f"* **{axis}**: {', '.join(f'`{each}`' for each in entries)}" for axis, entries in AXES.items()),
         "",

@@ -279,7 +279,7 @@ def test_every_head_init_gives_unit_rows(name: str, prompt: str, config: Config)
     model.init_head(head_context(torch.randn(20, model.encoder.feature_dim), torch.arange(20) % 10, 10))
     weight = model.head.get_parameter("weight")
     assert torch.allclose(weight.norm(dim=1), torch.ones(10), atol=1e-5)
-    assert model.init is None, "the text tower is let go"
+    assert model.init is None, "the text encoder is let go"
 
 
 @pytest.mark.parametrize("name", AUGMENTS)

@@ -270,9 +270,9 @@ def test_it_is_the_least_of_the_balanced_risk() -> None:
         ("ensemble wise export merged", ["export merged", "ensemble wise"]),
         (
             "ensemble logits pretrained none backbone ResNet-20 adaptformer False init_head none",
-            ["ensemble logits", "text tower"],
+            ["ensemble logits", "text encoder"],
         ),
-        ("ensemble gla backbone timm:test_vit.r160_in1k init_head none", ["ensemble gla", "text tower"]),
+        ("ensemble gla backbone timm:test_vit.r160_in1k init_head none", ["ensemble gla", "text encoder"]),
     ],
 )
 def test_what_is_refused(words: str, parts: list[str], launch: Cli) -> None:

@@ -31,7 +31,7 @@ from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners
 from tailtune.trainers.export import EXPORTS, ExportedModel, export, onnx_format
 from tailtune.trainers.export.exported_model import FORMULAS, linear_head
 from tailtune.trainers.export.library_network import network
-from tailtune.trainers.export.loading_code import WITHIN
+from tailtune.trainers.export.loading_code import APPLY_WITHIN
 from tailtune.trainers.foreign_checkpoints import lift
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.losses import LOSSES
@@ -287,7 +287,7 @@ def test_heads_beside_and_within(name: str, tmp_path: Path) -> None:
     assert facts["head"] == {
         "type": name,
         **({"scale": 20.0} if name == "CosineClassifier" else {}),
-        "apply": FORMULAS[HEADS[name]] if linear_head(made.head) is None else WITHIN,
+        "apply": FORMULAS[HEADS[name]] if linear_head(made.head) is None else APPLY_WITHIN,
     }
     _, predict = literal(tmp_path)
     assert (predict(normalised(made)) - logits(made)).abs().max() < 1e-4

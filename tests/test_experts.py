@@ -18,8 +18,8 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.models import build_model
-from tailtune.models.backbones.backbone_types import Split
-from tailtune.models.backbones.expert_split import divide
+from tailtune.models.backbones.backbone_types import ExpertSplit
+from tailtune.models.backbones.expert_split import split_experts
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS
@@ -54,7 +54,7 @@ def vit(
     """A network of four blocks whose tuners, of all experts, have moved away from where they started."""
     torch.manual_seed(3)
     host = ViTEncoder(small_net(depth=DEPTH, **changes), fast=fast)
-    divide(host, Split(experts, own), "a ViT")
+    split_experts(host, ExpertSplit(experts, own), "a ViT")
     add_tuners(host, names, SIZES, partial)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_names_and_random_starts() -> None:
     hosts = []
     for experts in (1, 3):
         host = ViTEncoder(small_net(depth=DEPTH))
-        divide(host, Split(experts, 1), "a ViT")
+        split_experts(host, ExpertSplit(experts, 1), "a ViT")
         add_tuners(host, ["lora", "mask"], SIZES, None, seed=7)
         hosts.append(host)
     single, several = (dict(host.tuners.state_dict()) for host in hosts)
@@ -185,8 +185,8 @@ def test_names_and_random_starts() -> None:
 
 def test_one_expert_has_no_split() -> None:
     host = ViTEncoder(small_net(depth=DEPTH))
-    divide(host, Split(1, 2), "a ViT")
-    assert host.experts == 1 and host.own == 0 and host(images()).ndim == 2
+    split_experts(host, ExpertSplit(1, 2), "a ViT")
+    assert host.experts == 1 and host.num_expert_blocks == 0 and host(images()).ndim == 2
 
 
 def test_flops_are_of_one_trunk_and_the_branches() -> None:
@@ -358,7 +358,7 @@ def test_heads_that_begin_apart_stay_so(diversity: float, least: float) -> None:
 def test_tuners_of_ones_own_grow_apart() -> None:
     """All begin as the network that they are put into, and end as others."""
     host = ViTEncoder(small_net(depth=DEPTH))
-    divide(host, Split(3, 1), "a ViT")
+    split_experts(host, ExpertSplit(3, 1), "a ViT")
     add_tuners(host, ["adaptformer"], SIZES)
     host.set_precision()
     model = classifier(host, 3)

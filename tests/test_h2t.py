@@ -181,7 +181,7 @@ def test_groups_of_reslt_go_by_the_counts() -> None:
 def build(config: Config, *pairs: object, model: str = "resnet32_h2t") -> Any:
     cfg = config("fake_lt", model, *SMALL, *pairs)
     info = build_info(cfg)
-    return build_method(cfg, build_model(cfg, info.class_names, pixels=(info.mean, info.std)), info)
+    return build_method(cfg, build_model(cfg, info.class_names, pixel_stats=(info.mean, info.std)), info)
 
 
 def batch() -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_class_means_are_means_of_the_raw_features(config: Config) -> None:
         assert torch.allclose(class_mean(head_context(features, labels, 10, size)).double(), wanted, atol=1e-6)
     model.init_head(head_context(features, labels, 10))
     assert torch.allclose(model.head.get_parameter("weight").double(), wanted, atol=1e-6)
-    assert model.init is None  # and with it the text tower
+    assert model.init is None  # and with it the text encoder
 
 
 def test_a_class_without_images_has_a_finite_row() -> None:
@@ -142,11 +142,11 @@ def shots(k: int, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     whole, seen = head_context(features, labels, int(labels.max()) + 1, 5, seed), list[Tensor]()
 
     def recorded(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        for each, index in whole.features(positions):
+        for each, index in whole.encode_images(positions):
             seen.append(index)
             yield each, index
 
-    return k_shot(replace(whole, features=recorded), shots=k), torch.cat(seen)
+    return k_shot(replace(whole, encode_images=recorded), shots=k), torch.cat(seen)
 
 
 def test_k_shot_is_the_class_mean_of_k_images_a_class() -> None:

@@ -281,11 +281,11 @@ def test_a_head_of_images_that_cannot_be_read(name: str, readable: int) -> None:
     context = HeadContext(
         labels=torch.tensor([0, 0, 1]),
         num_classes=2,
-        dim=4,
+        feature_dim=4,
         seed=0,
         device=torch.device("cpu"),
-        features=lambda positions: [(torch.ones(readable, 4), torch.arange(readable))],
-        reduce=lambda tensor: tensor,
+        encode_images=lambda positions: [(torch.ones(readable, 4), torch.arange(readable))],
+        sum_over_processes=lambda tensor: tensor,
     )
     if readable and name != "linear_probe":
         assert HEAD_INITS[name](context, None, ()).isfinite().all()

@@ -178,7 +178,7 @@ TOWERS: dict[str, tuple[dict[str, Any], str]] = {
         "c_fc",
     ),
 }
-"""Kinds of open_clip's image towers: what differs from `QUICK`, and the layers that an adapter wraps."""
+"""Kinds of open_clip's image encoders: what differs from `QUICK`, and the layers that an adapter wraps."""
 
 
 def adapted(host: Encoder, target: str, side: int, **named: Any) -> ExportedModel:
@@ -242,7 +242,7 @@ def test_an_adapter_of_a_timm_network_names_its_base_or_brings_it(
 
     monkeypatch.setattr(timm, "create_model", downloaded)
     spec = TimmBackbone(name)
-    monkeypatch.setattr("tailtune.models.backbones.timm_backbone.hub", nullcontext)
+    monkeypatch.setattr("tailtune.models.backbones.timm_backbone.hub_or_cache", nullcontext)
     for pretrained, base in (("default", f"timm:{name}.r160_in1k"), (None, "base.safetensors")):
         host = spec.build(pretrained, side, 0, False).encoder
         made = adapted(host, target, side, base=spec.published(pretrained))

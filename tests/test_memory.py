@@ -63,7 +63,7 @@ def built(cfg: CfgNode, earlier: Method | None) -> tuple[Method, list[Method]]:
 
     info = build_info(cfg)
     with torch.device("meta"):
-        model = build_model(cfg, info.class_names, pixels=(info.mean, info.std))
+        model = build_model(cfg, info.class_names, pixel_stats=(info.mean, info.std))
         method = build_method(cfg, model, info).to("meta")
         if earlier is not None:
             method.after(Earlier(True, lambda: trained_state(earlier), lend))

@@ -21,8 +21,8 @@ from tailtune.models import ClassificationModel, build_model
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
-from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge
-from tailtune.models.tuners.peft_table import PEFTS, REFUSED, find
+from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge_adapter
+from tailtune.models.tuners.peft_table import PEFTS, REFUSED_TYPES, find_peft_type
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import Sizes, add_tuners
 from tailtune.trainers.dry_run import check, forward_flops
@@ -161,10 +161,10 @@ def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) 
         assert torch.allclose(loaded(images()), wanted, atol=1e-5)
         if name == "Lily":
             with pytest.raises(UserError, match="cannot be merged"):
-                merge(host, adapter)
+                merge_adapter(host, adapter)
             return
         plain = fixture_net()
-        plain.load_state_dict(merge(host, adapter))
+        plain.load_state_dict(merge_adapter(host, adapter))
         assert torch.allclose(plain(images()), wanted, atol=1e-5)
         assert torch.equal(host(images()), wanted), "the host stays as it was"
 
@@ -188,10 +188,10 @@ def test_convolutions(name: str, tmp_path: Path) -> None:
     assert torch.allclose(loaded(images()), host(images()), atol=1e-6)
     if name == "OFT":  # peft 0.21 adds a merged rotation of a convolution to another place
         with pytest.raises(UserError, match="export peft"):
-            merge(host, adapter)
+            merge_adapter(host, adapter)
     else:
         plain = Conv().eval()
-        plain.load_state_dict(merge(host, adapter))
+        plain.load_state_dict(merge_adapter(host, adapter))
         assert torch.allclose(plain(images()), host(images()), atol=1e-5)
     host, adapter = build(
         name, {"oft_block_size": 4} if name == "OFT" else {}, WholeNetworkEncoder(Conv(), 8), partial=1
@@ -200,10 +200,10 @@ def test_convolutions(name: str, tmp_path: Path) -> None:
 
 
 def test_every_type_of_the_installed_peft_is_sorted() -> None:
-    """A new release may bring types: each belongs into PEFTS or, with the reason, into REFUSED."""
+    """A new release may bring types: each belongs into PEFTS or, with the reason, into REFUSED_TYPES."""
     types = {kind.type for kind in PEFTS.values()}
-    assert not types & REFUSED.keys()
-    assert types | REFUSED.keys() == {each.value for each in PEFT_TYPE_TO_TUNER_MAPPING}
+    assert not types & REFUSED_TYPES.keys()
+    assert types | REFUSED_TYPES.keys() == {each.value for each in PEFT_TYPE_TO_TUNER_MAPPING}
 
 
 # --- what is refused ---
@@ -267,13 +267,13 @@ def test_layers_that_are_not_called() -> None:
 
 
 def test_a_network_without_linear_layers() -> None:
-    with pytest.raises(UserError, match="has none to offer; LoRA, .* take convolutions"):
+    with pytest.raises(UserError, match="has none that it could wrap; LoRA, .* take convolutions"):
         build("VeRA", host=WholeNetworkEncoder(Conv(), 8))
 
 
 def test_names_are_spelled_as_in_the_table_and_variants_have_their_own() -> None:
     with pytest.raises(UserError, match="did you mean 'LoRA'"):
-        find("lora")  # another spelling would be another run of the same model
+        find_peft_type("lora")  # another spelling would be another run of the same model
     assert build("DoRA")[1].config.use_dora and build("rsLoRA")[1].config.use_rslora
 
 

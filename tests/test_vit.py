@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
-from tailtune.models.backbones.vit_compatibility import refusal
+from tailtune.models.backbones.vit_compatibility import unsupported_part
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
@@ -171,7 +171,7 @@ def test_a_tuners_draw_does_not_depend_on_the_others() -> None:
 def test_refused_combinations() -> None:
     with pytest.raises(UserError, match="vpt_shallow and vpt_deep"):
         add_tuners(ViTEncoder(small_net()), ["vpt_shallow", "vpt_deep"], Sizes(4, 3))
-    with pytest.raises(UserError, match="more blocks than the 2"):
+    with pytest.raises(UserError, match="this backbone has only 2 blocks"):
         add_tuners(ViTEncoder(small_net()), ["adapter"], Sizes(4, 3), partial=3)
     for share in (0, 1.1):
         with pytest.raises(UserError, match=f"mask_ratio {share} is no share"):
@@ -196,13 +196,13 @@ def test_refused_combinations() -> None:
 )
 def test_a_network_with_foreign_parts_is_refused(part: str, changes: dict[str, object] | None) -> None:
     net = small_net(**changes) if changes else VisionTransformerRelPos(16, 8, embed_dim=8, depth=1, num_heads=1)
-    with pytest.raises(ValueError, match=f"cannot be a ViT host: it has {part}"):
+    with pytest.raises(ValueError, match=f"ViTEncoder cannot run this network: it has {part}"):
         ViTEncoder(net)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_kinds_are_not_refused(kind: str) -> None:
-    assert refusal(net_of(kind)) is None
+    assert unsupported_part(net_of(kind)) is None
 
 
 RULES = [(100, 4, 0.001), (365, 8, 0.003), (1000, 32, 0.009), (8142, 256, 0.073)]

@@ -158,7 +158,7 @@ class _Run:
             run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
             method, facts = ensembled(run)
             result |= {"ensemble": facts} if facts else {}
-        model.init = None  # lets go of the text tower, also where it was not needed
+        model.init = None  # lets go of the text encoder, also where it was not needed
         self.evaluation.from_images(method, data, result)
 
     def _warn(self, model: ClassificationModel, data: DataBundle) -> None:

@@ -1,4 +1,4 @@
-"""What every backbone hands to the model builder."""
+"""The types that every backbone and the model builder share: what a backbone takes, is asked for, and hands over."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,35 +9,52 @@ from torch import Tensor
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import Sentences
 
-Stats = tuple[tuple[float, float, float], tuple[float, float, float]]
-"""Mean and standard deviation of the pre-training images, RGB in [0, 1]."""
+PixelStats = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of the pre-training images: RGB, with pixels scaled to [0, 1]."""
 
 
-class Text(Protocol):
-    """A text tower that names classes in the image tower's feature space."""
+class TextEncoder(Protocol):
+    """The text side of a CLIP, which turns class names into features of the space shared with images.
 
-    projection: Tensor | None  # [d, D] from image features to the shared space; None if the encoder projects
+    Attributes:
+        projection: [d, D] weight from image features to the shared space; None if the image encoder projects itself.
+        logit_scale: the scale σ with which the model was trained to compare images and texts.
+    """
+
+    projection: Tensor | None
     logit_scale: float
 
-    def class_features(self, sentences: Sentences, device: torch.device | None = None) -> Tensor: ...  # [C, d]
+    def class_features(self, sentences: Sentences, device: torch.device | None = None) -> Tensor:
+        """Encode the sentences of each class.
 
-    def weights(self) -> dict[str, Tensor]: ...  # all that class_features depends on
+        Args:
+            sentences: one or more sentences of each of C classes.
+            device: where to compute; None: the CPU.
+
+        Returns:
+            The mean of the normalised text features of each class, [C, d].
+        """
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors that `class_features` depends on, by name."""
+        ...
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputSpec:
     """The images that a backbone takes."""
 
     resolution: int
-    """Side in pixels, what `resolution none` means."""
+    """Side of the square images, in pixels: what `resolution none` means."""
     interpolation: str = "bilinear"
-    """What `interpolation none` means."""
+    """How images are resized: what `interpolation none` means."""
     patch_size: int | None = None
-    """Side of a ViT's patches, of which the resolution is a multiple; None for other networks."""
+    """Side of a ViT's patches, in pixels; the resolution must be a multiple of it. None: the network has no patches."""
 
     @property
     def expand(self) -> int:
-        """Pixels that the crops' resize adds: 1.5 patches, as LIFT; as for a patch of 16 where there are none."""
+        """Pixels that the resize before a crop adds: 1.5 patches, as LIFT does; without patches those of size 16."""
         return 3 * (self.patch_size or 16) // 2
 
 
@@ -48,50 +65,64 @@ class PublishedWeights:
     library: str
     """`timm` or `open_clip`."""
     name: str
-    """Of the network; timm's has the tag behind a dot."""
+    """Name of the network; timm's names end in the tag, after a dot."""
     tag: str | None = None
-    """open_clip's."""
+    """open_clip's tag of the weights; None for timm."""
 
     def __str__(self) -> str:
-        return ":".join(each for each in (self.library, self.name, self.tag) if each)
+        return ":".join(part for part in (self.library, self.name, self.tag) if part)
 
 
 @dataclass(frozen=True)
-class Split:
-    """How experts share a network."""
+class ExpertSplit:
+    """How experts share a network (`num_experts`, `expert_split`, `reduce_dimension`)."""
 
     experts: int = 1
-    own: int | None = None
-    """Last parts (stages, blocks) that each expert has for itself; 0: none; None: what the backbone does by itself."""
+    """How many experts there are."""
+    own_blocks: int | None = None
+    """How many of the last blocks (or stages) each expert has for itself; None: the backbone's default."""
     reduced: bool = False
-    """The experts' own parts are narrower."""
+    """Whether the last stages are narrower, as in RIDE."""
 
 
 @dataclass
 class Backbone:
+    """What a backbone hands to the model builder."""
+
     encoder: Encoder
-    stats: Stats | None
-    """None: trained from nothing, so of the data's own pixels."""
+    pixel_stats: PixelStats | None
+    """None: the network was trained on no images yet, so the statistics of the data at hand are used."""
     embed_dim: int | None = None
-    """Width of the space shared with text, d; None for a backbone without text tower."""
-    text: Text | None = None
-    """Absent on the meta device too, where nothing is encoded."""
-    random: bool = False
-    """The weights are random although pre-trained ones exist."""
+    """Width d of the space shared with texts; None for a backbone without a text encoder."""
+    text_encoder: TextEncoder | None = None
+    """None also on the meta device, where no text is encoded."""
+    random_base: bool = False
+    """Whether the weights are random although pre-trained ones exist."""
 
 
-ONE = Split()
+NO_SPLIT = ExpertSplit()
 
 
 class BackboneSpec(Protocol):
-    """An entry of BACKBONES, or what `open_clip:…` or `timm:…` names."""
+    """How a backbone is built: an entry of BACKBONES, or what `open_clip:NAME` or `timm:NAME` names."""
 
-    def inputs(self, pretrained: str | None = None) -> Inputs:
-        """Known without weights or network. Weights of one architecture may differ in their interpolation."""
+    def inputs(self, pretrained: str | None = None) -> InputSpec:
+        """The images that the backbone takes. Neither weights nor a network are needed to know this.
+
+        Args:
+            pretrained: the option; weights of one architecture may differ in their interpolation.
+        """
         ...
 
     def published(self, pretrained: str | None) -> PublishedWeights | None:
-        """Where others find the weights that an option means; None for random ones, files, and what we ship."""
+        """Where others find the pre-trained weights.
+
+        Args:
+            pretrained: the option.
+
+        Returns:
+            None for random weights, for files, and for weights that only this repository ships.
+        """
         ...
 
     def build(
@@ -101,5 +132,19 @@ class BackboneSpec(Protocol):
         seed: int,
         project: bool,
         fast: bool = True,
-        split: Split = ONE,
-    ) -> Backbone: ...
+        split: ExpertSplit = NO_SPLIT,
+    ) -> Backbone:
+        """The image encoder with its weights. On the meta device it has shapes only, and nothing is read.
+
+        Args:
+            pretrained: `default`, a tag, a file, or None for random weights.
+            resolution: side of the images, in pixels.
+            seed: seed of random weights.
+            project: whether features are in the space shared with texts (zero-shot).
+            fast: False computes the plain formulation of a ViT, for comparison.
+            split: how experts share the network.
+
+        Raises:
+            UserError: the weights are not there or do not fit, or the backbone cannot do what is asked.
+        """
+        ...

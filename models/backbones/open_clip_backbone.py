@@ -1,4 +1,4 @@
-"""Backbones with a text tower: open_clip resolves and reads the weights, the image tower moves into a host of ours."""
+"""Backbones of open_clip: a CLIP's weights are found and read, and its image and text encoders are taken apart."""
 
 import json
 import logging
@@ -19,13 +19,25 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError, lookup, naming, unknown
 from tailtune.configs.seeding import seeded
-from tailtune.models.backbones.backbone_types import ONE, Backbone, Inputs, PublishedWeights, Split, Stats
+from tailtune.models.backbones.backbone_types import (
+    NO_SPLIT,
+    Backbone,
+    ExpertSplit,
+    InputSpec,
+    PixelStats,
+    PublishedWeights,
+)
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
-from tailtune.models.backbones.expert_split import divide
-from tailtune.models.backbones.open_clip_image_encoders import empty_tower, is_simple, taken_tower, vision_at
+from tailtune.models.backbones.expert_split import split_experts
+from tailtune.models.backbones.open_clip_image_encoders import (
+    extract_image_encoder,
+    is_openai_vit,
+    meta_image_encoder,
+    vision_config,
+)
 from tailtune.models.backbones.pretrained_weights import (
-    fetch,
-    hub,
+    download_open_clip_weights,
+    hub_or_cache,
     is_path,
     load_strict,
     local_file,
@@ -37,8 +49,8 @@ from tailtune.models.backbones.timm_backbone import TimmBackbone
 log = logging.getLogger("tailtune")
 
 
-_register = cache(open_clip.add_model_config)
-"""Tells open_clip of a config, once: each time it reads again all that it knows."""
+_register_config = cache(open_clip.add_model_config)
+"""Makes a config file known to open_clip. Cached, because open_clip then reads all its configs again."""
 
 
 @dataclass(frozen=True)
@@ -47,99 +59,111 @@ class OpenClipBackbone:
 
     Args:
         arch: open_clip's model name; with OpenAI's weights one of the `-quickgelu` names.
-        tag: what `pretrained default` means; None: the only one that open_clip lists.
+        tag: the tag that `pretrained default` means; None: the only one that open_clip lists.
         config: model config file of an architecture that open_clip does not know.
-        files: tag → file, for weights that travel with the repository.
-        stats, interpolation: in place of those that open_clip lists for the weights. LIFT resizes bilinearly
-            throughout, although CLIP was trained on bicubic images.
+        files: tag → file, for weights that this repository ships.
+        pixel_stats: mean and deviation in place of those that open_clip lists for the weights.
+        interpolation: in place of the one that open_clip lists. LIFT always resizes bilinearly, although CLIP was
+            trained on bicubic images.
     """
 
     arch: str
     tag: str | None = "openai"
     config: Path | None = None
     files: dict[str, Path] = field(default_factory=dict)
-    stats: Stats | None = None
+    pixel_stats: PixelStats | None = None
     interpolation: str | None = "bilinear"
 
-    def inputs(self, pretrained: str | None = None) -> Inputs:
+    def inputs(self, pretrained: str | None = None) -> InputSpec:
+        """The images that the image encoder takes, as open_clip's config and the weights' listing say."""
         vision = CLIPVisionCfg(**self._config()["vision_cfg"])
         interpolation = self.interpolation or self._preprocessing(pretrained)["interpolation"]
         if vision.timm_model_name:
             patch_size = TimmBackbone(vision.timm_model_name).inputs().patch_size
         else:
             patch_size = None if isinstance(vision.layers, (list, tuple)) else vision.patch_size
-        return Inputs(int(vision.image_size), interpolation, patch_size)
+        return InputSpec(int(vision.image_size), interpolation, patch_size)
 
     def published(self, pretrained: str | None) -> PublishedWeights | None:
+        """The name and tag of weights that open_clip downloads."""
         tag = self._tag(pretrained)
         return None if tag is None or self.files else PublishedWeights("open_clip", self.arch, tag)
 
     def build(
-        self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
+        self,
+        pretrained: str | None,
+        resolution: int,
+        seed: int,
+        project: bool,
+        fast: bool = True,
+        split: ExpertSplit = NO_SPLIT,
     ) -> Backbone:
-        """The image tower in a host, with the text tower at hand.
+        """The image encoder with its weights, and the text encoder; for the arguments see `BackboneSpec.build`.
 
-        On the meta device nothing is read. `project` keeps the visual projection of a ViT (zero-shot); the feature of
-        any other tower is in the shared space already. SigLIP's bias is the same for all classes and is left out.
+        `project` keeps the visual projection of a ViT (zero-shot); all other image encoders always end in the shared
+        space. SigLIP's bias is the same for all classes and is left out.
 
         Raises:
             UserError: unknown tag, no such file, no network, a file of another model, QuickGELU mismatch.
         """
         config = self._config()
-        dim, vision = config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"])
+        embed_dim, vision = config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"])
         if isinstance(vision.layers, (list, tuple)) and resolution != vision.image_size:
             raise UserError(
                 f"resolution {resolution}: {self.arch} takes {vision.image_size} only, its attention pooling has "
                 "positions for that"
             )
-        found = self._preprocessing(pretrained)
-        stats: Stats = self.stats or (tuple(found["mean"]), tuple(found["std"]))
+        preprocessing = self._preprocessing(pretrained)
+        pixel_stats = self.pixel_stats or (tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
         source = self._source(pretrained, config)
         if torch.get_default_device().type == "meta":
-            encoder = empty_tower(config, resolution, project, fast)
-            divide(encoder, split, self.arch)
-            return Backbone(encoder, stats, embed_dim=dim)
+            encoder = meta_image_encoder(config, resolution, project, fast)
+            split_experts(encoder, split, self.arch)
+            return Backbone(encoder, pixel_stats, embed_dim=embed_dim)
         path = None if pretrained is None else self._file(pretrained, source, config)
         clip = self._clip(config, resolution, seed)
         if path is not None:
             with naming("pretrained"):
                 state = to_open_clip_layout(clip, read_state(path))
-                if resolution != vision.image_size and not is_simple(config):
+                if resolution != vision.image_size and not is_openai_vit(config):
                     resize_pos_embed(state, clip)
                 load_strict(clip, state, self.arch, path)
-        encoder, projection = taken_tower(clip, config, resolution, project, fast)
+        encoder, projection = extract_image_encoder(clip, config, resolution, project, fast)
         del clip.visual
-        divide(encoder, split, self.arch)
-        text = ClipTextEncoder(clip, partial(_tokens, self.arch), None if project else projection)
-        return Backbone(encoder, stats, dim, text, random=path is None)
+        split_experts(encoder, split, self.arch)
+        text_encoder = ClipTextEncoder(clip, partial(_tokenize, self.arch), None if project else projection)
+        return Backbone(encoder, pixel_stats, embed_dim, text_encoder, random_base=path is None)
 
     def _config(self) -> dict[str, Any]:
+        """open_clip's config of the model."""
         if self.config is not None:
-            _register(self.config)
+            _register_config(self.config)
             return json.loads(self.config.read_text())
         return open_clip.get_model_config(self.arch)
 
     def _clip(self, config: dict[str, Any], resolution: int, seed: int) -> Any:
         """open_clip's model with random weights, of the class that its own factory would choose."""
         text = config["text_cfg"]
-        kind = open_clip.CustomTextCLIP if config.get("custom_text") or "hf_model_name" in text else open_clip.CLIP
-        kind = open_clip.CoCa if "multimodal_cfg" in config else kind
-        own = {name: each for name, each in config.items() if name != "custom_text"}
+        model_class = (
+            open_clip.CustomTextCLIP if config.get("custom_text") or "hf_model_name" in text else open_clip.CLIP
+        )
+        model_class = open_clip.CoCa if "multimodal_cfg" in config else model_class
+        arguments = {name: value for name, value in config.items() if name != "custom_text"}
         if "hf_model_name" in text:
-            own["text_cfg"] = {**text, "hf_model_pretrained": False}
+            arguments["text_cfg"] = {**text, "hf_model_pretrained": False}
         try:
-            with seeded(seed, "backbone"), hub() if "hf_model_name" in text else nullcontext():
-                return kind(**{**own, "vision_cfg": vision_at(config, resolution)})
+            with seeded(seed, "backbone"), hub_or_cache() if "hf_model_name" in text else nullcontext():
+                return model_class(**{**arguments, "vision_cfg": vision_config(config, resolution)})
         except (OSError, HfHubHTTPError) as error:
             raise UserError(
-                f"the text tower of {self.arch} ({text['hf_model_name']}) is described on the Hugging Face hub, which "
-                "cannot be reached; choose another backbone, or go online once"
+                f"the text encoder of {self.arch} ({text['hf_model_name']}) is described on the Hugging Face hub, "
+                "which cannot be reached; choose another backbone, or go online once"
             ) from error
 
     # --- weights -----------------------------------------------------------------------------------------------
 
     def _tag(self, pretrained: str | None) -> str | None:
-        """The tag that an option's value means; None for a file or random weights."""
+        """The tag that the option `pretrained` means; None for a file or random weights."""
         if pretrained is None or is_path(pretrained):
             return None
         if pretrained != "default":
@@ -171,37 +195,49 @@ class OpenClipBackbone:
         return source
 
     def _file(self, pretrained: str, source: dict[str, Any], config: dict[str, Any]) -> Path:
+        """The file with the weights, downloaded if it is not here."""
         if not source:
-            if config.get("quick_gelu"):  # a file does not say
+            if config.get("quick_gelu"):  # the file itself does not say which activation it was trained with
                 log.info("%s is taken to have been trained with QuickGELU, as OpenAI's weights", pretrained)
             return local_file(pretrained)
-        return Path(source["file"]) if "file" in source else fetch(self.arch, str(self._tag(pretrained)), source)
+        if "file" in source:
+            return Path(source["file"])
+        return download_open_clip_weights(self.arch, str(self._tag(pretrained)), source)
 
     def _preprocessing(self, pretrained: str | None) -> Mapping[str, Any]:
-        """mean, std and interpolation of a tag; of a file those of the architecture's first tag, or open_clip's."""
+        """mean, std and interpolation of a tag; for a file those of the first tag listed, or open_clip's defaults."""
         tags = [self._tag(pretrained) or "", *list_pretrained_tags_by_model(self.arch)]
         return next(filter(None, (get_pretrained_cfg(self.arch, tag) for tag in tags)), asdict(PreprocessCfg()))
 
 
 def find_open_clip_backbone(name: str) -> OpenClipBackbone:
-    """The backbone `open_clip:<name>`. Raises `UserError` for a name that open_clip does not know."""
+    """The backbone `open_clip:<name>`.
+
+    Raises:
+        UserError: open_clip does not know the name.
+    """
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models())
     return OpenClipBackbone(name, tag=None, interpolation=None)
 
 
-def _tokens(arch: str, sentences: Sequence[str]) -> Tensor:
-    """Token ids [n, length]. The tokenizer is read when the first sentence comes, because some are downloaded."""
-    return _tokenizer(arch)(list(sentences))
+def _tokenize(arch: str, sentences: Sequence[str]) -> Tensor:
+    """Token ids [n, length]. The tokenizer is loaded when it is first used, because some are downloaded."""
+    return load_tokenizer(arch)(list(sentences))
 
 
 @cache
-def _tokenizer(arch: str) -> Any:
+def load_tokenizer(arch: str) -> Any:
+    """The tokenizer of open_clip's model `arch`: a list of n sentences → token ids [n, length].
+
+    Raises:
+        UserError: it is not here and cannot be downloaded, or a package that it needs is missing.
+    """
     online = "hf_tokenizer_name" in open_clip.get_model_config(arch)["text_cfg"]
     try:
-        with hub() if online else nullcontext():
+        with hub_or_cache() if online else nullcontext():
             return open_clip.get_tokenizer(arch)
-    except (OSError, ImportError, ValueError, HfHubHTTPError) as error:  # not here, or a package is missing
+    except (OSError, ImportError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n", 1)[0][:120]
         raise UserError(
             f"the tokenizer of {arch} cannot be loaded ({reason}); go online once, or choose init_head class_mean, "

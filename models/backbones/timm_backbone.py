@@ -1,4 +1,4 @@
-"""Image-only backbones from timm: ViTs in the ViT host, whatever else as a whole."""
+"""Backbones of timm, image encoders only: plain ViTs run in `ViTEncoder`, all other networks as a whole."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,24 +17,31 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 
 from tailtune.configs.errors import UserError, naming, unknown
 from tailtune.configs.seeding import seeded
-from tailtune.models.backbones.backbone_types import ONE, Backbone, Inputs, PublishedWeights, Split
+from tailtune.models.backbones.backbone_types import NO_SPLIT, Backbone, ExpertSplit, InputSpec, PublishedWeights
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.expert_split import divide
-from tailtune.models.backbones.pretrained_weights import State, hub, is_path, load_strict, local_file, read_state
+from tailtune.models.backbones.expert_split import split_experts
+from tailtune.models.backbones.pretrained_weights import (
+    State,
+    hub_or_cache,
+    is_path,
+    load_strict,
+    local_file,
+    read_state,
+)
 from tailtune.models.backbones.safe_torch_load import refuse_bad_tensors
-from tailtune.models.backbones.vit_compatibility import refusal
+from tailtune.models.backbones.vit_compatibility import unsupported_part
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 
 DAMAGED = (SafetensorError, UnpicklingError, EOFError)
-"""What reading a file of timm's raises that was not downloaded to its end."""
-POSITIONED = {"pos_embed", "patch_embed.proj.weight"}
-"""What timm's filter resizes; a file without them is refused by name."""
+"""What timm raises for a file in its cache that was not downloaded completely."""
+RESIZED = {"pos_embed", "patch_embed.proj.weight"}
+"""Tensors that timm's filter resizes, and without which it fails; a file without them gets our message instead."""
 
 
 @dataclass(frozen=True)
 class TimmBackbone:
-    """A network of timm. Weights: `default` (those of the name's tag, or of timm's default), a local file, or none.
+    """A network of timm. `pretrained`: `default` (weights of the name's tag, or of timm's default tag), a file, none.
 
     Args:
         name: timm's name, with `.tag` or without.
@@ -44,59 +51,73 @@ class TimmBackbone:
     name: str
     interpolation: str | None = None
 
-    def inputs(self, pretrained: str | None = None) -> Inputs:
-        """timm's own; its share of the image that is cropped for testing is not taken over."""
+    def inputs(self, pretrained: str | None = None) -> InputSpec:
+        """The images that timm lists for the network; timm's crop ratio for testing is not used."""
         config = self._config()
-        return Inputs(config.input_size[-1], self.interpolation or config.interpolation, _patch_size(self.name))
+        return InputSpec(config.input_size[-1], self.interpolation or config.interpolation, _patch_size(self.name))
 
     def published(self, pretrained: str | None) -> PublishedWeights | None:
+        """timm's name and tag of the weights, with `pretrained default`."""
         config = self._config()
         return PublishedWeights("timm", f"{config.architecture}.{config.tag}") if pretrained == "default" else None
 
     def build(
-        self, pretrained: str | None, resolution: int, seed: int, project: bool, fast: bool = True, split: Split = ONE
+        self,
+        pretrained: str | None,
+        resolution: int,
+        seed: int,
+        project: bool,
+        fast: bool = True,
+        split: ExpertSplit = NO_SPLIT,
     ) -> Backbone:
-        """The network without its classifier; the feature is what the classifier was given.
+        """The network without its classifier; the feature is the classifier's input.
+
+        For the arguments see `BackboneSpec.build`.
 
         Raises:
-            UserError: zero-shot, no such weights, no network, a file of another model, a resolution it cannot take.
+            UserError: zero-shot; weights that do not exist or do not fit; a resolution that the network cannot take.
         """
         config = self._config()
         self._check(pretrained, project, config)
         load = pretrained is not None and torch.get_default_device().type != "meta"
         file = local_file(pretrained) if load and pretrained and is_path(pretrained) else None
         with seeded(seed, "backbone"):
-            net = self.create(fetch=load and file is None)
-        resize(net, resolution, config.input_size[-1], self.name)
+            net = self.create(download=load and file is None)
+        set_resolution(net, resolution, config.input_size[-1], self.name)
         if file is not None:
             with naming("pretrained"):
                 load_strict(net, _without_classifier(read_state(file), net, config), self.name, file)
-        encoder = host(net, fast)
-        divide(encoder, split, self.name)
-        return Backbone(encoder, (config.mean, config.std), random=not load)
+        encoder = encoder_for(net, fast)
+        split_experts(encoder, split, self.name)
+        return Backbone(encoder, (config.mean, config.std), random_base=not load)
 
     def _config(self) -> Any:
+        """timm's description of the network and its weights."""
         config = timm.get_pretrained_cfg(self.name)
         assert config is not None, "names are checked where they are looked up"
         return config
 
     def _check(self, pretrained: str | None, project: bool, config: PretrainedCfg) -> None:
+        """Raise a `UserError` for options that the network cannot fulfil."""
         if project:
-            raise UserError(f"zero_shot needs a text tower, and {self.name} has none; choose a CLIP backbone")
+            raise UserError(f"zero_shot needs a text encoder, and {self.name} has none; choose a CLIP backbone")
         if pretrained is not None and pretrained != "default" and not is_path(pretrained):
             raise UserError(f"pretrained '{pretrained}': {self.name} takes `default`, a local file, or none")
         if pretrained == "default" and not config.has_weights:
             raise UserError(f"timm has no weights of {self.name}: name a file with `pretrained /path/to/file`, or none")
 
-    def create(self, fetch: bool) -> Any:
-        """timm's network without classifier, with its published weights or random ones.
+    def create(self, download: bool) -> Any:
+        """timm's network without its classifier.
+
+        Args:
+            download: whether it gets its published weights, from timm's cache or the network; else random ones.
 
         Raises:
             UserError: the weights are not here and cannot be downloaded, or are damaged.
         """
         try:
-            with hub() if fetch else nullcontext():
-                net = timm.create_model(self.name, pretrained=fetch, num_classes=0)
+            with hub_or_cache() if download else nullcontext():
+                net = timm.create_model(self.name, pretrained=download, num_classes=0)
         except DAMAGED as error:
             raise UserError(
                 f"the weights of {self.name} in the cache of timm cannot be read ({error}); remove them from there, so "
@@ -104,37 +125,54 @@ class TimmBackbone:
             ) from error
         except (OSError, HfHubHTTPError) as error:
             config = self._config()
-            place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+            url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             raise UserError(
-                f"the weights of {self.name} are not here and cannot be downloaded: get {place} and name the file "
+                f"the weights of {self.name} are not here and cannot be downloaded: get {url} and name the file "
                 "with `pretrained /path/to/file`; `pretrained none` runs with random weights"
             ) from error
-        if fetch:
+        if download:
             refuse_bad_tensors(net.state_dict(), f"the weights of {self.name}, as timm reads them,")
         return net
 
 
 def find_timm_backbone(name: str) -> TimmBackbone:
-    """The backbone `timm:<name>`. Raises `UserError` for a name or tag that timm does not know."""
+    """The backbone `timm:<name>`.
+
+    Raises:
+        UserError: timm does not know the name or the tag.
+    """
     arch, tag = split_model_name_tag(name)
-    if arch not in timm.list_models():  # `is_model` says yes to names that timm has renamed, and then has none of them
+    if arch not in timm.list_models():  # `timm.is_model` also accepts old names, for which timm lists no weights
         raise unknown("timm model", arch, timm.list_models())
-    tags = [each.partition(".")[2] for each in timm.list_models(f"{arch}.*", pretrained=True)]
-    if "." in name and tag not in tags:  # `resnet18.` has an empty one
+    tags = [model.partition(".")[2] for model in timm.list_models(f"{arch}.*", pretrained=True)]
+    if "." in name and tag not in tags:  # the tag of `resnet18.` is empty
         raise unknown(f"tag of timm's {arch}", tag, tags)
     return TimmBackbone(name)
 
 
-def host(net: Any, fast: bool = True) -> Encoder:
-    """A timm network without classifier in the host that computes all of it."""
-    return ViTEncoder(net, fast=fast) if refusal(net) is None else WholeNetworkEncoder(net, net.head_hidden_size)
+def encoder_for(net: Any, fast: bool = True) -> Encoder:
+    """The encoder that runs a timm network.
+
+    Args:
+        net: the network without its classifier.
+        fast: False computes the plain formulation of a ViT, for comparison.
+    """
+    if unsupported_part(net) is None:
+        return ViTEncoder(net, fast=fast)
+    return WholeNetworkEncoder(net, net.head_hidden_size)
 
 
-def resize(net: Any, resolution: int, native: int, name: str) -> None:
-    """Prepare a timm network for images of another size; most convnets take any.
+def set_resolution(net: Any, resolution: int, native: int, name: str) -> None:
+    """Prepare a timm network for images of another size; most convnets take any size as they are.
+
+    Args:
+        net: the network.
+        resolution: side of the images, in pixels.
+        native: side of the images for which it was made, in pixels.
+        name: what the network is called in messages.
 
     Raises:
-        UserError: it takes one size only, or no such one.
+        UserError: the network cannot take images of that size.
     """
     if resolution == native:
         return
@@ -150,22 +188,25 @@ def resize(net: Any, resolution: int, native: int, name: str) -> None:
 
 @cache
 def _patch_size(name: str) -> int | None:
-    """Of a transformer with one grid of patches; timm knows it of a built network only."""
+    """Side of the patches of a transformer with one grid of patches; None for other networks.
+
+    timm knows this of a built network only, so one is built on the meta device.
+    """
     with torch.device("meta"), torch.no_grad():
         net: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
-        if refusal(net) is not None:
+        if unsupported_part(net) is not None:
             side = net.pretrained_cfg["input_size"][-1]
             shape = tuple(net(torch.empty(1, 3, side, side)).shape)
             if shape != (1, net.head_hidden_size):
                 raise UserError(f"timm's {name} gives no feature vector of an image (but {shape}); choose another")
-    whole = isinstance(net, (VisionTransformer, Eva)) and type(net.patch_embed) is PatchEmbed
-    return int(net.patch_embed.patch_size[0]) if whole else None
+    has_one_grid = isinstance(net, (VisionTransformer, Eva)) and type(net.patch_embed) is PatchEmbed
+    return int(net.patch_embed.patch_size[0]) if has_one_grid else None
 
 
 def _without_classifier(state: State, net: Any, config: PretrainedCfg) -> State:
-    """A file in timm's layout for a network without classifier, which is that of the pre-training classes."""
+    """A state dict in timm's layout without the classifier of the pre-training classes, at the network's resolution."""
     names = config.classifier if isinstance(config.classifier, (tuple, list)) else (config.classifier,)
-    parts = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-    state = {name: each for name, each in state.items() if name not in parts}
-    fits = isinstance(net, VisionTransformer) and state.keys() >= POSITIONED
-    return checkpoint_filter_fn(state, net) if fits else state
+    classifier = {f"{name}.{suffix}" for name in names for suffix in ("weight", "bias")}
+    state = {name: tensor for name, tensor in state.items() if name not in classifier}
+    resizable = isinstance(net, VisionTransformer) and state.keys() >= RESIZED
+    return checkpoint_filter_fn(state, net) if resizable else state

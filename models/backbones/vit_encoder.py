@@ -1,19 +1,23 @@
-"""The one ViT host: timm's layout, one block function with named sites where tuners act.
+"""The encoder for all plain ViTs: timm's weights, and a forward of our own with named sites where tuners act.
 
-The network itself is timm's `VisionTransformer`, used as a holder of weights (`qkv`, `proj`, `fc1`, `fc2`). Its
-forward is written here, because the tuners of PEFT act inside the block and because three facts make a step with a
-frozen backbone cheaper, all of them exact up to rounding:
+The network is timm's `VisionTransformer`, which only holds the weights (`qkv`, `proj`, `fc1`, `fc2`, …). The forward
+is written here because tuners act inside the blocks, and because three facts make a training step with a frozen
+network cheaper. All three are exact up to rounding:
 
-* where only the class token is read, the last block computes query, projection and MLP for one token only;
-* QuickGELU(x) = silu(1.702 x) / 1.702, and both constants fold into frozen fc1 and fc2;
-* q, k, v stay 4-D, which is what the fused attention kernels ask for.
+* Where only the class token is read, the last block computes query, projection and MLP for that token alone.
+* QuickGELU(x) = silu(1.702 x) / 1.702, and both constants can be folded into frozen weights of fc1 and fc2.
+* q, k and v stay 4-D, which is the shape that the fused attention kernels take.
 
-Sites (x is a layer's input, y its output): `tokens` (block input), `norm1`, `q`, `k`, `v`, `proj`, `norm2`, `fc1`,
-`fc2`, `mlp` (y the MLP branch, x the residual stream before norm2), and `<layer>.weights` of `qkv`, `proj`, `fc1`,
-`fc2` (y the pair of weight and bias). A module at a site is called `y = module(y, x)`; several act in the order of the
-tuner table.
+Sites of a block (x is the input of the site, y its output):
 
-Experts have the last blocks for themselves in that each has tuners of its own there, around the same frozen weights.
+* `tokens`: the block's input;
+* `norm1`, `q`, `k`, `v`, `proj`, `norm2`, `fc1`, `fc2`: the output of that layer;
+* `mlp`: y is the output of the MLP branch, x the residual stream before norm2;
+* `qkv.weights`, `proj.weights`, `fc1.weights`, `fc2.weights`: y is the layer's pair of weight and bias.
+
+A tuner's module at a site is called as `y = module(y, x)`. Several act in the order of the table of tuners.
+
+With several experts, each has tuners of its own in the last blocks, around the same frozen weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,50 +31,57 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.vit_compatibility import refusal
-from tailtune.models.backbones.vit_layers import apply_tuners, layer_scale, linear, norm, project
+from tailtune.models.backbones.vit_compatibility import unsupported_part
+from tailtune.models.backbones.vit_layers import apply_tuners, layer_scale, linear, norm, project_qkv
 
 LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-"""The linear layers of a block, in the order of LIFT → where they are in it."""
+"""Name of each linear layer, in LIFT's order → its path within a block."""
 OUTPUTS = ("tokens", "norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2", "mlp")
+"""Sites at the output of a layer."""
 SITES = (*OUTPUTS, *(f"{layer}.weights" for layer in LAYERS))
-QUICK = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x)
+"""All sites of a block."""
+QUICK_GELU_FACTOR = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x)
 
 Sites = dict[str, list[nn.Module]]
+"""Site → the tuners' modules there, for one block."""
 
 
 class ViTEncoder(Encoder):
-    """timm ViT + tuners → pooled feature after the last norm, and after the projection if one is given.
+    """A timm ViT with tuners → the pooled feature after the last norm, projected if a projection is given.
 
-    Class and register tokens, layer scale, normed queries and keys, and every pooling of timm are computed; tokens
-    that a prompt tuner has added are read by the class token and never pooled.
+    Class and register tokens, layer scale, normed queries and keys, and all of timm's poolings are supported. The
+    class token attends to tokens that a prompt tuner has added; pooling never includes them.
+
+    Checkpoints name tensors after the attributes `net`, `tuners` and `projection`.
 
     Args:
-        net: the network without classifier.
-        projection: [d, D] weight applied to the feature (CLIP's visual projection), or None.
+        net: the network without its classifier.
+        projection: [d, D] weight that is applied to the feature (CLIP's visual projection), or None.
         fast: False computes the plain formulation, for comparison.
 
+    Attributes:
+        sites: expert → block → site → modules. Experts share the entries of the blocks that they share.
+        num_expert_blocks: how many of the last blocks hold tuners of each expert's own.
+
     Raises:
-        ValueError: a network with parts that this forward would leave out, see `refusal`.
+        ValueError: the network has parts that this forward would leave out, see `unsupported_part`.
     """
 
     def __init__(self, net: VisionTransformer, projection: Tensor | None = None, fast: bool = True) -> None:
-        super().__init__(net)  # tuners: tuner → block index (→ expert) → site → module
-        reason = refusal(net)
+        super().__init__(net)
+        reason = unsupported_part(net)
         if reason is not None:
-            raise ValueError(f"this network cannot be a ViT host: it has {reason}")
+            raise ValueError(f"ViTEncoder cannot run this network: it has {reason}; use WholeNetworkEncoder")
         self.projection = None if projection is None else nn.Parameter(projection, requires_grad=False)
-        self.sites = [_empty(len(net.blocks))]
-        """Expert → block → site; experts have the same entries for the blocks that they share."""
-        self.own = 0
-        """The last blocks, in which each expert has tuners of its own."""
+        self.sites = [_empty_sites(len(net.blocks))]
+        self.num_expert_blocks = 0
         self.fast = fast
         self.residual_dtype: torch.dtype | None = None
-        self._masters: dict[str, Tensor] = {}
+        self._full_precision_weights: dict[str, Tensor] = {}
 
     @property
     def width(self) -> int:
-        """Width of the transformer, D."""
+        """Width D of the transformer."""
         return int(self.net.embed_dim)
 
     @property
@@ -78,113 +89,137 @@ class ViTEncoder(Encoder):
         return self.width if self.projection is None else len(self.projection)
 
     @property
-    def parts(self) -> list[nn.Module]:  # type: ignore[override]
+    def blocks(self) -> list[nn.Module]:  # type: ignore[override]
         return list(self.net.blocks)
 
     @property
-    def divided(self) -> list[nn.Module]:
-        return self.parts[self.depth - self.own :]
+    def expert_blocks(self) -> list[nn.Module]:
+        return self.blocks[self.depth - self.num_expert_blocks :]
 
     @property
     def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
         return int(self.net.patch_embed.patch_size[0])
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
         return self.net.patch_embed.grid_size
 
     @property
-    def length(self) -> int:
-        """Tokens of an image, prompts not counted."""
+    def num_tokens(self) -> int:
+        """Tokens of an image: patches, class and register tokens, but no prompts."""
         return int(self.net.patch_embed.num_patches + self.net.num_prefix_tokens)
 
     @property
-    def compute(self) -> torch.dtype:
-        """Of what is frozen, and so of the feature."""
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights, and so of the features."""
         return self.net.patch_embed.proj.weight.dtype
 
     @property
     def mlp_width(self) -> int:
-        """Width inside the MLP."""
+        """Width of the hidden layer of an MLP."""
         return int(self.net.blocks[0].mlp.fc1.out_features)
 
     @property
-    def only_class(self) -> bool:
-        """The class token alone makes the feature."""
+    def pools_class_token(self) -> bool:
+        """Whether the feature is made of the class token alone."""
         return bool(self.net.global_pool == "token")
 
     def layers(self, index: int) -> dict[str, Any]:
-        """The linear layers of block `index`, as in LAYERS."""
+        """The linear layers of block `index`, by their names in LAYERS."""
         return {name: self.net.blocks[index].get_submodule(path) for name, path in LAYERS.items()}
 
-    def divide(self, experts: int, own: int) -> None:
-        """Give each expert places for tuners of its own in the last `own` blocks; before any tuner is there."""
-        shared = self.sites[0][: self.depth - own]
-        self.sites = [[*shared, *_empty(own)] for _ in range(experts)]
-        self.experts, self.own = experts, own
+    def split_experts(self, experts: int, own_blocks: int) -> None:
+        """Give each expert sites of its own in the last blocks. Call it before any tuner is inserted.
+
+        Args:
+            experts: number of experts.
+            own_blocks: how many of the last blocks.
+        """
+        shared = self.sites[0][: self.depth - own_blocks]
+        self.sites = [[*shared, *_empty_sites(own_blocks)] for _ in range(experts)]
+        self.experts, self.num_expert_blocks = experts, own_blocks
 
     def insert(
         self, tuner: str, index: int, modules: dict[str, nn.Module], on_weights: bool = False, expert: int | None = None
     ) -> None:
-        """Put a tuner's modules at sites of block `index`; they are stored as `tuners.<tuner>.<index>.<site>`, those
-        of one expert as `tuners.<tuner>.<index>.<expert>.<site>`.
+        """Put a tuner's modules at sites of a block.
 
-        With `on_weights` the names are those of layers, and the modules act on their weights.
+        They are stored as `tuners.<tuner>.<block>.<site>`, modules of one expert as
+        `tuners.<tuner>.<block>.<expert>.<site>`. Checkpoints use these names.
+
+        Args:
+            tuner: name of the tuner.
+            index: index of the block.
+            modules: site → module; with `on_weights` layer → module.
+            on_weights: whether the modules act on the weights of layers instead of their outputs.
+            expert: the expert that the modules belong to; None: all.
         """
         path = [tuner, str(index)] if expert is None else [tuner, str(index), str(expert)]
-        place = self.tuners
+        parent = self.tuners
         for name in path[:-1]:
-            if name not in place:
-                place[name] = nn.ModuleDict()
-            place = cast(nn.ModuleDict, place[name])
-        place.add_module(path[-1], nn.ModuleDict(modules))
+            if name not in parent:
+                parent[name] = nn.ModuleDict()
+            parent = cast(nn.ModuleDict, parent[name])
+        parent.add_module(path[-1], nn.ModuleDict(modules))
         for name, module in modules.items():
             self.sites[expert or 0][index][f"{name}.weights" if on_weights else name].append(module)
 
     def trunk(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] → features [B, feature_dim] in the compute dtype; the stream [B, N, D], with
-        the prompts that are in it, before the blocks that experts have for themselves."""
+        """Run the blocks that all experts share.
+
+        Args:
+            images: normalised images [B, 3, H, W].
+
+        Returns:
+            Features [B, feature_dim] in the compute dtype; where experts have blocks of their own, the residual
+            stream [B, N, D] before these blocks, prompts included.
+        """
         net: Any = self.net
-        x = norm(net._pos_embed(net.patch_embed(images.to(self.compute))), net.norm_pre)  # [B, N, D]
-        x = self._run(x.to(self.residual_dtype or x.dtype), range(self.depth - self.own), self.sites[0])
-        return x if self.own else self._pooled(x)
+        x = norm(net._pos_embed(net.patch_embed(images.to(self.compute_dtype))), net.norm_pre)  # [B, N, D]
+        x = x.to(self.residual_dtype or x.dtype)
+        x = self._run_blocks(x, range(self.depth - self.num_expert_blocks), self.sites[0])
+        return x if self.num_expert_blocks else self._pool(x)
 
     def branch(self, shared: Tensor, expert: int) -> Tensor:
-        if not self.own:
+        if not self.num_expert_blocks:
             return shared
-        return self._pooled(self._run(shared, range(self.depth - self.own, self.depth), self.sites[expert]))
+        indices = range(self.depth - self.num_expert_blocks, self.depth)
+        return self._pool(self._run_blocks(shared, indices, self.sites[expert]))
 
-    def _run(self, x: Tensor, indices: range, sites: Sequence[Sites]) -> Tensor:
-        """Some blocks one after the other, [B, N, D] → [B, N, D], or [B, 1, D] where the class token alone is read."""
+    def _run_blocks(self, x: Tensor, indices: range, sites: Sequence[Sites]) -> Tensor:
+        """Run blocks in turn, [B, N, D] → [B, N, D]; after the last block [B, 1, D] if the class token is enough."""
         for index in indices:
-            own = sites[index]
-            if own["tokens"]:
-                x = apply_tuners(own["tokens"], x[:, : self.length], x)
-            only_class = self.fast and self.only_class and index == self.depth - 1
-            x = self._block(x, self.net.blocks[index], own, only_class)
+            if sites[index]["tokens"]:
+                x = apply_tuners(sites[index]["tokens"], x[:, : self.num_tokens], x)
+            class_token_only = self.fast and self.pools_class_token and index == self.depth - 1
+            x = self._block(x, self.net.blocks[index], sites[index], class_token_only)
         return x
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor) -> Tensor:
+        """Last norm, pooling and projection, [B, N, D] → [B, feature_dim]."""
         net: Any = self.net
-        x = norm(x[:, : 1 if self.only_class else self.length], net.norm).to(self.compute)
+        x = norm(x[:, : 1 if self.pools_class_token else self.num_tokens], net.norm).to(self.compute_dtype)
         features = norm(net.pool(x), net.fc_norm)
-        return features if self.projection is None else F.linear(features, self.projection.to(self.compute))
+        return features if self.projection is None else F.linear(features, self.projection.to(self.compute_dtype))
 
-    def _block(self, x: Tensor, block: Any, sites: Sites, only_class: bool) -> Tensor:
+    def _block(self, x: Tensor, block: Any, sites: Sites, class_token_only: bool) -> Tensor:
         """One pre-norm block, [B, N, D] → [B, N, D], or [B, 1, D] for the class token alone."""
-        normed = apply_tuners(sites["norm1"], norm(x, block.norm1).to(self.compute), x)
-        queries = normed[:, :1] if only_class else normed
+        normed = apply_tuners(sites["norm1"], norm(x, block.norm1).to(self.compute_dtype), x)
+        queries = normed[:, :1] if class_token_only else normed
         attended = self._attend(normed, queries, block.attn, sites)
-        x = (x[:, :1] if only_class else x) + layer_scale(attended, block.ls1)
-        normed = apply_tuners(sites["norm2"], norm(x, block.norm2).to(self.compute), x)
+        x = (x[:, :1] if class_token_only else x) + layer_scale(attended, block.ls1)
+        normed = apply_tuners(sites["norm2"], norm(x, block.norm2).to(self.compute_dtype), x)
         return x + apply_tuners(sites["mlp"], layer_scale(self._mlp(normed, block.mlp, sites), block.ls2), x)
 
     def _attend(self, x: Tensor, queries: Tensor, attn: Any, sites: Sites) -> Tensor:
-        q, k, v = project(x, queries, attn.qkv, sites["qkv.weights"])
+        """Self-attention of `queries` [B, M, D] over x [B, N, D] → [B, M, D]."""
+        q, k, v = project_qkv(x, queries, attn.qkv, sites["qkv.weights"])
         q, k, v = apply_tuners(sites["q"], q, queries), apply_tuners(sites["k"], k, x), apply_tuners(sites["v"], v, x)
-        q, k, v = (each.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for each in (q, k, v))  # [B, H, N, D/H]
+        q, k, v = (tensor.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for tensor in (q, k, v))  # [B, H, N, D/H]
         q, k = norm(q, attn.q_norm), norm(k, attn.k_norm)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, D]
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, M, D]
         return apply_tuners(sites["proj"], linear(out, attn.proj, sites["proj.weights"]), out)
 
     def _mlp(self, x: Tensor, mlp: Any, sites: Sites) -> Tensor:
@@ -196,49 +231,59 @@ class ViTEncoder(Encoder):
 
     @torch.no_grad()
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
-        """Derive the runtime view: frozen weights in `compute`, QuickGELU folded where that is exact.
+        """Cast the frozen weights to `compute`, and fold QuickGELU's constants into them where that is exact.
 
-        What trains keeps its dtype and is cast where it is used. Values that a narrower dtype would round are kept
-        aside, so that a later call with fp32 works on the weights as they were loaded. Call again after the frozen
-        weights, or what is frozen, have changed.
+        Trained parameters keep their dtype and are cast where they are used. Weights that a narrower dtype would
+        round are kept in full precision as well, so that a later call with fp32 gets them back exactly. Call this
+        again after frozen weights have changed, or after something else is frozen.
         """
         self.residual_dtype = residual
-        for name, weight in self._frozen():
-            master = self._masters.pop(name, weight.data)
-            if compute.itemsize < master.dtype.itemsize:
-                self._masters[name] = master.cpu()
-            weight.data = master.to(weight.device, compute)
+        for name, weight in self._frozen_parameters():
+            full = self._full_precision_weights.pop(name, weight.data)
+            if compute.itemsize < full.dtype.itemsize:
+                self._full_precision_weights[name] = full.cpu()
+            weight.data = full.to(weight.device, compute)
         for index, block in enumerate(self.net.blocks):
-            sites = {site: [each for own in self.sites for each in own[index][site]] for site in SITES}  # all experts'
+            sites = {site: [module for blocks in self.sites for module in blocks[index][site]] for site in SITES}
             for name, layer in self.layers(index).items():
                 if sites[f"{name}.weights"] and type(layer) is not nn.Linear:
-                    raise UserError(f"mask and peft both act on {name}; leave it out of peft's target_modules")
-            acts = any(sites[name] for name in ("fc1", "fc2", "fc1.weights", "fc2.weights"))
-            self._fold(block.mlp, f"net.blocks.{index}.mlp.", foldable=not acts)
+                    raise UserError(f"mask and peft both act on {name}; leave {name} out of peft's target_modules")
+            tuned = any(sites[name] for name in ("fc1", "fc2", "fc1.weights", "fc2.weights"))
+            self._fold_quick_gelu(block.mlp, f"net.blocks.{index}.mlp.", untuned=not tuned)
 
-    def _fold(self, mlp: Any, prefix: str, foldable: bool) -> None:
-        """silu(1.702·fc1) and fc2/1.702 as non-persistent buffers: they follow `.to()`, and no file holds them."""
+    def _fold_quick_gelu(self, mlp: Any, prefix: str, untuned: bool) -> None:
+        """Set buffers with 1.702·fc1 and fc2/1.702, or remove them where the MLP cannot use them.
+
+        The buffers are not persistent: they follow `.to()`, and no checkpoint holds them.
+
+        Args:
+            mlp: the MLP of a block.
+            prefix: of the names of its parameters.
+            untuned: whether no tuner acts within it.
+        """
         for name in ("fc1_folded", "fc1_bias_folded", "fc2_folded"):
             mlp._buffers.pop(name, None)
         plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and mlp.fc1.bias is not None
         frozen = not any(
             parameter.requires_grad or prefix + name in self.held for name, parameter in mlp.named_parameters()
         )
-        if not (self.fast and foldable and plain and frozen and isinstance(mlp.act, QuickGELU)):
+        if not (self.fast and untuned and plain and frozen and isinstance(mlp.act, QuickGELU)):
             return
         for name, weight, factor in (
-            ("fc1_folded", "fc1.weight", QUICK),
-            ("fc1_bias_folded", "fc1.bias", QUICK),
-            ("fc2_folded", "fc2.weight", 1 / QUICK),
+            ("fc1_folded", "fc1.weight", QUICK_GELU_FACTOR),
+            ("fc1_bias_folded", "fc1.bias", QUICK_GELU_FACTOR),
+            ("fc2_folded", "fc2.weight", 1 / QUICK_GELU_FACTOR),
         ):
-            runtime = mlp.get_parameter(weight)
-            master = self._masters.get(prefix + weight, runtime.data)
-            mlp.register_buffer(name, (master * factor).to(runtime.device, runtime.dtype), persistent=False)
+            parameter = mlp.get_parameter(weight)
+            full = self._full_precision_weights.get(prefix + weight, parameter.data)
+            mlp.register_buffer(name, (full * factor).to(parameter.device, parameter.dtype), persistent=False)
 
-    def _frozen(self) -> Iterable[tuple[str, nn.Parameter]]:
-        own = self.named_parameters()
-        return [(name, weight) for name, weight in own if not weight.requires_grad and name not in self.held]
+    def _frozen_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Parameters that neither train nor were trained by an earlier stage."""
+        named = self.named_parameters()
+        return [(name, weight) for name, weight in named if not weight.requires_grad and name not in self.held]
 
 
-def _empty(blocks: int) -> list[Sites]:
+def _empty_sites(blocks: int) -> list[Sites]:
+    """The sites of some blocks, with no tuner at any of them."""
     return [{site: [] for site in SITES} for _ in range(blocks)]

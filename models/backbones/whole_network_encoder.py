@@ -1,4 +1,4 @@
-"""The host of every network that is no ViT of ours: convnets, CLIP's residual networks, image towers as a whole."""
+"""The encoder for every network that is no plain ViT: it runs as its library wrote it."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,90 +11,109 @@ from torch.func import functional_call
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.encoder import Encoder, named_tensors
 
-LISTS = ("blocks", "stages", "layers", "resblocks")
-"""Children that hold the blocks or stages of a network one by one."""
-STAGES = ("layer1", "layer2", "layer3", "layer4")
-WITHIN = {"trunk", "transformer"}
-"""Children of open_clip's towers in which those are found."""
+BLOCK_LISTS = ("blocks", "stages", "layers", "resblocks")
+"""Children of a network that hold its blocks or stages one by one."""
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
+"""Children of a residual network that are its stages."""
+WRAPPED = {"trunk", "transformer"}
+"""Children of open_clip's image encoders within which these are found."""
 
 
 class WholeNetworkEncoder(Encoder):
-    """A network that runs as its library wrote it; tuners choose among its weights or act on its feature.
+    """A network that runs as a whole; tuners choose among its weights or act on its feature.
 
-    Its batch norms train (`bn_tuning`) on whatever a process holds at once. That includes images of weight 0, which
-    are unreadable ones and the padding of ranks that have none left.
+    Its batch norms train (`bn_tuning`) on all images that a process holds at once. These include images of weight 0:
+    unreadable ones, and the padding of processes that have no images left.
 
     Args:
-        net: normalised images [B, 3, H, W] → features [B, feature_dim].
+        net: network without its classifier, normalised images [B, 3, H, W] → features [B, feature_dim].
+        feature_dim: width D of the features.
     """
 
     def __init__(self, net: Any, feature_dim: int) -> None:
-        super().__init__(net.to(memory_format=torch.channels_last))  # which convolutions are fastest with
+        super().__init__(net.to(memory_format=torch.channels_last))  # convolutions are fastest in this layout
         self.feature_dim = feature_dim
-        self.parts = blocks_of(net)
-        self.compute = torch.float32
+        self.blocks = blocks_of(net)  # a plain list: these modules are registered below `net`
+        self.compute_dtype = torch.float32
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's weights and of the features. Below fp32 autocast rounds, not the weights."""
-        return torch.float64 if self.compute == torch.float64 else torch.float32
+        """Dtype of the weights and the features. In lower precision autocast rounds; the weights stay in fp32."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
     def tunable_modules(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
-        """Without `partial` the whole network, stem and pooling included, as LIFT; else those parts."""
+        """Without `partial` the whole network, stem and pooling included, as in LIFT; else these blocks."""
         return [self.net] if partial is None else super().tunable_modules(partial)
 
     def insert(self, tuner: str, module: nn.Module) -> None:
-        """Put a tuner's module on the feature, called `y = module(y, y)`; it is stored as `tuners.<tuner>`."""
+        """Put a tuner's module on the feature.
+
+        Args:
+            tuner: name of the tuner; the module is stored as `tuners.<tuner>`, and checkpoints use this name.
+            module: called as `features = module(features, features)`.
+        """
         self.tuners[tuner] = module
 
     def trunk(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, feature_dim] in `dtype`."""
-        features = self.run(self.net, self.received(images)).to(self.dtype)
+        features = self.run(self.net, self.as_network_input(images)).to(self.dtype)
         for module in self.tuners.values():
             features = module(features, features)
         return features
 
-    def received(self, images: Tensor) -> Tensor:
+    def as_network_input(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in the dtype and memory layout of the network."""
         return images.to(self.dtype, memory_format=torch.channels_last)
 
-    def run(self, part: nn.Module, given: Tensor) -> Tensor:
-        """The network, or a part of it, in the arithmetic of `set_precision`; the result has the dtype it got there."""
-        # What trains has its own dtype (fp16 with prec fp16); layers of other libraries cast nothing themselves.
+    def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Run the network, or a part of it, in the arithmetic of `set_precision`.
+
+        Args:
+            module: the network or a part of it.
+            inputs: its input.
+
+        Returns:
+            Its output, in the dtype that autocast gives it.
+
+        Raises:
+            UserError: `bn_tuning` on a single value per channel, which has no deviation.
+        """
+        # Trained parameters have their own dtype (fp16 with prec fp16), and layers of other libraries never cast.
         cast = {
-            name: each.to(self.dtype)
-            for name, each in named_tensors(part)
-            if isinstance(each, nn.Parameter) and each.is_floating_point() and each.dtype != self.dtype
+            name: tensor.to(self.dtype)
+            for name, tensor in named_tensors(module)
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype != self.dtype
         }
-        low = self.compute.itemsize < 4
+        low_precision = self.compute_dtype.itemsize < 4
         try:
-            with torch.autocast(given.device.type, self.compute) if low else nullcontext():
-                return functional_call(part, cast, given, tie_weights=False) if cast else part(given)
+            with torch.autocast(inputs.device.type, self.compute_dtype) if low_precision else nullcontext():
+                return functional_call(module, cast, inputs, tie_weights=False) if cast else module(inputs)
         except ValueError as error:
             if self.batch_norms and "more than 1 value per channel" in str(error):
                 raise UserError(
-                    "bn_tuning: one image alone on maps of one pixel has no deviation; choose a larger resolution or "
+                    "bn_tuning cannot normalise one image on maps of one pixel; choose a larger resolution or "
                     "micro_batch_size, or a batch_size that leaves more images in the last batch of an epoch"
                 ) from error
             raise
 
     @torch.no_grad()
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
-        """fp32 and fp64 cast frozen weights and buffers; below that autocast decides for each kind of layer.
+        """Set the arithmetic: fp32 and fp64 cast frozen weights and buffers; in lower precision autocast decides.
 
-        Nothing is ever stored more narrowly than it was loaded, so fp32 after any other is exact. `residual` has no
-        meaning here and is refused when a model is built.
+        Weights are never stored in a narrower dtype than they were loaded in, so a later call with fp32 gets them
+        back exactly. The model builder refuses `residual` for these networks.
         """
-        self.compute = compute
-        frozen = [each for each in self.net.parameters() if not each.requires_grad]
-        for each in [*frozen, *self.net.buffers()]:
-            if each.is_floating_point():
-                each.data = each.data.to(self.dtype)
+        self.compute_dtype = compute
+        frozen = [parameter for parameter in self.net.parameters() if not parameter.requires_grad]
+        for tensor in [*frozen, *self.net.buffers()]:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(self.dtype)
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """Stages of a residual network, or the blocks or stages that a network keeps in a list; may be empty."""
+    """The stages of a residual network, or the blocks or stages that a network keeps in a list; may be empty."""
     children = dict(net.named_children())
-    for name in WITHIN & children.keys():
+    for name in WRAPPED & children.keys():
         return blocks_of(children[name])
-    stages = [children[name] for name in STAGES if name in children]
-    return next((list(children[name].children()) for name in LISTS if name in children), stages)
+    stages = [children[name] for name in RESNET_STAGES if name in children]
+    return next((list(children[name].children()) for name in BLOCK_LISTS if name in children), stages)

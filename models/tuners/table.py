@@ -1,8 +1,8 @@
-"""TUNERS: what of a frozen backbone trains. A tuner's flag on the command line is its name in the table.
+"""TUNERS: which parameters train while the backbone is frozen. A tuner's name is its flag on the command line.
 
-A tuner inserts modules at the sites of a ViT's blocks, selects weights of the backbone, or acts on the feature of a
-backbone without blocks. Tuners combine; at a shared site they act in the order of the table. `partial` holds for
-every one of them (LIFT ignores it for biases, norms and shallow prompts).
+A tuner inserts modules at the sites of a ViT's blocks (`ViTEncoder` lists the sites), selects weights of the backbone,
+or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared site they act in the
+order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts).
 """
 
 import math
@@ -24,7 +24,7 @@ from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mas
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers that tuners are built from."""
+    """The numbers that tuners are built from, such as the LoRA rank (`bottleneck`)."""
 
     bottleneck: int
     prompts: int
@@ -35,58 +35,61 @@ class Sizes:
 
     @cached_property
     def draw(self) -> torch.Generator:
-        """Mask's one generator, which goes on from layer to layer and from block to block, as LIFT's."""
+        """The generator of all masks: as in LIFT, one that goes on from layer to layer and from block to block."""
         return torch.Generator().manual_seed(self.mask_seed)
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """What it does to a host; exactly one of insert and select is given.
+    """What a tuner does to an encoder: it inserts modules or selects parameters; exactly one of the two is given.
 
-    insert: (ViTEncoder, index of a block, sizes) → site → module.
-    select: module → the parameters of it that train; of the blocks, or of any other backbone as a whole.
+    insert: (encoder, index of a block, sizes) → site → module.
+    select: module → those of its parameters that train. It is called with the blocks of `partial`, or with the whole
+        network.
     """
 
     insert: Callable[[ViTEncoder, int, Sizes], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
     on_feature: Callable[[int], nn.Module] | None = None
-    """Width → what it puts on the feature of a backbone that runs as a whole, in place of `insert`."""
+    """Width of the feature → the module that acts on the feature of a backbone that runs as a whole."""
     first_only: bool = False
-    """Inserted at the first block of the range only."""
+    """Whether it is inserted at the first block of `partial` only."""
     on_weights: bool = False
-    """Inserted at the weights of layers instead of their outputs."""
+    """Whether it is inserted at the weights of layers instead of their outputs."""
     on_batch: bool = False
-    """Selected batch norms train on the statistics of the batch and update their running ones."""
+    """Whether the selected batch norms use the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": AdaptFormer(host.width, sizes.bottleneck, sizes.adaptformer_scale)}
+def _adaptformer(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    return {"mlp": AdaptFormer(encoder.width, sizes.bottleneck, sizes.adaptformer_scale)}
 
 
-def _adapter(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": Adapter(host.width, sizes.bottleneck)}
+def _adapter(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    return {"mlp": Adapter(encoder.width, sizes.bottleneck)}
 
 
-def _lora(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {site: Lora(host.width, host.width, sizes.bottleneck) for site in ("q", "v")}
+def _lora(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    return {site: Lora(encoder.width, encoder.width, sizes.bottleneck) for site in ("q", "v")}
 
 
-def _lora_mlp(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    inner, outer = host.mlp_width, host.width
+def _lora_mlp(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    inner, outer = encoder.mlp_width, encoder.width
     return {"fc1": Lora(outer, inner, sizes.bottleneck), "fc2": Lora(inner, outer, sizes.bottleneck)}
 
 
-def _prompts(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"tokens": Prompts(sizes.prompts, host.width, host.patch_size)}
+def _prompts(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    return {"tokens": Prompts(sizes.prompts, encoder.width, encoder.patch_size)}
 
 
 def _ssf(*sites: str) -> Callable[[ViTEncoder, int, Sizes], dict[str, nn.Module]]:
     """Scale and shift at the named sites."""
-    return lambda host, index, sizes: {site: Ssf(host.mlp_width if site == "fc1" else host.width) for site in sites}
+    return lambda encoder, index, sizes: {
+        site: Ssf(encoder.mlp_width if site == "fc1" else encoder.width) for site in sites
+    }
 
 
-def _mask(host: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {name: Mask(layer, sizes.mask_ratio, sizes.draw) for name, layer in host.layers(index).items()}
+def _mask(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+    return {name: Mask(layer, sizes.mask_ratio, sizes.draw) for name, layer in encoder.layers(index).items()}
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -95,7 +98,12 @@ def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _of(kind: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
     """The parameters of all modules of a kind."""
-    return lambda module: (each for part in module.modules() if isinstance(part, kind) for each in part.parameters())
+    return lambda module: (
+        parameter
+        for submodule in module.modules()
+        if isinstance(submodule, kind)
+        for parameter in submodule.parameters()
+    )
 
 
 TUNERS: dict[str, Tuner] = {
@@ -117,77 +125,98 @@ TUNERS: dict[str, Tuner] = {
 
 
 def bottleneck_dim(num_classes: int, depth: int) -> int:
-    """LIFT's rule: r = 2^max(0, ⌊log2(C / 2L)⌋), so that tuners stay smaller than the head."""
+    """LIFT's rule for the LoRA rank and the width of adapters: r = 2^max(0, ⌊log2(C / 2L)⌋).
+
+    Tuners then stay smaller than the head.
+
+    Args:
+        num_classes: number C of classes.
+        depth: number L of blocks.
+    """
     return 2 ** max(0, int(math.log2(num_classes / (2 * max(1, depth)))))
 
 
 def mask_ratio(num_classes: int, depth: int, width: int) -> float:
-    """LIFT's rule: ρ = C / 12LD in whole thousandths, at least one, so that what trains is as large as the head."""
+    """LIFT's rule for the share of weights that `mask` trains: ρ = C / 12LD in whole thousandths, at least one.
+
+    About as many parameters then train as the head has.
+
+    Args:
+        num_classes: number C of classes.
+        depth: number L of blocks.
+        width: width D of the transformer.
+    """
     return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
 
 
 def add_tuners(
-    host: Encoder, names: Sequence[str], sizes: Sizes, partial: int | Sequence[int] | None = None, seed: int = 0
+    encoder: Encoder, names: Sequence[str], sizes: Sizes, partial: int | Sequence[int] | None = None, seed: int = 0
 ) -> None:
-    """Freeze the host, then make the named tuners act on the blocks of `partial`.
+    """Freeze the encoder, then let the named tuners act on the blocks of `partial`.
+
+    Args:
+        encoder: the encoder; it is changed in place.
+        names: entries of TUNERS.
+        sizes: the numbers that the tuners are built from.
+        partial: the blocks, see `Encoder.block_range`.
+        seed: seed of the tuners' initial weights.
 
     Raises:
-        UserError: two kinds of prompts, a tuner that finds nothing to act on, a range beyond the network, or a
-            share of weights beyond all of them; experts whose own blocks would not differ.
+        UserError: two kinds of prompts; a tuner that finds nothing to train; blocks that the network does not have; a
+            share that is not above 0 and up to 1; experts with blocks of their own in which no tuner acts.
     """
     if {"vpt_shallow", "vpt_deep"} <= set(names):
-        raise UserError("vpt_shallow and vpt_deep both own the prompt tokens; choose one of them")
+        raise UserError("vpt_shallow and vpt_deep both set the prompt tokens; choose one of them")
     if "mask" in names and not 0 < sizes.mask_ratio <= 1:
         raise UserError(f"mask_ratio {sizes.mask_ratio} is no share of the weights; choose one above 0 and up to 1")
-    blocks, sizes = host.block_range(partial), replace(sizes)  # a copy, whose draw begins anew
-    host.requires_grad_(False)
+    blocks, sizes = encoder.block_range(partial), replace(sizes)  # a copy, whose random generator starts anew
+    encoder.requires_grad_(False)
     for name in (name for name in TUNERS if name in names):
         tuner = TUNERS[name]
         if tuner.insert is not None:
-            _insert(host, name, blocks[:1] if tuner.first_only else blocks, sizes, seed)
+            _insert(encoder, name, blocks[:1] if tuner.first_only else blocks, sizes, seed)
         if tuner.select is not None:
-            _select(host, name, partial)
-    if (
-        isinstance(host, ViTEncoder)
-        and host.own
-        and not any(any(sites.values()) for sites in host.sites[0][-host.own :])
-    ):
+            _select(encoder, name, partial)
+    count = len(encoder.expert_blocks)
+    if isinstance(encoder, ViTEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
         raise UserError(
-            f"expert_split {host.own}: no tuner acts in the last {host.own} blocks, which experts would only repeat; "
+            f"expert_split {count}: no tuner acts in the last {count} blocks, so the experts would not differ there; "
             "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"
         )
 
 
-def _insert(host: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
+def _insert(encoder: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
     tuner = TUNERS[name]
     assert tuner.insert is not None
-    if isinstance(host, WholeNetworkEncoder) and tuner.on_feature is not None:
-        if blocks or not host.depth:  # behind the last part, whichever the others are
+    if isinstance(encoder, WholeNetworkEncoder) and tuner.on_feature is not None:
+        if blocks or not encoder.depth:  # the feature comes after the last block, whichever blocks are chosen
             with seeded(seed, "tuner", name):
-                host.insert(name, tuner.on_feature(host.feature_dim))
+                encoder.insert(name, tuner.on_feature(encoder.feature_dim))
         return
-    if not isinstance(host, ViTEncoder):
-        others = ", ".join(each for each, entry in TUNERS.items() if entry.select or entry.on_feature)
+    if not isinstance(encoder, ViTEncoder):
+        others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
-    later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", each)) for each in range(1, host.experts)]
+    later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", expert)) for expert in range(1, encoder.experts)]
     for index in blocks:
-        own = index >= host.depth - host.own
+        per_expert = index >= encoder.depth - encoder.num_expert_blocks
         with seeded(seed, "tuner", name, index):
-            host.insert(name, index, tuner.insert(host, index, sizes), tuner.on_weights, 0 if own else None)
-        for expert, drawn in enumerate(later if own else [], start=1):
-            with seeded(seed, "tuner", name, index, expert):  # the first one starts as if it were alone
-                host.insert(name, index, tuner.insert(host, index, drawn), tuner.on_weights, expert)
+            modules = tuner.insert(encoder, index, sizes)
+            encoder.insert(name, index, modules, tuner.on_weights, 0 if per_expert else None)
+        for expert, drawn in enumerate(later if per_expert else [], start=1):
+            with seeded(seed, "tuner", name, index, expert):  # the first expert starts as a single one would
+                encoder.insert(name, index, tuner.insert(encoder, index, drawn), tuner.on_weights, expert)
 
 
-def _select(host: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
+def _select(encoder: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
     select = TUNERS[name].select
     assert select is not None
-    modules = host.tunable_modules(partial)
-    refuse_expert_blocks(host, name, modules)
-    found = [each for module in modules for each in select(module)]
-    if modules and not found:
+    modules = encoder.tunable_modules(partial)
+    refuse_expert_blocks(encoder, name, modules)
+    selected = [parameter for module in modules for parameter in select(module)]
+    if modules and not selected:
         raise UserError(f"{name} finds nothing to train in this backbone")
-    for parameter in found:
+    for parameter in selected:
         parameter.requires_grad_(True)
     if TUNERS[name].on_batch:
-        host.batch_norms = [each for module in modules for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
+        submodules = (submodule for module in modules for submodule in module.modules())
+        encoder.batch_norms = [norm for norm in submodules if isinstance(norm, nn.BatchNorm2d)]

@@ -21,7 +21,7 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.parity.lift.cases import BATCH, COUNTS, GROUPS, NAMES, OPEN_CLIP, SIDES, TIMM, Case, sizes
 from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.foreign_checkpoints import lift
-from tailtune.trainers.foreign_checkpoints.checkpoint_file import FILE, ForeignCheckpoint
+from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.methods import Method, build_method, declared
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
@@ -69,7 +69,7 @@ def compare(folder: Path, index: int, case: Case, checkout: Path) -> Case:
             found["value"] = compare_init(method, theirs, images, labels)
             continue
         errors = compare_training(
-            cfg, method, ForeignCheckpoint(folder / f"{index}.{prec}" / FILE), theirs, images, labels
+            cfg, method, ForeignCheckpoint(folder / f"{index}.{prec}" / LIFT_FILE), theirs, images, labels
         )
         changes = errors.pop("changes")
         found |= errors if prec == "float32" else {"float64": max(changes, *errors.values())}
@@ -140,11 +140,11 @@ def compare_init(method: Method, theirs: Tensors, images: Tensor, labels: Tensor
         context = HeadContext(
             labels=labels[:3].flatten(),
             num_classes=len(COUNTS),
-            dim=model.encoder.feature_dim,
+            feature_dim=model.encoder.feature_dim,
             seed=0,
             device=torch.device("cpu"),
-            features=lambda _: [(features, torch.arange(len(features)))],
-            reduce=lambda tensor: tensor,
+            encode_images=lambda _: [(features, torch.arange(len(features)))],
+            sum_over_processes=lambda tensor: tensor,
         )
         method.prepare(context)
     if "logits" in theirs:

@@ -107,7 +107,7 @@ def _who(reads: str) -> str:
 
 
 def _check_text(cfg: CfgNode) -> None:
-    """Refuse a backbone without text tower, as zero-shot itself does."""
+    """Refuse a backbone without text encoder, as zero-shot itself does."""
     names = build_info(cfg).class_names
     try:
         with torch.device("meta"):

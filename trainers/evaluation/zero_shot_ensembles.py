@@ -87,7 +87,7 @@ def zero_shot(run: FinishedRun) -> Method:
     """The zero-shot classifier of the run's backbone and prompt, ready to predict.
 
     Raises:
-        UserError: its text tower is not the one that made the run's head.
+        UserError: its text encoder is not the one that made the run's head.
     """
     method = make_method(zero_shot_of(run.cfg), run.data.info)
     if run.folder.foreign is None:

@@ -7,7 +7,7 @@ from tailtune.configs import CfgNode, Declared
 from tailtune.configs.errors import UserError, lookup
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import ClassificationModel
-from tailtune.models.tuners.peft_table import draws
+from tailtune.models.tuners.peft_table import uses_dropout
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.losses import BATCH_COUPLED, LOSSES
 from tailtune.trainers.methods.base import Earlier, Method, Objective
@@ -48,7 +48,7 @@ def declared() -> Declared:
         "method": lambda name: name in METHODS and METHODS[name].couples,
         "loss_type": lambda name: name in BATCH_COUPLED,
         "h2t.inner": lambda name: name in METHODS and METHODS[name].couples,
-        "peft_args": draws,
+        "peft_args": uses_dropout,
         **{name: bool for name, tuner in TUNERS.items() if tuner.on_batch},
     }
     return Declared({name: method.Options for name, method in METHODS.items()}, coupled)

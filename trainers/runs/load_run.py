@@ -57,7 +57,7 @@ def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerato
 
 def make_method(cfg: CfgNode, info: DataInfo) -> Method:
     """Model and method of a resolved config, untrained."""
-    model = build_model(cfg, info.class_names, descriptors=info.descriptors, pixels=(info.mean, info.std))
+    model = build_model(cfg, info.class_names, descriptors=info.descriptors, pixel_stats=(info.mean, info.std))
     return build_method(cfg, model, info)
 
 

@@ -12,7 +12,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.configs.schema import SCHEMA
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits, parse_splits, split_files
-from tailtune.trainers.foreign_checkpoints.checkpoint_file import FILE, ForeignCheckpoint
+from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.methods import declared
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
@@ -53,8 +53,8 @@ class RunFolder(OwnedFolder):
 
     def _own(self) -> tuple[Path, ForeignCheckpoint | None]:
         """A command that tests what LIFT has trained under the same name finds it here."""
-        lift = self.cfg.test_only and not self.checkpoint.exists() and (self.path / FILE).is_file()
-        return self.path, ForeignCheckpoint(self.path / FILE) if lift else None
+        lift = self.cfg.test_only and not self.checkpoint.exists() and (self.path / LIFT_FILE).is_file()
+        return self.path, ForeignCheckpoint(self.path / LIFT_FILE) if lift else None
 
     @cached_property
     def soup(self) -> tuple[Path, ...]:
@@ -232,9 +232,9 @@ def _existing(model_dir: str, key: str = "model_dir") -> tuple[Path, ForeignChec
             return path.parent, ForeignCheckpoint(path)
         if (path / FACTS).is_file():
             return path, None
-        if (path / FILE).is_file():
-            return path, ForeignCheckpoint(path / FILE)
+        if (path / LIFT_FILE).is_file():
+            return path, ForeignCheckpoint(path / LIFT_FILE)
     raise UserError(
-        f"{key} {model_dir} holds no checkpoint/; name the folder of a finished run, a {FILE} of LIFT, or "
+        f"{key} {model_dir} holds no checkpoint/; name the folder of a finished run, a {LIFT_FILE} of LIFT, or "
         "a checkpoint file of RIDE or SADE"
     )

@@ -45,12 +45,12 @@ def fingerprint(model: ClassificationModel) -> str:
     tower and the projection where the head is made of text. Taken before anything trains.
     """
     found = _digest(model.encoder.pretrained_state())
-    if model.text is None:
+    if model.text_encoder is None:
         return found
-    projection = model.text.projection
+    projection = model.text_encoder.projection
     if projection is None:  # the encoder projects itself, or is projected within
         projection = getattr(model.encoder, "projection", None)
-    state = {**model.text.weights(), **({} if projection is None else {"projection": projection})}
+    state = {**model.text_encoder.weights(), **({} if projection is None else {"projection": projection})}
     return f"{found}.{_digest(state)}"
 
 
@@ -103,7 +103,7 @@ def check_base(folder: Path, facts: dict[str, Any], base: str) -> None:
         )
     if any(there != here for there, here in text):
         raise UserError(
-            f"{folder} was trained with the same image tower and another text tower or projection than the one at "
+            f"{folder} was trained with the same image encoder and another text encoder or projection than the one at "
             "hand; give the pretrained that it was trained with"
         )
 

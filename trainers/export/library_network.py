@@ -47,8 +47,8 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
     encoder, net = exported.encoder, exported.encoder.net
     if isinstance(encoder, ViTEncoder):
         for model_name in _timm_vit_names(net):
-            kwargs: dict[str, Any] = {"model_name": model_name, "num_classes": num_classes}
-            kwargs["img_size"] = exported.resolution
+            kwargs: dict[str, Any] = {"model_name": model_name, "img_size": exported.resolution}
+            kwargs["num_classes"] = num_classes
             if timm.is_model(model_name) and _same(partial(timm.create_model, **{**kwargs, "num_classes": 0}), encoder):
                 return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
         made, norm = _vit_arguments(net, num_classes), partial(nn.LayerNorm, eps=net.norm.eps)

@@ -39,6 +39,7 @@ from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import States, fingerprint, save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
 from tailtune.trainers.trainer import Trainer
+from tailtune.trainers.validation import validate
 
 log = logging.getLogger("tailtune")
 
@@ -66,6 +67,8 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
                 log.warning("warning: %s", note)
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
+            if not plan.trains:  # what trains was validated with all its stages
+                on_main(accelerator, lambda: validate([cfg], counts=folder.class_counts(), trains=False, here=True))
             _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))

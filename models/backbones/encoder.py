@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 
 
-class Encoder(nn.Module):
+class StagedModule(nn.Module):
+    """A module that several runs may train one after the other, each of them a part of it.
+
+    Attributes:
+        frozen_trained: names of the parameters that an earlier run trained and that this run leaves as they are. A
+            checkpoint holds them as it holds what trains, and they keep their dtype.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_trained: set[str] = set()
+
+
+class Encoder(StagedModule):
     """Base of the image encoders: normalised images [B, 3, H, W] → features [B, feature_dim].
 
     Where experts have parts of the network for themselves (`experts` > 1) the features are [B, E, feature_dim]: what
@@ -21,8 +34,6 @@ class Encoder(nn.Module):
         tuners: the modules that tuners have inserted.
         parts: what `partial` counts: blocks of a transformer, stages of a residual network; may be empty.
         experts: how many branches there are.
-        still: what was tuned is held as it is, batch norms included (a later stage trains something else).
-        shifts: while it is, the tuned batch norms go on gathering statistics, and train with those of their images.
     """
 
     net: Any
@@ -33,16 +44,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.net = net.eval()
         self.tuners = nn.ModuleDict()
-        self.batch_norms: list[nn.Module] = []
-        """Those that train, on the statistics of what is in memory at once."""
-        self.adapted: list[Any] = []
-        """Layers of the network that peft has wrapped."""
         self.experts = 1
-        self.still = self.shifts = False
-        self.held: frozenset[str] = frozenset()
-        """What was tuned and is held; it keeps its dtype, as what trains."""
-        self.noisy = False
-        """What trains draws random numbers in every forward."""
+        self._trained_batch_norms: list[nn.Module] = []
+        self._peft_layers: list[Any] = []
+        self._peft_draws = self._is_frozen = self._batch_norms_follow = False
         self._came_with = [(module, name) for module in net.modules() for name in module._buffers]
         self.requires_grad_(False)
 
@@ -53,7 +58,51 @@ class Encoder(nn.Module):
     @property
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
-        return bool(self.batch_norms) and (self.shifts or not self.still) or self.noisy and not self.still
+        return bool(self._trained_batch_norms) and self._batch_norms_train or self._peft_draws and not self._is_frozen
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether `freeze_trained` was called: a later run trains something else than the encoder."""
+        return self._is_frozen
+
+    @property
+    def trained_batch_norms(self) -> Sequence[nn.Module]:
+        """The batch norms that a tuner trains; they normalise by the images that a process holds at once."""
+        return self._trained_batch_norms
+
+    def set_trained_batch_norms(self, norms: Sequence[nn.Module]) -> None:
+        """Say which batch norms of the network train: their statistics follow the training images."""
+        self._trained_batch_norms = list(norms)
+
+    @property
+    def peft_layers(self) -> Sequence[Any]:
+        """The layers of the network that the peft library has wrapped."""
+        return self._peft_layers
+
+    def wrap_with_peft(self, layers: Sequence[Any], draws: bool) -> None:
+        """Say what the peft library has done to the network.
+
+        Args:
+            layers: its wrappers, each around one layer.
+            draws: they draw random numbers in every training forward, such as dropout.
+        """
+        self._peft_layers, self._peft_draws = list(layers), draws
+
+    def freeze_trained(self, batch_norms_follow: bool = False) -> None:
+        """Leave what the tuners have trained as it is from now on; called while it still requires gradients.
+
+        Who calls it stops the gradients.
+
+        Args:
+            batch_norms_follow: the trained batch norms still normalise by the images in memory, and their running
+                statistics follow those images, although their weights stay.
+        """
+        self.frozen_trained |= {name for name, each in self.named_parameters() if each.requires_grad}
+        self._is_frozen, self._batch_norms_follow = True, batch_norms_follow
+
+    @property
+    def _batch_norms_train(self) -> bool:
+        return self._batch_norms_follow or not self._is_frozen
 
     @property
     def divided(self) -> list[nn.Module]:
@@ -79,16 +128,11 @@ class Encoder(nn.Module):
         """The backbone stays as it was pre-trained; only tuners, and tuned batch norms, have a training mode."""
         super().train(mode)
         self.net.eval()
-        for norm in self.batch_norms:
-            norm.train(mode and (self.shifts or not self.still))
-        for layer in self.adapted:
-            layer.train(mode and not self.still)
+        for norm in self._trained_batch_norms:
+            norm.train(mode and self._batch_norms_train)
+        for layer in self._peft_layers:
+            layer.train(mode and not self._is_frozen)
         return self
-
-    def hold(self) -> None:
-        """What is tuned stays as it is from now on, batch norms included; called while it still asks for gradients."""
-        self.held = self.held | {name for name, each in self.named_parameters() if each.requires_grad}
-        self.still = True
 
     def chosen(self, partial: int | Sequence[int] | None) -> range:
         """Indices of the parts that `partial` means: none: all; k: the last k; [start, end): those.
@@ -112,7 +156,7 @@ class Encoder(nn.Module):
 
     def untouched(self) -> list[Tensor]:
         """Buffers that came with the network and that training leaves alone: all but those of trained batch norms."""
-        trained = {id(norm) for norm in self.batch_norms}
+        trained = {id(norm) for norm in self._trained_batch_norms}
         found = [module._buffers.get(name) for module, name in self._came_with if id(module) not in trained]
         return [each for each in found if each is not None]
 
@@ -134,14 +178,14 @@ class Encoder(nn.Module):
             for module in _leaves(self.tuners)
         ]
         trains = {each: each.requires_grad for each in self.parameters()}
-        for layer in self.adapted:
+        for layer in self._peft_layers:
             layer.enable_adapters(False)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for layer in self.adapted:
+            for layer in self._peft_layers:
                 layer.enable_adapters(True)  # which asks for gradients, also of what a later stage holds
             for each, asks in trains.items():
                 each.requires_grad_(asks)
@@ -151,9 +195,9 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """Those that train, of every encoder in a module."""
-    return [norm for host in module.modules() if isinstance(host, Encoder) for norm in host.batch_norms]
+def trained_batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The batch norms that train, of every encoder in a module."""
+    return [norm for host in module.modules() if isinstance(host, Encoder) for norm in host.trained_batch_norms]
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -70,7 +70,7 @@ class GenericEncoder(Encoder):
             with torch.autocast(given.device.type, self.compute) if low else nullcontext():
                 return functional_call(part, cast, given, tie_weights=False) if cast else part(given)
         except ValueError as error:
-            if self.batch_norms and "more than 1 value per channel" in str(error):
+            if self.trained_batch_norms and "more than 1 value per channel" in str(error):
                 raise UserError(
                     "bn_tuning: one image alone on maps of one pixel has no deviation; choose a larger resolution or "
                     "micro_batch_size, or a batch_size that leaves more images in the last batch of an epoch"

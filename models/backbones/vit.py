@@ -222,7 +222,8 @@ class ViT(Encoder):
             mlp._buffers.pop(name, None)
         plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and mlp.fc1.bias is not None
         frozen = not any(
-            parameter.requires_grad or prefix + name in self.held for name, parameter in mlp.named_parameters()
+            parameter.requires_grad or prefix + name in self.frozen_trained
+            for name, parameter in mlp.named_parameters()
         )
         if not (self.fast and foldable and plain and frozen and isinstance(mlp.act, QuickGELU)):
             return
@@ -237,7 +238,7 @@ class ViT(Encoder):
 
     def _frozen(self) -> Iterable[tuple[str, nn.Parameter]]:
         own = self.named_parameters()
-        return [(name, weight) for name, weight in own if not weight.requires_grad and name not in self.held]
+        return [(name, weight) for name, weight in own if not weight.requires_grad and name not in self.frozen_trained]
 
 
 def _empty(blocks: int) -> list[Sites]:

@@ -139,7 +139,7 @@ def export_adapter(host: Encoder, peft: PeftAdapter, folder: Path, base: str) ->
     Raises:
         UserError: other tuners have trained too, which that format cannot hold; or the disk is full.
     """
-    own = {id(each) for layer in host.adapted for each in _around(layer)}
+    own = {id(each) for layer in host.peft_layers for each in _around(layer)}
     other = [key for key, each in host.named_parameters() if each.requires_grad and id(each) not in own]
     if other:
         raise UserError(f"peft's format holds the adapter alone, and this run trained {other[0]} too; export merged")
@@ -165,7 +165,7 @@ def merge(host: Encoder, peft: PeftAdapter) -> dict[str, Tensor]:
             plain = merged.merge_and_unload()
     except (NotImplementedError, ValueError, AttributeError) as error:
         raise UserError(f"{peft.name} cannot be merged into the weights; export peft") from error
-    for key, layer in zip(peft.targets, copy.deepcopy(host.adapted), strict=True):
+    for key, layer in zip(peft.targets, copy.deepcopy(host.peft_layers), strict=True):
         given = _probe(plain.get_submodule(key))
         wanted = layer.eval()(given)
         if (plain.get_submodule(key)(given) - wanted).abs().max() > 1e-3 * wanted.abs().max():

@@ -69,8 +69,7 @@ def add_peft(
     for key, parameter in host.named_parameters():  # peft has frozen all that is not its own
         if key.replace(".base_layer.", ".") in selected:
             parameter.requires_grad_(True)
-    host.adapted = [host.net.get_submodule(each) for each in targets]
-    host.noisy = draws(args)
+    host.wrap_with_peft([host.net.get_submodule(target) for target in targets], draws(args))
     _check_called(host, targets, name, resolution)
     return (AdaLora if kind.type == "ADALORA" else PeftAdapter)(name, model, targets, args)
 
@@ -237,11 +236,11 @@ def _check_called(host: Encoder, targets: Sequence[str], name: str, resolution: 
     One image through the network without numbers, on the meta device, tells.
     """
     called: set[int] = set()
-    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in host.adapted]
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in host.peft_layers]
     state = {key: torch.empty_like(each, device="meta") for key, each in tensors_of(host)}
     with host.untuned(), torch.no_grad():
         functional_call(host, state, (torch.empty(1, 3, resolution, resolution, device="meta"),), tie_weights=False)
-    for key, layer, hook in zip(targets, host.adapted, hooks, strict=True):
+    for key, layer, hook in zip(targets, host.peft_layers, hooks, strict=True):
         hook.remove()
         if id(layer) not in called:
             raise UserError(

@@ -186,4 +186,5 @@ def _select(host: Encoder, name: str, partial: int | Sequence[int] | None) -> No
     for parameter in found:
         parameter.requires_grad_(True)
     if TUNERS[name].on_batch:
-        host.batch_norms = [each for module in modules for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
+        inside = (part for module in modules for part in module.modules())
+        host.set_trained_batch_norms([part for part in inside if isinstance(part, nn.BatchNorm2d)])

@@ -43,7 +43,7 @@ class _Predict(nn.Module):
 
 def check(subject: ExportedModel) -> None:
     """Every model can be exported that is the same function of every image."""
-    if subject.method.routes:
+    if not subject.method.asks_every_expert:
         raise UserError(
             "export onnx: the method asks other experts about every image, which a graph cannot; export the run before "
             "it, whose experts these are"
@@ -68,13 +68,12 @@ def write(subject: ExportedModel, folder: Path) -> dict[str, Any]:
             verbose=False,
         )
     difference = _compare(subject, model, folder / FILE)
-    whole = "sum" if subject.method.adds else "mean"
     return {
         "opset": OPSET,
         **difference,
         "image": f"uint8 [batch, 3, {subject.resolution}, {subject.resolution}], RGB; mean and std are inside",
         "logits": "float32 [batch, classes]",
-        **({"expert_logits": f"float32 [batch, experts, classes], whose {whole} is logits"} if model.several else {}),
+        **({"expert_logits": "float32 [batch, experts, classes], whose mean is logits"} if model.several else {}),
         "how_to_load": LOAD,
     }
 

@@ -95,7 +95,7 @@ def trained_outline(home: Path, cfg: CfgNode) -> Method:
     info = build_info(cfg, counts_of(home))
     with torch.device("meta"):
         method = make_method(cfg, info)
-    if not method.inherits:
+    if not method.predicts_as_earlier_run:
         return method
     earlier = Path(read_json(home / FACTS).get("after", ""))
     if not (earlier / "config.yaml").is_file():

@@ -20,7 +20,7 @@ from tailtune.trainers.evaluation.expert_weights import check_adapt
 from tailtune.trainers.evaluation.target_prior import check_target
 from tailtune.trainers.export import EXPORTS
 from tailtune.trainers.methods import Method
-from tailtune.trainers.optim import Plan, check_factors, micro_batch_size
+from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors, micro_batch_size
 from tailtune.trainers.runs.load_run import make_method, subject_of
 
 KEPT = ("resolution", "pixel_mean", "pixel_std")
@@ -47,8 +47,8 @@ def validate(
         UserError: an unknown name, an option that does not fit the others, or stages that do not fit each other.
     """
     methods = [outline(cfg, counts, trains) for cfg in stages]
-    for method in methods if here else ():
-        check_memory(method)
+    for method, cfg in zip(methods, stages, strict=True) if here else ():
+        check_memory(method, OPTIMIZERS[cfg.optimizer].copies)
     for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
         method.fits(earlier)
         keeps = bool(method.frozen_trained)
@@ -88,13 +88,16 @@ def check(cfg: CfgNode) -> ClassificationModel:
     return outline(cfg).model
 
 
-def check_memory(method: Method) -> None:
-    """Refuse a model whose parameters alone, with gradient and momentum of what trains, exceed this machine's memory.
+def check_memory(method: Method, copies: int) -> None:
+    """Refuse a model whose parameters alone, with what training keeps of each, exceed this machine's memory.
 
     A wide head of very many classes, or a rank of a million, would end in an allocator's error, or in swapping.
+
+    Args:
+        copies: tensors that the optimizer keeps for each parameter that trains, besides its gradient.
     """
     parameters = list(method.parameters())
-    needed = sum(4 * each.numel() * (3 if each.requires_grad else 1) for each in parameters)
+    needed = sum(4 * each.numel() * (2 + copies if each.requires_grad else 1) for each in parameters)
     if needed > memory():
         raise UserError(
             f"the model has {sum(each.numel() for each in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "

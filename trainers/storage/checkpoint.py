@@ -237,23 +237,5 @@ def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
         torch.cuda.set_rng_state(own["cuda"])
 
 
-def momenta(optimizer: Any) -> dict[str, Tensor]:
-    """Momentum buffers by position: group, parameter."""
-    return {
-        f"momentum.{g}.{p}": optimizer.state[parameter]["momentum_buffer"]
-        for g, group in enumerate(optimizer.param_groups)
-        for p, parameter in enumerate(group["params"])
-        if optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
-    }
-
-
-def restore_momenta(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    for g, group in enumerate(optimizer.param_groups):
-        for p, parameter in enumerate(group["params"]):
-            saved = tensors.get(f"momentum.{g}.{p}")
-            if saved is not None:
-                optimizer.state[parameter]["momentum_buffer"] = saved.to(parameter.device)
-
-
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}

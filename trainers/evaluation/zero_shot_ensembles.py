@@ -14,11 +14,10 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.inference import Logits, infer
-from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
-from tailtune.trainers.runs.load_run import FinishedRun, make_method, outline_of
+from tailtune.trainers.runs.load_run import FinishedRun, fresh_method, load_trained, outline_of
 from tailtune.trainers.runs.run_folder import FACTS
-from tailtune.trainers.storage.checkpoint import check_base, fingerprint
+from tailtune.trainers.storage.checkpoint import check_base
 from tailtune.trainers.storage.manifest import read_json
 
 SOME = 512
@@ -87,12 +86,11 @@ def zero_shot(run: FinishedRun) -> Method:
     Raises:
         UserError: its text tower is not the one that made the run's head.
     """
-    method = make_method(zero_shot_of(run.cfg), run.data.info)
+    cfg, home = zero_shot_of(run.cfg), run.folder.source
+    fresh = fresh_method(cfg, run.data.info, run.accelerator.device)
     if run.folder.foreign is None:
-        check_base(run.folder.source, read_json(run.folder.source / FACTS), fingerprint(method.model))
-    method.to(run.accelerator.device)
-    prepare_head(method, run.data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
-    method.model.init = None
+        check_base(home, read_json(home / FACTS), fresh.base)
+    method = load_trained(fresh, cfg, run.folder.evaluated, run.data, run.accelerator)
     test_time.prepare(method, run.cfg.test_prec)
     return method
 

@@ -111,23 +111,24 @@ def show(text: str) -> None:
 
 def dry_run(stages: list[CfgNode]) -> int:
     from tailtune.trainers import dry_run as dryrun
+    from tailtune.trainers.validation import validate
 
-    result, derived = dryrun.dry_run(stages[-1], dryrun.check_chain(stages)[-1])
+    result, derived = dryrun.dry_run(stages[-1], validate(stages)[-1])
     show(f"{dryrun.describe(result, derived)}\n{json.dumps(result)}")
     return 0
 
 
 def run_all(stages: list[CfgNode]) -> int:
-    from tailtune.trainers.dry_run import check_chain
     from tailtune.trainers.run import run
     from tailtune.trainers.runs.run_folder import RunFolder
+    from tailtune.trainers.validation import validate
 
     folder = None
     last = stages[-1]
     if last.test_only or (last.resume and RunFolder(last).finished()):
-        stages = [last]  # nothing is left to train
-    if not (last.resume and RunFolder(last).finished()):
-        check_chain(stages, here=True)
+        stages = [last]  # nothing is left to train, and `run` validates an evaluation
+    else:
+        validate(stages, here=True)
     for cfg in stages:
         RunFolder(cfg).check_owner()
     for cfg in stages:

@@ -24,6 +24,7 @@ from tailtune.configs.value_parsers import (
     as_ints,
     as_mapping,
     as_micro,
+    as_pair,
     as_path,
     as_scale,
     as_span,
@@ -147,9 +148,22 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "batch_size": Key(as_int, 128, TRAIN, "images an optimizer step, over all processes", least=1, most=10**6),
         "micro_batch_size": Key(as_micro, None, RUNTIME, "images a process holds at once; auto: what fits", most=10**6),
         "lr": Key(as_float, 0.01, TRAIN, "learning rate at the start", least=0.0),
-        "weight_decay": Key(as_float, 5e-4, TRAIN, "of everything that trains", least=0.0),
-        "momentum": Key(as_float, 0.9, TRAIN, "of SGD", least=0.0, most=1.0),
-        "nesterov": Key(as_bool, False, TRAIN, "Nesterov's momentum"),
+        "optimizer": Key(as_str, "sgd", TRAIN, "entry of OPTIMIZERS: the rule by which gradients change the weights"),
+        "weight_decay": Key(as_float, 5e-4, TRAIN, "strength of weight decay; decay_rule says on what", least=0.0),
+        "decay_rule": Key(
+            as_str,
+            None,
+            TRAIN,
+            "what weight decay acts on: all that trains, or matrices, which leaves out biases, norms and other "
+            "parameters of one dimension; none: all for sgd, matrices for adamw",
+            ("all", "matrices"),
+        ),
+        "momentum": Key(as_float, 0.9, TRAIN, "momentum of optimizer sgd", least=0.0, most=1.0),
+        "nesterov": Key(as_bool, False, TRAIN, "optimizer sgd uses Nesterov's momentum"),
+        "adam_betas": Key(
+            as_pair, [0.9, 0.999], TRAIN, "optimizer adamw: decay of its two running means", least=0.0, most=1.0
+        ),
+        "adam_eps": Key(as_float, 1e-8, TRAIN, "optimizer adamw: added to its denominator", least=0.0),
         "schedule": Key(as_str, "cosine", TRAIN, "entry of SCHEDULES: the learning rate over the epochs"),
         "lr_steps": Key(
             as_ints, None, TRAIN, "multistep: epochs (the first is 0) that multiply it by lr_gamma", most=10**6
@@ -157,6 +171,14 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "lr_gamma": Key(as_float, 0.1, TRAIN, "factor of schedule multistep", least=0.0),
         "warmup_epochs": Key(
             as_int, 0, TRAIN, "epochs over which the learning rate rises to its start", least=0, most=10**6
+        ),
+        "warmup_steps": Key(
+            as_int,
+            0,
+            TRAIN,
+            "optimizer steps over which the learning rate rises linearly, in place of warmup_epochs",
+            least=0,
+            most=10**9,
         ),
         "lr_factors": Key(
             as_factors,
@@ -217,6 +239,10 @@ KNOWN_AS = {
     **dict.fromkeys(("milestones", "lr_milestones"), "lr_steps"),
     **dict.fromkeys(("gamma", "lr_decay"), "lr_gamma"),
     **dict.fromkeys(("warmup", "num_warmup_epochs"), "warmup_epochs"),
+    **dict.fromkeys(("num_warmup_steps", "warmup_iters", "warmup_iterations"), "warmup_steps"),
+    **dict.fromkeys(("optim", "opt", "optimiser", "optim_name"), "optimizer"),
+    **dict.fromkeys(("betas", "adam_beta", "adamw_betas"), "adam_betas"),
+    **dict.fromkeys(("eps", "epsilon", "adam_epsilon", "opt_eps"), "adam_eps"),
     **dict.fromkeys(("workers", "dataloader_num_workers", "n_threads"), "num_workers"),
     **dict.fromkeys(("precision", "dtype", "mixed_precision", "fp16", "bf16"), "prec"),
     **dict.fromkeys(("gpu_id", "gpus", "device", "cuda"), "gpu"),

@@ -172,12 +172,22 @@ def as_factors(value: Any) -> dict[str, float]:
 
 def as_triple(value: Any) -> list[float]:
     """One number for each of red, green and blue: `[0.5, 0.5, 0.5]`."""
+    return _numbers(value, 3, "three numbers such as [0.5, 0.5, 0.5]")
+
+
+def as_pair(value: Any) -> list[float]:
+    """Two numbers: `[0.9, 0.999]`."""
+    return _numbers(value, 2, "two numbers such as [0.9, 0.999]")
+
+
+def _numbers(value: Any, count: int, expected: str) -> list[float]:
+    """A list of so many numbers."""
     try:
-        numbers = [as_float(each) for each in _structure(value)]
+        numbers = [as_float(number) for number in _structure(value)]
     except (ValueError, TypeError):
         numbers = []
-    if len(numbers) != 3:
-        raise ValueError("three numbers such as [0.5, 0.5, 0.5]")
+    if len(numbers) != count:
+        raise ValueError(expected)
     return numbers
 
 

@@ -96,7 +96,7 @@ def _written(cfg: CfgNode, folder: RunFolder) -> Path:
     """The pictures and their means, in a folder that this process holds."""
     accelerator = make_accelerator(cfg)
     data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder, data, accelerator)
+    method = trained_method(cfg, folder.evaluated, data, accelerator)
     log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")
     splits = {
         name: split_features(

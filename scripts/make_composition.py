@@ -20,11 +20,11 @@ sys.path.insert(0, str(ROOT))
 from tailtune.configs import load_configs  # noqa: E402
 from tailtune.configs.errors import UserError  # noqa: E402
 from tailtune.models.tuners.table import TUNERS  # noqa: E402
-from tailtune.trainers.dry_run import check_chain  # noqa: E402
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
 from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
 from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
 from tailtune.trainers.methods import METHODS, declared  # noqa: E402
+from tailtune.trainers.validation import validate  # noqa: E402
 
 PAGE, ARRAY = ROOT / "docs" / "composition.md", ROOT / "docs" / "composition.json"
 Choice = dict[str, str]
@@ -73,7 +73,7 @@ def words(choice: Choice) -> list[str]:
     """The `KEY VALUE` words of a choice; the earlier run of a chain has the same parts and method classify."""
     parts = f"{AXES['backbone'][choice['backbone']]} {AXES['tuner'][choice['tuner']]}".split()
     found = [*COMMON.split(), *parts, *AXES["method"][choice["method"]].split(), *AXES["test"][choice["test"]].split()]
-    if METHODS[choice["method"]].needs_after:
+    if METHODS[choice["method"]].continues_from_earlier_run:
         before = [*parts, "pretrained", "none", "num_experts", "3", *LOSS.split()]
         found += ["after", "tiny_clip"] + [f"after.{w}" if i % 2 == 0 else w for i, w in enumerate(before)]
     return found
@@ -82,7 +82,7 @@ def words(choice: Choice) -> list[str]:
 def refusal(choice: Choice) -> str | None:
     """Why a configuration is refused, as its user reads it; None if it is not."""
     try:
-        check_chain(load_configs("fake_lt", "tiny_clip", words(choice), declared()))
+        validate(load_configs("fake_lt", "tiny_clip", words(choice), declared()))
     except UserError as error:
         return " ".join(str(error).split())
     return None

@@ -28,7 +28,7 @@ from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
 from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
 from tailtune.trainers.losses import LOSSES  # noqa: E402
 from tailtune.trainers.methods import METHODS, declared  # noqa: E402
-from tailtune.trainers.optim import SCHEDULES  # noqa: E402
+from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES  # noqa: E402
 
 FILE = ROOT / "docs" / "options.md"
 TYPES: Mapping[Callable[[Any], Any], str] = {
@@ -44,6 +44,7 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_scale: "learnable, or a number",
     values.as_mapping: "{key: value}",
     values.as_triple: "[r, g, b]",
+    values.as_pair: "[number, number]",
     values.as_names: "name,name …",
     values.as_ints: "[number, …]",
     values.as_factors: "{name: number}",
@@ -58,6 +59,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "HEAD_INITS": HEAD_INITS,
     "LOSSES": LOSSES,
     "METHODS": METHODS,
+    "OPTIMIZERS": OPTIMIZERS,
     "PEFTS": PEFTS,
     "PROMPTS": PROMPTS,
     "SAMPLERS": SAMPLERS,

@@ -23,12 +23,12 @@ from tailtune.trainers.evaluation.expert_weights import (
     Recipe,
     StreamLearner,
     adapt,
-    check_adapt,
     objective,
 )
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.methods import METHODS, Method
 from tailtune.trainers.methods.base import combine
+from tailtune.trainers.validation import outline
 
 E, B, C = 3, 4, 10
 ROWS = {
@@ -282,10 +282,10 @@ def test_what_cannot_be_adapted_is_refused(words: str, culprit: str, remedy: str
 
 def test_experts_that_are_not_all_asked_are_refused(config: Callable[..., CfgNode]) -> None:
     cfg = config("fake_lt", "tiny_clip", "num_experts", 3, "adapt", "sade")
-    check_adapt(cfg)
-    routing = type("Routing", (Method,), {"routes": True})
+    outline(cfg)
+    routing = type("Routing", (Method,), {"asks_every_expert": False})
     with mock.patch.dict(METHODS, {"classify": routing}), pytest.raises(UserError, match="only some .* set adapt none"):
-        check_adapt(cfg)
+        outline(cfg)
 
 
 def test_one_expert_is_refused_of_a_finished_run(launch: Cli) -> None:

@@ -18,17 +18,18 @@ from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import BACKBONES, build_model, find_backbone
-from tailtune.models.backbones.encoder import batch_norms
+from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, load_tokenizer
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.distributed import share_statistics
-from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import build_method, declared
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
 from tailtune.trainers.processes.interrupts import Agreement, Interrupted
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 CONVNET = "timm:test_resnet.r160_in1k"
@@ -318,7 +319,7 @@ def test_what_trains_in_a_convnet(words: str, kinds: set[str], partial: int | No
     assert own == (["ssf_attn.scale", "ssf_attn.shift"] if "ssf" in words else [])
     norms = [name for name, each in method.model.encoder.net.named_modules() if isinstance(each, nn.BatchNorm2d)]
     count = len([each for each in norms if partial is None or each.startswith("layer4.")])
-    assert len(batch_norms(method)) == (count if "bn_tuning" in words else 0)
+    assert len(trained_batch_norms(method)) == (count if "bn_tuning" in words else 0)
 
 
 def running(method: nn.Module) -> dict[str, Tensor]:
@@ -402,7 +403,7 @@ def test_a_run_with_batch_norms_resumes_bitwise(config: Config, monkeypatch: Any
         with pytest.raises(Interrupted):
             trained("cut")
     assert same(trained("cut"), whole)
-    assert sum("running_var" in name for name in whole) == len(batch_norms(plain(config, "bn_tuning", True)))
+    assert sum("running_var" in name for name in whole) == len(trained_batch_norms(plain(config, "bn_tuning", True)))
 
 
 # --- names and refusals --------------------------------------------------------------------------------------------

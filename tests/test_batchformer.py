@@ -154,7 +154,7 @@ def test_at_test_time_it_is_not_there(config: Config) -> None:
 def test_it_wraps_what_leaves_the_logits_alone(name: str, config: Config) -> None:
     kind = METHODS[name]
     own = any(getattr(kind, each) is not getattr(Method, each) for each in ("forward", "expert_logits"))
-    after = ("after", "tiny_clip", "loss_type", "CE") if kind.needs_after else ("loss_type", "CE")
+    after = ("after", "tiny_clip", "loss_type", "CE") if kind.continues_from_earlier_run else ("loss_type", "CE")
     more = {
         "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),
         "h2t": ("h2t.shift_bn", False, "pair_sampler", "shuffle"),
@@ -166,7 +166,7 @@ def test_it_wraps_what_leaves_the_logits_alone(name: str, config: Config) -> Non
         return
     method = build(config, *words)
     assert isinstance(method, Wrapper) and type(method.inner) is kind
-    assert {name.removeprefix("inner.") for name in method.held} == method.inner.held
+    assert {name.removeprefix("inner.") for name in method.frozen_trained} == method.inner.frozen_trained
 
 
 def test_groups_counts_and_seeds(config: Config) -> None:

@@ -20,8 +20,9 @@ from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names
 from tailtune.main import split_words
 from tailtune.models import resolve
-from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import declared
+from tailtune.trainers.validation import check
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none"
 SHORT = f"{FAKE} num_epochs 2 output_dir run"

@@ -45,12 +45,11 @@ from tailtune.trainers.storage.checkpoint import (
     copy_state,
     fingerprint,
     load_checkpoint,
-    momenta,
-    restore_momenta,
     save_checkpoint,
     trained_state,
 )
 from tailtune.trainers.storage.manifest import read_json
+from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
 
 STORED = json.loads(ARRAY.read_text(encoding="utf-8"))
 SMALL = ["max_test_images", "12", "batch_size", "6", "num_workers", "0", "test_batch_size", "12", "adapt_epochs", "1"]
@@ -155,7 +154,8 @@ class Training:
     def resume_from(self, other: "Training") -> None:
         copy_state(self.method, trained_state(other.method), "a state", "")
         if self.optimizer is not None:
-            restore_momenta(self.optimizer, {name: each.clone() for name, each in momenta(other.optimizer).items()})
+            tensors, values = optimizer_state(other.optimizer)
+            restore_optimizer(self.optimizer, {name: tensor.clone() for name, tensor in tensors.items()}, values)
 
     @torch.no_grad()
     def logits(self) -> Tensor:

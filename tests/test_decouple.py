@@ -16,10 +16,10 @@ from tailtune.configs import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.trainers.dry_run import check
 from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.storage.checkpoint import States, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 LINEAR = ("classifier", "LinearClassifier")
@@ -131,7 +131,7 @@ def test_what_is_held_is_never_rounded(tuner: str, prec: str, config: Config) ->
         each.model.set_precision(PRECISIONS[prec].compute)
         cast_trainable(each, PRECISIONS[prec].trainable)
     state = trained_state(method)
-    for name in method.held:
+    for name in method.frozen_trained:
         assert torch.equal(state[name].double(), wanted[name].double()), name
     for name, each in trained_state(resumed).items():  # as the trainer resumes
         each.copy_(state[name])

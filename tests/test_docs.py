@@ -12,8 +12,8 @@ from tailtune.configs import load_configs, names
 from tailtune.datasets import build_info
 from tailtune.main import split_words
 from tailtune.models import resolve
-from tailtune.trainers.dry_run import check
 from tailtune.trainers.methods import declared
+from tailtune.trainers.validation import check
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/tiny_clip/README.md"]

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from yacs.config import CfgNode
 
-from tailtune.datasets import build_data
+from tailtune.datasets import build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.trainers.distributed import make_accelerator
-from tailtune.trainers.dry_run import outline
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
-from tailtune.trainers.evaluation.zero_shot_ensembles import pretraining_prior, share, zero_shot_of
+from tailtune.trainers.evaluation.zero_shot_ensembles import WithZeroShot, pretraining_prior, zero_shot_of
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.runs.load_run import make_method
+from tailtune.trainers.validation import outline
 
 Config = Callable[..., CfgNode]
 PEFT = "-d fake_lt -m tiny_clip_peft max_steps 2 batch_size 32 max_test_images 30"
@@ -320,6 +320,11 @@ def test_the_prior_that_an_ensemble_assumes() -> None:
 
 
 def test_experts_that_are_summed_take_their_share(config: Config) -> None:
-    summed = outline(config("fake_lt", "tiny_clip", "num_experts", 3, "method", "reslt"))
-    assert share(summed) == 1 / 3
-    assert share(outline(config("fake_lt", "tiny_clip", "num_experts", 3))) == 1
+    """The zero-shot logits count once, whether the prediction is the sum of the heads' logits or their mean."""
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for words, factor in ((("method", "reslt"), 3), ((), 1)):
+        cfg = config("fake_lt", "tiny_clip", "num_experts", 3, "init_head", "none", *words)
+        trained, zero_shot = (make_method(each, build_info(each)).eval() for each in (cfg, zero_shot_of(cfg)))
+        joined = WithZeroShot(trained, zero_shot, lambda z, other: z + other)
+        wanted = factor * trained.model(images).mean(1) + zero_shot.model(images).mean(1)
+        assert torch.allclose(joined.predict(images), wanted, atol=1e-5)

@@ -79,7 +79,7 @@ def trained(made: ExportedModel) -> ExportedModel:
     """Everything that trains moved away from where it started."""
     for index, each in enumerate(each for each in made.method.parameters() if each.requires_grad):
         each.add_(filled(each.shape, 11 + index, amplitude=0.1))
-    for norm in made.encoder.batch_norms:
+    for norm in made.encoder.trained_batch_norms:
         norm.running_mean.add_(0.1), norm.running_var.mul_(1.2), norm.num_batches_tracked.add_(7)
     made.method.model.set_precision()
     return made

@@ -377,10 +377,16 @@ def test_one_head_has_the_rows_as_they_are() -> None:
 # --- exports and analysis --------------------------------------------------------------------------------------------
 
 
+class Routing(Method):
+    """Says that it asks only some experts about an image."""
+
+    asks_every_expert = False
+
+
 def subject(own: int = 1, routes: bool = False) -> ExportedModel:
     host = vit(["lora"], 3, own)
-    method = Method(classifier(host, 3), Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
-    method.routes = routes
+    kind = Routing if routes else Method
+    method = kind(classifier(host, 3), Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
     return ExportedModel(method, ["lora"], None, [f"c{k}" for k in range(CLASSES)], SIDE)
 
 

@@ -35,9 +35,9 @@ from tailtune.configs.value_parsers import (
     as_str,
 )
 from tailtune.models.heads.head_init import HEAD_INITS, HeadContext
-from tailtune.trainers.dry_run import outline
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.validation import outline
 
 KEYS: dict[str, Key] = {
     **{key: entry for key, entry in SCHEMA.items() if not entry.internal},
@@ -59,7 +59,7 @@ def told(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
     def call(key: str, value: object, *more: str) -> str:
         capsys.readouterr()
         method = f"{EXPERTS} method {key.split('.')[0]}" if "." in key else ""
-        if method and METHODS[key.split(".")[0]].needs_after:
+        if method and METHODS[key.split(".")[0]].continues_from_earlier_run:
             method += f" after tiny_clip_peft after.pretrained none {EXPERTS.replace('num', 'after.num')}"
         code = main.main([*f"{FAKE} --dry-run {method}".split(), *more, key, str(value)])
         error = capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_patterns_and_numbers_for_peft(value: str, told: Told, monkeypatch: pyte
 
 def test_a_model_that_this_machine_cannot_hold(launch: Cli, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run may be of another machine's work."""
-    monkeypatch.setattr("tailtune.trainers.dry_run.memory", lambda: 10**6)
+    monkeypatch.setattr("tailtune.trainers.validation.memory", lambda: 10**6)
     assert told("adapter_dim", 4096) == ""
     one_line(launch(f"{FAKE} adapter_dim 4096"), "parameters", "GB", "adapter_dim", "num_classes")
     assert not Path("output").exists()

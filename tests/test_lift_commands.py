@@ -15,8 +15,9 @@ from tailtune.configs import CfgNode, load_configs, values_of
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.configs.schema import ALIASES, SCHEMA
 from tailtune.scripts import _grid
-from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import declared
+from tailtune.trainers.validation import check
 
 ORIGINAL = {
     "lift/fig10_partial_ft": (126, "c9e6ad4b986681fa"),

@@ -279,16 +279,22 @@ def loss(cfg: CfgNode) -> Any:
 
 
 def two_updates(cfg: CfgNode) -> Any:
-    """A head's weight after two steps with gradient one, in an epoch of its own each."""
+    """A head's weight after two steps with gradients one and two, in an epoch of its own each."""
     method = build_method(cfg, built(cfg), info(cfg))
     plan = Plan.of(cfg, 32)
     optimizer = build_optimizer(method.param_groups(), plan)
     weight = method.model.head.get_parameter("weight")
     for epoch in range(2):
         set_lr(optimizer, plan, epoch)
-        weight.grad = torch.ones_like(weight)
+        weight.grad = torch.full_like(weight, 1.0 + epoch)
         optimizer.step()
     return weight
+
+
+def decays(cfg: CfgNode) -> Any:
+    """Parameters and weight decay of each group of the optimizer."""
+    groups = build_optimizer(build_method(cfg, built(cfg), info(cfg)).param_groups(), Plan.of(cfg, 32)).param_groups
+    return [(len(group["params"]), group["weight_decay"]) for group in groups]
 
 
 def cudnn(cfg: CfgNode) -> Any:
@@ -510,12 +516,17 @@ PROBES: dict[str, Probe] = {
     "micro_batch_size": Probe("none", 4, batches("forward"), ONE),
     "lr": Probe(0.1, 0.2, two_updates),
     "weight_decay": Probe(5e-4, 0.1, two_updates),
+    "optimizer": Probe("sgd", "adamw", two_updates),
+    "decay_rule": Probe("none", "matrices", decays, ("classifier", "LinearClassifier")),
     "momentum": Probe(0.9, 0, two_updates),
     "nesterov": Probe(False, True, two_updates),
     "schedule": Probe("cosine", "constant", two_updates),
     "lr_steps": Probe("[1]", "[2]", two_updates, STEPPED),
     "lr_gamma": Probe(0.1, 0.5, two_updates, (*STEPPED, "lr_steps", 1)),
     "warmup_epochs": Probe(0, 2, two_updates),
+    "warmup_steps": Probe(0, 4, two_updates),
+    "adam_betas": Probe("[0.9,0.999]", "[0.5,0.9]", two_updates, ("optimizer", "adamw")),
+    "adam_eps": Probe(1e-8, 0.1, two_updates, ("optimizer", "adamw")),
     "lr_factors": Probe("none", "{head: 0.1}", two_updates),
     "sampler": Probe("shuffle", "balanced", batches("forward", "index"), ONE),
     "pair_sampler": Probe("shuffle", "balanced", batches("forward", "partner", H2T), FUSED),

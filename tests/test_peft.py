@@ -25,9 +25,10 @@ from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_ada
 from tailtune.models.tuners.peft_table import PEFTS, REFUSED_TYPES, find_peft_type
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import Sizes, add_tuners
-from tailtune.trainers.dry_run import check, forward_flops
+from tailtune.trainers.dry_run import forward_flops
 from tailtune.trainers.methods import Method, build_method, declared
 from tailtune.trainers.storage.checkpoint import copy_state, fingerprint, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 FIT: dict[str, dict[str, Any]] = {

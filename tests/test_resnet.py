@@ -24,12 +24,13 @@ from tailtune.models.backbones.resnet_encoder import ResNetEncoder
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.trainers.dry_run import check, dry_run, forward_flops
+from tailtune.trainers.dry_run import dry_run, forward_flops
 from tailtune.trainers.export import export
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.runs.load_run import subject_of
 from tailtune.trainers.storage.checkpoint import trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 TINY, TINY_CIFAR = ResNetDesign((1, 1, 1, 1), bottleneck=True), ResNetDesign((1, 1, 1), cifar=True)
@@ -280,7 +281,7 @@ def test_the_cut_changes_nothing(design: ResNetDesign, own: int) -> None:
     cut.net.load_state_dict({name: state[source] for name, source in names.items()})
     for host in (whole, cut):
         host.requires_grad_(True)
-        host.batch_norms = [each for each in host.net.modules() if isinstance(each, nn.BatchNorm2d)]
+        host.set_trained_batch_norms([each for each in host.net.modules() if isinstance(each, nn.BatchNorm2d)])
         host.train()
         host.set_precision(torch.float64)
         host.double()

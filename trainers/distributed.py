@@ -23,7 +23,7 @@ from torch import nn
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import Batch
-from tailtune.models.backbones.encoder import batch_norms
+from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
 
 Decision = TypeVar("Decision")
@@ -126,7 +126,7 @@ def share_statistics(accelerator: Accelerator, module: nn.Module) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    for norm in batch_norms(module):
+    for norm in trained_batch_norms(module):
         for buffer in norm.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, "mean"))

@@ -42,7 +42,7 @@ def check_frozen(module: nn.Module) -> None:
 def cast_trainable(module: nn.Module, dtype: torch.dtype) -> None:
     """What trains into the dtype of its precision, and what peft multiplies it with."""
     trains = [each for each in module.parameters() if each.requires_grad]
-    adapted = (layer for host in module.modules() if isinstance(host, Encoder) for layer in host.adapted)
+    adapted = (layer for host in module.modules() if isinstance(host, Encoder) for layer in host.peft_layers)
     frozen = [each for layer in adapted for each in layer.buffers() if each.is_floating_point()]
     for each in trains + frozen:
         each.data = each.data.to(dtype)

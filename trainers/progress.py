@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,31 @@ class Progress:
     def step(self) -> None:
         self.bar.update()
 
-    def show(self, done: int, lr: float, steps: list[dict[str, float]], groups: dict[str, float | None]) -> None:
-        """Write the steps since the last call; `done` steps of the run are finished."""
+    def show(
+        self,
+        done: int,
+        rate: Callable[[int, int], float],
+        steps: list[dict[str, float]],
+        groups: dict[str, float | None],
+    ) -> None:
+        """Write the steps since the last call; `done` steps of the run are finished.
+
+        Args:
+            rate: step, steps of an epoch → the learning rate of that step.
+            steps: values of each step since the last call.
+            groups: averages of the accuracy, by shot group.
+        """
         if self.writer is None or not steps:
             return
         for offset, values in enumerate(steps, start=done - len(steps) + 1):
-            self.writer.add_scalar("train/lr", lr, offset)
+            self.writer.add_scalar("train/lr", rate(offset, self.steps), offset)
             for name, value in values.items():
                 self.writer.add_scalar(f"train/{name}", value, offset)
         for name, each in groups.items():
             if each is not None:
                 self.writer.add_scalar(f"train/{name}", each, done)
         self.writer.flush()
-        self._line(done, lr, steps[-1], groups)
+        self._line(done, rate(done, self.steps), steps[-1], groups)
 
     def close(self) -> None:
         self.bar.close()

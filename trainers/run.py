@@ -27,8 +27,8 @@ from tailtune.trainers.processes.console_log import attach_file, detach_file, st
 from tailtune.trainers.runs.load_run import (
     FinishedRun,
     earlier_run,
+    fresh_method,
     load_trained,
-    make_method,
     subject_of,
     trained_method,
 )
@@ -36,9 +36,10 @@ from tailtune.trainers.runs.report import TrainReport, headline, read_result, su
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder, kept_splits
 from tailtune.trainers.runs.stored_results import Decision, decide, trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
-from tailtune.trainers.storage.checkpoint import States, fingerprint, save_checkpoint
+from tailtune.trainers.storage.checkpoint import States, save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
 from tailtune.trainers.trainer import Trainer
+from tailtune.trainers.validation import validate
 
 log = logging.getLogger("tailtune")
 
@@ -66,6 +67,8 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
                 log.warning("warning: %s", note)
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
+            if not plan.trains:  # what trains was validated with all its stages
+                on_main(accelerator, lambda: validate([cfg], counts=folder.class_counts(), trains=False, here=True))
             _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
@@ -106,7 +109,7 @@ def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
 def _export(cfg: CfgNode, folder: RunFolder, target: Path, accelerator: Accelerator) -> None:
     """Write the finished run's model in another format; of another run's, beside its evaluation."""
     data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder, data, accelerator).to("cpu")
+    method = trained_method(cfg, folder.evaluated, data, accelerator).to("cpu")
     if cfg.model_dir is None:
         folder.own("export")
     home = folder.path if cfg.model_dir is None else target
@@ -142,23 +145,20 @@ class _Run:
                 return
         with self.accelerator.local_main_process_first():  # who may download
             data = build_data(cfg, self.kept, None if trains else self.folder.class_counts())
-            method = make_method(cfg, data.info)
-        model = method.model
-        self.base = fingerprint(model)
-        method.to(self.accelerator.device)
+            fresh = fresh_method(cfg, data.info, self.accelerator.device)
+        method, self.base = fresh
         log.info(headline(cfg, data, method))
         self.plan.fingerprints = {name: each.fingerprint for name, each in data.records.items()}
-        self._warn(model, data)
+        self._warn(method.model, data)
         if trains:
             train = self._train(method, data)
             result = summary(cfg, data.info, method, train, self._precision())
         else:
-            load_trained(cfg, self.folder, method, data, self.accelerator, self.base)
+            load_trained(fresh, cfg, self.folder.evaluated, data, self.accelerator)
             result = self.evaluation.trained_result() or summary(cfg, data.info, method, None, self._precision())
             run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
             method, facts = ensembled(run)
             result |= {"ensemble": facts} if facts else {}
-        model.init = None  # lets go of the text encoder, also where it was not needed
         self.evaluation.from_images(method, data, result)
 
     def _warn(self, model: ClassificationModel, data: DataBundle) -> None:

@@ -19,7 +19,7 @@ from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.distributed import share_statistics, to_device
 from tailtune.trainers.methods.base import Batch, Method, Step
-from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.optim import Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Progress
@@ -27,13 +27,12 @@ from tailtune.trainers.runs.report import TrainReport
 from tailtune.trainers.storage.checkpoint import (
     States,
     copy_state,
-    momenta,
     part,
-    restore_momenta,
     restore_rng,
     rng_state,
     trained_state,
 )
+from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
 from tailtune.trainers.training_meters import Meters
 
 log = logging.getLogger("tailtune")
@@ -89,13 +88,13 @@ class Trainer:
                 while run.report.steps < total:
                     epoch, first = divmod(run.report.steps, steps)
                     method.on_epoch(epoch, self.plan.epochs)
-                    lr = set_lr(run.optimizer, self.plan, epoch)
                     run.sampler.set_position(epoch, first)
                     batches = iter(loader)
                     for step in range(first, min(steps, total - epoch * steps)):
+                        set_lr(run.optimizer, self.plan, epoch, run.report.steps + 1)
                         self._step(run, batches, step)
                         run.report.seconds = before + time.perf_counter() - started
-                        self._after_step(run, lr, interrupt, last=run.report.steps + 1 == total)
+                        self._after_step(run, interrupt, last=run.report.steps + 1 == total)
         finally:
             run.progress.close()
         if cuda:
@@ -105,6 +104,10 @@ class Trainer:
     def total_steps(self, steps_per_epoch: int) -> int:
         steps = self.plan.epochs * steps_per_epoch
         return steps if self.plan.max_steps is None else min(steps, self.plan.max_steps)
+
+    def _rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate that is shown for a step, counted from 1 over the whole run."""
+        return learning_rate(self.plan, (step - 1) // steps_per_epoch, step)
 
     # --- one optimizer step ------------------------------------------------------------------------------------
 
@@ -155,7 +158,7 @@ class Trainer:
 
     # --- between steps -----------------------------------------------------------------------------------------
 
-    def _after_step(self, run: _Run, lr: float, interrupt: Interrupt, last: bool) -> None:
+    def _after_step(self, run: _Run, interrupt: Interrupt, last: bool) -> None:
         run.report.steps += 1
         done = run.report.steps
         run.progress.step()
@@ -166,7 +169,7 @@ class Trainer:
         if shows or saves:
             self._check_finite(run, weights=saves)
         if shows:
-            run.progress.show(done, lr, *run.meters.read(self._sum))
+            run.progress.show(done, self._rate, *run.meters.read(self._sum))
         if saves:
             self._save(run)
         if stops:
@@ -232,13 +235,15 @@ class Trainer:
             everyone.update(each)
         if self.accelerator.is_main_process:
             trained = {f"method.{name}": each for name, each in trained_state(run.method).items()}
+            of_optimizer, values = optimizer_state(run.optimizer)
             scaler = self.accelerator.scaler
             facts = {
                 "report": vars(run.report),
                 "threads": torch.get_num_threads(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "optimizer": values,
             }
-            self.states.save(run.report.steps, {**trained, **momenta(run.optimizer), **everyone}, facts)
+            self.states.save(run.report.steps, {**trained, **of_optimizer, **everyone}, facts)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: Meters) -> TrainReport:
@@ -251,7 +256,7 @@ class Trainer:
             torch.set_num_threads(facts["threads"])
         where = str(self.states.folder)
         copy_state(method, part(tensors, "method."), where, "start over with `resume False`")
-        restore_momenta(optimizer, tensors)
+        restore_optimizer(optimizer, tensors, facts.get("optimizer"))
         rank = self.accelerator.process_index
         meters.load(part(tensors, f"meters.{rank}."))
         restore_rng(tensors, rank)

@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 
 
-class Encoder(nn.Module):
+class StagedModule(nn.Module):
+    """A module that several runs may train one after the other, each of them a part of it.
+
+    Attributes:
+        frozen_trained: names of the parameters that an earlier run trained and that this run leaves as they are. A
+            checkpoint holds them as it holds what trains, and they keep their dtype.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_trained: set[str] = set()
+
+
+class Encoder(StagedModule):
     """Base of the image encoders: normalised images [B, 3, H, W] → features [B, feature_dim].
 
     Several experts (`experts` > 1) may have parts of the network for themselves. Then the features are
@@ -29,14 +42,6 @@ class Encoder(nn.Module):
             empty.
         feature_dim: width D of the features.
         experts: the number of branches E.
-        batch_norms: batch norms that train, on the statistics of the images that are in memory at once.
-        adapted: layers of the network that peft has wrapped.
-        still: whether everything that was tuned stays as it is, because a later stage trains something else.
-        shifts: only matters while `still`: the tuned batch norms normalise with the statistics of their batch and go
-            on updating the running ones.
-        held: names of the parameters that an earlier stage trained and that stay as they are. They keep their dtype,
-            as parameters that train do.
-        noisy: whether a trained module draws random numbers in every forward (dropout).
     """
 
     net: Any
@@ -47,12 +52,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.net = net.eval()
         self.tuners = nn.ModuleDict()
-        self.batch_norms: list[nn.Module] = []
-        self.adapted: list[Any] = []
         self.experts = 1
-        self.still = self.shifts = False
-        self.held: frozenset[str] = frozenset()
-        self.noisy = False
+        self._trained_batch_norms: list[nn.Module] = []
+        self._peft_layers: list[Any] = []
+        self._peft_draws = self._is_frozen = self._batch_norms_follow = False
         self._pretrained_buffers = [(module, name) for module in net.modules() for name in module._buffers]
         self.requires_grad_(False)
 
@@ -64,7 +67,52 @@ class Encoder(nn.Module):
     @property
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
-        return bool(self.batch_norms) and (self.shifts or not self.still) or self.noisy and not self.still
+        return bool(self._trained_batch_norms) and self._batch_norms_train or self._peft_draws and not self._is_frozen
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether `freeze_trained` was called, because a later run trains something else than the encoder."""
+        return self._is_frozen
+
+    @property
+    def trained_batch_norms(self) -> Sequence[nn.Module]:
+        """The batch norms that a tuner trains; they normalise by the images that a process holds at once."""
+        return self._trained_batch_norms
+
+    def set_trained_batch_norms(self, norms: Sequence[nn.Module]) -> None:
+        """Set which batch norms of the network train, so that their statistics follow the training images."""
+        self._trained_batch_norms = list(norms)
+
+    @property
+    def peft_layers(self) -> Sequence[Any]:
+        """The layers of the network that the peft library has wrapped."""
+        return self._peft_layers
+
+    def wrap_with_peft(self, layers: Sequence[Any], draws: bool) -> None:
+        """Set which layers the peft library has wrapped.
+
+        Args:
+            layers: peft's wrappers, each around one layer of the network.
+            draws: whether they draw random numbers in every training forward, as dropout does.
+        """
+        self._peft_layers, self._peft_draws = list(layers), draws
+
+    def freeze_trained(self, batch_norms_follow: bool = False) -> None:
+        """From now on leave everything that the tuners have trained as it is.
+
+        Call it while the trained parameters still require gradients: that is how they are found. The caller then
+        stops their gradients.
+
+        Args:
+            batch_norms_follow: whether the trained batch norms still normalise by the images in memory and update
+                their running statistics, although their weights stay.
+        """
+        self.frozen_trained |= {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._is_frozen, self._batch_norms_follow = True, batch_norms_follow
+
+    @property
+    def _batch_norms_train(self) -> bool:
+        return self._batch_norms_follow or not self._is_frozen
 
     @property
     def expert_blocks(self) -> list[nn.Module]:
@@ -105,19 +153,11 @@ class Encoder(nn.Module):
         """Set the mode of the tuners and of tuned batch norms; the rest of the network stays in eval mode."""
         super().train(mode)
         self.net.eval()
-        for norm in self.batch_norms:
-            norm.train(mode and (self.shifts or not self.still))
-        for layer in self.adapted:
-            layer.train(mode and not self.still)
+        for norm in self._trained_batch_norms:
+            norm.train(mode and self._batch_norms_train)
+        for layer in self._peft_layers:
+            layer.train(mode and not self._is_frozen)
         return self
-
-    def hold(self) -> None:
-        """From now on everything that was tuned stays as it is, batch norms included.
-
-        Call it while the tuned parameters still require gradients: that is how they are found.
-        """
-        self.held = self.held | {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        self.still = True
 
     def block_range(self, partial: int | Sequence[int] | None) -> range:
         """Indices of the blocks that the option `partial` means.
@@ -144,7 +184,7 @@ class Encoder(nn.Module):
 
     def frozen_buffers(self) -> list[Tensor]:
         """Buffers of the pre-trained network that training never changes: all but those of trained batch norms."""
-        trained = {id(norm) for norm in self.batch_norms}
+        trained = {id(norm) for norm in self._trained_batch_norms}
         buffers = [module._buffers.get(name) for module, name in self._pretrained_buffers if id(module) not in trained]
         return [buffer for buffer in buffers if buffer is not None]
 
@@ -170,15 +210,15 @@ class Encoder(nn.Module):
             for module in _innermost_modules(self.tuners)
         ]
         requires_grad = {parameter: parameter.requires_grad for parameter in self.parameters()}
-        for layer in self.adapted:
+        for layer in self._peft_layers:
             layer.enable_adapters(False)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for layer in self.adapted:
-                layer.enable_adapters(True)  # this makes even held parameters require gradients
+            for layer in self._peft_layers:
+                layer.enable_adapters(True)  # this also makes parameters that an earlier run trained require gradients
             for parameter, required in requires_grad.items():
                 parameter.requires_grad_(required)
 
@@ -192,9 +232,10 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
+def trained_batch_norms(module: nn.Module) -> list[nn.Module]:
     """The batch norms that train, of every encoder within a module."""
-    return [norm for encoder in module.modules() if isinstance(encoder, Encoder) for norm in encoder.batch_norms]
+    encoders = (submodule for submodule in module.modules() if isinstance(submodule, Encoder))
+    return [norm for encoder in encoders for norm in encoder.trained_batch_norms]
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -265,7 +265,8 @@ class ViTEncoder(Encoder):
             mlp._buffers.pop(name, None)
         plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and mlp.fc1.bias is not None
         frozen = not any(
-            parameter.requires_grad or prefix + name in self.held for name, parameter in mlp.named_parameters()
+            parameter.requires_grad or prefix + name in self.frozen_trained
+            for name, parameter in mlp.named_parameters()
         )
         if not (self.fast and untuned and plain and frozen and isinstance(mlp.act, QuickGELU)):
             return
@@ -281,7 +282,9 @@ class ViTEncoder(Encoder):
     def _frozen_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Parameters that neither train nor were trained by an earlier stage."""
         named = self.named_parameters()
-        return [(name, weight) for name, weight in named if not weight.requires_grad and name not in self.held]
+        return [
+            (name, weight) for name, weight in named if not weight.requires_grad and name not in self.frozen_trained
+        ]
 
 
 def _empty_sites(blocks: int) -> list[Sites]:

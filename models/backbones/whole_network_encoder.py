@@ -89,7 +89,7 @@ class WholeNetworkEncoder(Encoder):
             with torch.autocast(inputs.device.type, self.compute_dtype) if low_precision else nullcontext():
                 return functional_call(module, cast, inputs, tie_weights=False) if cast else module(inputs)
         except ValueError as error:
-            if self.batch_norms and "more than 1 value per channel" in str(error):
+            if self.trained_batch_norms and "more than 1 value per channel" in str(error):
                 raise UserError(
                     "bn_tuning cannot normalise one image on maps of one pixel; choose a larger resolution or "
                     "micro_batch_size, or a batch_size that leaves more images in the last batch of an epoch"

@@ -180,7 +180,7 @@ def export_adapter(encoder: Encoder, peft: PeftAdapter, folder: Path, base: str)
     Raises:
         UserError: other tuners have trained too, which that format cannot hold; or the disk is full.
     """
-    adapter_parameters = {id(parameter) for layer in encoder.adapted for parameter in _adapter_parameters(layer)}
+    adapter_parameters = {id(parameter) for layer in encoder.peft_layers for parameter in _adapter_parameters(layer)}
     others = [
         key
         for key, parameter in encoder.named_parameters()
@@ -215,7 +215,7 @@ def merge_adapter(encoder: Encoder, peft: PeftAdapter) -> dict[str, Tensor]:
             net = merged.merge_and_unload()
     except (NotImplementedError, ValueError, AttributeError) as error:
         raise UserError(f"{peft.name} cannot be merged into the weights; export peft") from error
-    for key, layer in zip(peft.targets, copy.deepcopy(encoder.adapted), strict=True):
+    for key, layer in zip(peft.targets, copy.deepcopy(encoder.peft_layers), strict=True):
         inputs = _random_input(net.get_submodule(key))
         expected = layer.eval()(inputs)
         if (net.get_submodule(key)(inputs) - expected).abs().max() > 1e-3 * expected.abs().max():

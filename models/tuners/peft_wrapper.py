@@ -79,8 +79,7 @@ def add_peft(
     for key, parameter in encoder.named_parameters():  # peft has frozen every parameter that is not its own
         if key.replace(".base_layer.", ".") in trained:
             parameter.requires_grad_(True)
-    encoder.adapted = [encoder.net.get_submodule(target) for target in targets]
-    encoder.noisy = uses_dropout(args)
+    encoder.wrap_with_peft([encoder.net.get_submodule(target) for target in targets], uses_dropout(args))
     _check_called(encoder, targets, name, resolution)
     return (AdaLora if peft_type.type == "ADALORA" else PeftAdapter)(name, model, targets, args)
 
@@ -268,12 +267,12 @@ def _check_called(encoder: Encoder, targets: Sequence[str], name: str, resolutio
     The wrapper would then have no effect. One image, on the meta device, shows which layers are called.
     """
     called: set[int] = set()
-    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in encoder.adapted]
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in encoder.peft_layers]
     state = {key: torch.empty_like(tensor, device="meta") for key, tensor in named_tensors(encoder)}
     with encoder.untuned(), torch.no_grad():
         image = torch.empty(1, 3, resolution, resolution, device="meta")
         functional_call(encoder, state, (image,), tie_weights=False)
-    for key, layer, hook in zip(targets, encoder.adapted, hooks, strict=True):
+    for key, layer, hook in zip(targets, encoder.peft_layers, hooks, strict=True):
         hook.remove()
         if id(layer) not in called:
             raise UserError(

@@ -219,4 +219,4 @@ def _select(encoder: Encoder, name: str, partial: int | Sequence[int] | None) ->
         parameter.requires_grad_(True)
     if TUNERS[name].on_batch:
         submodules = (submodule for module in modules for submodule in module.modules())
-        encoder.batch_norms = [norm for norm in submodules if isinstance(norm, nn.BatchNorm2d)]
+        encoder.set_trained_batch_norms([norm for norm in submodules if isinstance(norm, nn.BatchNorm2d)])

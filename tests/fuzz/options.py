@@ -25,7 +25,7 @@ from tailtune.trainers.evaluation.expert_weights import ADAPTS
 from tailtune.trainers.evaluation.target_prior import TARGETS
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, declared
-from tailtune.trainers.optim import SCHEDULES
+from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES
 
 Texts = SearchStrategy[str]
 
@@ -33,7 +33,13 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     **{"dataset": DATASETS, "backbone": BACKBONES, "method": METHODS, "classifier": HEADS, "init_head": HEAD_INITS},
     **{"loss_type": LOSSES, "schedule": SCHEDULES, "sampler": SAMPLERS, "pair_sampler": SAMPLERS, "peft": PEFTS},
     **{"augment": AUGMENTS, "adapt_views": AUGMENTS, "prompt": PROMPTS, "adapt": ADAPTS, "ensemble": ENSEMBLES},
-    **{"target_prior": TARGETS, "h2t.inner": METHODS, "mixup.inner": METHODS, "batchformer.inner": METHODS},
+    **{
+        "optimizer": OPTIMIZERS,
+        "target_prior": TARGETS,
+        "h2t.inner": METHODS,
+        "mixup.inner": METHODS,
+        "batchformer.inner": METHODS,
+    },
     **{"distill.inner": METHODS, "after": names("model")},
 }
 """Keys whose value is a name in a table."""

@@ -18,8 +18,7 @@ from tailtune.datasets import build_info
 from tailtune.models import build_model
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM, soup, wise
 from tailtune.trainers.evaluation.zero_shot_ensembles import gla, logits, zero_shot_of
-from tailtune.trainers.methods import METHODS, Method
-from tailtune.trainers.methods.wrapper import Wrapper
+from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun
 
 
@@ -65,8 +64,11 @@ def ensembled(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     return entry_of(run.cfg).make(run)
 
 
-def check_ensemble(cfg: CfgNode) -> None:
+def check_ensemble(cfg: CfgNode, method: Method) -> None:
     """Refuse what cannot be, without images or weights.
+
+    Args:
+        method: of the run; meta tensors will do.
 
     Raises:
         UserError: an unknown entry, an option that it does not read, a run without what it needs.
@@ -89,17 +91,15 @@ def check_ensemble(cfg: CfgNode) -> None:
         raise UserError(f"ensemble {name} evaluates a finished run: train without it, then add test_only True")
     if cfg.export is not None:
         raise UserError(f"export {cfg.export} writes what was trained: leave out ensemble {name}")
-    if entry.start and cfg.init_head is None and not _goes_on(cfg):
+    if entry.start and cfg.init_head is None and not (cfg.after and _keeps_start(method)):
         raise UserError(RANDOM)
     if entry.text:
         _check_text(cfg)
 
 
-def _goes_on(cfg: CfgNode) -> bool:
-    """Whether the run's classifier began where an earlier run's ended; one may also be a teacher, or be left out."""
-    kind = METHODS[cfg.method]
-    starts = cfg.after is not None and kind.after in (Method.after, Wrapper.after)
-    return starts and not kind.drops_head()
+def _keeps_start(method: Method) -> bool:
+    """Whether the run's classifier begins where that of the earlier run ended."""
+    return method.starts_where_earlier_run_ended and not method.discards("model.head.")
 
 
 def _who(reads: str) -> str:

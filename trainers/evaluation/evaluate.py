@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,13 +19,12 @@ from tailtune.datasets.test_distributions.build import build_shifts
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
-from tailtune.trainers.evaluation.ensembles import check_ensemble
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt, check_adapt
+from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt
 from tailtune.trainers.evaluation.inference import LOGITS, VAL_LOGITS, Logits, infer, save_logits, stored_logits
 from tailtune.trainers.evaluation.metrics import evaluate
-from tailtune.trainers.evaluation.target_prior import add_target_results, check_target, needs_val
-from tailtune.trainers.methods import METHODS, Method
+from tailtune.trainers.evaluation.target_prior import add_target_results, needs_val
+from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
 from tailtune.trainers.progress import write_test_scalars
 from tailtune.trainers.runs.load_run import outline, outline_of
@@ -52,10 +52,6 @@ class Evaluation:
     """What a reader of the result has to know."""
 
     def __post_init__(self) -> None:
-        check_adapt(self.cfg)
-        check_ensemble(self.cfg)
-        if self.cfg.target_prior is not None:
-            check_target(self.cfg, self._info())
         cfg = self.cfg
         texts = test_time.warnings_of(cfg.tte_mode, cfg.resolution, cfg.expand, cfg.augment) if cfg.tte else ()
         for text in (*self.plan.notes, *texts):
@@ -87,6 +83,11 @@ class Evaluation:
             self._aim(found, val, shifts, info, measured)
             self._finish(self.trained_result(), found, val, info.groups, measured)
         return True
+
+    @cached_property
+    def _outline(self) -> Method:
+        """The method of this command, on the meta device."""
+        return outline(self.cfg)
 
     @property
     def _adapts(self) -> bool:
@@ -193,7 +194,7 @@ class Evaluation:
             self.note(f"{found.bad_images} of {len(view)} images could not be read and are left out", warn=True)
         if len(view) == cfg.max_test_images:
             self.note(f"max_test_images {cfg.max_test_images}: not all images")
-        if not is_finite(found.logits, method.routes):
+        if not is_finite(found.logits, method.asks_every_expert):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
@@ -223,9 +224,8 @@ class Evaluation:
         for split, each in (("test", found), ("val", val)):
             if each is not None:
                 metrics = evaluate(combine(each.logits), each.labels, groups)
-                if METHODS[self.cfg.method].routes and not self.cfg.tte:  # of one forward, not of several views
-                    model = outline(self.cfg).model
-                    used = usage_report(each.logits, each.labels, groups, model, self.cfg.resolution)
+                if not self._outline.asks_every_expert and not self.cfg.tte:  # of one forward, not of several views
+                    used = usage_report(each.logits, each.labels, groups, self._outline.model, self.cfg.resolution)
                     metrics["experts_used"] = used
                 result[split] = {**metrics, "bad_images": each.bad_images + each.left_out}
         if distributions:

@@ -19,7 +19,7 @@ from tailtune.configs.seeding import generator
 from tailtune.datasets.data_bundle import Shift
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation.inference import Logits, rows_of
-from tailtune.trainers.methods import METHODS
+from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
 
 LEAST = 0.05
@@ -191,20 +191,25 @@ class StreamLearner(Learner):
 ADAPTS: Mapping[str, type[Learner]] = {"sade": Learner, "sade_online": StreamLearner}
 
 
-def check_adapt(cfg: CfgNode) -> None:
+def check_adapt(adapt: str | None, method: Method, name: str) -> None:
     """Refuse what cannot be adapted, without images or weights.
 
+    Args:
+        adapt: the option.
+        method: what predicts; meta tensors will do.
+        name: of the method, for people.
+
     Raises:
-        UserError: an unknown entry, one expert, or experts that do not all answer.
+        UserError: an unknown entry, one expert, or a method that does not ask every expert about an image.
     """
-    if cfg.adapt is None:
+    if adapt is None:
         return
-    lookup(ADAPTS, cfg.adapt, "adapt")
-    if cfg.num_experts == 1:
-        raise UserError(f"adapt {cfg.adapt} weighs experts, and this run has one; set num_experts, or adapt none")
-    if lookup(METHODS, cfg.method, "method").routes:
+    lookup(ADAPTS, adapt, "adapt")
+    if method.model.num_experts == 1:
+        raise UserError(f"adapt {adapt} weighs experts, and this run has one; set num_experts, or adapt none")
+    if not method.asks_every_expert:
         raise UserError(
-            f"adapt {cfg.adapt} weighs all experts, and method {cfg.method} asks only some of them about an image; "
+            f"adapt {adapt} weighs all experts, and method {name} asks only some of them about an image; "
             "set adapt none, or adapt the run that this one started from"
         )
 

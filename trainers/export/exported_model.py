@@ -95,8 +95,7 @@ class ExportedModel:
                 f"export {name}: it holds one network with one head, and this model has {self.experts} experts; "
                 "`export onnx` keeps them"
             )
-        changes = type(self.method).expert_logits is not Method.expert_logits
-        if changes and getattr(self.method, "scales", True) is not None:  # H2T may learn factors, or not
+        if self.method.changes_head_logits:
             raise UserError(
                 f"export {name}: it holds a network with a head, and this method changes the logits of its head; "
                 "`export onnx` keeps that"

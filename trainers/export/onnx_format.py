@@ -43,7 +43,7 @@ class _Predict(nn.Module):
 
 def check(exported: ExportedModel) -> None:
     """Raise a `UserError` for a method that asks other experts about every image; a graph is fixed."""
-    if exported.method.routes:
+    if not exported.method.asks_every_expert:
         raise UserError(
             "export onnx: the method asks other experts about every image, which a graph cannot; export the run before "
             "it, whose experts these are"
@@ -69,17 +69,12 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
             verbose=False,
         )
     difference = _compare(exported, model, folder / FILE)
-    whole = "sum" if exported.method.adds else "mean"
     return {
         "opset": OPSET,
         **difference,
         "image": f"uint8 [batch, 3, {exported.resolution}, {exported.resolution}], RGB; mean and std are inside",
         "logits": "float32 [batch, classes]",
-        **(
-            {"expert_logits": f"float32 [batch, experts, classes], whose {whole} is logits"}
-            if model.has_experts
-            else {}
-        ),
+        **({"expert_logits": "float32 [batch, experts, classes], whose mean is logits"} if model.has_experts else {}),
         "how_to_load": LOAD,
     }
 

@@ -56,7 +56,7 @@ class DirMixE(Method):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)

@@ -30,11 +30,12 @@ class Mixup(Wrapper):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
-        if inner.watches:
+        if inner.loss_needs_images:
             raise UserError(
                 f"mixup.inner {self.options.inner}: it would look at the images before they are mixed; choose another "
                 "method, such as classify or ride"

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from tailtune.trainers.foreign_checkpoints import load_foreign_checkpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import numbering_of
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Earlier, Method, build_method, declared
-from tailtune.trainers.runs.run_folder import FACTS, RunFolder, counts_of
+from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from tailtune.trainers.storage.manifest import check_file, read_folder, read_json
 
@@ -41,18 +42,57 @@ class FinishedRun:
     """`fingerprint` of its encoder."""
 
 
-def trained_method(cfg: CfgNode, folder: RunFolder, data: DataBundle, accelerator: Accelerator) -> Method:
-    """The method of a finished run, on the device and in eval mode.
+class FreshMethod(NamedTuple):
+    """A method on its device, of which nothing has been trained or loaded yet."""
+
+    method: Method
+    base: str
+    """`fingerprint` of its pre-trained model, taken before anything could change it."""
+
+
+def fresh_method(cfg: CfgNode, info: DataInfo, device: torch.device) -> FreshMethod:
+    """Model and method of a resolved config, with pre-trained weights.
 
     Raises:
-        UserError: as `load_trained`, and what `build_model` refuses.
+        UserError: what `build_model` and `build_method` refuse.
     """
-    method = make_method(cfg, data.info)
+    method = make_method(cfg, info)
     base = fingerprint(method.model)
-    method.to(accelerator.device)
-    load_trained(cfg, folder, method, data, accelerator, base)
+    return FreshMethod(method.to(device), base)
+
+
+def load_trained(
+    fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accelerator: Accelerator
+) -> Method:
+    """Fill a fresh method with what its run has trained, and let go of the text tower; zero-shot has trained nothing.
+
+    Args:
+        cfg: of that run.
+
+    Returns:
+        The same method, in eval mode.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    method = fresh.method
+    if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
+        prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+    elif checkpoint.foreign is not None:
+        log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), cfg.partial, numbering_of(cfg)))
+    else:
+        load_checkpoint(checkpoint.home / "checkpoint", method, data.info.class_names, fresh.base)
     method.model.init = None
     return method.eval()
+
+
+def trained_method(cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accelerator: Accelerator) -> Method:
+    """The method of a finished run as it was trained: on the device and in eval mode.
+
+    Raises:
+        UserError: as `fresh_method` and `load_trained`.
+    """
+    return load_trained(fresh_method(cfg, data.info, accelerator.device), cfg, checkpoint, data, accelerator)
 
 
 def make_method(cfg: CfgNode, info: DataInfo) -> Method:
@@ -95,7 +135,7 @@ def trained_outline(home: Path, cfg: CfgNode) -> Method:
     info = build_info(cfg, counts_of(home))
     with torch.device("meta"):
         method = make_method(cfg, info)
-    if not method.inherits:
+    if not method.predicts_as_earlier_run:
         return method
     earlier = Path(read_json(home / FACTS).get("after", ""))
     if not (earlier / "config.yaml").is_file():
@@ -130,36 +170,9 @@ def earlier_run(
                 f"after: the earlier run took images of {cfg.resolution} pixels, and this one has {resolution}; give "
                 "both the same resolution"
             )
-        found = make_method(cfg, data.info)
-        own = fingerprint(found.model)
-        found.to(accelerator.device)
-        if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
-            prepare_head(found, data, accelerator, cfg.test_batch_size, cfg.num_workers)
-        else:
-            load_checkpoint(checkpoint, found, data.info.class_names, own)
-        found.model.init = None
-        return found.eval().requires_grad_(False)
+        return trained_method(cfg, Checkpoint(folder), data, accelerator).requires_grad_(False)
 
     return Earlier(fresh, tensors, method)
-
-
-def load_trained(
-    cfg: CfgNode, folder: RunFolder, method: Method, data: DataBundle, accelerator: Accelerator, base: str
-) -> None:
-    """Fill a method with what the run that is evaluated has trained; zero-shot has trained nothing.
-
-    Args:
-        base: `fingerprint` of the encoder at hand.
-
-    Raises:
-        UserError: the checkpoint is damaged or of another model.
-    """
-    if cfg.zero_shot:
-        prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
-    elif folder.foreign is not None:
-        log.info(load_foreign_checkpoint(folder.foreign, method, tuners_of(cfg), cfg.partial, numbering_of(cfg)))
-    else:
-        load_checkpoint(folder.source / "checkpoint", method, data.info.class_names, base)
 
 
 def tuners_of(cfg: CfgNode) -> tuple[str, ...]:

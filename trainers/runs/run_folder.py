@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +30,16 @@ TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorbo
 RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors")
 
 log = logging.getLogger("tailtune")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where what a run has trained lies."""
+
+    home: Path
+    """Folder of the run."""
+    foreign: ForeignCheckpoint | None = None
+    """A file of other people's code, in place of the run's own checkpoint."""
 
 
 class RunFolder(OwnedFolder):
@@ -68,6 +79,11 @@ class RunFolder(OwnedFolder):
             if path.resolve() in [each.resolve() for each in (self.source, *paths[:number])]:
                 raise UserError(f"ensemble_runs: {path} is there twice; name other runs than the one that is evaluated")
         return tuple(paths)
+
+    @property
+    def evaluated(self) -> Checkpoint:
+        """The checkpoint that is evaluated or continued."""
+        return Checkpoint(self.source, self.foreign)
 
     @property
     def origin(self) -> str:

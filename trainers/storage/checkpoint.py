@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
-from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.encoder import Encoder, StagedModule
 from tailtune.trainers.storage.atomic_io import Digest, remove_folder, temporary_of, write_folder
 from tailtune.trainers.storage.manifest import is_taken_down, read_folder
 
@@ -29,11 +29,14 @@ Seal = Callable[[dict[Path, Digest], Sequence[Path]], None]
 log = logging.getLogger("tailtune")
 
 
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds, by name: every parameter that trains, or that an earlier stage trained, and every
-    buffer of the model that did not come with the pre-trained network, or that training changes."""
-    held = getattr(module, "held", ())
-    trains = {name: each.detach() for name, each in module.named_parameters() if each.requires_grad or name in held}
+def trained_state(module: StagedModule) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name: every parameter that trains, or that an earlier run trained, and every buffer
+    of the model that did not come with the pre-trained network, or that training changes."""
+    trains = {
+        name: parameter.detach()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or name in module.frozen_trained
+    }
     untouched = {id(each) for host in module.modules() if isinstance(host, Encoder) for each in host.frozen_buffers()}
     persistent = module.state_dict()
     buffers = {name: each for name, each in module.named_buffers() if name in persistent and id(each) not in untouched}
@@ -66,12 +69,12 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def save_checkpoint(folder: Path, method: nn.Module, facts: dict[str, Any]) -> dict[Path, Digest]:
+def save_checkpoint(folder: Path, method: StagedModule, facts: dict[str, Any]) -> dict[Path, Digest]:
     """Write what trained; returns the digests of the files."""
     return write_folder(folder, trained_state(method), {**facts, "packages": package_versions()})
 
 
-def load_checkpoint(folder: Path, method: nn.Module, class_names: Sequence[str], base: str) -> None:
+def load_checkpoint(folder: Path, method: StagedModule, class_names: Sequence[str], base: str) -> None:
     """Fill `method` from a checkpoint, strictly.
 
     Args:
@@ -117,7 +120,7 @@ def check_classes(folder: Path, facts: dict[str, Any], class_names: Sequence[str
 
 
 @torch.no_grad()
-def copy_state(method: nn.Module, tensors: dict[str, Tensor], where: str, remedy: str) -> None:
+def copy_state(method: StagedModule, tensors: dict[str, Tensor], where: str, remedy: str) -> None:
     """Copy tensors into what trains, or say what does not fit."""
     own = trained_state(method)
     check_fit(own, tensors, where, remedy)
@@ -232,24 +235,6 @@ def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
     np.random.set_state(("MT19937", key, position, has_gauss, float(own["numpy_gauss"])))
     if "cuda" in own and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
-
-
-def momenta(optimizer: Any) -> dict[str, Tensor]:
-    """Momentum buffers by position: group, parameter."""
-    return {
-        f"momentum.{g}.{p}": optimizer.state[parameter]["momentum_buffer"]
-        for g, group in enumerate(optimizer.param_groups)
-        for p, parameter in enumerate(group["params"])
-        if optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
-    }
-
-
-def restore_momenta(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    for g, group in enumerate(optimizer.param_groups):
-        for p, parameter in enumerate(group["params"]):
-            saved = tensors.get(f"momentum.{g}.{p}")
-            if saved is not None:
-                optimizer.state[parameter]["momentum_buffer"] = saved.to(parameter.device)
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

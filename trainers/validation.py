@@ -1,0 +1,112 @@
+"""`validate`: every refusal that needs neither images nor weights, once per command and before anything is written.
+
+A run is built on the meta device, so that every option is checked and nothing is read but lists and folders.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from tailtune.configs import CfgNode
+from tailtune.configs.errors import UserError
+from tailtune.datasets import build_info
+from tailtune.models import ClassificationModel, resolve
+from tailtune.trainers.distributed import world_size
+from tailtune.trainers.evaluation.ensembles import check_ensemble
+from tailtune.trainers.evaluation.expert_weights import check_adapt
+from tailtune.trainers.evaluation.target_prior import check_target
+from tailtune.trainers.export import EXPORTS
+from tailtune.trainers.methods import Method
+from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors, micro_batch_size
+from tailtune.trainers.runs.load_run import make_method, subject_of
+
+KEPT = ("resolution", "pixel_mean", "pixel_std")
+KEPT_WITH_HEAD = ("classifier", "scale")
+"""Options that no tensor tells, of a model that a later stage keeps frozen; and of its head."""
+
+
+def validate(
+    stages: Sequence[CfgNode], *, counts: Sequence[int] | None = None, trains: bool = True, here: bool = False
+) -> list[Method]:
+    """Refuse what can be refused without images and weights, before the first stage trains for hours.
+
+    Args:
+        stages: configs of the runs in their order; each continues the one before.
+        counts: training images per class of the finished run that is evaluated, as far as it says; none: those of
+            the data at hand.
+        trains: the stages train; False: the command evaluates a finished run, and options of training are not read.
+        here: the stages run on this machine, so its memory must hold them.
+
+    Returns:
+        The method of each stage, on the meta device.
+
+    Raises:
+        UserError: an unknown name, an option that does not fit the others, or stages that do not fit each other.
+    """
+    methods = [outline(cfg, counts, trains) for cfg in stages]
+    for method, cfg in zip(methods, stages, strict=True) if here else ():
+        check_memory(method, OPTIMIZERS[cfg.optimizer].copies)
+    for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
+        method.fits(earlier)
+        keeps = bool(method.frozen_trained)
+        keeps_head = keeps and not method.discards("model.head.")
+        for key in (*(KEPT if keeps else ()), *(KEPT_WITH_HEAD if keeps_head else ())):
+            if cfg[key] != before[key]:
+                raise UserError(
+                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {before[key]}, "
+                    f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"
+                )
+    return methods
+
+
+def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = True) -> Method:
+    """The method of one stage on the meta device, after the checks of `validate` that concern this stage alone.
+
+    Args:
+        counts, trains: as in `validate`.
+    """
+    cfg = resolve(cfg)
+    info = build_info(cfg, counts)
+    plan = Plan.of(cfg, micro_batch_size(cfg, world_size())) if trains else None
+    with torch.device("meta"):
+        method = make_method(cfg, info)
+    if plan is not None:
+        check_factors(method.param_groups(), plan)
+    check_adapt(cfg.adapt, method, cfg.method)
+    check_ensemble(cfg, method)
+    check_target(cfg, info)
+    if cfg.export is not None:
+        EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
+    return method
+
+
+def check(cfg: CfgNode) -> ClassificationModel:
+    """The model of one stage on the meta device, after the checks of `validate`."""
+    return outline(cfg).model
+
+
+def check_memory(method: Method, copies: int) -> None:
+    """Refuse a model whose parameters alone, with what training keeps of each, exceed this machine's memory.
+
+    A wide head of very many classes, or a rank of a million, would end in an allocator's error, or in swapping.
+
+    Args:
+        copies: tensors that the optimizer keeps for each parameter that trains, besides its gradient.
+    """
+    parameters = list(method.parameters())
+    needed = sum(4 * each.numel() * (2 + copies if each.requires_grad else 1) for each in parameters)
+    if needed > memory():
+        raise UserError(
+            f"the model has {sum(each.numel() for each in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "
+            f"to train, and this machine has {memory() / 1e9:,.1f}; choose a smaller backbone, num_classes, "
+            "num_experts, adapter_dim, vpt_len or peft_args"
+        )
+
+
+def memory() -> int:
+    """Bytes of this machine's main memory, where every model is built; without limit where the system does not say."""
+    known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize

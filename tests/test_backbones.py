@@ -19,7 +19,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import BACKBONES, build_model, find_backbone
 from tailtune.models.backbones.encoder import trained_batch_norms
-from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, load_tokenizer
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, tokenize
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.distributed import share_statistics
@@ -457,4 +457,4 @@ def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(UserError, match="tokenizer of ViT-B-16-SigLIP2 cannot be loaded"):
-        load_tokenizer("ViT-B-16-SigLIP2")
+        tokenize("ViT-B-16-SigLIP2", ["a photo of a cat."])

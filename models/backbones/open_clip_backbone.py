@@ -131,7 +131,7 @@ class OpenClipBackbone:
         encoder, projection = extract_image_encoder(clip, config, resolution, project, fast)
         del clip.visual
         split_experts(encoder, split, self.arch)
-        text_encoder = ClipTextEncoder(clip, partial(_tokenize, self.arch), None if project else projection)
+        text_encoder = ClipTextEncoder(clip, partial(tokenize, self.arch), None if project else projection)
         return Backbone(encoder, pixel_stats, embed_dim, text_encoder, random_base=path is None)
 
     def _config(self) -> dict[str, Any]:
@@ -221,22 +221,28 @@ def find_open_clip_backbone(name: str) -> OpenClipBackbone:
     return OpenClipBackbone(name, tag=None, interpolation=None)
 
 
-def _tokenize(arch: str, sentences: Sequence[str]) -> Tensor:
-    """Token ids [n, length]. The tokenizer is loaded when it is first used, because some are downloaded."""
-    return load_tokenizer(arch)(list(sentences))
+def tokenize(arch: str, sentences: Sequence[str]) -> Tensor:
+    """Tokenize sentences for a model. Its tokenizer is loaded when first used, because some are downloaded.
+
+    Args:
+        arch: open_clip's model name.
+        sentences: n sentences.
+
+    Returns:
+        Token ids [n, length].
+
+    Raises:
+        UserError: the tokenizer is not here and cannot be downloaded, or a package that it needs is missing.
+    """
+    return loadtokenizer(arch)(list(sentences))
 
 
 @cache
-def load_tokenizer(arch: str) -> Any:
-    """The tokenizer of open_clip's model `arch`: a list of n sentences → token ids [n, length].
-
-    Raises:
-        UserError: it is not here and cannot be downloaded, or a package that it needs is missing.
-    """
-    online = "hf_tokenizer_name" in open_clip.get_model_config(arch)["text_cfg"]
+def loadtokenizer(arch: str) -> Any:
+    online = "hftokenizer_name" in open_clip.get_model_config(arch)["text_cfg"]
     try:
         with hub_or_cache() if online else nullcontext():
-            return open_clip.get_tokenizer(arch)
+            return open_clip.gettokenizer(arch)
     except (OSError, ImportError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n", 1)[0][:120]
         raise UserError(

@@ -234,15 +234,15 @@ def tokenize(arch: str, sentences: Sequence[str]) -> Tensor:
     Raises:
         UserError: the tokenizer is not here and cannot be downloaded, or a package that it needs is missing.
     """
-    return loadtokenizer(arch)(list(sentences))
+    return _tokenizer(arch)(list(sentences))
 
 
 @cache
-def loadtokenizer(arch: str) -> Any:
-    online = "hftokenizer_name" in open_clip.get_model_config(arch)["text_cfg"]
+def _tokenizer(arch: str) -> Any:
+    online = "hf_tokenizer_name" in open_clip.get_model_config(arch)["text_cfg"]
     try:
         with hub_or_cache() if online else nullcontext():
-            return open_clip.gettokenizer(arch)
+            return open_clip.get_tokenizer(arch)
     except (OSError, ImportError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n", 1)[0][:120]
         raise UserError(

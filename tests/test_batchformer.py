@@ -22,7 +22,7 @@ from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.batch_mixer import BatchMixer
 from tailtune.trainers.methods.batchformer import BatchFormer
 from tailtune.trainers.methods.wrapper import Wrapper
-from tailtune.trainers.storage.checkpoint import States
+from tailtune.trainers.storage.resume_states import ResumeStates
 
 Config = Callable[..., CfgNode]
 
@@ -240,15 +240,15 @@ COMMAND += " adaptformer True num_epochs 2 max_steps 4 save_every 1 print_freq 1
 
 def test_a_killed_run_draws_the_same_dropout(launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch(COMMAND, "whole").returncode == 0
-    save = States.save
+    save = ResumeStates.save
 
-    def killed(self: States, step: int, *rest: Any) -> None:
+    def killed(self: ResumeStates, step: int, *rest: Any) -> None:
         save(self, step, *rest)
         if step == 2:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(States, "save", killed)
+        patch.setattr(ResumeStates, "save", killed)
         launch(COMMAND, "killed")
     assert launch(COMMAND, "killed").returncode == 0
     folders = [tmp_path / "output" / name for name in ("whole", "killed")]

@@ -46,7 +46,7 @@ from tailtune.trainers.methods import METHODS, Method, build_method, declared
 from tailtune.trainers.methods.h2t import H2T
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
 from tailtune.trainers.run import run
-from tailtune.trainers.storage.checkpoint import States
+from tailtune.trainers.storage.resume_states import ResumeStates
 
 KEYS = {key: entry for key, entry in SCHEMA.items() if not entry.internal}
 Words = tuple[object, ...]
@@ -376,13 +376,13 @@ def printed(cfg: CfgNode) -> Any:
 def states(cfg: CfgNode) -> Any:
     """Steps after which a state was saved."""
     saved: list[int] = []
-    original = States.save
+    original = ResumeStates.save
 
-    def recorded(self: States, step: int, *rest: Any) -> None:
+    def recorded(self: ResumeStates, step: int, *rest: Any) -> None:
         saved.append(step)
         original(self, step, *rest)
 
-    with mock.patch.object(States, "save", recorded):
+    with mock.patch.object(ResumeStates, "save", recorded):
         ran(cfg)
     return saved
 

@@ -36,8 +36,9 @@ from tailtune.trainers.runs.report import TrainReport, headline, read_result, su
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder, kept_splits
 from tailtune.trainers.runs.stored_results import Decision, decide, trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
-from tailtune.trainers.storage.checkpoint import States, save_checkpoint
+from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
+from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.trainer import Trainer
 from tailtune.trainers.validation import validate
 
@@ -205,7 +206,7 @@ class _Run:
             "processes": accelerator.num_processes,
             "images": data.records["train"].fingerprint,
         }
-        states = States(self.folder.states, identity, self.folder.seal)
+        states = ResumeStates(self.folder.states, identity, self.folder.seal)
         fresh = not cfg.resume or not states.begun()
         if fresh:
             self._init_head(method, data)
@@ -223,7 +224,7 @@ class _Run:
         accelerator.wait_for_everyone()
         return report
 
-    def _fit(self, method: Method, data: DataBundle, states: States) -> TrainReport:
+    def _fit(self, method: Method, data: DataBundle, states: ResumeStates) -> TrainReport:
         cfg, note = self.cfg, self.evaluation.note
         if self._precision() != cfg.prec:
             note(f"prec {cfg.prec} needs a CUDA GPU; training in {self._precision()}", warn=True)

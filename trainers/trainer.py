@@ -25,14 +25,13 @@ from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interru
 from tailtune.trainers.progress import Progress
 from tailtune.trainers.runs.report import TrainReport
 from tailtune.trainers.storage.checkpoint import (
-    States,
     copy_state,
-    part,
-    restore_rng,
-    rng_state,
     trained_state,
+    with_prefix,
 )
 from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
+from tailtune.trainers.storage.random_state import random_state, restore_random_state
+from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_meters import Meters
 
 log = logging.getLogger("tailtune")
@@ -66,7 +65,7 @@ class Trainer:
         events: folder of TensorBoard files; None on processes that show nothing.
     """
 
-    def __init__(self, accelerator: Accelerator, plan: Plan, states: States, events: Path | None) -> None:
+    def __init__(self, accelerator: Accelerator, plan: Plan, states: ResumeStates, events: Path | None) -> None:
         self.accelerator, self.plan, self.states, self.events = accelerator, plan, states, events
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
@@ -229,7 +228,7 @@ class Trainer:
         share_statistics(self.accelerator, run.method)
         rank = self.accelerator.process_index
         meters = {f"meters.{rank}.{name}": each for name, each in run.meters.state().items()}
-        own = {name: each.cpu() for name, each in {**rng_state(rank), **meters}.items()}
+        own = {name: each.cpu() for name, each in {**random_state(rank), **meters}.items()}
         everyone: dict[str, Tensor] = {}
         for each in gather_object([own]):
             everyone.update(each)
@@ -255,11 +254,11 @@ class Trainer:
             log.info("using %d threads, as the run did before (results depend on it)", facts["threads"])
             torch.set_num_threads(facts["threads"])
         where = str(self.states.folder)
-        copy_state(method, part(tensors, "method."), where, "start over with `resume False`")
+        copy_state(method, with_prefix(tensors, "method."), where, "start over with `resume False`")
         restore_optimizer(optimizer, tensors, facts.get("optimizer"))
         rank = self.accelerator.process_index
-        meters.load(part(tensors, f"meters.{rank}."))
-        restore_rng(tensors, rank)
+        meters.load(with_prefix(tensors, f"meters.{rank}."))
+        restore_random_state(tensors, rank)
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         log.info("resuming after step %d", facts["report"]["steps"])

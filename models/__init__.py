@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from tailtune.configs import CfgNode
-from tailtune.configs.errors import UserError, lookup, naming
+from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.generic import GenericEncoder
@@ -75,7 +75,7 @@ def build_model(
 
 def resolve(cfg: CfgNode) -> CfgNode:
     """The config with what it leaves to the backbone filled in: resolution, interpolation, expand."""
-    with naming("backbone"):
+    with prefix_errors("backbone"):
         inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
     cfg = cfg.clone()
     cfg.defrost()

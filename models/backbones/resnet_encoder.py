@@ -9,7 +9,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from tailtune.configs.errors import UserError, naming
+from tailtune.configs.errors import UserError, prefix_errors
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.generic import GenericEncoder
 from tailtune.models.backbones.pretrained_weights import State, is_path, load_strict, local_file, read_state
@@ -94,7 +94,7 @@ class ResNetBackbone:
         branches = split.experts if split.experts > 1 and own else 0
         net = make_resnet(self.design, seed, branches, own, split.reduced)
         if pretrained is not None and torch.get_default_device().type != "meta":
-            with naming("pretrained"):
+            with prefix_errors("pretrained"):
                 state, path = self._state(pretrained)
                 load_into_all(net, state, self.name, path)
         # There are no weights of CIFAR's networks but one's own, of the data at hand.

@@ -6,7 +6,7 @@ from pathlib import Path
 import open_clip
 import timm
 
-from tailtune.configs.errors import naming, unknown
+from tailtune.configs.errors import prefix_errors, unknown
 from tailtune.models.backbones.open_clip_models import OpenClipBackbone, find_open_clip
 from tailtune.models.backbones.resnet import Design
 from tailtune.models.backbones.resnet_encoder import ResNetBackbone
@@ -60,7 +60,7 @@ def find_backbone(name: str) -> BackboneSpec:
     """
     library, _, own = name.partition(":")
     if library in LIBRARIES and own:
-        with naming("backbone"):
+        with prefix_errors("backbone"):
             return LIBRARIES[library](own)
     if name not in BACKBONES:
         listed = {"open_clip": open_clip.list_models(), "timm": timm.list_models()}

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from tailtune.configs.errors import UserError, unknown
 from tailtune.configs.seeding import seeded
-from tailtune.configs.time_limit import at_most
+from tailtune.configs.time_limit import time_limit
 from tailtune.models.backbones.encoder import Encoder, tensors_of
 from tailtune.models.backbones.expert_split import refuse_divided
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter
@@ -122,7 +122,7 @@ def _aim(config: Any, host: Encoder, name: str, kind: Kind, partial: int | Seque
     if str(config.target_modules).lower() == "all-linear":
         config.target_modules = set(_linears(host.net))
     within = {id(each) for index in host.chosen(partial) for each in host.parts[index].modules()}
-    with _refusals(name), at_most(10, "comparing a pattern of layers with their names"):
+    with _refusals(name), time_limit(10, "comparing a pattern of layers with their names"):
         found = [key for key in modules if check_target_module_exists(config, key)]
     found = [key for key in found if partial is None or id(modules[key]) in within]
     types = (nn.Linear, nn.Conv2d) if kind.conv else (nn.Linear,)
@@ -150,7 +150,7 @@ def _aim(config: Any, host: Encoder, name: str, kind: Kind, partial: int | Seque
     config.target_modules = found
     if getattr(config, "feedforward_modules", None):  # IA3: layers whose input is scaled instead of the output
         outer = type(config)(target_modules=config.feedforward_modules, feedforward_modules=[])
-        with _refusals(name), at_most(10, "comparing feedforward_modules with the names of layers"):
+        with _refusals(name), time_limit(10, "comparing feedforward_modules with the names of layers"):
             config.feedforward_modules = [key for key in found if check_target_module_exists(outer, key)]
 
 
@@ -209,7 +209,7 @@ def _inject(net: nn.Module, config: Any, sampled: bool, name: str) -> "PeftModel
     meta = any(each.is_meta for each in net.parameters())  # as every run tries it first; weights may take longer
     with (
         _refusals(name),
-        at_most(30, "wrapping the layers") if meta else nullcontext(),
+        time_limit(30, "wrapping the layers") if meta else nullcontext(),
         torch.device("cpu" if sampled or not meta else "meta"),
     ):
         if meta and sampled:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import mix, seeded
+from tailtune.configs.seeding import derive_seed, seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_divided
 from tailtune.models.backbones.generic import GenericEncoder
@@ -165,7 +165,7 @@ def _insert(host: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) ->
     if not isinstance(host, ViT):
         others = ", ".join(each for each, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
-    later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", each)) for each in range(1, host.experts)]
+    later = [replace(sizes, mask_seed=derive_seed(sizes.mask_seed, "expert", each)) for each in range(1, host.experts)]
     for index in blocks:
         own = index >= host.depth - host.own
         with seeded(seed, "tuner", name, index):

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tailtune.configs import load_configs
 from tailtune.datasets import DataBundle, build_data
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import collate, eval_loader
 from tailtune.models import resolve
 from tailtune.trainers.distributed import make_accelerator, to_device
@@ -62,7 +62,12 @@ class Clock:
 
 
 def ours(
-    cfg: CfgNode, method: Method, data: DataBundle, shifts: Sequence[Shift], accelerator: Accelerator, clock: Clock
+    cfg: CfgNode,
+    method: Method,
+    data: DataBundle,
+    shifts: Sequence[TestDistribution],
+    accelerator: Accelerator,
+    clock: Clock,
 ) -> None:
     """All distributions; tells the clock of the passes over images and views, and of all."""
     groups = data.info.groups
@@ -84,7 +89,7 @@ def ours(
     clock("all", evaluation)
 
 
-def original(cfg: CfgNode, method: Method, data: DataBundle, shift: Shift, device: torch.device) -> None:
+def original(cfg: CfgNode, method: Method, data: DataBundle, shift: TestDistribution, device: torch.device) -> None:
     """One distribution as SADE's test_training_cifar.py does it."""
     views, images = (view.take(shift.positions.numpy()) for view in (data.test_views, data.test))
     options: dict[str, Any] = {"num_workers": cfg.num_workers, "collate_fn": collate}
@@ -128,15 +133,15 @@ def main() -> None:
     method = make_method(cfg, data.info).to(accelerator.device).eval()
     clock = Clock(wall=accelerator.device.type == "cuda" or args.workers > 0)
     plain(method)(next(iter(eval_loader(data.test, 8, 0)))["image"].to(accelerator.device))  # warm-up
-    ours(cfg, method, data, data.shifts, accelerator, clock)
+    ours(cfg, method, data, data.test_distributions, accelerator, clock)
     method.requires_grad_(True)  # as the original leaves it
-    for shift in data.shifts:
+    for shift in data.test_distributions:
         clock("original", lambda shift=shift: original(cfg, method, data, shift, accelerator.device))
     figures = {
         **{"data": args.data, "backbone": cfg.backbone, "experts": cfg.num_experts, "epochs": cfg.adapt_epochs},
         **{
             "images": len(data.test),
-            "distributions": len(data.shifts),
+            "distributions": len(data.test_distributions),
             "hardware": hardware(),
             "torch": torch.__version__,
         },

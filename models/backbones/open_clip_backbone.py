@@ -17,7 +17,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from tailtune.configs.errors import UserError, lookup, naming, unknown
+from tailtune.configs.errors import UserError, lookup, prefix_errors, unknown
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import (
     NO_SPLIT,
@@ -123,7 +123,7 @@ class OpenClipBackbone:
         path = None if pretrained is None else self._file(pretrained, source, config)
         clip = self._clip(config, resolution, seed)
         if path is not None:
-            with naming("pretrained"):
+            with prefix_errors("pretrained"):
                 state = to_open_clip_layout(clip, read_state(path))
                 if resolution != vision.image_size and not is_openai_vit(config):
                     resize_pos_embed(state, clip)

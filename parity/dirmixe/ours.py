@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tailtune.datasets import build_info
-from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.parity.dirmixe.cases import RUNS, SAMPLES, SETS, case, config_of
 from tailtune.parity.experts.cases import Case
 from tailtune.parity.experts.ours import row, use_draws
@@ -81,9 +82,9 @@ def compare_sets(each: Case, theirs: dict[str, Tensor]) -> Case:
         labels = torch.arange(10000) % info.num_classes
         there = torch.arange(10000)
     different = []
-    for trial, shift in enumerate(build_shifts(cfg, info, labels)):
-        assert shift.learn is not None
-        for name, positions in (("learn", shift.learn), ("evaluate", shift.positions)):
+    for trial, shift in enumerate(build_distributions(DistributionOptions.of(cfg), info, labels)):
+        assert shift.learn_positions is not None
+        for name, positions in (("learn", shift.learn_positions), ("evaluate", shift.positions)):
             chosen = there[positions].sort().values
             different.append(not torch.equal(chosen, theirs[f"{name}.{trial}"].sort().values))
     assert len(different) == 18

@@ -1,9 +1,9 @@
 """What an original is asked for and what it answers, in files of a folder: two processes that share no module.
 
-    asked.json            the cases, by kind, and the settings that all cases share
-    inputs.safetensors    images, labels and logits that both sides compute with
-    KIND.NUMBER.safetensors    the answer to a case that has tensors
-    facts.PART.json       the answers that are plain numbers, of one original
+asked.json            the cases, by kind, and the settings that all cases share
+inputs.safetensors    images, labels and logits that both sides compute with
+KIND.NUMBER.safetensors    the answer to a case that has tensors
+facts.PART.json       the answers that are plain numbers, of one original
 """
 
 import json

@@ -10,8 +10,10 @@ from tailtune.parity.job import Case, Tensors
 
 BATCH, BATCHES = 12, 4  # three batches to train on, and a last one to evaluate before and after
 COUNTS = (1280, 600, 250, 110, 100, 45, 20, 19, 8, 5)
-NAMES = ("tench", "great white shark", "sea_lion", "missile", "missile", "airplane-cabin", "sunglasses", "a_b c")
-NAMES += ("toilet tissue", "espresso")
+NAMES = (
+    *("tench", "great white shark", "sea_lion", "missile", "missile", "airplane-cabin", "sunglasses", "a_b c"),
+    *("toilet tissue", "espresso"),
+)
 DESCRIBED = ("tench", "hen", "goose", "koala", "llama", "missile", "sunglasses", "espresso", "pizza", "bagel")
 """Class names that the original has descriptors of."""
 SIDES = {"CLIP-ViT-small": 32, "CLIP-RN-small": 64, "IN21K-ViT-small": 48}
@@ -35,8 +37,10 @@ TOGETHER = (
     ("full_tuning", "adaptformer"),
     ("vpt_deep", "adapter", "adaptformer", "lora", "lora_mlp", "ssf_attn", "ssf_mlp", "ssf_ln", "mask"),
 )
-WITH_PARTIAL = ("full_tuning", "vpt_deep", "adapter", "adaptformer", "lora", "lora_mlp", "ssf_attn", "ssf_mlp")
-WITH_PARTIAL += ("ssf_ln", "mask")
+WITH_PARTIAL = (
+    *("full_tuning", "vpt_deep", "adapter", "adaptformer", "lora", "lora_mlp", "ssf_attn", "ssf_mlp", "ssf_ln"),
+    "mask",
+)
 HEADS = ("CosineClassifier", "LinearClassifier", "L2NormedClassifier", "LayerNormedClassifier")
 LOSSES = ("CE", "Focal", "LDAM", "CB", "GRW", "BS", "LA", "LADE")
 INITS = ("class_mean", "linear_probe")  # the latter not on features with which its solver stops before it converges

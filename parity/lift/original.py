@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from tailtune.parity.job import Case, Job, Tensors
 
-trainer, clip, config, peft, evaluator, losses = (  # the original's
-    importlib.import_module(name)
-    for name in ("trainer", "clip.model", "utils.config", "models.peft_vit", "utils.evaluator", "utils.losses")
-)
+# the original's modules
+trainer: Any = importlib.import_module("trainer")
+clip: Any = importlib.import_module("clip.model")
+config: Any = importlib.import_module("utils.config")
+peft: Any = importlib.import_module("models.peft_vit")
+evaluator: Any = importlib.import_module("utils.evaluator")
+losses: Any = importlib.import_module("utils.losses")
 
 
 def main(folder: Path, part: str) -> None:
@@ -71,7 +74,7 @@ def set_precision(prec: str) -> None:
     losses.torch.cuda.FloatTensor = torch.DoubleTensor if prec == "float64" else torch.FloatTensor
 
 
-class Run(trainer.Trainer):  # type: ignore[misc,name-defined]
+class Run(trainer.Trainer):
     """The original's trainer on tensors instead of images, with the loss `BS` assigned instead of compared.
 
     Args:
@@ -122,9 +125,9 @@ def random_backbone(build: Case, seed: int) -> Tensors:
     model = empty_backbone(build)
     for parameter in model.parameters():
         if parameter.ndim <= 1:
-            parameter += 0.2 * torch.randn_like(parameter)
+            parameter.add_(0.2 * torch.randn_like(parameter))
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.bias += torch.tensor((1.0, -1.0)).repeat(len(norm.bias) // 2)
+        norm.bias.add_(torch.tensor((1.0, -1.0)).repeat(len(norm.bias) // 2))
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.2)
@@ -234,7 +237,7 @@ def metrics(_: Case, job: Job) -> dict[str, float]:
     return {**{name: float(value) for name, value in judge.evaluate().items()}, "ece": float(ece)}
 
 
-def learning_rates(case: Case, _: Job) -> list[float]:
+def learning_rates(case: Case, job: Job) -> list[float]:
     """The learning rate of each epoch."""
     epochs = case["epochs"]
     run = MagicMock(cfg=MagicMock(lr=0.01, weight_decay=5e-4, momentum=0.9, num_epochs=epochs, prec="fp32"))

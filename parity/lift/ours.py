@@ -122,8 +122,8 @@ def training_errors(
     ours, theirs = values(model, choice), with_prefix(original, "after.")
     of_last_step = (error(loss, original["losses"][-1]), error(logits, original["after_logits"]))
     errors["after_3_steps"] = max(*of_last_step, largest_error(ours, theirs))
-    changes = ({name: value - before[name] for name, value in side.items()} for side in (ours, theirs))
-    return errors | {"changes": largest_error(*changes)}
+    our_changes, changes = ({name: value - before[name] for name, value in side.items()} for side in (ours, theirs))
+    return errors | {"changes": largest_error(our_changes, changes)}
 
 
 def values(model: ClassificationModel, choice: TunerChoice) -> Tensors:

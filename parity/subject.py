@@ -83,16 +83,17 @@ def compare(subject: Subject, checkouts: Mapping[str, Path], folder: Path, only:
     Raises:
         UserError: no case contains the text, or an original ended with an error.
     """
-    cases, settings = subject.ask(checkouts)
-    job = Job(folder, chosen(cases, only), settings, subject.inputs(settings))
-    asked = [case for of_kind in job.cases.values() for case in of_kind]
+    all_cases, settings = subject.ask(checkouts)
+    cases = chosen(all_cases, only)
+    asked = [case for of_kind in cases.values() for case in of_kind]
     if not asked:
         raise UserError(f"no case of {subject.name} has '{only}' in its kind, name, network or data")
+    job = Job(folder, cases, settings, subject.inputs(settings))
     job.write()
     for part, (checkout, below) in subject.originals.items():
         if any(case.get("repository", part) == part for case in asked):
             run_original(subject, part, checkouts[checkout] / below, folder)
-    for kind, of_kind in job.cases.items():
+    for kind, of_kind in cases.items():
         for case in of_kind:
             yield from subject.comparisons[kind](case, job)
 

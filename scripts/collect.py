@@ -137,14 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str]) -> int:
     words, extra = split_extra(argv)
-    parser = Parser(
-        prog="scripts/collect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", nargs="+", help="a grid, or run folders")
-    parser.add_argument("--format", choices=FORMATS, default="md")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="names of metrics.json; default: the grid's own")
-    add_selection(parser)
-    args = parser.parse_args(words)
+    args = _parser().parse_args(words)
     check_metrics(args.metrics or ())
     metrics: Sequence[str]
     if any(Path(name).is_dir() for name in args.what):
@@ -157,6 +150,22 @@ def _command(argv: Sequence[str]) -> int:
         raise UserError(f"{args.what[0]} is no folder; name one grid, or run folders")
     show(FORMATS[args.format](rows, args.metrics or metrics, paper).removesuffix("\n"))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="scripts/collect.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python scripts/collect.py GRID | FOLDER … [options] [-- KEY VALUE …]",
+        epilog="what stands behind -- was added to every command of the grid",
+    )
+    parser.add_argument("what", nargs="+", metavar="GRID | FOLDER", help="a grid, or run folders")
+    parser.add_argument("--format", choices=FORMATS, default="md", help="of the table; default: md")
+    metrics = "names of numbers in metrics.json, such as few_acc; default: those of the grid"
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help=metrics)
+    add_selection(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ configurations in which every pair that goes together occurs. tests/test_composi
 them.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,6 +209,7 @@ def _grouped(refused: Mapping[Pair, str]) -> Iterator[tuple[str, tuple[str, str]
 
 def main() -> None:
     """Try all pairs and write both files."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     refused = refused_pairs()
     rows = covering(list(refused))
     PAGE.write_text(page(refused, rows), encoding="utf-8")

@@ -3,6 +3,7 @@
 python scripts/make_options.py
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -146,6 +147,12 @@ def _choices(entry: Key) -> str:
     return ", ".join(f"`{choice}`" for choice in choices)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(render(), encoding="utf-8")
     print(f"wrote {FILE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """scripts/reproduce.py and scripts/collect.py: grids, what is run, skipped and resumed, and the tables."""
 
 import csv
+import importlib
 import io
 import json
 import subprocess
@@ -331,6 +332,45 @@ def test_run_folders_that_differ_in_their_seed_are_a_row(grid: Callable[[str], s
 def test_what_cannot_be_collected_is_one_line(half_run: str, script: Words, words: str) -> None:
     code, _, error = script(collect, words)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_what_is_no_run_is_left_out_and_counted(grid: Callable[[str], str], script: Words) -> None:
+    grid(SMALL)
+    fake_result("-d fake_lt -m tiny_clip")
+    for name in ("tables", "foreign"):
+        Path("output", name).mkdir()
+    Path("output/foreign/metrics.json").write_text("{}")  # of another program: no config stands beside it
+    names = " ".join(str(path) for path in sorted(Path("output").iterdir()))
+    code, printed, error = script(collect, f"{names} --metrics accuracy")
+    assert code == 0 and cells(printed)[2:] == [["fake_lt", "fake_lt_tiny_clip", "1,280", "1", "90.0"]]
+    assert error.startswith("left out 2 of 3") and error.count("\n") == 1
+    code, _, error = script(collect, "output/tables output/foreign")
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["reproduce.py --list", "reproduce.py lift/tab6_peft_methods --print", "collect.py ."]
+)
+def test_a_closed_pipe_is_no_traceback(words: str, grid: Callable[[str], str]) -> None:
+    """As in `scripts/reproduce.py --list | head`."""
+    grid(SMALL)
+    fake_result("-d fake_lt -m tiny_clip output_dir .")
+    name, *rest = words.split()
+    if rest == ["."]:
+        rest = ["output"]
+    command = [sys.executable, str(ROOT / "scripts" / name), *rest]
+    process = subprocess.Popen(command, env=offline(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("name", ["analyze_features", "collect", "make_composition", "make_options", "reproduce"])
+def test_a_script_leaves_the_path_alone(name: str) -> None:
+    """Only as a program it needs the checkout on the path, where bare names such as `datasets` would be found first."""
+    importlib.reload(importlib.import_module(f"tailtune.scripts.{name}"))
+    assert str(ROOT) not in sys.path
 
 
 @pytest.mark.parametrize("name", ["reproduce", "collect"])

@@ -8,8 +8,10 @@ import torch
 
 from tailtune.parity.job import Case, Tensors
 
-BATCH, BATCHES = 12, 4  # three batches to train on, and a last one to evaluate before and after
+BATCH, BATCHES = 12, 4
+"""Images of a batch, and batches: three to train on, and one to evaluate before and after training."""
 COUNTS = (1280, 600, 250, 110, 100, 45, 20, 19, 8, 5)
+"""Training images of each class."""
 NAMES = (
     *("tench", "great white shark", "sea_lion", "missile", "missile", "airplane-cabin", "sunglasses", "a_b c"),
     *("toilet tissue", "espresso"),
@@ -17,6 +19,7 @@ NAMES = (
 DESCRIBED = ("tench", "hen", "goose", "koala", "llama", "missile", "sunglasses", "espresso", "pizza", "bagel")
 """Class names that the original has descriptors of."""
 SIDES = {"CLIP-ViT-small": 32, "CLIP-RN-small": 64, "IN21K-ViT-small": 48}
+"""Backbone → pixels of the sides of its images."""
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
 VIT = {"image_size": 32, "layers": 3, "width": 128, "patch_size": 8, "head_width": 64}
@@ -43,10 +46,10 @@ WITH_PARTIAL = (
 )
 HEADS = ("CosineClassifier", "LinearClassifier", "L2NormedClassifier", "LayerNormedClassifier")
 LOSSES = ("CE", "Focal", "LDAM", "CB", "GRW", "BS", "LA", "LADE")
-INITS = ("class_mean", "linear_probe")  # the latter not on features with which its solver stops before it converges
+INITS = ("class_mean", "linear_probe")  # on backbones with which the solver of linear_probe converges
 PROMPTS = ("default", "classname", "ensemble")
 
-NOTES = {
+NOTES = {  # tuner or loss → what a reader of its row has to know
     "lora_mlp": "the original stops with a TypeError: compared after its LoRA was given the missing out_dim",
     "BS": "the original compares instead of assigning: compared after the loss was assigned",
     "LDAM": "the original needs CUDA: compared after its tensor types were replaced",

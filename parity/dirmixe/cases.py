@@ -45,7 +45,7 @@ def ask(checkouts: Mapping[str, Path]) -> tuple[dict[str, list[Case]], Case]:
     phases = [(data, phase) for data in CONFIGS for phase in ("warm", "final")]
     first_epochs = {"warm": dict.fromkeys(CONFIGS, 1), "final": FINAL}
     cases: dict[str, list[Case]] = {
-        "phases": [_case("cifar100_ir100", "epochs with semi-variance", counts=[2, 1], runs=RUNS)],
+        "phases": [_case("cifar100_ir100", "epochs with semi-variance", counts=counts["cifar100_ir100"], runs=RUNS)],
         "pools": _pools(counts, configs),
         "losses": [
             _case(data, f"loss of logits, {phase}", counts=counts[data], epoch=161 if phase == "final" else 1)

@@ -1,43 +1,43 @@
 """Our side of the comparison with DirMixE: through our configs and builders."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.datasets import build_info
 from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.models import build_model
 from tailtune.parity.dirmixe.cases import OPTIONS_OF_LISTS, SAMPLES, config_of
 from tailtune.parity.errors import error
 from tailtune.parity.experts.ours import row, use_draws
 from tailtune.parity.job import Case, Job
 from tailtune.parity.subject import Row
-from tailtune.trainers.losses import LOSSES
-from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.dirmixe import DirMixE
 
 
-def method_without_model(case: Case, pool: str = "fresh") -> DirMixE:
-    """The method of a case's config, around a model that has no part.
+def method_of(case: Case, pool: str = "fresh") -> DirMixE:
+    """The method of a case, by the same builders as in a run.
 
     Args:
         case: its `data` names our config, its `counts` are the class counts.
         pool: the option `dirmixe.pool`.
     """
-    model: Any = nn.Module()
-    model.num_experts = 3
-    objective = Objective(torch.tensor(case["counts"]), LOSSES["CE"])
-    cfg = config_of(case["data"], "dirmixe.pool", pool)
-    return DirMixE(model, objective, DirMixE.Options(**cfg.dirmixe))
+    cfg = config_of(case["data"], "pretrained", "none", "dirmixe.pool", pool)
+    info = replace(build_info(cfg), class_counts=torch.tensor(case["counts"]))
+    method = build_method(cfg, build_model(cfg, info.class_names), info)
+    assert isinstance(method, DirMixE)
+    return method
 
 
 def compare_pool(case: Case, job: Job) -> list[Row]:
     """Largest difference of any draw of the pool's epochs."""
     original = job.tensors(case)
     assert original["counts"].tolist() == case["counts"]
-    method = method_without_model(case, "recycled_cifar" if case["chooses"] else "recycled")
+    method = method_of(case, "recycled_cifar" if case["chooses"] else "recycled")
     method.before_training(case["epochs"] * case["per_epoch"], case["per_epoch"])
     differences = []
     for epoch in range(case["epochs"]):
@@ -54,7 +54,7 @@ def compare_pool(case: Case, job: Job) -> list[Row]:
 def compare_loss(case: Case, job: Job) -> list[Row]:
     """The loss of random logits and its gradient."""
     original = job.tensors(case)
-    method = method_without_model(case)
+    method = method_of(case)
     method.final = case["epoch"] > 1
     use_draws(method, original["experts"], original["priors"])
     method.before_step(1)
@@ -70,7 +70,7 @@ def compare_loss(case: Case, job: Job) -> list[Row]:
 def compare_phases(case: Case, job: Job) -> list[Row]:
     """How many epochs have a semi-variance on one side only."""
     original = job.fact("phases", case)
-    method, different = method_without_model(case), 0
+    method, different = method_of(case), 0
     for epochs in case["runs"]:
         for epoch in range(epochs):
             method.on_epoch(epoch, epochs)

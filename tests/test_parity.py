@@ -94,8 +94,8 @@ def test_experts_agree_in_fp64(case: dict[str, Any]) -> None:
 
 def test_all_methods_of_experts_are_compared() -> None:
     for repository, methods in METHODS.items():
-        own = {case["name"].split(",")[0] for case in ROWS if case["repository"] == repository}
-        assert methods <= own
+        compared = {case["name"].split(",")[0] for case in ROWS if case["repository"] == repository}
+        assert methods <= compared
     names = {case["name"] for case in ROWS}
     for factor in (-0.45, -0.2, 0.0):
         assert {f"RIDE, diversity factor {factor}, {when}" for when in ("before reweighting", "reweighted")} <= names
@@ -108,7 +108,7 @@ def test_all_methods_of_experts_are_compared() -> None:
 
 
 def test_the_experts_part_says_how_to_check_it_again() -> None:
-    assert {len(each["commit"]) for each in EXPERTS["originals"].values()} == {40}
+    assert {len(source["commit"]) for source in EXPERTS["originals"].values()} == {40}
     assert EXPERTS["tolerance"] == 1e-8 and EXPERTS["patches"] and EXPERTS["procedure"] and EXPERTS["ours"]
 
 
@@ -136,11 +136,11 @@ def test_dirmixe_agrees(case: dict[str, Any]) -> None:
 
 
 def test_all_of_dirmixe_is_compared() -> None:
-    found = {(case["data"], case["name"]) for case in DIRMIXE["cases"]}
+    compared = {(case["data"], case["name"]) for case in DIRMIXE["cases"]}
     everywhere = [name for name in COMPARED if name.startswith(("Dirichlet", "loss", "DirMixE"))]
-    assert {(data, name) for data in DATA for name in everywhere} <= found
-    assert {("cifar10_ir100", "pool"), ("cifar100_ir100", "pool")} <= found
-    assert {name for _, name in found} - set(COMPARED) == {f"learning rates of {n} epochs" for n in (200, 180, 100)}
+    assert {(data, name) for data in DATA for name in everywhere} <= compared
+    assert {("cifar10_ir100", "pool"), ("cifar100_ir100", "pool")} <= compared
+    assert {name for _, name in compared} - set(COMPARED) == {f"learning rates of {n} epochs" for n in (200, 180, 100)}
     assert len(DIRMIXE["originals"]["dirmixe"]["commit"]) == 40 and DIRMIXE["tolerance"] == 1e-8
     assert DIRMIXE["patches"] and DIRMIXE["procedure"] and DIRMIXE["ours"]
 
@@ -174,20 +174,22 @@ def test_h2t_agrees(case: dict[str, Any]) -> None:
 
 
 def test_all_of_h2t_is_compared() -> None:
-    found = {(case["data"], case["name"]) for case in H2T["cases"]}
-    assert {("cifar100_ir100", name) for name in STAGES} <= found
+    compared = {(case["data"], case["name"]) for case in H2T["cases"]}
+    assert {("cifar100_ir100", name) for name in STAGES} <= compared
     of_logits = {
         (data, f"loss of logits, {name}") for data in ("cifar10_ir100", "cifar100_ir100") for name in OF_LOGITS
     }
-    assert of_logits <= found
+    assert of_logits <= compared
     configs = {
         (f"cifar100_ir{ratio}", model) for ratio in (50, 100, 200) for model in ("resnet32_mixup", "resnet32_h2t")
     }
     rates = {(case["data"], case["model"]) for case in H2T["cases"] if case["name"].startswith("learning rates")}
     assert rates == configs <= {(case["data"], case["model"]) for case in H2T["cases"] if case["name"] in STAGES}
     tails = ("images of the long tail", "pair_sampler reverse", "pair_sampler shuffle")
-    assert {(data, name) for data in TAILS for name in tails} <= found
-    assert {"test figures", "channels of 64, experts: 1", "channels of 48, experts: 3"} <= {name for _, name in found}
+    assert {(data, name) for data in TAILS for name in tails} <= compared
+    assert {"test figures", "channels of 64, experts: 1", "channels of 48, experts: 3"} <= {
+        name for _, name in compared
+    }
     assert len(H2T["originals"]["h2t"]["commit"]) == 40 and H2T["tolerance"] == 1e-9
     assert H2T["patches"] and H2T["procedure"] and H2T["ours"]
 

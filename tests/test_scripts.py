@@ -101,15 +101,15 @@ rows:
       - -d {data} -m tiny_clip {more} lr {lr}
       - "-d cifar10 -m tiny_clip lr {lr} peft_args '{{r: 8}}'"
 """
-    found = _grid.read(grid(text))
-    assert (found.name, found.title, found.paper, found.seeds) == ("small", "What it is", None, (0,))
-    assert [(cell.row, " ".join(cell.words[1:])) for cell in found.cells[:4]] == [
+    read = _grid.read(grid(text))
+    assert (read.name, read.title, read.paper, read.seeds) == ("small", "What it is", None, (0,))
+    assert [(cell.row, " ".join(cell.words[1:])) for cell in read.cells[:4]] == [
         ("head only", "fake_lt -m tiny_clip"),
         ("lr 0.1", "fake_lt -m tiny_clip lr 0.1"),
         ("lr 0.0005", "fake_lt -m tiny_clip lr 0.0005"),
         ("head only", "digits_lt -m tiny_clip num_epochs 20"),
     ]
-    assert found.cells[-1].words[4:] == ("lr", "0.0005", "peft_args", "{r: 8}")
+    assert read.cells[-1].words[4:] == ("lr", "0.0005", "peft_args", "{r: 8}")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_a_bad_grid_is_one_line(grid: Callable[[str], str], script: Words, text:
 
 
 def test_the_metrics_of_a_grid_are_those_of_a_result() -> None:
-    found = evaluate(torch.eye(2), torch.tensor([0, 1]), {each: torch.tensor([0]) for each in ("many", "med", "few")})
-    assert {*_grid.ALL_METRICS} == {*found, "bad_images"} - {"per_class_acc", "calibration"}
+    metrics = evaluate(torch.eye(2), torch.tensor([0, 1]), {g: torch.tensor([0]) for g in ("many", "med", "few")})
+    assert {*_grid.ALL_METRICS} == {*metrics, "bad_images"} - {"per_class_acc", "calibration"}
 
 
 @pytest.mark.parametrize("words", ["lift/tab6", "none.yaml", "", "small.yaml --where data cifar10"])
@@ -175,7 +175,7 @@ def test_the_grid_of_tuners_has_them_all_and_they_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [each for each in _grid.names() if each.split("/")[0] in ("ride", "sade", "batchformer")]
+    "name", [grid for grid in _grid.names() if grid.split("/")[0] in ("ride", "sade", "batchformer")]
 )
 def test_the_grids_of_experts_pass_the_dry_run(name: str) -> None:
     cells = {

@@ -94,14 +94,13 @@ def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dic
     with Events(folder) as writer:
         _scalars(writer, "test", metrics)
         for name, results in distributions.items():
-            _scalars(writer, f"test/{name}", {**results["plain"], "expected_accuracy": results["expected_accuracy"]})
-            for adapt, found in results.items():
-                if not isinstance(found, dict) or adapt == "plain":
-                    continue
-                _scalars(writer, f"test/{name}/{adapt}", found)
-                for point, weights in enumerate(found.get("path", []), start=1):
+            _scalars(writer, f"test/{name}", {"expected_accuracy": results["expected_accuracy"]})
+            for predictor, values in results["predictors"].items():
+                tag = f"test/{name}" if predictor == "plain" else f"test/{name}/{predictor}"
+                _scalars(writer, tag, values)
+                for point, weights in enumerate(values.get("path", []), start=1):
                     for expert, weight in enumerate(weights):
-                        writer.add_scalar(f"test/{name}/{adapt}/weight_{expert}", weight, point)
+                        writer.add_scalar(f"{tag}/weight_{expert}", weight, point)
 
 
 def _scalars(writer: Events, tag: str, values: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from tailtune.parity.lift.cases import BATCH, COUNTS, GROUPS, NAMES, OPEN_CLIP, 
 from tailtune.parity.subject import Row
 from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.foreign_checkpoints import lift
-from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
+from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.methods import Method, build_method, declared
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
 from tailtune.trainers.precision import PRECISIONS, cast_trainable

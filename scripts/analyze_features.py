@@ -20,7 +20,7 @@ from tailtune.main import Parser, answer, split_words  # noqa: E402
 from tailtune.models import resolve  # noqa: E402
 from tailtune.trainers.distributed import make_accelerator  # noqa: E402
 from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary  # noqa: E402
-from tailtune.trainers.methods import declared  # noqa: E402
+from tailtune.trainers.options import declared  # noqa: E402
 from tailtune.trainers.processes.console_log import start_console  # noqa: E402
 from tailtune.trainers.runs.load_run import trained_method  # noqa: E402
 from tailtune.trainers.runs.run_folder import RunFolder  # noqa: E402

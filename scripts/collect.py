@@ -75,7 +75,7 @@ def _identity(folder: Path, found: Result) -> str:
     """All options of a run and of its evaluation, without the seed and without which checkpoint it was."""
     from tailtune.configs import load_resolved, values_of
     from tailtune.configs.key import TRAIN
-    from tailtune.trainers.methods import declared
+    from tailtune.trainers.options import declared
 
     home = folder if (folder / "config.yaml").is_file() else folder.parent.parent
     trained = values_of(load_resolved(home / "config.yaml", declared()), TRAIN)

@@ -24,7 +24,8 @@ from tailtune.trainers.dry_run import check_chain  # noqa: E402
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
 from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
 from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
-from tailtune.trainers.methods import METHODS, declared  # noqa: E402
+from tailtune.trainers.methods import METHODS  # noqa: E402
+from tailtune.trainers.options import declared  # noqa: E402
 
 PAGE, ARRAY = ROOT / "docs" / "composition.md", ROOT / "docs" / "composition.json"
 Choice = dict[str, str]

@@ -25,8 +25,9 @@ from tailtune.models.backbones.open_clip_models import OpenClipBackbone
 from tailtune.models.backbones.vit import ViT
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.dry_run import check, dry_run
-from tailtune.trainers.methods import build_method, declared
+from tailtune.trainers.methods import build_method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
+from tailtune.trainers.options import declared
 from tailtune.trainers.processes.interrupts import Agreement, Interrupted
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state

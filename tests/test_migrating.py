@@ -12,7 +12,7 @@ from tailtune.main import split_words
 from tailtune.models import resolve
 from tailtune.scripts._grid import names
 from tailtune.trainers.dry_run import check
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
 
 TEXT = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 ORIGINAL = {

@@ -15,15 +15,15 @@ from yacs.config import CfgNode
 
 from tailtune.configs import FOLDER, load_configs
 from tailtune.configs.errors import UserError
-from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.long_tail import longtail_counts, shot_groups, some_positions
 from tailtune.datasets.sources.published_lists import PUBLISHED, is_published
 from tailtune.datasets.test_distributions.build import Shift, build_shifts, shift_names
 from tailtune.datasets.test_distributions.published_order import introsort_argsort
+from tailtune.trainers.options import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
-DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}
+DEFAULTS = declared().defaults
 DEFAULTS |= {"num_workers": 0, "resolution": 32, "interpolation": "bilinear", "test_dists": ["all"]}
 RATIOS = (50, 25, 10, 5, 2)
 ELEVEN = [*(f"forward{r}" for r in RATIOS), "uniform", *(f"backward{r}" for r in reversed(RATIOS))]
@@ -38,7 +38,7 @@ def config(dataset: str, **values: Any) -> CfgNode:
 
 def shipped(data: str, *pairs: object) -> CfgNode:
     words = ["resolution", 32, "interpolation", "bilinear", "test_dists", "all", *pairs]
-    return load_configs(data, "tiny_clip", [str(each) for each in words])[-1]
+    return load_configs(data, "tiny_clip", [str(each) for each in words], declared())[-1]
 
 
 def facts(counts: list[int]) -> DataInfo:

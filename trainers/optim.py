@@ -9,7 +9,8 @@ import torch
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
-from tailtune.configs.schema import SCHEMA
+from tailtune.configs.option import NoOptions, key_names, option
+from tailtune.configs.value_parsers import as_ints
 from tailtune.datasets.loading.samplers import SAMPLERS
 
 
@@ -56,17 +57,16 @@ def _check(cfg: CfgNode) -> None:
         lookup(SAMPLERS, cfg.pair_sampler, "pair_sampler")
     if cfg.nesterov and cfg.momentum == 0:
         raise UserError("nesterov True needs momentum above 0, such as 0.9")
-    if cfg.schedule == "multistep":
-        if not cfg.lr_steps:
-            raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
-        return
-    for key in ("lr_steps", "lr_gamma"):
-        usual = SCHEMA[key].default
-        if cfg[key] != usual:
-            raise UserError(
-                f"{key} {cfg[key]} is of schedule multistep and does nothing in schedule {cfg.schedule}; "
-                f"add `{key} {'none' if usual is None else usual}`, or choose multistep"
-            )
+    if cfg.schedule == "multistep" and not cfg.lr_steps:
+        raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
+    for name, schedule in ((name, schedule) for name, schedule in SCHEDULES.items() if name != cfg.schedule):
+        for field, key in key_names(schedule.Options, name).items():
+            usual = getattr(schedule.Options(), field)
+            if cfg[key] != usual:
+                raise UserError(
+                    f"{key} {cfg[key]} is of schedule {name} and does nothing in schedule {cfg.schedule}; "
+                    f"add `{key} {'none' if usual is None else usual}`, or choose {name}"
+                )
 
 
 def micro_batch_size(cfg: CfgNode, world: int) -> int:
@@ -115,6 +115,22 @@ def check_factors(groups: list[dict[str, Any]], plan: Plan) -> None:
         lookup(there, name, "parameter group in lr_factors")
 
 
+@dataclass(frozen=True)
+class MultistepOptions:
+    """Steps of the learning rate."""
+
+    lr_steps: list[int] | None = option(
+        None,
+        "Epochs (the first is 0) at which schedule multistep multiplies the learning rate by `lr_gamma`.",
+        as_ints,
+        key="lr_steps",
+        most=10**6,
+    )
+    lr_gamma: float = option(
+        0.1, "Factor on the learning rate at each of `lr_steps`, in schedule multistep.", key="lr_gamma", least=0.0
+    )
+
+
 def multistep(plan: Plan, epoch: int) -> float:
     """γ to the number of `lr_steps` that have come."""
     return plan.lr_gamma ** sum(epoch >= step for step in plan.lr_steps or ())
@@ -133,14 +149,27 @@ def constant(plan: Plan, epoch: int) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[Plan, int], float]] = {"cosine": cosine, "multistep": multistep, "constant": constant}
-"""Plan, epoch (the first is 0) → factor on the learning rate, constant within an epoch."""
+@dataclass(frozen=True)
+class Schedule:
+    """An entry of SCHEDULES."""
+
+    factor: Callable[[Plan, int], float]
+    """Plan, epoch (the first is 0) → factor on the learning rate, constant within an epoch."""
+    Options: type = NoOptions
+    """Dataclass of its options."""
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": Schedule(cosine),
+    "multistep": Schedule(multistep, MultistepOptions),
+    "constant": Schedule(constant),
+}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int) -> float:
     """Give every group its learning rate of an epoch; returns that of a group without a factor of its own."""
     rising = min(1.0, (epoch + 1) / plan.warmup_epochs) if plan.warmup_epochs else 1.0
-    lr = plan.lr * rising * SCHEDULES[plan.schedule](plan, epoch)
+    lr = plan.lr * rising * SCHEDULES[plan.schedule].factor(plan, epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr * (plan.lr_factors or {}).get(group["name"], 1.0)
     return lr

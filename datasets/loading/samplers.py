@@ -1,6 +1,7 @@
 """The order of training images: a pure function of labels, seed and epoch, cut into steps, ranks, micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,13 +49,21 @@ def _of_classes(labels: Tensor, drawn: Tensor, draws: torch.Generator) -> Tensor
     return order
 
 
-SAMPLERS: dict[str, Order] = {"shuffle": shuffle, "balanced": balanced, "reverse": reverse}
-DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "shuffle": lambda counts: counts / counts.sum(),
-    "balanced": lambda counts: torch.full_like(counts, 1 / len(counts)),
-    "reverse": lambda counts: 1 / counts / (1 / counts).sum(),
+@dataclass(frozen=True)
+class ImageOrder:
+    """An entry of SAMPLERS."""
+
+    order: Order
+    """Which images an epoch has."""
+    frequencies: Callable[[Tensor], Tensor]
+    """Images per class [C], of a floating type → how likely an image of each class is drawn, [C]."""
+
+
+SAMPLERS: dict[str, ImageOrder] = {
+    "shuffle": ImageOrder(shuffle, lambda counts: counts / counts.sum()),
+    "balanced": ImageOrder(balanced, lambda counts: torch.full_like(counts, 1 / len(counts))),
+    "reverse": ImageOrder(reverse, lambda counts: 1 / counts / (1 / counts).sum()),
 }
-"""Images per class [C], of a floating type → how likely each sampler draws one of the class, [C]."""
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -74,7 +83,7 @@ class StepSampler(Sampler[list[Key]]):
         micro_batch_size: images that a rank holds at once.
         seed: of the order.
         rank, world: this process, and how many there are.
-        order: which images an epoch has, an entry of `SAMPLERS`.
+        order: which images an epoch has, as entries of `SAMPLERS` say.
         pair: which images stand beside those, another one.
     """
 

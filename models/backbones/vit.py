@@ -206,7 +206,7 @@ class ViT(Encoder):
         for name, weight in self._frozen():
             master = self._masters.pop(name, weight.data)
             if compute.itemsize < master.dtype.itemsize:
-                self._masters[name] = master.cpu()
+                self._masters[name] = master if master.is_meta else master.cpu()
             weight.data = master.to(weight.device, compute)
         for index, block in enumerate(self.net.blocks):
             sites = {site: [each for own in self.sites for each in own[index][site]] for site in SITES}  # all experts'

@@ -5,50 +5,42 @@ backbone without blocks. Tuners combine; at a shared site they act in the order 
 every one of them (LIFT ignores it for biases, norms and shallow prompts).
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any
 
-import torch
 from torch import nn
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import mix, seeded
+from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_divided
 from tailtune.models.backbones.generic import GenericEncoder
 from tailtune.models.backbones.vit import ViT
 from tailtune.models.tuners.modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The numbers that tuners are built from."""
-
-    bottleneck: int
-    prompts: int
-    mask_ratio: float = 0.001
-    mask_seed: int = 0
-    adaptformer_scale: float | None = None
-    """None: learnable."""
-
-    @cached_property
-    def draw(self) -> torch.Generator:
-        """Mask's one generator, which goes on from layer to layer and from block to block, as LIFT's."""
-        return torch.Generator().manual_seed(self.mask_seed)
+from tailtune.models.tuners.tuner_options import (
+    AdaptFormerOptions,
+    BottleneckOptions,
+    MaskOptions,
+    PromptOptions,
+    TunerOptions,
+)
 
 
 @dataclass(frozen=True)
 class Tuner:
     """What it does to a host; exactly one of insert and select is given.
 
-    insert: (ViT, index of a block, sizes) → site → module.
+    insert: (ViT, index of a block, options) → site → module.
     select: module → the parameters of it that train; of the blocks, or of any other backbone as a whole.
     """
 
-    insert: Callable[[ViT, int, Sizes], dict[str, nn.Module]] | None = None
+    doc: str
+    """Meaning of its flag, a sentence."""
+    insert: Callable[[ViT, int, Any], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
+    options: TunerOptions = TunerOptions()
+    """Its options with their defaults; those without a `key` of their own are called `<tuner>_<field>`."""
     on_feature: Callable[[int], nn.Module] | None = None
     """Width → what it puts on the feature of a backbone that runs as a whole, in place of `insert`."""
     first_only: bool = False
@@ -59,34 +51,39 @@ class Tuner:
     """Selected batch norms train on the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": AdaptFormer(host.width, sizes.bottleneck, sizes.adaptformer_scale)}
+def _adaptformer(host: ViT, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
+    scale = None if isinstance(options.scale, str) else options.scale
+    return {"mlp": AdaptFormer(host.width, options.bottleneck, scale)}
 
 
-def _adapter(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": Adapter(host.width, sizes.bottleneck)}
+def _adapter(host: ViT, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    return {"mlp": Adapter(host.width, options.bottleneck)}
 
 
-def _lora(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {site: Lora(host.width, host.width, sizes.bottleneck) for site in ("q", "v")}
+def _lora(host: ViT, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    return {site: Lora(host.width, host.width, options.bottleneck) for site in ("q", "v")}
 
 
-def _lora_mlp(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+def _lora_mlp(host: ViT, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     inner, outer = host.hidden_width, host.width
-    return {"fc1": Lora(outer, inner, sizes.bottleneck), "fc2": Lora(inner, outer, sizes.bottleneck)}
+    return {"fc1": Lora(outer, inner, options.bottleneck), "fc2": Lora(inner, outer, options.bottleneck)}
 
 
-def _prompts(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"tokens": Prompts(sizes.prompts, host.width, host.patch_size)}
+def _prompts(host: ViT, index: int, options: PromptOptions) -> dict[str, nn.Module]:
+    assert options.length is not None, "filled"
+    return {"tokens": Prompts(options.length, host.width, host.patch_size)}
 
 
-def _ssf(*sites: str) -> Callable[[ViT, int, Sizes], dict[str, nn.Module]]:
+def _ssf(*sites: str) -> Callable[[ViT, int, TunerOptions], dict[str, nn.Module]]:
     """Scale and shift at the named sites."""
-    return lambda host, index, sizes: {site: Ssf(host.hidden_width if site == "fc1" else host.width) for site in sites}
+    return lambda host, index, options: {
+        site: Ssf(host.hidden_width if site == "fc1" else host.width) for site in sites
+    }
 
 
-def _mask(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {name: Mask(layer, sizes.mask_ratio, sizes.draw) for name, layer in host.layers(index).items()}
+def _mask(host: ViT, index: int, options: MaskOptions) -> dict[str, nn.Module]:
+    assert options.ratio is not None, "filled"
+    return {name: Mask(layer, options.ratio, options.draw) for name, layer in host.layers(index).items()}
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -99,52 +96,64 @@ def _of(kind: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
 
 
 TUNERS: dict[str, Tuner] = {
-    "full_tuning": Tuner(select=nn.Module.parameters),
-    "bias_tuning": Tuner(select=_biases),
-    "ln_tuning": Tuner(select=_of(nn.LayerNorm)),
-    "bn_tuning": Tuner(select=_of(nn.BatchNorm2d), on_batch=True),
-    "mask": Tuner(insert=_mask, on_weights=True),
-    "vpt_shallow": Tuner(insert=_prompts, first_only=True),
-    "vpt_deep": Tuner(insert=_prompts),
-    "lora": Tuner(insert=_lora),
-    "lora_mlp": Tuner(insert=_lora_mlp),
-    "ssf_attn": Tuner(insert=_ssf("q", "k", "v", "proj"), on_feature=Ssf),
-    "ssf_mlp": Tuner(insert=_ssf("fc1", "fc2")),
-    "ssf_ln": Tuner(insert=_ssf("norm1", "norm2")),
-    "adapter": Tuner(insert=_adapter),
-    "adaptformer": Tuner(insert=_adaptformer),
+    "full_tuning": Tuner("The blocks themselves train.", select=nn.Module.parameters),
+    "bias_tuning": Tuner("The biases of the blocks train.", select=_biases),
+    "ln_tuning": Tuner("The layer norms of the blocks train.", select=_of(nn.LayerNorm)),
+    "bn_tuning": Tuner("The batch norms of a convolutional network train.", select=_of(nn.BatchNorm2d), on_batch=True),
+    "mask": Tuner(
+        "A random subset of the weights of the blocks' linear layers trains.",
+        insert=_mask,
+        options=MaskOptions(),
+        on_weights=True,
+    ),
+    "vpt_shallow": Tuner(
+        "Trained prompt tokens enter before the first block.",
+        insert=_prompts,
+        options=PromptOptions(),
+        first_only=True,
+    ),
+    "vpt_deep": Tuner("New trained prompt tokens enter before every block.", _prompts, options=PromptOptions()),
+    "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=BottleneckOptions()),
+    "lora_mlp": Tuner("Low-rank updates of the MLP's layers train (LoRA).", _lora_mlp, options=BottleneckOptions()),
+    "ssf_attn": Tuner(
+        "Scale and shift of the attention's layers train; in a CLIP ResNet, scale and shift of its feature.",
+        insert=_ssf("q", "k", "v", "proj"),
+        on_feature=Ssf,
+    ),
+    "ssf_mlp": Tuner("Scale and shift of the MLP's layers train.", insert=_ssf("fc1", "fc2")),
+    "ssf_ln": Tuner("Scale and shift behind the layer norms train.", insert=_ssf("norm1", "norm2")),
+    "adapter": Tuner("A bottleneck layer behind the MLP trains.", _adapter, options=BottleneckOptions()),
+    "adaptformer": Tuner("A bottleneck layer beside the MLP trains.", _adaptformer, options=AdaptFormerOptions()),
 }
 
 
-def bottleneck_dim(num_classes: int, depth: int) -> int:
-    """LIFT's rule: r = 2^max(0, ⌊log2(C / 2L)⌋), so that tuners stay smaller than the head."""
-    return 2 ** max(0, int(math.log2(num_classes / (2 * max(1, depth)))))
-
-
-def mask_ratio(num_classes: int, depth: int, width: int) -> float:
-    """LIFT's rule: ρ = C / 12LD in whole thousandths, at least one, so that what trains is as large as the head."""
-    return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
-
-
 def add_tuners(
-    host: Encoder, names: Sequence[str], sizes: Sizes, partial: int | Sequence[int] | None = None, seed: int = 0
+    host: Encoder,
+    options: Mapping[str, TunerOptions],
+    partial: int | Sequence[int] | None = None,
+    seed: int = 0,
 ) -> None:
-    """Freeze the host, then make the named tuners act on the blocks of `partial`.
+    """Freeze the host, then make tuners act on the blocks of `partial`.
+
+    Args:
+        options: name → filled options, of the tuners that act.
+        partial: the last so many blocks, or the first and the end of a range; None: all.
+        seed: of the tuners' initial weights.
 
     Raises:
         UserError: two kinds of prompts, a tuner that finds nothing to act on, a range beyond the network, or a
             share of weights beyond all of them; experts whose own blocks would not differ.
     """
-    if {"vpt_shallow", "vpt_deep"} <= set(names):
+    if {"vpt_shallow", "vpt_deep"} <= options.keys():
         raise UserError("vpt_shallow and vpt_deep both own the prompt tokens; choose one of them")
-    if "mask" in names and not 0 < sizes.mask_ratio <= 1:
-        raise UserError(f"mask_ratio {sizes.mask_ratio} is no share of the weights; choose one above 0 and up to 1")
-    blocks, sizes = host.chosen(partial), replace(sizes)  # a copy, whose draw begins anew
+    for chosen in options.values():
+        chosen.check()
+    blocks = host.chosen(partial)
     host.requires_grad_(False)
-    for name in (name for name in TUNERS if name in names):
+    for name in (name for name in TUNERS if name in options):
         tuner = TUNERS[name]
         if tuner.insert is not None:
-            _insert(host, name, blocks[:1] if tuner.first_only else blocks, sizes, seed)
+            _insert(host, name, blocks[:1] if tuner.first_only else blocks, options[name], seed)
         if tuner.select is not None:
             _select(host, name, partial)
     if isinstance(host, ViT) and host.own and not any(any(sites.values()) for sites in host.sites[0][-host.own :]):
@@ -154,7 +163,7 @@ def add_tuners(
         )
 
 
-def _insert(host: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
+def _insert(host: Encoder, name: str, blocks: range, options: TunerOptions, seed: int) -> None:
     tuner = TUNERS[name]
     assert tuner.insert is not None
     if isinstance(host, GenericEncoder) and tuner.on_feature is not None:
@@ -163,16 +172,17 @@ def _insert(host: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) ->
                 host.insert(name, tuner.on_feature(host.feature_dim))
         return
     if not isinstance(host, ViT):
-        others = ", ".join(each for each, entry in TUNERS.items() if entry.select or entry.on_feature)
+        others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
-    later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", each)) for each in range(1, host.experts)]
+    first = replace(options)  # a copy, whose random draw begins anew
+    later = [options.of_expert(expert) for expert in range(1, host.experts)]
     for index in blocks:
         own = index >= host.depth - host.own
         with seeded(seed, "tuner", name, index):
-            host.insert(name, index, tuner.insert(host, index, sizes), tuner.on_weights, 0 if own else None)
-        for expert, drawn in enumerate(later if own else [], start=1):
+            host.insert(name, index, tuner.insert(host, index, first), tuner.on_weights, 0 if own else None)
+        for expert, copy in enumerate(later if own else [], start=1):
             with seeded(seed, "tuner", name, index, expert):  # the first one starts as if it were alone
-                host.insert(name, index, tuner.insert(host, index, drawn), tuner.on_weights, expert)
+                host.insert(name, index, tuner.insert(host, index, copy), tuner.on_weights, expert)
 
 
 def _select(host: Encoder, name: str, partial: int | Sequence[int] | None) -> None:

@@ -10,7 +10,7 @@ from tailtune.configs import load_configs
 from tailtune.datasets import build_info
 from tailtune.models import resolve
 from tailtune.parity.experts.cases import STEPS, Case
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
 
 CONFIGS = {  # data → config of theirs, ours, images a step and side
     "cifar10_ir100": ("cifar10.json", "resnet32_dirmixe", 8, 32),

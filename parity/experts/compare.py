@@ -30,7 +30,7 @@ from tailtune.models import resolve  # noqa: E402
 from tailtune.parity.experts.cases import SADE_TIME, Case, cases, inputs, traces  # noqa: E402
 from tailtune.parity.experts.ours import FIGURES, compare, compare_rates, compare_weights  # noqa: E402
 from tailtune.parity.report import EXPERTS, circumstances_of_figures, head, run_original, write  # noqa: E402
-from tailtune.trainers.methods import declared  # noqa: E402
+from tailtune.trainers.options import declared  # noqa: E402
 
 TOLERANCE = 1e-8
 SOURCES = {

@@ -10,7 +10,7 @@ from tailtune.configs import load_configs
 from tailtune.datasets import build_info
 from tailtune.models import resolve
 from tailtune.parity.experts.cases import STEPS, Case
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
 
 RATIOS = {"cifar100_ir100": "001", "cifar100_ir50": "002", "cifar100_ir200": "0005"}
 """Data → as their configs write it."""

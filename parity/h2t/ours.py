@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.datasets import build_info
-from tailtune.datasets.loading.samplers import DRAWN, SAMPLERS
+from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.datasets.long_tail import subsample
 from tailtune.parity.experts.cases import STEPS, Case
 from tailtune.parity.experts.ours import (
@@ -148,7 +148,7 @@ def compare_tail(each: Case, theirs: Tensors) -> list[Case]:
     different = float((positions != theirs["positions"]).double().mean())
     rows = [row({**each, "name": "images of the long tail"}) | {"value": different}]
     labels = torch.repeat_interleave(torch.arange(classes), counts)
-    here = labels[SAMPLERS["shuffle"](labels, 0, 0)].bincount().double() / len(labels)
+    here = labels[SAMPLERS["shuffle"].order(labels, 0, 0)].bincount().double() / len(labels)
     rows.append(row({**each, "name": "pair_sampler shuffle"}) | {"value": error(here, theirs["shuffle"])})
-    rare = DRAWN["reverse"](counts.double())
+    rare = SAMPLERS["reverse"].frequencies(counts.double())
     return [*rows, row({**each, "name": "pair_sampler reverse"}) | {"value": error(rare, theirs["reverse"])}]

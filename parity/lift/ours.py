@@ -22,8 +22,9 @@ from tailtune.parity.lift.cases import BATCH, COUNTS, GROUPS, NAMES, OPEN_CLIP, 
 from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.foreign_checkpoints import lift
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import FILE, ForeignCheckpoint
-from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.options import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 PREC = {"float32": "fp32", "float64": "fp64"}

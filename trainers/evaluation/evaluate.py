@@ -8,10 +8,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.configs import CfgNode, values_of
+from tailtune.configs import CfgNode, schema_of, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST
-from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import DataBundle, DataInfo, build_info
 from tailtune.datasets.data_bundle import Shift
 from tailtune.datasets.test_distributions.build import build_shifts
@@ -241,6 +240,7 @@ class Evaluation:
 
     def _key(self, name: str) -> dict[str, Any]:
         """What the logits in the file of that name depend on."""
-        test = {key: value for key, value in values_of(self.cfg, TEST).items() if SCHEMA[key].logits}
+        schema = schema_of(self.cfg)
+        test = {key: value for key, value in values_of(self.cfg, TEST).items() if schema[key].logits}
         split = "val" if name == VAL_LOGITS else "train" if self.cfg.test_train else "test"
         return {"checkpoint": self.folder.checkpoint_id(), "images": self.plan.fingerprints.get(split), **test}

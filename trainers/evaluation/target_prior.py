@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, unknown
+from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
+from tailtune.configs.value_parsers import as_path
 from tailtune.datasets.data_bundle import DataInfo, Shift
 from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.sources.text_files import read_json
@@ -36,6 +38,28 @@ LARGEST = 1e15
 """Of a number in a file of frequencies or counts; sums of such are exact enough."""
 NEVER = 1e-12
 """What a class that never comes counts as, so that every logarithm is finite."""
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Class frequencies that predictions are made for."""
+
+    target_prior: str | None = option(
+        None,
+        "Class frequencies that predictions are made for: a way to find them, a distribution such as forward50, or a "
+        "JSON file of frequencies (they sum to 1) or of numbers of images (whole numbers). None means that logits stay "
+        "as they are.",
+        as_path,
+        cls="test",
+        logits=False,
+        table="TARGETS",
+    )
+    calibrate: bool = option(
+        True,
+        "The temperature of the logits comes from the validation split, for target_prior.",
+        cls="test",
+        logits=False,
+    )
 
 
 @dataclass(frozen=True)

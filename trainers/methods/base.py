@@ -38,7 +38,7 @@ class Method(nn.Module):
     need more than logits.
 
     Class attributes:
-        Options: dataclass; its fields are the options `<method>.<field>`, texts in `metadata["doc"]`.
+        Options: dataclass of `option`s, which are called `<method>.<field>`.
         couples: the method's value depends on which samples share a micro-batch.
         needs_after: it continues an earlier run, so `after` must name one.
         routes: it asks only some experts about an image; logits of the others are NaN.
@@ -83,13 +83,11 @@ class Method(nn.Module):
     @property
     def batch_coupled(self) -> bool:
         """Whether another micro-batch size is another objective."""
-        return self.couples or self.objective.coupled or self.model.batch_coupled
+        return self.couples or self.objective.loss.couples or self.model.batch_coupled
 
     @property
     def prior(self) -> Prior:
-        own = self.objective
-        smooth = own.smooth_head, own.smooth_tail
-        return Prior(self.log_prior, self.class_counts, own.tau, own.scale, *smooth, self.draws)
+        return Prior(self.log_prior, self.class_counts, self.draws)
 
     def forward(self, batch: Batch) -> Step:
         logits = self.expert_logits(batch["image"])

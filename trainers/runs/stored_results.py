@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_records
 from tailtune.datasets.sources.image_list import first_file
@@ -15,8 +15,6 @@ from tailtune.datasets.test_distributions.build import shift_names
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder, kept_splits
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
-
-HELD_OUT = ("test_per_class", "val_per_class")
 
 
 @dataclass
@@ -66,7 +64,7 @@ def decide(cfg: CfgNode, folder: RunFolder, kept: StoredSplits | None) -> Decisi
 
 def _check_hold_out(cfg: CfgNode, folder: RunFolder, kept: StoredSplits | None) -> None:
     """Refuse to draw anew what an earlier version has held out and not written down."""
-    asked = [key for key in HELD_OUT if cfg[key]]
+    asked = [key for key, entry in schema_of(cfg).items() if entry.holds_out and cfg[key]]
     if cfg.test_only and not cfg.zero_shot and kept is None and folder.foreign is None and asked:
         raise UserError(
             f"{folder.source} does not say which images {asked[0]} held out when it was trained, so they cannot be "

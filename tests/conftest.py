@@ -1,6 +1,7 @@
 """Shared fixtures: small thread count, a fresh Accelerate state, configs and models that build in milliseconds."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -64,6 +65,13 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         return subprocess.CompletedProcess(argv, code, *capsys.readouterr())
 
     return call
+
+
+def free_port() -> int:
+    """A port for a launch of several processes; workers of pytest-xdist launch at the same time."""
+    with socket.socket() as tried:
+        tried.bind(("localhost", 0))
+        return tried.getsockname()[1]
 
 
 def offline(**environment: str) -> dict[str, str]:

@@ -17,7 +17,14 @@ from tailtune.trainers import trainer
 from tailtune.trainers.run import run
 
 STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
-LAYOUTS = list(product((0, 2), (8, 32), (False, True)))  # workers, images at once, killed and resumed
+Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
+FEW = {1: [(0, 32), (2, 8)], 2: [(0, 8), (2, 32)]}
+"""Processes → workers and images at once: every pair of the three occurs."""
+LAYOUTS: dict[str, dict[int, list[Layout]]] = {
+    "few": {world: [(*layout, killed) for layout in FEW[world] for killed in (False, True)] for world in (1, 2)},
+    "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
+}
+"""Tier → processes → layouts; the first on one process is the reference."""
 COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
 
 
@@ -78,5 +85,6 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for layout in LAYOUTS:
-        train(Path(sys.argv[1]), *layout, world=int(os.environ["WORLD_SIZE"]))
+    processes = int(os.environ["WORLD_SIZE"])
+    for layout in LAYOUTS[sys.argv[2]][processes]:
+        train(Path(sys.argv[1]), *layout, world=processes)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from tailtune import models
 from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import BACKBONES, build_model, find_backbone
+from tailtune.models.backbones import open_clip_models
 from tailtune.models.backbones.encoder import batch_norms
 from tailtune.models.backbones.generic import GenericEncoder
 from tailtune.models.backbones.open_clip_models import OpenClipBackbone
@@ -452,4 +452,4 @@ def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(UserError, match="tokenizer of ViT-B-16-SigLIP2 cannot be loaded"):
-        models.clip._tokens("ViT-B-16-SigLIP2", ["a photo of a cat."])
+        open_clip_models.tokens_of("ViT-B-16-SigLIP2", ["a photo of a cat."])

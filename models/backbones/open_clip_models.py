@@ -110,7 +110,7 @@ class OpenClipBackbone:
         encoder, projection = taken_tower(clip, config, resolution, project, fast)
         del clip.visual
         divide(encoder, split, self.arch)
-        text = TextTower(clip, partial(_tokens, self.arch), None if project else projection)
+        text = TextTower(clip, partial(tokens_of, self.arch), None if project else projection)
         return Backbone(encoder, stats, dim, text, random=path is None)
 
     def _config(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def find_open_clip(name: str) -> OpenClipBackbone:
     return OpenClipBackbone(name, tag=None, interpolation=None)
 
 
-def _tokens(arch: str, sentences: Sequence[str]) -> Tensor:
+def tokens_of(arch: str, sentences: Sequence[str]) -> Tensor:
     """Token ids [n, length]. The tokenizer is read when the first sentence comes, because some are downloaded."""
     return _tokenizer(arch)(list(sentences))
 

@@ -29,7 +29,7 @@ def alone(each: Case, pool: str = "fresh") -> DirMixE:
 def compare_pool(each: Case, theirs: dict[str, Tensor]) -> Case:
     method = alone(each, "recycled_cifar" if each["chooses"] else "recycled")
     assert theirs["counts"].tolist() == each["counts"]
-    method._pool = method._recycled(each["per_epoch"])
+    method.recycled_draws = method.make_recycled_draws(each["per_epoch"])
     gaps = []
     for epoch in range(each["epochs"]):
         method.epoch = epoch

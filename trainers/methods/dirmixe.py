@@ -66,13 +66,13 @@ class DirMixE(Method):
             raise UserError(f"dirmixe.concentration {self.options.concentration:g}: it must be above 0, such as 10000")
         self.final = False
         """Whether V₊ counts."""
-        self._recycled_draws: RecycledDraws | None = None
+        self.recycled_draws: RecycledDraws | None = None
         self._last: tuple[int, Draws] | None = None
 
     def before_training(self, steps: int, per_epoch: int) -> None:
         super().before_training(steps, per_epoch)
         if self.options.pool != "fresh":
-            self._recycled_draws = self._recycled(per_epoch)
+            self.recycled_draws = self.make_recycled_draws(per_epoch)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
         super().on_epoch(epoch, epochs)
@@ -94,7 +94,7 @@ class DirMixE(Method):
         """The draws of this step, the same for all its micro-batches."""
         if self._last is None or self._last[0] != self.at_step:
             found = (
-                self._fresh() if self._recycled_draws is None else self._recycled_draws.at(self.epoch, self.at_step - 1)
+                self._fresh() if self.recycled_draws is None else self.recycled_draws.at(self.epoch, self.at_step - 1)
             )
             self._last = self.at_step, Draws(*(moved(each, device) for each in found))
         return self._last[1]
@@ -115,7 +115,7 @@ class DirMixE(Method):
         priors = np.stack([stream.dirichlet(alphas[k]) for k in experts])
         return Draws(torch.from_numpy(experts), torch.from_numpy(priors))
 
-    def _recycled(self, per_epoch: int) -> "RecycledDraws":
+    def make_recycled_draws(self, per_epoch: int) -> "RecycledDraws":
         counts, stream = self.objective.class_counts, np.random.RandomState(POOL_SEED)
         if self.options.pool == "recycled_cifar":
             for _ in counts:

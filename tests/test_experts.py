@@ -222,7 +222,7 @@ def test_narrower_arithmetic(names: str) -> None:
     host = vit(names.split(), 2, 1)
     with torch.no_grad():
         wanted = host(images())
-        folded = ["fc1_folded" in block.mlp._buffers for block in host.net.blocks]
+        folded = ["fc1_folded" in dict(block.mlp.named_buffers()) for block in host.net.blocks]
         assert folded == [names == "adaptformer"] * DEPTH
         for residual in (None, torch.float32):
             host.set_precision(torch.bfloat16, residual)
@@ -235,7 +235,7 @@ def test_narrower_arithmetic(names: str) -> None:
 
 def test_folding_looks_at_every_experts_blocks() -> None:
     host = vit(["lora_mlp"], 2, 1, partial=1)
-    assert ["fc1_folded" in block.mlp._buffers for block in host.net.blocks] == [True, True, True, False]
+    assert ["fc1_folded" in dict(block.mlp.named_buffers()) for block in host.net.blocks] == [True, True, True, False]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

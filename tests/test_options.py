@@ -102,9 +102,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_clip_state() -> dict[str, Tensor]:
     """Other random weights of the embedded backbone than `pretrained none` gives."""
     spec = BACKBONES["TinyCLIP"]
-    assert isinstance(spec, OpenClipBackbone)
+    assert isinstance(spec, OpenClipBackbone) and spec.config is not None
     with seeded("own weights"):
-        return {name: each.contiguous() for name, each in open_clip.CLIP(**spec._config()).state_dict().items()}
+        clip = open_clip.CLIP(**json.loads(spec.config.read_text()))
+        return {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tailtune.configs import load_configs
-from tailtune.trainers import trainer
+from tailtune.trainers.methods import Method
 from tailtune.trainers.run import run
 
 STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
@@ -35,20 +35,20 @@ class Killed(BaseException):
 @contextmanager
 def killed_after(step: int | None) -> Iterator[None]:
     """Training in this process dies after a step, before it can save more than the states it has."""
-    original = trainer.Trainer._after_step
+    original = Method.after_step
 
-    def after_step(self: trainer.Trainer, run: trainer._Run, *rest: object, **named: object) -> None:
-        original(self, run, *rest, **named)  # type: ignore[arg-type]
-        if run.report.steps == step:
+    def after_step(self: Method, done: int) -> None:
+        original(self, done)
+        if done == step:
             raise Killed
 
-    trainer.Trainer._after_step = after_step  # type: ignore[method-assign]
+    Method.after_step = after_step  # type: ignore[method-assign]
     try:
         yield
     except Killed:
         pass
     finally:
-        trainer.Trainer._after_step = original  # type: ignore[method-assign]
+        Method.after_step = original  # type: ignore[method-assign]
 
 
 def name_of(workers: int, micro: int, killed: bool, world: int) -> str:

@@ -10,7 +10,6 @@ import json
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from yacs.config import CfgNode
 
 from tailtune.configs import load_configs
 from tailtune.datasets import DataBundle, build_data
-from tailtune.datasets.sources.fake import fake_sources
 from tailtune.models import resolve
 from tailtune.scripts.make_composition import (
     ARRAY,
@@ -94,14 +92,10 @@ def configs(row: Choice) -> tuple[CfgNode, CfgNode, CfgNode | None]:
 def few(backbone: str, test: str) -> DataBundle:
     """Generated images in the shape that a backbone and a test-time step ask for; rows share them."""
     row = {**{axis: next(iter(entries)) for axis, entries in AXES.items()}, "backbone": backbone, "test": test}
-    with mock.patch("tailtune.datasets.sources.fake.fake_sources", sources):
-        data = build_data(configs(row)[0])
+    data = build_data(configs(row)[0])
     of_class = [(data.plain.labels == k).nonzero()[:2, 0] for k in range(10)]
     data.plain = data.plain.take(torch.cat(of_class).numpy())  # enough for a head's start, and quicker
     return data
-
-
-sources = cache(fake_sources)
 
 
 def batch(cfg: CfgNode) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -93,8 +93,15 @@ def at_most_a_gigabyte() -> Iterator[None]:
 # --- every option ----------------------------------------------------------------------------------------------------
 
 
-def test_no_text_is_a_traceback() -> None:
-    for key, value in product(KEYS, HOSTILE):
+def of_each_kind() -> Iterator[tuple[str, str]]:
+    """Every text for one option of each kind of value, and every option with one of the texts."""
+    yield from product({entry.parse: key for key, entry in KEYS.items()}.values(), HOSTILE)
+    yield from zip(KEYS, cycle(HOSTILE), strict=False)
+
+
+@pytest.mark.parametrize("cases", slow_except(["few"], ["few", "all"]))
+def test_no_text_is_a_traceback(cases: str) -> None:
+    for key, value in product(KEYS, HOSTILE) if cases == "all" else of_each_kind():
         try:
             load_configs("fake_lt", "tiny_clip_peft", [key, value], declared())
         except UserError as error:

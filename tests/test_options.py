@@ -35,7 +35,6 @@ from tailtune.configs.seeding import seeded
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.loading.samplers import StepSampler
-from tailtune.datasets.sources.fake import fake_sources
 from tailtune.datasets.test_distributions.build import build_shifts
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_models import OpenClipBackbone
@@ -51,7 +50,7 @@ from tailtune.trainers.storage.checkpoint import States
 
 KEYS = {key: entry for key, entry in SCHEMA.items() if not entry.internal}
 Words = tuple[object, ...]
-get_tokenizer, fake_sources = cache(open_clip.get_tokenizer), cache(fake_sources)
+get_tokenizer = cache(open_clip.get_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -112,14 +111,12 @@ def tiny_clip_state() -> dict[str, Tensor]:
 def world(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Work beside the files, without run folders, on the CPU; torch's settings are put back.
 
-    What takes most of a probe's time and never differs, reading the tokenizer's table and drawing the images, is done
-    once.
+    The tokenizer's table, which never differs, is read once.
     """
     monkeypatch.chdir(files)
     clear()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
-    monkeypatch.setattr("tailtune.datasets.sources.fake.fake_sources", fake_sources)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before

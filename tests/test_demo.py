@@ -1,6 +1,7 @@
 """What the embedded model has to show on long-tailed digits: orders, not exact values.
 
-One seed by default; `make test-slow` adds the mean over three seeds and fine-tuning of the whole network.
+By default one seed of the demo itself; `make test-slow` adds the mean over three seeds, the loss without adjustment and
+fine-tuning of the whole network.
 """
 
 import json
@@ -63,6 +64,7 @@ def test_heavy_fine_tuning_hurts_the_tail(result: Callable[..., list[dict[str, A
     assert average(result("tiny_clip_peft"), "few_acc") >= average(result("tiny_clip_ft"), "few_acc") + 3
 
 
+@pytest.mark.slow
 def test_logit_adjustment_helps_the_tail(result: Callable[..., list[dict[str, Any]]]) -> None:
     adjusted, plain = result("tiny_clip_peft"), result("tiny_clip_peft", "loss_type", "CE")
     assert average(adjusted, "few_acc") > average(plain, "few_acc")

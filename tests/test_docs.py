@@ -32,9 +32,21 @@ OF_PAGES, OF_CONFIGS = (
 )
 
 
-@pytest.mark.parametrize("command", slow_except(OF_PAGES, sorted(OF_PAGES | OF_CONFIGS)))
+OF_README = commands(README)
+
+
+def test_the_options_of_the_docs_are_options() -> None:
+    for command in sorted(OF_PAGES | OF_CONFIGS):
+        words = shlex.split(command.replace("--dry-run", ""))
+        if "my_config" not in words and "scale_norm1" not in words:
+            flags, pairs = split_words(words)
+            given = dict(zip(flags[::2], flags[1::2], strict=True))
+            load_configs(given["-d"], given["-m"], pairs, declared())
+
+
+@pytest.mark.parametrize("command", slow_except(OF_README, sorted(OF_PAGES | OF_CONFIGS)))
 def test_a_command_of_the_docs_is_accepted(command: str) -> None:
-    """By default those of the pages; tests/test_cli.py builds every config."""
+    """By default those of the README; tests/test_cli.py builds every config."""
     words = shlex.split(command.replace("--dry-run", ""))
     flags, pairs = split_words(words)
     given = dict(zip(flags[::2], flags[1::2], strict=True))

@@ -167,6 +167,7 @@ def states(folder: Path) -> list[int]:
     return sorted(int(each.name) for each in (folder / "output" / "run" / "state").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_training_on_two_processes_is_interrupted(launch: Callable[..., str], tmp_path: Path) -> None:
     before: list[int] = []
 

@@ -13,6 +13,7 @@ import yaml
 from conftest import Cli
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shipped import PAIRS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import signal_after, states
 
@@ -147,6 +148,13 @@ def test_own_data_by_path(launch: Cli, tmp_path: Path) -> None:
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
 
+def test_every_config_loads() -> None:
+    for data, model in [*PAIRS, *((data, "tiny_clip") for data in names("data"))]:
+        *_, cfg = load_configs(data, model, [], declared())
+        assert cfg.run_name == f"{data}_{model}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", names("model"))
 def test_every_pair_of_configs_loads(model: str) -> None:
     for data in names("data"):

@@ -375,9 +375,8 @@ def test_a_run_without_logits_of_validation_images_looks_at_them_again(launch: C
     words = lists(tmp_path)
     assert launch(words).returncode == 0
     Path("output/run/val_logits.safetensors").unlink()
-    with mock.patch(
-        "tailtune.trainers.evaluation.evaluate.Evaluation._infer", side_effect=UserError("images are needed")
-    ) as infer:
+    refusal = UserError("images are needed")
+    with mock.patch("tailtune.trainers.evaluation.evaluate.infer", side_effect=refusal) as infer:
         assert launch(words, "test_only True target_prior estimate").returncode == 2
         assert launch(words, "test_only True target_prior estimate calibrate False").returncode == 0
     assert len(infer.call_args_list) == 1

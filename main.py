@@ -37,7 +37,7 @@ examples:
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
 The same command again resumes an unfinished run and shows the result of a finished one.
-All options with their meaning: docs/options.md, or --dry-run for the values of one run.
+All options with their meaning: docs/options.md; their values in one run: --dry-run --all.
 """
 
 
@@ -98,10 +98,10 @@ def command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     # torchmetrics imports matplotlib, which on a new machine would talk about its font cache.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from tailtune.trainers.methods import declared  # torch and timm load here, after --help and --list
+    from tailtune.trainers.options import declared  # torch and timm load here, after --help and --list
 
     stages = load_configs(args.data, args.model, pairs, declared())
-    return dry_run(stages) if args.dry_run else run_all(stages)
+    return dry_run(stages, args.all) if args.dry_run else run_all(stages)
 
 
 def show(text: str) -> None:
@@ -109,12 +109,14 @@ def show(text: str) -> None:
         print(text)
 
 
-def dry_run(stages: list[CfgNode]) -> int:
+def dry_run(stages: list[CfgNode], every: bool) -> int:
     from tailtune.trainers import dry_run as dryrun
+    from tailtune.trainers.dry_run_report import report
     from tailtune.trainers.validation import validate
 
-    result, derived = dryrun.dry_run(stages[-1], validate(stages)[-1])
-    show(f"{dryrun.describe(result, derived)}\n{json.dumps(result)}")
+    methods = validate(stages)
+    result, derived = dryrun.dry_run(stages[-1], methods[-1])
+    show(f"{report(stages, methods, result, derived, every)}\n{json.dumps(result)}")
     return 0
 
 
@@ -149,7 +151,8 @@ def make_parser() -> Parser:
     parser.add_argument("-d", "--data", metavar="DATA", help="name of a file in configs/data, or a path to your YAML")
     parser.add_argument("-m", "--model", metavar="MODEL", help="name of a file in configs/model")
     parser.add_argument("--list", action="store_true", help="show the data and model configs, one line each")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the resolved config and costs")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show what a run would be and cost")
+    parser.add_argument("--all", action="store_true", help="with --dry-run: show every option")
     return parser
 
 

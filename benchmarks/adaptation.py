@@ -40,7 +40,8 @@ from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.evaluation.tta import plain, separate
-from tailtune.trainers.methods import Method, declared
+from tailtune.trainers.methods import Method
+from tailtune.trainers.options import declared
 from tailtune.trainers.runs.load_run import make_method
 from tailtune.trainers.runs.report import hardware
 from tailtune.trainers.storage.atomic_io import write_json

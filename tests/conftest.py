@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from tailtune import main
 from tailtune.configs import load_configs
 from tailtune.models import resolve
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., subprocess.CompletedProcess[str]]

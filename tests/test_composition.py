@@ -36,8 +36,9 @@ from tailtune.trainers.distributed import make_accelerator
 from tailtune.trainers.evaluation.ensembles import ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
 from tailtune.trainers.head_preparation import prepare_head
-from tailtune.trainers.methods import Earlier, declared
+from tailtune.trainers.methods import Earlier
 from tailtune.trainers.optim import Plan, build_optimizer
+from tailtune.trainers.options import declared
 from tailtune.trainers.runs.load_run import FinishedRun, make_method
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.runs.stored_results import Decision

@@ -18,7 +18,7 @@ from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
-from tailtune.trainers.losses import ADJUSTED, LOSSES
+from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Earlier, Method, build_method
 from tailtune.trainers.optim import Plan, build_optimizer
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
@@ -97,7 +97,7 @@ def choices() -> list[tuple[object, ...]]:
 
 def fits_loss(method: str, loss: str) -> bool:
     """Methods that adjust the logits themselves do not take every loss."""
-    return {"sade": LOSSES[loss] not in ADJUSTED, "dirmixe": loss == "CE"}.get(method, True)
+    return {"sade": not LOSSES[loss].adjusts, "dirmixe": loss == "CE"}.get(method, True)
 
 
 def product_of_all() -> list[tuple[object, ...]]:

@@ -10,6 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from tailtune.configs import load_configs
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 SEEDS = (0, 1, 2)
@@ -23,7 +24,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[
 
     def one(model: str, seed: int, pairs: tuple[str, ...]) -> dict[str, Any]:
         place = str(folder / "_".join((model, str(seed), *pairs)))
-        (cfg,) = load_configs("digits_lt", model, [*pairs, "seed", str(seed), "output_dir", place])
+        (cfg,) = load_configs("digits_lt", model, [*pairs, "seed", str(seed), "output_dir", place], declared())
         found: Path = run(cfg)
         AcceleratorState._reset_state()
         return json.loads((found / "metrics.json").read_text())["test"]

@@ -12,7 +12,7 @@ from tailtune.configs import load_configs, names
 from tailtune.datasets import build_info
 from tailtune.main import split_words
 from tailtune.models import resolve
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
 from tailtune.trainers.validation import check
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_the_examples_of_own_data_work(tmp_path: Path) -> None:
         if "ImageFolder" in text:
             (tmp_path / "test").rename(tmp_path / "elsewhere")  # the snippet holds a test split out
         (tmp_path / f"{number}.yaml").write_text(text)
-        (cfg,) = load_configs(str(tmp_path / f"{number}.yaml"), "tiny_clip_peft", [])
+        (cfg,) = load_configs(str(tmp_path / f"{number}.yaml"), "tiny_clip_peft", [], declared())
         info = build_info(resolve(cfg))
         assert info.class_names == ("owl", "wren")
         assert info.class_counts.tolist() == ([4, 4] if "ImageFolder" in text else [14, 1])

@@ -16,8 +16,9 @@ from tailtune.configs import load_configs, names, values_of
 from tailtune.datasets import build_info
 from tailtune.models import build_model, resolve
 from tailtune.trainers.dry_run import dry_run
-from tailtune.trainers.methods import Earlier, Method, build_method, declared
+from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import trained_state
 from tailtune.trainers.validation import check

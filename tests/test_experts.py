@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Cli
-from small import SIDE, head_context, plain_features, small_net
+from small import SIDE, Sizes, head_context, plain_features, put_tuners, small_net
 from test_exchange import clip_vit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +24,7 @@ from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
-from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners
+from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.evaluation.feature_analysis import split_features
 from tailtune.trainers.export import ExportedModel, export
 from tailtune.trainers.losses import LOSSES
@@ -55,7 +55,7 @@ def vit(
     torch.manual_seed(3)
     host = ViTEncoder(small_net(depth=DEPTH, **changes), fast=fast)
     split_experts(host, ExpertSplit(experts, own), "a ViT")
-    add_tuners(host, names, SIZES, partial)
+    put_tuners(host, names, SIZES, partial)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for each in host.tuners.parameters():
@@ -168,7 +168,7 @@ def test_names_and_random_starts() -> None:
     for experts in (1, 3):
         host = ViTEncoder(small_net(depth=DEPTH))
         split_experts(host, ExpertSplit(experts, 1), "a ViT")
-        add_tuners(host, ["lora", "mask"], SIZES, None, seed=7)
+        put_tuners(host, ["lora", "mask"], SIZES, None, seed=7)
         hosts.append(host)
     single, several = (dict(host.tuners.state_dict()) for host in hosts)
     assert "lora.3.q.lora_A" in single and "lora.2.q.lora_A" in several
@@ -359,7 +359,7 @@ def test_tuners_of_ones_own_grow_apart() -> None:
     """All begin as the network that they are put into, and end as others."""
     host = ViTEncoder(small_net(depth=DEPTH))
     split_experts(host, ExpertSplit(3, 1), "a ViT")
-    add_tuners(host, ["adaptformer"], SIZES)
+    put_tuners(host, ["adaptformer"], SIZES)
     host.set_precision()
     model = classifier(host, 3)
     assert host(images()).std(1).max() < 1e-5

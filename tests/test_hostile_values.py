@@ -19,9 +19,8 @@ from yacs.config import CfgNode
 from tailtune import main
 from tailtune.configs import UserError, load_configs
 from tailtune.configs.errors import prefix_errors, unknown
-from tailtune.configs.key import Key, option_keys
+from tailtune.configs.known_as import KNOWN_AS
 from tailtune.configs.launch_environment import check_environment
-from tailtune.configs.schema import ALIASES, KNOWN_AS, SCHEMA
 from tailtune.configs.time_limit import time_limit
 from tailtune.configs.value_parsers import (
     as_float,
@@ -36,13 +35,12 @@ from tailtune.configs.value_parsers import (
 )
 from tailtune.models.heads.head_init import HEAD_INITS, HeadContext
 from tailtune.trainers.evaluation.tta import warnings_of
-from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.methods import METHODS
+from tailtune.trainers.options import declared
 from tailtune.trainers.validation import outline
 
-KEYS: dict[str, Key] = {
-    **{key: entry for key, entry in SCHEMA.items() if not entry.internal},
-    **{key: entry for method, kind in declared().options.items() for key, entry in option_keys(method, kind).items()},
-}
+SCHEMA = declared()
+KEYS = {key: SCHEMA[key] for key in SCHEMA.settable()}
 WHOLE = [key for key, entry in KEYS.items() if entry.parse in (as_int, as_ints, as_micro, as_span)]
 TEXTS = [key for key, entry in KEYS.items() if entry.parse in (as_str, as_path, as_names, as_paths)]
 NUMBERS = [key for key, entry in KEYS.items() if entry.parse is as_float]
@@ -187,7 +185,7 @@ def test_a_model_that_this_machine_cannot_hold(launch: Cli, told: Told, monkeypa
 
 def test_what_others_call_an_option_is_no_option_of_ours() -> None:
     assert set(KNOWN_AS.values()) <= KEYS.keys()
-    assert not KNOWN_AS.keys() & (KEYS.keys() | ALIASES.keys())
+    assert not KNOWN_AS.keys() & (KEYS.keys() | SCHEMA.aliases.keys())
 
 
 def test_a_far_name_means_nothing() -> None:

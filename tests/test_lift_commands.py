@@ -13,11 +13,12 @@ from conftest import Cli
 
 from tailtune.configs import CfgNode, load_configs, values_of
 from tailtune.configs.key import TEST, TRAIN
-from tailtune.configs.schema import ALIASES, SCHEMA
 from tailtune.scripts import _grid
 from tailtune.trainers.dry_run import dry_run
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
 from tailtune.trainers.validation import check
+
+SCHEMA = declared()
 
 ORIGINAL = {
     "lift/fig10_partial_ft": (126, "c9e6ad4b986681fa"),
@@ -111,7 +112,7 @@ def test_every_option_of_a_line_is_in_the_config_and_in_the_names(name: str) -> 
     for words in lines(name):
         cfg, base = configured(words), configured(words, pairs=False)
         for key, text in zip(words[4::2], words[5::2], strict=True):
-            key = ALIASES.get(key, key)
+            key = SCHEMA.name(key)
             value = None if text == "None" else SCHEMA[key].parse(text)
             assert cfg[key] == value, (words, key)
             changed = value != base[key]
@@ -148,7 +149,7 @@ def test_the_command_line_accepts_the_last_line_of_a_script(cli: Cli, name: str)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert result["params"]["tuner"] == tuner_params(configured(words), class_count(words[1]))
     for key, text in zip(words[4::2], words[5::2], strict=True):
-        assert str(result["config"][ALIASES.get(key, key)]) in (text, text.removesuffix(".0"), f"{text}.0")
+        assert str(result["config"][SCHEMA.name(key)]) in (text, text.removesuffix(".0"), f"{text}.0")
 
 
 def class_count(data: str) -> int:

@@ -11,7 +11,7 @@ from tailtune.configs import CfgNode, load_configs
 from tailtune.main import split_words
 from tailtune.models import resolve
 from tailtune.scripts._grid import names
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
 from tailtune.trainers.validation import check
 
 TEXT = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")

@@ -28,28 +28,34 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from tailtune.configs import config_hash, load_configs, values_of
+from tailtune.configs.errors import UserError
 from tailtune.configs.key import RUNTIME, TEST, TRAIN
-from tailtune.configs.schema import ALIASES, SCHEMA, SHARED
+from tailtune.configs.option import declarations, option
+from tailtune.configs.schema import Schema
 from tailtune.configs.seeding import seeded
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.sources.fake import fake_sources
 from tailtune.datasets.test_distributions.build import build_distributions
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts.make_options import FILE, render
 from tailtune.trainers.distributed import make_accelerator
 from tailtune.trainers.head_preparation import prepare_head
-from tailtune.trainers.methods import METHODS, Method, build_method, declared
+from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.options import TABLES, declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.training_options import TrainingOptions
 
-KEYS = {key: entry for key, entry in SCHEMA.items() if not entry.internal}
+SCHEMA = declared()
+KEYS = {key: SCHEMA[key] for key in SCHEMA.settable() if not SCHEMA[key].method}
+"""What a user may set, without the methods' own options, of which test_contract.py changes each."""
 Words = tuple[object, ...]
 get_tokenizer, fake_sources = cache(open_clip.get_tokenizer), cache(fake_sources)
 
@@ -187,7 +193,7 @@ def fingerprints(cfg: CfgNode) -> Any:
 def shifts(cfg: CfgNode) -> Any:
     """Test sets of other class frequencies."""
     data = build_data(cfg)
-    found = build_distributions(DistributionOptions.of(cfg), data.info, data.test.labels)
+    found = build_distributions(DistributionSettings.of(cfg), data.info, data.test.labels)
     return [(each.name, each.positions.tolist(), each.origin) for each in found]
 
 
@@ -635,7 +641,8 @@ def test_a_class_says_which_names_change(key: str) -> None:
 def test_an_entry_is_complete(key: str) -> None:
     entry = SCHEMA[key]
     assert entry.cls in (TRAIN, TEST, RUNTIME)
-    assert entry.doc and entry.doc == entry.doc.strip() and not entry.doc.endswith(".")
+    assert entry.doc[0].isupper() and entry.doc.endswith(".") and len(entry.doc.split()) > 2, "a sentence"
+    assert not entry.table or (entry.table in TABLES and not entry.choices)
     if entry.default is not None:
         assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default))
         assert not entry.choices or entry.default in entry.choices
@@ -643,6 +650,7 @@ def test_an_entry_is_complete(key: str) -> None:
         assert all(entry.least is None or each >= entry.least for each in numbers)
         assert all(entry.most is None or each <= entry.most for each in numbers)
     assert entry.logits or entry.cls == TEST
+    assert not entry.recorded or entry.cls == RUNTIME, "others are written down anyway"
 
 
 def test_tuner_flags_are_the_tuners() -> None:
@@ -650,35 +658,83 @@ def test_tuner_flags_are_the_tuners() -> None:
     assert flags - {"zero_shot", "reduce_dimension", "nesterov"} == TUNERS.keys()
 
 
-def test_aliases_and_shared_keys_are_options() -> None:
-    assert set(ALIASES.values()) <= KEYS.keys() and not ALIASES.keys() & SCHEMA.keys()
-    assert set(SHARED) <= KEYS.keys()
+def test_aliases_are_other_names_of_options() -> None:
+    assert set(SCHEMA.aliases.values()) <= set(SCHEMA.settable()) and not SCHEMA.aliases.keys() & SCHEMA.keys()
     assert configure("fake_lt", "tiny_clip", "test_ensemble", True).tte is True
+
+
+@pytest.mark.parametrize(
+    ("other", "key", "value"),
+    [
+        ("las.smooth_head", "smooth_head", 0.1),
+        ("la.tau", "tau", 0.5),
+        ("gcl.scale", "scale", 9.0),
+        ("lora.dim", "adapter_dim", 3),
+        ("adaptformer.dim", "adapter_dim", 3),
+        ("mask.seed", "mask_seed", 3),
+        ("multistep.lr_gamma", "lr_gamma", 0.5),
+        ("dirichlet.trials", "dirichlet_trials", 2),
+        ("sade_online.lr", "adapt_lr", 0.5),
+    ],
+)
+def test_an_option_of_a_table_entry_has_its_dotted_name_too(other: str, key: str, value: float) -> None:
+    named, flat = (configure("fake_lt", "tiny_clip", word, value) for word in (other, key))
+    assert named[key] == value and named == flat and named.run_name == flat.run_name
+
+
+def test_a_dotted_name_in_a_method_s_group_is_the_method_s() -> None:
+    """Method `sade` and the test-time adaptation of that name: only the method's own options are `sade.…`."""
+    with pytest.raises(UserError, match="unknown option 'sade.lr'"):
+        configure("fake_lt", "tiny_clip", "sade.lr", 1)
 
 
 def test_a_config_holds_every_option() -> None:
     options = {f"{name}.{each.name}" for name, method in METHODS.items() for each in fields(method.Options)}
-    assert values_of(configure("fake_lt", "tiny_clip")).keys() == SCHEMA.keys() | options
+    assert options <= SCHEMA.keys() == values_of(configure("fake_lt", "tiny_clip")).keys()
+
+
+def test_two_options_of_one_name_are_refused() -> None:
+    @dataclass(frozen=True)
+    class First:
+        lr: float = option(0.5, "Another learning rate.")
+
+    @dataclass(frozen=True)
+    class Second:
+        share: float = option(0.5, "A share of something.")
+
+    training = list(declarations(TrainingOptions, "Training"))
+    with pytest.raises(ValueError, match="two options are called lr"):
+        Schema([*training, *declarations(First, "First")], {})
+    with pytest.raises(ValueError, match="'seed'"):  # a group of the name of an option
+        Schema([*training, *declarations(Second, "Second", "seed")], {})
 
 
 def reads(path: Path) -> Iterator[str]:
-    """Names that a file takes from a config: attributes of a config, strings, fields of the plan."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg", "stage"):
+    """Names that a file takes from a config or from the options of an entry: attributes, and strings but for names
+    that are given to options."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {id(word.value) for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg == "key"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in READERS:
             yield node.attr
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in named:
             yield node.value
+
+
+READERS = ("cfg", "self.cfg", "stage", "here", "options", "self", "recipe", "self.recipe", "AlphaOptions()")
+"""What options are read from, in the code's own words."""
 
 
 def test_every_option_is_read_somewhere() -> None:
     packages = ("configs", "datasets", "models", "trainers")
-    files = [path for package in packages for path in (ROOT / package).rglob("*.py") if path.name != "schema.py"]
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     found = {name for path in [*files, ROOT / "main.py"] for name in reads(path)} | Plan.__dataclass_fields__.keys()
-    assert sorted(KEYS.keys() - found) == []
+    fields_of = {each.name: each.field for each in SCHEMA.declarations}
+    assert sorted(key for key in KEYS if fields_of[key] not in found) == []
 
 
 def test_the_documentation_is_current() -> None:
-    assert FILE.read_text(encoding="utf-8") == render(), "run python scripts/make_options.py"
+    assert FILE.read_text(encoding="utf-8") == render(), "run make docs"
 
 
 def test_a_run_cut_short_ends_like_any_other() -> None:

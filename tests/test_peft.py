@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Cli
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from small import SIDE, fixture_net, small_net
+from small import SIDE, Sizes, fixture_net, put_tuners, small_net
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -24,9 +24,9 @@ from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge_adapter
 from tailtune.models.tuners.peft_table import PEFTS, REFUSED_TYPES, find_peft_type
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.models.tuners.table import Sizes, add_tuners
 from tailtune.trainers.dry_run import forward_flops
-from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.options import declared
 from tailtune.trainers.storage.checkpoint import copy_state, fingerprint, trained_state
 from tailtune.trainers.validation import check
 
@@ -293,9 +293,9 @@ def test_who_does_not_ask_for_it_does_not_import_it() -> None:
 @pytest.mark.parametrize("other", ["full_tuning", "bias_tuning", "ln_tuning", "adaptformer", "vpt_deep", "lora"])
 def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
     alone = ViTEncoder(fixture_net())
-    add_tuners(alone, [other], Sizes(4, 3))
+    put_tuners(alone, [other], Sizes(4, 3))
     both = ViTEncoder(fixture_net())
-    add_tuners(both, [other], Sizes(4, 3))
+    put_tuners(both, [other], Sizes(4, 3))
     both, adapter = build("LoRA", host=both)
     expected = set(trains(alone)) | {f"net.{key}.lora_{m}.default.weight" for key in adapter.targets for m in "AB"}
     assert {key.replace(".base_layer.", ".") for key in trains(both)} == expected
@@ -309,7 +309,7 @@ def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
 
 def test_a_tuner_that_takes_the_weights_below_as_frozen() -> None:
     host = ViTEncoder(fixture_net())
-    add_tuners(host, ["full_tuning"], Sizes(4, 3))
+    put_tuners(host, ["full_tuning"], Sizes(4, 3))
     with pytest.raises(UserError, match="as frozen"):
         build("HRA", host=host)
 

@@ -15,18 +15,18 @@ from yacs.config import CfgNode
 
 from tailtune.configs import FOLDER, load_configs
 from tailtune.configs.errors import UserError
-from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.long_tail import longtail_counts, random_positions, shot_groups
 from tailtune.datasets.sources.published_lists import PUBLISHED, is_published
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
-from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.datasets.test_distributions.published_order import introsort_argsort
+from tailtune.datasets.test_distributions.settings import DistributionSettings
+from tailtune.trainers.options import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
-DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}
+DEFAULTS = declared().defaults
 DEFAULTS |= {"num_workers": 0, "resolution": 32, "interpolation": "bilinear", "test_dists": ["all"]}
 RATIOS = (50, 25, 10, 5, 2)
 ELEVEN = [*(f"forward{r}" for r in RATIOS), "uniform", *(f"backward{r}" for r in reversed(RATIOS))]
@@ -41,7 +41,7 @@ def config(dataset: str, **values: Any) -> CfgNode:
 
 def shipped(data: str, *pairs: object) -> CfgNode:
     words = ["resolution", 32, "interpolation", "bilinear", "test_dists", "all", *pairs]
-    return load_configs(data, "tiny_clip", [str(each) for each in words])[-1]
+    return load_configs(data, "tiny_clip", [str(each) for each in words], declared())[-1]
 
 
 def facts(counts: list[int]) -> DataInfo:
@@ -50,11 +50,11 @@ def facts(counts: list[int]) -> DataInfo:
 
 
 def distributions(cfg: CfgNode, info: DataInfo, labels: Tensor) -> tuple[TestDistribution, ...]:
-    return build_distributions(DistributionOptions.of(cfg), info, labels)
+    return build_distributions(DistributionSettings.of(cfg), info, labels)
 
 
 def names_of(cfg: CfgNode) -> tuple[str, ...]:
-    return distribution_names(DistributionOptions.of(cfg))
+    return distribution_names(DistributionSettings.of(cfg))
 
 
 def by_name(shifts: tuple[TestDistribution, ...]) -> dict[str, TestDistribution]:

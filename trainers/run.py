@@ -215,7 +215,7 @@ class _Run:
             self._init_head(method, data)
         method.model.init = None
         if self.previous is not None:
-            method.after(earlier_run(self.previous, data, accelerator, self.base, cfg.resolution, fresh))
+            method.after(earlier_run(self.previous, data, accelerator, self.base, cfg, fresh))
         self._claim(data)
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states)
         if accelerator.is_main_process:

@@ -198,8 +198,8 @@ class Trainer:
     def _begin(self, method: Method, data: DataBundle) -> _Run:
         accelerator, plan = self.accelerator, self.plan
         rank, world = accelerator.process_index, accelerator.num_processes
-        sizes, order = (plan.batch_size, plan.micro_batch_size), SAMPLERS[plan.sampler]
-        pair = SAMPLERS[plan.pair_sampler] if plan.pair_sampler else None
+        sizes, order = (plan.batch_size, plan.micro_batch_size), SAMPLERS[plan.sampler].order
+        pair = SAMPLERS[plan.pair_sampler].order if plan.pair_sampler else None
         sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = Meters(data.info.num_classes, data.info.groups, accelerator.device)

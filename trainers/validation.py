@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import ClassificationModel, resolve
@@ -22,10 +22,6 @@ from tailtune.trainers.export import EXPORTS
 from tailtune.trainers.methods import Method
 from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors, micro_batch_size
 from tailtune.trainers.runs.load_run import make_method, subject_of
-
-KEPT = ("resolution", "pixel_mean", "pixel_std")
-KEPT_WITH_HEAD = ("classifier", "scale")
-"""Options that no tensor tells, of a model that a later stage keeps frozen; and of its head."""
 
 
 def validate(
@@ -51,10 +47,10 @@ def validate(
         check_memory(method, OPTIMIZERS[cfg.optimizer].copies)
     for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
         method.fits(earlier)
-        keeps = bool(method.frozen_trained)
-        keeps_head = keeps and not method.discards("model.head.")
-        for key in (*(KEPT if keeps else ()), *(KEPT_WITH_HEAD if keeps_head else ())):
-            if cfg[key] != before[key]:
+        kept = {"encoder"} if method.frozen_trained else set()
+        kept |= {"head"} if kept and not method.discards("model.head.") else set()
+        for key, entry in schema_of(cfg).items():
+            if entry.held_with in kept and cfg[key] != before[key]:
                 raise UserError(
                     f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {before[key]}, "
                     f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"

@@ -4,6 +4,7 @@ The order is a pure function of labels, seed and epoch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,13 +89,21 @@ def _images_of(drawn: Tensor, labels: Tensor, random: torch.Generator) -> Tensor
     return order
 
 
-SAMPLERS: dict[str, Order] = {"shuffle": shuffle, "balanced": balanced, "reverse": reverse}
-DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "shuffle": lambda counts: counts / counts.sum(),
-    "balanced": lambda counts: torch.full_like(counts, 1 / len(counts)),
-    "reverse": lambda counts: 1 / counts / (1 / counts).sum(),
+@dataclass(frozen=True)
+class ImageOrder:
+    """An entry of SAMPLERS."""
+
+    order: Order
+    """Which images an epoch has."""
+    frequencies: Callable[[Tensor], Tensor]
+    """Images per class [C], of a floating type → how likely an image of each class is drawn, [C]."""
+
+
+SAMPLERS: dict[str, ImageOrder] = {
+    "shuffle": ImageOrder(shuffle, lambda counts: counts / counts.sum()),
+    "balanced": ImageOrder(balanced, lambda counts: torch.full_like(counts, 1 / len(counts))),
+    "reverse": ImageOrder(reverse, lambda counts: 1 / counts / (1 / counts).sum()),
 }
-"""Sampler → function from images per class (floating point [C]) to the probability that it draws each class [C]."""
 
 
 class StepSampler(Sampler[list[Key]]):

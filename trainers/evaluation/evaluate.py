@@ -9,14 +9,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.configs import CfgNode, values_of
+from tailtune.configs import CfgNode, schema_of, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST
-from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import DataBundle, DataInfo, build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
@@ -78,7 +77,7 @@ class Evaluation:
             return False
         if self.accelerator.is_main_process:
             info = self._info()
-            shifts = self._asked(build_distributions(DistributionOptions.of(self.cfg), info, found.labels))
+            shifts = self._asked(build_distributions(DistributionSettings.of(self.cfg), info, found.labels))
             self._keep(found, val)
             measured = plain_results(found, shifts, info.groups)
             self._aim(found, val, shifts, info, measured)
@@ -248,6 +247,7 @@ class Evaluation:
 
     def _key(self, name: str) -> dict[str, Any]:
         """What the logits in the file of that name depend on."""
-        test = {key: value for key, value in values_of(self.cfg, TEST).items() if SCHEMA[key].logits}
+        schema = schema_of(self.cfg)
+        test = {key: value for key, value in values_of(self.cfg, TEST).items() if schema[key].logits}
         split = "val" if name == VAL_LOGITS else "train" if self.cfg.test_train else "test"
         return {"checkpoint": self.folder.checkpoint_id(), "images": self.plan.fingerprints.get(split), **test}

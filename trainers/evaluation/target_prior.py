@@ -15,14 +15,16 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, unknown
+from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
+from tailtune.configs.value_parsers import as_path
 from tailtune.datasets.data_bundle import DataInfo, TestDistribution
-from tailtune.datasets.options import DataFolders
+from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.sources.text_files import read_json
 from tailtune.datasets.test_distributions.class_order import class_order
 from tailtune.datasets.test_distributions.frequency_rules import frequency_rule
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.distributions import Results
 from tailtune.trainers.evaluation.ensembles import entry_of
 from tailtune.trainers.evaluation.inference import Logits, rows_of
@@ -38,6 +40,28 @@ LARGEST = 1e15
 """Of a number in a file of frequencies or counts; sums of such are exact enough."""
 NEVER = 1e-12
 """What a class that never comes counts as, so that every logarithm is finite."""
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Class frequencies that predictions are made for."""
+
+    target_prior: str | None = option(
+        None,
+        "Class frequencies that predictions are made for: a way to find them, a distribution such as forward50, or a "
+        "JSON file of frequencies (they sum to 1) or of numbers of images (whole numbers). None means that logits stay "
+        "as they are.",
+        as_path,
+        cls="test",
+        logits=False,
+        table="TARGETS",
+    )
+    calibrate: bool = option(
+        True,
+        "The temperature of the logits comes from the validation split, for target_prior.",
+        cls="test",
+        logits=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +168,7 @@ def target_of(cfg: CfgNode, info: DataInfo, names: Sequence[str] | None = None) 
                 "target_prior", name, [*TARGETS, "file.json", "forward<r>", "backward<r> such as backward50"]
             ) from None
         prior = torch.zeros(info.num_classes, dtype=torch.float64)
-        order = torch.from_numpy(class_order(DistributionOptions.of(cfg), info).copy())
+        order = torch.from_numpy(class_order(DistributionSettings.of(cfg), info).copy())
         images = rule(1e6, info.num_classes)  # so many that rounding down does not matter
         prior[order] = torch.tensor(images, dtype=torch.float64)
     return lambda case: _fixed(prior / prior.sum())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
-from tailtune.datasets.options import DataFolders
+from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.sources.image_list import find_list
 from tailtune.datasets.sources.inaturalist import CATEGORIES, taxon_labels
 

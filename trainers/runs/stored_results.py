@@ -4,21 +4,19 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_records
-from tailtune.datasets.options import DataFolders
+from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.sources.image_sources import MissingData
 from tailtune.datasets.splits.compare_records import compare_records, first_few, seen_in_training
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder, kept_splits
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
-
-HELD_OUT = ("test_per_class", "val_per_class")
 
 
 @dataclass
@@ -68,7 +66,7 @@ def decide(cfg: CfgNode, folder: RunFolder, kept: StoredSplits | None) -> Decisi
 
 def _check_hold_out(cfg: CfgNode, folder: RunFolder, kept: StoredSplits | None) -> None:
     """Refuse to draw anew what an earlier version has held out and not written down."""
-    asked = [key for key in HELD_OUT if cfg[key]]
+    asked = [key for key, entry in schema_of(cfg).items() if entry.holds_out and cfg[key]]
     if cfg.test_only and not cfg.zero_shot and kept is None and folder.foreign is None and asked:
         raise UserError(
             f"{folder.source} does not say which images {asked[0]} held out when it was trained, so they cannot be "
@@ -198,7 +196,7 @@ def files_read(cfg: CfgNode) -> dict[str, str]:
     """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
     names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
     if cfg.shift_files:
-        names += [cfg.shift_files.replace("{name}", each) for each in distribution_names(DistributionOptions.of(cfg))]
+        names += [cfg.shift_files.replace("{name}", each) for each in distribution_names(DistributionSettings.of(cfg))]
     folders = [Path(), *DataFolders.of(cfg).for_lists()]
     found = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}

@@ -38,7 +38,7 @@ def compare_stage(case: Case, job: Job) -> list[Row]:
     draws = torch.Generator().manual_seed(case["stage"])
     if isinstance(method, Mixup):
         drawn = zip(original["shares"].tolist(), original["orders"], strict=True)
-        method._draw = lambda _: next(drawn)  # type: ignore[method-assign,assignment]
+        method.draw = lambda _: next(drawn)  # type: ignore[method-assign,assignment]
     with mock.patch.object(h2t, "generator", lambda *_: draws):  # one stream for all steps, as theirs
         losses, rates, figures["gradients"] = three_epochs(cfg, method, job, with_prefix(original, "gradient."))
     figures["loss"] = error(losses[0], original["losses"][0])

@@ -87,9 +87,15 @@ class Progress:
 
 
 def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dict[str, Any]) -> None:
-    """`test/<metric>`; `test/<distribution>/<metric>`, and `…/<name>/<metric>` of `adapt` and `target_prior`.
+    """Write the results of a test as curves for TensorBoard.
 
-    Weights of experts are `…/<adapt>/weight_<expert>` over the points of their path.
+    The tags are `test/<metric>`, `test/<distribution>/<metric>`, and `test/<distribution>/<name>/<metric>` for each
+    entry of `adapt` and `target_prior`. Weights of experts are `…/<adapt>/weight_<expert>` over their updates.
+
+    Args:
+        folder: folder of the event file.
+        metrics: metrics on the test data as they are.
+        distributions: name of a test distribution → its results.
     """
     with Events(folder) as writer:
         _scalars(writer, "test", metrics)

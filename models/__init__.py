@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from tailtune.configs import CfgNode
-from tailtune.configs.errors import UserError, lookup, naming
+from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import Backbone, ExpertSplit, PixelStats
 from tailtune.models.backbones.encoder import Encoder
@@ -85,7 +85,7 @@ def resolve(cfg: CfgNode) -> CfgNode:
     Raises:
         UserError: there is no such backbone.
     """
-    with naming("backbone"):
+    with prefix_errors("backbone"):
         inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,35 +1,37 @@
-"""Write docs/options.md, the reference of all options, from the tables of the code.
+"""Writes docs/options.md, the reference of all options, from the tables of the code.
 
 python scripts/make_options.py
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tailtune.configs import value_parsers as values  # noqa: E402
-from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, option_keys, plain  # noqa: E402
-from tailtune.configs.schema import ALIASES, SCHEMA  # noqa: E402
-from tailtune.datasets import DATASETS  # noqa: E402
-from tailtune.datasets.images.transforms import AUGMENTS  # noqa: E402
-from tailtune.datasets.loading.samplers import SAMPLERS  # noqa: E402
-from tailtune.models import BACKBONES  # noqa: E402
-from tailtune.models.backbones.prompts import PROMPTS  # noqa: E402
-from tailtune.models.heads.classifiers import HEADS  # noqa: E402
-from tailtune.models.heads.head_init import HEAD_INITS  # noqa: E402
-from tailtune.models.tuners.peft_table import PEFTS  # noqa: E402
-from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
-from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
-from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
-from tailtune.trainers.losses import LOSSES  # noqa: E402
-from tailtune.trainers.methods import METHODS, declared  # noqa: E402
-from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES  # noqa: E402
+from tailtune.configs import value_parsers as values
+from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, option_keys, plain
+from tailtune.configs.schema import ALIASES, SCHEMA
+from tailtune.datasets import DATASETS
+from tailtune.datasets.images.transforms import AUGMENTS
+from tailtune.datasets.loading.samplers import SAMPLERS
+from tailtune.models import BACKBONES
+from tailtune.models.backbones.prompts import PROMPTS
+from tailtune.models.heads.classifiers import HEADS
+from tailtune.models.heads.head_init import HEAD_INITS
+from tailtune.models.tuners.peft_table import PEFTS
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES
+from tailtune.trainers.evaluation.expert_weights import ADAPTS
+from tailtune.trainers.evaluation.target_prior import TARGETS
+from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES
 
+ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "options.md"
 TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_str: "text",
@@ -94,7 +96,7 @@ This file is made by `python scripts/make_options.py`.
 
 
 def render() -> str:
-    """The whole file."""
+    """The text of the file."""
     aliases = " ".join(f"`{old}` is another name of `{new}`." for old, new in ALIASES.items())
     parts = [INTRODUCTION.format(aliases=aliases)]
     parts += [f"## {title}\n\n{table(entries)}\n" for title, entries in sections()]
@@ -102,22 +104,23 @@ def render() -> str:
 
 
 def sections() -> Iterator[tuple[str, dict[str, Key]]]:
-    """Title and options of each section, in the schema's order; then the methods' own."""
-    found: list[tuple[str, dict[str, Key]]] = []
+    """Title and options of each section in the schema's order, then those of the methods."""
+    of_schema: list[tuple[str, dict[str, Key]]] = []
     for key, entry in SCHEMA.items():
         if entry.internal:
             continue
         if key in SECTIONS:
-            found.append((SECTIONS[key], {}))
-        found[-1][1][key] = entry
-    assert [title for title, _ in found] == list(SECTIONS.values()), "SECTIONS and the schema's order differ"
-    yield from found
+            of_schema.append((SECTIONS[key], {}))
+        of_schema[-1][1][key] = entry
+    assert [title for title, _ in of_schema] == list(SECTIONS.values()), "SECTIONS and the schema's order differ"
+    yield from of_schema
     for method, options in declared().options.items():
-        if own := option_keys(method, options):
-            yield f"Method {method}", own
+        if entries := option_keys(method, options):
+            yield f"Method {method}", entries
 
 
 def table(entries: Mapping[str, Key]) -> str:
+    """The Markdown table of some options."""
     rows = ["| key | type | default | class | meaning | choices |", "|---|---|---|---|---|---|"]
     for key, entry in entries.items():
         cells = (f"`{key}`", _type(entry), _default(entry), entry.cls, _meaning(entry), _choices(entry))
@@ -146,6 +149,12 @@ def _choices(entry: Key) -> str:
     return ", ".join(f"`{choice}`" for choice in choices)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(render(), encoding="utf-8")
     print(f"wrote {FILE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.evaluation.expert_weights import (
     ADAPTS,
     LEAST,
@@ -171,9 +171,9 @@ def test_a_stream_is_predicted_with_the_weights_of_its_time() -> None:
     assert len(learnt(StreamLearner, Recipe(batch_size=1)).path) == 10
 
 
-def shifts(*names: str) -> list[Shift]:
+def shifts(*names: str) -> list[TestDistribution]:
     every = {"uniform": torch.arange(60), "head": torch.arange(0, 60, 7), "tail": torch.arange(6, 60, 7)}
-    return [Shift(name, torch.zeros(7), every[name], "") for name in names]
+    return [TestDistribution(name, torch.zeros(7), every[name], "") for name in names]
 
 
 def run_adapt(kind: type[Learner], recipe: Recipe, *names: str) -> tuple[dict[str, Learner], list[int]]:

@@ -95,8 +95,10 @@ def few(backbone: str, test: str) -> DataBundle:
     row = {**{axis: next(iter(entries)) for axis, entries in AXES.items()}, "backbone": backbone, "test": test}
     with mock.patch("tailtune.datasets.sources.fake.fake_sources", sources):
         data = build_data(configs(row)[0])
-    of_class = [(data.plain.labels == k).nonzero()[:2, 0] for k in range(10)]
-    data.plain = data.plain.take(torch.cat(of_class).numpy())  # enough for a head's start, and quicker
+    of_class = [(data.train_unaugmented.labels == k).nonzero()[:2, 0] for k in range(10)]
+    data.train_unaugmented = data.train_unaugmented.take(
+        torch.cat(of_class).numpy()
+    )  # enough for a head's start, and quicker
     return data
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tailtune.datasets import build_data
-from tailtune.datasets.test_distributions.build import Shift, build_shifts
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.trainers.evaluation.distributions import expected_accuracy, plain_results
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.metrics import evaluate
@@ -29,9 +31,9 @@ def found(n: int = 30, experts: int = 2) -> Logits:
     return Logits(torch.randn(n, experts, 3, generator=draws), torch.arange(n) % 3, torch.arange(n))
 
 
-def shift(name: str, positions: list[int], labels: torch.Tensor) -> Shift:
+def shift(name: str, positions: list[int], labels: torch.Tensor) -> TestDistribution:
     chosen = torch.tensor(positions, dtype=torch.int64)
-    return Shift(name, torch.bincount(labels[chosen], minlength=3), chosen, "drawn")
+    return TestDistribution(name, torch.bincount(labels[chosen], minlength=3), chosen, "drawn")
 
 
 def metrics(folder: str) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def test_a_finished_run_answers_from_its_logits(launch: Cli, config: Any) -> Non
     words = RUN.split()[4:] + ["test_dists", "forward10,backward10"]
     cfg = config("fake_lt", "tiny_clip", *words)
     data = build_data(cfg)
-    for each in build_shifts(cfg, data.info, data.test.labels):
+    for each in build_distributions(DistributionOptions.of(cfg), data.info, data.test.labels):
         entry = result["distributions"][each.name]
         assert entry["n"] == len(each.positions) == int(each.counts.sum()) and entry["origin"] == each.origin
         classes = [(n, a) for n, a in zip(each.counts.tolist(), result["test"]["per_class_acc"], strict=True)]

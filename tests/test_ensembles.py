@@ -194,7 +194,7 @@ def zero_shot_logits(cfg: CfgNode) -> tuple[Tensor, Tensor]:
     data, accelerator = build_data(cfg), make_accelerator(cfg)
     method = make_method(zero_shot_of(cfg), data.info)
     prepare_head(method, data, accelerator, 64, 0)
-    batches = list(eval_loader(data.plain, 64, 0))
+    batches = list(eval_loader(data.train_unaugmented, 64, 0))
     logits = torch.cat([method.eval().predict(batch["image"]) for batch in batches])
     return logits, torch.cat([batch["label"] for batch in batches])
 

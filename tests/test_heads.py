@@ -118,8 +118,8 @@ def test_class_means_are_means_of_the_raw_features(config: Config) -> None:
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "init_head", "class_mean")
     data = build_data(cfg)
     model = build_model(cfg, data.info.class_names)
-    features = torch.cat([model.features(batch["image"]) for batch in eval_loader(data.plain, 64, 0)])
-    labels = data.plain.labels
+    features = torch.cat([model.features(batch["image"]) for batch in eval_loader(data.train_unaugmented, 64, 0)])
+    labels = data.train_unaugmented.labels
     wanted = torch.stack([F.normalize(features[labels == c].double().mean(0), dim=0) for c in range(10)])
     for size in (1, 7, 64, 1000):
         assert torch.allclose(class_mean(head_context(features, labels, 10, size)).double(), wanted, atol=1e-6)
@@ -231,7 +231,7 @@ def test_tuners_have_no_part_in_it(name: str, config: Config) -> None:
 def test_every_process_has_the_head_that_one_would_have(name: str, config: Config) -> None:
     """An odd number of images on two processes, one of them with padding."""
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "imb_factor", 0.13, "init_head", name)
-    assert len(build_data(cfg).plain) % 2
+    assert len(build_data(cfg).train_unaugmented) % 2
     (alone,), (first, second) = prepared(cfg), prepared(cfg, world=2)
     assert torch.equal(first, second) and torch.allclose(first, alone, atol=1e-5)
 

@@ -18,11 +18,11 @@ from yacs.config import CfgNode
 
 from tailtune import main
 from tailtune.configs import UserError, load_configs
-from tailtune.configs.errors import naming, unknown
+from tailtune.configs.errors import prefix_errors, unknown
 from tailtune.configs.key import Key, option_keys
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.schema import ALIASES, KNOWN_AS, SCHEMA
-from tailtune.configs.time_limit import at_most
+from tailtune.configs.time_limit import time_limit
 from tailtune.configs.value_parsers import (
     as_float,
     as_int,
@@ -173,7 +173,7 @@ def test_what_is_said(key: str, value: object, parts: list[str], told: Told) -> 
     ],
 )
 def test_patterns_and_numbers_for_peft(value: str, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tailtune.models.tuners.peft_wrapper.at_most", lambda seconds, what: at_most(0.3, what))
+    monkeypatch.setattr("tailtune.models.tuners.peft_wrapper.time_limit", lambda seconds, what: time_limit(0.3, what))
     assert "peft_args" in told("peft_args", value, "peft", "LoRA")
 
 
@@ -197,7 +197,7 @@ def test_a_far_name_means_nothing() -> None:
 
 def test_a_message_names_its_option_once() -> None:
     for text in ("no such model", "the lr of others"):
-        with pytest.raises(UserError, match=f"^{'lr: ' if 'lr' not in text else ''}{text}$"), naming("lr"):
+        with pytest.raises(UserError, match=f"^{'lr: ' if 'lr' not in text else ''}{text}$"), prefix_errors("lr"):
             raise UserError(text)
 
 
@@ -269,10 +269,10 @@ def test_one_class(launch: Cli, data: Path) -> None:  # noqa: F811
     for split in ("train", "test"):
         file = data / f"{split}.txt"
         file.write_text("".join(line for line in file.read_text().splitlines(True) if line.endswith(" 0\n")))
-    one_line(launch(OWN), "one class only", "at least two")
+    one_line(launch(OWN), "only one class", "at least two")
     (data / "train.txt").write_text("train/0_0.png 0\n")
     (data / "test.txt").write_text("train/0_0.png 0\n")
-    one_line(launch(f"{OWN} --dry-run"), "one class only")
+    one_line(launch(f"{OWN} --dry-run"), "only one class")
 
 
 @pytest.mark.parametrize("name", ["class_mean", "1_shot", "linear_probe"])
@@ -354,16 +354,16 @@ LAUNCH = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "loc
 @pytest.mark.parametrize(
     ("environment", "part"),
     [
-        ({"RANK": "x"}, "RANK 'x'"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE ''"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE '-1'"),
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE 0"),
         ({"WORLD_SIZE": "٢"}, "WORLD_SIZE"),
         ({"RANK": "1"}, "RANK 1 and WORLD_SIZE unset"),
         ({"WORLD_SIZE": "2"}, "no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK 0 but no RANK"),
         ({**LAUNCH, "RANK": "2"}, "RANK 2 and WORLD_SIZE 2"),
-        ({**LAUNCH, "MASTER_PORT": "http"}, "MASTER_PORT 'http'"),
+        ({**LAUNCH, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
     ],
 )
 def test_leftovers_of_a_launcher(environment: dict[str, str], part: str) -> None:

@@ -102,8 +102,8 @@ def test_all_grids_of_the_original_are_here() -> None:
 
 @each_grid
 def test_a_grid_generates_the_lines_of_the_original(name: str) -> None:
-    found = sorted(" ".join(("python main.py", *words)) for words in lines(name))
-    assert (len(found), hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]) == ORIGINAL[name]
+    commands = sorted(" ".join(("python main.py", *words)) for words in lines(name))
+    assert (len(commands), hashlib.sha256("\n".join(commands).encode()).hexdigest()[:16]) == ORIGINAL[name]
 
 
 @each_grid
@@ -125,9 +125,9 @@ def test_every_option_of_a_line_is_in_the_config_and_in_the_names(name: str) -> 
 def test_a_line_passes_the_dry_run_and_its_options_act_on_the_model(name: str) -> None:
     for words in lines(name):
         cfg = configured(words)
-        found = params(cfg)
+        counts = params(cfg)
         classes = class_count(words[1])
-        assert (found["tuner"], found["head"]) == (tuner_params(cfg, classes), head_params(cfg, classes)), words
+        assert (counts["tuner"], counts["head"]) == (tuner_params(cfg, classes), head_params(cfg, classes)), words
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_every_single_line_passes_the_dry_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[] if each in FEW else pytest.mark.slow) for each in ORIGINAL]
+    "name", [pytest.param(grid, marks=[] if grid in FEW else pytest.mark.slow) for grid in ORIGINAL]
 )
 def test_the_command_line_accepts_the_last_line_of_a_script(cli: Cli, name: str) -> None:
     words = lines(name)[-1]

@@ -35,7 +35,8 @@ from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.sources.fake import fake_sources
-from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
@@ -186,14 +187,17 @@ def fingerprints(cfg: CfgNode) -> Any:
 def shifts(cfg: CfgNode) -> Any:
     """Test sets of other class frequencies."""
     data = build_data(cfg)
-    found = build_shifts(cfg, data.info, data.test.labels)
+    found = build_distributions(DistributionOptions.of(cfg), data.info, data.test.labels)
     return [(each.name, each.positions.tolist(), each.origin) for each in found]
 
 
 def drawn(cfg: CfgNode) -> Any:
     """Drawn test sets, and what is learnt from."""
     data = build_data(cfg)
-    return [(each.positions.tolist(), each.learn is not None and each.learn.tolist()) for each in data.shifts]
+    return [
+        (each.positions.tolist(), each.learn_positions is not None and each.learn_positions.tolist())
+        for each in data.test_distributions
+    ]
 
 
 # --- what can be seen of a model -----------------------------------------------------------------------------------
@@ -274,7 +278,7 @@ def method_kind(cfg: CfgNode) -> Any:
 def loss(cfg: CfgNode) -> Any:
     data = build_data(cfg)
     method = build_method(cfg, build_model(cfg, data.info.class_names), data.info)
-    batch = next(iter(eval_loader(data.plain, 64, 0)))
+    batch = next(iter(eval_loader(data.train_unaugmented, 64, 0)))
     return float(method(batch).loss_sum.detach())
 
 

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.samplers import DRAWN, SAMPLERS
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.inference import Logits
@@ -199,7 +199,7 @@ def fake(n: int = 200, experts: int = 1) -> Logits:
 
 def results(cfg: CfgNode, found: Logits, val: Logits | None = None) -> tuple[dict[str, Any], list[str]]:
     info, n = build_info(cfg), len(found.labels)
-    shifts = [Shift("test", torch.bincount(found.labels), torch.arange(n), "all")]
+    shifts = [TestDistribution("test", torch.bincount(found.labels), torch.arange(n), "all")]
     measured = plain_results(found, shifts, info.groups)
     notes = add_target_results(cfg, outline(cfg), found, val, shifts, info, measured)
     return measured["test"], notes

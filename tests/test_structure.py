@@ -23,9 +23,9 @@ ROOMS = {
     "datasets": {
         "images": set(),
         "sources": {"images", "long_tail"},
-        "splits": {"images", "sources", "long_tail"},
+        "splits": {"images", "sources", "long_tail", "options"},
         "loading": {"data_bundle"},
-        "test_distributions": {"data_bundle", "sources", "splits", "table", "long_tail"},
+        "test_distributions": {"data_bundle", "sources", "long_tail", "options"},
     },
     "models": {"backbones": set(), "heads": {"backbones"}, "tuners": {"backbones"}},
     "trainers": {

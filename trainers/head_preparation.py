@@ -30,7 +30,7 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
     encoder = method.model.encoder
 
     def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        view = data.plain if positions is None else data.plain.take(positions.cpu().numpy())
+        view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("encoding %d training images for the head", len(view))
         rank, world = accelerator.process_index, accelerator.num_processes
         for batch in eval_loader(view, batch_size, num_workers, rank, world):
@@ -42,10 +42,10 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
             yield features, index if positions is None else positions[index]
 
     context = HeadContext(
-        labels=data.plain.labels.to(accelerator.device),
+        labels=data.train_unaugmented.labels.to(accelerator.device),
         num_classes=data.info.num_classes,
         feature_dim=encoder.feature_dim,
-        seed=data.plain.seed,
+        seed=data.train_unaugmented.seed,
         device=accelerator.device,
         encode_images=encode_images,
         sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),

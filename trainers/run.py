@@ -10,8 +10,9 @@ from filelock import FileLock
 from tailtune.configs import CfgNode, config_hash
 from tailtune.configs.errors import UserError
 from tailtune.datasets import DataBundle, build_data
-from tailtune.datasets.splits.choose_splits import FIRST, UnreadableImages
-from tailtune.datasets.splits.split_records import StoredSplits, seen_in_training, some
+from tailtune.datasets.splits.compare_records import first_few, seen_in_training
+from tailtune.datasets.splits.split_records import StoredSplits
+from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
 from tailtune.trainers.distributed import launched_alone, make_accelerator, on_main, uses_cuda
@@ -99,7 +100,7 @@ def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[Sto
 
 def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
     """The error, with a file of all unreadable images where they are more than a message names."""
-    if len(error.problems) <= FIRST:
+    if len(error.problems) <= MAX_NAMED_IMAGES:
         return error
     lines = [f"{where}\t{why}\n" for where, why in error.problems.items()]
     path = OUTPUT / f"{cfg.data}.unreadable-{Digest.of(''.join(lines).encode(errors='surrogateescape')).sha256[:8]}.txt"
@@ -177,9 +178,11 @@ class _Run:
             if split in data.records and not cfg.test_train:
                 tested = data.records[split]
                 apart = self.kept.records.get(split) if self.kept else None
-                seen = {path for each in trained for path in seen_in_training(tested, each, data.chosen.root, apart)}
+                seen = {path for each in trained for path in seen_in_training(tested, each, data.splits.root, apart)}
                 if seen:
-                    text = f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({some(sorted(seen))})"
+                    text = (
+                        f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"
+                    )
                     self.evaluation.note(text, warn=True)
 
     def _claim(self, data: DataBundle | None = None) -> None:
@@ -188,7 +191,7 @@ class _Run:
         def claim() -> None:
             self.folder.claim(self.plan.trains)
             if data is not None:
-                self.folder.keep_splits(data.records, data.chosen)
+                self.folder.keep_splits(data.records, data.splits)
             attach_file(self.folder.log_file())
 
         on_main(self.accelerator, claim)

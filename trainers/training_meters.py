@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailtune.datasets.long_tail import GROUPS
+from tailtune.datasets.long_tail import SHOT_GROUPS
 
 DECAY = 0.9
 """Weight of the old value in an exponential average."""
@@ -72,7 +72,7 @@ class TrainingMeters:
         self.seen.zero_()
         steps = [self._advance(*values) for values in torch.stack(self.pending).tolist()] if self.pending else []
         self.pending.clear()
-        averages: dict[str, str | None] = {"mean_acc": None, **GROUPS}
+        averages: dict[str, str | None] = {"mean_acc": None, **SHOT_GROUPS}
         return steps, {name: self._mean(group) for name, group in averages.items()}
 
     def state(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from tailtune.configs.errors import UserError, lookup, naming, unknown
+from tailtune.configs.errors import UserError, lookup, prefix_errors, unknown
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import (
     NO_SPLIT,
@@ -123,7 +123,7 @@ class OpenClipBackbone:
         path = None if pretrained is None else self._file(pretrained, source, config)
         clip = self._clip(config, resolution, seed)
         if path is not None:
-            with naming("pretrained"):
+            with prefix_errors("pretrained"):
                 state = to_open_clip_layout(clip, read_state(path))
                 if resolution != vision.image_size and not is_openai_vit(config):
                     resize_pos_embed(state, clip)
@@ -185,11 +185,11 @@ class OpenClipBackbone:
         if not source:
             raise unknown(f"pretrained tag of {self.arch}", tag, list_pretrained_tags_by_model(self.arch))
         if source.get("quick_gelu", False) != config.get("quick_gelu", False):
-            wanted = "with" if source.get("quick_gelu") else "without"
-            other = f"{self.arch}-quickgelu"
-            hint = f", or backbone open_clip:{other}" if other in open_clip.list_models() else ""
+            with_or_without = "with" if source.get("quick_gelu") else "without"
+            quickgelu_arch = f"{self.arch}-quickgelu"
+            hint = f", or backbone open_clip:{quickgelu_arch}" if quickgelu_arch in open_clip.list_models() else ""
             raise UserError(
-                f"pretrained '{tag}' was trained {wanted} QuickGELU and {self.arch} is not: features would be wrong; "
+                f"pretrained '{tag}' was trained {with_or_without} QuickGELU and {self.arch} is not: features would be wrong; "
                 f"choose a tag of the same activation{hint}"
             )
         return source

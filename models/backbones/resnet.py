@@ -92,10 +92,11 @@ class BottleneckBlock(nn.Module):
 
     def __init__(self, design: ResNetDesign, in_channels: int, planes: int, stride: int) -> None:
         super().__init__()
-        inner, out_channels = planes * design.group_width // 64 * design.groups, planes * design.expansion
-        self.conv1, self.bn1 = make_conv(in_channels, inner, 1), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = make_conv(inner, inner, 3, stride, design.groups), nn.BatchNorm2d(inner)
-        self.conv3, self.bn3 = make_conv(inner, out_channels, 1), nn.BatchNorm2d(out_channels)
+        inner_channels, out_channels = planes * design.group_width // 64 * design.groups, planes * design.expansion
+        self.conv1, self.bn1 = make_conv(in_channels, inner_channels, 1), nn.BatchNorm2d(inner_channels)
+        self.conv2 = make_conv(inner_channels, inner_channels, 3, stride, design.groups)
+        self.bn2 = nn.BatchNorm2d(inner_channels)
+        self.conv3, self.bn3 = make_conv(inner_channels, out_channels, 1), nn.BatchNorm2d(out_channels)
         self.downsample = make_shortcut(design, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,8 +133,8 @@ class ResNet(nn.Module):
         channels = [planes[0], *(width * design.expansion for width in planes)]
 
         def stages(start: int, end: int) -> "OrderedDict[str, nn.Module]":
-            made = {f"layer{i + 1}": make_stage(design, i, channels[i], planes[i]) for i in range(start, end)}
-            return OrderedDict(made | ({"pool": GlobalAveragePool()} if end == depth else {}))
+            layers = {f"layer{i + 1}": make_stage(design, i, channels[i], planes[i]) for i in range(start, end)}
+            return OrderedDict(layers | ({"pool": GlobalAveragePool()} if end == depth else {}))
 
         self.feature_dim, self.depth = channels[-1], depth
         self.conv1 = make_conv(3, planes[0], 3) if design.cifar else make_conv(3, planes[0], 7, stride=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from tailtune.configs.errors import UserError, naming
+from tailtune.configs.errors import UserError, prefix_errors
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import NO_SPLIT, Backbone, ExpertSplit, InputSpec, PublishedWeights
 from tailtune.models.backbones.pretrained_weights import State, is_path, load_strict, local_file, read_state
@@ -67,7 +67,7 @@ class ResNetBackbone:
         branches = split.experts if split.experts > 1 and branch_stages else 0
         net = make_resnet(self.design, seed, branches, branch_stages, split.reduced)
         if pretrained is not None and torch.get_default_device().type != "meta":
-            with naming("pretrained"):
+            with prefix_errors("pretrained"):
                 state, path = self._pretrained_state(pretrained)
                 load_into_branches(net, state, self.name, path)
         # Weights for CIFAR are always the user's own, trained on images with the statistics of the data at hand.

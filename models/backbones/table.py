@@ -6,7 +6,7 @@ from pathlib import Path
 import open_clip
 import timm
 
-from tailtune.configs.errors import naming, unknown
+from tailtune.configs.errors import prefix_errors, unknown
 from tailtune.models.backbones.backbone_types import BackboneSpec
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, find_open_clip_backbone
 from tailtune.models.backbones.resnet import ResNetDesign
@@ -63,7 +63,7 @@ def find_backbone(name: str) -> BackboneSpec:
     """
     library, _, model = name.partition(":")
     if library in LIBRARIES and model:
-        with naming("backbone"):
+        with prefix_errors("backbone"):
             return LIBRARIES[library](model)
     if name not in BACKBONES:
         models_of = {"open_clip": open_clip.list_models(), "timm": timm.list_models()}

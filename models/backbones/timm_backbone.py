@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg, split_model_name_tag
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from tailtune.configs.errors import UserError, naming, unknown
+from tailtune.configs.errors import UserError, prefix_errors, unknown
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import NO_SPLIT, Backbone, ExpertSplit, InputSpec, PublishedWeights
 from tailtune.models.backbones.encoder import Encoder
@@ -85,7 +85,7 @@ class TimmBackbone:
             net = self.create(download=load and file is None)
         set_resolution(net, resolution, config.input_size[-1], self.name)
         if file is not None:
-            with naming("pretrained"):
+            with prefix_errors("pretrained"):
                 load_strict(net, _without_classifier(read_state(file), net, config), self.name, file)
         encoder = encoder_for(net, fast)
         split_experts(encoder, split, self.name)

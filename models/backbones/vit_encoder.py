@@ -263,12 +263,12 @@ class ViTEncoder(Encoder):
         """
         for name in ("fc1_folded", "fc1_bias_folded", "fc2_folded"):
             mlp._buffers.pop(name, None)
-        plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and mlp.fc1.bias is not None
+        plain_linear = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and mlp.fc1.bias is not None
         frozen = not any(
             parameter.requires_grad or prefix + name in self.frozen_trained
             for name, parameter in mlp.named_parameters()
         )
-        if not (self.fast and untuned and plain and frozen and isinstance(mlp.act, QuickGELU)):
+        if not (self.fast and untuned and plain_linear and frozen and isinstance(mlp.act, QuickGELU)):
             return
         for name, weight, factor in (
             ("fc1_folded", "fc1.weight", QUICK_GELU_FACTOR),

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from tailtune.configs.errors import UserError, unknown
 from tailtune.configs.seeding import seeded
-from tailtune.configs.time_limit import at_most
+from tailtune.configs.time_limit import time_limit
 from tailtune.models.backbones.encoder import Encoder, named_tensors
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter
@@ -135,14 +135,14 @@ def _choose_target_modules(
         config.target_modules = set(_linear_layers(encoder.net))
     blocks = [encoder.blocks[index] for index in encoder.block_range(partial)]
     within = {id(module) for block in blocks for module in block.modules()}
-    with _peft_errors(name), at_most(10, "comparing a pattern of layers with their names"):
+    with _peft_errors(name), time_limit(10, "comparing a pattern of layers with their names"):
         targets = [key for key in modules if check_target_module_exists(config, key)]
     targets = [key for key in targets if partial is None or id(modules[key]) in within]
     _check_targets(config, targets, modules, name, peft_type, partial)
     config.target_modules = targets
     if getattr(config, "feedforward_modules", None):  # IA3 scales the input of these layers instead of the output
         feedforward = type(config)(target_modules=config.feedforward_modules, feedforward_modules=[])
-        with _peft_errors(name), at_most(10, "comparing feedforward_modules with the names of layers"):
+        with _peft_errors(name), time_limit(10, "comparing feedforward_modules with the names of layers"):
             config.feedforward_modules = [key for key in targets if check_target_module_exists(feedforward, key)]
 
 
@@ -239,7 +239,7 @@ def _wrap(net: nn.Module, config: Any, sampled: bool, name: str) -> "PeftModel":
     meta = any(parameter.is_meta for parameter in net.parameters())
     with (
         _peft_errors(name),
-        at_most(30, "wrapping the layers") if meta else nullcontext(),
+        time_limit(30, "wrapping the layers") if meta else nullcontext(),
         torch.device("cpu" if sampled or not meta else "meta"),
     ):
         if meta and sampled:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import mix, seeded
+from tailtune.configs.seeding import derive_seed, seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.backbones.vit_encoder import ViTEncoder
@@ -196,7 +196,9 @@ def _insert(encoder: Encoder, name: str, blocks: range, sizes: Sizes, seed: int)
     if not isinstance(encoder, ViTEncoder):
         others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
-    later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", expert)) for expert in range(1, encoder.experts)]
+    later = [
+        replace(sizes, mask_seed=derive_seed(sizes.mask_seed, "expert", expert)) for expert in range(1, encoder.experts)
+    ]
     for index in blocks:
         per_expert = index >= encoder.depth - encoder.num_expert_blocks
         with seeded(seed, "tuner", name, index):

@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from tailtune.datasets.data_bundle import Shift
-from tailtune.datasets.long_tail import GROUPS
-from tailtune.datasets.test_distributions.dirichlet import component
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.long_tail import SHOT_GROUPS
+from tailtune.datasets.test_distributions.dirichlet import component_of
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods.base import combine
 
 Results = dict[str, dict[str, Any]]
-SUMMARISED = ("accuracy", "mean_acc", *GROUPS)
+SUMMARISED = ("accuracy", "mean_acc", *SHOT_GROUPS)
 
 
-def plain_results(found: Logits, shifts: Sequence[Shift], groups: Mapping[str, Tensor]) -> Results:
+def plain_results(found: Logits, shifts: Sequence[TestDistribution], groups: Mapping[str, Tensor]) -> Results:
     """Every distribution by the mean of the experts, as `distributions` of metrics.json holds it."""
     if not shifts:
         return {}
@@ -51,7 +51,7 @@ def dirichlet_summary(results: Results) -> dict[str, Any]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, each in results.items():
-        if found := component(name):
+        if found := component_of(name):
             groups.setdefault(found, []).append(each)
     if groups:
         groups["all"] = [each for group in groups.values() for each in group]

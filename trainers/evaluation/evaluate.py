@@ -14,8 +14,9 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST
 from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import DataBundle, DataInfo, build_info
-from tailtune.datasets.data_bundle import Shift
-from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
@@ -77,7 +78,7 @@ class Evaluation:
             return False
         if self.accelerator.is_main_process:
             info = self._info()
-            shifts = self._asked(build_shifts(self.cfg, info, found.labels))
+            shifts = self._asked(build_distributions(DistributionOptions.of(self.cfg), info, found.labels))
             self._keep(found, val)
             measured = plain_results(found, shifts, info.groups)
             self._aim(found, val, shifts, info, measured)
@@ -118,7 +119,7 @@ class Evaluation:
         """Run the method over the images; `result` is metrics.json so far."""
         cfg = self.cfg
         test_time.prepare(method, cfg.test_prec)
-        shifts = self._asked(data.shifts)
+        shifts = self._asked(data.test_distributions)
         found, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
         wants_val = found is None or needs_val(cfg)
         if found is None:
@@ -140,7 +141,7 @@ class Evaluation:
         if found is not None:
             self._finish(result, found, val, data.info.groups, measured)
 
-    def _asked(self, shifts: tuple[Shift, ...]) -> tuple[Shift, ...]:
+    def _asked(self, shifts: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
         """The label distributions of the test images, none where the training images are evaluated."""
         if not self.cfg.test_train:
             return shifts
@@ -150,7 +151,12 @@ class Evaluation:
         return ()
 
     def _adapt(
-        self, method: Method, data: DataBundle, plain: Logits | None, shifts: Sequence[Shift], measured: Results
+        self,
+        method: Method,
+        data: DataBundle,
+        plain: Logits | None,
+        shifts: Sequence[TestDistribution],
+        measured: Results,
     ) -> None:
         """Add what `adapt` makes of each distribution to `measured`, on the first process."""
         cfg = self.cfg
@@ -168,7 +174,7 @@ class Evaluation:
             measured[name][cfg.adapt] = {**metrics, "gain": gain, **learner.facts()}
 
     def _aim(
-        self, found: Logits, val: Logits | None, shifts: Sequence[Shift], info: DataInfo, measured: Results
+        self, found: Logits, val: Logits | None, shifts: Sequence[TestDistribution], info: DataInfo, measured: Results
     ) -> None:
         """Add what `target_prior` makes of each distribution to `measured`."""
         if self.cfg.target_prior is None or self.cfg.test_train:
@@ -199,7 +205,7 @@ class Evaluation:
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
             )
-        return replace(found, left_out=data.chosen.left_out if split == "train" else 0)
+        return replace(found, left_out=data.splits.left_out if split == "train" else 0)
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""

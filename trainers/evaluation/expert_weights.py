@@ -16,7 +16,7 @@ from torch import Tensor
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.seeding import generator
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.methods import Method
@@ -218,7 +218,7 @@ def adapt(
     kind: type[Learner],
     recipe: Recipe,
     plain: Logits | None,
-    shifts: Sequence[Shift],
+    shifts: Sequence[TestDistribution],
     passes: Callable[[int], Logits | None],
     accelerator: Accelerator,
 ) -> dict[str, Learner]:
@@ -233,7 +233,7 @@ def adapt(
     """
     learners: dict[str, Learner] = {}
     if plain is not None:
-        learners = {each.name: kind(each.name, plain, each.positions, recipe, each.learn) for each in shifts}
+        learners = {each.name: kind(each.name, plain, each.positions, recipe, each.learn_positions) for each in shifts}
     number = 0
     while on_main(accelerator, lambda: any(each.running for each in learners.values())):
         _one_pass(learners, passes(number))

@@ -16,11 +16,13 @@ from torch import Tensor
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, unknown
 from tailtune.configs.seeding import generator
-from tailtune.datasets.data_bundle import DataInfo, Shift
+from tailtune.datasets.data_bundle import DataInfo, TestDistribution
+from tailtune.datasets.options import DataFolders
 from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.sources.text_files import read_json
-from tailtune.datasets.table import list_folders
-from tailtune.datasets.test_distributions.build import class_order, rule
+from tailtune.datasets.test_distributions.class_order import class_order
+from tailtune.datasets.test_distributions.frequency_rules import frequency_rule
+from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.trainers.evaluation.distributions import Results
 from tailtune.trainers.evaluation.ensembles import entry_of
 from tailtune.trainers.evaluation.inference import Logits, rows_of
@@ -136,20 +138,22 @@ def target_of(cfg: CfgNode, info: DataInfo, names: Sequence[str] | None = None) 
         prior = _read_prior(cfg, info.num_classes, names)
     else:
         try:
-            images = rule(name, cfg.shift_factors or {}, "target_prior")(1e6, info.num_classes)  # so many: not rounded
+            rule = frequency_rule(name, cfg.shift_factors, "target_prior")
         except UserError:
             raise unknown(
                 "target_prior", name, [*TARGETS, "file.json", "forward<r>", "backward<r> such as backward50"]
             ) from None
         prior = torch.zeros(info.num_classes, dtype=torch.float64)
-        prior[torch.from_numpy(class_order(cfg, info).copy())] = torch.tensor(images, dtype=torch.float64)
+        order = torch.from_numpy(class_order(DistributionOptions.of(cfg), info).copy())
+        images = rule(1e6, info.num_classes)  # so many that rounding down does not matter
+        prior[order] = torch.tensor(images, dtype=torch.float64)
     return lambda case: _fixed(prior / prior.sum())
 
 
 def _read_prior(cfg: CfgNode, num_classes: int, names: Sequence[str] | None) -> Tensor:
     """Class frequencies of a JSON file, of which whole numbers are counted images, [C]."""
     name = cfg.target_prior
-    file = first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)])
+    file = first_file(str(Path(name).expanduser()), [Path(), *DataFolders.of(cfg).for_lists()])
     if file is None:
         raise UserError(f"target_prior: no file '{name}'")
     content = read_json(file, "target_prior")
@@ -196,7 +200,7 @@ def add_target_results(
     method: Method,
     found: Logits,
     val: Logits | None,
-    shifts: Sequence[Shift],
+    shifts: Sequence[TestDistribution],
     info: DataInfo,
     results: Results,
 ) -> list[str]:

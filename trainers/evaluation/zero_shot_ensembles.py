@@ -65,8 +65,10 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     they saw, and then count alike. π comes from the run's training images, which the zero-shot classifier has not seen.
     """
     method, accelerator = zero_shot(run), run.accelerator
-    log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.plain))
-    found = infer(test_time.plain(method), run.data.plain, accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
+    log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.train_unaugmented))
+    found = infer(
+        test_time.plain(method), run.data.train_unaugmented, accelerator, run.cfg.test_batch_size, run.cfg.num_workers
+    )
     prior = on_main(accelerator, lambda: _prior_of(found))
     bias = outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior  # [E, C]
     bias = bias.float().to(accelerator.device)

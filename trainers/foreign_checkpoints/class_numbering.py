@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
-from tailtune.datasets.sources.image_list import CATEGORIES, find_list, taxon_labels
-from tailtune.datasets.table import list_folders
+from tailtune.datasets.options import DataFolders
+from tailtune.datasets.sources.image_list import find_list
+from tailtune.datasets.sources.inaturalist import CATEGORIES, taxon_labels
 
 ID, NAME = "id", "name"
 
@@ -65,4 +66,4 @@ class Numbering:
 
 def numbering_of(cfg: CfgNode) -> Numbering | None:
     """How the data of a config number their classes; None if their lists or folders define the labels for everybody."""
-    return Numbering(cfg.label_field, list_folders(cfg)) if cfg.label_field else None
+    return Numbering(cfg.label_field, DataFolders.of(cfg).for_lists()) if cfg.label_field else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import mix
+from tailtune.configs.seeding import derive_seed
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import cross_entropy, log_prior, moved, present
 from tailtune.trainers.methods.base import Batch, Method, Objective
@@ -109,7 +109,7 @@ class DirMixE(Method):
         return base_priors(self.objective.class_counts, self.model.num_experts)
 
     def _fresh(self) -> Draws:
-        stream = np.random.default_rng(mix(self.objective.seed, "priors", self.at_step))
+        stream = np.random.default_rng(derive_seed(self.objective.seed, "priors", self.at_step))
         experts = stream.integers(len(self._bases), size=self.options.draws)
         alphas = (self.options.concentration * self._bases).numpy()
         priors = np.stack([stream.dirichlet(alphas[k]) for k in experts])

@@ -11,7 +11,7 @@ import torch
 
 from tailtune.configs import CfgNode
 from tailtune.datasets import DataBundle, DataInfo
-from tailtune.datasets.long_tail import GROUPS
+from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.trainers.distributed import uses_cuda, world_size
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.storage.atomic_io import Damaged
@@ -140,7 +140,7 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
     lines = ["", head, "─" * len(head)]
     for title, each in distributions.items():
         plain = each["plain"]
-        values = [plain[name] for name in ("accuracy", *GROUPS)] + [each["expected_accuracy"]]
+        values = [plain[name] for name in ("accuracy", *SHOT_GROUPS)] + [each["expected_accuracy"]]
         values += [each[name][key] for name in adapts for key in ("accuracy", "gain")]
         values += [each["target_prior"][key] for key in ("accuracy", "gain", "kl") if aims]
         texts = (number(v, 4 if name == "KL" else 2) for name, v in zip(columns, values, strict=True))
@@ -154,7 +154,7 @@ def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
     """A table of the drawn test distributions: mean ± deviation over the draws of each component, and over all."""
     if not summary:
         return []
-    titles = {name: COLUMNS[name] for name in ("accuracy", *GROUPS)}
+    titles = {name: COLUMNS[name] for name in ("accuracy", *SHOT_GROUPS)}
     wide = max(len(way) for each in summary.values() for way in each) + 2
     head = f"{'mean ± std':<12}{'draws':>5}  {'':<{wide}}" + "".join(f"{each:>15}" for each in titles.values())
     lines = ["", head, "─" * len(head)]

@@ -7,11 +7,13 @@ from pathlib import Path
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_records
+from tailtune.datasets.options import DataFolders
 from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.sources.image_sources import MissingData
-from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits, changes, seen_in_training, some
-from tailtune.datasets.table import list_folders
-from tailtune.datasets.test_distributions.build import shift_names
+from tailtune.datasets.splits.compare_records import compare_records, first_few, seen_in_training
+from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits
+from tailtune.datasets.test_distributions.frequency_rules import distribution_names
+from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder, kept_splits
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
@@ -117,7 +119,7 @@ def _difference(kept: StoredSplits, now: dict[str, Record], name: str, what: str
     before, after = kept.records.get(name), now.get(name)
     if before is None or after is None or before.fingerprint == after.fingerprint:
         return ""
-    return changes(before, after).describe(what)
+    return compare_records(before, after).describe(what)
 
 
 def _train_changed(cfg: CfgNode, folder: RunFolder, plan: Decision, described: str) -> None:
@@ -144,8 +146,8 @@ def _new_images(chosen: ChosenSplits | None) -> list[str]:
         return []
     count = f"{len(chosen.new):,} images are" if len(chosen.new) > 1 else "1 image is"
     return [
-        f"{count} new since the run wrote its splits down ({some(chosen.new)}), and in none of them; `resume False` "
-        "starts over with all images"
+        f"{count} new since the run wrote its splits down ({first_few(chosen.new)}), and in none of them; "
+        "`resume False` starts over with all images"
     ]
 
 
@@ -196,6 +198,7 @@ def files_read(cfg: CfgNode) -> dict[str, str]:
     """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
     names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
     if cfg.shift_files:
-        names += [cfg.shift_files.replace("{name}", each) for each in shift_names(cfg)]
-    found = {name: first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)]) for name in names}
+        names += [cfg.shift_files.replace("{name}", each) for each in distribution_names(DistributionOptions.of(cfg))]
+    folders = [Path(), *DataFolders.of(cfg).for_lists()]
+    found = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}

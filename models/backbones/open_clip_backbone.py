@@ -189,8 +189,8 @@ class OpenClipBackbone:
             quickgelu_arch = f"{self.arch}-quickgelu"
             hint = f", or backbone open_clip:{quickgelu_arch}" if quickgelu_arch in open_clip.list_models() else ""
             raise UserError(
-                f"pretrained '{tag}' was trained {with_or_without} QuickGELU and {self.arch} is not: features would be wrong; "
-                f"choose a tag of the same activation{hint}"
+                f"pretrained '{tag}' was trained {with_or_without} QuickGELU and {self.arch} is not: features would be "
+                f"wrong; choose a tag of the same activation{hint}"
             )
         return source
 

@@ -1,4 +1,4 @@
-"""Backbones of open_clip: a CLIP's weights are found and read, and its image and text encoders are taken apart."""
+"""Backbones of open_clip: the weights of a CLIP are found and read, and its image and text encoder are separated."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ class OpenClipBackbone:
     interpolation: str | None = "bilinear"
 
     def inputs(self, pretrained: str | None = None) -> InputSpec:
-        """The images that the image encoder takes, as open_clip's config and the weights' listing say."""
+        """The images that the image encoder takes, from open_clip's config and its list of weights."""
         vision = CLIPVisionCfg(**self._config()["vision_cfg"])
         interpolation = self.interpolation or self._preprocessing(pretrained)["interpolation"]
         if vision.timm_model_name:

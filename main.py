@@ -125,10 +125,11 @@ def run_all(stages: list[CfgNode]) -> int:
 
     folder = None
     last = stages[-1]
-    if last.test_only or (last.resume and RunFolder(last).finished()):
-        stages = [last]  # nothing is left to train, and `run` validates an evaluation
-    else:
-        validate(stages, here=True)
+    finished = last.resume and RunFolder(last).finished()
+    if last.test_only or finished:
+        stages = [last]  # nothing is left to train
+    if not finished:  # else `run` validates what it has to evaluate; a stored result is shown without the data
+        validate(stages, trains=not last.test_only, here=True)
     for cfg in stages:
         RunFolder(cfg).check_owner()
     for cfg in stages:

@@ -13,7 +13,7 @@ from tailtune.configs.errors import lookup
 TITLES = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few", "worst_case_acc": "worst"}
 MEMORY = "A number in brackets is from memory, not verified against the paper."
 Result = dict[str, Any]
-"""Contents of a metrics.json."""
+"""Contents of a metrics.json, schema 2."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def number(result: Result, metric: str) -> float | None:
     *where, name = metric.split(".")
     found = result["test"]
     if where:
-        slots = {k: v for k, v in result.get("distributions", {}).get(where[0], {}).items() if isinstance(v, dict)}
-        adapted = next((each for each in slots if each != "plain"), "plain")
-        found = slots.get(where[1] if len(where) == 2 else adapted)
+        predictors = result.get("distributions", {}).get(where[0], {}).get("predictors", {})
+        adapted = next((predictor for predictor in predictors if predictor != "plain"), "plain")
+        found = predictors.get(where[1] if len(where) == 2 else adapted)
     if found is None:
         return None
     value: float | None = lookup({k: v for k, v in found.items() if not isinstance(v, (list, dict))}, name, "metric")

@@ -273,7 +273,7 @@ def test_metrics_json(finished: Path) -> None:
         *("schema", "data", "model", "seed", "commit", "packages", "hardware", "prec_used", "stopped_early", "notes"),
         *("params", "class_counts", "train", "test"),
     }
-    assert (result["schema"], result["data"], result["model"], result["seed"]) == (1, "fake_lt", "tiny_clip_peft", 0)
+    assert (result["schema"], result["data"], result["model"], result["seed"]) == (2, "fake_lt", "tiny_clip_peft", 0)
     assert (result["prec_used"], result["stopped_early"]) == ("fp32", False)
     assert set(result["params"]) == {"total", "tuner", "head", "trainable"}
     assert {"epochs", "steps", "seconds", "images_per_second", "peak_memory_bytes"} <= set(result["train"])

@@ -236,7 +236,7 @@ def check_row(row: Choice) -> None:
         save_checkpoint(OTHER / "checkpoint", run.method, run.facts(data))
     result = evaluated(cfg, run, data)
     assert 0 <= result["test"]["accuracy"] <= 100
-    entries = result.get("distributions", {}).get("test", {})
+    entries = result.get("distributions", {}).get("test", {}).get("predictors", {})
     assert ("target_prior" in entries) == (cfg.target_prior is not None) and (cfg.adapt in entries) == bool(cfg.adapt)
 
 

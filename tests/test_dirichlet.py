@@ -355,25 +355,25 @@ def entry(accuracy: float, few: float | None = 0.0, **more: Any) -> dict[str, An
 
 def test_the_summary() -> None:
     results = {
-        "uniform": {"plain": entry(99.0)},
-        "dirichlet-uniform1": {"n": 3, "plain": entry(10.0, 5.0), "sade": entry(20.0), "expected_accuracy": 9.0},
-        "dirichlet-uniform2": {"n": 3, "plain": entry(14.0, None), "sade": entry(26.0), "expected_accuracy": 9.0},
-        "dirichlet-backward3": {"n": 3, "plain": entry(30.0, 5.0), "sade": entry(50.0), "expected_accuracy": 9.0},
+        "uniform": {"predictors": {"plain": entry(99.0)}},
+        "dirichlet-uniform1": {"n": 3, "predictors": {"plain": entry(10.0, 5.0), "sade": entry(20.0)}},
+        "dirichlet-uniform2": {"n": 3, "predictors": {"plain": entry(14.0, None), "sade": entry(26.0)}},
+        "dirichlet-backward3": {"n": 3, "predictors": {"plain": entry(30.0, 5.0), "sade": entry(50.0)}},
     }
     found = dirichlet_summary(results)
-    assert list(found) == ["uniform", "backward", "all"] and found["uniform"].keys() == {"draws", "plain", "sade"}
-    assert found["uniform"]["plain"].keys() == {"accuracy", "mean_acc", "many_acc", "med_acc", "few_acc"}
-    assert found["uniform"]["plain"]["accuracy"] == {"mean": 12.0, "std": pytest.approx(8**0.5)}
-    assert found["uniform"]["sade"]["accuracy"] == {"mean": 23.0, "std": pytest.approx(18**0.5)}
-    assert found["uniform"]["plain"]["few_acc"] == {"mean": None, "std": None}
-    assert found["backward"]["sade"]["accuracy"] == {"mean": 50.0, "std": None}
-    assert found["all"]["draws"] == 3 and found["all"]["plain"]["accuracy"]["mean"] == 18.0
-    assert found["all"]["plain"]["accuracy"]["std"] == pytest.approx(((64 + 16 + 144) / 2) ** 0.5)
+    assert list(found) == ["uniform", "backward", "all"] and found["uniform"]["predictors"].keys() == {"plain", "sade"}
+    assert found["uniform"]["predictors"]["plain"].keys() == {"accuracy", "mean_acc", "many_acc", "med_acc", "few_acc"}
+    assert found["uniform"]["predictors"]["plain"]["accuracy"] == {"mean": 12.0, "std": pytest.approx(8**0.5)}
+    assert found["uniform"]["predictors"]["sade"]["accuracy"] == {"mean": 23.0, "std": pytest.approx(18**0.5)}
+    assert found["uniform"]["predictors"]["plain"]["few_acc"] == {"mean": None, "std": None}
+    assert found["backward"]["predictors"]["sade"]["accuracy"] == {"mean": 50.0, "std": None}
+    assert found["all"]["draws"] == 3 and found["all"]["predictors"]["plain"]["accuracy"]["mean"] == 18.0
+    assert found["all"]["predictors"]["plain"]["accuracy"]["std"] == pytest.approx(((64 + 16 + 144) / 2) ** 0.5)
     assert dirichlet_summary({"uniform": results["uniform"]}) == {}
 
 
 def test_its_table() -> None:
-    results = {name: {"plain": entry(k * 10.0), "sade": entry(100.0)} for k, name in enumerate(NINE)}
+    results = {name: {"predictors": {"plain": entry(k * 10.0), "sade": entry(100.0)}} for k, name in enumerate(NINE)}
     lines = dirichlet_lines(dirichlet_summary(results))
     assert len(lines) == 3 + 2 * 4 and dirichlet_lines({}) == []
     assert lines[3].split()[:6] == ["uniform", "3", "plain", "10.00", "±", "10.00"]
@@ -399,12 +399,12 @@ def test_a_finished_run_answers_from_its_logits(launch: Cli) -> None:
     assert done.returncode == 0, done.stderr
     found = result("run/tests/test_dists_uniform-dirichlet")
     assert list(found["distributions"]) == ["uniform", *NINE]
-    accuracies = [found["distributions"][name]["plain"]["accuracy"] for name in NINE]
+    accuracies = [found["distributions"][name]["predictors"]["plain"]["accuracy"] for name in NINE]
     summary = found["dirichlet"]
     for k, kind in enumerate(KINDS):
-        mean = summary[kind]["plain"]["accuracy"]["mean"]
+        mean = summary[kind]["predictors"]["plain"]["accuracy"]["mean"]
         assert mean == pytest.approx(np.mean(accuracies[3 * k : 3 * k + 3])) and f"{mean:.2f} ± " in done.stdout
-    assert summary["all"]["plain"]["accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert summary["all"]["predictors"]["plain"]["accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     launch(RUN, "test_only True test_dists uniform")
     assert "dirichlet" not in result("run/tests/test_dists_uniform")
 
@@ -415,8 +415,8 @@ def test_a_run_adapts_to_the_other_draw(launch: Cli) -> None:
     )
     found = result("run")
     for each in found["distributions"].values():
-        assert 0 < each["sade"]["learnt_from"] <= each["n"]
-    assert found["dirichlet"].keys() == {"forward", "all"} and "sade" in found["dirichlet"]["all"]
+        assert 0 < each["predictors"]["sade"]["learnt_from"] <= each["n"]
+    assert found["dirichlet"].keys() == {"forward", "all"} and "sade" in found["dirichlet"]["all"]["predictors"]
     launch(RUN, "test_only True many_above 30")
     (again,) = Path("output/run/tests").iterdir()
     assert "dirichlet" not in result(f"run/tests/{again.name}"), "it is of one evaluation"

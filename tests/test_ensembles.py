@@ -304,7 +304,7 @@ def test_with_all_else(launch: Cli) -> None:
     for ensemble in ("wise", "gla"):
         evaluate(launch, words, f"ensemble {ensemble} {rest}")
     for path in OUT.glob("run/tests/*/metrics.json"):
-        assert "sade" in json.loads(path.read_text())["distributions"]["forward5"]
+        assert "sade" in json.loads(path.read_text())["distributions"]["forward5"]["predictors"]
     chain = f"{words.replace('ride', 'ride_ea')} after tiny_clip_peft after.num_experts 2 after.lora True"
     done(launch, chain, "output_dir ea")
     found = evaluate(launch, chain, "ensemble logits", "ea")

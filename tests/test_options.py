@@ -443,12 +443,12 @@ def ensemble_logits(cfg: CfgNode) -> Any:
 
 def weights_path(cfg: CfgNode) -> Any:
     """Weights that experts of random heads get on the test set as it is."""
-    return result(cfg)["distributions"]["test"]["sade"]["path"]
+    return result(cfg)["distributions"]["test"]["predictors"]["sade"]["path"]
 
 
 def aimed(cfg: CfgNode) -> Any:
     """The test set as it is, predicted for a target."""
-    found = result(cfg)["distributions"]["test"]["target_prior"]
+    found = result(cfg)["distributions"]["test"]["predictors"]["target_prior"]
     return [found["prior"], found["temperature"]]
 
 

@@ -187,8 +187,8 @@ def test_the_grids_of_experts_pass_the_dry_run(name: str) -> None:
 
 
 def test_a_number_is_of_the_test_set_or_of_a_distribution() -> None:
-    uniform = {"n": 9, "plain": {"accuracy": 3.0}}
-    adapted = {"n": 9, "plain": {"accuracy": 1.0}, "sade": {"accuracy": 2.0, "path": [[1.0]]}}
+    uniform = {"n": 9, "predictors": {"plain": {"accuracy": 3.0}}}
+    adapted = {"n": 9, "predictors": {"plain": {"accuracy": 1.0}, "sade": {"accuracy": 2.0, "path": [[1.0]]}}}
     result = {"test": {"accuracy": 4.0}, "distributions": {"uniform": uniform, "backward50": adapted}}
     wanted = {"accuracy": 4.0, "uniform.accuracy": 3.0, "backward50.accuracy": 2.0, "backward50.plain.accuracy": 1.0}
     wanted |= {"uniform.sade.accuracy": None, "forward50.accuracy": None}

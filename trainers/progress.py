@@ -94,8 +94,8 @@ class Progress:
 def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dict[str, Any]) -> None:
     """Write the results of a test as curves for TensorBoard.
 
-    The tags are `test/<metric>`, `test/<distribution>/<metric>`, and `test/<distribution>/<name>/<metric>` for each
-    entry of `adapt` and `target_prior`. Weights of experts are `…/<adapt>/weight_<expert>` over their updates.
+    The tags are `test/<metric>`, `test/<distribution>/<metric>`, and `test/<distribution>/<name>/<metric>` for every
+    predictor but the plain one. Weights of experts are `…/<name>/weight_<expert>` over their updates.
 
     Args:
         folder: folder of the event file.
@@ -105,14 +105,13 @@ def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dic
     with Events(folder) as writer:
         _scalars(writer, "test", metrics)
         for name, results in distributions.items():
-            _scalars(writer, f"test/{name}", {**results["plain"], "expected_accuracy": results["expected_accuracy"]})
-            for adapt, adapted in results.items():
-                if not isinstance(adapted, dict) or adapt == "plain":
-                    continue
-                _scalars(writer, f"test/{name}/{adapt}", adapted)
-                for point, weights in enumerate(adapted.get("path", []), start=1):
+            _scalars(writer, f"test/{name}", {"expected_accuracy": results["expected_accuracy"]})
+            for predictor, values in results["predictors"].items():
+                tag = f"test/{name}" if predictor == "plain" else f"test/{name}/{predictor}"
+                _scalars(writer, tag, values)
+                for point, weights in enumerate(values.get("path", []), start=1):
                     for expert, weight in enumerate(weights):
-                        writer.add_scalar(f"test/{name}/{adapt}/weight_{expert}", weight, point)
+                        writer.add_scalar(f"{tag}/weight_{expert}", weight, point)
 
 
 def _scalars(writer: Events, tag: str, values: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
                 log.warning("warning: %s", note)
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
-            if not plan.trains:  # what trains was validated with all its stages
+            if cfg.resume and folder.finished():  # what was not was validated with all its stages
                 on_main(accelerator, lambda: validate([cfg], counts=folder.class_counts(), trains=False, here=True))
             _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:

@@ -170,8 +170,9 @@ class Evaluation:
         learnt = adapt(ADAPTS[cfg.adapt], Recipe.of(cfg), plain, shifts, passes, self.accelerator)
         for name, learner in learnt.items():
             metrics = evaluate(*learner.predictions(), data.info.groups)
-            gain = metrics["accuracy"] - measured[name]["plain"]["accuracy"]
-            measured[name][cfg.adapt] = {**metrics, "gain": gain, **learner.facts()}
+            predictors = measured[name]["predictors"]
+            gain = metrics["accuracy"] - predictors["plain"]["accuracy"]
+            predictors[cfg.adapt] = {**metrics, "gain": gain, **learner.facts()}
 
     def _aim(
         self, found: Logits, val: Logits | None, shifts: Sequence[TestDistribution], info: DataInfo, measured: Results

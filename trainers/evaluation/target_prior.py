@@ -31,7 +31,7 @@ from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods.base import Method, combine
 
 ENTRY = "target_prior"
-"""Its key in an entry of `distributions`."""
+"""Its name among the predictors of a distribution."""
 TOLERANCE = 0.01
 """How far the sum of frequencies may be from 1, as it is where each is rounded."""
 LARGEST = 1e15
@@ -228,11 +228,11 @@ def add_target_results(
     for shift in (each for each in shifts if each.name in results):
         rows = rows_of(found, shift.positions)
         case = Case(shift.name, scores[rows], found.labels[rows], *common)
-        entry, answer = results[shift.name], target(case)
+        predictors, answer = results[shift.name]["predictors"], target(case)
         metrics = evaluate(case.scores + answer.used.clamp_min(NEVER).log().float(), case.labels, info.groups)
-        entry[ENTRY] = {
+        predictors[ENTRY] = {
             **metrics,
-            "gain": metrics["accuracy"] - entry["plain"]["accuracy"],
+            "gain": metrics["accuracy"] - predictors["plain"]["accuracy"],
             "kind": cfg.target_prior,
             "prior": answer.prior.tolist(),
             "kl": kl(_counted(case), answer.prior.clamp_min(NEVER)),

@@ -99,7 +99,7 @@ def upgraded(result: dict[str, Any]) -> dict[str, Any]:
     """
     if result.get("schema", 1) >= SCHEMA_VERSION:
         return result
-    grouped = {
+    grouped: dict[str, Any] = {
         key: {name: _with_predictors(entry) for name, entry in result[key].items()}
         for key in ("distributions", "dirichlet")
         if key in result

@@ -11,11 +11,11 @@ from tailtune.configs.errors import UserError
 
 
 class StagedModule(nn.Module):
-    """A module that several runs may train one after the other, each of them a part of it.
+    """A module of which several runs may each train a part, one run after the other.
 
     Attributes:
-        frozen_trained: names of the parameters that an earlier run trained and that this run leaves as they are. A
-            checkpoint holds them as it holds what trains, and they keep their dtype.
+        frozen_trained: names of the parameters that an earlier run trained and that this run leaves unchanged. Like
+            parameters that train, they keep their dtype and are part of a checkpoint.
     """
 
     def __init__(self) -> None:

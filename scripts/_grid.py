@@ -32,7 +32,7 @@ from tailtune.configs import CfgNode, describe, load_configs
 from tailtune.configs.errors import UserError, lookup, unknown
 from tailtune.configs.schema import SCHEMA
 from tailtune.configs.yaml_reader import read_yaml
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 
 FOLDER = Path(__file__).resolve().parent / "grids"
 METRICS = ("accuracy", "many_acc", "med_acc", "few_acc")
@@ -145,7 +145,7 @@ def config(words: Sequence[str]) -> CfgNode:
     from tailtune.models import resolve
     from tailtune.trainers.methods import declared
 
-    flags, pairs = split_words(words)
+    flags, pairs = split_arguments(words)
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock  # noqa: E402
 
 from tailtune.configs import CfgNode, UserError, load_configs  # noqa: E402
 from tailtune.datasets import build_data  # noqa: E402
-from tailtune.main import Parser, answer, split_words  # noqa: E402
+from tailtune.main import Parser, exit_code_of, split_arguments  # noqa: E402
 from tailtune.models import resolve  # noqa: E402
 from tailtune.trainers.distributed import make_accelerator  # noqa: E402
 from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary  # noqa: E402
@@ -44,7 +44,7 @@ log = logging.getLogger("tailtune")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    return answer(_command, argv)
+    return exit_code_of(_command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def configured(argv: Sequence[str]) -> CfgNode:
     )
     parser.add_argument("-d", "--data", metavar="DATA", required=True, help="data config of the run")
     parser.add_argument("-m", "--model", metavar="MODEL", required=True, help="model config of the run")
-    flags, pairs = split_words(argv)
+    flags, pairs = split_arguments(argv)
     args = parser.parse_args(flags)
     cfg = resolve(load_configs(args.data, args.model, pairs, declared())[-1]).clone()
     cfg.defrost()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tailtune.configs.errors import UserError  # noqa: E402
-from tailtune.main import Parser, answer  # noqa: E402
+from tailtune.main import Parser, exit_code_of  # noqa: E402
 from tailtune.scripts._grid import (  # noqa: E402
     METRICS,
     Grid,
@@ -99,7 +99,7 @@ def _read(path: Path) -> Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return answer(_command, argv)
+    return exit_code_of(_command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:

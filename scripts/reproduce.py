@@ -35,7 +35,7 @@ ENDINGS = {"md": "md", "csv": "csv", "latex": "tex"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: of the first run that fails, 130 when interrupted."""
-    return tailtune.answer(_command, argv, interrupted=CONTINUES)
+    return tailtune.exit_code_of(_command, argv, interrupted=CONTINUES)
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -122,4 +122,4 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
     end_at_signals(CONTINUES)
-    run_as_process(main, tailtune.verdict)
+    run_as_process(main, tailtune.exit_code_and_line)

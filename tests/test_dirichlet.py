@@ -229,7 +229,7 @@ def test_one_set_is_what_it_is_among_all() -> None:
     found, _ = cifar(100)
     alone, _ = cifar(100, "test_dists", "uniform,dirichlet-forward2")
     assert list(alone) == ["uniform", "dirichlet-forward2"] and alone["uniform"].learn_positions is None
-    for key in ("positions", "counts", "learn"):
+    for key in ("positions", "counts", "learn_positions"):
         assert torch.equal(getattr(alone[NINE[4]], key), getattr(found[NINE[4]], key))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tailtune.configs import load_configs, names
 from tailtune.datasets import build_info
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.dry_run import check
 from tailtune.trainers.methods import declared
@@ -29,7 +29,7 @@ def commands(text: str) -> list[str]:
 @pytest.mark.parametrize("command", sorted({c for path in [*PAGES, *CONFIGS] for c in commands(path.read_text())}))
 def test_a_command_of_the_docs_is_accepted(command: str) -> None:
     words = shlex.split(command.replace("--dry-run", ""))
-    flags, pairs = split_words(words)
+    flags, pairs = split_arguments(words)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     if "my_config" in given["-m"] or "scale_norm1" in pairs:
         pytest.skip("an example that the reader is to write")

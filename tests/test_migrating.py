@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from tailtune.configs import CfgNode, load_configs
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.scripts._grid import names
 from tailtune.trainers.dry_run import check
@@ -62,7 +62,7 @@ def test_every_command_of_a_readme_is_there(title: str) -> None:
 
 
 def configured(command: str) -> CfgNode:
-    flags, pairs = split_words([each for each in shlex.split(command) if each != "--dry-run"])
+    flags, pairs = split_arguments([each for each in shlex.split(command) if each != "--dry-run"])
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
 
 

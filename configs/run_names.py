@@ -17,7 +17,11 @@ MAX_NAME_CHARACTERS = 120
 
 
 def class_of(key: str) -> str:
-    """The class of an option: `train`, `test` or `runtime`. The options of a method are of class `train`."""
+    """The class of an option: `train`, `test` or `runtime`.
+
+    Args:
+        key: the option. All options of methods (`<method>.<name>`) are of class `train`.
+    """
     return SCHEMA[key].cls if key in SCHEMA else TRAIN
 
 

@@ -19,7 +19,7 @@ from test_bad_input import signal_after, states
 
 from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.options import declared
@@ -68,7 +68,7 @@ def test_list(launch: Cli) -> None:
     ],
 )
 def test_flags_stand_anywhere(words: str) -> None:
-    flags, pairs = split_words(words.split())
+    flags, pairs = split_arguments(words.split())
     parsed = main.make_parser().parse_args(flags)
     assert (parsed.data, parsed.model, parsed.dry_run) == ("fake_lt", "tiny_clip", True)
     assert pairs == ["lr", "0.1", "weight_decay", "-1e-3"]

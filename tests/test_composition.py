@@ -94,9 +94,8 @@ def few(backbone: str, test: str) -> DataBundle:
     row = {**{axis: next(iter(entries)) for axis, entries in AXES.items()}, "backbone": backbone, "test": test}
     data = build_data(configs(row)[0])
     of_class = [(data.train_unaugmented.labels == k).nonzero()[:2, 0] for k in range(10)]
-    data.train_unaugmented = data.train_unaugmented.take(
-        torch.cat(of_class).numpy()
-    )  # enough for a head's start, and quicker
+    few = torch.cat(of_class).numpy()  # enough for a head's start, and quicker
+    data.train_unaugmented = data.train_unaugmented.take(few)
     return data
 
 

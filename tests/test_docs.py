@@ -11,7 +11,7 @@ from tiers import slow_except
 
 from tailtune.configs import load_configs, names
 from tailtune.datasets import build_info
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.options import declared
 from tailtune.trainers.validation import check
@@ -39,7 +39,7 @@ def test_the_options_of_the_docs_are_options() -> None:
     for command in sorted(OF_PAGES | OF_CONFIGS):
         words = shlex.split(command.replace("--dry-run", ""))
         if "my_config" not in words and "scale_norm1" not in words:
-            flags, pairs = split_words(words)
+            flags, pairs = split_arguments(words)
             given = dict(zip(flags[::2], flags[1::2], strict=True))
             load_configs(given["-d"], given["-m"], pairs, declared())
 
@@ -48,7 +48,7 @@ def test_the_options_of_the_docs_are_options() -> None:
 def test_a_command_of_the_docs_is_accepted(command: str) -> None:
     """By default those of the README; tests/test_cli.py builds every config."""
     words = shlex.split(command.replace("--dry-run", ""))
-    flags, pairs = split_words(words)
+    flags, pairs = split_arguments(words)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     if "my_config" in given["-m"] or "scale_norm1" in pairs:
         pytest.skip("an example that the reader is to write")

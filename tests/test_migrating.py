@@ -9,7 +9,7 @@ from conftest import ROOT
 from tiers import slow_except
 
 from tailtune.configs import CfgNode, load_configs
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.scripts._grid import names
 from tailtune.trainers.options import declared
@@ -63,7 +63,7 @@ def test_every_command_of_a_readme_is_there(title: str) -> None:
 
 
 def configured(command: str) -> CfgNode:
-    flags, pairs = split_words([word for word in shlex.split(command) if word != "--dry-run"])
+    flags, pairs = split_arguments([word for word in shlex.split(command) if word != "--dry-run"])
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
 
 

@@ -93,6 +93,13 @@ def test_imports_between_rooms_point_one_way() -> None:
                 assert inner <= may, f"{path}: {package}/{room} must not import {inner - may}"
 
 
+def test_only_the_builder_of_the_data_sees_the_config() -> None:
+    """The builder takes the config, and `of` of the option classes reads it; no other module of datasets/ does."""
+    allowed = {"datasets/__init__.py", "datasets/options.py", "datasets/test_distributions/options.py"}
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+    assert {name for name, text in files.items() if name.startswith("datasets/") and "CfgNode" in text} == allowed
+
+
 def test_the_table_of_rooms_has_no_circle() -> None:
     for rooms in ROOMS.values():
         TopologicalSorter(rooms).prepare()  # raises CycleError

@@ -18,7 +18,7 @@ from tailtune.configs import CfgNode, UserError, load_configs  # noqa: E402
 from tailtune.datasets import build_data  # noqa: E402
 from tailtune.main import Parser, answer, split_words  # noqa: E402
 from tailtune.models import resolve  # noqa: E402
-from tailtune.trainers.distributed import make_accelerator  # noqa: E402
+from tailtune.trainers.distributed import Devices, make_accelerator  # noqa: E402
 from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary  # noqa: E402
 from tailtune.trainers.methods import declared  # noqa: E402
 from tailtune.trainers.processes.console_log import start_console  # noqa: E402
@@ -94,7 +94,7 @@ def analyze(cfg: CfgNode) -> Path:
 
 def _written(cfg: CfgNode, folder: RunFolder) -> Path:
     """The pictures and their means, in a folder that this process holds."""
-    accelerator = make_accelerator(cfg)
+    accelerator = make_accelerator(Devices.of(cfg))
     data = build_data(cfg, folder.kept(), folder.class_counts())
     method = trained_method(cfg, folder.evaluated, data, accelerator)
     log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")

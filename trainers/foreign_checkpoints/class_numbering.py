@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.image_list import CATEGORIES, find_list, taxon_labels
-from tailtune.datasets.table import list_folders
 
 ID, NAME = "id", "name"
 
@@ -56,8 +54,3 @@ class Numbering:
         """What was done, for the report."""
         by = "category id" if theirs == ID else theirs
         return f"its classes, numbered by {by}, are put into the order of label_field {self.field}"
-
-
-def numbering_of(cfg: CfgNode) -> Numbering | None:
-    """None for data whose labels are those of their lists or folders, as everybody has them."""
-    return Numbering(cfg.label_field, list_folders(cfg)) if cfg.label_field else None

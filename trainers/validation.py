@@ -5,7 +5,7 @@ A run is built on the meta device, so that every option is checked and nothing i
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,7 +16,7 @@ from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.trainers.distributed import world_size
-from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, ensemble_named
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, Ensemble, ensemble_named
 from tailtune.trainers.evaluation.expert_weights import check_adapt
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
@@ -79,7 +79,7 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
     if plan is not None:
         check_factors(method.param_groups(), plan)
     check_adapt(cfg.adapt, method, cfg.method)
-    check_ensemble(cfg, method)
+    check_ensemble(cfg, method, info.class_names)
     check_target(TargetPlan.of(cfg), info)
     if cfg.export is not None:
         EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
@@ -115,7 +115,7 @@ def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
 
 
-def check_ensemble(cfg: CfgNode, method: Method) -> None:
+def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -> None:
     """Refuse an ensemble that cannot be, without images or weights.
 
     Args:
@@ -131,9 +131,11 @@ def check_ensemble(cfg: CfgNode, method: Method) -> None:
             raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")
         return
     if moved and not entry.alpha:
-        raise UserError(f"ensemble_alpha {alpha:g}: ensemble {name} does not read it; {_who('alpha')} do")
+        raise UserError(
+            f"ensemble_alpha {alpha:g}: ensemble {name} does not read it; {_who(lambda entry: entry.alpha)} do"
+        )
     if cfg.ensemble_runs and not entry.runs:
-        raise UserError(f"ensemble_runs: ensemble {name} does not read it; {_who('runs')} does")
+        raise UserError(f"ensemble_runs: ensemble {name} does not read it; {_who(lambda entry: entry.runs)} does")
     if entry.runs and not cfg.ensemble_runs:
         raise UserError(f"ensemble {name} is of several finished runs: name the others with ensemble_runs")
     if cfg.zero_shot:
@@ -145,7 +147,7 @@ def check_ensemble(cfg: CfgNode, method: Method) -> None:
     if entry.start and cfg.init_head is None and not (cfg.after and _keeps_start(method)):
         raise UserError(RANDOM)
     if entry.text:
-        _check_text(cfg)
+        _check_text(cfg, class_names)
 
 
 def _keeps_start(method: Method) -> bool:
@@ -153,15 +155,14 @@ def _keeps_start(method: Method) -> bool:
     return method.starts_where_earlier_run_ended and not method.discards("model.head.")
 
 
-def _who(reads: str) -> str:
-    return " and ".join(name for name, each in ENSEMBLES.items() if getattr(each, reads))
+def _who(reads: Callable[[Ensemble], bool]) -> str:
+    return " and ".join(name for name, entry in ENSEMBLES.items() if reads(entry))
 
 
-def _check_text(cfg: CfgNode) -> None:
+def _check_text(cfg: CfgNode, class_names: tuple[str, ...]) -> None:
     """Refuse a backbone without text tower, as zero-shot itself does."""
-    names = build_info(cfg).class_names
     try:
         with torch.device("meta"):
-            build_model(zero_shot_of(cfg), names)
+            build_model(zero_shot_of(cfg), class_names)
     except UserError as error:
         raise UserError(f"ensemble {cfg.ensemble}: {error}") from error

@@ -34,6 +34,7 @@ class Encoder(StagedModule):
         tuners: the modules that tuners have inserted.
         parts: what `partial` counts: blocks of a transformer, stages of a residual network; may be empty.
         experts: how many branches there are.
+        projection: weight [d, D] that the encoder applies to its feature in the end; None: none.
     """
 
     net: Any
@@ -45,6 +46,7 @@ class Encoder(StagedModule):
         self.net = net.eval()
         self.tuners = nn.ModuleDict()
         self.experts = 1
+        self.projection: nn.Parameter | None = None
         self._trained_batch_norms: list[nn.Module] = []
         self._peft_layers: list[Any] = []
         self._peft_draws = self._is_frozen = self._batch_norms_follow = False

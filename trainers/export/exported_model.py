@@ -124,7 +124,7 @@ def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
 def before_head(subject: ExportedModel) -> list[str]:
     """What happens to the features of the plain network before the head, line by line in Python."""
     lines = ["features = features * head['feature_scale'] + head['feature_shift']"] if feature_affine(subject) else []
-    if getattr(subject.encoder, "projection", None) is not None:
+    if subject.encoder.projection is not None:
         lines.append("features = features @ head['projection'].T")
     return lines
 
@@ -149,7 +149,7 @@ def affine_of(host: GenericEncoder) -> tuple[Tensor, Tensor]:
 def save_head(subject: ExportedModel, folder: Path) -> None:
     """The head's own tensors, and those of `before_head`."""
     state = dict(subject.head.state_dict())
-    if getattr(subject.encoder, "projection", None) is not None:
+    if subject.encoder.projection is not None:
         state["projection"] = subject.encoder.projection
     if affine := feature_affine(subject):
         state |= dict(zip(("feature_scale", "feature_shift"), affine, strict=True))

@@ -12,7 +12,6 @@ from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import BACKBONE, ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import ID, Numbering
 from tailtune.trainers.methods import Method
-from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
 from tailtune.trainers.storage.checkpoint import check_fit
 
 NAMES = (
@@ -52,7 +51,7 @@ def load(file: ForeignCheckpoint, method: Method, numbering: Numbering | None = 
     notes: list[str] = []
     for prefix, note in LEFT_OUT.items():
         kept = {name: each for name, each in state.items() if not name.startswith(prefix)}
-        if len(kept) < len(state) and not (prefix == ASKS and isinstance(method, ExpertAssignment)):
+        if len(kept) < len(state) and not (prefix == ASKS and not method.asks_every_expert):
             state, notes = kept, [*notes, note]
     tensors, own = dict(_renamed(state)), dict(_own(method))
     remedy = "give the backbone, num_experts, expert_split, reduce_dimension, classifier and data of that training"
@@ -93,6 +92,6 @@ def _is_cosine(state: Mapping[str, Tensor]) -> bool:
 def _own(method: Method) -> Iterator[tuple[str, Tensor]]:
     """What a file has to hold: the model, and what decides about experts."""
     yield from ((f"model.{name}", each) for name, each in method.model.state_dict().items())
-    if isinstance(method, ExpertAssignment):
+    if not method.asks_every_expert:
         for part in ("hidden", "output"):
             yield from method.get_submodule(part).state_dict(prefix=f"{part}.").items()

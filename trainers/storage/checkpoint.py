@@ -52,7 +52,7 @@ def fingerprint(model: ClassificationModel) -> str:
         return found
     projection = model.text.projection
     if projection is None:  # the encoder projects itself, or is projected within
-        projection = getattr(model.encoder, "projection", None)
+        projection = model.encoder.projection
     state = {**model.text.weights(), **({} if projection is None else {"projection": projection})}
     return f"{found}.{_digest(state)}"
 

@@ -69,7 +69,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
             if cfg.resume and folder.finished():  # what was not was validated with all its stages
-                on_main(accelerator, lambda: validate([cfg], counts=folder.class_counts(), trains=False, here=True))
+                on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
             _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
@@ -85,6 +85,11 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
     finally:
         detach_file()
         lock.release()
+
+
+def _validate_evaluation(cfg: CfgNode, folder: RunFolder) -> None:
+    """Refuse what cannot be made of a finished run, by the class counts that it was trained with."""
+    validate([cfg], counts=folder.class_counts(), trains=False)
 
 
 def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[StoredSplits | None, Decision]:

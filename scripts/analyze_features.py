@@ -18,7 +18,7 @@ from tailtune.configs import CfgNode, UserError, load_configs
 from tailtune.datasets import build_data
 from tailtune.main import Parser, exit_code_of, split_arguments
 from tailtune.models import resolve
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary
 from tailtune.trainers.options import declared
 from tailtune.trainers.processes.console_log import start_console
@@ -107,7 +107,7 @@ def analyze(cfg: CfgNode) -> Path:
 
 def _written(cfg: CfgNode, folder: RunFolder) -> Path:
     """Write the pictures and their means; this process holds the run folder."""
-    accelerator = make_accelerator(cfg)
+    accelerator = make_accelerator(Devices.of(cfg))
     data = build_data(cfg, folder.kept(), folder.class_counts())
     method = trained_method(cfg, folder.evaluated, data, accelerator)
     log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")

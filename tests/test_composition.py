@@ -30,9 +30,10 @@ from tailtune.scripts.make_composition import (
     tried,
     words,
 )
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.ensembles import ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
+from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Earlier
 from tailtune.trainers.optim import Plan, build_optimizer
@@ -112,7 +113,7 @@ class Training:
     def __init__(self, cfg: CfgNode, data: DataBundle, earlier: Earlier | None = None) -> None:
         self.cfg, self.method = cfg, make_method(cfg, data.info)
         self.base = fingerprint(self.method.model)
-        prepare_head(self.method, data, make_accelerator(cfg), 64, 0)
+        prepare_head(self.method, data, make_accelerator(Devices.of(cfg)), 64, 0)
         if earlier is not None:
             self.method.after(earlier)
         self.begin()
@@ -207,11 +208,12 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
 
 def evaluated(cfg: CfgNode, run: Training, data: DataBundle) -> dict[str, Any]:
     """metrics.json of the evaluation that the row asks for."""
-    accelerator, folder = make_accelerator(cfg), RunFolder(cfg)
+    accelerator, folder = make_accelerator(Devices.of(cfg)), RunFolder(cfg)
     plan = Decision(trains=False, target=folder.path / "tests" / "row")
     finished = FinishedRun(cfg, folder, run.method, data, accelerator, run.base)
-    method, _ = ensembled(finished)
-    Evaluation(cfg, accelerator, folder, plan).from_images(method, data, {"data": "", "model": "", "seed": 0})
+    method, _ = ensembled(finished, cfg.ensemble)
+    evaluation = Evaluation(EvaluationPlan.of(cfg), Builders.of(cfg, folder, False), accelerator, folder, plan)
+    evaluation.from_images(method, data, {"data": "", "model": "", "seed": 0})
     return read_json(plan.target / "metrics.json")
 
 

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from tailtune.datasets import build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.zero_shot_ensembles import WithZeroShot, pretraining_prior, zero_shot_of
 from tailtune.trainers.head_preparation import prepare_head
@@ -190,7 +190,7 @@ def test_logits_of_each_expert_and_zero_shot(experts: str, launch: Cli) -> None:
 @torch.no_grad()
 def zero_shot_logits(cfg: CfgNode) -> tuple[Tensor, Tensor]:
     """Of the training images as they are, and their labels."""
-    data, accelerator = build_data(cfg), make_accelerator(cfg)
+    data, accelerator = build_data(cfg), make_accelerator(Devices.of(cfg))
     method = make_method(zero_shot_of(cfg), data.info)
     prepare_head(method, data, accelerator, 64, 0)
     batches = list(eval_loader(data.train_unaugmented, 64, 0))

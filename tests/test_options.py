@@ -43,7 +43,7 @@ from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts.make_options import FILE, render
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
@@ -253,7 +253,7 @@ def first_head(cfg: CfgNode) -> Any:
     """The head's weight before the first step."""
     data = build_data(cfg)
     model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
-    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(cfg), 64, 0)
+    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(Devices.of(cfg)), 64, 0)
     return model.head.get_parameter("weight")
 
 
@@ -307,7 +307,7 @@ def decays(cfg: CfgNode) -> Any:
 
 
 def cudnn(cfg: CfgNode) -> Any:
-    make_accelerator(cfg)
+    make_accelerator(Devices.of(cfg))
     return {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
 
 
@@ -317,7 +317,7 @@ def device(cfg: CfgNode) -> Any:
     cuda = mock.patch.multiple("torch.cuda", is_available=lambda: True, device_count=lambda: 2, set_device=used.append)
     rest = mock.patch.multiple("tailtune.trainers.distributed", Accelerator=mock.DEFAULT, set_seed=mock.DEFAULT)
     with cuda, rest, mock.patch.dict("os.environ"):
-        make_accelerator(cfg)
+        make_accelerator(Devices.of(cfg))
         return {"told": os.environ.get("ACCELERATE_TORCH_DEVICE"), "current": used}
 
 

@@ -132,6 +132,30 @@ def test_the_trainers_name_no_method() -> None:
                 assert not named, f"{path} line {node.lineno} names the method '{node.value}'"
 
 
+SEES_THE_CONFIG = {
+    **dict.fromkeys(("run.py", "dry_run.py", "validation.py"), "an entry: it calls the builders"),
+    "methods/__init__.py": "build_method, a builder",
+    "optim.py": "Plan.of and the checks of its options",
+    "runs/load_run.py": "it builds the models of finished runs",
+    "runs/run_folder.py": "it writes config.yaml and compares a command with it",
+    "export/run_command.py": "it writes a config as a command",
+    "evaluation/zero_shot_ensembles.py": "it builds the zero-shot classifier of a run's config",
+}
+"""File of trainers/ whose functions may take a whole config → why. Elsewhere only a dataclass's `of` reads one."""
+
+
+def test_a_config_is_seen_by_few() -> None:
+    trainers, seen = ROOT / "trainers", set()
+    for path in (path for path in FILES if path.is_relative_to(trainers)):
+        name = path.relative_to(trainers).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                kinds = [ast.unparse(each.annotation) for each in node.args.args if each.annotation is not None]
+                if "CfgNode" in kinds and node.name != "of":
+                    seen.add(name)
+    assert seen == SEES_THE_CONFIG.keys()
+
+
 def test_every_module_says_what_it_is_for() -> None:
     silent = [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert not silent

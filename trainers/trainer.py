@@ -217,8 +217,9 @@ class Trainer:
     def _save(self, run: _Run) -> None:
         """The whole state; every rank contributes its own random state and counters."""
         run.report.epochs = run.report.steps // run.sampler.steps
-        for name, count in zip(("images", "bad_images"), run.images.tolist(), strict=True):
-            setattr(run.report, name, getattr(run.report, name) + int(count))
+        images, bad_images = map(int, run.images.tolist())
+        run.report.images += images
+        run.report.bad_images += bad_images
         run.images.zero_()
         if run.report.bad_images and not run.report.images:
             raise UserError(

@@ -20,8 +20,8 @@ from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
 from tailtune.models.tuners.peft_table import PEFTS, uses_dropout
 from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.evaluation.adaptation import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.losses import LOSSES
@@ -79,8 +79,8 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(ShiftOptions, "Test distributions")
     yield from declarations(DirichletOptions, "Test distributions", "dirichlet", separator="_")
     yield from declarations(AdaptOptions, "Test-time adaptation")
-    for name, learner in ADAPTS.items():
-        yield from declarations(learner.Options, "Test-time adaptation", name)
+    for name, adaptation in ADAPTS.items():
+        yield from declarations(adaptation.Options, "Test-time adaptation", name)
     yield from declarations(TargetOptions, "Target prior")
     yield from declarations(EnsembleOptions, "Ensembles")
     for name, ensemble in ENSEMBLES.items():

@@ -13,11 +13,19 @@ from tailtune.datasets import DataBundle, DataInfo
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
+from tailtune.trainers.evaluation.adaptation import ADAPTS, UnlabelledTest
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, adapt
-from tailtune.trainers.evaluation.inference import LOGITS, VAL_LOGITS, Logits, infer, save_logits, stored_logits
+from tailtune.trainers.evaluation.inference import (
+    LOGITS,
+    VAL_LOGITS,
+    Logits,
+    infer,
+    rows_of,
+    save_logits,
+    stored_logits,
+)
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
@@ -145,13 +153,17 @@ class Evaluation:
             log.info("views of the test images, pass %d", number + 1)
             return infer(predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number)
 
-        shifts = [each for each in shifts if each.name in measured]
-        learnt = adapt(ADAPTS[plan.adapt], plan.recipe, plain, shifts, passes, self.accelerator)
-        for name, learner in learnt.items():
-            metrics = evaluate(*learner.predictions(), data.info.groups)
+        distributions = [distribution for distribution in shifts if distribution.name in measured]
+        test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
+        adapted = ADAPTS[plan.adapt].run(test, plan.adapt_options)
+        if plain is None:
+            return
+        for name, predictions in adapted.items():
+            labels = plain.labels[rows_of(plain, predictions.positions)]
+            metrics = evaluate(predictions.logits, labels, data.info.groups)
             predictors = measured[name]["predictors"]
             gain = metrics["accuracy"] - predictors["plain"]["accuracy"]
-            predictors[plan.adapt] = {**metrics, "gain": gain, **learner.facts()}
+            predictors[plan.adapt] = {**metrics, "gain": gain, **predictions.facts}
 
     def _aim(
         self, found: Logits, val: Logits | None, shifts: Sequence[TestDistribution], info: DataInfo, measured: Results

@@ -9,16 +9,11 @@ from typing import Any
 from yacs.config import CfgNode
 
 from tailtune.configs.key import TEST, TRAIN
-from tailtune.configs.schema import SCHEMA
+from tailtune.configs.schema import Schema, schema_of
 
 Values = Mapping[str, Any]
 MAX_NAME_CHARACTERS = 120
 """A longer name is cut and gets a digest."""
-
-
-def class_of(key: str) -> str:
-    """The class of an option: `train`, `test` or `runtime`. The options of a method are of class `train`."""
-    return SCHEMA[key].cls if key in SCHEMA else TRAIN
 
 
 def values_of(cfg: CfgNode, *classes: str) -> dict[str, Any]:
@@ -37,7 +32,7 @@ def values_of(cfg: CfgNode, *classes: str) -> dict[str, Any]:
             flat.update({f"{key}.{name}": option for name, option in value.items()})
         else:
             flat[key] = value
-    return {key: value for key, value in flat.items() if not classes or class_of(key) in classes}
+    return {key: value for key, value in flat.items() if not classes or schema_of(cfg)[key].cls in classes}
 
 
 def config_hash(cfg: CfgNode) -> str:
@@ -52,6 +47,7 @@ def config_hash(cfg: CfgNode) -> str:
     Returns:
         16 hexadecimal digits.
     """
+    schema = schema_of(cfg)
     used = [cfg.method]
     while (inner := cfg.get(used[-1], {}).get("inner")) and inner not in used:
         used.append(inner)
@@ -59,12 +55,12 @@ def config_hash(cfg: CfgNode) -> str:
     kept = {
         key: value
         for key, value in values.items()
-        if (value != SCHEMA[key].default if key in SCHEMA else key.partition(".")[0] in used)
+        if (schema[key].method in used if schema[key].method else value != schema[key].default)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_name(chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:
+def run_name(schema: Schema, chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:
     """The name of a run's folder: `<data>_<model>_<changed train options>`, sorted, of limited length.
 
     Args:
@@ -75,7 +71,7 @@ def run_name(chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:
     Returns:
         A name of letters, digits and `.,@_-`.
     """
-    changed = _changed(chosen, base, TRAIN)
+    changed = _changed(schema, chosen, base, TRAIN)
     if chosen["coupled_micro"] != base["coupled_micro"]:
         changed = sorted([*changed, f"micro_batch_size_{_text(chosen['micro_batch_size'])}"])
     names = (re.sub(r"[^\w.,@-]+", "-", chosen[kind]) for kind in ("data", "model"))
@@ -83,7 +79,7 @@ def run_name(chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:
     return "_".join(part for part in (*names, _join(changed + of_earlier_stage)) if part)
 
 
-def test_key(chosen: Values, base: Values) -> str:
+def test_key(schema: Schema, chosen: Values, base: Values) -> str:
     """The name of an evaluation: its changed `test` options, or `default` if there are none.
 
     It begins with `train` if the training images are evaluated, and ends with `of_…` if the checkpoint is another
@@ -93,17 +89,17 @@ def test_key(chosen: Values, base: Values) -> str:
         chosen: the options of the run.
         base: the options as the data and model configs set them, without the command line.
     """
-    parts = _changed({**chosen, "test_train": base["test_train"]}, base, TEST)
+    parts = _changed(schema, {**chosen, "test_train": base["test_train"]}, base, TEST)
     parts = ["train", *parts] if chosen["test_train"] else parts
     parts = [*parts, f"of_{_text(chosen['model_dir'])}"] if chosen["model_dir"] else parts
     return _join(parts) or "default"
 
 
-def _changed(chosen: Values, base: Values, cls: str) -> list[str]:
+def _changed(schema: Schema, chosen: Values, base: Values, cls: str) -> list[str]:
     changed = (
         key
         for key in sorted(chosen)
-        if class_of(key) == cls and chosen[key] != base.get(key) and not (key in SCHEMA and SCHEMA[key].internal)
+        if schema[key].cls == cls and chosen[key] != base.get(key) and not schema[key].internal
     )
     return [f"{key}_{_text(chosen[key])}" for key in changed]
 

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError, lookup
 from tailtune.datasets.data_bundle import DataBundle, DataInfo, View
+from tailtune.datasets.data_settings import DataFolders, DataSettings, SplitSettings
 from tailtune.datasets.images.transforms import (
     Transform,
     eval_transform,
@@ -21,7 +22,6 @@ from tailtune.datasets.images.transforms import (
     unaugmented_transform,
 )
 from tailtune.datasets.long_tail import capped_counts, check_hold_out, shot_groups
-from tailtune.datasets.options import DataFolders, DataOptions, SplitOptions
 from tailtune.datasets.sources.available_images import Outline
 from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.datasets.splits.choose_splits import choose_splits, make_records
@@ -30,7 +30,7 @@ from tailtune.datasets.splits.unreadable_images import check_readable, drop_from
 from tailtune.datasets.table import DATASETS
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 
 __all__ = [
     *("DATASETS", "DataBundle", "DataInfo", "View"),
@@ -53,7 +53,7 @@ def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
     """
     for key in ("augment", "adapt_views"):  # only to refuse unknown names, which a dry run reports, too
         train_transform(cfg[key], cfg.resolution, cfg.interpolation, key)
-    return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(DataOptions.of(cfg)), counts)
+    return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(DataSettings.of(cfg)), counts)
 
 
 def build_records(cfg: CfgNode, stored: StoredSplits | None = None) -> tuple[dict[str, Record], ChosenSplits | None]:
@@ -70,10 +70,10 @@ def build_records(cfg: CfgNode, stored: StoredSplits | None = None) -> tuple[dic
         MissingData: a list or folder does not exist.
         UserError: as `build_info`.
     """
-    entry, options = lookup(DATASETS, cfg.dataset, "dataset"), SplitOptions.of(cfg)
+    entry, options = lookup(DATASETS, cfg.dataset, "dataset"), SplitSettings.of(cfg)
     if entry.built_in:
         return {name: Record.built_in(cfg.dataset) for name in ("train", "test", "val")}, None
-    chosen, _ = inspect_splits(choose_splits(options, entry.load(DataOptions.of(cfg)), stored), read_headers=False)
+    chosen, _ = inspect_splits(choose_splits(options, entry.load(DataSettings.of(cfg)), stored), read_headers=False)
     chosen = drop_from_train(chosen, stored.unreadable if stored else ())
     return make_records(options, chosen, stored), chosen
 
@@ -91,8 +91,8 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         UnreadableImages: some files are not images, and the option `on_bad_image` is not `skip`.
     """
     augmented = train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
-    options, skip = SplitOptions.of(cfg), cfg.on_bad_image == "skip"
-    available = lookup(DATASETS, cfg.dataset, "dataset").load(DataOptions.of(cfg))
+    options, skip = SplitSettings.of(cfg), cfg.on_bad_image == "skip"
+    available = lookup(DATASETS, cfg.dataset, "dataset").load(DataSettings.of(cfg))
     names = available.outline.class_names
     chosen = check_readable(choose_splits(options, available, stored), stored, names, skip)
     train, test, val = chosen.by_name["train"], chosen.by_name["test"], chosen.by_name.get("val")
@@ -117,14 +117,14 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         test_views=View(tested.source, tested.indices, repeated(for_adapting, 2), cfg.adapt_seed, skip),
         val=None if val is None else view(val, for_test).limited(cfg.max_test_images),
         # Built before training, so that a wrong list file is refused before it.
-        test_distributions=build_distributions(DistributionOptions.of(cfg), info, tested.labels),
+        test_distributions=build_distributions(DistributionSettings.of(cfg), info, tested.labels),
         records=make_records(options, chosen, stored),
         splits=chosen,
     )
 
 
 def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None) -> DataInfo:
-    distribution_names(DistributionOptions.of(cfg))  # only to refuse wrong ones
+    distribution_names(DistributionSettings.of(cfg))  # only to refuse wrong ones
     if len(outline.class_names) < 2:
         only_class = ", ".join(outline.class_names)
         raise UserError(f"the data of '{cfg.data}' have only one class ({only_class}); give at least two classes")

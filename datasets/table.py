@@ -11,8 +11,8 @@ import numpy as np
 
 from tailtune.configs import FOLDER
 from tailtune.configs.errors import UserError, prefix_errors
+from tailtune.datasets.data_settings import DataSettings
 from tailtune.datasets.long_tail import check_hold_out
-from tailtune.datasets.options import DataOptions
 from tailtune.datasets.sources import cifar, digits, fake, image_list, inaturalist
 from tailtune.datasets.sources.available_images import RGB, AvailableImages, Outline
 from tailtune.datasets.sources.image_folder import class_folders, read_folder
@@ -27,9 +27,9 @@ log = logging.getLogger("tailtune")
 class DatasetEntry:
     """How a data set is loaded."""
 
-    outline: Callable[[DataOptions], Outline]
+    outline: Callable[[DataSettings], Outline]
     """Gives the facts about the data; needs neither images nor network."""
-    load: Callable[[DataOptions], AvailableImages]
+    load: Callable[[DataSettings], AvailableImages]
     """Finds the images, and downloads them if this is possible."""
     built_in: bool = False
     """The images come from a library and cannot change."""
@@ -44,52 +44,52 @@ class SplitListings(NamedTuple):
     val: Listing | None
 
 
-def _cifar_outline(options: DataOptions) -> Outline:
+def _cifar_outline(options: DataSettings) -> Outline:
     names = cifar.CLASS_NAMES[options.dataset]
     _check_built_in(options, len(names))
     return Outline(names, [cifar.TRAIN_IMAGES // len(names)] * len(names), cifar.MEAN, cifar.STD)
 
 
-def _load_cifar(options: DataOptions) -> AvailableImages:
+def _load_cifar(options: DataSettings) -> AvailableImages:
     outline = _cifar_outline(options)
     return AvailableImages(outline, *cifar.load_cifar(options.dataset, options.folders.image_root()))
 
 
-def _digits_outline(options: DataOptions) -> Outline:
+def _digits_outline(options: DataSettings) -> Outline:
     return _load_digits(options).outline
 
 
-def _load_digits(options: DataOptions) -> AvailableImages:
+def _load_digits(options: DataSettings) -> AvailableImages:
     _check_built_in(options, len(digits.CLASS_NAMES))
     train, test = digits.digit_sources()
     return AvailableImages(Outline(digits.CLASS_NAMES, _counts_of(train.labels), HALF, HALF), train, test)
 
 
-def _fake_outline(options: DataOptions) -> Outline:
+def _fake_outline(options: DataSettings) -> Outline:
     num_classes = options.num_classes or 10
     fake.check_num_classes(num_classes)
     _check_built_in(options, num_classes)
     return Outline(_placeholders(num_classes), [fake.TRAIN_PER_CLASS] * num_classes, HALF, HALF)
 
 
-def _load_fake(options: DataOptions) -> AvailableImages:
+def _load_fake(options: DataSettings) -> AvailableImages:
     outline = _fake_outline(options)
     return AvailableImages(outline, *fake.fake_sources(len(outline.class_names)))
 
 
-def _list_outline(options: DataOptions) -> Outline:
+def _list_outline(options: DataSettings) -> Outline:
     return _outline_from_counts(options) if options.class_counts else _read_lists(options).outline
 
 
-def _load_list(options: DataOptions) -> AvailableImages:
+def _load_list(options: DataSettings) -> AvailableImages:
     return _with_images(options, _read_lists(options))
 
 
-def _folder_outline(options: DataOptions) -> Outline:
+def _folder_outline(options: DataSettings) -> Outline:
     return _read_folders(options).outline
 
 
-def _load_folder(options: DataOptions) -> AvailableImages:
+def _load_folder(options: DataSettings) -> AvailableImages:
     return _with_images(options, _read_folders(options))
 
 
@@ -106,7 +106,7 @@ DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(
 """Entries of the option `dataset`."""
 
 
-def _read_lists(options: DataOptions) -> SplitListings:
+def _read_lists(options: DataSettings) -> SplitListings:
     if not options.train_list:
         raise UserError("dataset ImageList: set `train_list` to the list file of the training images")
     folders = options.folders.for_lists()
@@ -127,7 +127,7 @@ def _read_lists(options: DataOptions) -> SplitListings:
     return _checked(options, names, train, test, val)
 
 
-def _read_folders(options: DataOptions) -> SplitListings:
+def _read_folders(options: DataSettings) -> SplitListings:
     _refuse(options, "train_list", "test_list", "val_list", "label_field", "class_counts")
     root = options.folders.image_root()
     classes = class_folders(root / "train")
@@ -138,7 +138,7 @@ def _read_folders(options: DataOptions) -> SplitListings:
     return _checked(options, names, train, test, val)
 
 
-def _class_names(options: DataOptions, data_names: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:
+def _class_names(options: DataSettings, data_names: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:
     """The class names that the option `classnames` asks for; `data_names` are those that the data contain, if any."""
     if options.classnames == "imagenet":
         return image_list.imagenet_names()
@@ -154,7 +154,7 @@ def _class_names(options: DataOptions, data_names: tuple[str, ...] | None, num_c
     return data_names or _placeholders(num_classes)
 
 
-def _check_names(options: DataOptions, names: tuple[str, ...], num_classes: int) -> None:
+def _check_names(options: DataSettings, names: tuple[str, ...], num_classes: int) -> None:
     if options.classnames and options.num_classes is None and len(names) != num_classes:
         raise UserError(
             f"classnames {options.classnames}: {len(names)} names for {num_classes} classes; give one line per class"
@@ -162,7 +162,7 @@ def _check_names(options: DataOptions, names: tuple[str, ...], num_classes: int)
 
 
 def _checked(
-    options: DataOptions, names: tuple[str, ...], train: Listing, test: Listing | None, val: Listing | None
+    options: DataSettings, names: tuple[str, ...], train: Listing, test: Listing | None, val: Listing | None
 ) -> SplitListings:
     """The listings, after a check of the number of classes and of the splits."""
     _check_num_classes(options, len(names))
@@ -178,7 +178,7 @@ def _checked(
     return SplitListings(_outline(options, names, counts), train, test, val)
 
 
-def _with_images(options: DataOptions, listings: SplitListings) -> AvailableImages:
+def _with_images(options: DataSettings, listings: SplitListings) -> AvailableImages:
     """The images that the listings name, after a check that their folder is right."""
     outline, train, test, val = listings
     if options.class_counts and _outline_from_counts(options).available != outline.available:
@@ -191,7 +191,7 @@ def _with_images(options: DataOptions, listings: SplitListings) -> AvailableImag
     )
 
 
-def _outline_from_counts(options: DataOptions) -> Outline:
+def _outline_from_counts(options: DataSettings) -> Outline:
     """The facts that the file of class counts gives without the lists. Most class names are placeholders then."""
     assert options.class_counts
     shipped = FOLDER / "data"
@@ -207,14 +207,14 @@ def _outline_from_counts(options: DataOptions) -> Outline:
     return _outline(options, names, [count - options.test_per_class for count in counts])
 
 
-def _outline(options: DataOptions, names: tuple[str, ...], available: list[int]) -> Outline:
+def _outline(options: DataSettings, names: tuple[str, ...], available: list[int]) -> Outline:
     """The facts, with the pixel statistics of iNaturalist, or of ImageNet for any other photographs."""
     if options.label_field:
         return Outline(names, available, inaturalist.MEAN, inaturalist.STD)
     return Outline(names, available, image_list.IMAGENET_MEAN, image_list.IMAGENET_STD)
 
 
-def _check_built_in(options: DataOptions, num_classes: int) -> None:
+def _check_built_in(options: DataSettings, num_classes: int) -> None:
     """Refuse options that would change a data set with fixed splits and names."""
     _check_num_classes(options, num_classes)
     _refuse(
@@ -222,13 +222,13 @@ def _check_built_in(options: DataOptions, num_classes: int) -> None:
     )
 
 
-def _check_num_classes(options: DataOptions, num_classes: int) -> None:
+def _check_num_classes(options: DataSettings, num_classes: int) -> None:
     if options.num_classes not in (None, num_classes):
         given = f"num_classes {options.num_classes}"
         raise UserError(f"{given}: data '{options.data}' have {num_classes} classes; leave num_classes out")
 
 
-def _check_test(options: DataOptions, has_test: bool) -> None:
+def _check_test(options: DataSettings, has_test: bool) -> None:
     if has_test and options.test_per_class:
         raise UserError(
             f"test_per_class {options.test_per_class}: the data have a test split already; set test_per_class 0"
@@ -239,7 +239,7 @@ def _check_test(options: DataOptions, has_test: bool) -> None:
         raise UserError(f"no test split: {remedy}, or set `test_per_class` to hold training images out")
 
 
-def _refuse(options: DataOptions, *keys: str) -> None:
+def _refuse(options: DataSettings, *keys: str) -> None:
     values = vars(options)
     for key in keys:
         if values[key]:

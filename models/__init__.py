@@ -6,6 +6,7 @@ from torch import nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup, prefix_errors
+from tailtune.configs.option import options_from
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import Backbone, ExpertSplit, PixelStats
 from tailtune.models.backbones.encoder import Encoder
@@ -18,12 +19,12 @@ from tailtune.models.heads.expert_heads import ExpertHeads
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.models.tuners.table import TUNERS, Sizes, add_tuners, bottleneck_dim, mask_ratio
+from tailtune.models.tuners.table import TUNERS, add_tuners
+from tailtune.models.tuners.tuner_options import TunerOptions
 
-__all__ = ["BACKBONES", "ClassificationModel", "build_model", "find_backbone", "resolve", "sizes_of"]
+__all__ = ["BACKBONES", "ClassificationModel", "build_model", "find_backbone", "resolve", "tuner_options"]
 
 HALF = (0.5, 0.5, 0.5)
-VPT_LEN = 10
 
 
 def build_model(
@@ -64,7 +65,8 @@ def build_model(
     if cfg.zero_shot:
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:
-        add_tuners(encoder, tuners, sizes_of(cfg, len(class_names), encoder), cfg.partial, cfg.seed)
+        options = tuner_options(cfg, len(class_names), encoder)
+        add_tuners(encoder, {name: each for name, each in options.items() if name in tuners}, cfg.partial, cfg.seed)
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
     encoder.set_precision()
@@ -96,22 +98,13 @@ def resolve(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def sizes_of(cfg: CfgNode, classes: int, encoder: Encoder) -> Sizes:
-    """The sizes of tuners, such as the LoRA rank: from the config, or by LIFT's rules where it leaves them open.
-
-    Args:
-        cfg: a config.
-        classes: number of classes.
-        encoder: the encoder on which the tuners will act.
-    """
-    share = mask_ratio(classes, encoder.depth, encoder.feature_dim) if cfg.mask_ratio is None else cfg.mask_ratio
-    return Sizes(
-        bottleneck=cfg.adapter_dim or bottleneck_dim(classes, encoder.depth),
-        prompts=cfg.vpt_len or VPT_LEN,
-        mask_ratio=share,
-        mask_seed=cfg.mask_seed or 0,
-        adaptformer_scale=None if cfg.adaptformer_scale == "learnable" else cfg.adaptformer_scale,
-    )
+def tuner_options(cfg: CfgNode, classes: int, encoder: Encoder) -> dict[str, TunerOptions]:
+    """Tuner → its options, for all tuners; LIFT's rules where the config leaves them open."""
+    sizes = (classes, encoder.depth, encoder.feature_dim)
+    return {
+        name: options_from(type(tuner.options), cfg, name, separator="_").filled(*sizes)
+        for name, tuner in TUNERS.items()
+    }
 
 
 def _zero_shot_head(cfg: CfgNode, backbone: Backbone, tuners: Sequence[str], classes: int) -> nn.Module:

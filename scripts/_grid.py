@@ -30,9 +30,9 @@ from typing import Any
 
 from tailtune.configs import CfgNode, describe, load_configs
 from tailtune.configs.errors import UserError, lookup, unknown
-from tailtune.configs.schema import SCHEMA
 from tailtune.configs.yaml_reader import read_yaml
-from tailtune.main import split_words
+from tailtune.main import split_arguments
+from tailtune.trainers.training_options import TrainingOptions
 
 FOLDER = Path(__file__).resolve().parent / "grids"
 METRICS = ("accuracy", "many_acc", "med_acc", "few_acc")
@@ -157,9 +157,9 @@ def check_metrics(metrics: Sequence[str]) -> None:
 def config(words: Sequence[str]) -> CfgNode:
     """The resolved config of a command, from its words behind `python main.py`."""
     from tailtune.models import resolve
-    from tailtune.trainers.methods import declared
+    from tailtune.trainers.options import declared
 
-    flags, pairs = split_words(words)
+    flags, pairs = split_arguments(words)
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
 
 
@@ -199,7 +199,7 @@ def select(args: argparse.Namespace) -> tuple[Grid, list[int]]:
 
 def _seed(seed: int) -> list[str]:
     """The words for a seed; none for the default seed, so that a command reads like the original's."""
-    return [] if seed == SCHEMA["seed"].default else ["seed", str(seed)]
+    return [] if seed == TrainingOptions().seed else ["seed", str(seed)]
 
 
 def _values(axis: str, values: Any) -> list[dict[str, str]]:

@@ -24,7 +24,8 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.expert_weights import ADAPTS
 from tailtune.trainers.evaluation.target_prior import TARGETS
-from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.methods import METHODS
+from tailtune.trainers.options import declared
 from tailtune.trainers.validation import validate
 
 ROOT = Path(__file__).resolve().parent.parent

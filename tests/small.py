@@ -1,6 +1,8 @@
 """A ViT of the fixture of LIFT specification §13.6 and a plain formulation of its block to compare the host with."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,40 @@ from torch import Tensor, nn
 
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.heads.head_init import HeadContext
-from tailtune.models.tuners.table import Sizes, add_tuners
+from tailtune.models.tuners.table import TUNERS, add_tuners
+from tailtune.models.tuners.tuner_options import TunerOptions
+from tailtune.trainers.losses import LOSSES, Loss
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 2, 2, 8, 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that tuners are built from, in place of the options of a config."""
+
+    bottleneck: int
+    prompts: int
+    mask_ratio: float = 0.001
+    mask_seed: int = 0
+    adaptformer_scale: float | str = "learnable"
+
+    def of(self, name: str) -> TunerOptions:
+        options = TUNERS[name].options
+        values = {"dim": self.bottleneck, "length": self.prompts, "scale": self.adaptformer_scale}
+        values |= {"ratio": self.mask_ratio, "seed": self.mask_seed}
+        return replace(options, **{field: value for field, value in values.items() if hasattr(options, field)})
+
+
+def put_tuners(host: Any, names: Sequence[str], sizes: Sizes, partial: Any = None, seed: int = 0) -> None:
+    """`add_tuners`, by names and sizes."""
+    add_tuners(host, {name: sizes.of(name) for name in names}, partial, seed)
+
+
+def loss_with(name: str, **values: float) -> Loss:
+    """A loss with those of the options that it has."""
+    loss = LOSSES[name]
+    known = {field: value for field, value in values.items() if hasattr(loss.options, field)}
+    return replace(loss, options=replace(loss.options, **known)) if known else loss
 
 
 def filled(shape: Sequence[int], seed: int, amplitude: float = 0.1, offset: float = 0.0) -> Tensor:
@@ -86,7 +119,7 @@ def tuned(
 ) -> ViTEncoder:
     """The fixture's network, or another, with tuners of bottleneck 4 and 3 prompts, filled as the fixture says."""
     host = ViTEncoder(net or fixture_net(), fast=fast)
-    add_tuners(host, names, Sizes(4, 3, mask_ratio=0.1), partial)
+    put_tuners(host, names, Sizes(4, 3, mask_ratio=0.1), partial)
     fill_tuners(host)
     host.set_precision()
     return host

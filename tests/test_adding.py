@@ -11,7 +11,8 @@ import yaml
 from yacs.config import CfgNode
 
 from tailtune.configs import load_configs
-from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.methods import METHODS
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]

@@ -24,8 +24,9 @@ from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.dry_run import dry_run
-from tailtune.trainers.methods import build_method, declared
+from tailtune.trainers.methods import build_method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
+from tailtune.trainers.options import declared
 from tailtune.trainers.processes.interrupts import Agreement, Interrupted
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
@@ -75,7 +76,7 @@ def test_sizes_with_the_text_tower(name: str, total: int) -> None:
     spec = BACKBONES[name]
     assert isinstance(spec, OpenClipBackbone)
     with torch.device("meta"):
-        clip = spec._clip(spec._config(), spec.inputs().resolution, 0)
+        clip = open_clip.CLIP(**open_clip.get_model_config(spec.arch))
     assert sum(each.numel() for each in clip.parameters()) == total
 
 

@@ -21,7 +21,6 @@ from yacs.config import CfgNode
 
 from tailtune.configs import FOLDER
 from tailtune.configs.errors import UserError
-from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import DATASETS, build_data, build_info
 from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import clean_worker_error, collate, eval_loader, train_loader
@@ -32,11 +31,12 @@ from tailtune.datasets.sources.image_sources import BadImage
 from tailtune.datasets.sources.inaturalist import taxon_labels
 from tailtune.datasets.sources.published_lists import PUBLISHED, published_at
 from tailtune.datasets.splits.unreadable_images import UnreadableImages
+from tailtune.trainers.options import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 """A folder that may hold unpacked local data (`cifar10_jpeg`, `lt_lists`); what is absent is skipped."""
 
-DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}
+DEFAULTS = declared().defaults
 DEFAULTS |= {"expand": 3, "num_workers": 0, "resolution": 28, "interpolation": "bilinear"}
 
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tailtune.datasets import build_data
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.distributions import dirichlet_summary, expected_accuracy, plain_results
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.metrics import evaluate
@@ -151,7 +151,7 @@ def test_a_finished_run_answers_from_its_logits(launch: Cli, config: Any) -> Non
     words = RUN.split()[4:] + ["test_dists", "forward10,backward10"]
     cfg = config("fake_lt", "tiny_clip", *words)
     data = build_data(cfg)
-    for each in build_distributions(DistributionOptions.of(cfg), data.info, data.test.labels):
+    for each in build_distributions(DistributionSettings.of(cfg), data.info, data.test.labels):
         entry = result["distributions"][each.name]
         assert entry["n"] == len(each.positions) == int(each.counts.sum()) and entry["origin"] == each.origin
         classes = [(n, a) for n, a in zip(each.counts.tolist(), result["test"]["per_class_acc"], strict=True)]

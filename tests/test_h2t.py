@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import Cli
+from small import loss_with
 from torch import Tensor, nn
 from trajectories import killed_after, trained
 from yacs.config import CfgNode
@@ -19,11 +20,12 @@ from tailtune.configs.seeding import generator
 from tailtune.datasets import build_info
 from tailtune.models import build_model
 from tailtune.trainers.losses import LOSSES, Prior, log_prior
-from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.methods.base import Objective
 from tailtune.trainers.methods.h2t import channels, fused
 from tailtune.trainers.methods.reslt import ResLT
 from tailtune.trainers.methods.ride import Ride
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import load_checkpoint, save_checkpoint, trained_state
 from tailtune.trainers.validation import check
@@ -109,7 +111,8 @@ def waves() -> tuple[Tensor, Tensor]:
 
 
 def mean(name: str, logits: Tensor) -> float:
-    loss_sum, weight = LOSSES[name](logits, waves()[1], torch.ones(8), Prior(log_prior(COUNTS), COUNTS, scale=30.0))
+    loss, prior = loss_with(name, scale=30.0), Prior(log_prior(COUNTS), COUNTS)
+    loss_sum, weight = loss(logits, waves()[1], torch.ones(8), prior)
     return float(loss_sum / weight)
 
 
@@ -124,7 +127,7 @@ def around(kind: type[Method], loss: str, **options: Any) -> Any:
     """A method around no model: what it makes of logits of three experts."""
     model = nn.Module()
     model.num_experts = 3  # type: ignore[assignment]
-    return kind(model, Objective(COUNTS, LOSSES[loss], scale=30.0), kind.Options(**options))  # type: ignore[arg-type]
+    return kind(model, Objective(COUNTS, loss_with(loss, scale=30.0)), kind.Options(**options))  # type: ignore[arg-type]
 
 
 def batch_of(labels: Tensor, weights: Tensor | None = None) -> dict[str, Any]:

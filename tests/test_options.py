@@ -1,7 +1,8 @@
 """Every option does something: for each key of the table a probe shows an effect beyond the printed config.
 
 A probe names two values and a function that builds or runs with one of them and returns what came of it: parameters,
-learning rates, pixels, counts, files, log lines. The two outcomes differ, and the same value twice gives the same.
+learning rates, pixels, counts, files, log lines. The two outcomes differ; `make test-slow` also looks that the same
+value twice gives the same.
 """
 
 import ast
@@ -28,30 +29,35 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from tailtune.configs import config_hash, load_configs, values_of
+from tailtune.configs.errors import UserError
 from tailtune.configs.key import RUNTIME, TEST, TRAIN
-from tailtune.configs.schema import ALIASES, SCHEMA, SHARED
+from tailtune.configs.option import declarations, option
+from tailtune.configs.schema import Schema
 from tailtune.configs.seeding import seeded
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.loading.samplers import StepSampler
-from tailtune.datasets.sources.fake import fake_sources
 from tailtune.datasets.test_distributions.build import build_distributions
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts.make_options import FILE, render
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.head_preparation import prepare_head
-from tailtune.trainers.methods import METHODS, Method, build_method, declared
+from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.options import TABLES, declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.training_options import TrainingOptions
 
-KEYS = {key: entry for key, entry in SCHEMA.items() if not entry.internal}
+SCHEMA = declared()
+KEYS = {key: SCHEMA[key] for key in SCHEMA.settable() if not SCHEMA[key].method}
+"""What a user may set, without the methods' own options, of which test_contract.py changes each."""
 Words = tuple[object, ...]
-get_tokenizer, fake_sources = cache(open_clip.get_tokenizer), cache(fake_sources)
+get_tokenizer = cache(open_clip.get_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -102,23 +108,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_clip_state() -> dict[str, Tensor]:
     """Other random weights of the embedded backbone than `pretrained none` gives."""
     spec = BACKBONES["TinyCLIP"]
-    assert isinstance(spec, OpenClipBackbone)
+    assert isinstance(spec, OpenClipBackbone) and spec.config is not None
     with seeded("own weights"):
-        return {name: each.contiguous() for name, each in open_clip.CLIP(**spec._config()).state_dict().items()}
+        clip = open_clip.CLIP(**json.loads(spec.config.read_text()))
+        return {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
 
 
 @pytest.fixture(autouse=True)
 def world(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Work beside the files, without run folders, on the CPU; torch's settings are put back.
 
-    What takes most of a probe's time and never differs, reading the tokenizer's table and drawing the images, is done
-    once.
+    The tokenizer's table, which never differs, is read once.
     """
     monkeypatch.chdir(files)
     clear()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
-    monkeypatch.setattr("tailtune.datasets.sources.fake.fake_sources", fake_sources)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
@@ -187,7 +192,7 @@ def fingerprints(cfg: CfgNode) -> Any:
 def shifts(cfg: CfgNode) -> Any:
     """Test sets of other class frequencies."""
     data = build_data(cfg)
-    found = build_distributions(DistributionOptions.of(cfg), data.info, data.test.labels)
+    found = build_distributions(DistributionSettings.of(cfg), data.info, data.test.labels)
     return [(each.name, each.positions.tolist(), each.origin) for each in found]
 
 
@@ -248,7 +253,7 @@ def first_head(cfg: CfgNode) -> Any:
     """The head's weight before the first step."""
     data = build_data(cfg)
     model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
-    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(cfg), 64, 0)
+    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(Devices.of(cfg)), 64, 0)
     return model.head.get_parameter("weight")
 
 
@@ -302,7 +307,7 @@ def decays(cfg: CfgNode) -> Any:
 
 
 def cudnn(cfg: CfgNode) -> Any:
-    make_accelerator(cfg)
+    make_accelerator(Devices.of(cfg))
     return {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
 
 
@@ -312,7 +317,7 @@ def device(cfg: CfgNode) -> Any:
     cuda = mock.patch.multiple("torch.cuda", is_available=lambda: True, device_count=lambda: 2, set_device=used.append)
     rest = mock.patch.multiple("tailtune.trainers.distributed", Accelerator=mock.DEFAULT, set_seed=mock.DEFAULT)
     with cuda, rest, mock.patch.dict("os.environ"):
-        make_accelerator(cfg)
+        make_accelerator(Devices.of(cfg))
         return {"told": os.environ.get("ACCELERATE_TORCH_DEVICE"), "current": used}
 
 
@@ -330,6 +335,21 @@ def ran(cfg: CfgNode, previous: Path | None = None) -> Path:
 
 def result(cfg: CfgNode) -> Any:
     return json.loads((ran(cfg) / "metrics.json").read_text())
+
+
+FINISHED: dict[str, tuple[Path, Path]] = {}
+"""Config → the folder of a finished run and a copy of it, which several probes start from."""
+
+
+def ran_before(cfg: CfgNode) -> Path:
+    """A finished run, as `ran` leaves it; it trains for the first probe only."""
+    if str(cfg) not in FINISHED:
+        copy = Path("finished", str(len(FINISHED))).absolute()
+        FINISHED[str(cfg)] = ran(cfg), copy
+        shutil.copytree(FINISHED[str(cfg)][0], copy)
+    path, copy = FINISHED[str(cfg)]
+    shutil.copytree(copy, path, dirs_exist_ok=True)
+    return path
 
 
 def steps(cfg: CfgNode) -> Any:
@@ -409,7 +429,7 @@ def after(cfg: CfgNode) -> Any:
 def second_command(cfg: CfgNode) -> Any:
     """The same run is finished already; what is there, and what is said, after this command."""
     first = load_configs(cfg.data, cfg.model, ["pretrained", "none", *map(str, ONE)], declared())[-1]
-    ran(first)
+    ran_before(first)
     path = ran(cfg)
     return {
         "evaluations": sorted(each.parent.name for each in path.glob("tests/*/metrics.json")),
@@ -428,7 +448,7 @@ def repeated(cfg: CfgNode) -> Any:
 def another_runs(cfg: CfgNode) -> Any:
     """Logits with the checkpoint of one of two runs."""
     for number in (1, 2):
-        ran(configure(cfg.data, cfg.model, *ONE, "lr", number, "output_dir", f"run{number}"))
+        ran_before(configure(cfg.data, cfg.model, *ONE, "lr", number, "output_dir", f"run{number}"))
     found = load_file(ran(cfg) / "tests" / cfg.test_key / "logits.safetensors")
     return found["row_max"]
 
@@ -436,7 +456,7 @@ def another_runs(cfg: CfgNode) -> Any:
 def ensemble_logits(cfg: CfgNode) -> Any:
     """Logits of an evaluation of a finished run, beside which there are others."""
     for number in range(3):
-        ran(configure(cfg.data, cfg.model, *ONE, "output_dir", f"run{number}", "lr", number + 0.1))
+        ran_before(configure(cfg.data, cfg.model, *ONE, "output_dir", f"run{number}", "lr", number + 0.1))
     found = load_file(ran(cfg) / "tests" / cfg.test_key / "logits.safetensors")
     return found["logits"].float() + found["row_max"].unsqueeze(-1)
 
@@ -601,48 +621,69 @@ def test_every_option_has_a_probe() -> None:
     assert PROBES.keys() == KEYS.keys()
 
 
+Outcome = dict[str, Any]
+DEFAULTS: dict[tuple[object, str], Outcome] = {}
+"""Function and config → outcome of a first value; options with the same first config share it."""
+
+
+def outcome(key: str, value: object) -> Outcome:
+    clear()
+    found = PROBES[key].see(probed(key, value))
+    return found if isinstance(found, dict) else {"": found}
+
+
+def first_outcome(key: str) -> Outcome:
+    given = PROBES[key].see, str(probed(key, PROBES[key].first))
+    if given not in DEFAULTS:
+        DEFAULTS[given] = outcome(key, PROBES[key].first)
+    return DEFAULTS[given]
+
+
 @pytest.mark.parametrize("key", PROBES)
 def test_an_option_has_an_effect(key: str) -> None:
-    outcomes = []
-    for value in (PROBES[key].first, PROBES[key].first, PROBES[key].second):
-        clear()
-        outcomes.append(PROBES[key].see(probed(key, value)))
-    first, again, second = (each if isinstance(each, dict) else {"": each} for each in outcomes)
-    assert all(same(first[name], again[name]) for name in first), "the probe itself is not reproducible"
+    first, second = first_outcome(key), outcome(key, PROBES[key].second)
     assert first.keys() == second.keys() and first
     for name in first:
         assert not same(first[name], second[name]), f"{name or 'the outcome'} is the same for both values"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("key", PROBES)
+def test_a_probe_is_reproducible(key: str) -> None:
+    first, again = (outcome(key, PROBES[key].first) for _ in range(2))
+    assert first.keys() == again.keys() and all(same(first[name], again[name]) for name in first)
+
+
 # --- the table of options itself -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", PROBES)
-def test_a_class_says_which_names_change(key: str) -> None:
+def test_a_class_says_which_names_change() -> None:
     """`train`: the run's name and the hash; `test`: the evaluation's key; `runtime`: none of them."""
-    first, second = (probed(key, value) for value in (PROBES[key].first, PROBES[key].second))
-    changed = {
-        "run_name": first.run_name != second.run_name,
-        "hash": config_hash(first) != config_hash(second),
-        "test_key": first.test_key != second.test_key,
-    }
-    cls = SCHEMA[key].cls
-    names_test = cls == TEST or key == "model_dir"  # an evaluation of another run has a name of its own
-    assert changed == {"run_name": cls == TRAIN, "hash": cls == TRAIN, "test_key": names_test}
+    for key, probe in PROBES.items():
+        first, second = (probed(key, value) for value in (probe.first, probe.second))
+        changed = {
+            "run_name": first.run_name != second.run_name,
+            "hash": config_hash(first) != config_hash(second),
+            "test_key": first.test_key != second.test_key,
+        }
+        cls = SCHEMA[key].cls
+        names_test = cls == TEST or key == "model_dir"  # an evaluation of another run has a name of its own
+        assert changed == {"run_name": cls == TRAIN, "hash": cls == TRAIN, "test_key": names_test}, key
 
 
-@pytest.mark.parametrize("key", SCHEMA)
-def test_an_entry_is_complete(key: str) -> None:
-    entry = SCHEMA[key]
-    assert entry.cls in (TRAIN, TEST, RUNTIME)
-    assert entry.doc and entry.doc == entry.doc.strip() and not entry.doc.endswith(".")
-    if entry.default is not None:
-        assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default))
-        assert not entry.choices or entry.default in entry.choices
-        numbers = entry.default if isinstance(entry.default, list) else [entry.default]
-        assert all(entry.least is None or each >= entry.least for each in numbers)
-        assert all(entry.most is None or each <= entry.most for each in numbers)
-    assert entry.logits or entry.cls == TEST
+def test_an_entry_is_complete() -> None:
+    for key, entry in SCHEMA.items():
+        assert entry.cls in (TRAIN, TEST, RUNTIME), key
+        assert entry.doc[0].isupper() and entry.doc.endswith(".") and len(entry.doc.split()) > 2, f"{key}: a sentence"
+        assert not entry.table or (entry.table in TABLES and not entry.choices), key
+        if entry.default is not None:
+            assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default)), key
+            assert not entry.choices or entry.default in entry.choices, key
+            numbers = entry.default if isinstance(entry.default, list) else [entry.default]
+            assert all(entry.least is None or number >= entry.least for number in numbers), key
+            assert all(entry.most is None or number <= entry.most for number in numbers), key
+        assert entry.logits or entry.cls == TEST, key
+        assert not entry.recorded or entry.cls == RUNTIME, f"{key}: others are written down anyway"
 
 
 def test_tuner_flags_are_the_tuners() -> None:
@@ -650,35 +691,83 @@ def test_tuner_flags_are_the_tuners() -> None:
     assert flags - {"zero_shot", "reduce_dimension", "nesterov"} == TUNERS.keys()
 
 
-def test_aliases_and_shared_keys_are_options() -> None:
-    assert set(ALIASES.values()) <= KEYS.keys() and not ALIASES.keys() & SCHEMA.keys()
-    assert set(SHARED) <= KEYS.keys()
+def test_aliases_are_other_names_of_options() -> None:
+    assert set(SCHEMA.aliases.values()) <= set(SCHEMA.settable()) and not SCHEMA.aliases.keys() & SCHEMA.keys()
     assert configure("fake_lt", "tiny_clip", "test_ensemble", True).tte is True
+
+
+@pytest.mark.parametrize(
+    ("other", "key", "value"),
+    [
+        ("las.smooth_head", "smooth_head", 0.1),
+        ("la.tau", "tau", 0.5),
+        ("gcl.scale", "scale", 9.0),
+        ("lora.dim", "adapter_dim", 3),
+        ("adaptformer.dim", "adapter_dim", 3),
+        ("mask.seed", "mask_seed", 3),
+        ("multistep.lr_gamma", "lr_gamma", 0.5),
+        ("dirichlet.trials", "dirichlet_trials", 2),
+        ("sade_online.lr", "adapt_lr", 0.5),
+    ],
+)
+def test_an_option_of_a_table_entry_has_its_dotted_name_too(other: str, key: str, value: float) -> None:
+    named, flat = (configure("fake_lt", "tiny_clip", word, value) for word in (other, key))
+    assert named[key] == value and named == flat and named.run_name == flat.run_name
+
+
+def test_a_dotted_name_in_a_method_s_group_is_the_method_s() -> None:
+    """Method `sade` and the test-time adaptation of that name: only the method's own options are `sade.…`."""
+    with pytest.raises(UserError, match="unknown option 'sade.lr'"):
+        configure("fake_lt", "tiny_clip", "sade.lr", 1)
 
 
 def test_a_config_holds_every_option() -> None:
     options = {f"{name}.{each.name}" for name, method in METHODS.items() for each in fields(method.Options)}
-    assert values_of(configure("fake_lt", "tiny_clip")).keys() == SCHEMA.keys() | options
+    assert options <= SCHEMA.keys() == values_of(configure("fake_lt", "tiny_clip")).keys()
+
+
+def test_two_options_of_one_name_are_refused() -> None:
+    @dataclass(frozen=True)
+    class First:
+        lr: float = option(0.5, "Another learning rate.")
+
+    @dataclass(frozen=True)
+    class Second:
+        share: float = option(0.5, "A share of something.")
+
+    training = list(declarations(TrainingOptions, "Training"))
+    with pytest.raises(ValueError, match="two options are called lr"):
+        Schema([*training, *declarations(First, "First")], {})
+    with pytest.raises(ValueError, match="'seed'"):  # a group of the name of an option
+        Schema([*training, *declarations(Second, "Second", "seed")], {})
 
 
 def reads(path: Path) -> Iterator[str]:
-    """Names that a file takes from a config: attributes of a config, strings, fields of the plan."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg", "stage"):
+    """Names that a file takes from a config or from the options of an entry: attributes, and strings but for names
+    that are given to options."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {id(word.value) for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg == "key"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in READERS:
             yield node.attr
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in named:
             yield node.value
+
+
+READERS = ("cfg", "self.cfg", "stage", "here", "options", "self", "recipe", "self.recipe", "AlphaOptions()")
+"""What options are read from, in the code's own words."""
 
 
 def test_every_option_is_read_somewhere() -> None:
     packages = ("configs", "datasets", "models", "trainers")
-    files = [path for package in packages for path in (ROOT / package).rglob("*.py") if path.name != "schema.py"]
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     found = {name for path in [*files, ROOT / "main.py"] for name in reads(path)} | Plan.__dataclass_fields__.keys()
-    assert sorted(KEYS.keys() - found) == []
+    fields_of = {each.name: each.field for each in SCHEMA.declarations}
+    assert sorted(key for key in KEYS if fields_of[key] not in found) == []
 
 
 def test_the_documentation_is_current() -> None:
-    assert FILE.read_text(encoding="utf-8") == render(), "run python scripts/make_options.py"
+    assert FILE.read_text(encoding="utf-8") == render(), "run make docs"
 
 
 def test_a_run_cut_short_ends_like_any_other() -> None:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Cli
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from small import SIDE, fixture_net, small_net
+from small import SIDE, Sizes, fixture_net, put_tuners, small_net
+from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -24,9 +25,9 @@ from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge_adapter
 from tailtune.models.tuners.peft_table import PEFTS, REFUSED_TYPES, find_peft_type
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.models.tuners.table import Sizes, add_tuners
 from tailtune.trainers.dry_run import forward_flops
-from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.options import declared
 from tailtune.trainers.storage.checkpoint import copy_state, fingerprint, trained_state
 from tailtune.trainers.validation import check
 
@@ -41,6 +42,9 @@ FIT: dict[str, dict[str, Any]] = {
 STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CONV = [name for name, kind in PEFTS.items() if kind.conv]
 each_kind = pytest.mark.parametrize("name", PEFTS)
+FEW = ["LoRA", "IA3", "OFT", "VeRA", "Lily"]
+"""Low-rank, scaling and orthogonal ones, with weights that layers share and with those that cannot be merged."""
+few_kinds = pytest.mark.parametrize("name", slow_except(FEW, PEFTS))
 
 
 def build(
@@ -110,7 +114,7 @@ def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
     assert trains(host).keys() == before.keys()
 
 
-@each_kind
+@few_kinds
 def test_a_checkpoint_brings_it_back_whatever_the_seed(name: str) -> None:
     host, twin = build(name)[0], build(name, seed=1)[0]
     stir(host)
@@ -119,7 +123,7 @@ def test_a_checkpoint_brings_it_back_whatever_the_seed(name: str) -> None:
         assert torch.equal(twin(images()), host(images()))
 
 
-@each_kind
+@few_kinds
 def test_the_arithmetic_is_the_runs(name: str) -> None:
     host, _ = build(name)
     stir(host)
@@ -133,7 +137,7 @@ def test_the_arithmetic_is_the_runs(name: str) -> None:
     assert torch.equal(host(images()), wanted)
 
 
-@each_kind
+@few_kinds
 def test_shapes_without_weights(name: str) -> None:
     """`--dry-run` counts what trains, and what an image costs."""
     with torch.device("meta"):
@@ -149,7 +153,7 @@ def test_shapes_without_weights(name: str) -> None:
     assert sum(each.numel() for each in trains(empty).values()) == sum(each.numel() for each in trains(host).values())
 
 
-@each_kind
+@few_kinds
 def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) -> None:
     host, adapter = build(name)
     stir(host)
@@ -170,7 +174,7 @@ def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) 
         assert torch.equal(host(images()), wanted), "the host stays as it was"
 
 
-@each_kind
+@few_kinds
 def test_partial_chooses_the_blocks(name: str) -> None:
     host, adapter = build(name, partial=1)
     assert adapter.targets and all(key.startswith("blocks.1.") for key in adapter.targets)
@@ -293,9 +297,9 @@ def test_who_does_not_ask_for_it_does_not_import_it() -> None:
 @pytest.mark.parametrize("other", ["full_tuning", "bias_tuning", "ln_tuning", "adaptformer", "vpt_deep", "lora"])
 def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
     alone = ViTEncoder(fixture_net())
-    add_tuners(alone, [other], Sizes(4, 3))
+    put_tuners(alone, [other], Sizes(4, 3))
     both = ViTEncoder(fixture_net())
-    add_tuners(both, [other], Sizes(4, 3))
+    put_tuners(both, [other], Sizes(4, 3))
     both, adapter = build("LoRA", host=both)
     expected = set(trains(alone)) | {f"net.{key}.lora_{m}.default.weight" for key in adapter.targets for m in "AB"}
     assert {key.replace(".base_layer.", ".") for key in trains(both)} == expected
@@ -309,7 +313,7 @@ def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
 
 def test_a_tuner_that_takes_the_weights_below_as_frozen() -> None:
     host = ViTEncoder(fixture_net())
-    add_tuners(host, ["full_tuning"], Sizes(4, 3))
+    put_tuners(host, ["full_tuning"], Sizes(4, 3))
     with pytest.raises(UserError, match="as frozen"):
         build("HRA", host=host)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Cli
 from PIL import Image
+from small import loss_with
 from test_contract import of_method
 from torch import Tensor
 from yacs.config import CfgNode
@@ -18,12 +19,12 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.datasets.data_bundle import TestDistribution
-from tailtune.datasets.loading.samplers import DRAWN, SAMPLERS
+from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
-from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, add_target_results, target_of
-from tailtune.trainers.losses import ASSUMES, LOSSES, Prior, effective_weights, log_prior
+from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, TargetPlan, add_target_results, target_of
+from tailtune.trainers.losses import LOSSES, Prior, effective_weights, log_prior
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.base import Objective
 from tailtune.trainers.validation import outline
@@ -43,11 +44,12 @@ def test_the_least_of_a_loss_is_the_posterior_under_the_prior_that_it_assumes(
     """Seven images x with known p(x | y), logits of each free: Bayes' rule says what they end as."""
     likelihood = torch.rand(4, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.05  # p(x | y)
     likelihood /= likelihood.sum(1, keepdim=True)
-    objective = Objective(COUNTS, LOSSES[name], tau=0.7, sampler=sampler, drw_epoch=1 if drw else None, epochs=2)
+    of_run = loss_with(name, tau=0.7)
+    objective = Objective(COUNTS, of_run, sampler=sampler, drw_epoch=1 if drw else None, epochs=2)
     label, image = torch.arange(4).repeat_interleave(7), torch.arange(7).repeat(4)
-    weights = (DRAWN[sampler](COUNTS.double())[:, None] * likelihood).flatten()
+    weights = (SAMPLERS[sampler].frequencies(COUNTS.double())[:, None] * likelihood).flatten()
     weights = weights * effective_weights(COUNTS.double())[label] if drw else weights
-    prior = Prior(log_prior(COUNTS), COUNTS, 0.7)
+    prior = Prior(log_prior(COUNTS), COUNTS)
     table = torch.zeros(7, 4, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [table], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -55,7 +57,7 @@ def test_the_least_of_a_loss_is_the_posterior_under_the_prior_that_it_assumes(
 
     def loss() -> Tensor:
         search.zero_grad()
-        total, weight = LOSSES[name](table[image], label, weights, prior)
+        total, weight = of_run(table[image], label, weights, prior)
         (total / weight).backward()
         return total / weight
 
@@ -65,18 +67,16 @@ def test_the_least_of_a_loss_is_the_posterior_under_the_prior_that_it_assumes(
 
 
 def test_every_loss_says_what_it_assumes() -> None:
-    assert ASSUMES.keys() == set(LOSSES.values())
     for loss in LOSSES.values():
         found = Objective(COUNTS, loss).assumed()
         assert found.dtype == torch.float64 and found.exp().sum() == pytest.approx(1) and found.isfinite().all()
 
 
 def test_every_sampler_draws_what_it_says() -> None:
-    assert DRAWN.keys() == SAMPLERS.keys()
     labels = torch.arange(4).repeat_interleave(COUNTS)
-    for name, order in SAMPLERS.items():
-        drawn = torch.cat([labels[order(labels, 0, epoch)] for epoch in range(200)])
-        assert torch.allclose(torch.bincount(drawn) / len(drawn), DRAWN[name](COUNTS.float()), atol=0.01), name
+    for name, entry in SAMPLERS.items():
+        drawn = torch.cat([labels[entry.order(labels, 0, epoch)] for epoch in range(200)])
+        assert torch.allclose(torch.bincount(drawn) / len(drawn), entry.frequencies(COUNTS.float()), atol=0.01), name
 
 
 def test_deferred_weights_count_where_they_come() -> None:
@@ -201,7 +201,7 @@ def results(cfg: CfgNode, found: Logits, val: Logits | None = None) -> tuple[dic
     info, n = build_info(cfg), len(found.labels)
     shifts = [TestDistribution("test", torch.bincount(found.labels), torch.arange(n), "all")]
     measured = plain_results(found, shifts, info.groups)
-    notes = add_target_results(cfg, outline(cfg), found, val, shifts, info, measured)
+    notes = add_target_results(TargetPlan.of(cfg), outline(cfg), found, val, shifts, info, measured)
     return measured["test"]["predictors"], notes
 
 
@@ -298,7 +298,7 @@ def test_names_of_classes_are_checked(config: Config, tmp_path: Path) -> None:
     ):
         (tmp_path / "mine.json").write_text(json.dumps(dict.fromkeys(names, 1)))
         with pytest.raises(UserError, match=error):
-            target_of(cfg, info, info.class_names)
+            target_of(TargetPlan.of(cfg), info, info.class_names)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +375,8 @@ def test_a_run_without_logits_of_validation_images_looks_at_them_again(launch: C
     words = lists(tmp_path)
     assert launch(words).returncode == 0
     Path("output/run/val_logits.safetensors").unlink()
-    with mock.patch(
-        "tailtune.trainers.evaluation.evaluate.Evaluation._infer", side_effect=UserError("images are needed")
-    ) as infer:
+    refusal = UserError("images are needed")
+    with mock.patch("tailtune.trainers.evaluation.evaluate.infer", side_effect=refusal) as infer:
         assert launch(words, "test_only True target_prior estimate").returncode == 2
         assert launch(words, "test_only True target_prior estimate calibrate False").returncode == 0
     assert len(infer.call_args_list) == 1

@@ -15,18 +15,18 @@ from yacs.config import CfgNode
 
 from tailtune.configs import FOLDER, load_configs
 from tailtune.configs.errors import UserError
-from tailtune.configs.schema import SCHEMA
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.long_tail import longtail_counts, random_positions, shot_groups
 from tailtune.datasets.sources.published_lists import PUBLISHED, is_published
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
-from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.datasets.test_distributions.published_order import introsort_argsort
+from tailtune.datasets.test_distributions.settings import DistributionSettings
+from tailtune.trainers.options import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
-DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}
+DEFAULTS = declared().defaults
 DEFAULTS |= {"num_workers": 0, "resolution": 32, "interpolation": "bilinear", "test_dists": ["all"]}
 RATIOS = (50, 25, 10, 5, 2)
 ELEVEN = [*(f"forward{r}" for r in RATIOS), "uniform", *(f"backward{r}" for r in reversed(RATIOS))]
@@ -41,7 +41,7 @@ def config(dataset: str, **values: Any) -> CfgNode:
 
 def shipped(data: str, *pairs: object) -> CfgNode:
     words = ["resolution", 32, "interpolation", "bilinear", "test_dists", "all", *pairs]
-    return load_configs(data, "tiny_clip", [str(each) for each in words])[-1]
+    return load_configs(data, "tiny_clip", [str(each) for each in words], declared())[-1]
 
 
 def facts(counts: list[int]) -> DataInfo:
@@ -50,11 +50,11 @@ def facts(counts: list[int]) -> DataInfo:
 
 
 def distributions(cfg: CfgNode, info: DataInfo, labels: Tensor) -> tuple[TestDistribution, ...]:
-    return build_distributions(DistributionOptions.of(cfg), info, labels)
+    return build_distributions(DistributionSettings.of(cfg), info, labels)
 
 
 def names_of(cfg: CfgNode) -> tuple[str, ...]:
-    return distribution_names(DistributionOptions.of(cfg))
+    return distribution_names(DistributionSettings.of(cfg))
 
 
 def by_name(shifts: tuple[TestDistribution, ...]) -> dict[str, TestDistribution]:
@@ -289,7 +289,7 @@ def test_a_list_file_is_used_where_there_is_one(lists: Path, field: str, caplog:
     assert shifts[0].positions.tolist() == [9, 8, 5, 4, 3, 2, 1, 0] and shifts[0].origin == "list forward2.txt"
     assert [int(shifts[1].counts[rank[k]]) for k in range(3)] == [4, 1, 2]
     assert shifts[1].origin == "drawn with seed 0, without the list forward4.txt"
-    assert "1 lists are missing, their images are drawn: forward4.txt" in caplog.text
+    assert "images are drawn at random because list files are missing (1): forward4.txt" in caplog.text
 
 
 def test_a_cut_test_split_keeps_what_the_list_has_of_it(lists: Path) -> None:
@@ -312,7 +312,7 @@ def test_lists_in_either_layout_of_places(lists: Path) -> None:
     [
         ("val/0/9.png 0\n", r"forward2.txt line 1: val/0/9.png with this label is not in .*test.txt"),
         ("val/0/1.png 0\nval/0/1.png 0\n", r"forward2.txt line 2: val/0/1.png is listed twice"),
-        ("val/0/1.png 0\n", r"has 1 images of label 0, .* say 4; .* set `shift_files none`"),
+        ("val/0/1.png 0\n", r"has 1 images of label 0, .* ask for 4; .* set `shift_files none`"),
     ],
 )
 def test_a_list_file_that_does_not_fit(lists: Path, text: str, message: str) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchvision import transforms as v1
 from yacs.config import CfgNode
 
-from tailtune.configs.schema import SCHEMA
 from tailtune.configs.seeding import seeded
 from tailtune.datasets import build_data
 from tailtune.datasets.images.transforms import eval_transform, resize_for_crops, train_transform
@@ -18,6 +17,7 @@ from tailtune.datasets.loading.data_loader import collate
 from tailtune.models import build_model
 from tailtune.trainers.evaluation.tta import AT_ONCE, TEST_TIME, averaged, plain
 from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
@@ -42,7 +42,7 @@ def mean_of(method: Method, views: list[Tensor]) -> Tensor:
 
 
 def test_the_modes_of_the_option_are_the_tables() -> None:
-    assert set(SCHEMA["tte_mode"].choices) == TEST_TIME.keys()
+    assert set(declared()["tte_mode"].choices) == TEST_TIME.keys()
 
 
 @pytest.mark.parametrize(("mode", "crop"), [("fivecrop", v1.FiveCrop(32)), ("tencrop", v1.TenCrop(32))])

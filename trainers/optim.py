@@ -1,7 +1,7 @@
 """Optimizer, learning-rate schedule and batch sizes: what the loop needs to know in numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
-from tailtune.configs.schema import SCHEMA
+from tailtune.configs.option import NoOptions, key_names, option
+from tailtune.configs.value_parsers import as_ints, as_pair
 from tailtune.datasets.loading.samplers import SAMPLERS
 
 LEAST_FP16 = 2**-24
@@ -68,39 +69,47 @@ def _check(cfg: CfgNode) -> None:
             f"warmup_steps {cfg.warmup_steps} and warmup_epochs {cfg.warmup_epochs} are two lengths of one warm-up; "
             "give one of them"
         )
-    if cfg.schedule == "multistep":
-        if not cfg.lr_steps:
-            raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
-        return
-    for key in ("lr_steps", "lr_gamma"):
-        usual = SCHEMA[key].default
-        if cfg[key] != usual:
-            raise UserError(
-                f"{key} {cfg[key]} is of schedule multistep and does nothing in schedule {cfg.schedule}; "
-                f"add `{key} {'none' if usual is None else usual}`, or choose multistep"
-            )
+    if cfg.schedule == "multistep" and not cfg.lr_steps:
+        raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
+    refuse_unread_options(cfg, "schedule", cfg.schedule, {name: entry.Options for name, entry in SCHEDULES.items()})
 
 
 def _check_optimizer(cfg: CfgNode) -> None:
     """Refuse options that the chosen optimizer does not read, and values that it cannot work with."""
-    chosen = lookup(OPTIMIZERS, cfg.optimizer, "optimizer")
-    for name, entry in OPTIMIZERS.items():
-        for key in entry.options:
-            usual = SCHEMA[key].default
-            if key not in chosen.options and cfg[key] != usual:
-                raise UserError(
-                    f"{key} {cfg[key]} is of optimizer {name} and does nothing in optimizer {cfg.optimizer}; "
-                    f"add `{key} {usual}`, or choose {name}"
-                )
+    lookup(OPTIMIZERS, cfg.optimizer, "optimizer")
+    refuse_unread_options(cfg, "optimizer", cfg.optimizer, {name: entry.Options for name, entry in OPTIMIZERS.items()})
     if cfg.nesterov and cfg.momentum == 0:
         raise UserError("nesterov True needs momentum above 0, such as 0.9")
-    if "adam_betas" in chosen.options and max(cfg.adam_betas) >= 1:
+    if max(cfg.adam_betas) >= 1:
         raise UserError(f"adam_betas {cfg.adam_betas}: both must be below 1, such as [0.9, 0.999]")
-    if "adam_eps" in chosen.options and cfg.prec == "fp16" and cfg.adam_eps < LEAST_FP16:
+    if cfg.optimizer == "adamw" and cfg.prec == "fp16" and cfg.adam_eps < LEAST_FP16:
         raise UserError(
             f"adam_eps {cfg.adam_eps:g} is 0 in the weights' dtype of prec fp16; choose prec amp or bf16, or a larger "
             "adam_eps such as 1e-4"
         )
+
+
+def refuse_unread_options(cfg: CfgNode, kind: str, chosen: str, tables: Mapping[str, type]) -> None:
+    """Refuse options that belong to other entries of a table than the chosen one and differ from their defaults.
+
+    Args:
+        cfg: the config.
+        kind: option that chooses the entry, such as `schedule`.
+        chosen: name of the entry.
+        tables: entry → dataclass of its options.
+
+    Raises:
+        UserError: an option that nothing would read.
+    """
+    read = set(key_names(tables[chosen], chosen).values())
+    for name, options in tables.items():
+        for field, key in key_names(options, name).items():
+            default = getattr(options(), field)
+            if key not in read and cfg[key] != default:
+                raise UserError(
+                    f"{key} {cfg[key]} is of {kind} {name} and does nothing in {kind} {chosen}; "
+                    f"add `{key} {'none' if default is None else default}`, or choose {name}"
+                )
 
 
 def micro_batch_size(cfg: CfgNode, world: int) -> int:
@@ -149,12 +158,37 @@ def _adamw(groups: Groups, plan: Plan) -> torch.optim.Optimizer:
 
 
 @dataclass(frozen=True)
+class SgdOptions:
+    """Stochastic gradient descent."""
+
+    momentum: float = option(0.9, "Momentum of optimizer sgd.", key="momentum", least=0.0, most=1.0)
+    nesterov: bool = option(False, "Optimizer sgd uses Nesterov's momentum.", key="nesterov")
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Adam with decoupled weight decay."""
+
+    betas: list[float] = option(
+        [0.9, 0.999],
+        "Decay factors of the two running means of optimizer adamw.",
+        as_pair,
+        key="adam_betas",
+        least=0.0,
+        most=1.0,
+    )
+    eps: float = option(
+        1e-8, "Number that optimizer adamw adds to the denominator of its step.", key="adam_eps", least=0.0
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerEntry:
     """An entry of OPTIMIZERS."""
 
     build: Callable[[Groups, Plan], torch.optim.Optimizer]
-    options: tuple[str, ...]
-    """Options that this optimizer reads, besides those that all do."""
+    Options: type
+    """Dataclass of the options that it reads besides those that all optimizers read."""
     decay_rule: str
     """Entry of DECAY_RULES where `decay_rule` is none."""
     copies: int
@@ -162,8 +196,8 @@ class OptimizerEntry:
 
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
-    "sgd": OptimizerEntry(_sgd, ("momentum", "nesterov"), "all", copies=1),
-    "adamw": OptimizerEntry(_adamw, ("adam_betas", "adam_eps"), "matrices", copies=2),
+    "sgd": OptimizerEntry(_sgd, SgdOptions, "all", copies=1),
+    "adamw": OptimizerEntry(_adamw, AdamWOptions, "matrices", copies=2),
 }
 
 
@@ -211,6 +245,22 @@ def check_factors(groups: Groups, plan: Plan) -> None:
         lookup(there, name, "parameter group in lr_factors")
 
 
+@dataclass(frozen=True)
+class MultistepOptions:
+    """Steps of the learning rate."""
+
+    lr_steps: list[int] | None = option(
+        None,
+        "Epochs (the first is 0) at which schedule multistep multiplies the learning rate by `lr_gamma`.",
+        as_ints,
+        key="lr_steps",
+        most=10**6,
+    )
+    lr_gamma: float = option(
+        0.1, "Factor on the learning rate at each of `lr_steps`, in schedule multistep.", key="lr_gamma", least=0.0
+    )
+
+
 def multistep(plan: Plan, epoch: int) -> float:
     """γ to the number of `lr_steps` that have come."""
     return plan.lr_gamma ** sum(epoch >= step for step in plan.lr_steps or ())
@@ -229,8 +279,21 @@ def constant(plan: Plan, epoch: int) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[Plan, int], float]] = {"cosine": cosine, "multistep": multistep, "constant": constant}
-"""Plan, epoch (the first is 0) → factor on the learning rate, constant within an epoch."""
+@dataclass(frozen=True)
+class Schedule:
+    """An entry of SCHEDULES."""
+
+    factor: Callable[[Plan, int], float]
+    """Plan, epoch (the first is 0) → factor on the learning rate, constant within an epoch."""
+    Options: type = NoOptions
+    """Dataclass of its options."""
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": Schedule(cosine),
+    "multistep": Schedule(multistep, MultistepOptions),
+    "constant": Schedule(constant),
+}
 
 
 def learning_rate(plan: Plan, epoch: int, step: int) -> float:
@@ -248,7 +311,7 @@ def learning_rate(plan: Plan, epoch: int, step: int) -> float:
         rising = min(1.0, (epoch + 1) / plan.warmup_epochs)
     if plan.warmup_steps:
         rising = min(1.0, step / plan.warmup_steps)
-    return plan.lr * rising * SCHEDULES[plan.schedule](plan, epoch)
+    return plan.lr * rising * SCHEDULES[plan.schedule].factor(plan, epoch)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int, step: int = 1) -> float:

@@ -198,8 +198,8 @@ class Trainer:
     def _begin(self, method: Method, data: DataBundle) -> _Run:
         accelerator, plan = self.accelerator, self.plan
         rank, world = accelerator.process_index, accelerator.num_processes
-        sizes, order = (plan.batch_size, plan.micro_batch_size), SAMPLERS[plan.sampler]
-        pair = SAMPLERS[plan.pair_sampler] if plan.pair_sampler else None
+        sizes, order = (plan.batch_size, plan.micro_batch_size), SAMPLERS[plan.sampler].order
+        pair = SAMPLERS[plan.pair_sampler].order if plan.pair_sampler else None
         sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)
@@ -217,8 +217,9 @@ class Trainer:
     def _save(self, run: _Run) -> None:
         """The whole state; every rank contributes its own random state and counters."""
         run.report.epochs = run.report.steps // run.sampler.steps
-        for name, count in zip(("images", "bad_images"), run.images.tolist(), strict=True):
-            setattr(run.report, name, getattr(run.report, name) + int(count))
+        images, bad_images = map(int, run.images.tolist())
+        run.report.images += images
+        run.report.bad_images += bad_images
         run.images.zero_()
         if run.report.bad_images and not run.report.images:
             raise UserError(

@@ -79,8 +79,8 @@ class TrainingMeters:
         """All counts and averages, for the state of a run."""
         pending = torch.stack(self.pending) if self.pending else torch.empty(0, 2)
         average = torch.tensor(self.average or [], dtype=torch.float64)
-        names = ("hits", "seen", "class_average")
-        return {**{name: getattr(self, name) for name in names}, "pending": pending, "average": average}
+        counters = {"hits": self.hits, "seen": self.seen, "class_average": self.class_average}
+        return {**counters, "pending": pending, "average": average}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` returned."""

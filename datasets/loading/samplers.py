@@ -4,6 +4,7 @@ The order is a pure function of labels, seed and epoch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,13 +89,21 @@ def _images_of(drawn: Tensor, labels: Tensor, random: torch.Generator) -> Tensor
     return order
 
 
-SAMPLERS: dict[str, Order] = {"shuffle": shuffle, "balanced": balanced, "reverse": reverse}
-DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "shuffle": lambda counts: counts / counts.sum(),
-    "balanced": lambda counts: torch.full_like(counts, 1 / len(counts)),
-    "reverse": lambda counts: 1 / counts / (1 / counts).sum(),
+@dataclass(frozen=True)
+class ImageOrder:
+    """An entry of SAMPLERS."""
+
+    order: Order
+    """Which images an epoch has."""
+    frequencies: Callable[[Tensor], Tensor]
+    """Images per class [C], of a floating type → how likely an image of each class is drawn, [C]."""
+
+
+SAMPLERS: dict[str, ImageOrder] = {
+    "shuffle": ImageOrder(shuffle, lambda counts: counts / counts.sum()),
+    "balanced": ImageOrder(balanced, lambda counts: torch.full_like(counts, 1 / len(counts))),
+    "reverse": ImageOrder(reverse, lambda counts: 1 / counts / (1 / counts).sum()),
 }
-"""Sampler → function from images per class (floating point [C]) to the probability that it draws each class [C]."""
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -143,6 +152,9 @@ class StepSampler(Sampler[list[Key]]):
         Args:
             epoch: the first is 0.
             step: from 0 to `steps`, which is the end of the epoch.
+
+        Raises:
+            ValueError: another step.
         """
         if not 0 <= step <= self.steps:
             raise ValueError(f"step {step} of an epoch of {self.steps}")
@@ -157,15 +169,30 @@ class StepSampler(Sampler[list[Key]]):
         self._keys = keys
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """The indices of this rank in a step of the current epoch: a list of one or more micro-batches."""
+        """The micro-batches of this rank in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+
+        Returns:
+            One or more lists of indices in the split.
+        """
         return [self._order[chunk.start : chunk.stop] for chunk in self._chunks(step)]
 
     def is_padding(self, step: int) -> bool:
-        """Whether this rank only has an image of weight 0 in the step."""
+        """Whether this rank only has an image of weight 0 in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+        """
         return not self._part(step)
 
     def counts(self, step: int) -> int:
-        """Number of micro-batches of this rank in the step."""
+        """Number of micro-batches of this rank in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+        """
         return max(1, -(-len(self._part(step)) // self.micro_batch_size))
 
     def __iter__(self) -> Iterator[list[Key]]:

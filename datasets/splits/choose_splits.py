@@ -11,8 +11,8 @@ import numpy as np
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import derive_seed
+from tailtune.datasets.data_settings import SplitSettings
 from tailtune.datasets.long_tail import SUBSET_SEED, capped_counts, check_hold_out, hold_out, subsample
-from tailtune.datasets.options import SplitOptions
 from tailtune.datasets.sources.available_images import AvailableImages
 from tailtune.datasets.sources.image_sources import FileSource, Source
 from tailtune.datasets.splits.split_records import (
@@ -26,7 +26,7 @@ from tailtune.datasets.splits.split_records import (
 )
 
 
-def choose_splits(options: SplitOptions, data: AvailableImages, stored: StoredSplits | None = None) -> ChosenSplits:
+def choose_splits(options: SplitSettings, data: AvailableImages, stored: StoredSplits | None = None) -> ChosenSplits:
     """Choose the images of each split. No image file is opened.
 
     Args:
@@ -119,7 +119,7 @@ def _paths_in_no_split(source: Source, splits: Mapping[str, Split]) -> tuple[str
     return tuple(source.paths[i] for i in rest)
 
 
-def make_records(options: SplitOptions, chosen: ChosenSplits, stored: StoredSplits | None = None) -> dict[str, Record]:
+def make_records(options: SplitSettings, chosen: ChosenSplits, stored: StoredSplits | None = None) -> dict[str, Record]:
     """The record of each split.
 
     Args:

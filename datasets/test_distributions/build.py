@@ -13,7 +13,7 @@ from tailtune.datasets.test_distributions.class_order import class_order, publis
 from tailtune.datasets.test_distributions.dirichlet import DIRICHLET, DrawnTestSet, ImagesByClass, draw_test_sets
 from tailtune.datasets.test_distributions.evaluated_split import EvaluatedSplit
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names, frequency_rule
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 
 log = logging.getLogger("tailtune")
 WHOLE_TEST_SET = "test"
@@ -21,7 +21,7 @@ WHOLE_TEST_SET = "test"
 
 
 def build_distributions(
-    options: DistributionOptions, info: DataInfo, test_labels: Tensor
+    options: DistributionSettings, info: DataInfo, test_labels: Tensor
 ) -> tuple[TestDistribution, ...]:
     """The test distributions that the option `test_dists` asks for.
 
@@ -54,7 +54,7 @@ def build_distributions(
     return tuple(_distribution(name, test_set, split) for name, test_set in test_sets.items())
 
 
-def _by_rule(options: DistributionOptions, name: str, split: EvaluatedSplit, order: np.ndarray) -> DrawnTestSet:
+def _by_rule(options: DistributionSettings, name: str, split: EvaluatedSplit, order: np.ndarray) -> DrawnTestSet:
     """The test set of a frequency rule, such as `forward50`."""
     wanted = np.zeros(len(order), dtype=np.int64)
     wanted[order] = frequency_rule(name, options.shift_factors)(split.largest_class(), len(order))
@@ -62,7 +62,7 @@ def _by_rule(options: DistributionOptions, name: str, split: EvaluatedSplit, ord
 
 
 def _dirichlet_test_sets(
-    options: DistributionOptions, info: DataInfo, split: EvaluatedSplit, order: np.ndarray
+    options: DistributionSettings, info: DataInfo, split: EvaluatedSplit, order: np.ndarray
 ) -> dict[str, DrawnTestSet]:
     """All Dirichlet test sets by name. Random numbers are drawn for the classes in the label order of the lists."""
     classes = published_label_order(options, len(order))
@@ -100,5 +100,9 @@ def _distribution(name: str, test_set: DrawnTestSet, split: EvaluatedSplit) -> T
 def _log_missing_lists(split: EvaluatedSplit) -> None:
     if split.missing_lists:
         number, first = len(split.missing_lists), split.missing_lists[0]
-        where = published_at(Path(first).name)
-        log.info("test_dists: %d lists are missing, their images are drawn at random: %s %s", number, first, where)
+        log.info(
+            "test_dists: images are drawn at random because list files are missing (%d): %s %s",
+            number,
+            first,
+            published_at(Path(first).name),
+        )

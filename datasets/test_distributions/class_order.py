@@ -9,11 +9,11 @@ from tailtune.datasets.data_bundle import DataInfo
 from tailtune.datasets.sources.image_list import find_list, read_list
 from tailtune.datasets.sources.inaturalist import CATEGORIES, taxon_labels
 from tailtune.datasets.sources.listing import Listing
-from tailtune.datasets.test_distributions.options import DistributionOptions
 from tailtune.datasets.test_distributions.published_order import introsort_argsort
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 
 
-def class_order(options: DistributionOptions, info: DataInfo) -> np.ndarray:
+def class_order(options: DistributionSettings, info: DataInfo) -> np.ndarray:
     """The classes in descending order of their training images, as the option `shift_order` breaks ties.
 
     Args:
@@ -36,7 +36,7 @@ def class_order(options: DistributionOptions, info: DataInfo) -> np.ndarray:
     return label_order[introsort_argsort(counts[label_order].tolist())[::-1]]
 
 
-def published_label_order(options: DistributionOptions, num_classes: int) -> np.ndarray:
+def published_label_order(options: DistributionSettings, num_classes: int) -> np.ndarray:
     """The classes in the order of the labels that published lists give them.
 
     Args:
@@ -58,7 +58,7 @@ def published_label_order(options: DistributionOptions, num_classes: int) -> np.
     return order
 
 
-def read_relabelled(options: DistributionOptions, file: Path) -> Listing:
+def read_relabelled(options: DistributionSettings, file: Path) -> Listing:
     """Read a list file of test images, with its labels converted to the classes of the run.
 
     Args:
@@ -72,7 +72,7 @@ def read_relabelled(options: DistributionOptions, file: Path) -> Listing:
     return listing if new_label is None else listing.relabel(new_label)
 
 
-def _new_labels(options: DistributionOptions) -> np.ndarray | None:
+def _new_labels(options: DistributionSettings) -> np.ndarray | None:
     """Label in the list files → class of the run, int64; None if they are the same."""
     if options.label_field in ("", "id"):
         return None

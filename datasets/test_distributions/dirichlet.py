@@ -17,7 +17,7 @@ import numpy as np
 from tailtune.configs.errors import UserError, printable
 from tailtune.datasets.long_tail import longtail_counts
 from tailtune.datasets.sources.published_lists import is_published
-from tailtune.datasets.test_distributions.options import DirichletOptions, DistributionOptions
+from tailtune.datasets.test_distributions.settings import DirichletSettings, DistributionSettings
 
 DIRICHLET = "dirichlet"
 COMPONENTS = ("uniform", "forward", "backward")
@@ -98,7 +98,7 @@ def component_of(name: str) -> str | None:
     return _without_number(name).removeprefix(f"{DIRICHLET}-") if name.startswith(f"{DIRICHLET}-") else None
 
 
-def check_dirichlet(options: DirichletOptions, dataset: str) -> None:
+def check_dirichlet(options: DirichletSettings, dataset: str) -> None:
     """Check options that do not depend on the images.
 
     Args:
@@ -114,7 +114,7 @@ def check_dirichlet(options: DirichletOptions, dataset: str) -> None:
         raise UserError(f"dirichlet_list {options.list_file}: it needs dataset ImageList; set it to none")
 
 
-def draw_test_sets(options: DistributionOptions, images: ImagesByClass, origin: str) -> dict[str, DrawnTestSet]:
+def draw_test_sets(options: DistributionSettings, images: ImagesByClass, origin: str) -> dict[str, DrawnTestSet]:
     """Draw the test sets of all components.
 
     Args:
@@ -146,7 +146,7 @@ def draw_test_sets(options: DistributionOptions, images: ImagesByClass, origin: 
     return test_sets
 
 
-def describe_origin(options: DistributionOptions, path: Path | None, is_whole: bool) -> str:
+def describe_origin(options: DistributionSettings, path: Path | None, is_whole: bool) -> str:
     """How the images of the draws are chosen, for reports.
 
     Args:
@@ -227,7 +227,7 @@ def draw_images(
 
 
 def _count_arguments(
-    options: DirichletOptions, name: str, images: ImagesByClass, largest: float
+    options: DirichletSettings, name: str, images: ImagesByClass, largest: float
 ) -> tuple[list[int], float, float, int]:
     """Arguments of `draw_counts` after the generator."""
     component = component_of(name)

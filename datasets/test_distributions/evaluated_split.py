@@ -13,7 +13,7 @@ from tailtune.datasets.sources.listing import Listing
 from tailtune.datasets.sources.published_lists import is_published
 from tailtune.datasets.test_distributions.class_order import read_relabelled
 from tailtune.datasets.test_distributions.dirichlet import describe_origin
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 
 
 class EvaluatedSplit:
@@ -25,7 +25,7 @@ class EvaluatedSplit:
         num_classes: number of classes C.
     """
 
-    def __init__(self, options: DistributionOptions, labels: np.ndarray, num_classes: int) -> None:
+    def __init__(self, options: DistributionSettings, labels: np.ndarray, num_classes: int) -> None:
         self.options, self.labels = options, labels
         self.counts = np.bincount(labels, minlength=num_classes)  # images per class, [C]
         self.is_cut = options.max_test_images == len(labels)

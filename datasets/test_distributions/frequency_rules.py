@@ -13,7 +13,7 @@ from types import MappingProxyType
 from tailtune.configs.errors import UserError, printable
 from tailtune.datasets.long_tail import longtail_counts
 from tailtune.datasets.test_distributions.dirichlet import DIRICHLET, check_dirichlet, dirichlet_names
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 
 LongTail = Callable[[float, int, float], list[int]]
 """Images of the largest class, number of classes C, smallest / largest class → images per class [C]."""
@@ -52,7 +52,7 @@ def frequency_rule(name: str, factors: Mapping[str, float] | None = None, key: s
     return lambda largest, num_classes: long_tail(largest, num_classes, factor)
 
 
-def distribution_names(options: DistributionOptions) -> tuple[str, ...]:
+def distribution_names(options: DistributionSettings) -> tuple[str, ...]:
     """The test distributions that `test_dists` asks for, with `all` and `dirichlet` replaced by single names.
 
     Args:

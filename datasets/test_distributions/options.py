@@ -1,74 +1,81 @@
-"""The options of test distributions, as the modules below the builder get them."""
+"""Options of the label distributions that a model is evaluated on."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from yacs.config import CfgNode
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_factors, as_float, as_int, as_ints, as_names, as_path
 
-from tailtune.datasets.options import DataFolders
+of_test_sets = partial(option, cls="test", logits=False)
+"""An option that chooses among images whose logits are known."""
+
+
+@dataclass(frozen=True)
+class ShiftOptions:
+    """Test sets of other class frequencies."""
+
+    test_dists: list[str] | None = of_test_sets(
+        None,
+        "Label distributions to evaluate on: names such as uniform, forward50 or backward50; `all` for those of the "
+        "data; `dirichlet` for randomly drawn ones.",
+        as_names,
+    )
+    shift_ratios: list[int] = of_test_sets(
+        [2, 5, 10, 25, 50],
+        "Ratios of the largest to the smallest class that test_dists all stands for.",
+        as_ints,
+        least=1,
+        most=10**6,
+    )
+    shift_order: str = of_test_sets(
+        "counts",
+        "Order of the classes from frequent to rare: by their number of training images (counts), as in the published "
+        "lists (published), or by their label (label).",
+        choices=("counts", "published", "label"),
+    )
+    shift_max: int | None = of_test_sets(
+        None,
+        "Number of images of the largest class of a distribution. None means as many as the smallest class of the test "
+        "split has.",
+        as_int,
+        least=1,
+        most=10**9,
+    )
+    shift_factors: dict[str, float] | None = of_test_sets(
+        None,
+        "Smallest over largest class of a distribution, where it is not 1/ratio, such as {forward3: 0.3333}.",
+        as_factors,
+    )
+    shift_files: str | None = of_test_sets(
+        None,
+        "Path of the published list of a distribution, with {name} in it. None means that its images are drawn.",
+        as_path,
+    )
+    shift_seed: int = of_test_sets(0, "Random seed of the draw of a distribution's images.", least=0, most=2**63 - 1)
 
 
 @dataclass(frozen=True)
 class DirichletOptions:
-    """The options `dirichlet_…`, without this prefix."""
+    """Test sets whose class frequencies are drawn from a Dirichlet distribution; the options are `dirichlet_…`."""
 
-    trials: int
-    """Draws of each component."""
-    ratio: float
-    """Largest / smallest class of a component before the draw."""
-    concentration: float | None
-    """Sum of the parameters of the Dirichlet distribution; None: the images of its largest class."""
-    least: int
-    """Smallest number of images of a class."""
-    list_file: str | None
-    """List file (option `dirichlet_list`) in whose order images are shuffled; None: the test list."""
-    learn: str
-    """Images that weights are learnt from, a key of `LEARN` in dirichlet.py."""
-
-    @classmethod
-    def of(cls, cfg: CfgNode) -> "DirichletOptions":
-        """The options of a config."""
-        return cls(
-            trials=cfg.dirichlet_trials,
-            ratio=cfg.dirichlet_ratio,
-            concentration=cfg.dirichlet_concentration,
-            least=cfg.dirichlet_least,
-            list_file=cfg.dirichlet_list,
-            learn=cfg.dirichlet_learn,
-        )
-
-
-@dataclass(frozen=True)
-class DistributionOptions:
-    """Which test distributions are evaluated, and how their images are chosen. The fields are named like the options.
-
-    `shift_…` is the prefix of options about test distributions.
-    """
-
-    dataset: str
-    folders: DataFolders
-    label_field: str
-    test_list: str | None
-    val_per_class: int
-    max_test_images: int | None
-    test_dists: list[str] | None
-    shift_ratios: list[int]
-    shift_order: str
-    shift_max: int | None
-    shift_factors: Mapping[str, float] | None
-    shift_files: str | None
-    shift_seed: int
-    dirichlet: DirichletOptions
-    needs_distribution: bool
-    """`adapt` or `target_prior` is set, which give their results for each test distribution."""
-
-    @classmethod
-    def of(cls, cfg: CfgNode) -> "DistributionOptions":
-        """The options of a config."""
-        made_here = ("folders", "dirichlet", "needs_distribution")
-        return cls(
-            folders=DataFolders.of(cfg),
-            dirichlet=DirichletOptions.of(cfg),
-            needs_distribution=cfg.adapt is not None or cfg.target_prior is not None,
-            **{name: cfg[name] for name in cls.__dataclass_fields__ if name not in made_here},
-        )
+    trials: int = of_test_sets(3, "Number of draws of each part of test_dists dirichlet.", least=1, most=100)
+    ratio: float = of_test_sets(
+        100.0, "Ratio of the largest to the smallest class in the mean of the Dirichlet draws.", least=1.0, most=1e6
+    )
+    concentration: float | None = of_test_sets(
+        None,
+        "Sum Σα of the Dirichlet parameters; a larger one varies less. None means the number of images of the largest "
+        "class.",
+        as_float,
+        most=1e9,
+    )
+    least: int = of_test_sets(1, "Smallest number of images of a class in a Dirichlet draw.", least=0, most=10**6)
+    list: str | None = of_test_sets(
+        None, "List file in whose order the Dirichlet draws take images. None means the file `test_list`.", as_path
+    )
+    learn: str = of_test_sets(
+        "independent",
+        "Images that `adapt` learns from in a Dirichlet draw: another draw (independent), the evaluated ones (equal), "
+        "or one half of each class, of which the other half is evaluated (disjoint).",
+        choices=("independent", "equal", "disjoint"),
+    )

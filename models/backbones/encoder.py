@@ -42,6 +42,7 @@ class Encoder(StagedModule):
             empty.
         feature_dim: width D of the features.
         experts: the number of branches E.
+        projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
     """
 
     net: Any
@@ -53,6 +54,7 @@ class Encoder(StagedModule):
         self.net = net.eval()
         self.tuners = nn.ModuleDict()
         self.experts = 1
+        self.projection: nn.Parameter | None = None
         self._trained_batch_norms: list[nn.Module] = []
         self._peft_layers: list[Any] = []
         self._peft_draws = self._is_frozen = self._batch_norms_follow = False

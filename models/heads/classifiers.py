@@ -1,10 +1,26 @@
 """HEADS: the classifiers, features [B, D] → logits [B, C], under LIFT's names. Weights and logits are fp32."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tailtune.configs.option import option
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """Option of the cosine classifier, and of losses that change its logits."""
+
+    scale: float = option(
+        25.0,
+        "Factor that the cosine classifier multiplies its logits with; LDAM's margins and GCL's noise have it too.",
+        key="scale",
+        least=0.0,
+        held_with="head",
+    )
 
 
 class L2NormedClassifier(nn.Module):

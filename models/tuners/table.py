@@ -5,51 +5,43 @@ or acts on the feature of a backbone that runs as a whole. Tuners can be combine
 order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts).
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any
 
-import torch
 from torch import nn
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import derive_seed, seeded
+from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The numbers that tuners are built from, such as the LoRA rank (`bottleneck`)."""
-
-    bottleneck: int
-    prompts: int
-    mask_ratio: float = 0.001
-    mask_seed: int = 0
-    adaptformer_scale: float | None = None
-    """None: learnable."""
-
-    @cached_property
-    def draw(self) -> torch.Generator:
-        """The generator of all masks: as in LIFT, one that goes on from layer to layer and from block to block."""
-        return torch.Generator().manual_seed(self.mask_seed)
+from tailtune.models.tuners.tuner_options import (
+    AdaptFormerOptions,
+    BottleneckOptions,
+    MaskOptions,
+    PromptOptions,
+    TunerOptions,
+)
 
 
 @dataclass(frozen=True)
 class Tuner:
     """What a tuner does to an encoder: it inserts modules or selects parameters; exactly one of the two is given.
 
-    insert: (encoder, index of a block, sizes) → site → module.
+    insert: (encoder, index of a block, options) → site → module.
     select: module → those of its parameters that train. It is called with the blocks of `partial`, or with the whole
         network.
     """
 
-    insert: Callable[[ViTEncoder, int, Sizes], dict[str, nn.Module]] | None = None
+    doc: str
+    """A sentence that says what its flag does."""
+    insert: Callable[[ViTEncoder, int, Any], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
+    options: TunerOptions = TunerOptions()
+    """Its options with their defaults. Those without a `key` of their own are called `<tuner>_<field>`."""
     on_feature: Callable[[int], nn.Module] | None = None
     """Width of the feature → the module that acts on the feature of a backbone that runs as a whole."""
     first_only: bool = False
@@ -60,36 +52,39 @@ class Tuner:
     """Whether the selected batch norms use the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": AdaptFormer(encoder.width, sizes.bottleneck, sizes.adaptformer_scale)}
+def _adaptformer(encoder: ViTEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
+    scale = None if isinstance(options.scale, str) else options.scale
+    return {"mlp": AdaptFormer(encoder.width, options.bottleneck, scale)}
 
 
-def _adapter(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": Adapter(encoder.width, sizes.bottleneck)}
+def _adapter(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    return {"mlp": Adapter(encoder.width, options.bottleneck)}
 
 
-def _lora(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {site: Lora(encoder.width, encoder.width, sizes.bottleneck) for site in ("q", "v")}
+def _lora(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    return {site: Lora(encoder.width, encoder.width, options.bottleneck) for site in ("q", "v")}
 
 
-def _lora_mlp(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
+def _lora_mlp(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     inner, outer = encoder.mlp_width, encoder.width
-    return {"fc1": Lora(outer, inner, sizes.bottleneck), "fc2": Lora(inner, outer, sizes.bottleneck)}
+    return {"fc1": Lora(outer, inner, options.bottleneck), "fc2": Lora(inner, outer, options.bottleneck)}
 
 
-def _prompts(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"tokens": Prompts(sizes.prompts, encoder.width, encoder.patch_size)}
+def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
+    assert options.length is not None, "filled"
+    return {"tokens": Prompts(options.length, encoder.width, encoder.patch_size)}
 
 
-def _ssf(*sites: str) -> Callable[[ViTEncoder, int, Sizes], dict[str, nn.Module]]:
+def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.Module]]:
     """Scale and shift at the named sites."""
-    return lambda encoder, index, sizes: {
+    return lambda encoder, index, options: {
         site: Ssf(encoder.mlp_width if site == "fc1" else encoder.width) for site in sites
     }
 
 
-def _mask(encoder: ViTEncoder, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {name: Mask(layer, sizes.mask_ratio, sizes.draw) for name, layer in encoder.layers(index).items()}
+def _mask(encoder: ViTEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
+    assert options.ratio is not None, "filled"
+    return {name: Mask(layer, options.ratio, options.draw) for name, layer in encoder.layers(index).items()}
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -107,57 +102,48 @@ def _of(kind: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
 
 
 TUNERS: dict[str, Tuner] = {
-    "full_tuning": Tuner(select=nn.Module.parameters),
-    "bias_tuning": Tuner(select=_biases),
-    "ln_tuning": Tuner(select=_of(nn.LayerNorm)),
-    "bn_tuning": Tuner(select=_of(nn.BatchNorm2d), on_batch=True),
-    "mask": Tuner(insert=_mask, on_weights=True),
-    "vpt_shallow": Tuner(insert=_prompts, first_only=True),
-    "vpt_deep": Tuner(insert=_prompts),
-    "lora": Tuner(insert=_lora),
-    "lora_mlp": Tuner(insert=_lora_mlp),
-    "ssf_attn": Tuner(insert=_ssf("q", "k", "v", "proj"), on_feature=Ssf),
-    "ssf_mlp": Tuner(insert=_ssf("fc1", "fc2")),
-    "ssf_ln": Tuner(insert=_ssf("norm1", "norm2")),
-    "adapter": Tuner(insert=_adapter),
-    "adaptformer": Tuner(insert=_adaptformer),
+    "full_tuning": Tuner("The blocks themselves train.", select=nn.Module.parameters),
+    "bias_tuning": Tuner("The biases of the blocks train.", select=_biases),
+    "ln_tuning": Tuner("The layer norms of the blocks train.", select=_of(nn.LayerNorm)),
+    "bn_tuning": Tuner("The batch norms of a convolutional network train.", select=_of(nn.BatchNorm2d), on_batch=True),
+    "mask": Tuner(
+        "A random subset of the weights of the blocks' linear layers trains.",
+        insert=_mask,
+        options=MaskOptions(),
+        on_weights=True,
+    ),
+    "vpt_shallow": Tuner(
+        "Trained prompt tokens enter before the first block.",
+        insert=_prompts,
+        options=PromptOptions(),
+        first_only=True,
+    ),
+    "vpt_deep": Tuner("New trained prompt tokens enter before every block.", _prompts, options=PromptOptions()),
+    "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=BottleneckOptions()),
+    "lora_mlp": Tuner("Low-rank updates of the MLP's layers train (LoRA).", _lora_mlp, options=BottleneckOptions()),
+    "ssf_attn": Tuner(
+        "Scale and shift of the attention's layers train; in a CLIP ResNet, scale and shift of its feature.",
+        insert=_ssf("q", "k", "v", "proj"),
+        on_feature=Ssf,
+    ),
+    "ssf_mlp": Tuner("Scale and shift of the MLP's layers train.", insert=_ssf("fc1", "fc2")),
+    "ssf_ln": Tuner("Scale and shift behind the layer norms train.", insert=_ssf("norm1", "norm2")),
+    "adapter": Tuner("A bottleneck layer behind the MLP trains.", _adapter, options=BottleneckOptions()),
+    "adaptformer": Tuner("A bottleneck layer beside the MLP trains.", _adaptformer, options=AdaptFormerOptions()),
 }
 
 
-def bottleneck_dim(num_classes: int, depth: int) -> int:
-    """LIFT's rule for the LoRA rank and the width of adapters: r = 2^max(0, ⌊log2(C / 2L)⌋).
-
-    Tuners then stay smaller than the head.
-
-    Args:
-        num_classes: number C of classes.
-        depth: number L of blocks.
-    """
-    return 2 ** max(0, int(math.log2(num_classes / (2 * max(1, depth)))))
-
-
-def mask_ratio(num_classes: int, depth: int, width: int) -> float:
-    """LIFT's rule for the share of weights that `mask` trains: ρ = C / 12LD in whole thousandths, at least one.
-
-    About as many parameters then train as the head has.
-
-    Args:
-        num_classes: number C of classes.
-        depth: number L of blocks.
-        width: width D of the transformer.
-    """
-    return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
-
-
 def add_tuners(
-    encoder: Encoder, names: Sequence[str], sizes: Sizes, partial: int | Sequence[int] | None = None, seed: int = 0
+    encoder: Encoder,
+    options: Mapping[str, TunerOptions],
+    partial: int | Sequence[int] | None = None,
+    seed: int = 0,
 ) -> None:
-    """Freeze the encoder, then let the named tuners act on the blocks of `partial`.
+    """Freeze the encoder, then let tuners act on the blocks of `partial`.
 
     Args:
         encoder: the encoder; it is changed in place.
-        names: entries of TUNERS.
-        sizes: the numbers that the tuners are built from.
+        options: entry of TUNERS → its options, in which no size is open (`TunerOptions.filled`).
         partial: the blocks, see `Encoder.block_range`.
         seed: seed of the tuners' initial weights.
 
@@ -165,16 +151,16 @@ def add_tuners(
         UserError: two kinds of prompts; a tuner that finds nothing to train; blocks that the network does not have; a
             share that is not above 0 and up to 1; experts with blocks of their own in which no tuner acts.
     """
-    if {"vpt_shallow", "vpt_deep"} <= set(names):
+    if {"vpt_shallow", "vpt_deep"} <= options.keys():
         raise UserError("vpt_shallow and vpt_deep both set the prompt tokens; choose one of them")
-    if "mask" in names and not 0 < sizes.mask_ratio <= 1:
-        raise UserError(f"mask_ratio {sizes.mask_ratio} is no share of the weights; choose one above 0 and up to 1")
-    blocks, sizes = encoder.block_range(partial), replace(sizes)  # a copy, whose random generator starts anew
+    for tuner_options in options.values():
+        tuner_options.check()
+    blocks = encoder.block_range(partial)
     encoder.requires_grad_(False)
-    for name in (name for name in TUNERS if name in names):
+    for name in (name for name in TUNERS if name in options):
         tuner = TUNERS[name]
         if tuner.insert is not None:
-            _insert(encoder, name, blocks[:1] if tuner.first_only else blocks, sizes, seed)
+            _insert(encoder, name, blocks[:1] if tuner.first_only else blocks, options[name], seed)
         if tuner.select is not None:
             _select(encoder, name, partial)
     count = len(encoder.expert_blocks)
@@ -185,7 +171,7 @@ def add_tuners(
         )
 
 
-def _insert(encoder: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
+def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, seed: int) -> None:
     tuner = TUNERS[name]
     assert tuner.insert is not None
     if isinstance(encoder, WholeNetworkEncoder) and tuner.on_feature is not None:
@@ -196,17 +182,16 @@ def _insert(encoder: Encoder, name: str, blocks: range, sizes: Sizes, seed: int)
     if not isinstance(encoder, ViTEncoder):
         others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
-    later = [
-        replace(sizes, mask_seed=derive_seed(sizes.mask_seed, "expert", expert)) for expert in range(1, encoder.experts)
-    ]
+    first = replace(options)  # a copy, whose random generator starts anew
+    later = [options.of_expert(expert) for expert in range(1, encoder.experts)]
     for index in blocks:
         per_expert = index >= encoder.depth - encoder.num_expert_blocks
         with seeded(seed, "tuner", name, index):
-            modules = tuner.insert(encoder, index, sizes)
+            modules = tuner.insert(encoder, index, first)
             encoder.insert(name, index, modules, tuner.on_weights, 0 if per_expert else None)
-        for expert, drawn in enumerate(later if per_expert else [], start=1):
+        for expert, of_expert in enumerate(later if per_expert else [], start=1):
             with seeded(seed, "tuner", name, index, expert):  # the first expert starts as a single one would
-                encoder.insert(name, index, tuner.insert(encoder, index, drawn), tuner.on_weights, expert)
+                encoder.insert(name, index, tuner.insert(encoder, index, of_expert), tuner.on_weights, expert)
 
 
 def _select(encoder: Encoder, name: str, partial: int | Sequence[int] | None) -> None:

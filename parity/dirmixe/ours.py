@@ -9,7 +9,7 @@ from torch import Tensor
 from tailtune.configs import CfgNode
 from tailtune.datasets import build_info
 from tailtune.datasets.test_distributions.build import build_distributions
-from tailtune.datasets.test_distributions.options import DistributionOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.models import build_model
 from tailtune.parity.dirmixe.cases import OPTIONS_OF_LISTS, SAMPLES, config_of
 from tailtune.parity.errors import error
@@ -87,7 +87,7 @@ def compare_sets(case: Case, job: Job) -> list[Row]:
     info = build_info(cfg)
     labels, positions = _images_of_lists(case, cfg) if case["list"] else _images_of_cifar(info.num_classes)
     different = []
-    for trial, shift in enumerate(build_distributions(DistributionOptions.of(cfg), info, labels)):
+    for trial, shift in enumerate(build_distributions(DistributionSettings.of(cfg), info, labels)):
         assert shift.learn is not None
         for name, chosen in (("learn", shift.learn), ("evaluate", shift.positions)):
             images = positions[chosen].sort().values

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.datasets import build_info
-from tailtune.datasets.loading.samplers import DRAWN, SAMPLERS
+from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.datasets.long_tail import subsample
 from tailtune.parity.errors import error, number_error, with_prefix
 from tailtune.parity.experts.cases import STEPS
@@ -38,7 +38,7 @@ def compare_stage(case: Case, job: Job) -> list[Row]:
     draws = torch.Generator().manual_seed(case["stage"])
     if isinstance(method, Mixup):
         drawn = zip(original["shares"].tolist(), original["orders"], strict=True)
-        method._draw = lambda _: next(drawn)  # type: ignore[method-assign,assignment]
+        method.draw = lambda _: next(drawn)  # type: ignore[method-assign,assignment]
     with mock.patch.object(h2t, "generator", lambda *_: draws):  # one stream for all steps, as theirs
         losses, rates, figures["gradients"] = three_epochs(cfg, method, job, with_prefix(original, "gradient."))
     figures["loss"] = error(losses[0], original["losses"][0])
@@ -154,8 +154,8 @@ def compare_tail(case: Case, job: Job) -> list[Row]:
     assert original["counts"].tolist() == counts.tolist()
     different = float((positions != original["positions"]).double().mean())
     labels = torch.repeat_interleave(torch.arange(classes), counts)
-    shuffle = labels[SAMPLERS["shuffle"](labels, 0, 0)].bincount().double() / len(labels)
-    reverse = DRAWN["reverse"](counts.double())
+    shuffle = labels[SAMPLERS["shuffle"].order(labels, 0, 0)].bincount().double() / len(labels)
+    reverse = SAMPLERS["reverse"].frequencies(counts.double())
     return [
         row(case | {"name": "images of the long tail"}, value=different),
         row(case | {"name": "pair_sampler shuffle"}, value=error(shuffle, original["shuffle"])),

@@ -25,8 +25,9 @@ from tailtune.parity.subject import Row
 from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.foreign_checkpoints import lift
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
-from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.options import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps", "float64", "value")

@@ -7,6 +7,7 @@ computed once, for all test sets that share the images.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.option import option, options_from
 from tailtune.configs.seeding import generator
+from tailtune.configs.value_parsers import as_str
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation.inference import Logits, rows_of
@@ -28,27 +31,56 @@ AT_ONCE = 4096
 """Images whose logits are combined together, so that no copy of all logits is made."""
 
 
+of_predictions = partial(option, cls="test", logits=False)
+"""An option that changes what is made of the experts' logits, not the logits."""
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """Whether weights of the experts are learnt at test time, and from which views."""
+
+    adapt: str | None = of_predictions(
+        None,
+        "Method that learns a weight for each expert from test images without labels. None means that all experts "
+        "count alike.",
+        as_str,
+        table="ADAPTS",
+    )
+    adapt_views: str = of_predictions(
+        "sade_imagenet", "Random transform that makes the two views of an image for `adapt`.", table="AUGMENTS"
+    )
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are learnt: options `adapt_…`."""
+    """How weights are learnt. A learner with more options derives its `Options` from this class."""
 
-    epochs: int = 5
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-    entropy: float = 0.0
-    batch_size: int = 128
-    seed: int = 0
+    epochs: int = of_predictions(
+        5, "Number of passes of `adapt` over the views of the test images.", key="adapt_epochs", least=1, most=1000
+    )
+    lr: float = of_predictions(0.1, "Learning rate of the experts' weights in `adapt`.", key="adapt_lr", least=0.0)
+    weight_decay: float = of_predictions(
+        5e-4, "Weight decay of the experts' weights in `adapt`.", key="adapt_weight_decay", least=0.0
+    )
+    entropy: float = of_predictions(
+        0.0, "Factor on the entropy of the predictions in the objective of `adapt`.", key="adapt_entropy"
+    )
+    batch_size: int = of_predictions(
+        128,
+        "Number of images in one step of `adapt`, and in one batch of target_prior estimate_online. The original SADE "
+        "takes 64 online.",
+        key="adapt_batch_size",
+        least=1,
+        most=10**6,
+    )
+    seed: int = of_predictions(
+        0, "Random seed of the views and their order in `adapt`.", key="adapt_seed", least=0, most=2**63 - 1
+    )
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "Recipe":
-        return cls(
-            cfg.adapt_epochs,
-            cfg.adapt_lr,
-            cfg.adapt_weight_decay,
-            cfg.adapt_entropy,
-            cfg.adapt_batch_size,
-            cfg.adapt_seed,
-        )
+        """The options of the learner that `adapt` names."""
+        return options_from(ADAPTS[cfg.adapt].Options, cfg, cfg.adapt)
 
 
 def objective(views: Tensor, weights: Tensor, factor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -82,6 +114,8 @@ class Learner:
         recipe: how to learn.
         learn: positions of the images that the weights are learnt from, [l]; None: the test set's own.
     """
+
+    Options: type[Recipe] = Recipe
 
     def __init__(
         self, name: str, plain: Logits, positions: Tensor, recipe: Recipe, learn: Tensor | None = None

@@ -94,7 +94,7 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
                 f"ensemble wise: {run.folder.source} began where another run ended (after {cfg.after}), whose folder "
                 f"{earlier} is not there, or was trained again; put it back, or repeat the run with `resume False`"
             )
-        method.after(earlier_run(Path(earlier), data, run.accelerator, base, cfg.resolution, True))
+        method.after(earlier_run(Path(earlier), data, run.accelerator, base, cfg, True))
     if cfg.init_head is None and all(map(torch.equal, fresh, method.model.head.parameters())):
         raise UserError(RANDOM)
     start = trained_state(method)

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode
-from tailtune.configs.schema import SCHEMA
-from tailtune.models.tuners.table import TUNERS
+from tailtune.configs import CfgNode, schema_of
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.inference import Logits, infer
@@ -22,9 +20,6 @@ from tailtune.trainers.storage.manifest import read_json
 
 SOME = 512
 """Images that are in double precision together."""
-ADDED = (*TUNERS, "peft", "peft_args", "partial", "num_experts", "expert_split", "reduce_dimension")
-"""Options of what a run adds to its backbone; and those of its training that zero-shot has no use for."""
-OTHER = ("method", "after", "pair_sampler")
 log = logging.getLogger("tailtune")
 
 
@@ -101,7 +96,8 @@ def zero_shot_of(cfg: CfgNode) -> CfgNode:
     """The config of that classifier: what a run adds to its backbone is left out."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.update({key: SCHEMA[key].default for key in (*ADDED, *OTHER)}, zero_shot=True)
+    left_out = {key: entry.default for key, entry in schema_of(cfg).items() if not entry.zero_shot}
+    cfg.update(left_out, zero_shot=True)
     cfg.freeze()
     return cfg
 

@@ -10,9 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
-from tailtune.datasets.options import DataFolders
 from tailtune.datasets.sources.image_list import find_list
 from tailtune.datasets.sources.inaturalist import CATEGORIES, taxon_labels
 
@@ -62,8 +60,3 @@ class Numbering:
         """A sentence about the reordering, for the report of a checkpoint with `label_field` `theirs`."""
         by = "category id" if theirs == ID else theirs
         return f"its classes, numbered by {by}, are put into the order of label_field {self.field}"
-
-
-def numbering_of(cfg: CfgNode) -> Numbering | None:
-    """How the data of a config number their classes; None if their lists or folders define the labels for everybody."""
-    return Numbering(cfg.label_field, DataFolders.of(cfg).for_lists()) if cfg.label_field else None

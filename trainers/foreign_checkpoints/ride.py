@@ -12,7 +12,6 @@ from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import BACKBONE, ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import ID, Numbering
 from tailtune.trainers.methods import Method
-from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
 from tailtune.trainers.storage.checkpoint import check_fit
 
 NAMES = (
@@ -60,7 +59,7 @@ def load(file: ForeignCheckpoint, method: Method, numbering: Numbering | None = 
     notes: list[str] = []
     for prefix, note in LEFT_OUT.items():
         kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        if len(kept) < len(state) and not (prefix == EXPERT_ASSIGNMENT and isinstance(method, ExpertAssignment)):
+        if len(kept) < len(state) and not (prefix == EXPERT_ASSIGNMENT and not method.asks_every_expert):
             state, notes = kept, [*notes, note]
     tensors, current = dict(_renamed(state)), dict(_tensors_to_fill(method))
     remedy = "give the backbone, num_experts, expert_split, reduce_dimension, classifier and data of that training"
@@ -106,6 +105,6 @@ def _is_cosine(state: Mapping[str, Tensor]) -> bool:
 def _tensors_to_fill(method: Method) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a file has to contain: the model, and the layers of the expert assignment."""
     yield from ((f"model.{name}", tensor) for name, tensor in method.model.state_dict().items())
-    if isinstance(method, ExpertAssignment):
+    if not method.asks_every_expert:
         for layer in ("hidden", "output"):
             yield from method.get_submodule(layer).state_dict(prefix=f"{layer}.").items()

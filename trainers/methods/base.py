@@ -109,15 +109,13 @@ class Method(StagedModule):
     @property
     def batch_coupled(self) -> bool:
         """Whether another micro-batch size is another objective, by the method, its loss or its model."""
-        return self.depends_on_batch or self.objective.coupled or self.model.batch_coupled
+        return self.depends_on_batch or self.objective.loss.couples or self.model.batch_coupled
 
     # --- what it computes ----------------------------------------------------------------------------------------
 
     @property
     def prior(self) -> Prior:
-        own = self.objective
-        smooth = own.smooth_head, own.smooth_tail
-        return Prior(self.log_prior, self.class_counts, own.tau, own.scale, *smooth, self.draws)
+        return Prior(self.log_prior, self.class_counts, self.draws)
 
     def forward(self, batch: Batch) -> Step:
         logits = self.expert_logits(batch["image"])

@@ -4,13 +4,14 @@ What is held is the earlier run's. Their classifiers are linear, and cRT and LWS
 (`sampler balanced`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.classifiers import LinearClassifier
 from tailtune.models.heads.expert_heads import heads_of
@@ -59,8 +60,10 @@ class WeightScaling(Method):
 
 @dataclass(frozen=True)
 class Options:
-    power: float = field(
-        default=0.7, metadata={"doc": "τ: 0 leaves the classifier, 1 makes its rows equally long", "least": 0.0}
+    power: float = option(
+        0.7,
+        "Exponent τ of τ-normalisation: 0 leaves the classifier as it is, 1 gives its rows the same length.",
+        least=0.0,
     )
 
 

@@ -1,6 +1,6 @@
 """DirMixE: experts for test priors drawn from a mixture of Dirichlet distributions (Yang et al., ICML 2024)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.configs.seeding import derive_seed
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import cross_entropy, log_prior, moved, present
@@ -22,20 +23,19 @@ POOL_SEED = 0
 
 @dataclass(frozen=True)
 class Options:
-    power: float = field(default=1.3, metadata={"doc": "p: how strongly the logits follow w/π", "least": 0.0})
-    variance: float = field(default=5.0, metadata={"doc": "λ, factor on the semi-variance", "least": 0.0})
-    warm: float = field(
-        default=0.8, metadata={"doc": "share of the epochs that pass before it counts", "least": 0.0, "most": 1.0}
+    power: float = option(1.3, "Exponent p with which logits follow a test prior over the training prior.", least=0.0)
+    variance: float = option(5.0, "Factor λ on the semi-variance of the losses over test priors.", least=0.0)
+    warm: float = option(0.8, "Share of the epochs that pass before the semi-variance counts.", least=0.0, most=1.0)
+    concentration: float = option(
+        10000.0, "Sum A of the parameters of each Dirichlet distribution; a larger one varies less."
     )
-    concentration: float = field(default=10000.0, metadata={"doc": "A, the sum of each Dirichlet's α: how tight it is"})
-    draws: int = field(default=60, metadata={"doc": "M, test priors a step", "least": 1, "most": 10**4})
-    pool: str = field(
-        default="fresh",
-        metadata={
-            "doc": "draws: new ones each step; or an epoch's worth, drawn once and shuffled, as the original does, "
-            "`_cifar` from where its choice of CIFAR's images leaves the random numbers",
-            "choices": POOLS,
-        },
+    draws: int = option(60, "Number M of test priors that are drawn for one optimizer step.", least=1, most=10**4)
+    pool: str = option(
+        "fresh",
+        "Where test priors come from: new draws for each step (fresh), or an epoch's worth that is drawn once and "
+        "shuffled, as in the original; `_cifar` begins where the original's choice of CIFAR's images leaves the random "
+        "numbers.",
+        choices=POOLS,
     )
 
 
@@ -67,7 +67,7 @@ class DirMixE(Method):
         self.final = False
         """Whether V₊ counts."""
         self.recycled_draws: RecycledDraws | None = None
-        self._last: tuple[int, Draws] | None = None
+        self._last: tuple[tuple[int, int], Draws] | None = None
 
     def before_training(self, steps: int, per_epoch: int) -> None:
         super().before_training(steps, per_epoch)
@@ -92,11 +92,12 @@ class DirMixE(Method):
 
     def drawn(self, device: torch.device) -> Draws:
         """The draws of this step, the same for all its micro-batches."""
-        if self._last is None or self._last[0] != self.at_step:
+        step = self.epoch, self.at_step
+        if self._last is None or self._last[0] != step:
             found = (
                 self._fresh() if self.recycled_draws is None else self.recycled_draws.at(self.epoch, self.at_step - 1)
             )
-            self._last = self.at_step, Draws(*(moved(each, device) for each in found))
+            self._last = step, Draws(*(moved(each, device) for each in found))
         return self._last[1]
 
     def assumed_prior(self) -> Tensor:

@@ -1,12 +1,13 @@
 """H2T: a classifier retrained on features into which those of frequent classes are mixed (Li et al., AAAI 2024)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
@@ -18,20 +19,16 @@ from tailtune.trainers.methods.wrapper import Wrapper
 
 @dataclass(frozen=True)
 class Options:
-    inner: str = field(default="classify", metadata={"doc": "entry of METHODS whose loss is used"})
-    ratio: float = field(
-        default=0.25,
-        metadata={
-            "doc": "share of a feature's channels that are the second image's; 0: none",
-            "least": 0.0,
-            "most": 1.0,
-        },
+    inner: str = option("classify", "Method whose loss is computed on the fused features.", table="METHODS")
+    ratio: float = option(
+        0.25,
+        "Share of a feature's channels that come from the second image; 0 means none.",
+        least=0.0,
+        most=1.0,
     )
-    shift_bn: bool = field(
-        default=True, metadata={"doc": "batch norms of the held encoder follow the images; False: they are held too"}
-    )
-    weight_scaling: bool = field(
-        default=False, metadata={"doc": "learn a factor on each class's logit beside the classifier, as MisLAS"}
+    shift_bn: bool = option(True, "The batch norms of the frozen encoder follow the images. False freezes them too.")
+    weight_scaling: bool = option(
+        False, "A factor on the logit of each class is learnt beside the classifier, as in MisLAS."
     )
 
 

@@ -1,6 +1,6 @@
 """mixup: images and losses of two samples at once (Zhang et al., ICLR 2018, arXiv 1710.09412)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
@@ -16,9 +17,11 @@ from tailtune.trainers.methods.wrapper import Wrapper
 
 @dataclass(frozen=True)
 class Options:
-    inner: str = field(default="classify", metadata={"doc": "entry of METHODS whose loss is used"})
-    alpha: float = field(
-        default=1.0, metadata={"doc": "λ ~ Beta(α, α) is an image's share; 0: nothing is mixed", "least": 0.0}
+    inner: str = option("classify", "Method whose loss is computed on the mixed images.", table="METHODS")
+    alpha: float = option(
+        1.0,
+        "Parameter α of the Beta(α, α) distribution of an image's share in a mixed one; 0 means that nothing is mixed.",
+        least=0.0,
     )
 
 
@@ -44,7 +47,7 @@ class Mixup(Wrapper):
     def forward(self, batch: Batch) -> Step:
         if not self.training:
             return super().forward(batch)
-        share, order = self._draw(len(batch["label"]))
+        share, order = self.draw(len(batch["label"]))
         order = moved(order, batch["label"].device)
         logits = self.expert_logits(mixed(self.model.normalised(batch["image"]), share, order))
         batch = {**batch, "weight": batch["weight"] * batch["weight"][order]}
@@ -54,7 +57,7 @@ class Mixup(Wrapper):
             share * loss_sum + (1 - share) * other_sum, share * weight + (1 - share) * other_weight, logits
         )
 
-    def _draw(self, count: int) -> tuple[float, Tensor]:
+    def draw(self, count: int) -> tuple[float, Tensor]:
         """λ and the order of the second images [B]. λ is NumPy's: torch draws no Beta from a generator of one's own."""
         draws, alpha = self.draws("mixup"), self.options.alpha
         order = torch.randperm(count, generator=draws, device="cpu")

@@ -1,27 +1,30 @@
 """ResLT: experts for all classes, the less frequent and the rare ones (Cui et al., TPAMI 2022, arXiv 2101.10633)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.trainers.methods.base import Batch, Method, Objective
 
 
 @dataclass(frozen=True)
 class Options:
-    beta: float = field(
-        default=0.99,
-        metadata={"doc": "share of the experts' own losses; the rest is that of their sum", "least": 0.0, "most": 1.0},
+    beta: float = option(
+        0.99,
+        "Share of the experts' own losses in the whole loss; the rest is the loss of their sum.",
+        least=0.0,
+        most=1.0,
     )
-    medium_from: float = field(
-        default=0.35, metadata={"doc": "share of the classes, frequent ones first, without the second expert"}
+    medium_from: float = option(
+        0.35, "Share of the classes, the most frequent ones, that the second expert's own loss leaves out."
     )
-    few_from: float = field(
-        default=0.7, metadata={"doc": "share of the classes, frequent ones first, without the third expert"}
+    few_from: float = option(
+        0.7, "Share of the classes, the most frequent ones, that the third expert's own loss leaves out."
     )
 
 

@@ -1,6 +1,6 @@
 """RIDE's second stage: who decides how many experts an image needs (Wang et al., ICLR 2021)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.configs.seeding import seeded
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
@@ -18,17 +19,20 @@ from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 
 @dataclass(frozen=True)
 class Options:
-    top_choices: int = field(
-        default=30,
-        metadata={
-            "doc": "largest logits that decide whether to go on; all of fewer classes",
-            "least": 1,
-            "most": 10**5,
-        },
+    top_choices: int = option(
+        30,
+        "Number of largest logits that decide whether the next expert is asked; of fewer classes, all.",
+        least=1,
+        most=10**5,
     )
-    hidden: int = field(default=16, metadata={"doc": "numbers made of the feature for it", "least": 1, "most": 10**4})
-    pos_weight: float = field(
-        default=100.0, metadata={"doc": "weight of the images that a later expert would get right", "least": 0.0}
+    hidden: int = option(
+        16,
+        "Size of the layer that reads the feature to decide whether the next expert is asked.",
+        least=1,
+        most=10**4,
+    )
+    pos_weight: float = option(
+        100.0, "Weight in the loss of the images that a later expert would get right.", least=0.0
     )
 
 

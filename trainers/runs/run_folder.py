@@ -1,5 +1,6 @@
 """The run folder: `output/<name>/`, whose it is, its lock, its config, and what of it is finished."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import yaml
 
-from tailtune.configs import CfgNode, config_hash, load_resolved, values_of
+from tailtune.configs import CfgNode, config_hash, load_resolved, schema_of, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
-from tailtune.configs.schema import SCHEMA
+from tailtune.datasets.data_settings import DataFolders
+from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits, parse_splits, split_files
+from tailtune.datasets.test_distributions.frequency_rules import distribution_names
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
-from tailtune.trainers.methods import declared
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
 from tailtune.trainers.storage.atomic_io import Damaged, write_bytes
@@ -22,9 +25,6 @@ from tailtune.trainers.storage.manifest import MARKER, Manifest, read_bytes, rea
 
 OUTPUT = Path("output")
 FACTS = Path("checkpoint") / FACTS_FILE
-OWN_RUNTIME = ("data_dir", "root", "lists", "output_dir", "num_workers", "micro_batch_size")
-"""Runtime keys worth writing down: a run can be told from them, and repeated elsewhere."""
-
 TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorboard")
 """What training makes in its folder."""
 RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors")
@@ -42,15 +42,21 @@ class Checkpoint:
     """A file of other people's code, in place of the run's own checkpoint."""
 
 
+def folder_of(cfg: CfgNode) -> Path:
+    """The folder of a run."""
+    return OUTPUT / (cfg.output_dir or cfg.run_name)
+
+
 class RunFolder(OwnedFolder):
     """Paths of a run and the decisions that depend on what they hold.
 
-    The folder is a run's if `tailtune.json` says so (`manifest.py`). Only what that file lists is ever changed.
+    The whole config is its subject: it writes `config.yaml`, and compares a command with the one that is there. The
+    folder is a run's if `tailtune.json` says so (`manifest.py`). Only what that file lists is ever changed.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
-        super().__init__(OUTPUT / (cfg.output_dir or cfg.run_name))
+        super().__init__(folder_of(cfg))
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.json"
         self.checkpoint = self.path / "checkpoint"
@@ -112,7 +118,8 @@ class RunFolder(OwnedFolder):
             self.move_aside()
         self.own(*((*TRAINING, *RESULTS) if trains else ("tests",)))
         if trains or (self.metrics.exists() and not self.manifest.intact(self.config)):
-            values = values_of(self.cfg, TRAIN, TEST) | {key: self.cfg[key] for key in OWN_RUNTIME}
+            recorded = (key for key, entry in schema_of(self.cfg).items() if entry.recorded)
+            values = values_of(self.cfg, TRAIN, TEST) | {key: self.cfg[key] for key in recorded}
             # An unfinished run is evaluated as the last command says.
             self.seal({self.config: write_bytes(self.config, yaml.safe_dump(values, sort_keys=False).encode())})
 
@@ -164,6 +171,18 @@ class RunFolder(OwnedFolder):
         """Training images per class of the run whose checkpoint is evaluated, as far as it says."""
         return counts_of(self.source) if self.foreign is None else None
 
+    def files_read(self) -> dict[str, str]:
+        """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
+        cfg = self.cfg
+        names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
+        if cfg.shift_files:
+            names += [
+                cfg.shift_files.replace("{name}", shift) for shift in distribution_names(DistributionSettings.of(cfg))
+            ]
+        folders = [Path(), *DataFolders.of(cfg).for_lists()]
+        found = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}
+
     def finished(self) -> bool:
         """Whether the run has ended, and its result and checkpoint are what it wrote."""
         return self.metrics.exists() and not self.damage()
@@ -185,7 +204,7 @@ class RunFolder(OwnedFolder):
     def _compare(self) -> None:
         """Refuse to go on with another run."""
         try:
-            stored = values_of(load_resolved(self.config, declared()))
+            stored = values_of(load_resolved(self.config, schema_of(self.cfg)))
             read_bytes(self.config)
         except UserError as error:
             if self._same_hash():
@@ -217,7 +236,8 @@ class RunFolder(OwnedFolder):
     def _same_test(self) -> bool:
         """Whether the run was evaluated as this command asks."""
         stored = read_json(self.metrics).get("evaluation", {})
-        return all(stored.get(key, SCHEMA[key].default) == value for key, value in values_of(self.cfg, TEST).items())
+        schema = schema_of(self.cfg)
+        return all(stored.get(key, schema[key].default) == value for key, value in values_of(self.cfg, TEST).items())
 
 
 def counts_of(home: Path) -> list[int] | None:

@@ -66,7 +66,7 @@ def build_model(
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:
         options = tuner_options(cfg, len(class_names), encoder)
-        add_tuners(encoder, {name: each for name, each in options.items() if name in tuners}, cfg.partial, cfg.seed)
+        add_tuners(encoder, {name: options[name] for name in TUNERS if name in tuners}, cfg.partial, cfg.seed)
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
     encoder.set_precision()
@@ -91,15 +91,25 @@ def resolve(cfg: CfgNode) -> CfgNode:
         inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
     cfg = cfg.clone()
     cfg.defrost()
-    for key in ("resolution", "interpolation", "expand"):
+    defaults = {"resolution": inputs.resolution, "interpolation": inputs.interpolation, "expand": inputs.expand}
+    for key, value in defaults.items():
         if cfg[key] is None:
-            cfg[key] = getattr(inputs, key)
+            cfg[key] = value
     cfg.freeze()
     return cfg
 
 
 def tuner_options(cfg: CfgNode, classes: int, encoder: Encoder) -> dict[str, TunerOptions]:
-    """Tuner → its options, for all tuners; LIFT's rules where the config leaves them open."""
+    """The options of all tuners, such as the LoRA rank: from the config, or by LIFT's rules where it leaves them open.
+
+    Args:
+        cfg: a config.
+        classes: number of classes.
+        encoder: the encoder on which the tuners will act.
+
+    Returns:
+        Entry of TUNERS → its options.
+    """
     sizes = (classes, encoder.depth, encoder.feature_dim)
     return {
         name: options_from(type(tuner.options), cfg, name, separator="_").filled(*sizes)

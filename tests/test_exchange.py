@@ -158,7 +158,7 @@ def test_blocks_of_openai_clip_have_these_names_in_this_order() -> None:
     }
     block = nn.Sequential(OrderedDict(parts))
     ours = dict(small_net(embed_dim=8).blocks[0].named_parameters())
-    shapes = {name: ours[own].shape for name, own in lift.OF_CLIP.items()}
+    shapes = {name: ours[own].shape for name, own in lift.CLIP_TO_TIMM.items()}
     assert list(shapes.items()) == [(name, each.shape) for name, each in block.named_parameters()]
 
 

@@ -233,7 +233,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("LoHa", {"module_dropout": 0.1}, "without gradient"),
     ("VeRA", {"target_modules": ["proj"]}, "cannot act on patch_embed.proj, a Conv2d; LoRA"),
     ("C3A", {"block_size": 7}, "factor of the input size"),
-    ("AdaLoRA", {"total_step": 5}, "own number of steps"),
+    ("AdaLoRA", {"total_step": 5}, "always the number of steps of the run"),
     ("AdaLoRA", {"target_r": 12}, "target_r 12 must be less than init_r 12"),
 ]
 
@@ -314,7 +314,7 @@ def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
 def test_a_tuner_that_takes_the_weights_below_as_frozen() -> None:
     host = ViTEncoder(fixture_net())
     put_tuners(host, ["full_tuning"], Sizes(4, 3))
-    with pytest.raises(UserError, match="as frozen"):
+    with pytest.raises(UserError, match="needs frozen weights"):
         build("HRA", host=host)
 
 
@@ -428,7 +428,7 @@ def test_the_count_of_lora_on_vit_b16(config: Config) -> None:
 
 
 def test_peft_args_alone_mean_nothing(config: Config) -> None:
-    with pytest.raises(UserError, match="name one"):
+    with pytest.raises(UserError, match="choose one, such as"):
         check(config("fake_lt", "tiny_clip", "peft_args", "{r: 8}"))
     with pytest.raises(UserError, match="zero_shot trains nothing, so peft"):
         check(config("fake_lt", "tiny_clip", "zero_shot", True, "peft", "LoRA"))

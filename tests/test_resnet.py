@@ -517,7 +517,7 @@ def test_statistics_are_the_datas_own_from_scratch(config: Config) -> None:
         ("backbone ResNet-50 zero_shot True", ["zero_shot", "text encoder"]),
         ("backbone ResNet-50 num_experts 2 expert_split 5", ["expert_split 5", "4 stages"]),
         ("backbone ResNet-32 pretrained none num_experts 2 expert_split 4", ["expert_split 4", "3 stages"]),
-        ("backbone ResNet-50 full_tuning True partial 5", ["partial 5", "than the 4"]),
+        ("backbone ResNet-50 full_tuning True partial 5", ["partial 5", "only 4 blocks"]),
         ("backbone ResNet-50 init_head text_feat", ["init_head text_feat", "ResNet-50"]),
         ("backbone ResNet-50 adaptformer True", ["adaptformer", "blocks of a ViT"]),
         ("backbone ResNet-60", ["ResNet-50"]),

@@ -153,7 +153,7 @@ def _who(key: str) -> str:
 
 
 def _check_text(cfg: CfgNode, class_names: tuple[str, ...]) -> None:
-    """Refuse a backbone without text tower, as zero-shot itself does."""
+    """Refuse a backbone without text encoder, as zero-shot itself does."""
     try:
         with torch.device("meta"):
             build_model(zero_shot_of(cfg), class_names)

@@ -62,12 +62,13 @@ def _adapter(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dic
 
 
 def _lora(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
-    return {site: Lora(encoder.width, encoder.width, options.bottleneck) for site in ("q", "v")}
+    rank = options.bottleneck
+    return {site: Lora(encoder.width, encoder.width, rank) for site in ("q", "v")}
 
 
 def _lora_mlp(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
-    inner, outer = encoder.mlp_width, encoder.width
-    return {"fc1": Lora(outer, inner, options.bottleneck), "fc2": Lora(inner, outer, options.bottleneck)}
+    width, mlp_width, rank = encoder.width, encoder.mlp_width, options.bottleneck
+    return {"fc1": Lora(width, mlp_width, rank), "fc2": Lora(mlp_width, width, rank)}
 
 
 def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
@@ -76,7 +77,7 @@ def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[st
 
 
 def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.Module]]:
-    """Scale and shift at the named sites."""
+    """Inserts scale and shift at some sites."""
     return lambda encoder, index, options: {
         site: Ssf(encoder.mlp_width if site == "fc1" else encoder.width) for site in sites
     }
@@ -91,12 +92,12 @@ def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for name, parameter in module.named_parameters() if name.endswith("bias"))
 
 
-def _of(kind: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
-    """The parameters of all modules of a kind."""
+def _parameters_of(module_class: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
+    """Selects the parameters of all modules of a class."""
     return lambda module: (
         parameter
         for submodule in module.modules()
-        if isinstance(submodule, kind)
+        if isinstance(submodule, module_class)
         for parameter in submodule.parameters()
     )
 
@@ -104,8 +105,10 @@ def _of(kind: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
 TUNERS: dict[str, Tuner] = {
     "full_tuning": Tuner("The blocks themselves train.", select=nn.Module.parameters),
     "bias_tuning": Tuner("The biases of the blocks train.", select=_biases),
-    "ln_tuning": Tuner("The layer norms of the blocks train.", select=_of(nn.LayerNorm)),
-    "bn_tuning": Tuner("The batch norms of a convolutional network train.", select=_of(nn.BatchNorm2d), on_batch=True),
+    "ln_tuning": Tuner("The layer norms of the blocks train.", select=_parameters_of(nn.LayerNorm)),
+    "bn_tuning": Tuner(
+        "The batch norms of a convolutional network train.", select=_parameters_of(nn.BatchNorm2d), on_batch=True
+    ),
     "mask": Tuner(
         "A random subset of the weights of the blocks' linear layers trains.",
         insert=_mask,
@@ -127,9 +130,11 @@ TUNERS: dict[str, Tuner] = {
         on_feature=Ssf,
     ),
     "ssf_mlp": Tuner("Scale and shift of the MLP's layers train.", insert=_ssf("fc1", "fc2")),
-    "ssf_ln": Tuner("Scale and shift behind the layer norms train.", insert=_ssf("norm1", "norm2")),
-    "adapter": Tuner("A bottleneck layer behind the MLP trains.", _adapter, options=BottleneckOptions()),
-    "adaptformer": Tuner("A bottleneck layer beside the MLP trains.", _adaptformer, options=AdaptFormerOptions()),
+    "ssf_ln": Tuner("Scale and shift after the layer norms train.", insert=_ssf("norm1", "norm2")),
+    "adapter": Tuner("A bottleneck layer after the MLP trains.", _adapter, options=BottleneckOptions()),
+    "adaptformer": Tuner(
+        "A bottleneck layer in parallel to the MLP trains.", _adaptformer, options=AdaptFormerOptions()
+    ),
 }
 
 
@@ -172,6 +177,7 @@ def add_tuners(
 
 
 def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, seed: int) -> None:
+    """Insert the modules of a tuner; in blocks that experts have for themselves, one set for each expert."""
     tuner = TUNERS[name]
     assert tuner.insert is not None
     if isinstance(encoder, WholeNetworkEncoder) and tuner.on_feature is not None:
@@ -195,6 +201,7 @@ def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, s
 
 
 def _select(encoder: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
+    """Let the parameters train that a tuner selects."""
     select = TUNERS[name].select
     assert select is not None
     modules = encoder.tunable_modules(partial)

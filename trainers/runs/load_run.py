@@ -69,7 +69,7 @@ def fresh_method(cfg: CfgNode, info: DataInfo, device: torch.device) -> FreshMet
 def load_trained(
     fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accelerator: Accelerator
 ) -> Method:
-    """Fill a fresh method with what its run has trained, and let go of the text tower; zero-shot has trained nothing.
+    """Fill a fresh method with what its run has trained, and let go of the text encoder; zero-shot has trained nothing.
 
     Args:
         cfg: of that run.

@@ -140,7 +140,7 @@ class Evaluation:
             log.info("views of the test images, pass %d", number + 1)
             return infer(predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number)
 
-        shifts = [each for each in shifts if each.name in measured]
+        shifts = [shift for shift in shifts if shift.name in measured]
         learnt = adapt(ADAPTS[plan.adapt], plan.recipe, plain, shifts, passes, self.accelerator)
         for name, learner in learnt.items():
             metrics = evaluate(*learner.predictions(), data.info.groups)
@@ -185,10 +185,10 @@ class Evaluation:
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""
-        for name, each in ((LOGITS, found), (VAL_LOGITS, val)):
-            if each is not None:
+        for name, logits in ((LOGITS, found), (VAL_LOGITS, val)):
+            if logits is not None:
                 path = self.decision.target / name
-                self.folder.seal({path: save_logits(path, each, self._key(name))})
+                self.folder.seal({path: save_logits(path, logits, self._key(name))})
 
     def _finish(
         self,
@@ -204,14 +204,14 @@ class Evaluation:
         about = {**self.plan.options, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
-        for split, each in (("test", found), ("val", val)):
-            if each is not None:
-                metrics = evaluate(combine(each.logits), each.labels, groups)
+        for split, logits in (("test", found), ("val", val)):
+            if logits is not None:
+                metrics = evaluate(combine(logits.logits), logits.labels, groups)
                 if not asks_every_expert and not self.plan.tte_mode:  # of one forward, not of several views
                     model = self.build.outline().model
-                    used = usage_report(each.logits, each.labels, groups, model, self.plan.resolution)
+                    used = usage_report(logits.logits, logits.labels, groups, model, self.plan.resolution)
                     metrics["experts_used"] = used
-                result[split] = {**metrics, "bad_images": each.bad_images + each.left_out}
+                result[split] = {**metrics, "bad_images": logits.bad_images + logits.left_out}
         if distributions:
             result["distributions"] = distributions
         if summary := dirichlet_summary(distributions):

@@ -55,7 +55,7 @@ class Mixup(Wrapper):
         )
 
     def _draw(self, count: int) -> tuple[float, Tensor]:
-        """λ and the order of the second images [B]. λ is NumPy's: torch draws no Beta from a generator of one's own."""
+        """λ and the order of the second images [B]. λ is NumPy's: torch draws Beta from its global generator only."""
         draws, alpha = self.draws("mixup"), self.options.alpha
         order = torch.randperm(count, generator=draws, device="cpu")
         seed = int(torch.randint(2**63 - 1, (), generator=draws, device="cpu"))

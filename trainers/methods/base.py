@@ -204,7 +204,7 @@ class Method(StagedModule):
         self.model.init_head(context)
 
     def after(self, earlier: Earlier) -> None:
-        """Take what is needed of the run that `after` names; called once a launch that trains, before its first step."""
+        """Take what is needed of the run that `after` names; once a launch that trains, before its first step."""
         if earlier.fresh:
             self.start_from(earlier.tensors())
 

@@ -202,10 +202,10 @@ class Evaluation:
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""
-        for name, each in ((LOGITS, found), (VAL_LOGITS, val)):
-            if each is not None:
+        for name, logits in ((LOGITS, found), (VAL_LOGITS, val)):
+            if logits is not None:
                 path = self.decision.target / name
-                self.folder.seal({path: save_logits(path, each, self._key(name))})
+                self.folder.seal({path: save_logits(path, logits, self._key(name))})
 
     def _finish(
         self,
@@ -221,14 +221,14 @@ class Evaluation:
         about = {**self.plan.options, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
-        for split, each in (("test", found), ("val", val)):
-            if each is not None:
-                metrics = evaluate(combine(each.logits), each.labels, groups)
+        for split, logits in (("test", found), ("val", val)):
+            if logits is not None:
+                metrics = evaluate(combine(logits.logits), logits.labels, groups)
                 if not asks_every_expert and not self.plan.tte_mode:  # of one forward, not of several views
                     model = self.build.outline().model
-                    used = usage_report(each.logits, each.labels, groups, model, self.plan.resolution)
+                    used = usage_report(logits.logits, logits.labels, groups, model, self.plan.resolution)
                     metrics["experts_used"] = used
-                result[split] = {**metrics, "bad_images": each.bad_images + each.left_out}
+                result[split] = {**metrics, "bad_images": logits.bad_images + logits.left_out}
         if distributions:
             result["distributions"] = distributions
         if summary := dirichlet_summary(distributions):

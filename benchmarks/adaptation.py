@@ -34,7 +34,7 @@ from tailtune.datasets import DataBundle, build_data
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import collate, eval_loader
 from tailtune.models import resolve
-from tailtune.trainers.distributed import make_accelerator, to_device
+from tailtune.trainers.distributed import Devices, make_accelerator, to_device
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt
 from tailtune.trainers.evaluation.inference import Logits, infer
@@ -133,7 +133,7 @@ def main() -> None:
     args = _parser().parse_args()
     words = [*EVALUATION, "max_test_images", str(args.images), "num_workers", str(args.workers), *args.pairs]
     cfg = resolve(load_configs(args.data, args.model, words, declared())[-1])
-    accelerator, data = make_accelerator(cfg), build_data(cfg)
+    accelerator, data = make_accelerator(Devices.of(cfg)), build_data(cfg)
     method = make_method(cfg, data.info).to(accelerator.device).eval()
     clock = Clock(wall=accelerator.device.type == "cuda" or args.workers > 0)
     plain(method)(next(iter(eval_loader(data.test, 8, 0)))["image"].to(accelerator.device))  # warm-up

@@ -1,7 +1,8 @@
 """Parsers of option values: from the command line (always text) or YAML (typed) to the declared type.
 
-Each parser takes a value and returns it in its type. It raises a ValueError that says what was expected, such as "a
-whole number". `check_text` is called before a parser, for values of every type.
+Each parser `as_…` takes the value of an option, as text or as YAML gives it, and returns it in its type. It raises a
+ValueError that says what was expected, such as "a whole number". `check_text` is called before a parser, for values of
+every type.
 """
 
 from typing import Any

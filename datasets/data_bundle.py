@@ -43,6 +43,7 @@ class DataInfo:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes C."""
         return len(self.class_names)
 
 
@@ -95,7 +96,11 @@ class View(Dataset[Batch]):
         return torch.from_numpy(self.source.labels[self.indices])
 
     def with_transform(self, transform: Transform) -> "View":
-        """The same images through another transform."""
+        """The same images through another transform.
+
+        Args:
+            transform: PIL image → uint8 [3, H, W].
+        """
         return View(self.source, self.indices, transform, self.seed, self.skip_bad)
 
     def limited(self, count: int | None) -> "View":

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tailtune.configs.errors import UserError
-from tailtune.main import Parser, answer
+from tailtune.main import Parser, exit_code_of
 from tailtune.parity.dirmixe.subject import DIRMIXE
 from tailtune.parity.experts.subject import EXPERTS
 from tailtune.parity.h2t.subject import H2T
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 1 if an error is above the tolerance, 2 for bad input.
     """
-    return answer(_command, argv)
+    return exit_code_of(_command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:

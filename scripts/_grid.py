@@ -31,7 +31,7 @@ from typing import Any
 from tailtune.configs import CfgNode, describe, load_configs
 from tailtune.configs.errors import UserError, lookup, unknown
 from tailtune.configs.yaml_reader import read_yaml
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.trainers.training_options import TrainingOptions
 
 FOLDER = Path(__file__).resolve().parent / "grids"
@@ -159,7 +159,7 @@ def config(words: Sequence[str]) -> CfgNode:
     from tailtune.models import resolve
     from tailtune.trainers.options import declared
 
-    flags, pairs = split_words(words)
+    flags, pairs = split_arguments(words)
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
 
 

@@ -16,9 +16,9 @@ from filelock import FileLock
 
 from tailtune.configs import CfgNode, UserError, load_configs
 from tailtune.datasets import build_data
-from tailtune.main import Parser, answer, split_words
+from tailtune.main import Parser, exit_code_of, split_arguments
 from tailtune.models import resolve
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary
 from tailtune.trainers.options import declared
 from tailtune.trainers.processes.console_log import start_console
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 for bad input, 130 when interrupted.
     """
-    return answer(_command, argv)
+    return exit_code_of(_command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -72,7 +72,7 @@ def configured(argv: Sequence[str]) -> CfgNode:
     )
     parser.add_argument("-d", "--data", metavar="DATA", required=True, help="data config of the run")
     parser.add_argument("-m", "--model", metavar="MODEL", required=True, help="model config of the run")
-    flags, pairs = split_words(argv)
+    flags, pairs = split_arguments(argv)
     args = parser.parse_args(flags)
     cfg = resolve(load_configs(args.data, args.model, pairs, declared())[-1]).clone()
     cfg.defrost()
@@ -107,7 +107,7 @@ def analyze(cfg: CfgNode) -> Path:
 
 def _written(cfg: CfgNode, folder: RunFolder) -> Path:
     """Write the pictures and their means; this process holds the run folder."""
-    accelerator = make_accelerator(cfg)
+    accelerator = make_accelerator(Devices.of(cfg))
     data = build_data(cfg, folder.kept(), folder.class_counts())
     method = trained_method(cfg, folder.evaluated, data, accelerator)
     log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")

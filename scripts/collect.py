@@ -20,7 +20,7 @@ if __name__ == "__main__":  # Python starts with this file's folder on its path;
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs.errors import UserError
-from tailtune.main import Parser, answer, show, verdict
+from tailtune.main import Parser, exit_code_and_line, exit_code_of, print_text
 from tailtune.scripts._grid import (
     METRICS,
     Grid,
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 for bad input.
     """
-    return answer(_command, argv)
+    return exit_code_of(_command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -148,7 +148,7 @@ def _command(argv: Sequence[str]) -> int:
         rows, metrics, paper = grid_rows(grid, seeds, extra), grid.metrics, grid.paper
     else:
         raise UserError(f"{args.what[0]} is no folder; name one grid, or run folders")
-    show(FORMATS[args.format](rows, args.metrics or metrics, paper).removesuffix("\n"))
+    print_text(FORMATS[args.format](rows, args.metrics or metrics, paper).removesuffix("\n"))
     return 0
 
 
@@ -169,4 +169,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_as_process(main, verdict)
+    run_as_process(main, exit_code_and_line)

@@ -43,21 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: that of the first run that fails, 130 when interrupted, 2 for bad input.
     """
-    return tailtune.answer(_command, argv, interrupted=CONTINUES)
+    return tailtune.exit_code_of(_command, argv, interrupted=CONTINUES)
 
 
 def _command(argv: Sequence[str]) -> int:
     words, extra = split_extra(argv)
     args = _parser().parse_args(words)
     if args.list:
-        tailtune.show("\n".join(_summary(read(name)) for name in names()))
+        tailtune.print_text("\n".join(_summary(read(name)) for name in names()))
         return 0
     if args.grid is None:
         raise UserError("name a grid; --list shows them")
     grid, seeds = select(args)
     todo = plan(grid, seeds, extra)
     if args.print:
-        tailtune.show("\n".join(f"python main.py {shlex.join(words)}{_mark(words)}" for words in todo))
+        tailtune.print_text("\n".join(f"python main.py {shlex.join(words)}{_mark(words)}" for words in todo))
         return 0
     code = run_all(todo, args.keep_going)
     if first_process() and (code == 0 or (args.keep_going and code != 130)):
@@ -156,4 +156,4 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
     end_at_signals(CONTINUES)
-    run_as_process(main, tailtune.verdict)
+    run_as_process(main, tailtune.exit_code_and_line)

@@ -12,6 +12,7 @@ import torch
 from conftest import Cli
 from safetensors.torch import load_file
 from test_resnet import fill, waves
+from tiers import slow_except
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -282,7 +283,7 @@ def command(kind: str) -> str:
     return f"{SHORT} {both} {second} {first} {earlier} after.pretrained none output_dir"
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", slow_except(["heads"], BOTH))
 def test_a_chain_of_runs(kind: str, launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = launch(command(kind), "run")
     assert first.returncode == 0, first.stderr

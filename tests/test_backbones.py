@@ -76,7 +76,7 @@ def test_sizes_with_the_text_tower(name: str, total: int) -> None:
     spec = BACKBONES[name]
     assert isinstance(spec, OpenClipBackbone)
     with torch.device("meta"):
-        clip = spec._clip(spec._config(), spec.inputs().resolution, 0)
+        clip = open_clip.CLIP(**open_clip.get_model_config(spec.arch))
     assert sum(each.numel() for each in clip.parameters()) == total
 
 

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from tailtune.configs import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.batch_mixer import BatchMixer
@@ -225,7 +225,7 @@ def test_each_process_draws_dropout_of_its_own(config: Config, monkeypatch: pyte
     for rank in (0, 1):
         state = SimpleNamespace(process_index=rank)
         monkeypatch.setattr("accelerate.utils.random.AcceleratorState", lambda state=state: state)
-        make_accelerator(config("fake_lt", "tiny_clip", "seed", 5))
+        make_accelerator(Devices.of(config("fake_lt", "tiny_clip", "seed", 5)))
         seeds.append(torch.initial_seed())
     assert seeds == [5, 6]
 

@@ -13,12 +13,13 @@ import yaml
 from conftest import Cli
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shipped import PAIRS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import signal_after, states
 
 from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.options import declared
@@ -67,7 +68,7 @@ def test_list(launch: Cli) -> None:
     ],
 )
 def test_flags_stand_anywhere(words: str) -> None:
-    flags, pairs = split_words(words.split())
+    flags, pairs = split_arguments(words.split())
     parsed = main.make_parser().parse_args(flags)
     assert (parsed.data, parsed.model, parsed.dry_run) == ("fake_lt", "tiny_clip", True)
     assert pairs == ["lr", "0.1", "weight_decay", "-1e-3"]
@@ -147,6 +148,13 @@ def test_own_data_by_path(launch: Cli, tmp_path: Path) -> None:
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
 
+def test_every_config_loads() -> None:
+    for data, model in [*PAIRS, *((data, "tiny_clip") for data in names("data"))]:
+        *_, cfg = load_configs(data, model, [], declared())
+        assert cfg.run_name == f"{data}_{model}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", names("model"))
 def test_every_pair_of_configs_loads(model: str) -> None:
     for data in names("data"):

@@ -104,9 +104,8 @@ def test_cifar_as_published(classes: int) -> None:
     else:
         assert " ".join(f"{sum(c)} {digest(c)}" for c in counts) == C100
     assert [int(shift.positions.sum()) for shift in each] == IMAGES[classes]
-    assert [int(shift.learn_positions.sum()) for shift in each if shift.learn_positions is not None] == LEARN_IMAGES[
-        classes
-    ]
+    learnt = [shift.learn_positions for shift in each if shift.learn_positions is not None]
+    assert [int(positions.sum()) for positions in learnt] == LEARN_IMAGES[classes]
     assert {shift.origin for shift in each} == {"the published construction"}
 
 
@@ -229,7 +228,7 @@ def test_one_set_is_what_it_is_among_all() -> None:
     found, _ = cifar(100)
     alone, _ = cifar(100, "test_dists", "uniform,dirichlet-forward2")
     assert list(alone) == ["uniform", "dirichlet-forward2"] and alone["uniform"].learn_positions is None
-    for key in ("positions", "counts", "learn"):
+    for key in ("positions", "counts", "learn_positions"):
         assert torch.equal(getattr(alone[NINE[4]], key), getattr(found[NINE[4]], key))
 
 

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from tailtune.datasets import build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.zero_shot_ensembles import WithZeroShot, pretraining_prior, zero_shot_of
 from tailtune.trainers.head_preparation import prepare_head
@@ -61,8 +61,8 @@ BN = "-d fake_lt -m tiny_clip max_steps 2 batch_size 32 max_test_images 30 backb
     [
         PEFT,
         f"{PEFT} adaptformer False lora True num_experts 2 expert_split 1 method ride lr 0.05",
-        f"{PEFT} adaptformer False full_tuning True lr 0.01 init_head class_mean",
-        f"{PEFT} adaptformer False mask True",
+        pytest.param(f"{PEFT} adaptformer False full_tuning True lr 0.01 init_head class_mean", marks=pytest.mark.slow),
+        pytest.param(f"{PEFT} adaptformer False mask True", marks=pytest.mark.slow),
         f"{BN} pretrained none init_head class_mean full_tuning True bn_tuning True lr 0.05",
     ],
     ids=["adapter", "lora, experts", "full", "mask", "batch norms"],
@@ -128,21 +128,20 @@ def test_a_soup_is_evaluated_again_when_another_run_has_changed(launch: Cli) -> 
     assert "finished before" not in again and "using the logits" not in again
 
 
-@pytest.mark.parametrize(
-    ("other", "parts"),
-    [
-        ("adapter_dim 4", ["of another shape", "another tuner, head or class count"]),
-        ("lora True", ["unexpected", "lora"]),
-        ("backbone timm:test_vit.r160_in1k pretrained none init_head none", ["another base model"]),
-        ("imb_factor none num_classes 5", ["class"]),
-    ],
-)
-def test_what_no_soup_is_made_of(other: str, parts: list[str], launch: Cli) -> None:
+def test_what_no_soup_is_made_of(launch: Cli) -> None:
     done(launch, PEFT, "output_dir run")
-    done(launch, PEFT, other, "output_dir other")
-    found = launch(PEFT, "output_dir run test_only True ensemble soup ensemble_runs other")
-    assert found.returncode == 2 and all(part in found.stderr for part in parts), found.stderr
-    assert not list((OUT / "run/tests").glob("*/metrics.json"))
+    for number, (other, parts) in enumerate(
+        [
+            ("adapter_dim 4", ["of another shape", "another tuner, head or class count"]),
+            ("lora True", ["unexpected", "lora"]),
+            ("backbone timm:test_vit.r160_in1k pretrained none init_head none", ["another base model"]),
+            ("imb_factor none num_classes 5", ["class"]),
+        ]
+    ):
+        done(launch, PEFT, other, f"output_dir other{number}")
+        found = launch(PEFT, f"output_dir run test_only True ensemble soup ensemble_runs other{number}")
+        assert found.returncode == 2 and all(part in found.stderr for part in parts), found.stderr
+        assert not list((OUT / "run/tests").glob("*/metrics.json"))
 
 
 def test_a_soup_of_masks_is_of_the_same_weights(launch: Cli) -> None:
@@ -191,7 +190,7 @@ def test_logits_of_each_expert_and_zero_shot(experts: str, launch: Cli) -> None:
 @torch.no_grad()
 def zero_shot_logits(cfg: CfgNode) -> tuple[Tensor, Tensor]:
     """Of the training images as they are, and their labels."""
-    data, accelerator = build_data(cfg), make_accelerator(cfg)
+    data, accelerator = build_data(cfg), make_accelerator(Devices.of(cfg))
     method = make_method(zero_shot_of(cfg), data.info)
     prepare_head(method, data, accelerator, 64, 0)
     batches = list(eval_loader(data.train_unaugmented, 64, 0))

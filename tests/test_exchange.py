@@ -17,6 +17,7 @@ from conftest import Cli
 from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
 from small import SIDE, Sizes, filled, fixture_net, put_tuners, small_net
+from tiers import slow_except
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -367,7 +368,9 @@ def test_a_tuner_of_peft_merges_beside_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "host, names",
-    [(timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")],  # test_literal.py has a CLIP's ViT
+    slow_except(  # test_literal.py has a CLIP's ViT
+        [(resnet, "ssf_attn")], [(timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")]
+    ),
     ids=lambda each: getattr(each, "__name__", each),
 )
 def test_onnx_agrees_with_the_model(host: Callable[[], Any], names: str, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_training_folders_in_another_split_are_warned_of(root: Path, caplog: pyt
     (root / "test" / "ant").rmdir()
     (root / "test" / "ant").symlink_to("../train/ant")
     assert found(root, "test") == PLAIN
-    assert "1 class folders are also class folders of train (ant" in caplog.text
+    assert "1 of its class folders also belong to train (ant" in caplog.text
 
 
 def test_broken_links_are_not_silently_gone(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -59,9 +59,9 @@ def context(names: tuple[str, ...] = NAMES) -> HeadContext:
 def original(seed: int = 0) -> open_clip.CLIP:
     """The CLIP that `pretrained none` makes for the tiny backbone, as open_clip computes it."""
     spec = BACKBONES["TinyCLIP"]
-    assert isinstance(spec, OpenClipBackbone)
+    assert isinstance(spec, OpenClipBackbone) and spec.config is not None
     with seeded(seed, "backbone"):
-        return open_clip.CLIP(**spec._config()).eval()
+        return open_clip.CLIP(**json.loads(spec.config.read_text())).eval()
 
 
 def tokens(sentences: list[str]) -> Tensor:

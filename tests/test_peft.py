@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, Cli
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from small import SIDE, Sizes, fixture_net, put_tuners, small_net
+from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -41,6 +42,9 @@ FIT: dict[str, dict[str, Any]] = {
 STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CONV = [name for name, kind in PEFTS.items() if kind.conv]
 each_kind = pytest.mark.parametrize("name", PEFTS)
+FEW = ["LoRA", "IA3", "OFT", "VeRA", "Lily"]
+"""Low-rank, scaling and orthogonal ones, with weights that layers share and with those that cannot be merged."""
+few_kinds = pytest.mark.parametrize("name", slow_except(FEW, PEFTS))
 
 
 def build(
@@ -110,7 +114,7 @@ def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
     assert trains(host).keys() == before.keys()
 
 
-@each_kind
+@few_kinds
 def test_a_checkpoint_brings_it_back_whatever_the_seed(name: str) -> None:
     host, twin = build(name)[0], build(name, seed=1)[0]
     stir(host)
@@ -119,7 +123,7 @@ def test_a_checkpoint_brings_it_back_whatever_the_seed(name: str) -> None:
         assert torch.equal(twin(images()), host(images()))
 
 
-@each_kind
+@few_kinds
 def test_the_arithmetic_is_the_runs(name: str) -> None:
     host, _ = build(name)
     stir(host)
@@ -133,7 +137,7 @@ def test_the_arithmetic_is_the_runs(name: str) -> None:
     assert torch.equal(host(images()), wanted)
 
 
-@each_kind
+@few_kinds
 def test_shapes_without_weights(name: str) -> None:
     """`--dry-run` counts what trains, and what an image costs."""
     with torch.device("meta"):
@@ -149,7 +153,7 @@ def test_shapes_without_weights(name: str) -> None:
     assert sum(each.numel() for each in trains(empty).values()) == sum(each.numel() for each in trains(host).values())
 
 
-@each_kind
+@few_kinds
 def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) -> None:
     host, adapter = build(name)
     stir(host)
@@ -170,7 +174,7 @@ def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) 
         assert torch.equal(host(images()), wanted), "the host stays as it was"
 
 
-@each_kind
+@few_kinds
 def test_partial_chooses_the_blocks(name: str) -> None:
     host, adapter = build(name, partial=1)
     assert adapter.targets and all(key.startswith("blocks.1.") for key in adapter.targets)

@@ -23,7 +23,7 @@ from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
-from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, add_target_results, target_of
+from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, TargetPlan, add_target_results, target_of
 from tailtune.trainers.losses import LOSSES, Prior, effective_weights, log_prior
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.base import Objective
@@ -201,7 +201,7 @@ def results(cfg: CfgNode, found: Logits, val: Logits | None = None) -> tuple[dic
     info, n = build_info(cfg), len(found.labels)
     shifts = [TestDistribution("test", torch.bincount(found.labels), torch.arange(n), "all")]
     measured = plain_results(found, shifts, info.groups)
-    notes = add_target_results(cfg, outline(cfg), found, val, shifts, info, measured)
+    notes = add_target_results(TargetPlan.of(cfg), outline(cfg), found, val, shifts, info, measured)
     return measured["test"]["predictors"], notes
 
 
@@ -298,7 +298,7 @@ def test_names_of_classes_are_checked(config: Config, tmp_path: Path) -> None:
     ):
         (tmp_path / "mine.json").write_text(json.dumps(dict.fromkeys(names, 1)))
         with pytest.raises(UserError, match=error):
-            target_of(cfg, info, info.class_names)
+            target_of(TargetPlan.of(cfg), info, info.class_names)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +375,8 @@ def test_a_run_without_logits_of_validation_images_looks_at_them_again(launch: C
     words = lists(tmp_path)
     assert launch(words).returncode == 0
     Path("output/run/val_logits.safetensors").unlink()
-    with mock.patch(
-        "tailtune.trainers.evaluation.evaluate.Evaluation._infer", side_effect=UserError("images are needed")
-    ) as infer:
+    refusal = UserError("images are needed")
+    with mock.patch("tailtune.trainers.evaluation.evaluate.infer", side_effect=refusal) as infer:
         assert launch(words, "test_only True target_prior estimate").returncode == 2
         assert launch(words, "test_only True target_prior estimate calibrate False").returncode == 0
     assert len(infer.call_args_list) == 1

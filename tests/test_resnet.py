@@ -99,7 +99,15 @@ SIZES: list[tuple[str, int, int, tuple[object, ...], int, int]] = [
 """Backbone, classes, experts, options → parameters, multiplications of convolutions and matrices."""
 
 
-@pytest.mark.parametrize("row", SIZES, ids=lambda row: "-".join(map(str, (*row[:3], row[3][1]))))
+SMALL_OR_REDUCED = [row for row in SIZES if row[0] == "ResNet-32" or row[1:4] == (1000, 3, REDUCED)]
+"""Every option on the smallest network, and each larger network once; ResNet-152 has its own dry run below."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=[] if row in SMALL_OR_REDUCED else pytest.mark.slow) for row in SIZES],
+    ids=lambda row: "-".join(map(str, (*row[:3], row[3][1]))),
+)
 def test_parameters_and_cost(row: tuple[str, int, int, tuple[object, ...], int, int], config: Config) -> None:
     name, classes, experts, words, parameters, products = row
     cfg = make(config, name, "num_experts", experts, *words)
@@ -113,10 +121,10 @@ def test_parameters_and_cost(row: tuple[str, int, int, tuple[object, ...], int, 
 @pytest.mark.parametrize(
     ("name", "data", "words", "parameters", "products"),
     [
-        ("ResNeXt-50", "imagenet_lt", REDUCED, 42_889_024, 6_050_113_536),
+        pytest.param("ResNeXt-50", "imagenet_lt", REDUCED, 42_889_024, 6_050_113_536, marks=pytest.mark.slow),
         ("ResNet-32", "cifar100_ir100", REDUCED, 783_856, 100_358_208),
-        ("ResNet-50", "inat2018", REDUCED, 76_587_584, 5_803_342_848),
-        ("ResNet-152", "places_lt", (), 171_543_616, 29_162_928_128),
+        pytest.param("ResNet-50", "inat2018", REDUCED, 76_587_584, 5_803_342_848, marks=pytest.mark.slow),
+        pytest.param("ResNet-152", "places_lt", (), 171_543_616, 29_162_928_128, marks=pytest.mark.slow),
         ("ResNet-152", "places_lt", SHARED, 90_315_840, 13_132_298_240),
     ],
 )

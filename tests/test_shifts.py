@@ -289,7 +289,7 @@ def test_a_list_file_is_used_where_there_is_one(lists: Path, field: str, caplog:
     assert shifts[0].positions.tolist() == [9, 8, 5, 4, 3, 2, 1, 0] and shifts[0].origin == "list forward2.txt"
     assert [int(shifts[1].counts[rank[k]]) for k in range(3)] == [4, 1, 2]
     assert shifts[1].origin == "drawn with seed 0, without the list forward4.txt"
-    assert "1 lists are missing, their images are drawn: forward4.txt" in caplog.text
+    assert "images are drawn at random because list files are missing (1): forward4.txt" in caplog.text
 
 
 def test_a_cut_test_split_keeps_what_the_list_has_of_it(lists: Path) -> None:
@@ -312,7 +312,7 @@ def test_lists_in_either_layout_of_places(lists: Path) -> None:
     [
         ("val/0/9.png 0\n", r"forward2.txt line 1: val/0/9.png with this label is not in .*test.txt"),
         ("val/0/1.png 0\nval/0/1.png 0\n", r"forward2.txt line 2: val/0/1.png is listed twice"),
-        ("val/0/1.png 0\n", r"has 1 images of label 0, .* say 4; .* set `shift_files none`"),
+        ("val/0/1.png 0\n", r"has 1 images of label 0, .* ask for 4; .* set `shift_files none`"),
     ],
 )
 def test_a_list_file_that_does_not_fit(lists: Path, text: str, message: str) -> None:

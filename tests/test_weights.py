@@ -54,8 +54,9 @@ def make_spec(folder: Path, kind: str = "quick") -> OpenClipBackbone:
 
 def original(spec: OpenClipBackbone, seed: int = 7) -> open_clip.CLIP:
     """Random weights, with a spread that makes activations and norms matter."""
+    assert spec.config is not None
     with seeded(seed):
-        clip = open_clip.CLIP(**spec._config()).eval()
+        clip = open_clip.CLIP(**json.loads(spec.config.read_text())).eval()
         with torch.no_grad():
             for parameter in clip.parameters():
                 if parameter.ndim:

@@ -1,4 +1,4 @@
-"""`micro_batch_size auto`: the largest share that a process can hold, found once before training."""
+"""`micro_batch_size auto`: the largest number of images that a process can hold, found once before training."""
 
 import copy
 import logging
@@ -15,7 +15,16 @@ log = logging.getLogger("tailtune")
 
 
 def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, resolution: int) -> int:
-    """Halve `size` until forward and backward of a blank batch fit; the smallest of all processes.
+    """Halve a number of images until forward and backward of a blank batch fit into memory.
+
+    Args:
+        method: the method; its statistics of batch norms stay as they are.
+        accelerator: device and processes.
+        size: number of images to begin with.
+        resolution: side of the images, in pixels.
+
+    Returns:
+        The smallest number that the processes have found.
 
     Raises:
         UserError: not even one image fits.

@@ -1,4 +1,4 @@
-"""What the user sees while it trains: log lines, a bar on a terminal, TensorBoard."""
+"""What a user sees during training: log lines, a progress bar on a terminal, and TensorBoard."""
 
 import logging
 import sys
@@ -18,12 +18,14 @@ log = logging.getLogger("tailtune")
 
 
 class Progress:
-    """Printed lines, bar and TensorBoard of the main process; on other processes a no-op.
+    """Log lines, progress bar and TensorBoard of the main process; on other processes it does nothing.
 
     Args:
-        folder: of the event files; None on processes that show nothing.
-        epochs, steps: in the plan, and in an epoch.
-        start, total: steps done already, and to be done.
+        folder: folder of the event files; None on processes that show nothing.
+        epochs: number of epochs of the run.
+        steps: steps in an epoch.
+        start: steps that are done already.
+        total: steps of the whole run.
     """
 
     def __init__(self, folder: Path | None, epochs: int, steps: int, start: int, total: int) -> None:
@@ -33,10 +35,11 @@ class Progress:
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not shown, leave=False)
         self.redirect = ExitStack()
         if shown:
-            self.redirect.enter_context(logging_redirect_tqdm([log]))  # lines above the bar, not through it
+            self.redirect.enter_context(logging_redirect_tqdm([log]))  # log lines appear above the bar, not within it
         self.since, self.since_step, self.waited = time.perf_counter(), start, 0.0
 
     def step(self) -> None:
+        """Move the bar by one step."""
         self.bar.update()
 
     def show(
@@ -46,12 +49,13 @@ class Progress:
         steps: list[dict[str, float]],
         groups: dict[str, float | None],
     ) -> None:
-        """Write the steps since the last call; `done` steps of the run are finished.
+        """Show the steps since the last call.
 
         Args:
-            rate: step, steps of an epoch → the learning rate of that step.
-            steps: values of each step since the last call.
-            groups: averages of the accuracy, by shot group.
+            done: steps of the run that are done.
+            rate: number of a step and steps in an epoch → learning rate of that step.
+            steps: loss and accuracy of each step since the last call.
+            groups: mean accuracy of all classes and of each group, in %; None: not known yet.
         """
         if self.writer is None or not steps:
             return
@@ -59,13 +63,14 @@ class Progress:
             self.writer.add_scalar("train/lr", rate(offset, self.steps), offset)
             for name, value in values.items():
                 self.writer.add_scalar(f"train/{name}", value, offset)
-        for name, each in groups.items():
-            if each is not None:
-                self.writer.add_scalar(f"train/{name}", each, done)
+        for name, accuracy in groups.items():
+            if accuracy is not None:
+                self.writer.add_scalar(f"train/{name}", accuracy, done)
         self.writer.flush()
         self._line(done, rate(done, self.steps), steps[-1], groups)
 
     def close(self) -> None:
+        """Close the bar and the event file."""
         self.bar.close()
         self.redirect.close()
         if self.writer is not None:
@@ -73,8 +78,8 @@ class Progress:
 
     def _line(self, done: int, lr: float, last: dict[str, float], groups: dict[str, float | None]) -> None:
         now = time.perf_counter()
-        fresh = max(1, done - self.since_step)
-        seconds, waited = (now - self.since) / fresh, self.waited / fresh
+        new_steps = max(1, done - self.since_step)
+        seconds, waited = (now - self.since) / new_steps, self.waited / new_steps  # of one step
         self.since, self.since_step, self.waited = now, done, 0.0
         epoch, batch = (done - 1) // self.steps + 1, (done - 1) % self.steps + 1
         short = {"mean_acc": "mean", "many_acc": "many", "med_acc": "med", "few_acc": "few"}
@@ -87,9 +92,15 @@ class Progress:
 
 
 def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dict[str, Any]) -> None:
-    """`test/<metric>`; `test/<distribution>/<metric>`, and `…/<name>/<metric>` of `adapt` and `target_prior`.
+    """Write the results of a test as curves for TensorBoard.
 
-    Weights of experts are `…/<adapt>/weight_<expert>` over the points of their path.
+    The tags are `test/<metric>`, `test/<distribution>/<metric>`, and `test/<distribution>/<name>/<metric>` for every
+    predictor but the plain one. Weights of experts are `…/<name>/weight_<expert>` over their updates.
+
+    Args:
+        folder: folder of the event file.
+        metrics: metrics on the test data as they are.
+        distributions: name of a test distribution → its results.
     """
     with Events(folder) as writer:
         _scalars(writer, "test", metrics)

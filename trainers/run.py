@@ -15,9 +15,10 @@ from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
-from tailtune.trainers.distributed import launched_alone, make_accelerator, on_main, uses_cuda
-from tailtune.trainers.evaluation.ensembles import ensembled, entry_of
+from tailtune.trainers.distributed import Devices, launched_alone, make_accelerator, on_main, uses_cuda
+from tailtune.trainers.evaluation.ensembles import ensemble_named, ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
+from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.export import export
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
@@ -33,9 +34,9 @@ from tailtune.trainers.runs.load_run import (
     subject_of,
     trained_method,
 )
-from tailtune.trainers.runs.report import TrainReport, headline, read_result, summary, table
+from tailtune.trainers.runs.report import RunLabel, TrainReport, headline, read_result, summary, table
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder, kept_splits
-from tailtune.trainers.runs.stored_results import Decision, decide, trained_on
+from tailtune.trainers.runs.stored_results import Command, Decision, decide, trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
@@ -56,7 +57,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         UserError: bad input. Interrupted: stopped by a signal, with the state saved.
     """
     cfg = resolve(cfg)
-    accelerator = make_accelerator(cfg)
+    accelerator = make_accelerator(Devices.of(cfg))
     folder = RunFolder(cfg)
     lock = FileLock(folder.path / LOCK, timeout=0)
     start_console(accelerator.is_main_process)
@@ -70,7 +71,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
             if cfg.resume and folder.finished():  # what was not was validated with all its stages
-                on_main(accelerator, lambda: validate([cfg], counts=folder.class_counts(), trains=False, here=True))
+                on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
             _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
@@ -88,11 +89,16 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         lock.release()
 
 
+def _validate_evaluation(cfg: CfgNode, folder: RunFolder) -> None:
+    """Refuse what cannot be made of a finished run, by the class counts that it was trained with."""
+    validate([cfg], counts=folder.class_counts(), trains=False)
+
+
 def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[StoredSplits | None, Decision]:
     """The splits to go on with, and what is to be done. Only the main process asks."""
     starts_over = not cfg.resume and not cfg.test_only
     kept = None if starts_over else folder.kept()
-    plan = decide(cfg, folder, kept)
+    plan = decide(Command.of(cfg), folder, kept)
     if kept is None and previous is not None:  # what the run before has held out stays held out
         kept = kept_splits(previous)
     return kept, plan
@@ -132,7 +138,8 @@ class _Run:
 
     def go(self) -> None:
         cfg, trains = self.cfg, self.plan.trains
-        self.evaluation = Evaluation(cfg, self.accelerator, self.folder, self.plan)
+        build, label = Builders.of(cfg, self.folder, trains), RunLabel.of(cfg)
+        self.evaluation = Evaluation(EvaluationPlan.of(cfg), build, self.accelerator, self.folder, self.plan)
         if launched_alone():
             self.evaluation.note(
                 "accelerate launch started one process, as it does without GPUs; `accelerate launch --multi_gpu "
@@ -149,17 +156,17 @@ class _Run:
             data = build_data(cfg, self.kept, None if trains else self.folder.class_counts())
             fresh = fresh_method(cfg, data.info, self.accelerator.device)
         method, self.base = fresh
-        log.info(headline(cfg, data, method))
+        log.info(headline(label, data, method))
         self.plan.fingerprints = {name: each.fingerprint for name, each in data.records.items()}
         self._warn(method.model, data)
         if trains:
             train = self._train(method, data)
-            result = summary(cfg, data.info, method, train, self._precision())
+            result = summary(label, data.info, method, train, self._precision())
         else:
             load_trained(fresh, cfg, self.folder.evaluated, data, self.accelerator)
-            result = self.evaluation.trained_result() or summary(cfg, data.info, method, None, self._precision())
+            result = self.evaluation.trained_result() or summary(label, data.info, method, None, self._precision())
             run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
-            method, facts = ensembled(run)
+            method, facts = ensembled(run, cfg.ensemble)
             result |= {"ensemble": facts} if facts else {}
         self.evaluation.from_images(method, data, result)
 
@@ -169,7 +176,7 @@ class _Run:
         if model.random_base:
             text = f"{cfg.backbone} has RANDOM weights (pretrained none): results mean nothing"
             self.evaluation.note(text, warn=True)
-        texts = cfg.zero_shot or cfg.init_head in NEEDS_TEXT or entry_of(cfg).text
+        texts = cfg.zero_shot or cfg.init_head in NEEDS_TEXT or ensemble_named(cfg.ensemble).text
         if texts and names[0] == "class 0" and not model.random_base:
             text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
             self.evaluation.note(text, warn=True)

@@ -32,7 +32,7 @@ from tailtune.trainers.storage.checkpoint import (
 from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
 from tailtune.trainers.storage.random_state import random_state, restore_random_state
 from tailtune.trainers.storage.resume_states import ResumeStates
-from tailtune.trainers.training_meters import Meters
+from tailtune.trainers.training_meters import TrainingMeters
 
 log = logging.getLogger("tailtune")
 
@@ -45,7 +45,7 @@ class _Run:
     wrapped: Any
     optimizer: Any
     sampler: StepSampler
-    meters: Meters
+    meters: TrainingMeters
     report: TrainReport
     progress: Progress
     images: Tensor
@@ -202,7 +202,7 @@ class Trainer:
         pair = SAMPLERS[plan.pair_sampler].order if plan.pair_sampler else None
         sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair)
         optimizer = build_optimizer(method.param_groups(), plan)
-        meters = Meters(data.info.num_classes, data.info.groups, accelerator.device)
+        meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)
         report = self._resume(method, optimizer, meters)
         method.train()
         wrapped, prepared = accelerator.prepare(method, optimizer)
@@ -217,8 +217,9 @@ class Trainer:
     def _save(self, run: _Run) -> None:
         """The whole state; every rank contributes its own random state and counters."""
         run.report.epochs = run.report.steps // run.sampler.steps
-        for name, count in zip(("images", "bad_images"), run.images.tolist(), strict=True):
-            setattr(run.report, name, getattr(run.report, name) + int(count))
+        images, bad_images = map(int, run.images.tolist())
+        run.report.images += images
+        run.report.bad_images += bad_images
         run.images.zero_()
         if run.report.bad_images and not run.report.images:
             raise UserError(
@@ -245,7 +246,7 @@ class Trainer:
             self.states.save(run.report.steps, {**trained, **of_optimizer, **everyone}, facts)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: Meters) -> TrainReport:
+    def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: TrainingMeters) -> TrainReport:
         found = self.states.load()
         if found is None:
             return TrainReport()

@@ -13,11 +13,13 @@ import torch
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
-from tailtune.models import ClassificationModel, resolve
+from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.trainers.distributed import world_size
-from tailtune.trainers.evaluation.ensembles import check_ensemble
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.expert_weights import check_adapt
-from tailtune.trainers.evaluation.target_prior import check_target
+from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
+from tailtune.trainers.evaluation.weight_ensembles import RANDOM
+from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
 from tailtune.trainers.export import EXPORTS
 from tailtune.trainers.methods import Method
 from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors, micro_batch_size
@@ -72,8 +74,8 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
     if plan is not None:
         check_factors(method.param_groups(), plan)
     check_adapt(cfg.adapt, method, cfg.method)
-    check_ensemble(cfg, method)
-    check_target(cfg, info)
+    check_ensemble(cfg, method, info.class_names)
+    check_target(TargetPlan.of(cfg), info)
     if cfg.export is not None:
         EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
     return method
@@ -106,3 +108,54 @@ def memory() -> int:
     """Bytes of this machine's main memory, where every model is built; without limit where the system does not say."""
     known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
+
+
+def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -> None:
+    """Refuse an ensemble that cannot be, without images or weights.
+
+    Args:
+        method: of the run; meta tensors will do.
+
+    Raises:
+        UserError: an unknown entry, an option that it does not read, a run without what it needs.
+    """
+    entry, name, alpha = ensemble_named(cfg.ensemble), cfg.ensemble, cfg.ensemble_alpha
+    moved = alpha != AlphaOptions().ensemble_alpha
+    if entry is NONE:
+        if moved or cfg.ensemble_runs:
+            raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")
+        return
+    if moved and not reads(entry, "ensemble_alpha"):
+        raise UserError(f"ensemble_alpha {alpha:g}: ensemble {name} does not read it; {_who('ensemble_alpha')} do")
+    if cfg.ensemble_runs and not reads(entry, "ensemble_runs"):
+        raise UserError(f"ensemble_runs: ensemble {name} does not read it; {_who('ensemble_runs')} does")
+    if reads(entry, "ensemble_runs") and not cfg.ensemble_runs:
+        raise UserError(f"ensemble {name} is of several finished runs: name the others with ensemble_runs")
+    if cfg.zero_shot:
+        raise UserError(f"ensemble {name} is of a trained run, and zero_shot has trained nothing; leave out either")
+    if not cfg.test_only:
+        raise UserError(f"ensemble {name} evaluates a finished run: train without it, then add test_only True")
+    if cfg.export is not None:
+        raise UserError(f"export {cfg.export} writes what was trained: leave out ensemble {name}")
+    if entry.start and cfg.init_head is None and not (cfg.after and _keeps_start(method)):
+        raise UserError(RANDOM)
+    if entry.text:
+        _check_text(cfg, class_names)
+
+
+def _keeps_start(method: Method) -> bool:
+    """Whether the run's classifier begins where that of the earlier run ended."""
+    return method.starts_where_earlier_run_ended and not method.discards("model.head.")
+
+
+def _who(key: str) -> str:
+    return " and ".join(name for name, entry in ENSEMBLES.items() if reads(entry, key))
+
+
+def _check_text(cfg: CfgNode, class_names: tuple[str, ...]) -> None:
+    """Refuse a backbone without text tower, as zero-shot itself does."""
+    try:
+        with torch.device("meta"):
+            build_model(zero_shot_of(cfg), class_names)
+    except UserError as error:
+        raise UserError(f"ensemble {cfg.ensemble}: {error}") from error

@@ -152,6 +152,9 @@ class StepSampler(Sampler[list[Key]]):
         Args:
             epoch: the first is 0.
             step: from 0 to `steps`, which is the end of the epoch.
+
+        Raises:
+            ValueError: another step.
         """
         if not 0 <= step <= self.steps:
             raise ValueError(f"step {step} of an epoch of {self.steps}")
@@ -166,15 +169,30 @@ class StepSampler(Sampler[list[Key]]):
         self._keys = keys
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """The indices of this rank in a step of the current epoch: a list of one or more micro-batches."""
+        """The micro-batches of this rank in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+
+        Returns:
+            One or more lists of indices in the split.
+        """
         return [self._order[chunk.start : chunk.stop] for chunk in self._chunks(step)]
 
     def is_padding(self, step: int) -> bool:
-        """Whether this rank only has an image of weight 0 in the step."""
+        """Whether this rank only has an image of weight 0 in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+        """
         return not self._part(step)
 
     def counts(self, step: int) -> int:
-        """Number of micro-batches of this rank in the step."""
+        """Number of micro-batches of this rank in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+        """
         return max(1, -(-len(self._part(step)) // self.micro_batch_size))
 
     def __iter__(self) -> Iterator[list[Key]]:

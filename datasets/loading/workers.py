@@ -146,9 +146,11 @@ class WorkerContext(ForkContext):
         self.processes = processes
 
     def Queue(self, maxsize: int = 0) -> Queue:
+        """A queue for batches or keys; multiprocessing and torch call this method."""
         return _QuietQueue(maxsize, ctx=self.get_context())
 
     def Process(self, *args: Any, **named: Any) -> Worker:  # type: ignore[override]
+        """A worker that has not started yet; torch calls this method."""
         process = Worker(*args, **named)
         self.processes.append(process)
         return process

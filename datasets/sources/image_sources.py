@@ -32,12 +32,19 @@ class Source(Protocol):
     def load(self, index: int) -> Image.Image:
         """The image at a position, in mode RGB.
 
+        Args:
+            index: position in the source.
+
         Raises:
             BadImage: it is missing or cannot be decoded.
         """
 
     def location(self, index: int) -> str:
-        """Where the image at a position comes from, for messages."""
+        """Where an image comes from, for messages.
+
+        Args:
+            index: position in the source.
+        """
 
 
 class ArraySource:

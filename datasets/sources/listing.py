@@ -87,7 +87,8 @@ class Listing:
         if len(wrong):
             first = wrong[0]
             line = f"{self.file} line {self.lines[first]}"
-            raise UserError(f"{line}: label {self.labels[first]} is not in 0 … {num_classes - 1} (`num_classes`)")
+            valid = f"0 … {num_classes - 1}"
+            raise UserError(f"{line}: label {self.labels[first]} is not in {valid}: correct it, or set `num_classes`")
 
 
 def _small_places_path(path: str) -> str:

@@ -41,7 +41,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
                     raise UserError(f"{file} line {number} {problem}: this is not a text file")
                 yield number, line.strip()
         except UnicodeDecodeError:
-            raise UserError(f"{file} is not a text file in UTF-8") from None
+            raise UserError(f"{file} is not a text file in UTF-8: save it in this encoding") from None
 
 
 def read_json(file: Path, key: str) -> Any:

@@ -100,5 +100,9 @@ def _distribution(name: str, test_set: DrawnTestSet, split: EvaluatedSplit) -> T
 def _log_missing_lists(split: EvaluatedSplit) -> None:
     if split.missing_lists:
         number, first = len(split.missing_lists), split.missing_lists[0]
-        where = published_at(Path(first).name)
-        log.info("test_dists: %d lists are missing, their images are drawn at random: %s %s", number, first, where)
+        log.info(
+            "test_dists: images are drawn at random because list files are missing (%d): %s %s",
+            number,
+            first,
+            published_at(Path(first).name),
+        )

@@ -70,7 +70,7 @@ class PublishedWeights:
     """open_clip's tag of the weights; None for timm."""
 
     def __str__(self) -> str:
-        return ":".join(part for part in (self.library, self.name, self.tag) if part)
+        return ":".join(word for word in (self.library, self.name, self.tag) if word)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from tailtune.configs.errors import UserError
 
 
 class StagedModule(nn.Module):
-    """A module that several runs may train one after the other, each of them a part of it.
+    """A module of which several runs may each train a part, one run after the other.
 
     Attributes:
-        frozen_trained: names of the parameters that an earlier run trained and that this run leaves as they are. A
-            checkpoint holds them as it holds what trains, and they keep their dtype.
+        frozen_trained: names of the parameters that an earlier run trained and that this run leaves unchanged. Like
+            parameters that train, they keep their dtype and are part of a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,7 @@ class Encoder(StagedModule):
             empty.
         feature_dim: width D of the features.
         experts: the number of branches E.
+        projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
     """
 
     net: Any
@@ -53,6 +54,7 @@ class Encoder(StagedModule):
         self.net = net.eval()
         self.tuners = nn.ModuleDict()
         self.experts = 1
+        self.projection: nn.Parameter | None = None
         self._trained_batch_norms: list[nn.Module] = []
         self._peft_layers: list[Any] = []
         self._peft_draws = self._is_frozen = self._batch_norms_follow = False

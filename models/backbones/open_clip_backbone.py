@@ -1,4 +1,4 @@
-"""Backbones of open_clip: a CLIP's weights are found and read, and its image and text encoders are taken apart."""
+"""Backbones of open_clip: the weights of a CLIP are found and read, and its image and text encoder are separated."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ class OpenClipBackbone:
     interpolation: str | None = "bilinear"
 
     def inputs(self, pretrained: str | None = None) -> InputSpec:
-        """The images that the image encoder takes, as open_clip's config and the weights' listing say."""
+        """The images that the image encoder takes, from open_clip's config and its list of weights."""
         vision = CLIPVisionCfg(**self._config()["vision_cfg"])
         interpolation = self.interpolation or self._preprocessing(pretrained)["interpolation"]
         if vision.timm_model_name:
@@ -185,12 +185,12 @@ class OpenClipBackbone:
         if not source:
             raise unknown(f"pretrained tag of {self.arch}", tag, list_pretrained_tags_by_model(self.arch))
         if source.get("quick_gelu", False) != config.get("quick_gelu", False):
-            wanted = "with" if source.get("quick_gelu") else "without"
-            other = f"{self.arch}-quickgelu"
-            hint = f", or backbone open_clip:{other}" if other in open_clip.list_models() else ""
+            with_or_without = "with" if source.get("quick_gelu") else "without"
+            quickgelu_arch = f"{self.arch}-quickgelu"
+            hint = f", or backbone open_clip:{quickgelu_arch}" if quickgelu_arch in open_clip.list_models() else ""
             raise UserError(
-                f"pretrained '{tag}' was trained {wanted} QuickGELU and {self.arch} is not: features would be wrong; "
-                f"choose a tag of the same activation{hint}"
+                f"pretrained '{tag}' was trained {with_or_without} QuickGELU and {self.arch} is not: features would be "
+                f"wrong; choose a tag of the same activation{hint}"
             )
         return source
 

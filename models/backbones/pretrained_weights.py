@@ -100,9 +100,9 @@ def download_open_clip_weights(arch: str, tag: str, source: dict[str, Any]) -> P
         if file:
             return Path(file)
     url = source.get("url") or f"https://huggingface.co/{source['hf_hub'].rstrip('/')}"
-    place = f" and put it at ~/.cache/clip/{url.rsplit('/', 1)[-1]}" if source.get("url") else ""
+    cache = f" and put it at ~/.cache/clip/{url.rsplit('/', 1)[-1]}" if source.get("url") else ""
     raise UserError(
-        f"the weights '{tag}' of {arch} are not here and cannot be downloaded: get {url}{place}, "
+        f"the weights '{tag}' of {arch} are not here and cannot be downloaded: get {url}{cache}, "
         "or name a local file with `pretrained /path/to/file`; `pretrained none` runs with random weights"
     )
 

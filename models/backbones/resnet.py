@@ -69,7 +69,14 @@ class PaddingShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, [B, C_in, H, W] → [B, planes, H / stride, W / stride]."""
+    """Two 3x3 convolutions and a shortcut.
+
+    Args:
+        design: the shape of the network.
+        in_channels: channels of the input.
+        planes: channels of both convolutions.
+        stride: stride of the first convolution.
+    """
 
     def __init__(self, design: ResNetDesign, in_channels: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -78,6 +85,7 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(design, in_channels, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] → [B, planes, H / stride, W / stride]."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         y += x if self.downsample is None else self.downsample(x)
@@ -87,18 +95,24 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """Convolutions 1x1, 3x3 (with the stride and the groups) and 1x1, and a shortcut.
 
-    [B, C_in, H, W] → [B, planes · expansion, H / stride, W / stride].
+    Args:
+        design: the shape of the network.
+        in_channels: channels of the input.
+        planes: a quarter of the channels of the output.
+        stride: stride of the 3x3 convolution.
     """
 
     def __init__(self, design: ResNetDesign, in_channels: int, planes: int, stride: int) -> None:
         super().__init__()
-        inner, out_channels = planes * design.group_width // 64 * design.groups, planes * design.expansion
-        self.conv1, self.bn1 = make_conv(in_channels, inner, 1), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = make_conv(inner, inner, 3, stride, design.groups), nn.BatchNorm2d(inner)
-        self.conv3, self.bn3 = make_conv(inner, out_channels, 1), nn.BatchNorm2d(out_channels)
+        inner_channels, out_channels = planes * design.group_width // 64 * design.groups, planes * design.expansion
+        self.conv1, self.bn1 = make_conv(in_channels, inner_channels, 1), nn.BatchNorm2d(inner_channels)
+        self.conv2 = make_conv(inner_channels, inner_channels, 3, stride, design.groups)
+        self.bn2 = nn.BatchNorm2d(inner_channels)
+        self.conv3, self.bn3 = make_conv(inner_channels, out_channels, 1), nn.BatchNorm2d(out_channels)
         self.downsample = make_shortcut(design, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] → [B, planes · expansion, H / stride, W / stride]."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
@@ -132,8 +146,8 @@ class ResNet(nn.Module):
         channels = [planes[0], *(width * design.expansion for width in planes)]
 
         def stages(start: int, end: int) -> "OrderedDict[str, nn.Module]":
-            made = {f"layer{i + 1}": make_stage(design, i, channels[i], planes[i]) for i in range(start, end)}
-            return OrderedDict(made | ({"pool": GlobalAveragePool()} if end == depth else {}))
+            layers = {f"layer{i + 1}": make_stage(design, i, channels[i], planes[i]) for i in range(start, end)}
+            return OrderedDict(layers | ({"pool": GlobalAveragePool()} if end == depth else {}))
 
         self.feature_dim, self.depth = channels[-1], depth
         self.conv1 = make_conv(3, planes[0], 3) if design.cifar else make_conv(3, planes[0], 7, stride=2)
@@ -171,7 +185,17 @@ def make_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int
 
 
 def make_shortcut(design: ResNetDesign, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
-    """The module that brings a block's input to the shape of its output; None where the shapes are equal."""
+    """The module that brings a block's input to the shape of its output.
+
+    Args:
+        design: the shape of the network.
+        in_channels: channels of the block's input.
+        out_channels: channels of its output.
+        stride: the block's stride.
+
+    Returns:
+        None where the two shapes are equal.
+    """
     if stride == 1 and in_channels == out_channels:
         return None
     if design.cifar:
@@ -180,7 +204,14 @@ def make_shortcut(design: ResNetDesign, in_channels: int, out_channels: int, str
 
 
 def make_stage(design: ResNetDesign, index: int, in_channels: int, planes: int) -> nn.Module:
-    """The blocks of stage `index`. The first block halves the map, except in the first stage."""
+    """The blocks of one stage. The first block halves the map, except in the first stage.
+
+    Args:
+        design: the shape of the network.
+        index: index of the stage.
+        in_channels: channels of its input.
+        planes: planes of its blocks.
+    """
     block = BottleneckBlock if design.bottleneck else BasicBlock
     out_channels = planes * design.expansion
     rest = (block(design, out_channels, planes, 1) for _ in range(1, design.blocks[index]))

@@ -1,6 +1,6 @@
 """Which of timm's networks `ViTEncoder` can run.
 
-The encoder has its own forward, so a part of a network that it does not know would be left out in silence.
+The encoder has its own forward, so it would silently leave out a part of a network that it does not know.
 """
 
 from collections.abc import Iterator

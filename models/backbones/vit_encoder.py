@@ -86,10 +86,12 @@ class ViTEncoder(Encoder):
 
     @property
     def feature_dim(self) -> int:  # type: ignore[override]
+        """Width of the feature: d after a projection, else D."""
         return self.width if self.projection is None else len(self.projection)
 
     @property
     def blocks(self) -> list[nn.Module]:  # type: ignore[override]
+        """The blocks of the transformer."""
         return list(self.net.blocks)
 
     @property
@@ -233,9 +235,8 @@ class ViTEncoder(Encoder):
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
         """Cast the frozen weights to `compute`, and fold QuickGELU's constants into them where that is exact.
 
-        Trained parameters keep their dtype and are cast where they are used. Weights that a narrower dtype would
-        round are kept in full precision as well, so that a later call with fp32 gets them back exactly. Call this
-        again after frozen weights have changed, or after something else is frozen.
+        Weights that a narrower dtype would round are kept in full precision as well, so a later call with fp32 gets
+        them back exactly. Call this again when frozen weights have changed, or other parameters are frozen.
         """
         self.residual_dtype = residual
         for name, weight in self._frozen_parameters():
@@ -263,12 +264,12 @@ class ViTEncoder(Encoder):
         """
         for name in ("fc1_folded", "fc1_bias_folded", "fc2_folded"):
             mlp._buffers.pop(name, None)
-        plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and mlp.fc1.bias is not None
+        plain_linear = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and mlp.fc1.bias is not None
         frozen = not any(
             parameter.requires_grad or prefix + name in self.frozen_trained
             for name, parameter in mlp.named_parameters()
         )
-        if not (self.fast and untuned and plain and frozen and isinstance(mlp.act, QuickGELU)):
+        if not (self.fast and untuned and plain_linear and frozen and isinstance(mlp.act, QuickGELU)):
             return
         for name, weight, factor in (
             ("fc1_folded", "fc1.weight", QUICK_GELU_FACTOR),

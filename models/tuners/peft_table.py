@@ -62,14 +62,14 @@ PEFTS: dict[str, PeftType] = {
 }
 
 _TOKENS = "it adds tokens to a language model; vpt_shallow and vpt_deep do that for images"
-_FACTORS = "its frozen factors are decomposed from the weights anew on each machine, so a checkpoint would not be safe"
+_FACTORS = "each machine decomposes the weights into its frozen factors again, so a checkpoint would not be safe"
 REFUSED_TYPES = {
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _TOKENS),
     **dict.fromkeys(("CARTRIDGE", "CPT", "ADAPTION_PROMPT"), _TOKENS),
     **dict.fromkeys(("ADAMSS", "FROD", "OSF", "PSOFT"), _FACTORS),
     "LN_TUNING": "`ln_tuning True` does that",
     "POLY": "it needs the task of each sample",
-    "PVERA": "it draws its weights anew in every forward, so that the result would depend on micro_batch_size",
+    "PVERA": "it draws new weights in every forward, so the result would depend on micro_batch_size",
     "SHADOW": "it wraps the blocks of a language model",
     "TRAINABLE_TOKENS": "it trains rows of an embedding, and an image encoder has none",
     "XLORA": "it mixes adapters that are trained already",

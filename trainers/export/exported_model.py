@@ -133,7 +133,7 @@ def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
 def before_head(exported: ExportedModel) -> list[str]:
     """Lines of Python code that change the features of the plain network before the head gets them."""
     lines = ["features = features * head['feature_scale'] + head['feature_shift']"] if feature_affine(exported) else []
-    if getattr(exported.encoder, "projection", None) is not None:
+    if exported.encoder.projection is not None:
         lines.append("features = features @ head['projection'].T")
     return lines
 
@@ -165,7 +165,7 @@ def affine_of(encoder: WholeNetworkEncoder) -> tuple[Tensor, Tensor]:
 def save_head(exported: ExportedModel, folder: Path) -> None:
     """Write `head.safetensors`: the tensors of the head, and those that the code of `before_head` uses."""
     state = dict(exported.head.state_dict())
-    if getattr(exported.encoder, "projection", None) is not None:
+    if exported.encoder.projection is not None:
         state["projection"] = exported.encoder.projection
     if affine := feature_affine(exported):
         state |= dict(zip(("feature_scale", "feature_shift"), affine, strict=True))

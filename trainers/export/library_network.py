@@ -51,10 +51,12 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
             kwargs["num_classes"] = num_classes
             if timm.is_model(model_name) and _same(partial(timm.create_model, **{**kwargs, "num_classes": 0}), encoder):
                 return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
-        made, norm = _vit_arguments(net, num_classes), partial(nn.LayerNorm, eps=net.norm.eps)
-        if not _same(partial(VisionTransformer, **{**made["kwargs"], "num_classes": 0}, norm_layer=norm), encoder):
+        arguments, norm_layer = _vit_arguments(net, num_classes), partial(nn.LayerNorm, eps=net.norm.eps)
+        if not _same(
+            partial(VisionTransformer, **{**arguments["kwargs"], "num_classes": 0}, norm_layer=norm_layer), encoder
+        ):
             raise NO_LIBRARY
-        return {"create": "timm.models.VisionTransformer", **made, "prefix": ""}
+        return {"create": "timm.models.VisionTransformer", **arguments, "prefix": ""}
     if isinstance(encoder, ResNetEncoder):
         if encoder.timm_name is None:
             raise NO_LIBRARY
@@ -63,8 +65,8 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
     if name := timm_name(net):
         resized = exported.resolution != net.pretrained_cfg["input_size"][-1] and hasattr(net, "set_input_size")
         then = f"\nnet.set_input_size({exported.resolution})" if resized else ""
-        made = {"create": "timm.create_model", "kwargs": {"model_name": name, "num_classes": 0}}
-        return {**made, "then": then, "prefix": ""}
+        kwargs = {"model_name": name, "num_classes": 0}
+        return {"create": "timm.create_model", "kwargs": kwargs, "then": then, "prefix": ""}
     kwargs = {"model_name": exported.arch}
     if exported.resolution != clip_resolution(exported):
         kwargs["force_image_size"] = exported.resolution
@@ -95,7 +97,7 @@ def _timm_vit_names(net: Any) -> Iterator[str]:
 def _same(make: Callable[[], Any], encoder: ViTEncoder) -> bool:
     """Whether `make` makes the network that is in the encoder, up to its weights."""
     with torch.device("meta"):
-        other = make()
+        candidate = make()
 
     def signature(net: Any, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
         block = net.blocks[0]
@@ -103,7 +105,7 @@ def _same(make: Callable[[], Any], encoder: ViTEncoder) -> bool:
         act = block.mlp.act(torch.linspace(-3, 3, 64, device="cpu")).tolist()  # several classes compute the same
         return shapes, getattr(net.norm, "eps", None), act, block.attn.num_heads, net.global_pool
 
-    return signature(other, other.state_dict()) == signature(encoder.net, encoder.pretrained_state())
+    return signature(candidate, candidate.state_dict()) == signature(encoder.net, encoder.pretrained_state())
 
 
 def _vit_arguments(net: Any, num_classes: int) -> dict[str, Any]:

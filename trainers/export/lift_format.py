@@ -30,17 +30,17 @@ def check(exported: ExportedModel) -> None:
 
 def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     """Write LIFT's checkpoint. LIFT reads pickles only, so this file is one; it holds nothing but plain tensors."""
-    places = layout(exported.method.model, exported.tuners, exported.partial)
-    parts: dict[str, dict[str, Tensor]] = {"tuner": {}, "head": {}}
-    for key, place in places.items():
+    targets = layout(exported.method.model, exported.tuners, exported.partial)
+    content: dict[str, dict[str, Tensor]] = {"tuner": {}, "head": {}}
+    for key, target in targets.items():
         part, name = key.split(".", 1)
-        parts[part][name] = place.read().cpu().clone()
+        content[part][name] = target.read().cpu().clone()
     for index, sites in exported.encoder.tuners["adaptformer"].items() if "adaptformer" in exported.tuners else ():
         if isinstance(sites["mlp"].scale, float):  # LIFT always has a learnt scale
-            parts["tuner"][f"adaptformer_list.{index}.scale"] = torch.tensor([sites["mlp"].scale])
-    content = BytesIO()
-    torch.save(parts, content)
-    write_bytes(folder / LIFT_FILE, content.getvalue())  # torch.save itself would raise RuntimeError on a full disk
+            content["tuner"][f"adaptformer_list.{index}.scale"] = torch.tensor([sites["mlp"].scale])
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    write_bytes(folder / LIFT_FILE, buffer.getvalue())  # torch.save itself would raise RuntimeError on a full disk
     words = [*exported.command, "test_only", "True", "model_dir", "FOLDER"]
     note = "# FOLDER is this folder; LIFT's own main.py takes such options too"
     return {"command": words, "how_to_load": f"{shlex.join(['python', 'main.py', *words])}\n{note}"}

@@ -90,4 +90,9 @@ def _make(
     if not issubclass(kind, Wrapper):
         return kind(model, objective, options)
     inner = _make(cfg, options.inner, f"{name}.inner", model, objective, (*around, name))
+    if not inner.can_be_wrapped:
+        raise UserError(
+            f"{name}.inner {options.inner}: it does more with the model than {name} would let it; choose another "
+            "method, such as ride"
+        )
     return kind(model, objective, options, inner)

@@ -67,7 +67,7 @@ class DirMixE(Method):
         self.final = False
         """Whether V₊ counts."""
         self.recycled_draws: RecycledDraws | None = None
-        self._last: tuple[int, Draws] | None = None
+        self._last: tuple[tuple[int, int], Draws] | None = None
 
     def before_training(self, steps: int, per_epoch: int) -> None:
         super().before_training(steps, per_epoch)
@@ -92,11 +92,12 @@ class DirMixE(Method):
 
     def drawn(self, device: torch.device) -> Draws:
         """The draws of this step, the same for all its micro-batches."""
-        if self._last is None or self._last[0] != self.at_step:
+        step = self.epoch, self.at_step
+        if self._last is None or self._last[0] != step:
             found = (
                 self._fresh() if self.recycled_draws is None else self.recycled_draws.at(self.epoch, self.at_step - 1)
             )
-            self._last = self.at_step, Draws(*(moved(each, device) for each in found))
+            self._last = step, Draws(*(moved(each, device) for each in found))
         return self._last[1]
 
     def assumed_prior(self) -> Tensor:

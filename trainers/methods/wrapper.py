@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
 from tailtune.trainers.methods.base import Batch, Earlier, Method, Objective
 
@@ -18,12 +17,6 @@ class Wrapper(Method):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options)
-        if not inner.can_be_wrapped:
-            own = type(self).__name__.lower()
-            raise UserError(
-                f"{own}.inner {self.options.inner}: it does more with the model than {own} would let it; choose "
-                "another method, such as ride"
-            )
         self.inner = inner
         self.frozen_trained = {name if name.startswith("model.") else f"inner.{name}" for name in inner.frozen_trained}
         self.continues_from_earlier_run = self.continues_from_earlier_run or inner.continues_from_earlier_run

@@ -1,4 +1,7 @@
-"""A finished run's model, loaded again: to evaluate, to export, to look at."""
+"""A finished run's model, loaded again: to evaluate, to export, to look at.
+
+It builds models from configs, as `run` does, so it sees them whole; what it calls does not.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from torch import Tensor
 from tailtune.configs import CfgNode, load_resolved, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets import DataBundle, DataInfo, build_info
+from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.images.transforms import eval_side
 from tailtune.models import build_model, find_backbone, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
@@ -19,7 +23,7 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.export import ExportedModel
 from tailtune.trainers.export.run_command import command_of
 from tailtune.trainers.foreign_checkpoints import load_foreign_checkpoint
-from tailtune.trainers.foreign_checkpoints.class_numbering import numbering_of
+from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
@@ -34,6 +38,7 @@ class FinishedRun:
     """A run whose checkpoint has been loaded, on every process."""
 
     cfg: CfgNode
+    """Whole, because an ensemble builds other models from it."""
     folder: RunFolder
     method: Method
     data: DataBundle
@@ -79,7 +84,7 @@ def load_trained(
     if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
         prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
     elif checkpoint.foreign is not None:
-        log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), cfg.partial, numbering_of(cfg)))
+        log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), cfg.partial, _numbering(cfg)))
     else:
         load_checkpoint(checkpoint.home / "checkpoint", method, data.info.class_names, fresh.base)
     method.model.init = None
@@ -174,6 +179,11 @@ def earlier_run(
         return trained_method(cfg, Checkpoint(folder), data, accelerator).requires_grad_(False)
 
     return Earlier(fresh, tensors, method)
+
+
+def _numbering(cfg: CfgNode) -> Numbering | None:
+    """None for data whose labels are those of their lists or folders, which everybody numbers alike."""
+    return Numbering(cfg.label_field, DataFolders.of(cfg).for_lists()) if cfg.label_field else None
 
 
 def tuners_of(cfg: CfgNode) -> tuple[str, ...]:

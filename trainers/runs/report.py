@@ -47,27 +47,43 @@ class TrainReport:
     peak_memory_bytes: int | None = None
 
 
-def headline(cfg: CfgNode, data: DataBundle, method: Method) -> str:
+@dataclass(frozen=True)
+class RunLabel:
+    """What a run is called by."""
+
+    data: str
+    model: str
+    backbone: str
+    seed: int
+    epochs: int
+    """That it trains for."""
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "RunLabel":
+        return cls(cfg.data, cfg.model, cfg.backbone, cfg.seed, cfg.num_epochs)
+
+
+def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
     """What is about to run, in two lines."""
     counts, params = data.info.class_counts, method.counts()
     sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max()} … {counts.min()} each)"
     trains = f"{params['tuner']:,} parameters of tuners and {params['trainable'] - params['tuner']:,} of the head"
     return (
-        f"{cfg.data}: {sizes}, {len(data.test):,} test images\n"
-        f"{cfg.model}: {cfg.backbone}, trains {trains} of {params['total']:,}"
+        f"{label.data}: {sizes}, {len(data.test):,} test images\n"
+        f"{label.model}: {label.backbone}, trains {trains} of {params['total']:,}"
     )
 
 
-def summary(cfg: CfgNode, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:
+def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:
     """metrics.json of a trained run, without its evaluation and notes."""
     return {
         "schema": SCHEMA_VERSION,
-        "data": cfg.data,
-        "model": cfg.model,
-        "seed": cfg.seed,
+        "data": label.data,
+        "model": label.model,
+        "seed": label.seed,
         **circumstances(),
         "prec_used": prec_used,
-        "stopped_early": train is not None and train.epochs < cfg.num_epochs,
+        "stopped_early": train is not None and train.epochs < label.epochs,
         "params": method.counts(),
         "class_counts": info.class_counts.tolist(),
         "train": None if train is None else train_facts(train),

@@ -1,5 +1,6 @@
 """The run folder: `output/<name>/`, whose it is, its lock, its config, and what of it is finished."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ import yaml
 from tailtune.configs import CfgNode, config_hash, load_resolved, schema_of, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
+from tailtune.datasets.data_settings import DataFolders
+from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits, parse_splits, split_files
+from tailtune.datasets.test_distributions.frequency_rules import distribution_names
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
@@ -45,7 +50,8 @@ def folder_of(cfg: CfgNode) -> Path:
 class RunFolder(OwnedFolder):
     """Paths of a run and the decisions that depend on what they hold.
 
-    The folder is a run's if `tailtune.json` says so (`manifest.py`). Only what that file lists is ever changed.
+    The whole config is its subject: it writes `config.yaml`, and compares a command with the one that is there. The
+    folder is a run's if `tailtune.json` says so (`manifest.py`). Only what that file lists is ever changed.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -164,6 +170,18 @@ class RunFolder(OwnedFolder):
     def class_counts(self) -> list[int] | None:
         """Training images per class of the run whose checkpoint is evaluated, as far as it says."""
         return counts_of(self.source) if self.foreign is None else None
+
+    def files_read(self) -> dict[str, str]:
+        """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
+        cfg = self.cfg
+        names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
+        if cfg.shift_files:
+            names += [
+                cfg.shift_files.replace("{name}", shift) for shift in distribution_names(DistributionSettings.of(cfg))
+            ]
+        folders = [Path(), *DataFolders.of(cfg).for_lists()]
+        found = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}
 
     def finished(self) -> bool:
         """Whether the run has ended, and its result and checkpoint are what it wrote."""

@@ -59,7 +59,7 @@ def fingerprint(model: ClassificationModel) -> str:
         return encoder_digest
     projection = model.text_encoder.projection
     if projection is None:  # then the encoder has the projection, or one within its network
-        projection = getattr(model.encoder, "projection", None)
+        projection = model.encoder.projection
     state = {**model.text_encoder.weights(), **({} if projection is None else {"projection": projection})}
     return f"{encoder_digest}.{_digest(state)}"
 

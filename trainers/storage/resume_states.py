@@ -90,5 +90,5 @@ class ResumeStates:
                 )
 
     def _complete(self) -> list[Path]:
-        """Folders of states that were written and recorded, oldest first; a kill may come between the two."""
+        """Folders of states that were written and recorded, oldest first; a killed process may leave others."""
         return sorted(path for path in self.folder.glob("[0-9]*") if path.is_dir() and is_in_manifest(path))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tailtune.configs import load_configs
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
@@ -17,6 +18,7 @@ from tailtune.parity.compare import SUBJECTS, main
 from tailtune.parity.errors import error, largest_error, number_error
 from tailtune.parity.job import Case, Job, Tensors, chosen
 from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.options import declared
 
 PARITY = json.loads((Path(__file__).parent.parent / "docs" / "parity.json").read_text())
 CASES: list[dict[str, Any]] = PARITY["cases"]
@@ -235,6 +237,15 @@ def test_a_case_keeps_its_number_without_the_others(subject: str) -> None:
     last = every[kind][-1]
     assert last in chosen(cases, last["name"])[kind]
     json.dumps(every)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_our_options_of_a_case_are_known(subject: str) -> None:
+    cases, _ = SUBJECTS[subject].ask(checkouts(subject))
+    for case in (case for kind in cases for case in cases[kind]):
+        data, model = case.get("data") or "fake_lt", case.get("model") or "tiny_clip"
+        options = {"pretrained": "none", **case.get("options", {}), **case.get("our_options", {})}
+        load_configs(data, model, [str(word) for pair in options.items() for word in pair], declared())
 
 
 def test_a_report_leaves_the_others_as_they_are(tmp_path: Path) -> None:

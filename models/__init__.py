@@ -66,7 +66,7 @@ def build_model(
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:
         options = tuner_options(cfg, len(class_names), encoder)
-        add_tuners(encoder, {name: each for name, each in options.items() if name in tuners}, cfg.partial, cfg.seed)
+        add_tuners(encoder, {name: options[name] for name in tuners if name in options}, cfg.partial, cfg.seed)
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
     encoder.set_precision()

@@ -42,7 +42,7 @@ class EnsembleOptions:
 class AlphaOptions:
     """Share of the trained run."""
 
-    ensemble_alpha: float = option(
+    alpha: float = option(
         0.5,
         "Share of the trained run in ensemble wise and logits.",
         key="ensemble_alpha",
@@ -56,7 +56,7 @@ class AlphaOptions:
 class RunsOptions:
     """Other runs."""
 
-    ensemble_runs: list[str] | None = option(
+    runs: list[str] | None = option(
         None,
         "Folders of the other finished runs of ensemble soup, separated by commas.",
         as_paths,
@@ -112,7 +112,7 @@ def check_ensemble(cfg: CfgNode) -> None:
         UserError: an unknown entry, an option that it does not read, a run without what it needs.
     """
     entry, name, alpha = entry_of(cfg), cfg.ensemble, cfg.ensemble_alpha
-    moved = alpha != AlphaOptions().ensemble_alpha
+    moved = alpha != AlphaOptions().alpha
     if entry is NONE:
         if moved or cfg.ensemble_runs:
             raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")

@@ -110,8 +110,8 @@ def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
     beside: list[Method] = []
 
     def lend() -> Method:
-        beside.append(before[-1])
-        return before[-1]
+        beside.append(before[-1].to("meta"))  # what was made on no device, such as the mean of the pixels
+        return beside[0]
 
     if before:
         method.after(Earlier(True, lambda: trained_state(before[-1]), lend))

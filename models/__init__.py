@@ -1,6 +1,7 @@
 """`build_model`: from a config to encoder + tuners + head. Below this file nothing sees the config."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from torch import nn
 
@@ -110,8 +111,9 @@ def _zero_shot_head(cfg: CfgNode, backbone: Backbone, tuners: Sequence[str], cla
 def _head(cfg: CfgNode, dim: int, classes: int) -> nn.Module:
     """The head, or one for each expert, which differ by their random start."""
     make = lookup(HEADS, cfg.classifier, "classifier")
+    options = asdict(options_from(make.Options, cfg, cfg.classifier))
     with seeded(cfg.seed, "head"):
-        heads = [make(dim, classes, cfg.scale) for _ in range(cfg.num_experts)]
+        heads = [make(dim, classes, **options) for _ in range(cfg.num_experts)]
     return heads[0] if cfg.num_experts == 1 else ExpertHeads(heads)
 
 

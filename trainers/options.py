@@ -15,7 +15,7 @@ from tailtune.datasets.options import DataOptions, EvaluatedImageOptions
 from tailtune.datasets.test_distributions.options import DirichletOptions, ShiftOptions
 from tailtune.models import BACKBONES
 from tailtune.models.backbones.prompts import PROMPTS
-from tailtune.models.heads.classifiers import HEADS, ScaleOptions
+from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.initialisation import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
 from tailtune.models.tuners.peft_types import PEFTS, draws
@@ -57,7 +57,8 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(LoaderOptions, "Set by the loader")
     yield from declarations(DataOptions, "Data")
     yield from declarations(ModelOptions, "Model")
-    yield from declarations(ScaleOptions, "Model", "CosineClassifier")
+    for name, head in HEADS.items():
+        yield from declarations(head.Options, "Model", name)
     yield from declarations(ExpertOptions, "Experts")
     yield from declarations(TunerPlaceOptions, "Tuners")
     for name, tuner in TUNERS.items():

@@ -1,13 +1,12 @@
 """HEADS: from features [B, D] to logits [B, C], under LIFT's names. Weights are fp32 and so are the logits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailtune.configs.option import option
+from tailtune.configs.option import NoOptions, option
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,18 @@ class ScaleOptions:
     )
 
 
-class L2NormedClassifier(nn.Module):
+class Classifier(nn.Module):
+    """Base of all heads, which are made by (D, C) and the fields of their options."""
+
+    Options: type = NoOptions
+
+
+class L2NormedClassifier(Classifier):
     """z_c = f · w_c / |w_c|."""
 
-    def __init__(self, dim: int, num_classes: int, scale: float) -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.weight = unit_rows(num_classes, dim)
-        self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features.to(self.weight.dtype), F.normalize(self.weight, dim=-1))
@@ -37,6 +41,12 @@ class L2NormedClassifier(nn.Module):
 
 class CosineClassifier(L2NormedClassifier):
     """z_c = σ·cos(f, w_c), σ fixed."""
+
+    Options = ScaleOptions
+
+    def __init__(self, dim: int, num_classes: int, scale: float) -> None:
+        super().__init__(dim, num_classes)
+        self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
         return self.scale * super().forward(F.normalize(features.to(self.weight.dtype), dim=-1))
@@ -49,10 +59,10 @@ class LayerNormedClassifier(L2NormedClassifier):
         return super().forward(F.layer_norm(features.to(self.weight.dtype), features.shape[-1:], eps=1e-12))
 
 
-class LinearClassifier(nn.Module):
+class LinearClassifier(Classifier):
     """z = W f + b."""
 
-    def __init__(self, dim: int, num_classes: int, scale: float) -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, dim))
         self.bias = nn.Parameter(torch.zeros(num_classes))
@@ -67,10 +77,9 @@ def unit_rows(num_classes: int, dim: int) -> nn.Parameter:
     return nn.Parameter(F.normalize(torch.empty(num_classes, dim).uniform_(-1, 1), dim=-1))
 
 
-HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {
+HEADS: dict[str, type[Classifier]] = {
     "CosineClassifier": CosineClassifier,
     "LinearClassifier": LinearClassifier,
     "L2NormedClassifier": L2NormedClassifier,
     "LayerNormedClassifier": LayerNormedClassifier,
 }
-"""Name → (D, C, scale) → head; `scale` is the σ of the cosine head and nothing to the others."""

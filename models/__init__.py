@@ -1,6 +1,6 @@
 """`build_model`: from a config to encoder + tuners + head. Below this file nothing sees the config."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from torch import nn
@@ -66,8 +66,7 @@ def build_model(
     if cfg.zero_shot:
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:
-        options = tuner_options(cfg, len(class_names), encoder)
-        add_tuners(encoder, {name: options[name] for name in tuners if name in options}, cfg.partial, cfg.seed)
+        add_tuners(encoder, tuner_options(cfg, tuners, len(class_names), encoder), cfg.partial, cfg.seed)
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
     encoder.set_precision()
@@ -89,12 +88,13 @@ def resolve(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def tuner_options(cfg: CfgNode, classes: int, encoder: Encoder) -> dict[str, TunerOptions]:
-    """Tuner → its options, for all tuners; LIFT's rules where the config leaves them open."""
+def tuner_options(cfg: CfgNode, names: Iterable[str], classes: int, encoder: Encoder) -> dict[str, TunerOptions]:
+    """Name → options, for those names that are tuners of ours; LIFT's rules where the config leaves them open."""
     sizes = (classes, encoder.depth, encoder.feature_dim)
     return {
-        name: options_from(type(tuner.options), cfg, name, separator="_").filled(*sizes)
-        for name, tuner in TUNERS.items()
+        name: options_from(type(TUNERS[name].options), cfg, name, separator="_").filled(*sizes)
+        for name in names
+        if name in TUNERS
     }
 
 

@@ -26,8 +26,9 @@ from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
+from tailtune.trainers.methods.options import MethodOptions
 from tailtune.trainers.optim import SCHEDULES
-from tailtune.trainers.training_options import MethodOptions, RunOptions, TrainingOptions
+from tailtune.trainers.training_options import RunOptions, TrainingOptions
 
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "ADAPTS": ADAPTS,

@@ -16,7 +16,7 @@ import torch
 from conftest import Cli
 from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
-from small import SIDE, Sizes, filled, fixture_net, put_tuners, small_net
+from small import SIDE, Sizes, filled, fixture_net, head_with, put_tuners, small_net
 from tiers import slow_except
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -69,7 +69,9 @@ def subject(
     """A host with tuners and a head, as built; whatever trains is still at its start."""
     put_tuners(host, tuners, sizes, partial)
     torch.manual_seed(0)
-    model = ClassificationModel(host, HEADS[head](host.feature_dim, CLASSES, 20.0), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    model = ClassificationModel(
+        host, head_with(head, host.feature_dim, CLASSES, 20.0), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    )
     method = Method(model, Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
     side = SIDE if isinstance(host, ViTEncoder) else 64
     return ExportedModel(method, tuners, partial, [f"c{k}" for k in range(CLASSES)], side, arch="RN50-quickgelu")

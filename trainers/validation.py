@@ -120,7 +120,7 @@ def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -
         UserError: an unknown entry, an option that it does not read, a run without what it needs.
     """
     entry, name, alpha = ensemble_named(cfg.ensemble), cfg.ensemble, cfg.ensemble_alpha
-    moved = alpha != AlphaOptions().ensemble_alpha
+    moved = alpha != AlphaOptions().alpha
     if entry is NONE:
         if moved or cfg.ensemble_runs:
             raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")

@@ -54,7 +54,11 @@ class Recipe:
         most=10**6,
     )
     seed: int = of_predictions(
-        0, "Random seed of the views and their order in `adapt`.", key="adapt_seed", least=0, most=2**63 - 1
+        0,
+        "Random seed of the views and their order in `adapt`, and of the order in target_prior estimate_online.",
+        key="adapt_seed",
+        least=0,
+        most=2**63 - 1,
     )
 
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two workers suit two cores. A file stays on one worker; tests/conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow check types format clean
+.PHONY: demo test test-slow check types format docs clean
 
 demo: .venv/ready
 	$(BIN)/python main.py -d digits_lt -m tiny_clip_peft
@@ -30,6 +30,11 @@ types: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every page and table that is made from the code.
+docs: .venv/ready
+	$(BIN)/python scripts/make_options.py
+	$(BIN)/python scripts/make_composition.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,38 +1,64 @@
-"""What an option is: the entry of a schema."""
+"""What an option is: the entry of the schema."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from tailtune.configs.value_parsers import as_bool, as_float, as_int, as_str
-
 Class = Literal["train", "test", "runtime"]
+Recorded = Literal["", "config", "command"]
+Holder = Literal["", "encoder", "head"]
 
 
 @dataclass(frozen=True)
 class Key:
+    """Everything that is known of an option: what it takes, what it means and what it may do."""
+
     parse: Callable[[Any], Any]
+    """Text or a YAML value → the typed value; raises ValueError with what was expected."""
     default: Any
-    cls: Class
     doc: str
+    """A sentence that stands alone, with the unit of a number."""
+    cls: Class = "train"
+    """What a changed value makes: another trained model (`train`), another evaluation of the same model (`test`), or
+    the same numbers in another way (`runtime`)."""
     choices: tuple[str, ...] = ()
+    table: str = ""
+    """Name of the table whose entries are values, such as LOSSES. The code that reads the option looks them up."""
     least: float | None = None
-    """The smallest value allowed."""
+    """The smallest value allowed, also for each number of a list or mapping."""
     most: float | None = None
-    """The largest."""
-    optional: bool = field(default=False)
+    """The largest value allowed."""
+    optional: bool = False
     """None is a value although the default is another one."""
     internal: bool = False
-    """Set by the loader, never by YAML or command line."""
+    """The loader sets it; neither a YAML nor the command line may."""
     logits: bool = True
-    """For `test` keys: the value changes the logits, not only what is computed from them."""
+    """The value changes the logits. False for `test` options that only change what is computed from stored logits."""
     data_wins: bool = False
-    """A data config's value beats the model config's (digits must not be flipped, whatever the model prefers)."""
+    """A data config's value beats the model config's: digits must not be flipped, whatever the model prefers."""
+    stages: Literal["all", "last"] | None = None
+    """The stages of a chain that the command line reaches. None: all for `runtime` options, the last for others."""
+    recorded: Recorded = ""
+    """For `runtime` options: where the value is written down, so that a run can be told and repeated elsewhere. Either
+    in the run's config.yaml, or there and in the command that an export names."""
+    held_with: Holder = ""
+    """The part of the model whose later stages need the same value, because no tensor of that part tells it."""
+    zero_shot: bool = True
+    """The zero-shot classifier has it too. False for what a run adds to its backbone, and for how it trains."""
+    holds_out: bool = False
+    """The value takes images out of the training split."""
+    method: str = ""
+    """The method that owns it. The value is then part of the config hash exactly when that method is in use."""
+
+    @property
+    def every_stage(self) -> bool:
+        """Whether the command line sets it for every stage of a chain."""
+        return self.cls == RUNTIME if self.stages is None else self.stages == "all"
 
     def beyond(self, value: Any) -> str | None:
-        """What a typed value had to be, `at most 64, not 65`, also each number of a list or mapping; None: it is."""
+        """What a typed value should have been, such as `at most 64, not 65`; None where it is within the bounds."""
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        for number in (each for each in inside if isinstance(each, (int, float))):
+        for number in (item for item in inside if isinstance(item, (int, float))):
             if self.least is not None and number < self.least:
                 return f"at least {plain(self.least)}, not {plain(number)}"
             if self.most is not None and number > self.most:
@@ -48,16 +74,3 @@ def plain(number: float) -> str:
 TRAIN: Class = "train"
 TEST: Class = "test"
 RUNTIME: Class = "runtime"
-
-
-def option_keys(method: str, options: type) -> dict[str, Key]:
-    """The keys of a method's own `Options` dataclass: `ride.diversity`, typed by the field's default.
-
-    `metadata` of a field is what a key says beside its type and default: `doc`, and `choices`, `least` and `most` where
-    there are some. A changed option is another trained model.
-    """
-    parsers: dict[type, Callable[[Any], Any]] = {bool: as_bool, int: as_int, float: as_float, str: as_str}
-    return {
-        f"{method}.{each.name}": Key(parsers[type(each.default)], each.default, "train", **each.metadata)
-        for each in fields(options)
-    }

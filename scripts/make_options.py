@@ -1,35 +1,23 @@
-"""Write docs/options.md, the reference of all options, from the tables of the code.
+"""Writes docs/options.md, the reference of all options, from the tables of the code.
 
 python scripts/make_options.py
 """
 
-import re
+import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tailtune.configs import value_parsers as values  # noqa: E402
-from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, option_keys, plain  # noqa: E402
-from tailtune.configs.schema import ALIASES, SCHEMA  # noqa: E402
-from tailtune.datasets import DATASETS  # noqa: E402
-from tailtune.datasets.images.transforms import AUGMENTS  # noqa: E402
-from tailtune.datasets.loading.samplers import SAMPLERS  # noqa: E402
-from tailtune.models import BACKBONES  # noqa: E402
-from tailtune.models.backbones.prompts import PROMPTS  # noqa: E402
-from tailtune.models.heads.classifiers import HEADS  # noqa: E402
-from tailtune.models.heads.initialisation import HEAD_INITS  # noqa: E402
-from tailtune.models.tuners.peft_types import PEFTS  # noqa: E402
-from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
-from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
-from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
-from tailtune.trainers.losses import LOSSES  # noqa: E402
-from tailtune.trainers.methods import METHODS, declared  # noqa: E402
-from tailtune.trainers.optim import SCHEDULES  # noqa: E402
+from tailtune.configs import Schema
+from tailtune.configs import value_parsers as values
+from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, plain
+from tailtune.trainers.options import choices_of, declared
 
+ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "options.md"
 TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_str: "text",
@@ -44,83 +32,56 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_scale: "learnable, or a number",
     values.as_mapping: "{key: value}",
     values.as_triple: "[r, g, b]",
+    values.as_pair: "[number, number]",
     values.as_names: "name,name …",
     values.as_ints: "[number, …]",
     values.as_factors: "{name: number}",
 }
-TABLES: Mapping[str, Mapping[str, Any]] = {
-    "ADAPTS": ADAPTS,
-    "ENSEMBLES": ENSEMBLES,
-    "AUGMENTS": AUGMENTS,
-    "BACKBONES": BACKBONES,
-    "DATASETS": DATASETS,
-    "HEADS": HEADS,
-    "HEAD_INITS": HEAD_INITS,
-    "LOSSES": LOSSES,
-    "METHODS": METHODS,
-    "PEFTS": PEFTS,
-    "PROMPTS": PROMPTS,
-    "SAMPLERS": SAMPLERS,
-    "SCHEDULES": SCHEDULES,
-    "TARGETS": TARGETS,
-}
-SECTIONS = {
-    "dataset": "Data",
-    "backbone": "Model",
-    "full_tuning": "Tuners",
-    "seed": "Training",
-    "tte": "Evaluation",
-    "test_only": "How it runs",
-}
-"""The first option of each section of the schema → its title."""
-
 INTRODUCTION = f"""# Options
 
 `python main.py -d DATA -m MODEL [KEY VALUE ...]`, or `key: value` in a YAML of `configs/`. Later beats earlier:
-defaults < data YAML < model YAML < its `by_dataset` entries < the command line. `--dry-run` shows the values of a run.
+defaults < data YAML < model YAML < its `by_dataset` entries < the command line. `--dry-run` shows what a run changes;
+with `--all` it shows every option.
 
-The class of an option says what a changed value means:
+The class of an option says what a changed value makes:
 
 - **{TRAIN}**: another trained model, so another run folder;
 - **{TEST}**: another evaluation of the same model, kept in `tests/<key>/` of its run folder;
 - **{RUNTIME}**: the same numbers, got differently.
 
-`none` (or `null`) is a value where the default is none or the type says so. {{aliases}}
+`none` (or `null`) is a value where the default is none or the type says so. `of` names the entries of a
+table (losses, tuners, schedules …) that read the option; `<entry>.<option>` is then another name of it, such as
+`las.smooth_head`. {{aliases}}
 
-This file is made by `python scripts/make_options.py`.
+This file is made by `python scripts/make_options.py`, and by `make docs`.
 """
 
 
 def render() -> str:
-    """The whole file."""
-    aliases = " ".join(f"`{old}` is another name of `{new}`." for old, new in ALIASES.items())
+    """The text of the file."""
+    schema = declared()
+    aliases = " ".join(
+        f"`{other}` is another name of `{key}`." for other, key in schema.aliases.items() if "." not in other
+    )
     parts = [INTRODUCTION.format(aliases=aliases)]
-    parts += [f"## {title}\n\n{table(entries)}\n" for title, entries in sections()]
+    for title, keys in schema.sections.items():
+        if shown := [key for key in keys if not schema[key].internal]:
+            parts.append(f"## {title}\n\n{table(schema, shown)}\n")
     return "\n".join(parts)
 
 
-def sections() -> Iterator[tuple[str, dict[str, Key]]]:
-    """Title and options of each section, in the schema's order; then the methods' own."""
-    found: list[tuple[str, dict[str, Key]]] = []
-    for key, entry in SCHEMA.items():
-        if entry.internal:
-            continue
-        if key in SECTIONS:
-            found.append((SECTIONS[key], {}))
-        found[-1][1][key] = entry
-    assert [title for title, _ in found] == list(SECTIONS.values()), "SECTIONS and the schema's order differ"
-    yield from found
-    for method, options in declared().options.items():
-        if own := option_keys(method, options):
-            yield f"Method {method}", own
-
-
-def table(entries: Mapping[str, Key]) -> str:
-    rows = ["| key | type | default | class | meaning | choices |", "|---|---|---|---|---|---|"]
-    for key, entry in entries.items():
-        cells = (f"`{key}`", _type(entry), _default(entry), entry.cls, _meaning(entry), _choices(entry))
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+def table(schema: Schema, keys: list[str]) -> str:
+    """The options of a section, a row each."""
+    entries = {key: [] if schema[key].method else schema.entries[key] for key in keys}
+    columns = ["key", *(["of"] if any(entries.values()) else []), "type", "default", "class", "meaning", "choices"]
+    rows = [columns]
+    for key in keys:
+        entry = schema[key]
+        of = [", ".join(f"`{name}`" for name in entries[key])] if "of" in columns else []
+        choices = ", ".join(f"`{choice}`" for choice in choices_of(key, entry))
+        rows.append([f"`{key}`", *of, _type(entry), _default(entry), entry.cls, _meaning(entry), choices])
+    head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def _type(entry: Key) -> str:
@@ -135,15 +96,15 @@ def _default(entry: Key) -> str:
 
 
 def _meaning(entry: Key) -> str:
-    return entry.doc + (" (a data YAML's value beats the model YAML's)" if entry.data_wins else "")
+    return entry.doc + (" A data YAML's value beats the model YAML's." if entry.data_wins else "")
 
 
-def _choices(entry: Key) -> str:
-    of_table = re.search(r"entry of ([A-Z_]+)", entry.doc)
-    choices = entry.choices or (tuple(TABLES[of_table[1]]) if of_table else ())
-    return ", ".join(f"`{choice}`" for choice in choices)
+def main() -> None:
+    """Write the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    FILE.write_text(render(), encoding="utf-8")
+    print(f"wrote {FILE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    FILE.write_text(render(), encoding="utf-8")
-    print(f"wrote {FILE.relative_to(ROOT)}")
+    main()

@@ -1,17 +1,50 @@
 """A ViT of the fixture of LIFT specification §13.6 and a plain formulation of its block to compare the host with."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.heads.initialisation import HeadContext
-from tailtune.models.tuners.table import Sizes, add_tuners
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.heads.head_init import HeadContext
+from tailtune.models.tuners.table import TUNERS, add_tuners
+from tailtune.models.tuners.tuner_options import TunerOptions
+from tailtune.trainers.losses import LOSSES, Loss
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 2, 2, 8, 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that tuners are built from, in place of the options of a config."""
+
+    bottleneck: int
+    prompts: int
+    mask_ratio: float = 0.001
+    mask_seed: int = 0
+    adaptformer_scale: float | str = "learnable"
+
+    def of(self, name: str) -> TunerOptions:
+        options = TUNERS[name].options
+        values = {"dim": self.bottleneck, "length": self.prompts, "scale": self.adaptformer_scale}
+        values |= {"ratio": self.mask_ratio, "seed": self.mask_seed}
+        return replace(options, **{field: value for field, value in values.items() if hasattr(options, field)})
+
+
+def put_tuners(host: Any, names: Sequence[str], sizes: Sizes, partial: Any = None, seed: int = 0) -> None:
+    """`add_tuners`, by names and sizes."""
+    add_tuners(host, {name: sizes.of(name) for name in names}, partial, seed)
+
+
+def loss_with(name: str, **values: float) -> Loss:
+    """A loss with those of the options that it has."""
+    loss = LOSSES[name]
+    known = {field: value for field, value in values.items() if hasattr(loss.options, field)}
+    return replace(loss, options=replace(loss.options, **known)) if known else loss
 
 
 def filled(shape: Sequence[int], seed: int, amplitude: float = 0.1, offset: float = 0.0) -> Tensor:
@@ -61,7 +94,7 @@ SEEDS |= {"fc1.lora_A": 100, "fc1.lora_B": 102, "fc2.lora_A": 104, "fc2.lora_B":
 
 
 @torch.no_grad()
-def fill_tuners(host: ViT) -> None:
+def fill_tuners(host: ViTEncoder) -> None:
     """Tuner values of LIFT specification §13.6: seed of the tensor plus the block's index."""
     for name, parameter in host.tuners.named_parameters():
         tuner, index, rest = name.split(".", 2)
@@ -83,16 +116,16 @@ def tuned(
     partial: int | Sequence[int] | None = None,
     fast: bool = True,
     net: VisionTransformer | None = None,
-) -> ViT:
+) -> ViTEncoder:
     """The fixture's network, or another, with tuners of bottleneck 4 and 3 prompts, filled as the fixture says."""
-    host = ViT(net or fixture_net(), fast=fast)
-    add_tuners(host, names, Sizes(4, 3, mask_ratio=0.1), partial)
+    host = ViTEncoder(net or fixture_net(), fast=fast)
+    put_tuners(host, names, Sizes(4, 3, mask_ratio=0.1), partial)
     fill_tuners(host)
     host.set_precision()
     return host
 
 
-def plain_features(host: ViT, images: Tensor) -> Tensor:
+def plain_features(host: ViTEncoder, images: Tensor) -> Tensor:
     """LIFT specification §4.1, plain: explicit softmax attention, x·sigmoid(1.702x), every token in every block."""
     net = host.net
     x = net.norm_pre(net._pos_embed(net.patch_embed(images)))

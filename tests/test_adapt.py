@@ -15,7 +15,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.evaluation.expert_weights import (
     ADAPTS,
     LEAST,
@@ -23,12 +23,12 @@ from tailtune.trainers.evaluation.expert_weights import (
     Recipe,
     StreamLearner,
     adapt,
-    check_adapt,
     objective,
 )
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.methods import METHODS, Method
 from tailtune.trainers.methods.base import combine
+from tailtune.trainers.validation import outline
 
 E, B, C = 3, 4, 10
 ROWS = {
@@ -171,9 +171,9 @@ def test_a_stream_is_predicted_with_the_weights_of_its_time() -> None:
     assert len(learnt(StreamLearner, Recipe(batch_size=1)).path) == 10
 
 
-def shifts(*names: str) -> list[Shift]:
+def shifts(*names: str) -> list[TestDistribution]:
     every = {"uniform": torch.arange(60), "head": torch.arange(0, 60, 7), "tail": torch.arange(6, 60, 7)}
-    return [Shift(name, torch.zeros(7), every[name], "") for name in names]
+    return [TestDistribution(name, torch.zeros(7), every[name], "") for name in names]
 
 
 def run_adapt(kind: type[Learner], recipe: Recipe, *names: str) -> tuple[dict[str, Learner], list[int]]:
@@ -230,7 +230,7 @@ def metrics(folder: str) -> dict[str, Any]:
 def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch(RUN, DISTS).returncode == 0
     own = metrics("run")
-    assert all("sade" not in each for each in own["distributions"].values())
+    assert all("sade" not in each["predictors"] for each in own["distributions"].values())
     asked: list[int] = []
     original = Learner.learn
     monkeypatch.setattr(Learner, "learn", lambda self, views: (asked.append(len(views.logits)), original(self, views)))
@@ -241,10 +241,11 @@ def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypat
     found = metrics(f"run/tests/{folder.name}")
     assert found["test"]["per_class_acc"] == own["test"]["per_class_acc"] and metrics("run") == own
     for name, each in found["distributions"].items():
-        assert each["plain"]["per_class_acc"] == own["distributions"][name]["plain"]["per_class_acc"]
-        sade = each["sade"]
+        own_plain = own["distributions"][name]["predictors"]["plain"]
+        assert each["predictors"]["plain"]["per_class_acc"] == own_plain["per_class_acc"]
+        sade = each["predictors"]["sade"]
         assert len(sade["path"]) == len(sade["similarity"]) == 2 and sade["path"][-1] == sade["weights"]
-        assert sade["gain"] == pytest.approx(sade["accuracy"] - each["plain"]["accuracy"])
+        assert sade["gain"] == pytest.approx(sade["accuracy"] - each["predictors"]["plain"]["accuracy"])
         assert name in done.stdout and " ".join(f"{weight:.2f}" for weight in sade["weights"]) in done.stdout
     again = launch(RUN, DISTS, "test_only True adapt sade adapt_epochs 2 adapt_batch_size 8")
     assert "finished before" in again.stdout and "backward10" in again.stdout and len(asked) == 6
@@ -252,7 +253,7 @@ def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypat
     tags = {f"test/uniform/sade/{each}" for each in ("weight_0", "weight_2", "gain", "accuracy", "few_acc")}
     assert tags | {"test/accuracy", "test/forward10/accuracy"} <= set(events.Tags()["scalars"])
     path = [event.value for event in events.Scalars("test/uniform/sade/weight_1")]
-    assert path == pytest.approx([each[1] for each in found["distributions"]["uniform"]["sade"]["path"]])
+    assert path == pytest.approx([each[1] for each in found["distributions"]["uniform"]["predictors"]["sade"]["path"]])
 
 
 def test_a_run_adapts_in_its_own_evaluation(launch: Cli) -> None:
@@ -261,8 +262,8 @@ def test_a_run_adapts_in_its_own_evaluation(launch: Cli) -> None:
     assert done.returncode == 0, done.stderr
     found = metrics("run")["distributions"]
     assert found.keys() == {"test"} and found["test"]["n"] == 100
-    assert len(found["test"]["sade_online"]["path"]) == 10
-    assert found["test"]["plain"]["accuracy"] == metrics("run")["test"]["accuracy"]
+    assert len(found["test"]["predictors"]["sade_online"]["path"]) == 10
+    assert found["test"]["predictors"]["plain"]["accuracy"] == metrics("run")["test"]["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -282,10 +283,10 @@ def test_what_cannot_be_adapted_is_refused(words: str, culprit: str, remedy: str
 
 def test_experts_that_are_not_all_asked_are_refused(config: Callable[..., CfgNode]) -> None:
     cfg = config("fake_lt", "tiny_clip", "num_experts", 3, "adapt", "sade")
-    check_adapt(cfg)
-    routing = type("Routing", (Method,), {"routes": True})
+    outline(cfg)
+    routing = type("Routing", (Method,), {"asks_every_expert": False})
     with mock.patch.dict(METHODS, {"classify": routing}), pytest.raises(UserError, match="only some .* set adapt none"):
-        check_adapt(cfg)
+        outline(cfg)
 
 
 def test_one_expert_is_refused_of_a_finished_run(launch: Cli) -> None:

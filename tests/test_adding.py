@@ -11,7 +11,8 @@ import yaml
 from yacs.config import CfgNode
 
 from tailtune.configs import load_configs
-from tailtune.trainers.methods import METHODS, declared
+from tailtune.trainers.methods import METHODS
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
@@ -48,4 +49,4 @@ def test_an_expert_method_is_short_and_runs(tmp_path: Path, monkeypatch: pytest.
     assert cfg.spread.strongest == 1.5
     result = json.loads((run(cfg) / "metrics.json").read_text())
     assert result["train"]["steps"] == 2
-    assert len(result["distributions"]["backward5"]["sade"]["weights"]) == 3
+    assert len(result["distributions"]["backward5"]["predictors"]["sade"]["weights"]) == 3

@@ -20,10 +20,11 @@ from tiers import slow_except
 
 from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
-from tailtune.trainers.dry_run import check, dry_run
-from tailtune.trainers.methods import declared
+from tailtune.trainers.dry_run import dry_run
+from tailtune.trainers.options import declared
+from tailtune.trainers.validation import check
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none"
 SHORT = f"{FAKE} num_epochs 2 output_dir run"
@@ -68,7 +69,7 @@ def test_list(launch: Cli) -> None:
     ],
 )
 def test_flags_stand_anywhere(words: str) -> None:
-    flags, pairs = split_words(words.split())
+    flags, pairs = split_arguments(words.split())
     parsed = main.make_parser().parse_args(flags)
     assert (parsed.data, parsed.model, parsed.dry_run) == ("fake_lt", "tiny_clip", True)
     assert pairs == ["lr", "0.1", "weight_decay", "-1e-3"]
@@ -100,9 +101,9 @@ def test_merge_order(shipped: Callable[[str, str], None]) -> None:
         "by_dataset:\n  mine_100: {momentum: 0.5}\n  'mine*': {batch_size: 3, momentum: 0.3}\n"
         "  '*': {batch_size: 4, momentum: 0.4}\n  other: {lr: 9}\n",
     )
-    (cfg,) = load_configs("mine_100", "mine", ["momentum", "0.6"])
+    (cfg,) = load_configs("mine_100", "mine", ["momentum", "0.6"], declared())
     assert (cfg.tau, cfg.lr, cfg.num_epochs, cfg.batch_size, cfg.momentum) == (1.0, 1.0, 2, 3, 0.6)
-    assert load_configs("mine_100", "mine", [])[0].momentum == 0.5
+    assert load_configs("mine_100", "mine", [], declared())[0].momentum == 0.5
     assert cfg.augment == "digits"
     with pytest.raises(AttributeError):
         cfg.lr = 2.0
@@ -110,7 +111,7 @@ def test_merge_order(shipped: Callable[[str, str], None]) -> None:
 
 def test_values_have_the_declared_type() -> None:
     words = "output_dir 2024 lr 1 max_steps none seed 007 tte TRUE partial [0,6) pretrained Null tau -1e-3"
-    (cfg,) = load_configs("fake_lt", "tiny_clip", words.split())
+    (cfg,) = load_configs("fake_lt", "tiny_clip", words.split(), declared())
     assert (cfg.output_dir, cfg.lr, cfg.max_steps, cfg.seed, cfg.tte) == ("2024", 1.0, None, 7, True)
     assert type(cfg.lr) is float
     assert (cfg.partial, cfg.pretrained, cfg.tau) == ([0, 6], None, -1e-3)
@@ -118,13 +119,13 @@ def test_values_have_the_declared_type() -> None:
 
 def test_aliases(shipped: Callable[[str, str], None]) -> None:
     shipped("model/mine", "backbone: TinyCLIP\ntest_ensemble: true\n")
-    assert load_configs("fake_lt", "mine", [])[0].tte
-    assert not load_configs("fake_lt", "mine", ["test_ensemble", "False"])[0].tte
+    assert load_configs("fake_lt", "mine", [], declared())[0].tte
+    assert not load_configs("fake_lt", "mine", ["test_ensemble", "False"], declared())[0].tte
 
 
 def test_run_names() -> None:
     def name(*pairs: str) -> str:
-        return load_configs("fake_lt", "tiny_clip", pairs)[0].run_name
+        return load_configs("fake_lt", "tiny_clip", pairs, declared())[0].run_name
 
     assert name() == "fake_lt_tiny_clip"
     assert name("lr", "0.2", "num_workers", "3", "tte", "True") == "fake_lt_tiny_clip"
@@ -141,7 +142,7 @@ def test_run_names() -> None:
 
 def test_own_data_by_path(launch: Cli, tmp_path: Path) -> None:
     (tmp_path / "our birds.yaml").write_text("dataset: Fake\nnum_classes: 5\n")
-    (cfg,) = load_configs(str(tmp_path / "our birds.yaml"), "tiny_clip", [])
+    (cfg,) = load_configs(str(tmp_path / "our birds.yaml"), "tiny_clip", [], declared())
     assert (cfg.data, cfg.run_name, cfg.data_dir) == ("our birds", "our-birds_tiny_clip", str(tmp_path))
 
 
@@ -291,7 +292,7 @@ def test_metrics_json(finished: Path) -> None:
         *("schema", "data", "model", "seed", "commit", "packages", "hardware", "prec_used", "stopped_early", "notes"),
         *("params", "class_counts", "train", "test"),
     }
-    assert (result["schema"], result["data"], result["model"], result["seed"]) == (1, "fake_lt", "tiny_clip_peft", 0)
+    assert (result["schema"], result["data"], result["model"], result["seed"]) == (2, "fake_lt", "tiny_clip_peft", 0)
     assert (result["prec_used"], result["stopped_early"]) == ("fp32", False)
     assert set(result["params"]) == {"total", "tuner", "head", "trainable"}
     assert {"epochs", "steps", "seconds", "images_per_second", "peak_memory_bytes"} <= set(result["train"])

@@ -30,12 +30,14 @@ from tailtune.scripts.make_composition import (
     tried,
     words,
 )
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.ensembles import ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
+from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.head_preparation import prepare_head
-from tailtune.trainers.methods import Earlier, declared
+from tailtune.trainers.methods import Earlier
 from tailtune.trainers.optim import Plan, build_optimizer
+from tailtune.trainers.options import declared
 from tailtune.trainers.runs.load_run import FinishedRun, make_method
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.runs.stored_results import Decision
@@ -43,12 +45,11 @@ from tailtune.trainers.storage.checkpoint import (
     copy_state,
     fingerprint,
     load_checkpoint,
-    momenta,
-    restore_momenta,
     save_checkpoint,
     trained_state,
 )
 from tailtune.trainers.storage.manifest import read_json
+from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
 
 STORED = json.loads(ARRAY.read_text(encoding="utf-8"))
 SMALL = ["max_test_images", "12", "batch_size", "6", "num_workers", "0", "test_batch_size", "12", "adapt_epochs", "1"]
@@ -93,8 +94,9 @@ def few(backbone: str, test: str) -> DataBundle:
     """Generated images in the shape that a backbone and a test-time step ask for; rows share them."""
     row = {**{axis: next(iter(entries)) for axis, entries in AXES.items()}, "backbone": backbone, "test": test}
     data = build_data(configs(row)[0])
-    of_class = [(data.plain.labels == k).nonzero()[:2, 0] for k in range(10)]
-    data.plain = data.plain.take(torch.cat(of_class).numpy())  # enough for a head's start, and quicker
+    of_class = [(data.train_unaugmented.labels == k).nonzero()[:2, 0] for k in range(10)]
+    few = torch.cat(of_class).numpy()  # enough for a head's start, and quicker
+    data.train_unaugmented = data.train_unaugmented.take(few)
     return data
 
 
@@ -111,7 +113,7 @@ class Training:
     def __init__(self, cfg: CfgNode, data: DataBundle, earlier: Earlier | None = None) -> None:
         self.cfg, self.method = cfg, make_method(cfg, data.info)
         self.base = fingerprint(self.method.model)
-        prepare_head(self.method, data, make_accelerator(cfg), 64, 0)
+        prepare_head(self.method, data, make_accelerator(Devices.of(cfg)), 64, 0)
         if earlier is not None:
             self.method.after(earlier)
         self.begin()
@@ -149,7 +151,8 @@ class Training:
     def resume_from(self, other: "Training") -> None:
         copy_state(self.method, trained_state(other.method), "a state", "")
         if self.optimizer is not None:
-            restore_momenta(self.optimizer, {name: each.clone() for name, each in momenta(other.optimizer).items()})
+            tensors, values = optimizer_state(other.optimizer)
+            restore_optimizer(self.optimizer, {name: tensor.clone() for name, tensor in tensors.items()}, values)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -205,11 +208,12 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
 
 def evaluated(cfg: CfgNode, run: Training, data: DataBundle) -> dict[str, Any]:
     """metrics.json of the evaluation that the row asks for."""
-    accelerator, folder = make_accelerator(cfg), RunFolder(cfg)
+    accelerator, folder = make_accelerator(Devices.of(cfg)), RunFolder(cfg)
     plan = Decision(trains=False, target=folder.path / "tests" / "row")
     finished = FinishedRun(cfg, folder, run.method, data, accelerator, run.base)
-    method, _ = ensembled(finished)
-    Evaluation(cfg, accelerator, folder, plan).from_images(method, data, {"data": "", "model": "", "seed": 0})
+    method, _ = ensembled(finished, cfg.ensemble)
+    evaluation = Evaluation(EvaluationPlan.of(cfg), Builders.of(cfg, folder, False), accelerator, folder, plan)
+    evaluation.from_images(method, data, {"data": "", "model": "", "seed": 0})
     return read_json(plan.target / "metrics.json")
 
 
@@ -228,7 +232,7 @@ def check_row(row: Choice) -> None:
         save_checkpoint(OTHER / "checkpoint", run.method, run.facts(data))
     result = evaluated(cfg, run, data)
     assert 0 <= result["test"]["accuracy"] <= 100
-    entries = result.get("distributions", {}).get("test", {})
+    entries = result.get("distributions", {}).get("test", {}).get("predictors", {})
     assert ("target_prior" in entries) == (cfg.target_prior is not None) and (cfg.adapt in entries) == bool(cfg.adapt)
 
 

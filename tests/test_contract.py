@@ -17,9 +17,9 @@ from tailtune.datasets.images.transforms import AUGMENTS
 from tailtune.models import build_model
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
-from tailtune.trainers.losses import ADJUSTED, LOSSES
+from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Earlier, Method, build_method
 from tailtune.trainers.optim import Plan, build_optimizer
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
@@ -61,7 +61,7 @@ OF_METHOD: dict[str, tuple[object, ...]] = {
 
 def of_method(name: str, experts: int, loss: str = "CE") -> tuple[object, ...]:
     """A method of so many experts, after an earlier run if it needs one."""
-    after = ("after", "tiny_clip") if METHODS[name].needs_after else ()
+    after = ("after", "tiny_clip") if METHODS[name].continues_from_earlier_run else ()
     return ("method", name, "num_experts", experts, "loss_type", loss, *after, *OF_METHOD.get(name, ()))
 
 
@@ -102,7 +102,7 @@ def choices() -> list[tuple[object, ...]]:
 
 def fits_loss(method: str, loss: str) -> bool:
     """Methods that adjust the logits themselves do not take every loss."""
-    return {"sade": LOSSES[loss] not in ADJUSTED, "dirmixe": loss == "CE"}.get(method, True)
+    return {"sade": not LOSSES[loss].adjusts, "dirmixe": loss == "CE"}.get(method, True)
 
 
 def words_of(row: Mapping[str, str]) -> tuple[object, ...]:
@@ -183,13 +183,13 @@ def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
     method.eval(), twin.eval()
     logits = method.expert_logits(batch()["image"])
     assert logits.shape == (6, cfg.num_experts, 10)
-    assert same(method.predict(batch()["image"]), logits.nanmean(1) * (cfg.num_experts if method.adds else 1))
+    assert same(method.predict(batch()["image"]), logits.nanmean(1))
     facts = {"base": base, "class_names": list(NAMES)}
     save_checkpoint(tmp_path / "checkpoint", method, facts)
     load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
     assert same(twin.expert_logits(batch()["image"]), logits), "it is evaluated without the earlier run"
-    trains = {name for name, each in method.named_parameters() if each.requires_grad} | method.held
-    stays = {id(each) for each in method.model.encoder.untouched()}
+    trains = {name for name, each in method.named_parameters() if each.requires_grad} | method.frozen_trained
+    stays = {id(each) for each in method.model.encoder.frozen_buffers()}
     buffers = {name for name, each in method.named_buffers() if id(each) not in stays} & method.state_dict().keys()
     assert trained_state(method).keys() == trains | buffers, "a checkpoint holds what trained and nothing else"
 
@@ -324,7 +324,7 @@ def test_every_head_init_gives_unit_rows(name: str, prompt: str, config: Config)
     model.init_head(head_context(torch.randn(20, model.encoder.feature_dim), torch.arange(20) % 10, 10))
     weight = model.head.get_parameter("weight")
     assert torch.allclose(weight.norm(dim=1), torch.ones(10), atol=1e-5)
-    assert model.init is None, "the text tower is let go"
+    assert model.init is None, "the text encoder is let go"
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
@@ -333,3 +333,17 @@ def test_every_augmentation_gives_the_resolution(name: str, config: Config) -> N
     for index in (0, 3, 5):  # 3 and 5 are not square
         image = data.train[(index, 0)]["image"]
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_overrides_it_says(name: str, config: Config) -> None:
+    """A wrapper runs the model itself, and an export writes the heads' own logits, only where the method allows it."""
+    method = build(config("fake_lt", "tiny_clip", "pretrained", "none", *of_method(name, 3))).eval()
+    for parameter in method.parameters():  # also factors that begin at 1
+        torch.nn.init.constant_(parameter, 0.5) if parameter.requires_grad else None
+    kind = type(method)
+    if kind.forward is not Method.forward or kind.expert_logits is not Method.expert_logits:
+        assert not method.can_be_wrapped
+    features = method.model.encoder.trunk(torch.zeros(2, 3, 32, 32))
+    changes = not torch.equal(method.head_logits(features), method.model.logits(features))
+    assert not changes or method.changes_head_logits

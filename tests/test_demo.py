@@ -14,6 +14,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from tailtune.configs import load_configs
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 pytestmark = pytest.mark.xdist_group("demo")  # its runs are shared
@@ -30,7 +31,7 @@ def result(
 
     def one(model: str, seed: int, pairs: tuple[str, ...]) -> dict[str, Any]:
         place = str(folder / "_".join((model, str(seed), *pairs)))
-        (cfg,) = load_configs("digits_lt", model, [*pairs, "seed", str(seed), "output_dir", place])
+        (cfg,) = load_configs("digits_lt", model, [*pairs, "seed", str(seed), "output_dir", place], declared())
         found: Path = run(cfg)
         AcceleratorState._reset_state()
         return json.loads((found / "metrics.json").read_text())["test"]

@@ -11,10 +11,10 @@ from tiers import slow_except
 
 from tailtune.configs import load_configs, names
 from tailtune.datasets import build_info
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
-from tailtune.trainers.dry_run import check
-from tailtune.trainers.methods import declared
+from tailtune.trainers.options import declared
+from tailtune.trainers.validation import check
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/tiny_clip/README.md"]
@@ -39,7 +39,7 @@ def test_the_options_of_the_docs_are_options() -> None:
     for command in sorted(OF_PAGES | OF_CONFIGS):
         words = shlex.split(command.replace("--dry-run", ""))
         if "my_config" not in words and "scale_norm1" not in words:
-            flags, pairs = split_words(words)
+            flags, pairs = split_arguments(words)
             given = dict(zip(flags[::2], flags[1::2], strict=True))
             load_configs(given["-d"], given["-m"], pairs, declared())
 
@@ -48,7 +48,7 @@ def test_the_options_of_the_docs_are_options() -> None:
 def test_a_command_of_the_docs_is_accepted(command: str) -> None:
     """By default those of the README; tests/test_cli.py builds every config."""
     words = shlex.split(command.replace("--dry-run", ""))
-    flags, pairs = split_words(words)
+    flags, pairs = split_arguments(words)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     if "my_config" in given["-m"] or "scale_norm1" in pairs:
         pytest.skip("an example that the reader is to write")
@@ -74,7 +74,7 @@ def test_the_examples_of_own_data_work(tmp_path: Path) -> None:
         if "ImageFolder" in text:
             (tmp_path / "test").rename(tmp_path / "elsewhere")  # the snippet holds a test split out
         (tmp_path / f"{number}.yaml").write_text(text)
-        (cfg,) = load_configs(str(tmp_path / f"{number}.yaml"), "tiny_clip_peft", [])
+        (cfg,) = load_configs(str(tmp_path / f"{number}.yaml"), "tiny_clip_peft", [], declared())
         info = build_info(resolve(cfg))
         assert info.class_names == ("owl", "wren")
         assert info.class_counts.tolist() == ([4, 4] if "ImageFolder" in text else [14, 1])

@@ -16,11 +16,13 @@ from yacs.config import CfgNode
 from tailtune.configs import load_configs, names, values_of
 from tailtune.datasets import build_info
 from tailtune.models import build_model, resolve
-from tailtune.trainers.dry_run import check, dry_run
-from tailtune.trainers.methods import Earlier, Method, build_method, declared
+from tailtune.trainers.dry_run import dry_run
+from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 KINDS = ("_ride", "_sade", "_dirmixe", "_batchformer", "_ce", "_ldam_drw", "_bs", "_crt", "_lws", "_tau_norm")
@@ -195,4 +197,5 @@ def test_experts_on_clip_train_on_the_digits(kind: str, config: Config, tmp_path
     found = json.loads((run(config("digits_lt", f"tiny_clip_{kind}", *words)) / "metrics.json").read_text())
     assert found["test"]["accuracy"] > 30 and found["train"]["steps"] == 2
     assert {"forward50", "uniform", "backward50"} <= found["distributions"].keys()
-    assert all(("sade" in each) == (kind in ("sade", "dirmixe")) for each in found["distributions"].values())
+    predictors = [each["predictors"] for each in found["distributions"].values()]
+    assert all(("sade" in each) == (kind in ("sade", "dirmixe")) for each in predictors)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import Cli
+from small import loss_with
 from torch import Tensor, nn
 from trajectories import killed_after, trained
 from yacs.config import CfgNode
@@ -18,16 +19,16 @@ from tailtune.configs import UserError, load_configs
 from tailtune.configs.seeding import generator
 from tailtune.datasets import build_info
 from tailtune.models import build_model
-from tailtune.trainers.dry_run import check
-from tailtune.trainers.evaluation.tta import kept
 from tailtune.trainers.losses import LOSSES, Prior, log_prior
-from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.methods.base import Objective
 from tailtune.trainers.methods.h2t import channels, fused
 from tailtune.trainers.methods.reslt import ResLT
 from tailtune.trainers.methods.ride import Ride
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import load_checkpoint, save_checkpoint, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
@@ -110,7 +111,8 @@ def waves() -> tuple[Tensor, Tensor]:
 
 
 def mean(name: str, logits: Tensor) -> float:
-    loss_sum, weight = LOSSES[name](logits, waves()[1], torch.ones(8), Prior(log_prior(COUNTS), COUNTS, scale=30.0))
+    loss, prior = loss_with(name, scale=30.0), Prior(log_prior(COUNTS), COUNTS)
+    loss_sum, weight = loss(logits, waves()[1], torch.ones(8), prior)
     return float(loss_sum / weight)
 
 
@@ -125,7 +127,7 @@ def around(kind: type[Method], loss: str, **options: Any) -> Any:
     """A method around no model: what it makes of logits of three experts."""
     model = nn.Module()
     model.num_experts = 3  # type: ignore[assignment]
-    return kind(model, Objective(COUNTS, LOSSES[loss], scale=30.0), kind.Options(**options))  # type: ignore[arg-type]
+    return kind(model, Objective(COUNTS, loss_with(loss, scale=30.0)), kind.Options(**options))  # type: ignore[arg-type]
 
 
 def batch_of(labels: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
@@ -152,7 +154,8 @@ def test_reslt_is_that_of_the_original(beta: float, wanted: float) -> None:
         alone = own / sum(group.sum() for group in groups)
         return float((1 - beta) * losses(logits.sum(1)).mean() + beta * alone)
 
-    loss_sum, weight = around(ResLT, "CE", beta=beta, medium_from=0.2, few_from=0.4).loss(logits, batch_of(labels))
+    method = around(ResLT, "CE", beta=beta, medium_from=0.2, few_from=0.4)
+    loss_sum, weight = method.loss(logits.shape[1] * logits, batch_of(labels))
     assert float(loss_sum / weight) == pytest.approx(plain(0.0), rel=1e-12)
     assert plain(1e-7) == pytest.approx(wanted, rel=1e-6) and plain(0.0) == pytest.approx(wanted, rel=2e-4)
 
@@ -181,7 +184,7 @@ def test_groups_of_reslt_go_by_the_counts() -> None:
 def build(config: Config, *pairs: object, model: str = "resnet32_h2t") -> Any:
     cfg = config("fake_lt", model, *SMALL, *pairs)
     info = build_info(cfg)
-    return build_method(cfg, build_model(cfg, info.class_names, pixels=(info.mean, info.std)), info)
+    return build_method(cfg, build_model(cfg, info.class_names, pixel_stats=(info.mean, info.std)), info)
 
 
 def batch() -> dict[str, Any]:
@@ -271,13 +274,13 @@ def test_weight_scaling_learns_beside_the_classifier(config: Config) -> None:
 
 
 def test_the_sum_of_reslt_is_kept(config: Config) -> None:
-    """Of itself and of what wraps it: the mean of what an evaluation keeps is the sum of the logits."""
+    """Of itself and of what wraps it: the mean of the experts' logits is the sum of the heads' logits."""
     words = ("h2t.inner", "reslt", "num_experts", 3)
     for method in (build(config, *words), build(config, model="resnet32_reslt")):
         method.eval()
         images = batch()["image"]
-        logits = method.expert_logits(images)
-        assert torch.allclose(kept(method, images).mean(1), logits.sum(1), atol=1e-5)
+        logits = method.model(images)
+        assert torch.allclose(method.expert_logits(images).mean(1), logits.sum(1), atol=1e-5)
         assert torch.allclose(method.predict(images), logits.sum(1), atol=1e-5)
 
 

@@ -52,7 +52,7 @@ sys.path.insert(0, ROOT)
 from tailtune.trainers.processes.exit import end_at_signals, run_as_process
 end_at_signals()
 from tailtune.configs.errors import UserError
-from tailtune.main import verdict
+from tailtune.main import exit_code_and_line
 
 def work():
     open(f"ready{os.environ['RANK']}", "w").close()
@@ -61,7 +61,7 @@ def work():
     DO
     return 0
 
-run_as_process(work, verdict)
+run_as_process(work, exit_code_and_line)
 """
 WAIT = "time.sleep(60)"
 ONE = "os.environ['RANK'] == '1'"

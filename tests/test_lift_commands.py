@@ -16,10 +16,12 @@ from tiers import slow_except
 
 from tailtune.configs import CfgNode, load_configs, values_of
 from tailtune.configs.key import TEST, TRAIN
-from tailtune.configs.schema import ALIASES, SCHEMA
 from tailtune.scripts import _grid
-from tailtune.trainers.dry_run import check, dry_run
-from tailtune.trainers.methods import declared
+from tailtune.trainers.dry_run import dry_run
+from tailtune.trainers.options import declared
+from tailtune.trainers.validation import check
+
+SCHEMA = declared()
 
 ORIGINAL = {
     "lift/fig10_partial_ft": (126, "c9e6ad4b986681fa"),
@@ -119,8 +121,8 @@ def test_all_grids_of_the_original_are_here() -> None:
 
 @each_grid
 def test_a_grid_generates_the_lines_of_the_original(name: str) -> None:
-    found = sorted(" ".join(("python main.py", *words)) for words in lines(name))
-    assert (len(found), hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]) == ORIGINAL[name]
+    commands = sorted(" ".join(("python main.py", *words)) for words in lines(name))
+    assert (len(commands), hashlib.sha256("\n".join(commands).encode()).hexdigest()[:16]) == ORIGINAL[name]
 
 
 @few_lines
@@ -128,7 +130,7 @@ def test_every_option_of_a_line_is_in_the_config_and_in_the_names(name: str) -> 
     for words in lines(name):
         cfg, base = configured(words), configured(words, pairs=False)
         for key, text in zip(words[4::2], words[5::2], strict=True):
-            key = ALIASES.get(key, key)
+            key = SCHEMA.name(key)
             value = None if text == "None" else SCHEMA[key].parse(text)
             assert cfg[key] == value, (words, key)
             changed = value != base[key]
@@ -142,9 +144,9 @@ def test_every_option_of_a_line_is_in_the_config_and_in_the_names(name: str) -> 
 def test_a_line_passes_the_dry_run_and_its_options_act_on_the_model(name: str) -> None:
     for words in lines(name):
         cfg = configured(words)
-        found = params(cfg)
+        counts = params(cfg)
         classes = class_count(words[1])
-        assert (found["tuner"], found["head"]) == (tuner_params(cfg, classes), head_params(cfg, classes)), words
+        assert (counts["tuner"], counts["head"]) == (tuner_params(cfg, classes), head_params(cfg, classes)), words
 
 
 @pytest.mark.slow
@@ -163,7 +165,7 @@ def test_the_command_line_accepts_the_last_line_of_a_script(launch: Cli, name: s
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert result["params"]["tuner"] == tuner_params(configured(words), class_count(words[1]))
     for key, text in zip(words[4::2], words[5::2], strict=True):
-        assert str(result["config"][ALIASES.get(key, key)]) in (text, text.removesuffix(".0"), f"{text}.0")
+        assert str(result["config"][SCHEMA.name(key)]) in (text, text.removesuffix(".0"), f"{text}.0")
 
 
 def class_count(data: str) -> int:

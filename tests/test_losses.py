@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from small import loss_with
 from torch import Tensor
 from trajectories import killed_after, losses
 from yacs.config import CfgNode
@@ -21,14 +22,12 @@ from tailtune.datasets import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models import build_model
 from tailtune.trainers.losses import (
-    BATCH_COUPLED,
     LOSSES,
     Prior,
     class_balanced,
     cross_entropy,
     effective_weights,
     log_prior,
-    logit_adjusted,
     reweighted,
 )
 from tailtune.trainers.methods import Method, build_method
@@ -43,7 +42,7 @@ FIXTURE = {
 CB_WEIGHTS = [0.0369768, 0.0910735, 0.3615757, 0.9025912, 3.6077828]
 GRW_WEIGHTS = [0.0361011, 0.0902527, 0.3610108, 0.9025270, 3.6101081]
 MARGINS = [0.1581139, 0.1988177, 0.2811707, 0.3535534, 0.5]
-SEPARABLE = sorted(LOSSES.keys() - BATCH_COUPLED)
+SEPARABLE = sorted(name for name, loss in LOSSES.items() if not loss.couples)
 
 
 def fixture() -> tuple[Tensor, Tensor]:
@@ -52,12 +51,12 @@ def fixture() -> tuple[Tensor, Tensor]:
     return 5 * torch.sin(1 + i + 2 * c), 3 * torch.arange(8) % 5
 
 
-def prior(tau: float = 1.0, counts: Tensor = COUNTS, scale: float = 25.0) -> Prior:
-    return Prior(log_prior(counts), counts, tau, scale)
+def prior(counts: Tensor = COUNTS) -> Prior:
+    return Prior(log_prior(counts), counts)
 
 
-def mean(name: str, logits: Tensor, labels: Tensor, given: Prior) -> Tensor:
-    loss_sum, weight = LOSSES[name](logits, labels, torch.ones(len(labels)), given)
+def mean(name: str, logits: Tensor, labels: Tensor, given: Prior, **options: float) -> Tensor:
+    loss_sum, weight = loss_with(name, **options)(logits, labels, torch.ones(len(labels)), given)
     return loss_sum / weight
 
 
@@ -70,7 +69,7 @@ def test_values_are_those_of_the_original(name: str, dtype: torch.dtype) -> None
 
 
 def test_ldam_at_the_papers_scale() -> None:
-    assert float(mean("LDAM", *fixture(), prior(scale=30.0))) == pytest.approx(12.499870, abs=1e-5)
+    assert float(mean("LDAM", *fixture(), prior(), scale=30.0)) == pytest.approx(12.499870, abs=1e-5)
 
 
 def test_smoothing_follows_the_counts() -> None:
@@ -81,7 +80,7 @@ def test_smoothing_follows_the_counts() -> None:
     given = Prior(log_prior(counts), counts)
     each = [LOSSES["LAS"](logits[k : k + 1], labels[k : k + 1], torch.ones(1), given)[0] for k in range(10)]
     assert (torch.stack(each) / 90).tolist() == pytest.approx(wanted, abs=1e-6)  # the mean of −log p is 90
-    flat = LOSSES["LAS"](logits, labels, torch.ones(10), prior(counts=torch.full((10,), 7))._replace(smooth_tail=0.1))
+    flat = loss_with("LAS", smooth_tail=0.1)(logits, labels, torch.ones(10), prior(torch.full((10,), 7)))
     assert float(flat[0]) == pytest.approx(10 * 0.1 * 90), "of classes that are equally frequent all are the rarest"
 
 
@@ -89,8 +88,10 @@ def test_noise_of_gcl_is_of_rare_classes_and_new_every_time() -> None:
     logits = torch.zeros(4000, 5).double()
 
     def loss(label: int, seed: int, scale: float = 30.0) -> float:
-        given = prior(scale=scale)._replace(draws=lambda purpose: generator(purpose, seed))
-        return float(LOSSES["GCL"](logits, torch.full((4000,), label), torch.ones(4000), given)[0]) / 4000
+        given = prior()._replace(draws=lambda purpose: generator(purpose, seed))
+        return (
+            float(loss_with("GCL", scale=scale)(logits, torch.full((4000,), label), torch.ones(4000), given)[0]) / 4000
+        )
 
     assert loss(4, 0) != loss(4, 1) and loss(4, 0) == loss(4, 0)
     assert loss(4, 0, scale=0.0) == pytest.approx(math.log(5)), "without noise"
@@ -126,22 +127,24 @@ def test_effective_weights() -> None:
 
 
 def test_balanced_softmax_is_logit_adjustment_of_strength_one() -> None:
-    given = prior(tau=0.3)
-    assert torch.equal(mean("BS", *fixture(), given), mean("LA", *fixture(), prior(tau=1.0)))
-    assert not torch.equal(mean("BS", *fixture(), given), mean("LA", *fixture(), given))
+    balanced = mean("BS", *fixture(), prior(), tau=0.3)
+    assert torch.equal(balanced, mean("LA", *fixture(), prior(), tau=1.0))
+    assert not torch.equal(balanced, mean("LA", *fixture(), prior(), tau=0.3))
 
 
 def test_without_strength_or_tail_logit_adjustment_is_cross_entropy() -> None:
     plain = mean("CE", *fixture(), prior())
-    assert torch.equal(mean("LA", *fixture(), prior(tau=0.0)), plain)
-    uniform = mean("LA", *fixture(), prior(counts=torch.full((5,), 7)))
+    assert torch.equal(mean("LA", *fixture(), prior(), tau=0.0), plain)
+    uniform = mean("LA", *fixture(), prior(torch.full((5,), 7)))
     assert float(uniform) == pytest.approx(float(plain), rel=1e-6)
 
 
 def test_adjustment_is_the_log_prior_times_tau() -> None:
     logits, labels = fixture()
     adjusted = logits + 0.7 * (COUNTS / COUNTS.sum()).log()
-    assert float(mean("LA", logits, labels, prior(0.7))) == pytest.approx(float(F.cross_entropy(adjusted, labels)))
+    assert float(mean("LA", logits, labels, prior(), tau=0.7)) == pytest.approx(
+        float(F.cross_entropy(adjusted, labels))
+    )
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
@@ -208,7 +211,7 @@ def test_gradients_are_those_of_torchs_mean() -> None:
     F.cross_entropy(theirs, labels).backward()
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-7)
     ours.grad = theirs.grad = None
-    loss_sum, weight = logit_adjusted(ours, labels, torch.ones(8), prior(1.5))
+    loss_sum, weight = loss_with("LA", tau=1.5)(ours, labels, torch.ones(8), prior())
     (loss_sum / weight).backward()
     F.cross_entropy(theirs + 1.5 * log_prior(COUNTS), labels).backward()
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-7)
@@ -254,7 +257,7 @@ def small_method(config: Config, *pairs: object) -> Method:
 def test_class_weights_come_with_their_epoch(name: str, config: Config) -> None:
     """Before it every sample counts as it is; from it on like in torch's cross-entropy with class weights."""
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none")
-    batch = next(iter(eval_loader(build_data(cfg).plain, 300, 0)))
+    batch = next(iter(eval_loader(build_data(cfg).train_unaugmented, 300, 0)))
     batch["weight"][3] = 0.0
     given = batch["weight"].clone()
     deferred = small_method(config, "loss_type", name, "drw_epoch", 2)

@@ -29,26 +29,33 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from tailtune.configs import config_hash, load_configs, values_of
+from tailtune.configs.errors import UserError
 from tailtune.configs.key import RUNTIME, TEST, TRAIN
-from tailtune.configs.schema import ALIASES, SCHEMA, SHARED
+from tailtune.configs.option import declarations, option
+from tailtune.configs.schema import Schema
 from tailtune.configs.seeding import seeded
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.loading.samplers import StepSampler
-from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts.make_options import FILE, render
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.head_preparation import prepare_head
-from tailtune.trainers.methods import METHODS, Method, build_method, declared
+from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.options import TABLES, declared
 from tailtune.trainers.run import run
-from tailtune.trainers.storage.checkpoint import States
+from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.training_options import TrainingOptions
 
-KEYS = {key: entry for key, entry in SCHEMA.items() if not entry.internal}
+SCHEMA = declared()
+KEYS = {key: SCHEMA[key] for key in SCHEMA.settable() if not SCHEMA[key].method}
+"""What a user may set, without the methods' own options, of which test_contract.py changes each."""
 Words = tuple[object, ...]
 get_tokenizer = cache(open_clip.get_tokenizer)
 
@@ -185,14 +192,17 @@ def fingerprints(cfg: CfgNode) -> Any:
 def shifts(cfg: CfgNode) -> Any:
     """Test sets of other class frequencies."""
     data = build_data(cfg)
-    found = build_shifts(cfg, data.info, data.test.labels)
+    found = build_distributions(DistributionSettings.of(cfg), data.info, data.test.labels)
     return [(each.name, each.positions.tolist(), each.origin) for each in found]
 
 
 def drawn(cfg: CfgNode) -> Any:
     """Drawn test sets, and what is learnt from."""
     data = build_data(cfg)
-    return [(each.positions.tolist(), each.learn is not None and each.learn.tolist()) for each in data.shifts]
+    return [
+        (each.positions.tolist(), each.learn_positions is not None and each.learn_positions.tolist())
+        for each in data.test_distributions
+    ]
 
 
 # --- what can be seen of a model -----------------------------------------------------------------------------------
@@ -243,7 +253,7 @@ def first_head(cfg: CfgNode) -> Any:
     """The head's weight before the first step."""
     data = build_data(cfg)
     model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
-    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(cfg), 64, 0)
+    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(Devices.of(cfg)), 64, 0)
     return model.head.get_parameter("weight")
 
 
@@ -273,25 +283,31 @@ def method_kind(cfg: CfgNode) -> Any:
 def loss(cfg: CfgNode) -> Any:
     data = build_data(cfg)
     method = build_method(cfg, build_model(cfg, data.info.class_names), data.info)
-    batch = next(iter(eval_loader(data.plain, 64, 0)))
+    batch = next(iter(eval_loader(data.train_unaugmented, 64, 0)))
     return float(method(batch).loss_sum.detach())
 
 
 def two_updates(cfg: CfgNode) -> Any:
-    """A head's weight after two steps with gradient one, in an epoch of its own each."""
+    """A head's weight after two steps with gradients one and two, in an epoch of its own each."""
     method = build_method(cfg, built(cfg), info(cfg))
     plan = Plan.of(cfg, 32)
     optimizer = build_optimizer(method.param_groups(), plan)
     weight = method.model.head.get_parameter("weight")
     for epoch in range(2):
         set_lr(optimizer, plan, epoch)
-        weight.grad = torch.ones_like(weight)
+        weight.grad = torch.full_like(weight, 1.0 + epoch)
         optimizer.step()
     return weight
 
 
+def decays(cfg: CfgNode) -> Any:
+    """Parameters and weight decay of each group of the optimizer."""
+    groups = build_optimizer(build_method(cfg, built(cfg), info(cfg)).param_groups(), Plan.of(cfg, 32)).param_groups
+    return [(len(group["params"]), group["weight_decay"]) for group in groups]
+
+
 def cudnn(cfg: CfgNode) -> Any:
-    make_accelerator(cfg)
+    make_accelerator(Devices.of(cfg))
     return {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
 
 
@@ -301,7 +317,7 @@ def device(cfg: CfgNode) -> Any:
     cuda = mock.patch.multiple("torch.cuda", is_available=lambda: True, device_count=lambda: 2, set_device=used.append)
     rest = mock.patch.multiple("tailtune.trainers.distributed", Accelerator=mock.DEFAULT, set_seed=mock.DEFAULT)
     with cuda, rest, mock.patch.dict("os.environ"):
-        make_accelerator(cfg)
+        make_accelerator(Devices.of(cfg))
         return {"told": os.environ.get("ACCELERATE_TORCH_DEVICE"), "current": used}
 
 
@@ -384,13 +400,13 @@ def printed(cfg: CfgNode) -> Any:
 def states(cfg: CfgNode) -> Any:
     """Steps after which a state was saved."""
     saved: list[int] = []
-    original = States.save
+    original = ResumeStates.save
 
-    def recorded(self: States, step: int, *rest: Any) -> None:
+    def recorded(self: ResumeStates, step: int, *rest: Any) -> None:
         saved.append(step)
         original(self, step, *rest)
 
-    with mock.patch.object(States, "save", recorded):
+    with mock.patch.object(ResumeStates, "save", recorded):
         ran(cfg)
     return saved
 
@@ -447,12 +463,12 @@ def ensemble_logits(cfg: CfgNode) -> Any:
 
 def weights_path(cfg: CfgNode) -> Any:
     """Weights that experts of random heads get on the test set as it is."""
-    return result(cfg)["distributions"]["test"]["sade"]["path"]
+    return result(cfg)["distributions"]["test"]["predictors"]["sade"]["path"]
 
 
 def aimed(cfg: CfgNode) -> Any:
     """The test set as it is, predicted for a target."""
-    found = result(cfg)["distributions"]["test"]["target_prior"]
+    found = result(cfg)["distributions"]["test"]["predictors"]["target_prior"]
     return [found["prior"], found["temperature"]]
 
 
@@ -524,12 +540,17 @@ PROBES: dict[str, Probe] = {
     "micro_batch_size": Probe("none", 4, batches("forward"), ONE),
     "lr": Probe(0.1, 0.2, two_updates),
     "weight_decay": Probe(5e-4, 0.1, two_updates),
+    "optimizer": Probe("sgd", "adamw", two_updates),
+    "decay_rule": Probe("none", "matrices", decays, ("classifier", "LinearClassifier")),
     "momentum": Probe(0.9, 0, two_updates),
     "nesterov": Probe(False, True, two_updates),
     "schedule": Probe("cosine", "constant", two_updates),
     "lr_steps": Probe("[1]", "[2]", two_updates, STEPPED),
     "lr_gamma": Probe(0.1, 0.5, two_updates, (*STEPPED, "lr_steps", 1)),
     "warmup_epochs": Probe(0, 2, two_updates),
+    "warmup_steps": Probe(0, 4, two_updates),
+    "adam_betas": Probe("[0.9,0.999]", "[0.5,0.9]", two_updates, ("optimizer", "adamw")),
+    "adam_eps": Probe(1e-8, 0.1, two_updates, ("optimizer", "adamw")),
     "lr_factors": Probe("none", "{head: 0.1}", two_updates),
     "sampler": Probe("shuffle", "balanced", batches("forward", "index"), ONE),
     "pair_sampler": Probe("shuffle", "balanced", batches("forward", "partner", H2T), FUSED),
@@ -653,14 +674,16 @@ def test_a_class_says_which_names_change() -> None:
 def test_an_entry_is_complete() -> None:
     for key, entry in SCHEMA.items():
         assert entry.cls in (TRAIN, TEST, RUNTIME), key
-        assert entry.doc and entry.doc == entry.doc.strip() and not entry.doc.endswith("."), key
+        assert entry.doc[0].isupper() and entry.doc.endswith(".") and len(entry.doc.split()) > 2, f"{key}: a sentence"
+        assert not entry.table or (entry.table in TABLES and not entry.choices), key
         if entry.default is not None:
             assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default)), key
             assert not entry.choices or entry.default in entry.choices, key
             numbers = entry.default if isinstance(entry.default, list) else [entry.default]
-            assert all(entry.least is None or each >= entry.least for each in numbers), key
-            assert all(entry.most is None or each <= entry.most for each in numbers), key
+            assert all(entry.least is None or number >= entry.least for number in numbers), key
+            assert all(entry.most is None or number <= entry.most for number in numbers), key
         assert entry.logits or entry.cls == TEST, key
+        assert not entry.recorded or entry.cls == RUNTIME, f"{key}: others are written down anyway"
 
 
 def test_tuner_flags_are_the_tuners() -> None:
@@ -668,35 +691,83 @@ def test_tuner_flags_are_the_tuners() -> None:
     assert flags - {"zero_shot", "reduce_dimension", "nesterov"} == TUNERS.keys()
 
 
-def test_aliases_and_shared_keys_are_options() -> None:
-    assert set(ALIASES.values()) <= KEYS.keys() and not ALIASES.keys() & SCHEMA.keys()
-    assert set(SHARED) <= KEYS.keys()
+def test_aliases_are_other_names_of_options() -> None:
+    assert set(SCHEMA.aliases.values()) <= set(SCHEMA.settable()) and not SCHEMA.aliases.keys() & SCHEMA.keys()
     assert configure("fake_lt", "tiny_clip", "test_ensemble", True).tte is True
+
+
+@pytest.mark.parametrize(
+    ("other", "key", "value"),
+    [
+        ("las.smooth_head", "smooth_head", 0.1),
+        ("la.tau", "tau", 0.5),
+        ("gcl.scale", "scale", 9.0),
+        ("lora.dim", "adapter_dim", 3),
+        ("adaptformer.dim", "adapter_dim", 3),
+        ("mask.seed", "mask_seed", 3),
+        ("multistep.lr_gamma", "lr_gamma", 0.5),
+        ("dirichlet.trials", "dirichlet_trials", 2),
+        ("sade_online.lr", "adapt_lr", 0.5),
+    ],
+)
+def test_an_option_of_a_table_entry_has_its_dotted_name_too(other: str, key: str, value: float) -> None:
+    named, flat = (configure("fake_lt", "tiny_clip", word, value) for word in (other, key))
+    assert named[key] == value and named == flat and named.run_name == flat.run_name
+
+
+def test_a_dotted_name_in_a_method_s_group_is_the_method_s() -> None:
+    """Method `sade` and the test-time adaptation of that name: only the method's own options are `sade.…`."""
+    with pytest.raises(UserError, match="unknown option 'sade.lr'"):
+        configure("fake_lt", "tiny_clip", "sade.lr", 1)
 
 
 def test_a_config_holds_every_option() -> None:
     options = {f"{name}.{each.name}" for name, method in METHODS.items() for each in fields(method.Options)}
-    assert values_of(configure("fake_lt", "tiny_clip")).keys() == SCHEMA.keys() | options
+    assert options <= SCHEMA.keys() == values_of(configure("fake_lt", "tiny_clip")).keys()
+
+
+def test_two_options_of_one_name_are_refused() -> None:
+    @dataclass(frozen=True)
+    class First:
+        lr: float = option(0.5, "Another learning rate.")
+
+    @dataclass(frozen=True)
+    class Second:
+        share: float = option(0.5, "A share of something.")
+
+    training = list(declarations(TrainingOptions, "Training"))
+    with pytest.raises(ValueError, match="two options are called lr"):
+        Schema([*training, *declarations(First, "First")], {})
+    with pytest.raises(ValueError, match="'seed'"):  # a group of the name of an option
+        Schema([*training, *declarations(Second, "Second", "seed")], {})
 
 
 def reads(path: Path) -> Iterator[str]:
-    """Names that a file takes from a config: attributes of a config, strings, fields of the plan."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg", "stage"):
+    """Names that a file takes from a config or from the options of an entry: attributes, and strings but for names
+    that are given to options."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {id(word.value) for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg == "key"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in READERS:
             yield node.attr
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in named:
             yield node.value
+
+
+READERS = ("cfg", "self.cfg", "stage", "here", "options", "self", "recipe", "self.recipe", "AlphaOptions()")
+"""What options are read from, in the code's own words."""
 
 
 def test_every_option_is_read_somewhere() -> None:
     packages = ("configs", "datasets", "models", "trainers")
-    files = [path for package in packages for path in (ROOT / package).rglob("*.py") if path.name != "schema.py"]
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     found = {name for path in [*files, ROOT / "main.py"] for name in reads(path)} | Plan.__dataclass_fields__.keys()
-    assert sorted(KEYS.keys() - found) == []
+    fields_of = {each.name: each.field for each in SCHEMA.declarations}
+    assert sorted(key for key in KEYS if fields_of[key] not in found) == []
 
 
 def test_the_documentation_is_current() -> None:
-    assert FILE.read_text(encoding="utf-8") == render(), "run python scripts/make_options.py"
+    assert FILE.read_text(encoding="utf-8") == render(), "run make docs"
 
 
 def test_a_run_cut_short_ends_like_any_other() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Cli
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from small import SIDE, fixture_net, small_net
+from small import SIDE, Sizes, fixture_net, put_tuners, small_net
 from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -20,15 +20,16 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import ClassificationModel, build_model
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge
-from tailtune.models.tuners.peft_types import PEFTS, REFUSED, find
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge_adapter
+from tailtune.models.tuners.peft_table import PEFTS, REFUSED_TYPES, find_peft_type
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.models.tuners.table import Sizes, add_tuners
-from tailtune.trainers.dry_run import check, forward_flops
-from tailtune.trainers.methods import Method, build_method, declared
+from tailtune.trainers.dry_run import forward_flops
+from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.options import declared
 from tailtune.trainers.storage.checkpoint import copy_state, fingerprint, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 FIT: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ def build(
     name: str, args: dict[str, Any] | None = None, host: Encoder | None = None, partial: Any = None, seed: int = 0
 ) -> tuple[Encoder, PeftAdapter]:
     """The fixture's network of two blocks, or another, with a tuner of peft."""
-    host = ViT(fixture_net()) if host is None else host
+    host = ViTEncoder(fixture_net()) if host is None else host
     adapter = add_peft(host, name, {**FIT.get(name, {}), **(args or {})}, partial, SIDE, seed)
     host.set_precision()
     return host.eval(), adapter
@@ -91,7 +92,7 @@ class Conv(nn.Module):
 
 @each_kind
 def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
-    plain = ViT(fixture_net())
+    plain = ViTEncoder(fixture_net())
     host, adapter = build(name)
     base = fingerprint(ClassificationModel(plain, nn.Identity(), STATS))
     assert fingerprint(ClassificationModel(host, nn.Identity(), STATS)) == base, "the base model is recognised"
@@ -140,14 +141,14 @@ def test_the_arithmetic_is_the_runs(name: str) -> None:
 def test_shapes_without_weights(name: str) -> None:
     """`--dry-run` counts what trains, and what an image costs."""
     with torch.device("meta"):
-        empty, _ = build(name, host=ViT(small_net()))
+        empty, _ = build(name, host=ViTEncoder(small_net()))
     host, _ = build(name)
     assert {k: v.shape for k, v in trains(empty).items()} == {k: v.shape for k, v in trains(host).items()}
     assert all(each.is_meta for each in empty.parameters())
     model = ClassificationModel(empty, nn.Linear(64, 3, device="meta"), STATS)
     with torch.device("meta"):
         assert forward_flops(model, SIDE) >= forward_flops(
-            ClassificationModel(ViT(small_net()), model.head, STATS), SIDE
+            ClassificationModel(ViTEncoder(small_net()), model.head, STATS), SIDE
         )
     assert sum(each.numel() for each in trains(empty).values()) == sum(each.numel() for each in trains(host).values())
 
@@ -165,10 +166,10 @@ def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) 
         assert torch.allclose(loaded(images()), wanted, atol=1e-5)
         if name == "Lily":
             with pytest.raises(UserError, match="cannot be merged"):
-                merge(host, adapter)
+                merge_adapter(host, adapter)
             return
         plain = fixture_net()
-        plain.load_state_dict(merge(host, adapter))
+        plain.load_state_dict(merge_adapter(host, adapter))
         assert torch.allclose(plain(images()), wanted, atol=1e-5)
         assert torch.equal(host(images()), wanted), "the host stays as it was"
 
@@ -182,7 +183,7 @@ def test_partial_chooses_the_blocks(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONV)
 def test_convolutions(name: str, tmp_path: Path) -> None:
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8))
+    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, WholeNetworkEncoder(Conv(), 8))
     assert adapter.targets == ["layer1.0", "layer2.0", "layer2.2"]
     stir(host)
     host(images()).sum().backward()
@@ -192,20 +193,22 @@ def test_convolutions(name: str, tmp_path: Path) -> None:
     assert torch.allclose(loaded(images()), host(images()), atol=1e-6)
     if name == "OFT":  # peft 0.21 adds a merged rotation of a convolution to another place
         with pytest.raises(UserError, match="export peft"):
-            merge(host, adapter)
+            merge_adapter(host, adapter)
     else:
         plain = Conv().eval()
-        plain.load_state_dict(merge(host, adapter))
+        plain.load_state_dict(merge_adapter(host, adapter))
         assert torch.allclose(plain(images()), host(images()), atol=1e-5)
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8), partial=1)
+    host, adapter = build(
+        name, {"oft_block_size": 4} if name == "OFT" else {}, WholeNetworkEncoder(Conv(), 8), partial=1
+    )
     assert adapter.targets == ["layer2.0", "layer2.2"]
 
 
 def test_every_type_of_the_installed_peft_is_sorted() -> None:
-    """A new release may bring types: each belongs into PEFTS or, with the reason, into REFUSED."""
+    """A new release may bring types: each belongs into PEFTS or, with the reason, into REFUSED_TYPES."""
     types = {kind.type for kind in PEFTS.values()}
-    assert not types & REFUSED.keys()
-    assert types | REFUSED.keys() == {each.value for each in PEFT_TYPE_TO_TUNER_MAPPING}
+    assert not types & REFUSED_TYPES.keys()
+    assert types | REFUSED_TYPES.keys() == {each.value for each in PEFT_TYPE_TO_TUNER_MAPPING}
 
 
 # --- what is refused ---
@@ -260,22 +263,22 @@ class Attending(nn.Module):
 def test_layers_that_are_not_called() -> None:
     for target in ("attention", "out_proj"):
         with pytest.raises(UserError, match="merges and unmerges the weights of nn.MultiheadAttention"):
-            build("LoRA", {"target_modules": [target]}, GenericEncoder(Attending(), 8))
+            build("LoRA", {"target_modules": [target]}, WholeNetworkEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", {"target_modules": ["read", "out"]}, GenericEncoder(Attending(), 8))
+        build("LoRA", {"target_modules": ["read", "out"]}, WholeNetworkEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", host=GenericEncoder(Attending(), 8))  # all linear layers but the attention's own
-    assert build("LoRA", {"target_modules": ["out"]}, GenericEncoder(Attending(), 8))[1].targets == ["out"]
+        build("LoRA", host=WholeNetworkEncoder(Attending(), 8))  # all linear layers but the attention's own
+    assert build("LoRA", {"target_modules": ["out"]}, WholeNetworkEncoder(Attending(), 8))[1].targets == ["out"]
 
 
 def test_a_network_without_linear_layers() -> None:
-    with pytest.raises(UserError, match="has none to offer; LoRA, .* take convolutions"):
-        build("VeRA", host=GenericEncoder(Conv(), 8))
+    with pytest.raises(UserError, match="has none that it could wrap; LoRA, .* take convolutions"):
+        build("VeRA", host=WholeNetworkEncoder(Conv(), 8))
 
 
 def test_names_are_spelled_as_in_the_table_and_variants_have_their_own() -> None:
     with pytest.raises(UserError, match="did you mean 'LoRA'"):
-        find("lora")  # another spelling would be another run of the same model
+        find_peft_type("lora")  # another spelling would be another run of the same model
     assert build("DoRA")[1].config.use_dora and build("rsLoRA")[1].config.use_rslora
 
 
@@ -293,10 +296,10 @@ def test_who_does_not_ask_for_it_does_not_import_it() -> None:
 
 @pytest.mark.parametrize("other", ["full_tuning", "bias_tuning", "ln_tuning", "adaptformer", "vpt_deep", "lora"])
 def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
-    alone = ViT(fixture_net())
-    add_tuners(alone, [other], Sizes(4, 3))
-    both = ViT(fixture_net())
-    add_tuners(both, [other], Sizes(4, 3))
+    alone = ViTEncoder(fixture_net())
+    put_tuners(alone, [other], Sizes(4, 3))
+    both = ViTEncoder(fixture_net())
+    put_tuners(both, [other], Sizes(4, 3))
     both, adapter = build("LoRA", host=both)
     expected = set(trains(alone)) | {f"net.{key}.lora_{m}.default.weight" for key in adapter.targets for m in "AB"}
     assert {key.replace(".base_layer.", ".") for key in trains(both)} == expected
@@ -309,8 +312,8 @@ def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
 
 
 def test_a_tuner_that_takes_the_weights_below_as_frozen() -> None:
-    host = ViT(fixture_net())
-    add_tuners(host, ["full_tuning"], Sizes(4, 3))
+    host = ViTEncoder(fixture_net())
+    put_tuners(host, ["full_tuning"], Sizes(4, 3))
     with pytest.raises(UserError, match="as frozen"):
         build("HRA", host=host)
 

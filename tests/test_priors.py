@@ -11,22 +11,23 @@ import pytest
 import torch
 from conftest import Cli
 from PIL import Image
+from small import loss_with
 from test_contract import of_method
 from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
-from tailtune.datasets.data_bundle import Shift
-from tailtune.datasets.loading.samplers import DRAWN, SAMPLERS
-from tailtune.trainers.dry_run import outline
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
-from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, add_target_results, target_of
-from tailtune.trainers.losses import ASSUMES, LOSSES, Prior, effective_weights, log_prior
+from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, TargetPlan, add_target_results, target_of
+from tailtune.trainers.losses import LOSSES, Prior, effective_weights, log_prior
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.validation import outline
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([80, 40, 10, 4])
@@ -43,11 +44,12 @@ def test_the_least_of_a_loss_is_the_posterior_under_the_prior_that_it_assumes(
     """Seven images x with known p(x | y), logits of each free: Bayes' rule says what they end as."""
     likelihood = torch.rand(4, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.05  # p(x | y)
     likelihood /= likelihood.sum(1, keepdim=True)
-    objective = Objective(COUNTS, LOSSES[name], tau=0.7, sampler=sampler, drw_epoch=1 if drw else None, epochs=2)
+    of_run = loss_with(name, tau=0.7)
+    objective = Objective(COUNTS, of_run, sampler=sampler, drw_epoch=1 if drw else None, epochs=2)
     label, image = torch.arange(4).repeat_interleave(7), torch.arange(7).repeat(4)
-    weights = (DRAWN[sampler](COUNTS.double())[:, None] * likelihood).flatten()
+    weights = (SAMPLERS[sampler].frequencies(COUNTS.double())[:, None] * likelihood).flatten()
     weights = weights * effective_weights(COUNTS.double())[label] if drw else weights
-    prior = Prior(log_prior(COUNTS), COUNTS, 0.7)
+    prior = Prior(log_prior(COUNTS), COUNTS)
     table = torch.zeros(7, 4, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [table], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -55,7 +57,7 @@ def test_the_least_of_a_loss_is_the_posterior_under_the_prior_that_it_assumes(
 
     def loss() -> Tensor:
         search.zero_grad()
-        total, weight = LOSSES[name](table[image], label, weights, prior)
+        total, weight = of_run(table[image], label, weights, prior)
         (total / weight).backward()
         return total / weight
 
@@ -65,18 +67,16 @@ def test_the_least_of_a_loss_is_the_posterior_under_the_prior_that_it_assumes(
 
 
 def test_every_loss_says_what_it_assumes() -> None:
-    assert ASSUMES.keys() == set(LOSSES.values())
     for loss in LOSSES.values():
         found = Objective(COUNTS, loss).assumed()
         assert found.dtype == torch.float64 and found.exp().sum() == pytest.approx(1) and found.isfinite().all()
 
 
 def test_every_sampler_draws_what_it_says() -> None:
-    assert DRAWN.keys() == SAMPLERS.keys()
     labels = torch.arange(4).repeat_interleave(COUNTS)
-    for name, order in SAMPLERS.items():
-        drawn = torch.cat([labels[order(labels, 0, epoch)] for epoch in range(200)])
-        assert torch.allclose(torch.bincount(drawn) / len(drawn), DRAWN[name](COUNTS.float()), atol=0.01), name
+    for name, entry in SAMPLERS.items():
+        drawn = torch.cat([labels[entry.order(labels, 0, epoch)] for epoch in range(200)])
+        assert torch.allclose(torch.bincount(drawn) / len(drawn), entry.frequencies(COUNTS.float()), atol=0.01), name
 
 
 def test_deferred_weights_count_where_they_come() -> None:
@@ -199,10 +199,10 @@ def fake(n: int = 200, experts: int = 1) -> Logits:
 
 def results(cfg: CfgNode, found: Logits, val: Logits | None = None) -> tuple[dict[str, Any], list[str]]:
     info, n = build_info(cfg), len(found.labels)
-    shifts = [Shift("test", torch.bincount(found.labels), torch.arange(n), "all")]
+    shifts = [TestDistribution("test", torch.bincount(found.labels), torch.arange(n), "all")]
     measured = plain_results(found, shifts, info.groups)
-    notes = add_target_results(cfg, outline(cfg), found, val, shifts, info, measured)
-    return measured["test"], notes
+    notes = add_target_results(TargetPlan.of(cfg), outline(cfg), found, val, shifts, info, measured)
+    return measured["test"]["predictors"], notes
 
 
 @pytest.mark.parametrize("loss, target", [("CE", "train"), ("LA", "uniform"), ("BS", "uniform")])
@@ -298,7 +298,7 @@ def test_names_of_classes_are_checked(config: Config, tmp_path: Path) -> None:
     ):
         (tmp_path / "mine.json").write_text(json.dumps(dict.fromkeys(names, 1)))
         with pytest.raises(UserError, match=error):
-            target_of(cfg, info, info.class_names)
+            target_of(TargetPlan.of(cfg), info, info.class_names)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_finished_run_answers_for_every_target_without_images(launch: Cli, tmp
         result = metrics(f"run/tests/target_prior_{target}_test_dists_uniform-forward2")
         assert result["val"]["accuracy"] == metrics("run")["val"]["accuracy"], "the validation split is there too"
         for name in ("uniform", "forward2"):
-            entry = result["distributions"][name]
+            entry = result["distributions"][name]["predictors"]
             assert entry[ENTRY]["gain"] == entry[ENTRY]["accuracy"] - entry["plain"]["accuracy"]
             assert entry[ENTRY]["temperature"] != 1 and len(entry[ENTRY]["prior"]) == 3
     assert launch(words, "test_only True target_prior estimate").returncode == 0
@@ -365,7 +365,7 @@ def test_a_run_answers_in_its_own_evaluation_as_later(launch: Cli, tmp_path: Pat
     assert launch(words, "target_prior estimate").returncode == 0
     assert launch(words, "test_only True target_prior estimate many_above 4").returncode == 0
     own, later = (
-        metrics(name)["distributions"]["test"][ENTRY]
+        metrics(name)["distributions"]["test"]["predictors"][ENTRY]
         for name in ("run", "run/tests/many_above_4_target_prior_estimate")
     )
     assert own["prior"] == pytest.approx(later["prior"], abs=1e-3), "logits are stored in half precision"
@@ -381,7 +381,7 @@ def test_a_run_without_logits_of_validation_images_looks_at_them_again(launch: C
         assert launch(words, "test_only True target_prior estimate calibrate False").returncode == 0
     assert len(infer.call_args_list) == 1
     assert launch(words, "test_only True target_prior estimate").returncode == 0
-    assert metrics("run/tests/target_prior_estimate")["distributions"]["test"][ENTRY]["temperature"] != 1
+    assert metrics("run/tests/target_prior_estimate")["distributions"]["test"]["predictors"][ENTRY]["temperature"] != 1
 
 
 def test_without_validation_images_a_note_says_so(launch: Cli) -> None:
@@ -399,7 +399,7 @@ def test_the_trained_run_says_what_its_loss_assumed(launch: Cli) -> None:
     words = "output_dir second loss_type LA test_only True model_dir first target_prior train calibrate False"
     assert launch(run, words).returncode == 0
     (folder,) = Path("output/second/tests").iterdir()
-    entry = metrics(f"second/tests/{folder.name}")["distributions"]["test"]
+    entry = metrics(f"second/tests/{folder.name}")["distributions"]["test"]["predictors"]
     assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
 
 
@@ -413,7 +413,7 @@ def test_logits_of_an_earlier_run_assume_what_that_one_did(launch: Cli) -> None:
     done = launch(run, words)
     assert done.returncode == 0, done.stderr
     (folder,) = Path("output/run/tests").iterdir()
-    entry = metrics(f"run/tests/{folder.name}")["distributions"]["test"]
+    entry = metrics(f"run/tests/{folder.name}")["distributions"]["test"]["predictors"]
     assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
     shutil.move("output/run/stage1", "output/elsewhere")
     done = launch(run, words, "many_above 3")
@@ -436,7 +436,7 @@ def test_a_result_is_of_the_file_that_stands_there_now(launch: Cli) -> None:
         found = launch(words, "test_only True target_prior mine.json")
         assert found.returncode == 0, found.stderr
         file = next(Path("output").glob("*/tests/*mine.json*/metrics.json"))
-        return found.stdout, json.loads(file.read_text())["distributions"]["test"][ENTRY]["prior"]
+        return found.stdout, json.loads(file.read_text())["distributions"]["test"]["predictors"][ENTRY]["prior"]
 
     first, again, other = answer([1] * 10), answer([1] * 10), answer([91] + [1] * 9)
     assert "finished before" in again[0] and "finished before" not in other[0]

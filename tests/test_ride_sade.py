@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small import loss_with
 from torch import Tensor, nn
 
-from tailtune.trainers.losses import ADJUSTED, LOSSES, effective_weights
+from tailtune.trainers.losses import LOSSES, effective_weights
 from tailtune.trainers.methods import Earlier, Method
 from tailtune.trainers.methods.base import Objective
 from tailtune.trainers.methods.distill import Distill
@@ -42,7 +43,7 @@ def make(kind: type[Method], loss: str = "LDAM", experts: int = 3, epoch: int = 
     """A method around no model: what it makes of logits. A wrapper's inner method is RIDE."""
     model = nn.Module()
     model.num_experts = experts  # type: ignore[assignment]
-    objective = Objective(COUNTS, LOSSES[loss], scale=30.0, drw_epoch=DRW)
+    objective = Objective(COUNTS, loss_with(loss, scale=30.0), drw_epoch=DRW)
     inner = {"diversity": options.pop("diversity", -0.45), "reweight_factor": 0.05} if kind is Distill else {}
     around = [make(Ride, loss, experts, **inner)] if kind is Distill else []
     method = kind(model, objective, kind.Options(**options), *around)  # type: ignore[call-arg, arg-type]
@@ -190,7 +191,7 @@ def test_every_loss_is_of_every_expert(loss: str) -> None:
     for epoch in (BEFORE, AFTER):
         one = value(make(Method, loss, epoch=epoch), wave(1))
         assert torch.allclose(value(make(Ride, loss, experts=5, epoch=epoch), alike), 5 * one)
-    if LOSSES[loss] not in ADJUSTED:
+    if not LOSSES[loss].adjusts:
         plain = make(Sade, loss, inverse_strength=0.0, experts=1)
         assert torch.equal(value(plain, wave(1)), value(make(Method, loss), wave(1)))
 

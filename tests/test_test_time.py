@@ -10,14 +10,14 @@ from torch import Tensor
 from torchvision import transforms as v1
 from yacs.config import CfgNode
 
-from tailtune.configs.schema import SCHEMA
 from tailtune.configs.seeding import seeded
 from tailtune.datasets import build_data
-from tailtune.datasets.images.transforms import crop_resize, eval_transform, train_transform
+from tailtune.datasets.images.transforms import eval_transform, resize_for_crops, train_transform
 from tailtune.datasets.loading.data_loader import collate
 from tailtune.models import build_model
 from tailtune.trainers.evaluation.tta import AT_ONCE, TEST_TIME, averaged, plain
 from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]
@@ -42,7 +42,7 @@ def mean_of(method: Method, views: list[Tensor]) -> Tensor:
 
 
 def test_the_modes_of_the_option_are_the_tables() -> None:
-    assert set(SCHEMA["tte_mode"].choices) == TEST_TIME.keys()
+    assert set(declared()["tte_mode"].choices) == TEST_TIME.keys()
 
 
 @pytest.mark.parametrize(("mode", "crop"), [("fivecrop", v1.FiveCrop(32)), ("tencrop", v1.TenCrop(32))])
@@ -112,7 +112,7 @@ def test_training_images_are_tested_through_the_test_transform(
     found = load_file(run(cfg) / "logits.safetensors")
     assert len(data.train_as_test) == 20 and torch.equal(found["labels"], data.train_as_test.labels)
     assert not torch.equal(found["labels"], data.test.labels[:20])
-    transform = eval_transform(32, "bilinear", "lift") if mode is None else crop_resize(32, cfg.expand, "bilinear")
+    transform = eval_transform(32, "bilinear", "lift") if mode is None else resize_for_crops(32, cfg.expand, "bilinear")
     view = data.train_as_test
     for index in range(5):
         image = view.source.load(int(view.indices[index]))

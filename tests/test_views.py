@@ -12,14 +12,14 @@ from torchvision import transforms as v1
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.schema import SCHEMA
 from tailtune.configs.seeding import seeded
 from tailtune.datasets import build_data, build_info
 from tailtune.datasets.images import transforms
 from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.trainers.options import declared
 
 Config = Callable[..., CfgNode]
-DEFAULTS = {key: spec.default for key, spec in SCHEMA.items()}
+DEFAULTS = declared().defaults
 DEFAULTS |= {"data": "mine", "dataset": "Fake", "num_classes": 4, "resolution": 28, "interpolation": "bilinear"}
 DEFAULTS |= {"adapt_views": "sade_cifar"}
 

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tailtune.configs import load_configs
 from tailtune.trainers.methods import Method
+from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
@@ -61,7 +62,7 @@ def train(folder: Path, workers: int, micro: int, killed: bool, world: int = 1) 
     at_once = min(micro, 32 // world)
     name = str(folder / name_of(workers, micro, killed, world))
     words = f"{COMMAND} num_workers {workers} micro_batch_size {at_once} output_dir {name}".split()
-    (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words)
+    (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
     if killed:
         with killed_after(7):
             run(cfg)

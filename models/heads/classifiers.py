@@ -1,14 +1,36 @@
-"""HEADS: from features [B, D] to logits [B, C], under LIFT's names. Weights are fp32 and so are the logits."""
+"""HEADS: the classifiers, features [B, D] → logits [B, C], under LIFT's names. Weights and logits are fp32."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tailtune.configs.option import option
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """Option of the cosine classifier, and of losses that change its logits."""
+
+    scale: float = option(
+        25.0,
+        "Factor that the cosine classifier multiplies its logits with; LDAM's margins and GCL's noise have it too.",
+        key="scale",
+        least=0.0,
+        held_with="head",
+    )
+
 
 class L2NormedClassifier(nn.Module):
-    """z_c = f · w_c / |w_c|."""
+    """Rows of unit length: z_c = f · w_c / |w_c|.
+
+    Args:
+        dim: width D of the features.
+        num_classes: number C of classes.
+        scale: not used; every head takes the same arguments.
+    """
 
     def __init__(self, dim: int, num_classes: int, scale: float) -> None:
         super().__init__()
@@ -16,25 +38,34 @@ class L2NormedClassifier(nn.Module):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return F.linear(features.to(self.weight.dtype), F.normalize(self.weight, dim=-1))
 
 
 class CosineClassifier(L2NormedClassifier):
-    """z_c = σ·cos(f, w_c), σ fixed."""
+    """Cosine similarities with a fixed scale σ: z_c = σ · cos(f, w_c); arguments as above, `scale` is σ."""
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return self.scale * super().forward(F.normalize(features.to(self.weight.dtype), dim=-1))
 
 
 class LayerNormedClassifier(L2NormedClassifier):
-    """z_c = LN(f) · w_c / |w_c|, a layer norm without weights of its own."""
+    """A layer norm without parameters before rows of unit length: z_c = LN(f) · w_c / |w_c|; arguments as above."""
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return super().forward(F.layer_norm(features.to(self.weight.dtype), features.shape[-1:], eps=1e-12))
 
 
 class LinearClassifier(nn.Module):
-    """z = W f + b."""
+    """A linear layer: z = W f + b.
+
+    Args:
+        dim: width D of the features.
+        num_classes: number C of classes.
+        scale: not used; every head takes the same arguments.
+    """
 
     def __init__(self, dim: int, num_classes: int, scale: float) -> None:
         super().__init__()
@@ -43,11 +74,12 @@ class LinearClassifier(nn.Module):
         nn.init.kaiming_normal_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
 def unit_rows(num_classes: int, dim: int) -> nn.Parameter:
-    """U(-1, 1) rows of unit length [C, D]."""
+    """A weight [C, D] drawn from U(-1, 1), with its rows scaled to unit length."""
     return nn.Parameter(F.normalize(torch.empty(num_classes, dim).uniform_(-1, 1), dim=-1))
 
 
@@ -57,4 +89,4 @@ HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {
     "L2NormedClassifier": L2NormedClassifier,
     "LayerNormedClassifier": LayerNormedClassifier,
 }
-"""Name → (D, C, scale) → head; `scale` is the σ of the cosine head and nothing to the others."""
+"""Name → head; it is called with the width D, the number of classes C and the scale σ of the cosine classifier."""

@@ -1,92 +1,90 @@
-"""TUNERS: what of a frozen backbone trains. A tuner's flag on the command line is its name in the table.
+"""TUNERS: which parameters train while the backbone is frozen. A tuner's name is its flag on the command line.
 
-A tuner inserts modules at the sites of a ViT's blocks, selects weights of the backbone, or acts on the feature of a
-backbone without blocks. Tuners combine; at a shared site they act in the order of the table. `partial` holds for
-every one of them (LIFT ignores it for biases, norms and shallow prompts).
+A tuner inserts modules at the sites of a ViT's blocks (`ViTEncoder` lists the sites), selects weights of the backbone,
+or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared site they act in the
+order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts).
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any
 
-import torch
 from torch import nn
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import mix, seeded
+from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.expert_split import refuse_divided
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.tuners.modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The numbers that tuners are built from."""
-
-    bottleneck: int
-    prompts: int
-    mask_ratio: float = 0.001
-    mask_seed: int = 0
-    adaptformer_scale: float | None = None
-    """None: learnable."""
-
-    @cached_property
-    def draw(self) -> torch.Generator:
-        """Mask's one generator, which goes on from layer to layer and from block to block, as LIFT's."""
-        return torch.Generator().manual_seed(self.mask_seed)
+from tailtune.models.backbones.expert_split import refuse_expert_blocks
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
+from tailtune.models.tuners.tuner_options import (
+    AdaptFormerOptions,
+    BottleneckOptions,
+    MaskOptions,
+    PromptOptions,
+    TunerOptions,
+)
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """What it does to a host; exactly one of insert and select is given.
+    """What a tuner does to an encoder: it inserts modules or selects parameters; exactly one of the two is given.
 
-    insert: (ViT, index of a block, sizes) → site → module.
-    select: module → the parameters of it that train; of the blocks, or of any other backbone as a whole.
+    insert: (encoder, index of a block, options) → site → module.
+    select: module → those of its parameters that train. It is called with the blocks of `partial`, or with the whole
+        network.
     """
 
-    insert: Callable[[ViT, int, Sizes], dict[str, nn.Module]] | None = None
+    doc: str
+    """A sentence that says what its flag does."""
+    insert: Callable[[ViTEncoder, int, Any], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
+    options: TunerOptions = TunerOptions()
+    """Its options with their defaults. Those without a `key` of their own are called `<tuner>_<field>`."""
     on_feature: Callable[[int], nn.Module] | None = None
-    """Width → what it puts on the feature of a backbone that runs as a whole, in place of `insert`."""
+    """Width of the feature → the module that acts on the feature of a backbone that runs as a whole."""
     first_only: bool = False
-    """Inserted at the first block of the range only."""
+    """Whether it is inserted at the first block of `partial` only."""
     on_weights: bool = False
-    """Inserted at the weights of layers instead of their outputs."""
+    """Whether it is inserted at the weights of layers instead of their outputs."""
     on_batch: bool = False
-    """Selected batch norms train on the statistics of the batch and update their running ones."""
+    """Whether the selected batch norms use the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": AdaptFormer(host.width, sizes.bottleneck, sizes.adaptformer_scale)}
+def _adaptformer(encoder: ViTEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
+    scale = None if isinstance(options.scale, str) else options.scale
+    return {"mlp": AdaptFormer(encoder.width, options.bottleneck, scale)}
 
 
-def _adapter(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"mlp": Adapter(host.width, sizes.bottleneck)}
+def _adapter(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    return {"mlp": Adapter(encoder.width, options.bottleneck)}
 
 
-def _lora(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {site: Lora(host.width, host.width, sizes.bottleneck) for site in ("q", "v")}
+def _lora(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    return {site: Lora(encoder.width, encoder.width, options.bottleneck) for site in ("q", "v")}
 
 
-def _lora_mlp(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    inner, outer = host.hidden_width, host.width
-    return {"fc1": Lora(outer, inner, sizes.bottleneck), "fc2": Lora(inner, outer, sizes.bottleneck)}
+def _lora_mlp(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    inner, outer = encoder.mlp_width, encoder.width
+    return {"fc1": Lora(outer, inner, options.bottleneck), "fc2": Lora(inner, outer, options.bottleneck)}
 
 
-def _prompts(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {"tokens": Prompts(sizes.prompts, host.width, host.patch_size)}
+def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
+    assert options.length is not None, "filled"
+    return {"tokens": Prompts(options.length, encoder.width, encoder.patch_size)}
 
 
-def _ssf(*sites: str) -> Callable[[ViT, int, Sizes], dict[str, nn.Module]]:
+def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.Module]]:
     """Scale and shift at the named sites."""
-    return lambda host, index, sizes: {site: Ssf(host.hidden_width if site == "fc1" else host.width) for site in sites}
+    return lambda encoder, index, options: {
+        site: Ssf(encoder.mlp_width if site == "fc1" else encoder.width) for site in sites
+    }
 
 
-def _mask(host: ViT, index: int, sizes: Sizes) -> dict[str, nn.Module]:
-    return {name: Mask(layer, sizes.mask_ratio, sizes.draw) for name, layer in host.layers(index).items()}
+def _mask(encoder: ViTEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
+    assert options.ratio is not None, "filled"
+    return {name: Mask(layer, options.ratio, options.draw) for name, layer in encoder.layers(index).items()}
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -95,95 +93,117 @@ def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _of(kind: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
     """The parameters of all modules of a kind."""
-    return lambda module: (each for part in module.modules() if isinstance(part, kind) for each in part.parameters())
+    return lambda module: (
+        parameter
+        for submodule in module.modules()
+        if isinstance(submodule, kind)
+        for parameter in submodule.parameters()
+    )
 
 
 TUNERS: dict[str, Tuner] = {
-    "full_tuning": Tuner(select=nn.Module.parameters),
-    "bias_tuning": Tuner(select=_biases),
-    "ln_tuning": Tuner(select=_of(nn.LayerNorm)),
-    "bn_tuning": Tuner(select=_of(nn.BatchNorm2d), on_batch=True),
-    "mask": Tuner(insert=_mask, on_weights=True),
-    "vpt_shallow": Tuner(insert=_prompts, first_only=True),
-    "vpt_deep": Tuner(insert=_prompts),
-    "lora": Tuner(insert=_lora),
-    "lora_mlp": Tuner(insert=_lora_mlp),
-    "ssf_attn": Tuner(insert=_ssf("q", "k", "v", "proj"), on_feature=Ssf),
-    "ssf_mlp": Tuner(insert=_ssf("fc1", "fc2")),
-    "ssf_ln": Tuner(insert=_ssf("norm1", "norm2")),
-    "adapter": Tuner(insert=_adapter),
-    "adaptformer": Tuner(insert=_adaptformer),
+    "full_tuning": Tuner("The blocks themselves train.", select=nn.Module.parameters),
+    "bias_tuning": Tuner("The biases of the blocks train.", select=_biases),
+    "ln_tuning": Tuner("The layer norms of the blocks train.", select=_of(nn.LayerNorm)),
+    "bn_tuning": Tuner("The batch norms of a convolutional network train.", select=_of(nn.BatchNorm2d), on_batch=True),
+    "mask": Tuner(
+        "A random subset of the weights of the blocks' linear layers trains.",
+        insert=_mask,
+        options=MaskOptions(),
+        on_weights=True,
+    ),
+    "vpt_shallow": Tuner(
+        "Trained prompt tokens enter before the first block.",
+        insert=_prompts,
+        options=PromptOptions(),
+        first_only=True,
+    ),
+    "vpt_deep": Tuner("New trained prompt tokens enter before every block.", _prompts, options=PromptOptions()),
+    "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=BottleneckOptions()),
+    "lora_mlp": Tuner("Low-rank updates of the MLP's layers train (LoRA).", _lora_mlp, options=BottleneckOptions()),
+    "ssf_attn": Tuner(
+        "Scale and shift of the attention's layers train; in a CLIP ResNet, scale and shift of its feature.",
+        insert=_ssf("q", "k", "v", "proj"),
+        on_feature=Ssf,
+    ),
+    "ssf_mlp": Tuner("Scale and shift of the MLP's layers train.", insert=_ssf("fc1", "fc2")),
+    "ssf_ln": Tuner("Scale and shift behind the layer norms train.", insert=_ssf("norm1", "norm2")),
+    "adapter": Tuner("A bottleneck layer behind the MLP trains.", _adapter, options=BottleneckOptions()),
+    "adaptformer": Tuner("A bottleneck layer beside the MLP trains.", _adaptformer, options=AdaptFormerOptions()),
 }
 
 
-def bottleneck_dim(num_classes: int, depth: int) -> int:
-    """LIFT's rule: r = 2^max(0, ⌊log2(C / 2L)⌋), so that tuners stay smaller than the head."""
-    return 2 ** max(0, int(math.log2(num_classes / (2 * max(1, depth)))))
-
-
-def mask_ratio(num_classes: int, depth: int, width: int) -> float:
-    """LIFT's rule: ρ = C / 12LD in whole thousandths, at least one, so that what trains is as large as the head."""
-    return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
-
-
 def add_tuners(
-    host: Encoder, names: Sequence[str], sizes: Sizes, partial: int | Sequence[int] | None = None, seed: int = 0
+    encoder: Encoder,
+    options: Mapping[str, TunerOptions],
+    partial: int | Sequence[int] | None = None,
+    seed: int = 0,
 ) -> None:
-    """Freeze the host, then make the named tuners act on the blocks of `partial`.
+    """Freeze the encoder, then let tuners act on the blocks of `partial`.
+
+    Args:
+        encoder: the encoder; it is changed in place.
+        options: entry of TUNERS → its options, in which no size is open (`TunerOptions.filled`).
+        partial: the blocks, see `Encoder.block_range`.
+        seed: seed of the tuners' initial weights.
 
     Raises:
-        UserError: two kinds of prompts, a tuner that finds nothing to act on, a range beyond the network, or a
-            share of weights beyond all of them; experts whose own blocks would not differ.
+        UserError: two kinds of prompts; a tuner that finds nothing to train; blocks that the network does not have; a
+            share that is not above 0 and up to 1; experts with blocks of their own in which no tuner acts.
     """
-    if {"vpt_shallow", "vpt_deep"} <= set(names):
-        raise UserError("vpt_shallow and vpt_deep both own the prompt tokens; choose one of them")
-    if "mask" in names and not 0 < sizes.mask_ratio <= 1:
-        raise UserError(f"mask_ratio {sizes.mask_ratio} is no share of the weights; choose one above 0 and up to 1")
-    blocks, sizes = host.chosen(partial), replace(sizes)  # a copy, whose draw begins anew
-    host.requires_grad_(False)
-    for name in (name for name in TUNERS if name in names):
+    if {"vpt_shallow", "vpt_deep"} <= options.keys():
+        raise UserError("vpt_shallow and vpt_deep both set the prompt tokens; choose one of them")
+    for tuner_options in options.values():
+        tuner_options.check()
+    blocks = encoder.block_range(partial)
+    encoder.requires_grad_(False)
+    for name in (name for name in TUNERS if name in options):
         tuner = TUNERS[name]
         if tuner.insert is not None:
-            _insert(host, name, blocks[:1] if tuner.first_only else blocks, sizes, seed)
+            _insert(encoder, name, blocks[:1] if tuner.first_only else blocks, options[name], seed)
         if tuner.select is not None:
-            _select(host, name, partial)
-    if isinstance(host, ViT) and host.own and not any(any(sites.values()) for sites in host.sites[0][-host.own :]):
+            _select(encoder, name, partial)
+    count = len(encoder.expert_blocks)
+    if isinstance(encoder, ViTEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
         raise UserError(
-            f"expert_split {host.own}: no tuner acts in the last {host.own} blocks, which experts would only repeat; "
+            f"expert_split {count}: no tuner acts in the last {count} blocks, so the experts would not differ there; "
             "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"
         )
 
 
-def _insert(host: Encoder, name: str, blocks: range, sizes: Sizes, seed: int) -> None:
+def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, seed: int) -> None:
     tuner = TUNERS[name]
     assert tuner.insert is not None
-    if isinstance(host, GenericEncoder) and tuner.on_feature is not None:
-        if blocks or not host.depth:  # behind the last part, whichever the others are
+    if isinstance(encoder, WholeNetworkEncoder) and tuner.on_feature is not None:
+        if blocks or not encoder.depth:  # the feature comes after the last block, whichever blocks are chosen
             with seeded(seed, "tuner", name):
-                host.insert(name, tuner.on_feature(host.feature_dim))
+                encoder.insert(name, tuner.on_feature(encoder.feature_dim))
         return
-    if not isinstance(host, ViT):
-        others = ", ".join(each for each, entry in TUNERS.items() if entry.select or entry.on_feature)
+    if not isinstance(encoder, ViTEncoder):
+        others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
-    later = [replace(sizes, mask_seed=mix(sizes.mask_seed, "expert", each)) for each in range(1, host.experts)]
+    first = replace(options)  # a copy, whose random generator starts anew
+    later = [options.of_expert(expert) for expert in range(1, encoder.experts)]
     for index in blocks:
-        own = index >= host.depth - host.own
+        per_expert = index >= encoder.depth - encoder.num_expert_blocks
         with seeded(seed, "tuner", name, index):
-            host.insert(name, index, tuner.insert(host, index, sizes), tuner.on_weights, 0 if own else None)
-        for expert, drawn in enumerate(later if own else [], start=1):
-            with seeded(seed, "tuner", name, index, expert):  # the first one starts as if it were alone
-                host.insert(name, index, tuner.insert(host, index, drawn), tuner.on_weights, expert)
+            modules = tuner.insert(encoder, index, first)
+            encoder.insert(name, index, modules, tuner.on_weights, 0 if per_expert else None)
+        for expert, of_expert in enumerate(later if per_expert else [], start=1):
+            with seeded(seed, "tuner", name, index, expert):  # the first expert starts as a single one would
+                encoder.insert(name, index, tuner.insert(encoder, index, of_expert), tuner.on_weights, expert)
 
 
-def _select(host: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
+def _select(encoder: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
     select = TUNERS[name].select
     assert select is not None
-    modules = host.selectable(partial)
-    refuse_divided(host, name, modules)
-    found = [each for module in modules for each in select(module)]
-    if modules and not found:
+    modules = encoder.tunable_modules(partial)
+    refuse_expert_blocks(encoder, name, modules)
+    selected = [parameter for module in modules for parameter in select(module)]
+    if modules and not selected:
         raise UserError(f"{name} finds nothing to train in this backbone")
-    for parameter in found:
+    for parameter in selected:
         parameter.requires_grad_(True)
     if TUNERS[name].on_batch:
-        host.batch_norms = [each for module in modules for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
+        submodules = (submodule for module in modules for submodule in module.modules())
+        encoder.set_trained_batch_norms([norm for norm in submodules if isinstance(norm, nn.BatchNorm2d)])

@@ -8,35 +8,12 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from tailtune.configs import names
 from tailtune.configs import value_parsers as values
-from tailtune.configs.key import Key, option_keys
-from tailtune.configs.schema import SCHEMA
-from tailtune.datasets import DATASETS
-from tailtune.datasets.images.transforms import AUGMENTS
-from tailtune.datasets.loading.samplers import SAMPLERS
-from tailtune.models import BACKBONES
-from tailtune.models.backbones.prompts import PROMPTS
-from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
-from tailtune.models.tuners.peft_types import PEFTS
-from tailtune.trainers.evaluation.ensembles import ENSEMBLES
-from tailtune.trainers.evaluation.expert_weights import ADAPTS
-from tailtune.trainers.evaluation.target_prior import TARGETS
-from tailtune.trainers.losses import LOSSES
-from tailtune.trainers.methods import METHODS, declared
-from tailtune.trainers.optim import SCHEDULES
+from tailtune.configs.key import Key
+from tailtune.trainers.options import choices_of, declared
 
 Texts = SearchStrategy[str]
 
-TABLES: Mapping[str, Mapping[str, Any]] = {
-    **{"dataset": DATASETS, "backbone": BACKBONES, "method": METHODS, "classifier": HEADS, "init_head": HEAD_INITS},
-    **{"loss_type": LOSSES, "schedule": SCHEDULES, "sampler": SAMPLERS, "pair_sampler": SAMPLERS, "peft": PEFTS},
-    **{"augment": AUGMENTS, "adapt_views": AUGMENTS, "prompt": PROMPTS, "adapt": ADAPTS, "ensemble": ENSEMBLES},
-    **{"target_prior": TARGETS, "h2t.inner": METHODS, "mixup.inner": METHODS, "batchformer.inner": METHODS},
-    **{"distill.inner": METHODS, "after": names("model")},
-}
-"""Keys whose value is a name in a table."""
 OTHERS: Mapping[str, tuple[str, ...]] = {
     "backbone": (
         "timm:resnet18",
@@ -228,16 +205,15 @@ MODEST: Mapping[Callable[[Any], Any], Texts] = {
 
 @cache
 def schema() -> dict[str, Key]:
-    """Every key that a user may set: the table's, and those of methods."""
-    own = [option_keys(method, kind) for method, kind in declared().options.items()]
-    found = {**SCHEMA, **{key: entry for keys in own for key, entry in keys.items()}}
-    return {key: entry for key, entry in found.items() if not entry.internal}
+    """Every key that a user may set."""
+    every = declared()
+    return {key: every[key] for key in every.settable()}
 
 
 def sensible(key: str) -> Texts:
     """Values of a key that a person might give."""
     entry = schema()[key]
-    listed = (*TABLES.get(key, ()), *OTHERS.get(key, ()), *entry.choices)
+    listed = (*choices_of(key, entry), *OTHERS.get(key, ()))
     return st.sampled_from(listed) if listed else MODEST.get(entry.parse, st.nothing())
 
 

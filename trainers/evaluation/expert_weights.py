@@ -7,6 +7,7 @@ computed once, for all test sets that share the images.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.option import option, options_from
 from tailtune.configs.seeding import generator
-from tailtune.datasets.data_bundle import Shift
+from tailtune.configs.value_parsers import as_str
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation.inference import Logits, rows_of
-from tailtune.trainers.methods import METHODS
+from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
 
 LEAST = 0.05
@@ -28,27 +31,56 @@ AT_ONCE = 4096
 """Images whose logits are combined together, so that no copy of all logits is made."""
 
 
+of_predictions = partial(option, cls="test", logits=False)
+"""An option that changes what is made of the experts' logits, not the logits."""
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """Whether weights of the experts are learnt at test time, and from which views."""
+
+    adapt: str | None = of_predictions(
+        None,
+        "Method that learns a weight for each expert from test images without labels. None means that all experts "
+        "count alike.",
+        as_str,
+        table="ADAPTS",
+    )
+    adapt_views: str = of_predictions(
+        "sade_imagenet", "Random transform that makes the two views of an image for `adapt`.", table="AUGMENTS"
+    )
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are learnt: options `adapt_…`."""
+    """How weights are learnt. A learner with more options derives its `Options` from this class."""
 
-    epochs: int = 5
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-    entropy: float = 0.0
-    batch_size: int = 128
-    seed: int = 0
+    epochs: int = of_predictions(
+        5, "Number of passes of `adapt` over the views of the test images.", key="adapt_epochs", least=1, most=1000
+    )
+    lr: float = of_predictions(0.1, "Learning rate of the experts' weights in `adapt`.", key="adapt_lr", least=0.0)
+    weight_decay: float = of_predictions(
+        5e-4, "Weight decay of the experts' weights in `adapt`.", key="adapt_weight_decay", least=0.0
+    )
+    entropy: float = of_predictions(
+        0.0, "Factor on the entropy of the predictions in the objective of `adapt`.", key="adapt_entropy"
+    )
+    batch_size: int = of_predictions(
+        128,
+        "Number of images in one step of `adapt`, and in one batch of target_prior estimate_online. The original SADE "
+        "takes 64 online.",
+        key="adapt_batch_size",
+        least=1,
+        most=10**6,
+    )
+    seed: int = of_predictions(
+        0, "Random seed of the views and their order in `adapt`.", key="adapt_seed", least=0, most=2**63 - 1
+    )
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "Recipe":
-        return cls(
-            cfg.adapt_epochs,
-            cfg.adapt_lr,
-            cfg.adapt_weight_decay,
-            cfg.adapt_entropy,
-            cfg.adapt_batch_size,
-            cfg.adapt_seed,
-        )
+        """The options of the learner that `adapt` names."""
+        return options_from(ADAPTS[cfg.adapt].Options, cfg, cfg.adapt)
 
 
 def objective(views: Tensor, weights: Tensor, factor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -82,6 +114,8 @@ class Learner:
         recipe: how to learn.
         learn: positions of the images that the weights are learnt from, [l]; None: the test set's own.
     """
+
+    Options: type[Recipe] = Recipe
 
     def __init__(
         self, name: str, plain: Logits, positions: Tensor, recipe: Recipe, learn: Tensor | None = None
@@ -191,20 +225,25 @@ class StreamLearner(Learner):
 ADAPTS: Mapping[str, type[Learner]] = {"sade": Learner, "sade_online": StreamLearner}
 
 
-def check_adapt(cfg: CfgNode) -> None:
+def check_adapt(adapt: str | None, method: Method, name: str) -> None:
     """Refuse what cannot be adapted, without images or weights.
 
+    Args:
+        adapt: the option.
+        method: what predicts; meta tensors will do.
+        name: of the method, for people.
+
     Raises:
-        UserError: an unknown entry, one expert, or experts that do not all answer.
+        UserError: an unknown entry, one expert, or a method that does not ask every expert about an image.
     """
-    if cfg.adapt is None:
+    if adapt is None:
         return
-    lookup(ADAPTS, cfg.adapt, "adapt")
-    if cfg.num_experts == 1:
-        raise UserError(f"adapt {cfg.adapt} weighs experts, and this run has one; set num_experts, or adapt none")
-    if lookup(METHODS, cfg.method, "method").routes:
+    lookup(ADAPTS, adapt, "adapt")
+    if method.model.num_experts == 1:
+        raise UserError(f"adapt {adapt} weighs experts, and this run has one; set num_experts, or adapt none")
+    if not method.asks_every_expert:
         raise UserError(
-            f"adapt {cfg.adapt} weighs all experts, and method {cfg.method} asks only some of them about an image; "
+            f"adapt {adapt} weighs all experts, and method {name} asks only some of them about an image; "
             "set adapt none, or adapt the run that this one started from"
         )
 
@@ -213,7 +252,7 @@ def adapt(
     kind: type[Learner],
     recipe: Recipe,
     plain: Logits | None,
-    shifts: Sequence[Shift],
+    shifts: Sequence[TestDistribution],
     passes: Callable[[int], Logits | None],
     accelerator: Accelerator,
 ) -> dict[str, Learner]:
@@ -228,7 +267,7 @@ def adapt(
     """
     learners: dict[str, Learner] = {}
     if plain is not None:
-        learners = {each.name: kind(each.name, plain, each.positions, recipe, each.learn) for each in shifts}
+        learners = {each.name: kind(each.name, plain, each.positions, recipe, each.learn_positions) for each in shifts}
     number = 0
     while on_main(accelerator, lambda: any(each.running for each in learners.values())):
         _one_pass(learners, passes(number))

@@ -4,11 +4,14 @@ The transform that feeds each of them is chosen by `datasets.build_data`.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tailtune.configs.errors import lookup
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_int
 from tailtune.datasets.images.transforms import UNMIRRORED, five_crop, ten_crop
 from tailtune.trainers.evaluation.inference import Predict
 from tailtune.trainers.methods.base import Method
@@ -56,6 +59,34 @@ TEST_TIME: dict[str, Cut] = {
 }
 
 
+@dataclass(frozen=True)
+class TestTimeOptions:
+    """Views of a test image, and the arithmetic of their logits."""
+
+    tte: bool = option(
+        False, "The logits of several views of a test image are averaged.", aliases=("test_ensemble",), cls="test"
+    )
+    tte_mode: str = option(
+        "fivecrop",
+        "Views that tte averages: corners and centre (fivecrop), the same also mirrored (tencrop), or random training "
+        "crops (randaug).",
+        cls="test",
+        choices=tuple(TEST_TIME),
+    )
+    expand: int | None = option(
+        None,
+        "Number of pixels by which the image is larger than its crops, for tte. None means one and a half patches.",
+        as_int,
+        cls="test",
+        least=0,
+        most=1024,
+    )
+    randaug_times: int = option(
+        1, "Number of random training crops that tte_mode randaug averages.", cls="test", least=1, most=1000
+    )
+    test_prec: str = option("fp32", "Arithmetic of evaluation.", cls="test", choices=("fp32", "bf16", "fp64"))
+
+
 def prepare(method: Method, test_prec: str) -> None:
     """Eval mode, in the arithmetic of `test_prec`."""
     precision = PRECISIONS[test_prec]
@@ -70,20 +101,14 @@ def plain(method: Method) -> Predict:
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         assert isinstance(images, Tensor)
-        return kept(method, images)
+        return method.expert_logits(images)
 
     return predict
 
 
-def kept(method: Method, images: Tensor) -> Tensor:
-    """[B, 3, R, R] → logits of the experts [B, E, C] whose mean is the prediction, as all that reads them takes it."""
-    logits = method.expert_logits(images)
-    return logits * logits.shape[1] if method.adds else logits
-
-
 def logits_of_views(method: Method, views: Tensor) -> Tensor:
     """[A, B, 3, R, R] → [A, B, E, C]."""
-    return kept(method, views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    return method.expert_logits(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
 def separate(method: Method) -> Predict:

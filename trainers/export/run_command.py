@@ -4,32 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tailtune.configs import CfgNode, load_configs, values_of
+from tailtune.configs import CfgNode, load_configs, schema_of, values_of
 from tailtune.configs.key import TEST, TRAIN
-from tailtune.configs.schema import SCHEMA
 from tailtune.models import resolve
-from tailtune.trainers.methods import declared
-
-PLACES = ("root", "lists")
-"""Where the data lie: runtime keys without which a command may not find them."""
 
 
 def command_of(cfg: CfgNode) -> list[str]:
     """Words behind `python main.py` that give a resolved config again, so far as results depend on it."""
-    data = next((str(path) for path in _yamls(cfg) if path.is_file()), cfg.data)
-    usual = values_of(resolve(load_configs(data, cfg.model, [], declared())[-1]))
-    values = values_of(cfg, TRAIN, TEST) | {key: cfg[key] for key in PLACES}
-    changed = {
-        key: value
-        for key, value in values.items()
-        if value != usual[key] and not (key in SCHEMA and SCHEMA[key].internal)
-    }
+    data = next((str(path) for path in _data_config_paths(cfg) if path.is_file()), cfg.data)
+    schema = schema_of(cfg)
+    usual = values_of(resolve(load_configs(data, cfg.model, [], schema)[-1]))
+    recorded = (key for key, entry in schema.items() if entry.recorded == "command")
+    values = values_of(cfg, TRAIN, TEST) | {key: cfg[key] for key in recorded}
+    changed = {key: value for key, value in values.items() if value != usual[key] and not schema[key].internal}
     return ["-d", data, "-m", cfg.model, *(word for key, value in changed.items() for word in (key, _word(value)))]
 
 
-def _yamls(cfg: CfgNode) -> list[Path]:
-    """Where a data config of the user's may lie."""
-    return [Path(cfg.data_dir, f"{cfg.data}.{end}") for end in ("yaml", "yml")] if cfg.data_dir else []
+def _data_config_paths(cfg: CfgNode) -> list[Path]:
+    """Where a data config that the user has written may be."""
+    return [Path(cfg.data_dir, f"{cfg.data}.{suffix}") for suffix in ("yaml", "yml")] if cfg.data_dir else []
 
 
 def _word(value: Any) -> str:

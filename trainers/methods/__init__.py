@@ -1,15 +1,13 @@
 """METHODS: name → method. A method is one file here and one line in the table."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
-from tailtune.configs import CfgNode, Declared
+from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.option import options_from
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import ClassificationModel
-from tailtune.models.tuners.peft_types import draws
-from tailtune.models.tuners.table import TUNERS
-from tailtune.trainers.losses import BATCH_COUPLED, LOSSES
+from tailtune.trainers.losses import LOSSES, Loss
 from tailtune.trainers.methods.base import Earlier, Method, Objective
 from tailtune.trainers.methods.batchformer import BatchFormer
 from tailtune.trainers.methods.decouple import Normalised, Retrained, WeightScaling
@@ -23,7 +21,7 @@ from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
 from tailtune.trainers.methods.sade import Sade
 from tailtune.trainers.methods.wrapper import Wrapper
 
-__all__ = ["METHODS", "Earlier", "Method", "build_method", "declared"]
+__all__ = ["METHODS", "Earlier", "Method", "build_method"]
 
 METHODS: dict[str, type[Method]] = {
     "classify": Method,  # zero-shot, head only, PEFT, full fine-tuning: one model, one loss
@@ -42,44 +40,34 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def declared() -> Declared:
-    """What the tables say about options: those of methods, and which values couple the images of a batch."""
-    coupled: dict[str, Callable[[Any], bool]] = {
-        "method": lambda name: name in METHODS and METHODS[name].couples,
-        "loss_type": lambda name: name in BATCH_COUPLED,
-        "h2t.inner": lambda name: name in METHODS and METHODS[name].couples,
-        "peft_args": draws,
-        **{name: bool for name, tuner in TUNERS.items() if tuner.on_batch},
-    }
-    return Declared({name: method.Options for name, method in METHODS.items()}, coupled)
-
-
 def build_method(cfg: CfgNode, model: ClassificationModel, info: DataInfo) -> Method:
     """The method of a config around a model."""
-    loss = lookup(LOSSES, cfg.loss_type, "loss_type")
     objective = Objective(
         class_counts=info.class_counts,
-        loss=loss,
-        tau=cfg.tau,
-        scale=cfg.scale,
-        coupled=cfg.loss_type in BATCH_COUPLED,
+        loss=_loss(cfg),
         drw_epoch=cfg.drw_epoch,
         sampler=cfg.sampler,
         epochs=_epochs(cfg, int(info.class_counts.sum())),
         seed=cfg.seed,
-        smooth_head=cfg.smooth_head,
-        smooth_tail=cfg.smooth_tail,
     )
     method = _make(cfg, cfg.method, "method", model, objective)
     if cfg.num_epochs and not cfg.zero_shot and not method.param_groups():
         raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
-    if cfg.pair_sampler and not method.pairs:
+    if cfg.pair_sampler and not method.takes_image_pairs:
         raise UserError(
             f"pair_sampler {cfg.pair_sampler}: method {cfg.method} takes single images here; set pair_sampler none"
         )
-    if method.pairs and not cfg.pair_sampler:
+    if method.takes_image_pairs and not cfg.pair_sampler:
         raise UserError(f"method {cfg.method} takes two images at a time: choose the second by `pair_sampler shuffle`")
     return method
+
+
+def _loss(cfg: CfgNode) -> Loss:
+    """The loss of a config, with its options."""
+    loss = lookup(LOSSES, cfg.loss_type, "loss_type")
+    if loss.options is None:
+        return loss
+    return replace(loss, options=options_from(type(loss.options), cfg, cfg.loss_type))
 
 
 def _epochs(cfg: CfgNode, images: int) -> int:
@@ -96,10 +84,15 @@ def _make(
     kind = lookup(METHODS, name, key)
     if name in around:
         raise UserError(f"{key} {name}: method {name} would wrap itself; name another")
-    if kind.needs_after and not cfg.after:
+    if kind.continues_from_earlier_run and not cfg.after:
         raise UserError(f"method {name} continues an earlier run: name that one's model config with `after`")
     options = kind.Options(**cfg.get(name, {}))
     if not issubclass(kind, Wrapper):
         return kind(model, objective, options)
     inner = _make(cfg, options.inner, f"{name}.inner", model, objective, (*around, name))
+    if not inner.can_be_wrapped:
+        raise UserError(
+            f"{name}.inner {options.inner}: it does more with the model than {name} would let it; choose another "
+            "method, such as ride"
+        )
     return kind(model, objective, options, inner)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
-from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.backbones.encoder import Encoder, StagedModule
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import Prior, effective_weights, log_prior
 from tailtune.trainers.methods.objective import Batch, NoOptions, Objective, Step, combine
 from tailtune.trainers.storage.checkpoint import trained_state
@@ -28,36 +28,25 @@ class Earlier:
     tensors: Callable[[], dict[str, Tensor]]
     """What it trained, by name; refuses (`UserError`) another base model or other classes than those at hand."""
     method: Callable[[], "Method"]
-    """It as it was trained: frozen, in eval mode, on the device."""
+    """The trained method of that run: frozen, in eval mode, on the device."""
 
 
-class Method(nn.Module):
+class Method(StagedModule):
     """Base of all methods; on its own it trains a classifier with one loss on the mean of its experts' logits.
 
-    A method of one's own usually overrides `loss`, what it makes of the experts' logits. `forward` is for those that
-    need more than logits.
+    A new method usually overrides `loss`, which takes the experts' logits. One that needs more than logits overrides
+    `forward`. Other code asks a method what it is by the properties below, never by its class; a subclass answers
+    with a class attribute or a property of that name. Two facts are asked of the class, before a model is built.
 
     Class attributes:
         Options: dataclass; its fields are the options `<method>.<field>`, texts in `metadata["doc"]`.
-        couples: the method's value depends on which samples share a micro-batch.
-        needs_after: it continues an earlier run, so `after` must name one.
-        routes: it asks only some experts about an image; logits of the others are NaN.
-        drops: prefixes of what an earlier run has trained and this method has no use for.
-        inherits: its logits are those of the earlier run, whatever it trains beside them.
-        adds: its prediction is the sum of the experts' logits, not their mean.
-        watches: its loss looks at the images themselves, not only at their logits.
-        pairs: it takes a second image beside each, `partner` of a batch, which `pair_sampler` chooses.
+        depends_on_batch: the loss of an image depends on the images that share its micro-batch.
+        continues_from_earlier_run: the method needs a finished run, which `after` names.
     """
 
     Options: type = NoOptions
-    couples: bool = False
-    needs_after: bool = False
-    routes: bool = False
-    drops: tuple[str, ...] = ()
-    inherits: bool = False
-    adds: bool = False
-    watches: bool = False
-    pairs: bool = False
+    depends_on_batch: bool = False
+    continues_from_earlier_run: bool = False
     log_prior: Tensor
     class_counts: Tensor
 
@@ -70,26 +59,63 @@ class Method(nn.Module):
         self.at_step = 0
         """The optimizer step, counted from 1 over the whole run."""
         self._drawn = 0
-        self.held: set[str] = set()
-        """Parameters that an earlier stage trained and this one does not; a checkpoint holds them too."""
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
         self.register_buffer("class_counts", objective.class_counts, persistent=False)
 
-    @classmethod
-    def drops_head(cls) -> bool:
-        """Whether it has no use for the classifiers of an earlier run."""
-        return "model.head.".startswith(cls.drops)
+    # --- what a method is ----------------------------------------------------------------------------------------
+
+    @property
+    def asks_every_expert(self) -> bool:
+        """Whether every expert predicts every image; if not, `expert_logits` holds NaN for the others."""
+        return True
+
+    @property
+    def changes_head_logits(self) -> bool:
+        """Whether `head_logits` returns something else than the logits of the heads."""
+        return False
+
+    @property
+    def loss_needs_images(self) -> bool:
+        """Whether `loss` reads the images of the batch, not their logits alone."""
+        return False
+
+    @property
+    def takes_image_pairs(self) -> bool:
+        """Whether a batch needs a second image beside each, `partner`, which `pair_sampler` chooses."""
+        return False
+
+    @property
+    def can_be_wrapped(self) -> bool:
+        """Whether `loss`, `head_logits` and `aggregate` are all of it, so that a `Wrapper` may run the model itself.
+
+        A method that overrides `forward` or `expert_logits` says False.
+        """
+        return True
+
+    @property
+    def starts_where_earlier_run_ended(self) -> bool:
+        """Whether the run that `after` names, if any, gives the weights to start from; a teacher does not."""
+        return True
+
+    def discards(self, name: str) -> bool:
+        """Whether this method has no use for a tensor, by its name, that the earlier run has trained."""
+        return False
+
+    @property
+    def predicts_as_earlier_run(self) -> bool:
+        """Whether the logits are those of the earlier run, whatever this run trains beside them."""
+        return False
 
     @property
     def batch_coupled(self) -> bool:
-        """Whether another micro-batch size is another objective."""
-        return self.couples or self.objective.coupled or self.model.batch_coupled
+        """Whether another micro-batch size is another objective, by the method, its loss or its model."""
+        return self.depends_on_batch or self.objective.loss.couples or self.model.batch_coupled
+
+    # --- what it computes ----------------------------------------------------------------------------------------
 
     @property
     def prior(self) -> Prior:
-        own = self.objective
-        smooth = own.smooth_head, own.smooth_tail
-        return Prior(self.log_prior, self.class_counts, own.tau, own.scale, *smooth, self.draws)
+        return Prior(self.log_prior, self.class_counts, self.draws)
 
     def forward(self, batch: Batch) -> Step:
         logits = self.expert_logits(batch["image"])
@@ -131,13 +157,17 @@ class Method(nn.Module):
             return weights
         return weights * effective_weights(self.class_counts.double()).to(weights.dtype)[batch["label"]]
 
+    def head_logits(self, features: Tensor) -> Tensor:
+        """Features [B, D] or [B, E, D] → logits of each expert [B, E, C], whose mean is the prediction."""
+        return self.model.logits(features)
+
     def expert_logits(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] → [B, E, C]."""
-        return self.model(images)
+        return self.head_logits(self.model.features(images))
 
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[B, E, C] → [B, C], by the weights [E] or the mean, times E for a method that `adds`."""
-        return combine(logits, weights) * (logits.shape[1] if self.adds else 1)
+        """[B, E, C] → [B, C], by the weights [E] or the mean."""
+        return combine(logits, weights)
 
     def predict(self, images: Tensor) -> Tensor:
         return self.aggregate(self.expert_logits(images))
@@ -176,15 +206,20 @@ class Method(nn.Module):
         if earlier.fresh:
             self.start_from(earlier.tensors())
 
-    def hold(self, *parts: nn.Module) -> None:
-        """Freeze what trains in parts of this method, batch norms included, as something that its checkpoint keeps."""
-        for module in (each for part in parts for each in part.modules()):
+    def freeze_trained(self, *parts: nn.Module, batch_norms_follow: bool = False) -> None:
+        """Freeze what trains in parts of this method; a checkpoint still holds it.
+
+        Args:
+            parts: modules of this method, such as its encoder.
+            batch_norms_follow: see `Encoder.freeze_trained`.
+        """
+        for module in (module for part in parts for module in part.modules()):
             if isinstance(module, Encoder):
-                module.hold()
+                module.freeze_trained(batch_norms_follow)
         inside = {id(parameter) for part in parts for parameter in part.parameters()}
         for name, parameter in self.named_parameters():
             if id(parameter) in inside and parameter.requires_grad:
-                self.held.add(name)
+                self.frozen_trained.add(name)
                 parameter.requires_grad_(False)
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
@@ -205,17 +240,17 @@ class Method(nn.Module):
             UserError: the earlier run trained what this one does not, which would be lost, or not what this one keeps.
         """
         own = trained_state(self)
-        tensors = {name: each for name, each in tensors.items() if not name.startswith(self.drops)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not self.discards(name)}
         lost = [n for n, each in tensors.items() if n not in own or own[n].shape != each.shape]
         if lost:
             raise UserError(
                 f"after: the earlier run trained {lost[0]} and {len(lost) - 1} more tensors that this run does not "
                 "train; give both the same tuners, experts and head, or this one more"
             )
-        if self.held - tensors.keys():
+        if missing := self.frozen_trained - tensors.keys():
             raise UserError(
-                f"after: this run keeps {min(self.held - tensors.keys())} as the earlier run trained it, which did "
-                "not; give both the same tuners, experts and head"
+                f"after: this run keeps {min(missing)} as the earlier run trained it, which did not; give both the "
+                "same tuners, experts and head"
             )
         return tensors
 
@@ -226,7 +261,7 @@ class Method(nn.Module):
             steps: of the whole run.
             per_epoch: of an epoch, as many as it would have without `max_steps`.
         """
-        if not self.model.encoder.still:
+        if not self.model.encoder.is_frozen:
             self.model.before_training(steps)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
@@ -245,5 +280,5 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """After each optimizer step, counted from 1 over the whole run, while its gradients are still there."""
-        if not self.model.encoder.still:
+        if not self.model.encoder.is_frozen:
             self.model.after_step(step)

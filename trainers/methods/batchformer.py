@@ -1,8 +1,9 @@
 """BatchFormer: while training, the samples of a mini-batch attend to each other (Hou, Yu and Tao, CVPR 2022)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from tailtune.configs.option import option
 from tailtune.configs.seeding import seeded
 from tailtune.models import ClassificationModel
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
@@ -14,21 +15,29 @@ MODES = ("replace", "sum", "mean")
 
 @dataclass(frozen=True)
 class Options:
-    inner: str = field(default="ride", metadata={"doc": "entry of METHODS whose loss is used"})
-    layers: int = field(default=1, metadata={"doc": "of the encoder across the batch", "least": 1, "most": 16})
-    heads: int = field(
-        default=0, metadata={"doc": "of its attention; 0: 4 for features above 128, else 1", "least": 0, "most": 1024}
+    inner: str = option("ride", "Method whose loss is computed on the mixed features.", table="METHODS")
+    layers: int = option(1, "Number of layers of the encoder that attends across the batch.", least=1, most=16)
+    heads: int = option(
+        0,
+        "Number of attention heads across the batch. 0 means 4 for features of more than 128 numbers, else 1.",
+        least=0,
+        most=1024,
     )
-    dropout: float = field(default=0.5, metadata={"doc": "in it"})
-    mode: str = field(
-        default="replace",
-        metadata={"doc": "loss of the mixed features alone, or with the raw ones: sum or mean", "choices": MODES},
+    dropout: float = option(0.5, "Dropout rate of the encoder that attends across the batch.")
+    mode: str = option(
+        "replace",
+        "What the loss is of: the mixed features alone (replace), or also the raw ones, as a sum or a mean.",
+        choices=MODES,
     )
-    chunks: int = field(
-        default=1,
-        metadata={"doc": "parts of a micro-batch that attend separately, as on GPUs", "least": 1, "most": 10**4},
+    chunks: int = option(
+        1,
+        "Number of parts of a micro-batch whose images attend to each other only, as on so many GPUs.",
+        least=1,
+        most=10**4,
     )
-    kaiming: bool = field(default=False, metadata={"doc": "start its linear layers as the original's CIFAR networks"})
+    kaiming: bool = option(
+        False, "The linear layers start as in the original's CIFAR networks, from Kaiming's initialisation."
+    )
 
 
 class BatchFormer(Wrapper):
@@ -41,7 +50,8 @@ class BatchFormer(Wrapper):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
@@ -55,11 +65,11 @@ class BatchFormer(Wrapper):
         if not self.training:
             return super().forward(batch)
         features = self.model.features(batch["image"])
-        mixed = self.model.logits(self.mixer(features, batch["weight"] > 0))
+        mixed = self.head_logits(self.mixer(features, batch["weight"] > 0))
         loss_sum, weight = self.loss(mixed, batch)
         if self.options.mode == "replace":
             return self.step(loss_sum, weight, mixed)
-        raw = self.model.logits(features)
+        raw = self.head_logits(features)
         raw_sum, raw_weight = self.loss(raw, batch)
         return self.step(loss_sum + raw_sum, weight + raw_weight if self.options.mode == "mean" else weight, raw)
 

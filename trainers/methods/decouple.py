@@ -4,29 +4,33 @@ What is held is the earlier run's. Their classifiers are linear, and cRT and LWS
 (`sampler balanced`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.classifiers import LinearClassifier
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.methods.base import Method, Objective
+from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 
 
 class Retrained(Method):
     """cRT: a fresh classifier on the encoder of the earlier run."""
 
-    needs_after = True
-    drops = ("model.head.", "mixer.")
+    continues_from_earlier_run = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
-        self.hold(model.encoder)
+        self.freeze_trained(model.encoder)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(("model.head.", BATCH_MIXER))
 
 
 class WeightScaling(Method):
@@ -35,25 +39,31 @@ class WeightScaling(Method):
     As in the authors' code f_c multiplies the logit, and so the bias too.
     """
 
-    needs_after = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
+    changes_head_logits = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         self.scales = nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts)))
-        self.hold(model)
+        self.freeze_trained(model)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""
 
-    def expert_logits(self, images: Tensor) -> Tensor:
-        return super().expert_logits(images) * self.scales
+    def head_logits(self, features: Tensor) -> Tensor:
+        return super().head_logits(features) * self.scales
 
 
 @dataclass(frozen=True)
 class Options:
-    power: float = field(
-        default=0.7, metadata={"doc": "τ: 0 leaves the classifier, 1 makes its rows equally long", "least": 0.0}
+    power: float = option(
+        0.7,
+        "Exponent τ of τ-normalisation: 0 leaves the classifier as it is, 1 gives its rows the same length.",
+        least=0.0,
     )
 
 
@@ -61,8 +71,7 @@ class Normalised(Method):
     """τ-normalisation: w̃_c = w_c / |w_c|^τ without bias, in the earlier run's model; nothing is trained."""
 
     Options = Options
-    needs_after = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
@@ -71,7 +80,10 @@ class Normalised(Method):
                 "tau_norm scales the rows of a linear classifier, and this one's lengths count for nothing; "
                 "set classifier LinearClassifier in both runs"
             )
-        self.hold(model)
+        self.freeze_trained(model)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""

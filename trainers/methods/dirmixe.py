@@ -1,6 +1,6 @@
 """DirMixE: experts for test priors drawn from a mixture of Dirichlet distributions (Yang et al., ICML 2024)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import mix
+from tailtune.configs.option import option
+from tailtune.configs.seeding import derive_seed
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import cross_entropy, log_prior, moved, present
 from tailtune.trainers.methods.base import Batch, Method, Objective
@@ -22,20 +23,19 @@ POOL_SEED = 0
 
 @dataclass(frozen=True)
 class Options:
-    power: float = field(default=1.3, metadata={"doc": "p: how strongly the logits follow w/π", "least": 0.0})
-    variance: float = field(default=5.0, metadata={"doc": "λ, factor on the semi-variance", "least": 0.0})
-    warm: float = field(
-        default=0.8, metadata={"doc": "share of the epochs that pass before it counts", "least": 0.0, "most": 1.0}
+    power: float = option(1.3, "Exponent p with which logits follow a test prior over the training prior.", least=0.0)
+    variance: float = option(5.0, "Factor λ on the semi-variance of the losses over test priors.", least=0.0)
+    warm: float = option(0.8, "Share of the epochs that pass before the semi-variance counts.", least=0.0, most=1.0)
+    concentration: float = option(
+        10000.0, "Sum A of the parameters of each Dirichlet distribution; a larger one varies less."
     )
-    concentration: float = field(default=10000.0, metadata={"doc": "A, the sum of each Dirichlet's α: how tight it is"})
-    draws: int = field(default=60, metadata={"doc": "M, test priors a step", "least": 1, "most": 10**4})
-    pool: str = field(
-        default="fresh",
-        metadata={
-            "doc": "draws: new ones each step; or an epoch's worth, drawn once and shuffled, as the original does, "
-            "`_cifar` from where its choice of CIFAR's images leaves the random numbers",
-            "choices": POOLS,
-        },
+    draws: int = option(60, "Number M of test priors that are drawn for one optimizer step.", least=1, most=10**4)
+    pool: str = option(
+        "fresh",
+        "Where test priors come from: new draws for each step (fresh), or an epoch's worth that is drawn once and "
+        "shuffled, as in the original; `_cifar` begins where the original's choice of CIFAR's images leaves the random "
+        "numbers.",
+        choices=POOLS,
     )
 
 
@@ -56,7 +56,7 @@ class DirMixE(Method):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
@@ -110,7 +110,7 @@ class DirMixE(Method):
         return base_priors(self.objective.class_counts, self.model.num_experts)
 
     def _fresh(self) -> Draws:
-        stream = np.random.default_rng(mix(self.objective.seed, "priors", self.at_step))
+        stream = np.random.default_rng(derive_seed(self.objective.seed, "priors", self.at_step))
         experts = stream.integers(len(self._bases), size=self.options.draws)
         alphas = (self.options.concentration * self._bases).numpy()
         priors = np.stack([stream.dirichlet(alphas[k]) for k in experts])

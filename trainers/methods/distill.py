@@ -1,12 +1,13 @@
 """Distillation of an earlier run into the one at hand; RIDE's own is of six experts into three (Wang et al. 2021)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import divergence, present
 from tailtune.trainers.methods.base import Batch, Earlier, Method, Objective
@@ -15,11 +16,11 @@ from tailtune.trainers.methods.wrapper import Wrapper
 
 @dataclass(frozen=True)
 class Options:
-    inner: str = field(default="ride", metadata={"doc": "the method that the student trains with, entry of METHODS"})
-    temperature: float = field(default=1.5, metadata={"doc": "of both predictions"})
-    weight: float = field(default=1.0, metadata={"doc": "factor on the divergence from the teacher"})
-    times_experts: bool = field(
-        default=False, metadata={"doc": "the whole loss times the number of experts, as the original RIDE code"}
+    inner: str = option("ride", "Method that the student trains with.", table="METHODS")
+    temperature: float = option(1.5, "Temperature of the predictions of teacher and student.")
+    weight: float = option(1.0, "Factor on the divergence of the student from the teacher.")
+    times_experts: bool = option(
+        False, "The whole loss is multiplied by the number of experts, as in the original RIDE code."
     )
 
 
@@ -32,16 +33,17 @@ class Distill(Wrapper):
     """
 
     Options = Options
-    couples = True
-    needs_after = True
-    watches = True
+    depends_on_batch = True
+    continues_from_earlier_run = True
+    loss_needs_images = True
+    starts_where_earlier_run_ended = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         name = self.options.inner
         if self.options.temperature <= 0:
             raise UserError(f"distill.temperature {self.options.temperature} divides logits: it must be above 0")
-        if inner.needs_after:
+        if inner.continues_from_earlier_run:
             raise UserError(f"distill.inner {name} continues an earlier run, but `after` names the teacher; try ride")
         self.teacher: tuple[Method, ...] = ()
         """In a tuple, so that it is no part of this module."""

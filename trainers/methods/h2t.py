@@ -1,36 +1,34 @@
 """H2T: a classifier retrained on features into which those of frequent classes are mixed (Li et al., AAAI 2024)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
+from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 from tailtune.trainers.methods.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
 class Options:
-    inner: str = field(default="classify", metadata={"doc": "entry of METHODS whose loss is used"})
-    ratio: float = field(
-        default=0.25,
-        metadata={
-            "doc": "share of a feature's channels that are the second image's; 0: none",
-            "least": 0.0,
-            "most": 1.0,
-        },
+    inner: str = option("classify", "Method whose loss is computed on the fused features.", table="METHODS")
+    ratio: float = option(
+        0.25,
+        "Share of a feature's channels that come from the second image; 0 means none.",
+        least=0.0,
+        most=1.0,
     )
-    shift_bn: bool = field(
-        default=True, metadata={"doc": "batch norms of the held encoder follow the images; False: they are held too"}
-    )
-    weight_scaling: bool = field(
-        default=False, metadata={"doc": "learn a factor on each class's logit beside the classifier, as MisLAS"}
+    shift_bn: bool = option(True, "The batch norms of the frozen encoder follow the images. False freezes them too.")
+    weight_scaling: bool = option(
+        False, "A factor on the logit of each class is learnt beside the classifier, as in MisLAS."
     )
 
 
@@ -46,41 +44,48 @@ class H2T(Wrapper):
     """
 
     Options = Options
-    needs_after = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         own = self.options
-        if inner.needs_after:
+        if inner.continues_from_earlier_run:
             raise UserError(f"h2t.inner {own.inner} continues an earlier run in a way of its own; try classify")
-        if own.shift_bn and not model.encoder.batch_norms:
+        if own.shift_bn and not model.encoder.trained_batch_norms:
             raise UserError("h2t.shift_bn True: no batch norm of this model was trained; set h2t.shift_bn False")
-        self.pairs = own.ratio > 0
         self.scales = (
             nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts))) if own.weight_scaling else None
         )
-        self.hold(model.encoder)
-        model.encoder.shifts = own.shift_bn
+        self.freeze_trained(model.encoder, batch_norms_follow=own.shift_bn)
+
+    @property
+    def takes_image_pairs(self) -> bool:
+        return self.options.ratio > 0
+
+    @property
+    def changes_head_logits(self) -> bool:
+        return self.scales is not None or super().changes_head_logits
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""
 
     def forward(self, batch: Batch) -> Step:
-        if not self.training or not self.pairs:
+        if not self.training or not self.takes_image_pairs:
             return super().forward(batch)
         with torch.no_grad():
             first, second = (self.model.features(batch[name]) for name in ("image", "partner"))
         draws = generator(self.objective.seed, "h2t", self.at_step)  # one choice, however the batch is cut
         features = fused(first, second, self.options.ratio, self.model.num_experts, draws)
-        logits = self._scaled(self.model.logits(features))
+        logits = self.head_logits(features)
         return self.step(*self.loss(logits, batch), logits)
 
-    def expert_logits(self, images: Tensor) -> Tensor:
-        return self._scaled(super().expert_logits(images))
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        """Logits [B, E, C] times the learnt factors of classes."""
+    def head_logits(self, features: Tensor) -> Tensor:
+        """The inner method's logits [B, E, C], times the learnt factors of classes where there are some."""
+        logits = super().head_logits(features)
         return logits if self.scales is None else logits * self.scales
 
 

@@ -1,6 +1,6 @@
 """mixup: images and losses of two samples at once (Zhang et al., ICLR 2018, arXiv 1710.09412)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
@@ -16,9 +17,11 @@ from tailtune.trainers.methods.wrapper import Wrapper
 
 @dataclass(frozen=True)
 class Options:
-    inner: str = field(default="classify", metadata={"doc": "entry of METHODS whose loss is used"})
-    alpha: float = field(
-        default=1.0, metadata={"doc": "λ ~ Beta(α, α) is an image's share; 0: nothing is mixed", "least": 0.0}
+    inner: str = option("classify", "Method whose loss is computed on the mixed images.", table="METHODS")
+    alpha: float = option(
+        1.0,
+        "Parameter α of the Beta(α, α) distribution of an image's share in a mixed one; 0 means that nothing is mixed.",
+        least=0.0,
     )
 
 
@@ -30,11 +33,12 @@ class Mixup(Wrapper):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
-        if inner.watches:
+        if inner.loss_needs_images:
             raise UserError(
                 f"mixup.inner {self.options.inner}: it would look at the images before they are mixed; choose another "
                 "method, such as classify or ride"

@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tailtune.datasets.loading.samplers import DRAWN
-from tailtune.trainers.losses import ASSUMES, Loss, Prior, effective_weights, log_prior
+from tailtune.configs.option import NoOptions
+from tailtune.datasets.loading.samplers import SAMPLERS
+from tailtune.trainers.losses import Loss, Prior, effective_weights, log_prior
+
+__all__ = ["Batch", "NoOptions", "Objective", "Step", "combine"]
 
 Batch = dict[str, Any]
 """`image` uint8 [B, 3, H, W], `label` [B], `weight` [B] (0: left out), `index` [B]; `partner` as image, see `pairs`."""
@@ -22,20 +25,12 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """A method without options of its own."""
-
-
-@dataclass(frozen=True)
 class Objective:
     """What a method is told of the data, the loss and the run."""
 
     class_counts: Tensor  # [C]
     loss: Loss
-    tau: float = 1.0
-    scale: float = 25.0
-    coupled: bool = False
-    """The loss depends on which samples share a micro-batch."""
+    """The entry of LOSSES, with the run's options."""
     drw_epoch: int | None = None
     """From this epoch on (the first is 0) a sample's weight is multiplied by its class's `effective_weights`."""
     sampler: str = "shuffle"
@@ -44,8 +39,6 @@ class Objective:
     """That the run trains for, or begins; 0: it trains nothing."""
     seed: int = 0
     """Of the initial weights of what a method has beside its model, and of what it draws while it trains."""
-    smooth_head: float = 0.3
-    smooth_tail: float = 0.0
 
     def assumed(self) -> Tensor:
         """log p [C] in fp64: the class prior of which the logits are the posterior once the loss is at its least.
@@ -56,11 +49,10 @@ class Objective:
         counts = self.class_counts.double()
         if not self.epochs:
             return torch.zeros_like(counts).log_softmax(0)
-        drawn = DRAWN[self.sampler](counts).log()
+        drawn = SAMPLERS[self.sampler].frequencies(counts).log()
         if self.drw_epoch is not None and self.drw_epoch < self.epochs:
             drawn = drawn + effective_weights(counts).log()
-        found = ASSUMES[self.loss](drawn, Prior(log_prior(counts), counts, self.tau, self.scale))
-        return found.log_softmax(0)
+        return self.loss.assumes(drawn, Prior(log_prior(counts), counts), self.loss.options).log_softmax(0)
 
 
 def combine(logits: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -1,12 +1,13 @@
 """RIDE: experts that learn the same task and are rewarded for disagreeing (Wang et al., ICLR 2021)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import divergence, present
 from tailtune.trainers.methods.base import Batch, Method, Objective
@@ -14,12 +15,12 @@ from tailtune.trainers.methods.base import Batch, Method, Objective
 
 @dataclass(frozen=True)
 class Options:
-    diversity: float = field(
-        default=-0.2,
-        metadata={"doc": "factor on each expert's divergence from the mean; 0: one loss, of the mean logits"},
+    diversity: float = option(
+        -0.2,
+        "Factor on each expert's divergence from the mean of the experts; 0 means one loss, of the mean logits.",
     )
-    reweight_factor: float = field(
-        default=0.02, metadata={"doc": "how far temperatures follow the class counts, from drw_epoch on; 0: not at all"}
+    reweight_factor: float = option(
+        0.02, "Strength with which temperatures follow the class counts from drw_epoch on; 0 means not at all."
     )
 
 
@@ -35,7 +36,7 @@ class Ride(Method):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
     temperatures: Tensor
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:

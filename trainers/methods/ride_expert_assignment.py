@@ -1,6 +1,6 @@
 """RIDE's second stage: who decides how many experts an image needs (Wang et al., ICLR 2021)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,26 +8,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.configs.seeding import seeded
 from tailtune.models import ClassificationModel
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import present
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
+from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 
 
 @dataclass(frozen=True)
 class Options:
-    top_choices: int = field(
-        default=30,
-        metadata={
-            "doc": "largest logits that decide whether to go on; all of fewer classes",
-            "least": 1,
-            "most": 10**5,
-        },
+    top_choices: int = option(
+        30,
+        "Number of largest logits that decide whether the next expert is asked; of fewer classes, all.",
+        least=1,
+        most=10**5,
     )
-    hidden: int = field(default=16, metadata={"doc": "numbers made of the feature for it", "least": 1, "most": 10**4})
-    pos_weight: float = field(
-        default=100.0, metadata={"doc": "weight of the images that a later expert would get right", "least": 0.0}
+    hidden: int = option(
+        16,
+        "Size of the layer that reads the feature to decide whether the next expert is asked.",
+        least=1,
+        most=10**4,
+    )
+    pos_weight: float = option(
+        100.0, "Weight in the loss of the images that a later expert would get right.", least=0.0
     )
 
 
@@ -43,10 +48,10 @@ class ExpertAssignment(Method):
     """
 
     Options = Options
-    needs_after = True
-    inherits = True
-    routes = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
+    predicts_as_earlier_run = True
+    asks_every_expert = False
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
@@ -58,7 +63,10 @@ class ExpertAssignment(Method):
             dim = model.encoder.feature_dim
             self.hidden = nn.ModuleList(nn.Linear(dim, hidden) for _ in range(model.num_experts - 1))
             self.output = nn.Linear(self.top + hidden, 1)
-        self.hold(model)
+        self.freeze_trained(model)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""

@@ -1,21 +1,22 @@
 """SADE: experts for different test distributions (Zhang et al., NeurIPS 2022)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
-from tailtune.trainers.losses import ADJUSTED, LOSSES
+from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods.base import Batch, Method, Objective
 
 
 @dataclass(frozen=True)
 class Options:
-    inverse_strength: float = field(
-        default=2.0, metadata={"doc": "how strongly the last expert prefers the classes that are rare in training"}
+    inverse_strength: float = option(
+        2.0, "Strength with which the last expert prefers the classes that are rare in training."
     )
 
 
@@ -33,8 +34,8 @@ class Sade(Method):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
-        if objective.loss in ADJUSTED:
-            name = next(name for name, loss in LOSSES.items() if loss is objective.loss)
+        if objective.loss.adjusts:
+            name = next(name for name, loss in LOSSES.items() if loss.function is objective.loss.function)
             raise UserError(f"loss_type {name} adjusts by the prior, and so does method sade itself: use loss_type CE")
         counts = objective.class_counts.double()
         prior = counts / counts.sum()

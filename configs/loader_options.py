@@ -1,0 +1,31 @@
+"""What the loader writes into a config beside the options that a user sets."""
+
+from dataclasses import dataclass
+
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_micro
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Names and identities. All of them are internal."""
+
+    data: str = option("", "Name of the data config.", internal=True)
+    model: str = option("", "Name of the model config.", internal=True)
+    after_hash: str = option("", "Config hash of the stage before this one.", internal=True)
+    data_dir: str = option(
+        "",
+        "Folder of a data config that was given by its path.",
+        cls="runtime",
+        internal=True,
+        recorded="config",
+    )
+    run_name: str = option("", "Name of the run's folder.", cls="runtime", internal=True)
+    test_key: str = option("", "Name of the evaluation.", cls="runtime", internal=True)
+    coupled_micro: int | None = option(
+        None,
+        "The micro-batch size, in images, where the loss or the method depends on it.",
+        as_micro,
+        internal=True,
+    )
+    micro_explicit: bool = option(False, "The user has set micro_batch_size.", cls="runtime", internal=True)

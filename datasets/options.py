@@ -1,0 +1,132 @@
+"""Options of the data: where images and labels are, how they are split, prepared and grouped."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_float, as_int, as_path, as_str
+
+of_data = partial(option, stages="all")
+"""An option of what is trained on, which is the same for every stage of a chain."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images, labels and splits."""
+
+    dataset: str = of_data("", "Kind of data set, which says how images and labels are stored.", table="DATASETS")
+    root: str = option(
+        "./data",
+        "Folder of the images. For CIFAR it is the folder in which torchvision keeps its archive.",
+        as_path,
+        cls="runtime",
+        recorded="command",
+    )
+    lists: str | None = option(
+        None,
+        "Folder of the list files and of categories.json. None means the folder `root`.",
+        as_path,
+        cls="runtime",
+        recorded="command",
+    )
+    num_classes: int | None = of_data(
+        None, "Number of classes. None means that they are counted in the data.", as_int, least=2, most=100_000
+    )
+    class_counts: str | None = of_data(
+        None, "JSON file with the number of training images of each class, for work without the list files.", as_path
+    )
+    train_list: str | None = of_data(
+        None, "List file of the training images, with one `relative/path label` a line.", as_path
+    )
+    test_list: str | None = of_data(None, "List file of the test images.", as_path)
+    val_list: str | None = of_data(None, "List file of the validation images.", as_path)
+    test_per_class: int = of_data(
+        0,
+        "Number of test images of each class that are held out of the training split, for data without a test split.",
+        least=0,
+        most=10**6,
+        holds_out=True,
+    )
+    val_per_class: int = of_data(
+        0,
+        "Number of validation images of each class that are held out of the training split.",
+        least=0,
+        most=10**6,
+        holds_out=True,
+    )
+    classnames: str | None = of_data(
+        None, "Text file with the name of one class a line, or a known set of names such as `imagenet`.", as_str
+    )
+    label_field: str = of_data(
+        "",
+        "Field of categories.json that is the label on iNaturalist: `id`, as in the lists, or a taxon such as genus.",
+    )
+    imb_factor: float | None = of_data(
+        None,
+        "Images of the smallest class over images of the largest one, to which the training split is cut. None means "
+        "that all images are used.",
+        as_float,
+        least=0.0,
+    )
+    on_bad_image: str = option(
+        "raise",
+        "What happens at an unreadable image: the run stops (raise) or leaves the image out (skip).",
+        cls="runtime",
+        choices=("raise", "skip"),
+    )
+    data_fingerprint: str = option(
+        "size",
+        "What a run compares to know its images again: the sizes of the files or their whole content.",
+        cls="runtime",
+        choices=("size", "content"),
+    )
+    augment: str = option(
+        "lift", "Random transform of the training images (crop, flip, colours …).", table="AUGMENTS", data_wins=True
+    )
+    interpolation: str | None = option(
+        None,
+        "Interpolation of every resize. None means the one that the backbone was trained with.",
+        as_str,
+        choices=("bilinear", "bicubic"),
+    )
+
+
+@dataclass(frozen=True)
+class EvaluatedImageOptions:
+    """Which images are evaluated, and in which groups of classes."""
+
+    test_train: bool = option(False, "The training images are evaluated instead of the test images.", cls="test")
+    max_test_images: int | None = option(
+        None,
+        "Number of images after which an evaluation stops, for a quick look. None means that it takes all.",
+        as_int,
+        cls="test",
+        stages="all",
+        least=1,
+        most=10**9,
+    )
+    many_above: int = option(
+        100,
+        "Number of training images above which a class counts as many-shot.",
+        cls="test",
+        logits=False,
+        least=0,
+        most=10**9,
+    )
+    few_below: int = option(
+        20,
+        "Number of training images below which a class counts as few-shot.",
+        cls="test",
+        logits=False,
+        least=0,
+        most=10**9,
+    )
+    group_imb_factor: float | None = option(
+        None,
+        "Imbalance (see `imb_factor`) whose class counts make the shot groups. None means that of the training images; "
+        "LIFT takes 0.01 for every CIFAR-100.",
+        as_float,
+        cls="test",
+        logits=False,
+        least=0.0,
+    )

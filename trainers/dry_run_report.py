@@ -1,0 +1,121 @@
+"""What `--dry-run` prints for people: run folder, length, classes, options, parameters, memory and cost."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tailtune.configs import CfgNode, schema_of
+from tailtune.datasets import build_info
+from tailtune.models import resolve
+from tailtune.trainers.distributed import world_size
+from tailtune.trainers.memory_estimate import TrainingMemory, as_on_a_gpu, training_memory
+from tailtune.trainers.methods import Earlier, Method
+from tailtune.trainers.optim import Plan, micro_batch_size
+from tailtune.trainers.precision import RESIDUAL
+from tailtune.trainers.runs.run_folder import folder_of
+from tailtune.trainers.storage.checkpoint import trained_state
+
+MB = 10**6
+
+
+def report(
+    stages: Sequence[CfgNode], methods: Sequence[Method], result: dict[str, Any], derived: dict[str, Any], every: bool
+) -> str:
+    """The lines for people.
+
+    Args:
+        stages: configs of the run and of the stages before it.
+        methods: their outlines; used up.
+        result: parameters and cost, from `dry_run`.
+        derived: values behind options that are none.
+        every: show all options, not only those that differ from their defaults.
+    """
+    cfg = resolve(stages[-1])
+    return "\n".join(
+        [
+            f"run folder  {folder_of(stages[-1])}",
+            f"classes     {_classes(cfg)}",
+            f"training    {_length(cfg)}",
+            "",
+            *_options(result["config"], cfg, derived, every),
+            "",
+            "parameters",
+            *table({name: f"{count:,}" for name, count in result["params"].items()}),
+            "",
+            *_memory(cfg, methods),
+            "",
+            f"forward  {result['gflops_per_image']:.2f} GFLOPs an image",
+        ]
+    )
+
+
+def table(rows: dict[str, str]) -> list[str]:
+    """Name and right-aligned number, a line each."""
+    names, numbers = max(map(len, rows)), max(map(len, rows.values()))
+    return [f"  {name:<{names}}  {number:>{numbers}}" for name, number in rows.items()]
+
+
+def _classes(cfg: CfgNode) -> str:
+    counts = build_info(cfg).class_counts
+    largest, smallest, total = int(counts.max()), int(counts.min()), int(counts.sum())
+    return f"{len(counts):,} with {largest:,} … {smallest:,} training images, {total:,} in all"
+
+
+def _length(cfg: CfgNode) -> str:
+    """Steps of an epoch and of the run."""
+    if cfg.zero_shot or not cfg.num_epochs:
+        return "none"
+    per_epoch = math.ceil(int(build_info(cfg).class_counts.sum()) / cfg.batch_size)
+    steps = per_epoch * cfg.num_epochs
+    steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
+    return f"{per_epoch:,} steps an epoch, {steps:,} in all"
+
+
+def _options(config: dict[str, Any], cfg: CfgNode, derived: dict[str, Any], every: bool) -> list[str]:
+    """The options and what stands behind those that are none."""
+    schema = schema_of(cfg)
+    shown = [key for key in schema.settable() if every or config[key] != schema[key].default]
+    width = max(map(len, shown))
+    title = "options" if every else "options that differ from their defaults; --dry-run --all shows every option"
+    lines = [f"  {key:<{width}}  {config[key]}" + (f" → {derived[key]}" if key in derived else "") for key in shown]
+    return [title, *lines]
+
+
+def _memory(cfg: CfgNode, methods: Sequence[Method]) -> list[str]:
+    if cfg.zero_shot or not cfg.num_epochs:
+        return ["memory of training: none"]
+    images = micro_batch_size(cfg, world_size())
+    memory = memory_of(cfg, methods)
+    rows = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer,
+        **({} if memory.image is None else {f"activations of {images} images": memory.image * images}),
+        "total": memory.total(images),
+    }
+    left_out = "activations, which this run does not let count, and " if memory.image is None else ""
+    return [
+        f"estimated memory of training on one GPU, in MB, without {left_out}the workspace of kernels",
+        *table({name: f"{size / MB:,.0f}" for name, size in rows.items()}),
+    ]
+
+
+def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
+    """The memory of training the last of the methods, which goes on from the one before it.
+
+    Args:
+        cfg: its resolved config.
+        methods: outlines of all stages; used up.
+    """
+    *before, method = methods
+    beside: list[Method] = []
+
+    def lend() -> Method:
+        beside.append(before[-1])
+        return before[-1]
+
+    if before:
+        method.after(Earlier(True, lambda: trained_state(before[-1]), lend))
+    method = as_on_a_gpu(method, cfg.prec, RESIDUAL[cfg.residual_dtype])
+    states = 1 if Plan.of(cfg, 1).momentum else 0
+    return training_memory(method, cfg.resolution, states, beside)

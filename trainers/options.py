@@ -1,0 +1,106 @@
+"""`declared`: the schema of all options, put together from the tables of the code. Nothing else lists them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tailtune.configs import Schema, names
+from tailtune.configs.key import Key
+from tailtune.configs.loader_options import LoaderOptions
+from tailtune.configs.option import Declaration, declarations
+from tailtune.configs.value_parsers import as_bool
+from tailtune.datasets import DATASETS
+from tailtune.datasets.images.transforms import AUGMENTS
+from tailtune.datasets.loading.samplers import SAMPLERS
+from tailtune.datasets.options import DataOptions, EvaluatedImageOptions
+from tailtune.datasets.test_distributions.options import DirichletOptions, ShiftOptions
+from tailtune.models import BACKBONES
+from tailtune.models.backbones.prompts import PROMPTS
+from tailtune.models.heads.classifiers import HEADS, ScaleOptions
+from tailtune.models.heads.head_init import HEAD_INITS
+from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
+from tailtune.models.tuners.peft_table import PEFTS, uses_dropout
+from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
+from tailtune.trainers.evaluation.expert_weights import ADAPTS, AdaptOptions
+from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
+from tailtune.trainers.evaluation.tta import TestTimeOptions
+from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.methods import METHODS
+from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES
+from tailtune.trainers.training_options import MethodOptions, RunOptions, TrainingOptions
+
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "ADAPTS": ADAPTS,
+    "AUGMENTS": AUGMENTS,
+    "BACKBONES": BACKBONES,
+    "DATASETS": DATASETS,
+    "ENSEMBLES": ENSEMBLES,
+    "HEADS": HEADS,
+    "HEAD_INITS": HEAD_INITS,
+    "LOSSES": LOSSES,
+    "METHODS": METHODS,
+    "OPTIMIZERS": OPTIMIZERS,
+    "PEFTS": PEFTS,
+    "PROMPTS": PROMPTS,
+    "SAMPLERS": SAMPLERS,
+    "SCHEDULES": SCHEDULES,
+    "TARGETS": TARGETS,
+}
+"""What `Key.table` names: the entries are values of the option."""
+
+
+def declared() -> Schema:
+    """The schema of all options, in the order of the documentation."""
+    return Schema(_declarations(), _coupled())
+
+
+def _declarations() -> Iterator[Declaration]:
+    yield from declarations(LoaderOptions, "Set by the loader")
+    yield from declarations(DataOptions, "Data")
+    yield from declarations(ModelOptions, "Model")
+    yield from declarations(ScaleOptions, "Model", "CosineClassifier")
+    yield from declarations(ExpertOptions, "Experts")
+    yield from declarations(TunerPlaceOptions, "Tuners")
+    for name, tuner in TUNERS.items():
+        yield Declaration(name, Key(as_bool, False, tuner.doc, zero_shot=False), "Tuners", name)
+    for name, tuner in TUNERS.items():
+        yield from declarations(type(tuner.options), "Tuners", name, separator="_")
+    yield from declarations(MethodOptions, "Method, loss and sampler")
+    for name, loss in LOSSES.items():
+        if loss.options is not None:
+            yield from declarations(type(loss.options), "Method, loss and sampler", name)
+    yield from declarations(TrainingOptions, "Training")
+    for name, optimizer in OPTIMIZERS.items():
+        yield from declarations(optimizer.Options, "Training", name)
+    for name, schedule in SCHEDULES.items():
+        yield from declarations(schedule.Options, "Training", name)
+    yield from declarations(TestTimeOptions, "Evaluation")
+    yield from declarations(EvaluatedImageOptions, "Evaluation")
+    yield from declarations(ShiftOptions, "Test distributions")
+    yield from declarations(DirichletOptions, "Test distributions", "dirichlet", separator="_")
+    yield from declarations(AdaptOptions, "Test-time adaptation")
+    for name, learner in ADAPTS.items():
+        yield from declarations(learner.Options, "Test-time adaptation", name)
+    yield from declarations(TargetOptions, "Target prior")
+    yield from declarations(EnsembleOptions, "Ensembles")
+    for name, ensemble in ENSEMBLES.items():
+        yield from declarations(ensemble.Options, "Ensembles", name)
+    yield from declarations(RunOptions, "How it runs")
+    for name, method in METHODS.items():
+        yield from declarations(method.Options, f"Method {name}", name, method=name)
+
+
+def _coupled() -> dict[str, Callable[[Any], bool]]:
+    """Option → whether a value makes the result depend on the images that a process holds at once."""
+    return {
+        "method": lambda name: name in METHODS and METHODS[name].depends_on_batch,
+        "loss_type": lambda name: name in LOSSES and LOSSES[name].couples,
+        "h2t.inner": lambda name: name in METHODS and METHODS[name].depends_on_batch,
+        "peft_args": uses_dropout,
+        **{name: bool for name, tuner in TUNERS.items() if tuner.on_batch},
+    }
+
+
+def choices_of(key: str, entry: Key) -> tuple[str, ...]:
+    """The values that an option is chosen among, or the names that it knows; empty where it takes any."""
+    return tuple(names("model")) if key == "after" else entry.choices or tuple(TABLES.get(entry.table, ()))

@@ -1,0 +1,167 @@
+"""Options of training and of how a command runs."""
+
+from dataclasses import dataclass
+
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_factors, as_folder, as_int, as_micro, as_path, as_str
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What is trained, and what it starts from."""
+
+    method: str = option(
+        "classify", "Training method: how the loss is made of the experts' logits.", table="METHODS", zero_shot=False
+    )
+    after: str | None = option(
+        None,
+        "Model config of an earlier run, which is finished first and which this run starts from. None means no such "
+        "run.",
+        as_str,
+        zero_shot=False,
+    )
+    loss_type: str = option("LA", "Loss that training minimises.", table="LOSSES")
+    drw_epoch: int | None = option(
+        None,
+        "Epoch (the first is 0) from which on the loss weights classes by their effective number of images. None means "
+        "never.",
+        as_int,
+        least=0,
+        most=10**6,
+    )
+    sampler: str = option("shuffle", "Which training images make up an epoch.", table="SAMPLERS")
+    pair_sampler: str | None = option(
+        None,
+        "How a second training image is chosen beside each one, for method h2t. None means that there is none.",
+        as_str,
+        table="SAMPLERS",
+        zero_shot=False,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Randomness, arithmetic, length, batches and the optimizer."""
+
+    seed: int = option(
+        0,
+        "Random seed of the initial weights, of the order of the images and of their augmentation.",
+        stages="all",
+        least=0,
+        most=2**63 - 1,
+    )
+    deterministic: bool = option(True, "cuDNN chooses among reproducible kernels only.")
+    prec: str = option(
+        "amp",
+        "Arithmetic of training: amp is fp16 with loss scaling; fp64 is for checks.",
+        stages="all",
+        choices=("fp32", "bf16", "amp", "fp16", "fp64"),
+    )
+    residual_dtype: str | None = option(
+        None,
+        "Number format of a ViT's residual stream in training. None means that of `prec`.",
+        as_str,
+        choices=("fp32",),
+    )
+    num_epochs: int = option(10, "Number of passes over the training split.", least=0, most=10**6)
+    max_steps: int | None = option(
+        None,
+        "Number of optimizer steps after which training stops, for a quick look. None means that it runs to the end.",
+        as_int,
+        stages="all",
+        least=1,
+        most=10**9,
+    )
+    batch_size: int = option(128, "Number of images in one optimizer step, over all processes.", least=1, most=10**6)
+    micro_batch_size: int | str | None = option(
+        None,
+        "Number of images that a process computes at once. `auto` means as many as fit into its memory; None means its "
+        "whole share of `batch_size`.",
+        as_micro,
+        cls="runtime",
+        recorded="config",
+        most=10**6,
+    )
+    lr: float = option(0.01, "Learning rate at the start of the schedule.", least=0.0)
+    optimizer: str = option("sgd", "Rule by which gradients change the weights.", table="OPTIMIZERS")
+    weight_decay: float = option(5e-4, "Strength of weight decay. `decay_rule` says what it acts on.", least=0.0)
+    decay_rule: str | None = option(
+        None,
+        "What weight decay acts on: all that trains, or matrices, which leaves out biases, norms and other parameters "
+        "of one dimension. None means all for sgd and matrices for adamw.",
+        as_str,
+        choices=("all", "matrices"),
+    )
+    schedule: str = option("cosine", "Course of the learning rate over the epochs.", table="SCHEDULES")
+    warmup_epochs: int = option(0, "Number of epochs over which the learning rate rises to `lr`.", least=0, most=10**6)
+    warmup_steps: int = option(
+        0,
+        "Number of optimizer steps over which the learning rate rises linearly to `lr`, in place of warmup_epochs.",
+        least=0,
+        most=10**9,
+    )
+    lr_factors: dict[str, float] | None = option(
+        None,
+        "Factors on the learning rate of parameter groups, such as {tuner: 0.1, head: 1}. The rate in the log has "
+        "none of them.",
+        as_factors,
+        least=0.0,
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a command does, where, and with which resources."""
+
+    test_only: bool = option(
+        False, "The command evaluates a finished run and trains nothing.", cls="runtime", stages="last"
+    )
+    model_dir: str | None = option(
+        None,
+        "Folder of the run whose checkpoint is evaluated, with test_only. None means the run of this command.",
+        as_path,
+        cls="runtime",
+        stages="last",
+    )
+    export: str | None = option(
+        None,
+        "File format in which the finished run's model is written for other programs. None means that it is not.",
+        as_str,
+        cls="runtime",
+        stages="last",
+        choices=("peft", "merged", "onnx", "lift"),
+    )
+    output_dir: str | None = option(
+        None,
+        "Folder of the run, below output/ or as an absolute path. None means that the options name it.",
+        as_folder,
+        cls="runtime",
+        stages="last",
+        recorded="config",
+    )
+    resume: bool = option(True, "An unfinished run continues. False starts it over.", cls="runtime", stages="last")
+    gpu: int | None = option(
+        None,
+        "Number of the CUDA device that a single process uses. None means the first one.",
+        as_int,
+        cls="runtime",
+        least=0,
+        most=1023,
+    )
+    num_workers: int = option(
+        8, "Number of processes that decode images.", cls="runtime", recorded="config", least=0, most=256
+    )
+    print_freq: int = option(
+        10, "Number of optimizer steps between two lines of the log.", cls="runtime", least=1, most=10**9
+    )
+    save_every: int | None = option(
+        None,
+        "Number of optimizer steps between two saved states. None means one state an epoch.",
+        as_int,
+        cls="runtime",
+        least=1,
+        most=10**9,
+    )
+    test_batch_size: int = option(
+        64, "Number of images that a process evaluates at once.", cls="runtime", least=1, most=10**5
+    )

@@ -173,3 +173,29 @@ def _without_docstrings(path: Path) -> str:
 
 CODE = {path: _without_docstrings(path) for path in FILES}
 """File → its code, without docstrings and comments."""
+
+
+def private_names() -> set[str]:
+    """Names with an underscore that our packages define: functions, classes, constants, attributes of an object."""
+    found = set()
+    for node in (node for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in found if re.match(r"_[a-zA-Z]", name)}
+
+
+def test_no_test_reads_a_private_name() -> None:
+    """What cannot be seen by public names may change without a test. Names of other packages are not ours."""
+    ours = private_names()
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert node.attr not in ours or own, f"{path.name}:{node.lineno}: {node.attr}"
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tailtune"):
+                names = {alias.name for alias in node.names}
+                assert not names & ours, f"{path.name}:{node.lineno}: {names & ours}"
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tailtune."):
+                assert node.value.rpartition(".")[2] not in ours, f"{path.name}:{node.lineno}: {node.value}"

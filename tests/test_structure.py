@@ -23,9 +23,9 @@ ROOMS = {
     "datasets": {
         "images": set(),
         "sources": {"images", "long_tail"},
-        "splits": {"images", "sources", "long_tail", "options"},
+        "splits": {"images", "sources", "long_tail", "data_settings"},
         "loading": {"data_bundle"},
-        "test_distributions": {"data_bundle", "sources", "long_tail", "options"},
+        "test_distributions": {"data_bundle", "sources", "long_tail", "data_settings"},
     },
     "models": {"backbones": set(), "heads": {"backbones"}, "tuners": {"backbones"}},
     "trainers": {
@@ -52,7 +52,7 @@ TRAPS = {
     r"weights_only=False": "a weights file could run code",
 }
 EXCEPTIONS = {"trainers/export/lift_format.py": "LIFT reads nothing but a pickle; it is one of plain tensors"}
-NAMESAKES = {("expert_weights.py", "sade")}
+NAMESAKES = {("adaptation.py", "sade")}
 """Entries of other tables of trainers/ that are called like a method: SADE has both."""
 
 
@@ -94,8 +94,12 @@ def test_imports_between_rooms_point_one_way() -> None:
 
 
 def test_only_the_builder_of_the_data_sees_the_config() -> None:
-    """The builder takes the config, and `of` of the option classes reads it; no other module of datasets/ does."""
-    allowed = {"datasets/__init__.py", "datasets/options.py", "datasets/test_distributions/options.py"}
+    """The builder takes the config, and `of` of the settings reads it; no other module of datasets/ does."""
+    allowed = {
+        "datasets/__init__.py",
+        "datasets/data_settings.py",
+        "datasets/test_distributions/settings.py",
+    }
     files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
     assert {name for name, text in files.items() if name.startswith("datasets/") and "CfgNode" in text} == allowed
 
@@ -134,6 +138,7 @@ def test_the_trainers_name_no_method() -> None:
 
 SEES_THE_CONFIG = {
     **dict.fromkeys(("run.py", "dry_run.py", "validation.py"), "an entry: it calls the builders"),
+    "dry_run_report.py": "it prints what a config says",
     "methods/__init__.py": "build_method, a builder",
     "optim.py": "Plan.of and the checks of its options",
     "runs/load_run.py": "it builds the models of finished runs",

@@ -12,8 +12,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(PYTEST)
 
+# Every test, those of the default tier too.
 test-slow: .venv/ready
-	$(PYTEST) --dist load -m slow
+	$(PYTEST) --dist loadgroup -m "slow or not slow"
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """TailTune's command line: `python main.py -d DATA -m MODEL [KEY VALUE ...]`."""
 
-if __name__ == "__main__":  # Ctrl-C may meet any import, so the first lines answer it
-    import _signal  # built in; `signal` takes its time
+if __name__ == "__main__":  # first of all, so that Ctrl-C during the imports ends the process properly
+    import _signal  # built in; importing `signal` would take longer
     import os
 
     _signal.signal(_signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
@@ -42,61 +42,100 @@ All options with their meaning: docs/options.md; their values in one run: --dry-
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser that raises a `UserError` for wrong arguments."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise the error instead of exiting."""
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line inside this process.
+
+    Args:
+        argv: the arguments without the program's name; None: those of this process.
+
+    Returns:
+        The exit code: 0 done, 2 wrong input, 130 interrupted.
+    """
     with libraries_on_stdout():
-        return answer(command, argv)
+        return exit_code_of(run_command, argv)
 
 
-def answer(
+def exit_code_of(
     command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None, interrupted: str = "interrupted"
 ) -> int:
-    """The exit code of a command, of ours or of a script: 2 with one line for bad input, 130 when interrupted."""
+    """Run a command of this file or of a script, and turn wrong input and interruptions into a line and an exit code.
+
+    Args:
+        command: takes the arguments and returns an exit code.
+        argv: the arguments; None: those of this process.
+        interrupted: the line that is printed after Ctrl-C.
+
+    Returns:
+        The command's own exit code, 2 for wrong input, or 130 for an interruption.
+    """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM then acts like Ctrl-C
     show_any_text()
     try:
         check_environment()
         return command(sys.argv[1:] if argv is None else argv)
     except BaseException as error:
-        found = verdict(error, interrupted)
-        if found is None:
+        outcome = exit_code_and_line(error, interrupted)
+        if outcome is None:
             raise
-        say(found[1])
-        return found[0]
+        exit_code, line = outcome
+        say(line)
+        return exit_code
 
 
-def process() -> int:
-    """The command of this process; raises what `verdict` knows how to end in."""
+def run_this_process() -> int:
+    """Run the command line of this process. Exceptions are left to `exit_code_and_line`."""
     with libraries_on_stdout():
         check_environment()
-        return command(sys.argv[1:])
+        return run_command(sys.argv[1:])
 
 
-def verdict(error: BaseException, interrupted: str = "interrupted") -> tuple[int, str] | None:
-    """Exit code and line of an exception that a command ended in; None if it is a bug of ours."""
+def exit_code_and_line(error: BaseException, interrupted: str = "interrupted") -> tuple[int, str] | None:
+    """How a command ends after an exception.
+
+    Args:
+        error: the exception.
+        interrupted: the line for Ctrl-C.
+
+    Returns:
+        The exit code, and the line for standard error; None if the exception is a bug of ours.
+    """
     if isinstance(error, KeyboardInterrupt):
         return 130, interrupted
     if isinstance(error, Interrupted):
         return 130, "interrupted; the same command continues"
-    if isinstance(error, RuntimeError) and one_is_lost(seconds=2):  # it ends after its connections do
+    if isinstance(error, RuntimeError) and one_is_lost(seconds=2):  # a process ends shortly after its connections do
         return 2, LOST
     return (2, f"error: {' '.join(str(error).split())}") if isinstance(error, UserError) else None
 
 
-def command(argv: Sequence[str]) -> int:
-    flags, pairs = split_words(argv)
+def run_command(argv: Sequence[str]) -> int:
+    """Parse the arguments, and list configs, check a run, or train and evaluate.
+
+    Args:
+        argv: the arguments.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        UserError: wrong input.
+    """
+    flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.list:
-        show(listing())
+        print_text(list_of_configs())
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
-    # torchmetrics imports matplotlib, which on a new machine would talk about its font cache.
+    # torchmetrics imports matplotlib, which would log a message about its font cache on a new machine.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from tailtune.trainers.options import declared  # torch and timm load here, after --help and --list
 
@@ -104,32 +143,52 @@ def command(argv: Sequence[str]) -> int:
     return dry_run(stages, args.all) if args.dry_run else run_all(stages)
 
 
-def show(text: str) -> None:
-    with suppress(BrokenPipeError):  # `main.py --list | head`
+def print_text(text: str) -> None:
+    """Print on standard output, unless its reader has closed it, as in `main.py --list | head`."""
+    with suppress(BrokenPipeError):
         print(text)
 
 
-def dry_run(stages: list[CfgNode], every: bool) -> int:
+def dry_run(stages: list[CfgNode], all_options: bool) -> int:
+    """Check a run without training, and print what it would do and cost.
+
+    Args:
+        stages: the configs of all stages.
+        all_options: print every option, not only those that differ from their defaults.
+
+    Returns:
+        The exit code 0.
+    """
     from tailtune.trainers import dry_run as dryrun
     from tailtune.trainers.dry_run_report import report
+    from tailtune.trainers.validation import validate
 
-    methods = dryrun.check_chain(stages)
+    methods = validate(stages)
     result, derived = dryrun.dry_run(stages[-1], methods[-1])
-    show(f"{report(stages, methods, result, derived, every)}\n{json.dumps(result)}")
+    print_text(f"{report(stages, methods, result, derived, all_options)}\n{json.dumps(result)}")
     return 0
 
 
 def run_all(stages: list[CfgNode]) -> int:
-    from tailtune.trainers.dry_run import check_chain
+    """Run the stages one after another, without those that are finished already.
+
+    Args:
+        stages: the configs of all stages.
+
+    Returns:
+        The exit code 0.
+    """
     from tailtune.trainers.run import run
     from tailtune.trainers.runs.run_folder import RunFolder
+    from tailtune.trainers.validation import validate
 
     folder = None
     last = stages[-1]
-    if last.test_only or (last.resume and RunFolder(last).finished()):
-        stages = [last]  # nothing is left to train
-    if not (last.resume and RunFolder(last).finished()):
-        check_chain(stages, here=True)
+    finished = last.resume and RunFolder(last).finished()
+    if last.test_only or finished:
+        stages = [last]  # the earlier stages need no training any more
+    if not finished:  # else `run` validates what it has to evaluate; a stored result is shown without the data
+        validate(stages, trains=not last.test_only, here=True)
     for cfg in stages:
         RunFolder(cfg).check_owner()
     for cfg in stages:
@@ -138,6 +197,7 @@ def run_all(stages: list[CfgNode]) -> int:
 
 
 def make_parser() -> Parser:
+    """The parser of the flags; `KEY VALUE` pairs are taken out before."""
     parser = Parser(
         prog="main.py",
         description="Fine-tune a foundation model on long-tailed images.",
@@ -154,16 +214,25 @@ def make_parser() -> Parser:
     return parser
 
 
-VALUED = ("-d", "--data", "-m", "--model")
+FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 
-def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags for argparse, and `KEY VALUE` words. Flags may stand anywhere; after a key `-1e-3` is its value."""
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate flags from `KEY VALUE` pairs. Flags may be anywhere between the pairs.
+
+    A word such as `-1e-3` after a key is the value of this key, not a flag.
+
+    Args:
+        argv: the arguments.
+
+    Returns:
+        The flags with their values, for argparse; and the words of the pairs.
+    """
     flags: list[str] = []
     pairs: list[str] = []
     words = iter(argv)
     for word in words:
-        if word in VALUED:
+        if word in FLAGS_WITH_VALUE:
             flags += [word, *([value] if (value := next(words, None)) is not None else [])]
         elif word.startswith("-") and (len(pairs) % 2 == 0 or word.startswith("--")):
             flags.append(word)
@@ -172,18 +241,19 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, pairs
 
 
-def listing() -> str:
+def list_of_configs() -> str:
+    """The text of --list: the shipped configs with their descriptions, one per line."""
     lines = []
     for kind in ("data", "model"):
-        found = names(kind)
-        width = max(map(len, found))
-        lines += [f"{kind}:", *(f"  {name:<{width}}  {describe(path)}" for name, path in found.items())]
+        paths = names(kind)
+        width = max(map(len, paths))
+        lines += [f"{kind}:", *(f"  {name:<{width}}  {describe(path)}" for name, path in paths.items())]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
-    for library in ("TRANSFORMERS", "HF_HUB"):  # they write to standard error by themselves
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # because workers are forked after the tokenizer has run
+    for library in ("TRANSFORMERS", "HF_HUB"):  # they print warnings on standard error themselves
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     show_any_text()
-    run_as_process(process, verdict)
+    run_as_process(run_this_process, exit_code_and_line)

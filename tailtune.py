@@ -1,8 +1,8 @@
-"""The package `tailtune`: its modules are the folders beside this file (`tailtune.models`, `tailtune.trainers`, …).
+"""The package `tailtune`. Its modules are the folders beside this file: `tailtune.models`, `tailtune.trainers`, …
 
-Some of these folders have names that other packages have too: `datasets` is also a package of Hugging Face. So our code
-imports them below `tailtune` only, and `import datasets` means the other package. Python puts the folder of `main.py`
-on `sys.path`, where the bare names would be found first; importing this module takes the folder off again.
+Some folders have the names of other packages: `datasets` is also a package of Hugging Face. So our code imports its
+modules below `tailtune` only, and `import datasets` means the other package. Python adds the folder of `main.py` to
+`sys.path`, where our folders would be found under their short names; importing this module removes it from there.
 """
 
 import os
@@ -15,7 +15,7 @@ __path__ = [str(ROOT)]
 
 
 def _is_root(entry: str) -> bool:
-    """Whether an entry of `sys.path` is the folder of this file; an empty entry is the working directory."""
+    """Whether an entry of `sys.path` is the folder of this file. An empty entry means the working directory."""
     try:
         return os.path.samefile(entry or os.curdir, ROOT)
     except OSError:  # the entry does not exist

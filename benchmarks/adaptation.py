@@ -1,12 +1,13 @@
-"""Cost of evaluating shifted test distributions with adapted expert weights, beside the original's procedure.
+"""Measures what it costs to evaluate test distributions with adapted expert weights, by us and as SADE does it.
 
     python benchmarks/adaptation.py                                    200 digits, ResNet-32 of three experts, minutes
     python benchmarks/adaptation.py -d cifar100_ir100 --images 10000 --workers 8 --json adaptation.json
 
-Ours: one pass over the test images, one over their views for each epoch, from whose logits every distribution is
-evaluated and learns its weights. SADE's: for each distribution its own loader and its own passes over its own views,
-through a network whose gradients are computed although only the weights are stepped; then a pass to evaluate it. Random
-weights. On a CPU without workers the time is process CPU time (other processes do not enter), else wall time.
+Ours: one pass over the test images, and for each epoch one pass over their views. Every distribution is evaluated, and
+learns its weights, from these logits. SADE's: for each distribution passes over its own views, in which gradients of
+the network are computed although only the weights are updated, and a pass to evaluate it. The networks have random
+weights. On a CPU without workers the time is that of this process on the processor, so other processes do not count;
+else it is wall time.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import load_configs
+from tailtune.configs.option import options_from
 from tailtune.datasets import DataBundle, build_data
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import collate, eval_loader
 from tailtune.models import resolve
-from tailtune.trainers.distributed import make_accelerator, to_device
+from tailtune.trainers.distributed import Devices, make_accelerator, to_device
 from tailtune.trainers.evaluation.distributions import plain_results
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt
-from tailtune.trainers.evaluation.inference import Logits, infer
+from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, adapt
+from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.evaluation.tta import plain, separate
 from tailtune.trainers.methods import Method
@@ -47,13 +51,18 @@ EVALUATION = ["pretrained", "none", "test_dists", "all", "adapt", "sade"]
 
 
 class Clock:
-    """Seconds spent in each kind of work."""
+    """Seconds spent in each kind of work.
+
+    Args:
+        wall: measure wall time, or else the time of this process on the processor.
+    """
 
     def __init__(self, wall: bool) -> None:
         self.seconds: dict[str, float] = {}
         self.now = time.perf_counter if wall else time.process_time
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do some work, add its seconds to those of its kind, and return its result."""
         start = self.now()
         outcome = work()
         if torch.cuda.is_available():
@@ -63,30 +72,36 @@ class Clock:
 
 
 def ours(
-    cfg: CfgNode, method: Method, data: DataBundle, shifts: Sequence[Shift], accelerator: Accelerator, clock: Clock
+    cfg: CfgNode,
+    method: Method,
+    data: DataBundle,
+    shifts: Sequence[TestDistribution],
+    accelerator: Accelerator,
+    clock: Clock,
 ) -> None:
-    """All distributions; tells the clock of the passes over images and views, and of all."""
+    """Evaluate and adapt to all distributions; the clock counts `images`, `views` and `all`."""
     groups = data.info.groups
 
-    def once(predict: Any, view: Any, epoch: int = 0) -> Logits | None:
+    def one_pass(predict: Any, view: Any, epoch: int = 0) -> Logits | None:
         return infer(predict, view, accelerator, cfg.test_batch_size, cfg.num_workers, epoch)
 
     def evaluation() -> None:
-        found = clock("images", lambda: once(plain(method), data.test))
-        plain_results(found, shifts, groups)
+        logits = clock("images", lambda: one_pass(plain(method), data.test))
+        plain_results(logits, shifts, groups)
 
-        def passes(epoch: int) -> Logits | None:
-            return clock("views", lambda: once(separate(method), data.test_views, epoch))
+        def views(epoch: int) -> Logits | None:
+            return clock("views", lambda: one_pass(separate(method), data.test_views, epoch))
 
-        learnt = adapt(ADAPTS[cfg.adapt], Recipe.of(cfg), found, shifts, passes, accelerator)
-        for learner in learnt.values():
-            evaluate(*learner.predictions(), groups)
+        learners = adapt(Learner, options_from(Recipe, cfg, cfg.adapt), logits, shifts, views, accelerator)
+        for learner in learners.values():
+            predictions, positions = learner.predictions()
+            evaluate(predictions, logits.labels[rows_of(logits, positions)], groups)
 
     clock("all", evaluation)
 
 
-def original(cfg: CfgNode, method: Method, data: DataBundle, shift: Shift, device: torch.device) -> None:
-    """One distribution as SADE's test_training_cifar.py does it."""
+def original(cfg: CfgNode, method: Method, data: DataBundle, shift: TestDistribution, device: torch.device) -> None:
+    """Adapt to one distribution and evaluate it, as SADE's test_training_cifar.py does it."""
     views, images = (view.take(shift.positions.numpy()) for view in (data.test_views, data.test))
     options: dict[str, Any] = {"num_workers": cfg.num_workers, "collate_fn": collate}
     weights = torch.full((cfg.num_experts,), 1 / cfg.num_experts, device=device, requires_grad=True)
@@ -101,53 +116,60 @@ def original(cfg: CfgNode, method: Method, data: DataBundle, shift: Shift, devic
             optimizer.step()
         if (weights.softmax(0).detach().cpu().numpy().round(2) < 0.05).any():
             break
+    batches = []
     with torch.no_grad():
-        found = []
         for batch in DataLoader(images, cfg.adapt_batch_size, **options):
             batch = to_device(batch, device)
-            found.append((_mixed(method.expert_logits(batch["image"]), weights).cpu(), batch["label"].cpu()))
-    logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
+            batches.append((_mixed(method.expert_logits(batch["image"]), weights).cpu(), batch["label"].cpu()))
+    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     evaluate(logits, labels, data.info.groups)
 
 
 def _mixed(logits: Tensor, weights: Tensor) -> Tensor:
+    """Logits [B, C] of the experts' logits [B, E, C], by the softmax of the weights [E]."""
     return (weights.softmax(0).view(1, -1, 1) * logits).sum(1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", nargs="*", help="options such as: num_experts 4")
-    parser.add_argument("-d", "--data", default="digits_lt")
-    parser.add_argument("-m", "--model", default="resnet32_sade")
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    args = parser.parse_args()
+    """Measure both procedures and print the figures as JSON."""
+    args = _parser().parse_args()
     words = [*EVALUATION, "max_test_images", str(args.images), "num_workers", str(args.workers), *args.pairs]
     cfg = resolve(load_configs(args.data, args.model, words, declared())[-1])
-    accelerator, data = make_accelerator(cfg), build_data(cfg)
+    accelerator, data = make_accelerator(Devices.of(cfg)), build_data(cfg)
     method = make_method(cfg, data.info).to(accelerator.device).eval()
     clock = Clock(wall=accelerator.device.type == "cuda" or args.workers > 0)
     plain(method)(next(iter(eval_loader(data.test, 8, 0)))["image"].to(accelerator.device))  # warm-up
-    ours(cfg, method, data, data.shifts, accelerator, clock)
+    ours(cfg, method, data, data.test_distributions, accelerator, clock)
     method.requires_grad_(True)  # as the original leaves it
-    for shift in data.shifts:
-        clock("original", lambda shift=shift: original(cfg, method, data, shift, accelerator.device))
+    for shift in data.test_distributions:
+        clock("original", partial(original, cfg, method, data, shift, accelerator.device))
     figures = {
-        **{"data": args.data, "backbone": cfg.backbone, "experts": cfg.num_experts, "epochs": cfg.adapt_epochs},
-        **{
-            "images": len(data.test),
-            "distributions": len(data.shifts),
-            "hardware": hardware(),
-            "torch": torch.__version__,
-        },
-        **{"seconds": clock.seconds},
+        "data": args.data,
+        "backbone": cfg.backbone,
+        "experts": cfg.num_experts,
+        "epochs": cfg.adapt_epochs,
+        "images": len(data.test),
+        "distributions": len(data.test_distributions),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "seconds": clock.seconds,
         "all / views": clock.seconds["all"] / clock.seconds["views"],
         "original / all": clock.seconds["original"] / clock.seconds["all"],
     }
     print(json.dumps(figures, indent=1))
     if args.json:
         write_json(args.json, figures)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="options: num_experts 4")
+    parser.add_argument("-d", "--data", default="digits_lt", help="data config")
+    parser.add_argument("-m", "--model", default="resnet32_sade", help="model config of a network with experts")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="number of test images")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="worker processes of the data loaders")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into this file too")
+    return parser
 
 
 if __name__ == "__main__":

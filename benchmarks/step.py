@@ -1,10 +1,11 @@
-"""Time and memory of a training step, fast path beside the plain formulation, interleaved in one process.
+"""Measures time and memory of a training step, of the fast path and of the plain formulation, in turns.
 
     python benchmarks/step.py -d imagenet_lt -m clip_vit_b16_peft --batch 8 --prec fp32 bf16
     python benchmarks/step.py adaptformer False ssf_attn True -m clip_vit_b16_peft
 
-Random weights, synthetic images, no loader. On a CPU the time is process CPU time (other processes do not enter), on a
-GPU wall time after a synchronisation. Prints medians and minima over the rounds, and the ratio plain / fast.
+With random weights and synthetic images, without a data loader. On a CPU the time is that of this process on the
+processor, so other processes do not count; on a GPU it is wall time after a synchronisation. Prints the median and the
+least time of the rounds, and the ratio plain / fast.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import load_configs
 from tailtune.datasets import build_info
@@ -32,7 +34,15 @@ MIB = 2**20
 
 
 def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fast: bool) -> Callable[[], None]:
-    """One optimizer step of a config as a function."""
+    """One optimizer step of a config as a function.
+
+    Args:
+        cfg: resolved config.
+        prec: a precision of `PRECISIONS`.
+        batch_size: images of a step.
+        device: where to compute.
+        fast: with the fast path, or else the plain formulation.
+    """
     info = build_info(cfg)
     method = build_method(cfg, build_model(cfg, info.class_names, fast=fast), info).to(device).train()
     method.model.init = None
@@ -56,7 +66,7 @@ def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fa
 
 
 def measure(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step."""
+    """Seconds of one step: processor time on a CPU, wall time on a GPU."""
     if device.type != "cuda":
         start = time.process_time()
         step()
@@ -69,6 +79,7 @@ def measure(step: Callable[[], None], device: torch.device) -> float:
 
 
 def peak(step: Callable[[], None], device: torch.device) -> str:
+    """The most GPU memory that is allocated during a step, as text."""
     if device.type != "cuda":
         return "n/a"
     torch.cuda.reset_peak_memory_stats()
@@ -77,34 +88,51 @@ def peak(step: Callable[[], None], device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", nargs="*", help="options such as: adaptformer False ssf_attn True")
-    parser.add_argument("-d", "--data", default="imagenet_lt")
-    parser.add_argument("-m", "--model", default="clip_vit_b16_peft")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prec", nargs="+", default=["fp32"], choices=[p for p in PRECISIONS if p != "amp"])
-    args = parser.parse_args()
+    """Measure, and print a line for each precision and formulation."""
+    args = _parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = resolve(load_configs(args.data, args.model, ["pretrained", "none", *args.pairs], declared())[-1])
     print(f"{args.data} {args.model} batch {args.batch} on {hardware()}, torch {torch.__version__}")
     for prec in args.prec:
-        steps = {
-            name: make_step(cfg, prec, args.batch, device, fast) for name, fast in (("fast", True), ("plain", False))
-        }
-        for step in steps.values():
-            step()  # warm-up
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(args.rounds):
-            for name, step in steps.items():
-                times[name].append(measure(step, device))
-        for name, seconds in times.items():
-            middle, least = statistics.median(seconds), min(seconds)
-            print(
-                f"{prec:>5} {name:<6} {1e3 * middle / args.batch:8.1f} ms/image (least {1e3 * least / args.batch:.1f}) "
-                f"{args.batch / middle:8.1f} images/s  peak {peak(steps[name], device)}"
-            )
-        print(f"{prec:>5} plain / fast = {statistics.median(times['plain']) / statistics.median(times['fast']):.2f}")
+        compare(cfg, prec, args.batch, args.rounds, device)
+
+
+def compare(cfg: CfgNode, prec: str, batch: int, rounds: int, device: torch.device) -> None:
+    """Time both formulations in turns, and print their times of an image and the ratio.
+
+    Args:
+        cfg: resolved config.
+        prec: a precision of `PRECISIONS`.
+        batch: images of a step.
+        rounds: number of times that each is measured.
+        device: where to compute.
+    """
+    steps = {name: make_step(cfg, prec, batch, device, fast) for name, fast in (("fast", True), ("plain", False))}
+    for step in steps.values():
+        step()  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(measure(step, device))
+    for name, seconds in times.items():
+        median, least = statistics.median(seconds), min(seconds)
+        print(
+            f"{prec:>5} {name:<6} {1e3 * median / batch:8.1f} ms/image (least {1e3 * least / batch:.1f}) "
+            f"{batch / median:8.1f} images/s  peak {peak(steps[name], device)}"
+        )
+    print(f"{prec:>5} plain / fast = {statistics.median(times['plain']) / statistics.median(times['fast']):.2f}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="options: adaptformer False ssf_attn True")
+    parser.add_argument("-d", "--data", default="imagenet_lt", help="data config")
+    parser.add_argument("-m", "--model", default="clip_vit_b16_peft", help="model config")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images of a step")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each is measured")
+    precisions = [name for name in PRECISIONS if name != "amp"]
+    parser.add_argument("--prec", nargs="+", default=["fp32"], choices=precisions, help="precisions to measure")
+    return parser
 
 
 if __name__ == "__main__":

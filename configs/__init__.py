@@ -12,11 +12,11 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from tailtune.configs.errors import UserError, lookup, shown, unknown
+from tailtune.configs.errors import UserError, lookup, printable, unknown
 from tailtune.configs.known_as import KNOWN_AS
 from tailtune.configs.run_names import config_hash, run_name, test_key, values_of
 from tailtune.configs.schema import Config, Schema, schema_of
-from tailtune.configs.value_parsers import readable
+from tailtune.configs.value_parsers import check_text
 from tailtune.configs.yaml_reader import read_yaml
 
 __all__ = [
@@ -82,7 +82,7 @@ def load_resolved(path: Path, schema: Schema) -> CfgNode:
 def _pair_up(words: Sequence[str], schema: Schema) -> list[tuple[str, str]]:
     """(name of the option, text of its value), also of options of the stages before."""
     if len(words) % 2:
-        raise UserError(f"options come as KEY VALUE pairs, but '{shown(words[-1])}' has no value")
+        raise UserError(f"options come as KEY VALUE pairs, but '{printable(words[-1])}' has no value")
     return [(_full_name(word, schema), value) for word, value in zip(words[::2], words[1::2], strict=True)]
 
 
@@ -170,11 +170,11 @@ def _find(kind: str, name: str) -> Path:
     """A shipped config by name; a data config also by path."""
     if kind == "data" and (name.endswith((".yaml", ".yml")) or "/" in name):
         if not os.path.isfile(name):  # `Path.is_file` raises where a name is too long to be one
-            raise UserError(f"data config '{shown(name)}' does not exist")
+            raise UserError(f"data config '{printable(name)}' does not exist")
         try:
-            readable(Path(name).name)
+            check_text(Path(name).name)
         except ValueError as error:
-            raise UserError(f"data config '{shown(name)}': its name must be {error}; rename the file") from None
+            raise UserError(f"data config '{printable(name)}': its name must be {error}; rename the file") from None
         return Path(name)
     return lookup(names(kind), name, f"{kind} config")
 
@@ -207,10 +207,10 @@ def _parse(key: str, value: Any, schema: Schema, where: str) -> Any:
         if value is None:
             raise UserError(f"{where}: {key} must not be none")
     try:
-        readable(value)
+        check_text(value)
         parsed = entry.parse(value)
     except ValueError as error:
-        raise UserError(f"{where}: {key} must be {error}, not '{shown(value)}'") from None
+        raise UserError(f"{where}: {key} must be {error}, not '{printable(value)}'") from None
     if entry.choices and parsed not in entry.choices:
         raise UserError(f"{where}: {unknown(f'value of {key}', str(parsed), entry.choices)}")
     if problem := entry.beyond(parsed):

@@ -1,4 +1,4 @@
-"""What every package needs to refuse bad input: one error type, one table lookup, who is to blame."""
+"""How the toolkit refuses wrong input: one exception type, and helpers that word its messages."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,55 +7,77 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
-MANY = 60
-"""More names than this are not listed."""
-LONGEST = 120
-"""Characters of a value that a message shows."""
+MAX_LISTED_NAMES = 60
+"""A message lists all choices up to this number, and only the nearest ones beyond it."""
+MAX_SHOWN_CHARACTERS = 120
+"""A message shows at most this many characters of a value."""
 
 
 class UserError(Exception):
-    """Wrong input. The message is one line that names the culprit and the remedy; `main.py` exits with 2."""
+    """Wrong input. The message is one line that names the culprit and the remedy; `main.py` exits with code 2."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], known_as: Mapping[str, str] | None = None) -> UserError:
-    """The error for a name that is in no table: the nearest entry first, then all of them, or the nearest of many.
+    """The error for a name that is in no table: it suggests the nearest entry and lists the choices.
 
     Args:
-        known_as: what other projects call an entry → its name here; it comes before any resemblance.
+        kind: what the name should be, for example "loss_type".
+        name: the unknown name.
+        choices: the names that exist. Of more than `MAX_LISTED_NAMES` only the nearest are listed.
+        known_as: name in other projects → name here. Such a name is suggested before similar names.
+
+    Returns:
+        The error, for the caller to raise.
     """
-    choices, name = sorted(choices), shown(name)
-    meant = (known_as or {}).get(name.lower().replace("-", "_"))
-    near = [meant] if meant in choices else nearest(name, choices, 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    if len(choices) > MANY:
-        first = nearest(name, [each for each in choices if each not in near], 5 - len(near), least=0.0)
-        choices = [*near, *first, f"… ({len(choices)} in all)"]
+    choices, name = sorted(choices), printable(name)
+    translated = (known_as or {}).get(name.lower().replace("-", "_"))
+    suggested = [translated] if translated in choices else nearest(name, choices, 1)
+    hint = f"; did you mean '{suggested[0]}'?" if suggested else ";"
+    if len(choices) > MAX_LISTED_NAMES:
+        others = [choice for choice in choices if choice not in suggested]
+        similar = nearest(name, others, 5 - len(suggested), least=0.0)
+        choices = [*suggested, *similar, f"… ({len(choices)} in all)"]
     return UserError(f"unknown {kind} '{name}'{hint} choices: {', '.join(choices)}")
 
 
 def nearest(name: str, choices: Sequence[str], count: int, least: float = 0.55) -> list[str]:
-    """The entries that a name resembles most, whatever their case, the nearest first.
+    """The choices that are most similar to a name, ignoring case.
 
     Args:
-        least: resemblance from 0 to 1; with less than 0.55 `learning_rate` would mean `calibrate`.
+        name: the name to compare with.
+        choices: the names to choose from.
+        count: how many to return at most.
+        least: the smallest similarity, from 0 to 1. With less than 0.55, `learning_rate` would match `calibrate`.
+
+    Returns:
+        Up to `count` choices, the most similar first.
     """
-    by_lower = {choice.lower(): choice for choice in reversed(choices)}
-    return (
-        [by_lower[each] for each in get_close_matches(name.lower(), by_lower, n=count, cutoff=least)] if count else []
-    )
+    if not count:
+        return []
+    by_lower_case = {choice.lower(): choice for choice in reversed(choices)}
+    return [by_lower_case[match] for match in get_close_matches(name.lower(), by_lower_case, n=count, cutoff=least)]
 
 
-def shown(value: object) -> str:
-    """A value within a message: its text, control characters as escapes, shortened where a line could not hold it."""
+def printable(value: object) -> str:
+    """A value as text that fits into a one-line message.
+
+    Control characters become escapes, and a long text is cut with a note of its length.
+    """
     text = str(value)
-    if not text[: 2 * LONGEST].isprintable():
-        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]}… ({len(text):,} characters)"
+    if not text[: 2 * MAX_SHOWN_CHARACTERS].isprintable():
+        text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    if len(text) <= MAX_SHOWN_CHARACTERS:
+        return text
+    return f"{text[: MAX_SHOWN_CHARACTERS - 20]}… ({len(text):,} characters)"
 
 
 @contextmanager
-def naming(key: str) -> Iterator[None]:
-    """Within the block a `UserError` whose message does not name this option begins with it."""
+def prefix_errors(key: str) -> Iterator[None]:
+    """Let every `UserError` that leaves the block name an option.
+
+    Args:
+        key: the option. It is put before messages that do not contain it as a word.
+    """
     try:
         yield
     except UserError as error:
@@ -65,7 +87,16 @@ def naming(key: str) -> Iterator[None]:
 
 
 def lookup(table: Mapping[str, Entry], name: str, kind: str) -> Entry:
-    """`table[name]`, or a `UserError` that lists what the table holds."""
+    """The entry of a table.
+
+    Args:
+        table: name → entry.
+        name: the name to look up.
+        kind: what the name should be, for the message.
+
+    Raises:
+        UserError: the table has no such name; the message lists the names that it has.
+    """
     if name not in table:
         raise unknown(kind, name, table)
     return table[name]

@@ -1,41 +1,46 @@
-"""What a command is started in, checked before anything relies on it: the working directory, a launcher's variables."""
+"""Checks of the environment that a command is started in: the working directory and the variables of a launcher."""
 
 import os
 from collections.abc import Mapping
 
-from tailtune.configs.errors import UserError, shown
+from tailtune.configs.errors import UserError, printable
 
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets for each process, all of it."""
+NUMERIC_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""A launcher sets all of these for each process."""
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to start where another program's leftovers would be taken for a launch of several processes.
+    """Refuse an environment in which leftovers of another program look like a launch of several processes.
+
+    Args:
+        environment: variable → value.
 
     Raises:
-        UserError: the working directory is gone; a launcher's variable is no number, or stands there without the rest.
+        UserError: the working directory is gone, a launcher's variable is no number, or only some of the
+            launcher's variables are set.
     """
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UserError("the working directory has been deleted: change into one that exists") from None
-    for name in NUMBERS:
+        raise UserError("the working directory has been deleted: change to a folder that exists") from None
+    for name in NUMERIC_VARIABLES:
         if name in environment and not (environment[name].isascii() and environment[name].isdigit()):
             raise UserError(
-                f"the environment has {name} '{shown(environment[name])}', which is no number: `unset {name}`"
+                f"the environment variable {name} is '{printable(environment[name])}', which is no number: "
+                f"`unset {name}`"
             )
     rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     if rank >= max(world, 1) or world < 1:
         size = environment.get("WORLD_SIZE", "unset")
         raise UserError(
-            f"the environment has RANK {rank} and WORLD_SIZE {size}, which is no launch: `unset RANK WORLD_SIZE`, "
-            "or start several processes with accelerate launch"
+            f"the environment has RANK {rank} and WORLD_SIZE {size}, which do not fit together: `unset RANK "
+            "WORLD_SIZE`, or start several processes with accelerate launch"
         )
-    missing = [name for name in LAUNCHED if name not in environment]
+    missing = [name for name in LAUNCHER_VARIABLES if name not in environment]
     if missing and (world > 1 or "LOCAL_RANK" in environment):
-        there = next(name for name in ("WORLD_SIZE", "LOCAL_RANK") if name in environment)
+        present = next(name for name in ("WORLD_SIZE", "LOCAL_RANK") if name in environment)
         raise UserError(
-            f"the environment has {there} {environment[there]} but no {', '.join(missing)}: `unset RANK WORLD_SIZE "
-            "LOCAL_RANK`, or start several processes with accelerate launch, which sets them all"
+            f"the environment has {present} {environment[present]} but no {', '.join(missing)}: `unset RANK "
+            "WORLD_SIZE LOCAL_RANK`, or start several processes with accelerate launch, which sets all of them"
         )

@@ -1,4 +1,4 @@
-"""Keeps standard error for what the toolkit itself says there: the line of a refusal."""
+"""Sends warnings and log messages of libraries to standard output, so that standard error has only our own errors."""
 
 import logging
 import sys
@@ -7,35 +7,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
-class _Lines(logging.Handler):
-    """Messages of other people's code on standard output, as it is when they come; one line each."""
+class _StandardOutputHandler(logging.Handler):
+    """Prints each log record as one line on what is standard output at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _say(f"{record.name}: {record.getMessage()}")
+        _print_line(f"{record.name}: {record.getMessage()}")
 
 
 @contextmanager
 def libraries_on_stdout() -> Iterator[None]:
-    """Within the block warnings and log messages of libraries go to standard output, none is lost.
+    """Within the block, print warnings and log messages of libraries on standard output, one line each.
 
-    Those with a handler of their own, such as transformers, are asked for errors only when they are imported
-    (`TRANSFORMERS_VERBOSITY`).
+    Libraries with a log handler of their own, such as transformers, are not caught here. `main.py` tells them to
+    report errors only (`TRANSFORMERS_VERBOSITY`).
     """
-    handler = _Lines(logging.WARNING)
+    handler = _StandardOutputHandler(logging.WARNING)
     root = logging.getLogger()
     root.addHandler(handler)
     with warnings.catch_warnings():
 
-        def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-            _say(f"{category.__name__}: {message}")
+        def print_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+            _print_line(f"{category.__name__}: {message}")
 
-        warnings.showwarning = show
+        warnings.showwarning = print_warning
         try:
             yield
         finally:
             root.removeHandler(handler)
 
 
-def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # `main.py … | head` has closed it
+def _print_line(text: str) -> None:
+    with suppress(OSError, ValueError):  # standard output is closed, as in `main.py … | head`
         print("library:", " ".join(text.split()), file=sys.stdout, flush=True)

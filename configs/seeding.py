@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of what they are for: no draw disturbs another."""
+"""Seeds and random generators for one purpose each, so that no random draw changes another one."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,26 +7,37 @@ from contextlib import contextmanager
 import torch
 
 
-def mix(*parts: int | str) -> int:
-    """A 63-bit seed from any tuple; different tuples give unrelated seeds."""
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 63 bits for one purpose; different purposes get unrelated seeds.
+
+    Args:
+        parts: what the seed is for, such as `derive_seed(seed, "order", epoch)`.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator of its own for one purpose, e.g. `generator(seed, "order", epoch)`."""
-    return torch.Generator().manual_seed(mix(*parts))
+    """A new CPU generator for one purpose.
+
+    Args:
+        parts: what it is for, as in `derive_seed`.
+    """
+    return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Within the block torch's global CPU generator is a function of `parts`; afterwards it is as before.
+    """Within the block, seed torch's global CPU generator; afterwards restore its state.
 
-    For code that draws from the global generator and takes no other: torchvision's transforms, module
-    initialisers. Only torch's CPU generator is covered; Python's and NumPy's are never used here.
+    For code that can only draw from the global generator, such as torchvision's transforms and the initialisers of
+    modules. The generators of Python and NumPy are not covered; this project never draws from them.
+
+    Args:
+        parts: what the draws are for, as in `derive_seed`.
     """
     state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(mix(*parts))
+    torch.default_generator.manual_seed(derive_seed(*parts))
     try:
         yield
     finally:

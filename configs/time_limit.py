@@ -1,4 +1,4 @@
-"""A bound on how long other people's code may work on what a user gave it."""
+"""A time limit for code of libraries that works on input of a user."""
 
 import signal
 import threading
@@ -7,17 +7,18 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def at_most(seconds: float, what: str) -> Iterator[None]:
-    """The block ends after so many seconds: a regular expression such as `(.*)*x` would not end by itself.
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Stop the block after a number of seconds. A regular expression such as `(.*)*x` would never end by itself.
 
-    It is a signal that ends it, which Python's own matching listens to and compiled code of others does not. Where
-    Python takes no signals (another thread than the main one, Windows) nothing is bounded.
+    A signal stops the block. Python's own regular expressions react to it; compiled code of other libraries may not.
+    There is no limit where Python cannot receive the signal: on Windows, and in threads other than the main one.
 
     Args:
-        what: subject of the message, such as "a pattern of layers".
+        seconds: the limit.
+        what: the subject of the message, such as "a pattern of layers".
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: the block took longer.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -26,10 +27,10 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"{what} takes more than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    earlier_handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, earlier_handler)

@@ -1,7 +1,8 @@
 """Parsers of option values: from the command line (always text) or YAML (typed) to the declared type.
 
-Each takes a value and returns it typed, or raises ValueError with what was expected. Text of any kind is checked by
-`readable` before.
+Each parser `as_…` takes the value of an option, as text or as YAML gives it, and returns it in its type. It raises a
+ValueError that says what was expected, such as "a whole number". `check_text` is called before a parser, for values of
+every type.
 """
 
 from typing import Any
@@ -9,55 +10,63 @@ from unicodedata import category
 
 from tailtune.configs.yaml_reader import parse_yaml
 
-LARGEST = 3.4e38
-"""Of a number, whatever its sign: what single precision holds."""
-WHOLE = 2**63
-"""Whole numbers are below this, and from its negative on: 64 bits."""
-TEXT = 20_000
-"""Characters of a text; the templates of CLIP's ensemble have 3,000 together."""
-NAME = 255
-"""Bytes of one name in a path, on every usual file system."""
-PATH = 3000
-"""Bytes of a path; Linux takes 4,096, and names of files within a folder come on top."""
+MAX_FLOAT = 3.4e38
+"""Largest absolute value of a number: about the largest that single precision can hold."""
+INTEGER_BOUND = 2**63
+"""Whole numbers have 64 bits: they are at least the negative of this number, and less than it."""
+MAX_TEXT_CHARACTERS = 20_000
+"""For comparison: the templates of CLIP's prompt ensemble have 3,000 characters in all."""
+MAX_NAME_BYTES = 255
+"""Longest name of one file or folder on the usual file systems."""
+MAX_PATH_BYTES = 3000
+"""Longest path. Linux allows 4,096 bytes, but names of files inside a folder are appended to its path."""
 
 
-def readable(value: Any) -> None:
-    """Raise ValueError where text anywhere in a value could be neither a name, nor a path, nor a line of a log."""
+def check_text(value: Any) -> None:
+    """Refuse text that cannot be used as a name, as a path or in a log.
+
+    Args:
+        value: a value of an option. Lists and mappings are searched for text.
+
+    Raises:
+        ValueError: a text is not UTF-8, or holds control characters or line breaks.
+    """
     if isinstance(value, str):
         kinds = set(map(category, value))
-        if "Cs" in kinds:  # half of a pair: what Python makes of bytes that are no UTF-8
+        if "Cs" in kinds:  # a lone surrogate: Python's replacement of a byte that is not UTF-8
             raise ValueError("text in UTF-8")
         if kinds & {"Cc", "Zl", "Zp"}:
             raise ValueError("one line of text without control characters")
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            readable(each)
+        for item in value:
+            check_text(item)
     elif isinstance(value, dict):
         for pair in value.items():
-            readable(pair)
+            check_text(pair)
 
 
 def as_str(value: Any) -> str:
+    """Text of limited length."""
     if isinstance(value, (dict, list)):
         raise ValueError("text")
     text = str(value)
-    if len(text) > TEXT:
-        raise ValueError(f"text of at most {TEXT:,} characters")
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"text of at most {MAX_TEXT_CHARACTERS:,} characters")
     return text
 
 
 def as_path(value: Any) -> str:
     """Text that may be the path of a file or folder."""
     text = as_str(value)
-    if not text:  # as of a shell's variable that is not set; it would mean the working directory
+    if not text:  # for example an unset variable of the shell; as a path it would mean the working directory
         raise ValueError("a path")
-    if len(text.encode()) > PATH or any(len(part.encode()) > NAME for part in text.split("/")):
-        raise ValueError(f"a path of at most {PATH} bytes, {NAME} in a name")
+    if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
+        raise ValueError(f"a path of at most {MAX_PATH_BYTES} bytes, {MAX_NAME_BYTES} in a name")
     return text
 
 
 def as_folder(value: Any) -> str:
-    """A folder below output/: a path that does not lead out of it, or an absolute one, which is meant."""
+    """A folder below output/, which must not lead out of it; an absolute path is taken as it is."""
     text = as_path(value)
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
@@ -67,10 +76,11 @@ def as_folder(value: Any) -> str:
 
 def as_paths(value: Any) -> list[str]:
     """Paths: `[output/a, output/b]`, or `output/a,output/b`."""
-    return [as_path(each) for each in as_names(value)]
+    return [as_path(path) for path in as_names(value)]
 
 
 def as_bool(value: Any) -> bool:
+    """`True` or `False`, in any case of letters."""
     if isinstance(value, bool):
         return value
     if str(value).lower() in ("true", "false"):
@@ -79,18 +89,18 @@ def as_bool(value: Any) -> bool:
 
 
 def as_int(value: Any) -> int:
-    """A whole number of 64 bits."""
+    """A whole number that fits into 64 bits."""
     try:
         number = value if isinstance(value, int) and not isinstance(value, bool) else int(str(value))
-    except ValueError:  # also of more digits than Python reads
+    except ValueError:  # also raised for more digits than Python reads
         raise ValueError("a whole number") from None
-    if not -WHOLE <= number < WHOLE:
+    if not -INTEGER_BOUND <= number < INTEGER_BOUND:
         raise ValueError("a whole number of at most 64 bits")
     return number
 
 
 def as_float(value: Any) -> float:
-    """A number that single precision holds, which most are computed in."""
+    """A finite number that single precision can hold."""
     try:
         number = float("" if isinstance(value, bool) else value)
     except (ValueError, TypeError):
@@ -99,13 +109,13 @@ def as_float(value: Any) -> float:
         number = float("inf")
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError("a finite number")
-    if abs(number) > LARGEST:
-        raise ValueError(f"a number up to {LARGEST:g}, which single precision holds")
+    if abs(number) > MAX_FLOAT:
+        raise ValueError(f"a number up to {MAX_FLOAT:g}, which single precision holds")
     return number
 
 
 def as_micro(value: Any) -> int | str:
-    """A micro-batch size: a positive int or `auto`."""
+    """A micro-batch size: a whole number of at least 1, or `auto`."""
     if value == "auto":
         return "auto"
     try:
@@ -118,7 +128,7 @@ def as_micro(value: Any) -> int | str:
 
 
 def as_span(value: Any) -> int | list[int]:
-    """A range of blocks: an int (the last k) or `[start,end)`."""
+    """A range of blocks: a number k for the last k blocks, or `[start,end)`."""
     value = _structure(value.replace("(", "[").replace(")", "]") if isinstance(value, str) else value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
@@ -130,7 +140,7 @@ def as_span(value: Any) -> int | list[int]:
 
 
 def as_scale(value: Any) -> float | str:
-    """A factor: `learnable` or a number."""
+    """A scale: a number, or `learnable`."""
     if value == "learnable":
         return "learnable"
     try:
@@ -140,7 +150,7 @@ def as_scale(value: Any) -> float | str:
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
-    """`{key: value, …}` as in YAML."""
+    """A mapping, written `{key: value, …}` as in YAML."""
     value = _structure(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("a mapping such as {r: 8}")
@@ -150,44 +160,55 @@ def as_mapping(value: Any) -> dict[str, Any]:
 def as_names(value: Any) -> list[str]:
     """Names: `[uniform, forward50]`, or `uniform,forward50`."""
     value = _structure(value)
-    found = [each.strip() for each in value.split(",")] if isinstance(value, str) else value
-    if isinstance(found, list) and found and all(isinstance(each, str) and each for each in found):
-        return found
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if isinstance(names, list) and names and all(isinstance(name, str) and name for name in names):
+        return names
     raise ValueError("names such as uniform,forward50")
 
 
 def as_ints(value: Any) -> list[int]:
-    """Whole numbers, none below 0, in ascending order: `[160, 180]`."""
+    """Whole numbers from 0 on in ascending order: `[160, 180]`, or a single number."""
     value = _structure(value)
-    found = [value] if type(value) is int else value
-    if isinstance(found, list) and all(type(each) is int and each >= 0 for each in found) and found == sorted(found):
-        return [as_int(each) for each in found]
+    numbers = [value] if type(value) is int else value
+    whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+    if whole and numbers == sorted(numbers):
+        return [as_int(number) for number in numbers]
     raise ValueError("ascending whole numbers such as [160, 180]")
 
 
 def as_factors(value: Any) -> dict[str, float]:
-    """Name → number: `{tuner: 0.1}`."""
-    return {name: as_float(each) for name, each in as_mapping(value).items()}
+    """A mapping from names to numbers: `{tuner: 0.1}`."""
+    return {name: as_float(number) for name, number in as_mapping(value).items()}
 
 
 def as_triple(value: Any) -> list[float]:
     """One number for each of red, green and blue: `[0.5, 0.5, 0.5]`."""
+    return _numbers(value, 3, "three numbers such as [0.5, 0.5, 0.5]")
+
+
+def as_pair(value: Any) -> list[float]:
+    """Two numbers: `[0.9, 0.999]`."""
+    return _numbers(value, 2, "two numbers such as [0.9, 0.999]")
+
+
+def _numbers(value: Any, count: int, expected: str) -> list[float]:
+    """A list of so many numbers."""
     try:
-        numbers = [as_float(each) for each in _structure(value)]
+        numbers = [as_float(number) for number in _structure(value)]
     except (ValueError, TypeError):
         numbers = []
-    if len(numbers) != 3:
-        raise ValueError("three numbers such as [0.5, 0.5, 0.5]")
+    if len(numbers) != count:
+        raise ValueError(expected)
     return numbers
 
 
 def _structure(value: Any) -> Any:
-    """Text from the command line read as YAML, None where it is none; anything else as it is."""
+    """Parse text from the command line as YAML (None if it is not YAML); return any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
-        found = parse_yaml(value)
+        parsed = parse_yaml(value)
     except ValueError:
         return None
-    readable(found)  # an escape such as "\0" has become what it stands for
-    return found
+    check_text(parsed)  # again, because an escape such as "\0" is a control character only now
+    return parsed

@@ -1,7 +1,8 @@
-"""The one place where YAML of other people becomes values: configs, runs, options and grids.
+"""Reads all YAML: data and model configs, the configs of runs, values of options, and grids.
 
-What such a text can ask for is bounded before anything is made of it: its length, its depth, and how many values its
-aliases stand for. Tags that make other things than text, numbers, truth values, lists and mappings are refused.
+The text may come from anybody, so its length, its depth and its number of values (with aliases counted wherever they
+are used) are limited before values are built from it. Only text, numbers, truth values, lists and mappings are
+accepted; a tag of any other type is refused.
 """
 
 from pathlib import Path
@@ -11,48 +12,50 @@ import yaml
 
 from tailtune.configs.errors import UserError
 
-LONGEST = 2**18
-"""Bytes of a YAML; the longest shipped one has a few thousand."""
-DEEPEST = 20
-"""Levels of lists and mappings within one another."""
-MOST = 20_000
-"""Values in all, those behind an alias counted wherever it stands."""
-DIGITS = 4000
-"""Of a number; more than 4,300 Python does not read, and no option takes one of more than 19."""
+MAX_LENGTH = 2**18
+"""Bytes of a file, or characters of a text. The longest shipped YAML has a few thousand bytes."""
+MAX_DEPTH = 20
+"""Levels of lists and mappings inside each other."""
+MAX_VALUES = 20_000
+"""Number of values; those behind an alias are counted wherever the alias is used."""
+MAX_DIGITS = 4000
+"""Digits of a number. Python refuses more than 4,300, and no option takes more than 19."""
 
 STANDARD = "tag:yaml.org,2002:"
-PLAIN = tuple(f"{STANDARD}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "value"))
+ACCEPTED_TAGS = tuple(
+    f"{STANDARD}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "value")
+)
 DATE = f"{STANDARD}timestamp"
-"""A date is text here: no option is one, and `output_dir: 2024-01-01` means what it says."""
+"""A date stays text: no option is a date, and `output_dir: 2024-01-01` is a name."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader within the bounds above; a key that stands twice in a mapping is refused."""
+    """PyYAML's safe loader with the limits above. It refuses a mapping in which a key occurs twice."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if tag != DATE]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first_character: [(tag, pattern) for tag, pattern in resolvers if tag != DATE]
+        for first_character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._count = 0
         self._sizes: dict[int, int] = {}
-        """Values in a node that is complete, by its id."""
+        """id of a complete node → number of values in it."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node as PyYAML does, while counting depth and values."""
         event = self.peek_event()
         start = self._count
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
-                raise _refused("a value that holds itself", event)
+                raise _error_at(event, "a value that contains itself")
             self._add(self._sizes[id(node)], event)
             return node
         self._depth += 1
-        if self._depth > DEEPEST:
-            reason = f"more than {DEEPEST} lists or mappings within one another"
-            raise _refused(reason, event)
+        if self._depth > MAX_DEPTH:
+            raise _error_at(event, f"more than {MAX_DEPTH} levels of lists or mappings")
         self._add(1, event)
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -62,47 +65,49 @@ class _Loader(yaml.SafeLoader):
 
     def _add(self, values: int, event: yaml.Event) -> None:
         self._count += values
-        if self._count > MOST:
-            reason = f"more than {MOST:,} values, counted with what its aliases stand for"
-            raise _refused(reason, event)
+        if self._count > MAX_VALUES:
+            raise _error_at(event, f"more than {MAX_VALUES:,} values, with aliases counted wherever they are used")
 
     def _check(self, node: yaml.Node | None) -> None:
-        """Refuse a tag that its text does not fit, before PyYAML's constructors try; and a key that stands twice."""
+        """Refuse a tag that does not fit its text, before PyYAML builds the value, and a key that occurs twice."""
         if node is None:
             return
-        short = node.tag.removeprefix(STANDARD)
-        if node.tag not in PLAIN:
-            reason = f"a value of type '{short}', which no option has"
-            raise _refused(reason, node)
-        if isinstance(node, yaml.ScalarNode) and short != "str":
+        kind = node.tag.removeprefix(STANDARD)
+        if node.tag not in ACCEPTED_TAGS:
+            raise _error_at(node, f"a value of type '{kind}', which no option has")
+        if isinstance(node, yaml.ScalarNode) and kind != "str":
             fits = self.resolve(yaml.ScalarNode, node.value, (True, False)) == node.tag
-            if not fits or len(node.value) > DIGITS:
-                reason = f"'{node.value[:40]}' is no value of type '{short}'"
-                raise _refused(reason, node)
+            if not fits or len(node.value) > MAX_DIGITS:
+                raise _error_at(node, f"'{node.value[:40]}' is not a value of type '{kind}'")
         if isinstance(node, yaml.MappingNode):
             keys: set[str] = set()
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                     if key.value in keys:
-                        reason = f"'{key.value[:40]}' stands there twice"
-                        raise _refused(reason, key)
+                        raise _error_at(key, f"'{key.value[:40]}' occurs twice")
                     keys.add(key.value)
 
 
-def _refused(reason: str, place: Any) -> yaml.MarkedYAMLError:
-    """The error at an event or node."""
+def _error_at(place: Any, reason: str) -> yaml.MarkedYAMLError:
+    """An error at the line of an event or node."""
     return yaml.MarkedYAMLError(problem=reason, problem_mark=place.start_mark)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that a YAML text stands for: None, text, numbers, truth values, lists, mappings.
+    """Parse a YAML text.
+
+    Args:
+        text: at most `MAX_LENGTH` characters.
+
+    Returns:
+        None, text, a number, a truth value, or a list or mapping of those.
 
     Raises:
-        ValueError: it is no YAML, or beyond the bounds of this file; says why, and where in `args[1]`, a line from 1
-            on or None.
+        ValueError: the text is not YAML, or beyond the limits of this file. `args` are the reason, and the number of
+            the line (from 1) or None.
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"longer than {LONGEST:,} characters", None)
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"longer than {MAX_LENGTH:,} characters", None)
     try:
         loader = _Loader(text)
         try:
@@ -117,40 +122,48 @@ def parse_yaml(text: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file.
 
+    Args:
+        path: the file.
+
+    Returns:
+        As `parse_yaml`.
+
     Raises:
-        UserError: it cannot be read, is no regular file, no UTF-8, no YAML, or beyond the bounds of this file.
+        UserError: the file cannot be read, is not a regular file, not UTF-8, not YAML, or beyond the limits of this
+            module.
     """
-    text = read_text(path, LONGEST, kind="YAML")
+    text = read_text(path, MAX_LENGTH, kind="YAML")
     try:
         return parse_yaml(text)
     except ValueError as error:
         reason, line = error.args
-        where = f" line {line}" if line else ""
-        raise UserError(f"{path}{where}: not valid YAML ({reason})") from error
+        at_line = f" line {line}" if line else ""
+        raise UserError(f"{path}{at_line}: not valid YAML ({reason})") from error
 
 
-def read_text(path: Path, longest: int, key: str = "", kind: str = "text") -> str:
-    """A text file as a whole.
+def read_text(path: Path, max_bytes: int, key: str = "", kind: str = "text") -> str:
+    """The whole content of a text file.
 
     Args:
-        longest: bytes.
-        key: the option that names it; empty: none does.
-        kind: what it should be, for people.
+        path: the file.
+        max_bytes: a larger file is refused.
+        key: the option that names the file, for messages; empty if no option does.
+        kind: what the file should hold, for messages.
 
     Raises:
-        UserError: it cannot be read, is no regular file (a pipe would be waited for), too long, or not UTF-8.
+        UserError: the file cannot be read, is not a regular file (a pipe could block), too large, or not UTF-8.
     """
     named = f"{key}: {path}" if key else str(path)
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{named}: cannot be read (no regular file)")
+            raise UserError(f"{named}: cannot be read (not a regular file)")
         with path.open("rb") as file:
-            content = file.read(longest + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise UserError(f"{named}: cannot be read ({error.strerror})") from error
-    if len(content) > longest:
-        raise UserError(f"{named}: longer than {longest:,} bytes; is it another file than you mean?")
+    if len(content) > max_bytes:
+        raise UserError(f"{named}: larger than {max_bytes:,} bytes; is it the file that you mean?")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{named}: not valid {kind} (its bytes are no text in UTF-8)") from error
+        raise UserError(f"{named}: not valid {kind} (it is not text in UTF-8)") from error

@@ -1,4 +1,7 @@
-"""Data sets: `build_info` for facts without images, `build_data` for images."""
+"""Data sets: `build_info` gives facts without reading images, `build_records` what the splits are, `build_data` images.
+
+These three functions take the config. The modules below get small groups of options instead (options.py).
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,21 +12,25 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError, lookup
 from tailtune.datasets.data_bundle import DataBundle, DataInfo, View
+from tailtune.datasets.data_settings import DataFolders, DataSettings, SplitSettings
 from tailtune.datasets.images.transforms import (
     Transform,
-    crop_resize,
     eval_transform,
-    plain_transform,
     repeated,
+    resize_for_crops,
     train_transform,
+    unaugmented_transform,
 )
 from tailtune.datasets.long_tail import capped_counts, check_hold_out, shot_groups
 from tailtune.datasets.sources.available_images import Outline
 from tailtune.datasets.sources.class_descriptors import class_descriptors
-from tailtune.datasets.splits.choose_splits import ChosenSplits, choose, look, readable, records, without
-from tailtune.datasets.splits.split_records import Record, StoredSplits
-from tailtune.datasets.table import DATASETS, list_folders
-from tailtune.datasets.test_distributions.build import build_shifts, shift_names
+from tailtune.datasets.splits.choose_splits import choose_splits, make_records
+from tailtune.datasets.splits.split_records import ChosenSplits, Record, Split, StoredSplits
+from tailtune.datasets.splits.unreadable_images import check_readable, drop_from_train, inspect_splits
+from tailtune.datasets.table import DATASETS
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.frequency_rules import distribution_names
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 
 __all__ = [
     *("DATASETS", "DataBundle", "DataInfo", "View"),
@@ -32,116 +39,123 @@ __all__ = [
 
 
 def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
-    """Facts about the training data, from config and formulas where those say it all.
+    """Facts about the training data.
 
-    Reads neither images nor network; lists and folders only of data that declare no `class_counts`. With
-    `class_counts` the names may be placeholders, as they stand in the lists.
+    No image is read and nothing is downloaded. Lists and folders are read only if the data have no `class_counts`; with
+    `class_counts` the class names may be placeholders.
 
     Args:
-        counts: training images per class of the run that is evaluated, where it has written them down.
+        cfg: the config of a stage.
+        counts: training images per class [C] that a run has stored; None: computed from the options.
 
     Raises:
-        UserError: unknown data set or augmentation, missing list, or options that do not fit the data.
+        UserError: an unknown data set or augmentation, a missing list, or options that do not fit the data.
     """
-    for key in ("augment", "adapt_views"):  # so that a dry run refuses unknown names
+    for key in ("augment", "adapt_views"):  # only to refuse unknown names, which a dry run reports, too
         train_transform(cfg[key], cfg.resolution, cfg.interpolation, key)
-    return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(cfg), counts)
+    return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(DataSettings.of(cfg)), counts)
 
 
-def build_records(cfg: CfgNode, kept: StoredSplits | None = None) -> tuple[dict[str, Record], ChosenSplits | None]:
-    """What each split is made of at present, by the sizes of its files; no image is opened, nothing is downloaded.
+def build_records(cfg: CfgNode, stored: StoredSplits | None = None) -> tuple[dict[str, Record], ChosenSplits | None]:
+    """The files that each split is made of at present, with their sizes. No file is opened, nothing is downloaded.
 
     Args:
-        kept: splits of the run that is asked about.
+        cfg: the config of a stage.
+        stored: the splits of the run that is continued or evaluated.
+
+    Returns:
+        Name of a split → its record; and the splits, or None for built-in data.
 
     Raises:
-        MissingData: a list or folder is not there. UserError: as `build_info`.
+        MissingData: a list or folder does not exist.
+        UserError: as `build_info`.
     """
-    entry = lookup(DATASETS, cfg.dataset, "dataset")
+    entry, options = lookup(DATASETS, cfg.dataset, "dataset"), SplitSettings.of(cfg)
     if entry.built_in:
         return {name: Record.built_in(cfg.dataset) for name in ("train", "test", "val")}, None
-    chosen, _ = look(choose(cfg, entry.load(cfg), kept), headers=False)
-    chosen = without(chosen, kept.unreadable if kept else ())
-    return records(cfg, chosen, kept), chosen
+    chosen, _ = inspect_splits(choose_splits(options, entry.load(DataSettings.of(cfg)), stored), read_headers=False)
+    chosen = drop_from_train(chosen, stored.unreadable if stored else ())
+    return make_records(options, chosen, stored), chosen
 
 
-def build_data(cfg: CfgNode, kept: StoredSplits | None = None, counts: Sequence[int] | None = None) -> DataBundle:
-    """All views of a run. CIFAR is downloaded where it is missing, so let one process of a machine go first.
+def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequence[int] | None = None) -> DataBundle:
+    """The data of a run. CIFAR is downloaded if it is missing, so let one process of each machine call this first.
 
     Args:
-        kept: splits that the run has written down: its hold-outs are taken over.
-        counts: as in `build_info`; none: those of the training images at hand.
+        cfg: the config of a stage.
+        stored: the splits of the run that is continued or evaluated; its held-out images are used again.
+        counts: training images per class [C] that a run has stored; None: those of the images at hand.
 
     Raises:
-        UserError: as `build_info`; also missing images.
-        UnreadableImages: files that are no images, unless `on_bad_image skip` leaves them out.
+        UserError: as `build_info`; or images are missing.
+        UnreadableImages: some files are not images, and the option `on_bad_image` is not `skip`.
     """
     augmented = train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
-    data = lookup(DATASETS, cfg.dataset, "dataset").load(cfg)
-    names = data.outline.class_names
-    chosen = readable(cfg, choose(cfg, data, kept), kept, names)
-    train, test, val = (chosen.splits.get(name) for name in ("train", "test", "val"))
-    assert train is not None and test is not None
-    own = np.bincount(train.source.labels[train.indices], minlength=len(names)).tolist()
-    info = _info(cfg, data.outline, own if counts is None else counts)
+    options, skip = SplitSettings.of(cfg), cfg.on_bad_image == "skip"
+    available = lookup(DATASETS, cfg.dataset, "dataset").load(DataSettings.of(cfg))
+    names = available.outline.class_names
+    chosen = check_readable(choose_splits(options, available, stored), stored, names, skip)
+    train, test, val = chosen.by_name["train"], chosen.by_name["test"], chosen.by_name.get("val")
+    if counts is None:
+        counts = np.bincount(train.source.labels[train.indices], minlength=len(names)).tolist()
+    info = _info(cfg, available.outline, counts)
     if cfg.prompt == "descriptor" and cfg.descriptors:
-        info = replace(info, descriptors=class_descriptors(cfg.descriptors, list_folders(cfg), info.class_names))
+        texts = class_descriptors(cfg.descriptors, DataFolders.of(cfg).for_lists(), info.class_names)
+        info = replace(info, descriptors=texts)
 
-    testing, views = _testing(cfg), train_transform(cfg.adapt_views, cfg.resolution, cfg.interpolation)
-    skip = cfg.on_bad_image == "skip"
-    training = View(train.source, train.indices, augmented, cfg.seed, skip)
-    tested = View(test.source, test.indices, testing, cfg.seed, skip).limited(cfg.max_test_images)
+    def view(split: Split, transform: Transform) -> View:
+        return View(split.source, split.indices, transform, cfg.seed, skip)
+
+    for_test, for_adapting = _test_transform(cfg), train_transform(cfg.adapt_views, cfg.resolution, cfg.interpolation)
+    tested = view(test, for_test).limited(cfg.max_test_images)
     return DataBundle(
         info=info,
-        train=training,
-        plain=training.with_transform(plain_transform(cfg.resolution, cfg.interpolation)),
-        train_as_test=training.with_transform(testing).limited(cfg.max_test_images),
+        train=view(train, augmented),
+        train_unaugmented=view(train, unaugmented_transform(cfg.resolution, cfg.interpolation)),
+        train_as_test=view(train, for_test).limited(cfg.max_test_images),
         test=tested,
-        test_views=View(tested.source, tested.indices, repeated(views, 2), cfg.adapt_seed, skip),
-        val=None
-        if val is None
-        else View(val.source, val.indices, testing, cfg.seed, skip).limited(cfg.max_test_images),
-        shifts=build_shifts(cfg, info, tested.labels),  # here, so that a wrong list is refused before training
-        records=records(cfg, chosen, kept),
-        chosen=chosen,
+        test_views=View(tested.source, tested.indices, repeated(for_adapting, 2), cfg.adapt_seed, skip),
+        val=None if val is None else view(val, for_test).limited(cfg.max_test_images),
+        # Built before training, so that a wrong list file is refused before it.
+        test_distributions=build_distributions(DistributionSettings.of(cfg), info, tested.labels),
+        records=make_records(options, chosen, stored),
+        splits=chosen,
     )
 
 
-def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None = None) -> DataInfo:
-    shift_names(cfg)
+def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None) -> DataInfo:
+    distribution_names(DistributionSettings.of(cfg))  # only to refuse wrong ones
     if len(outline.class_names) < 2:
-        raise UserError(
-            f"the data of '{cfg.data}' have one class only ({', '.join(outline.class_names)}), so there is nothing to "
-            "tell apart; give at least two classes"
-        )
+        only_class = ", ".join(outline.class_names)
+        raise UserError(f"the data of '{cfg.data}' have only one class ({only_class}); give at least two classes")
     if counts is None:
         counts = capped_counts(outline.available, cfg.imb_factor)
         if cfg.val_per_class:
             check_hold_out(counts, cfg.val_per_class, outline.class_names, "val_per_class")
             counts = [count - cfg.val_per_class for count in counts]
     if min(counts) == 0:
-        # Priors, margins and class means are undefined for such a class; a silent -inf or nan helps nobody.
-        empty = list(counts).index(0)
+        # Priors, margins and class means are undefined for such a class: they would become inf or nan.
+        label = list(counts).index(0)
         raise UserError(
-            f"class '{outline.class_names[empty]}' (label {empty}) has no training image: add one, or raise imb_factor"
+            f"class '{outline.class_names[label]}' (label {label}) has no training image: add one, or raise imb_factor"
         )
-    grouped = counts
+    counts_of_groups = counts
     if cfg.group_imb_factor is not None:
-        grouped = capped_counts(outline.available, cfg.group_imb_factor, "group_imb_factor")
+        counts_of_groups = capped_counts(outline.available, cfg.group_imb_factor, "group_imb_factor")
     return DataInfo(
         name=cfg.data,
         class_names=outline.class_names,
         class_counts=torch.tensor(list(counts), dtype=torch.int64),
-        groups=shot_groups(grouped, cfg.many_above, cfg.few_below),
+        groups=shot_groups(counts_of_groups, cfg.many_above, cfg.few_below),
         mean=outline.mean,
         std=outline.std,
     )
 
 
-def _testing(cfg: CfgNode) -> Transform:
-    """What one image of the test gives; the views of `tte` are cut from it by trainers/evaluation/tta.py."""
+def _test_transform(cfg: CfgNode) -> Transform:
+    """The transform of evaluated images. For `tte`, trainers/evaluation/tta.py crops its result into views."""
     if cfg.tte and cfg.tte_mode == "randaug":
         return repeated(train_transform(cfg.augment, cfg.resolution, cfg.interpolation), cfg.randaug_times)
     if cfg.tte:
-        return crop_resize(cfg.resolution, cfg.expand, cfg.interpolation)
+        return resize_for_crops(cfg.resolution, cfg.expand, cfg.interpolation)
     return eval_transform(cfg.resolution, cfg.interpolation, cfg.augment)

@@ -1,4 +1,4 @@
-"""What the rest of the toolkit sees of a data set: facts and views."""
+"""What the rest of the toolkit sees of a data set: facts about it, its views, and its test distributions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,67 +11,76 @@ from torch.utils.data import Dataset
 
 from tailtune.configs.seeding import seeded
 from tailtune.datasets.images.transforms import Transform
-from tailtune.datasets.long_tail import some_positions
-from tailtune.datasets.sources.available_images import Triple
+from tailtune.datasets.long_tail import random_positions
+from tailtune.datasets.sources.available_images import RGB
 from tailtune.datasets.sources.image_sources import BadImage, Source
 from tailtune.datasets.splits.split_records import ChosenSplits, Record
 
 Batch = dict[str, Any]
+"""A sample of a `View`, or a batch of samples as `collate` joins them: name → value."""
 PADDING = -1
+"""Index of a black image of weight 0."""
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Facts that need no image."""
+    """Facts about the training data that need no image."""
 
     name: str
+    """Name of the data config."""
     class_names: tuple[str, ...]
+    """C names in the order of the labels."""
     class_counts: torch.Tensor
     """Training images per class, int64 [C]."""
     groups: dict[str, torch.Tensor]
-    """`many`, `med`, `few` → class indices, int64."""
-    mean: Triple
-    std: Triple
-    """Of the data set's own pixels (0–1), for a backbone that has none."""
+    """Shot group (`many`, `med`, `few`) → its class indices, int64."""
+    mean: RGB
+    """Mean of the data set's pixels (0–1), for a backbone that has no mean of its own."""
+    std: RGB
+    """Standard deviation of the data set's pixels (0–1), for the same use."""
     descriptors: tuple[tuple[str, ...], ...] | None = None
-    """Strings that describe each class [C], where `prompt descriptor` asks for them."""
+    """Texts that describe each class [C], if the option `prompt descriptor` needs them."""
 
     @property
     def num_classes(self) -> int:
+        """Number of classes C."""
         return len(self.class_names)
 
 
 @dataclass(frozen=True)
-class Shift:
-    """A test set of other class frequencies."""
+class TestDistribution:
+    """A subset of the test images with given class frequencies, such as `forward50`."""
+
+    __test__ = False  # pytest shall not collect this class as a test
 
     name: str
     counts: torch.Tensor
     """Images per class, int64 [C]."""
     positions: torch.Tensor
-    """Its images in the test split, int64 [n]."""
+    """Positions of its n images in the test split, int64 [n]."""
     origin: str
-    """Where the choice of images comes from, for people."""
-    learn: torch.Tensor | None = None
-    """Images that weights for it are learnt from, as `positions`; None: its own."""
+    """How the images were chosen, for reports."""
+    learn_positions: torch.Tensor | None = None
+    """Test images from which test-time adaptation learns, as `positions`; None: from the images of `positions`."""
 
 
 class View(Dataset[Batch]):
-    """Some images of a source, seen through a transform.
+    """Images of a source, seen through a transform.
 
-    Keys: an index in the view, or (index, epoch), or (index, epoch, view). What the transform draws is a function
-    of the seed and the key alone, whatever worker or process runs it; an index alone is (index, 0, 0). The index -1
-    is padding, not the last image: a black image of weight 0. (index, epoch, view, index, view) is a pair.
+    A key is an index in the view, (index, epoch) or (index, epoch, number of the repetition). An index alone means
+    (index, 0, 0). The random draws of the transform depend on the seed and the key only, not on the process that runs
+    it. The index `PADDING` gives a black image of weight 0. A key of five numbers, (index, epoch, repetition, index,
+    repetition), is a pair of images.
 
-    A sample is `image` (uint8 [3, H, W]), `label`, `index` (the position in the view) and `weight`: 1.0, or 0.0 for
-    padding and for a bad image when those are skipped. Of a pair all is of the first image, and `partner` is the
-    second; the weight is 0 if either is bad.
+    A sample has `image` (uint8 [3, H, W]), `label`, `index` (the position in the view) and `weight`. The weight is 1.0,
+    or 0.0 for padding and for an unreadable image that is skipped. The sample of a pair describes the first image, has
+    the second one as `partner`, and has weight 0 if one of the two has.
 
     Args:
         source: the images.
         indices: positions in the source, int64 [N].
         transform: PIL image → uint8 [3, H, W].
-        seed: of the augmentation.
+        seed: seed of the transform's random draws.
         skip_bad: give unreadable images weight 0 instead of raising `BadImage`.
     """
 
@@ -83,31 +92,48 @@ class View(Dataset[Batch]):
 
     @property
     def labels(self) -> torch.Tensor:
-        """Classes in the order of the view, int64 [N]."""
+        """Labels of the images in the order of the view, int64 [N]."""
         return torch.from_numpy(self.source.labels[self.indices])
 
     def with_transform(self, transform: Transform) -> "View":
-        """The same images through another transform."""
+        """The same images through another transform.
+
+        Args:
+            transform: PIL image → uint8 [3, H, W].
+        """
         return View(self.source, self.indices, transform, self.seed, self.skip_bad)
 
     def limited(self, count: int | None) -> "View":
-        """At most `count` of the images, spread at random over the split, whose order may be by class."""
+        """At most `count` images of the view, chosen at random because the view may be sorted by class.
+
+        Args:
+            count: number of images; None for all.
+        """
         if count is None:
             return self
-        return self.take(some_positions(len(self.indices), count))
+        return self.take(random_positions(len(self.indices), count))
 
     def take(self, positions: np.ndarray) -> "View":
-        """The images at these positions of the view."""
+        """The images at the given positions of the view.
+
+        Args:
+            positions: int64 [n].
+        """
         return View(self.source, self.indices[positions], self.transform, self.seed, self.skip_bad)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> Batch:
+        """The sample of a key.
+
+        Raises:
+            BadImage: the image cannot be read, and unreadable images are not skipped.
+        """
         if isinstance(key, tuple) and len(key) == 5:
             first, second = self[key[:3]], self[key[3], key[1], key[4]]
             return {**first, "partner": second["image"], "weight": min(first["weight"], second["weight"])}
-        index, epoch, view = (*key, 0, 0)[:3] if isinstance(key, tuple) else (key, 0, 0)
+        index, epoch, repetition = (*key, 0, 0)[:3] if isinstance(key, tuple) else (key, 0, 0)
         if index == PADDING:
             return _sample(self._black(), 0, PADDING, 0.0)
         position = int(self.indices[index])
@@ -118,36 +144,38 @@ class View(Dataset[Batch]):
             if not self.skip_bad:
                 raise
             return _sample(self._black(), label, index, 0.0)
-        with seeded(self.seed, "augment", epoch, index, view):
+        with seeded(self.seed, "augment", epoch, index, repetition):
             return _sample(self.transform(image), label, index, 1.0)
 
     def _black(self) -> torch.Tensor:
-        """Zeros of the shape that the transform gives to a square image, which is what stacks with others."""
+        """A black image of the shape that the transform gives to a square image, so that batches can be stacked."""
         with seeded(0):
             return torch.zeros_like(self.transform(Image.new("RGB", (32, 32))))
 
 
 @dataclass
 class DataBundle:
-    """The views of a run."""
+    """Everything about the data that a run uses."""
 
     info: DataInfo
     train: View
-    """Augmented."""
-    plain: View
-    """Training images through the plain transform, for head initialisation."""
+    """Training images with augmentation."""
+    train_unaugmented: View
+    """Training images resized and cropped at the centre, for initialising the head."""
     train_as_test: View
-    """Training images through the test transform, for `test_train`."""
+    """Training images with the transform of the test, for the option `test_train`."""
     test: View
+    """Test images."""
     test_views: View
-    """Test images, two draws of the views that test-time learning compares: `image` is uint8 [2, 3, H, W]."""
+    """Test images, two augmented views of each: `image` is uint8 [2, 3, H, W]. Test-time adaptation compares them."""
     val: View | None
+    """Validation images, if there are any."""
     records: Mapping[str, Record]
-    """What each split is made of: `train`, `test`, and `val` where there is one."""
-    chosen: ChosenSplits
-    """The splits, and the images that are in none."""
-    shifts: tuple[Shift, ...] = ()
-    """Label distributions of the test images."""
+    """Split (`train`, `test`, and `val` if there is one) → the files that it is made of."""
+    splits: ChosenSplits
+    """The images of each split, and those in no split."""
+    test_distributions: tuple[TestDistribution, ...] = ()
+    """The test distributions that the run is evaluated on."""
 
 
 def _sample(image: torch.Tensor, label: int, index: int, weight: float) -> Batch:

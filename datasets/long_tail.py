@@ -1,8 +1,7 @@
-"""Long-tailed subsets, hold-outs and shot groups, as pure functions of labels and counts.
+"""Long-tailed subsets, held-out images and shot groups, as pure functions of labels and counts.
 
-The subsets are the published CIFAR-LT ones (Cui et al. 2019, LDAM, SADE, LIFT): they come from NumPy's legacy
-shuffle with seed 0, here from a generator of its own. They depend on no seed of the run, so that runs with
-different seeds train on the same images.
+The subsets are the published CIFAR-LT ones (Cui et al. 2019, LDAM, SADE, LIFT). They are made by NumPy's legacy shuffle
+with seed 0, and do not depend on the seed of the run. So runs with different seeds train on the same images.
 """
 
 from collections.abc import Sequence
@@ -13,59 +12,81 @@ import torch
 from tailtune.configs.errors import UserError
 
 SUBSET_SEED = 0
-GROUPS = {"many_acc": "many", "med_acc": "med", "few_acc": "few"}
-"""Metric → the shot group whose mean class accuracy it is, a key of `shot_groups`."""
+"""Seed of the published subsets."""
+SHOT_GROUPS = {"many_acc": "many", "med_acc": "med", "few_acc": "few"}
+"""Metric → the shot group whose mean class accuracy it is. The groups are the keys of `shot_groups`."""
 
 
 def longtail_counts(n_max: float, num_classes: int, imb_factor: float) -> list[int]:
-    """n_k = int(n_max · imb_factor^(k/(C−1))): exponential decay over the classes, truncated."""
+    """Images per class of an exponentially decaying class distribution (Cui et al. 2019).
+
+    n_k = int(n_max · imb_factor^(k/(C−1))) for k = 0 … C−1.
+
+    Args:
+        n_max: images of the first class.
+        num_classes: number of classes C.
+        imb_factor: images of the last class / images of the first class.
+
+    Returns:
+        C numbers, rounded down.
+    """
     last = max(num_classes - 1, 1)
     return [int(n_max * imb_factor ** (k / last)) for k in range(num_classes)]
 
 
 def capped_counts(available: Sequence[int], imb_factor: float | None, key: str = "imb_factor") -> list[int]:
-    """Training images per class: the long tail below the largest class, as far as each class has the images.
+    """Training images per class after the data have been made long-tailed.
+
+    The first class keeps as many images as the largest class has. No class gets more images than it has.
+
+    Args:
+        available: images of each class, [C].
+        imb_factor: smallest class / largest class; None leaves the counts unchanged.
+        key: the option that sets `imb_factor`, for messages.
+
+    Returns:
+        Images per class, [C].
 
     Raises:
-        UserError: `imb_factor`, which is the value of the option `key`, is not in (0, 1].
+        UserError: `imb_factor` is not above 0 and at most 1.
     """
     if imb_factor is None:
         return list(available)
     if not 0 < imb_factor <= 1:
-        raise UserError(f"{key} {imb_factor:g}: it is smallest class / largest class, above 0 and at most 1")
+        raise UserError(f"{key} {imb_factor:g}: give smallest class / largest class, above 0 and at most 1")
     wanted = longtail_counts(max(available), len(available), imb_factor)
     return [min(have, want) for have, want in zip(available, wanted, strict=True)]
 
 
 def subsample(labels: np.ndarray, counts: Sequence[int], seed: int = SUBSET_SEED) -> np.ndarray:
-    """Positions of the published subset.
+    """Choose a subset with given class counts; with the default seed it is the published CIFAR-LT subset.
 
-    Class by class, one stream of shuffles over the ascending positions; the first n_k stay, in shuffled order.
-    With classes of equal size the subsets for different counts are therefore nested.
+    The positions of each class are shuffled, one class after another, and the first n_k are kept. If all classes have
+    the same size, a subset with smaller counts is contained in one with larger counts.
 
     Args:
-        labels: [N].
-        counts: images to keep, one number per class.
-        seed: another one than the published.
+        labels: int64 [N].
+        counts: images to keep of each class, [C].
+        seed: seed of the shuffles.
 
     Returns:
-        int64 [Σ counts], sorted by class.
+        Positions in `labels`, sorted by class and shuffled within a class, int64 [Σ counts].
     """
     orders = _shuffled(labels, len(counts), seed)
     return np.concatenate([order[:keep] for order, keep in zip(orders, counts, strict=True)])
 
 
 def hold_out(labels: np.ndarray, per_class: int, class_names: Sequence[str], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Split off the same number of images of every class.
+    """Hold out the same number of random images of every class.
 
     Args:
-        labels: [N].
+        labels: int64 [N].
         per_class: images to hold out of each class.
-        class_names: [C], for messages.
-        key: the option that asks for it, for messages.
+        class_names: C names, for messages.
+        key: the option that sets `per_class`, for messages.
 
     Returns:
-        Positions held out, sorted by class, int64 [C · per_class]; positions that remain, ascending.
+        The positions that are held out, sorted by class, int64 [C · per_class]; and the others, ascending.
 
     Raises:
         UserError: a class would keep no image.
@@ -76,21 +97,50 @@ def hold_out(labels: np.ndarray, per_class: int, class_names: Sequence[str], key
 
 
 def check_hold_out(counts: Sequence[int] | np.ndarray, per_class: int, class_names: Sequence[str], key: str) -> None:
-    """Raise a `UserError` that names the first class with no more than `per_class` images."""
+    """Check that every class keeps an image after `per_class` images have been held out.
+
+    Args:
+        counts: images per class, [C].
+        per_class: images to hold out of each class.
+        class_names: C names, for messages.
+        key: the option that sets `per_class`, for messages.
+
+    Raises:
+        UserError: a class has no more than `per_class` images.
+    """
     for name, count in zip(class_names, counts, strict=True):
         if count <= per_class:
-            raise UserError(f"{key} {per_class}: class '{name}' has only {count} images, it must keep at least one")
+            raise UserError(
+                f"{key} {per_class}: class '{name}' has only {count} images and must keep at least one; lower {key}"
+            )
 
 
-def some_positions(length: int, limit: int | None) -> np.ndarray:
-    """All positions, or `limit` of them drawn over the whole split, whose order may be by class; ascending."""
+def random_positions(length: int, limit: int | None) -> np.ndarray:
+    """Positions of a random part of a split, always the same ones for the same arguments.
+
+    Args:
+        length: number of images of the split.
+        limit: number of positions to choose; None for all.
+
+    Returns:
+        Ascending positions, int64 [min(length, limit)].
+    """
     if limit is None or limit >= length:
         return np.arange(length)
     return np.sort(np.random.RandomState(SUBSET_SEED).permutation(length)[:limit])
 
 
 def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[str, torch.Tensor]:
-    """Class indices of the many-shot (n > many_above), few-shot (n < few_below) and medium-shot classes, int64."""
+    """Group the classes by their number n of training images, as Liu et al. 2019 (OLTR).
+
+    Args:
+        counts: training images per class, [C].
+        many_above: classes with n > many_above are many-shot.
+        few_below: of the others, classes with n < few_below are few-shot, and the rest medium-shot.
+
+    Returns:
+        `many`, `med`, `few` → class indices, int64.
+    """
     n = torch.tensor(counts, dtype=torch.int64)  # [C]
     many, few = n > many_above, n < few_below
     masks = {"many": many, "med": ~(many | few), "few": few & ~many}
@@ -98,10 +148,10 @@ def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[
 
 
 def _shuffled(labels: np.ndarray, num_classes: int, seed: int = SUBSET_SEED) -> list[np.ndarray]:
-    """The positions of each class, shuffled by one legacy stream (the only one that gives the published order)."""
-    stream = np.random.RandomState(seed % 2**32)
+    """The positions of each class in random order. Only NumPy's legacy generator gives the published order."""
+    random = np.random.RandomState(seed % 2**32)
     ends = np.bincount(labels, minlength=num_classes).cumsum()
     by_class = np.split(labels.argsort(kind="stable"), ends[:-1])
     for positions in by_class:
-        stream.shuffle(positions)
+        random.shuffle(positions)
     return by_class

@@ -1,25 +1,27 @@
-"""Encoder + head, the thing that methods train."""
+"""Encoder and head together: the model that methods train."""
 
 import torch
 from torch import Tensor, nn
 
+from tailtune.models.backbones.backbone_types import PixelStats, TextEncoder
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.spec import Stats, Text
-from tailtune.models.heads.expert_heads import ExpertHeads, apart, heads_of
-from tailtune.models.heads.initialisation import HeadContext, HeadInit
+from tailtune.models.heads.expert_heads import ExpertHeads, heads_of, perturb_for_expert
+from tailtune.models.heads.head_init import HeadContext, HeadInit
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 
 
 class ClassificationModel(nn.Module):
     """Images → features → logits of each expert.
 
+    Checkpoints name their tensors after the attributes `encoder`, `head` and `peft`.
+
     Args:
-        encoder: normalised images → features [B, D], or [B, E, D] of experts with parts of their own.
+        encoder: normalised images → features [B, D], or [B, E, D] if experts have parts of the network of their own.
         head: features → logits [B, C], or `ExpertHeads`.
-        stats: mean and std that the encoder expects.
-        init: fills the head before the first step; dropped afterwards, and with it the text tower.
-        random_base: the encoder's weights are random although pre-trained ones exist.
-        peft: what the peft library has put around the encoder.
+        pixel_stats: mean and deviation of the pixels that the encoder expects.
+        init: fills the head before the first step. It is dropped afterwards, together with the text encoder.
+        random_base: whether the encoder's weights are random although pre-trained ones exist.
+        peft: the adapter of the peft library around the encoder, if there is one.
     """
 
     mean: Tensor
@@ -29,7 +31,7 @@ class ClassificationModel(nn.Module):
         self,
         encoder: Encoder,
         head: nn.Module,
-        stats: Stats,
+        pixel_stats: PixelStats,
         init: HeadInit | None = None,
         random_base: bool = False,
         peft: PeftAdapter | None = None,
@@ -40,21 +42,33 @@ class ClassificationModel(nn.Module):
         self.init = init
         self.random_base = random_base
         self.peft = peft
-        for name, values in zip(("mean", "std"), stats, strict=True):
+        for name, values in zip(("mean", "std"), pixel_stats, strict=True):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] (or floats, taken as normalised) → features [B, D] or [B, E, D]."""
+        """Encode images.
+
+        Args:
+            images: [B, 3, H, W], uint8, or floats that are normalised already.
+
+        Returns:
+            Features [B, D], or [B, E, D] if experts have features of their own.
+        """
         return self.encoder(self.normalised(images))
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] → what the encoder takes; floats pass as they are."""
+        """The encoder's input: uint8 images [B, 3, H, W] are normalised, floats pass as they are."""
         return (images.float() / 255 - self.mean) / self.std if images.dtype == torch.uint8 else images
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features [B, D] or [B, E, D] → logits of each expert [B, E, C]; one head is one expert.
+        """Classify features.
 
-        At least fp32: class counts, which losses use in the logits' dtype, are beyond fp16's range.
+        Args:
+            features: [B, D] or [B, E, D].
+
+        Returns:
+            Logits of each expert [B, E, C]; a single head is one expert. They are at least fp32, because losses use
+            class counts in this dtype, and fp16 cannot hold large counts.
         """
         logits = self.head(features)
         logits = logits if isinstance(self.head, ExpertHeads) else logits.unsqueeze(1)
@@ -65,26 +79,42 @@ class ClassificationModel(nn.Module):
         return self.logits(self.features(images))
 
     def trunk(self, images: Tensor) -> Tensor:
-        """What is computed once for all experts: the encoder's trunk, or the feature where they share all of it."""
+        """Compute what all experts share.
+
+        Args:
+            images: [B, 3, H, W], uint8, or floats that are normalised already.
+
+        Returns:
+            The output of the encoder's trunk; the features where experts share the whole encoder.
+        """
         return self.encoder.trunk(self.normalised(images)) if self.encoder.experts > 1 else self.features(images)
 
     def expert(self, shared: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-        """What `trunk` gave, of some images → feature [B, D] and logits [B, C] of one expert, as `forward`."""
+        """Compute what one expert adds.
+
+        Args:
+            shared: output of `trunk`, or the rows of it that belong to some of the images.
+            expert: index of the expert.
+
+        Returns:
+            Its features [B, D] and logits [B, C], the same as `features` and `forward` give.
+        """
         features = self.encoder.branch(shared, expert) if self.encoder.experts > 1 else shared
         logits = heads_of(self.head)[expert](features)
         return features, logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @property
-    def text(self) -> Text | None:
-        """The text tower, as long as the head is still to be made of it."""
-        return self.init.text if self.init else None
+    def text_encoder(self) -> TextEncoder | None:
+        """The text encoder, until the head has been made from it."""
+        return self.init.text_encoder if self.init else None
 
     @property
     def num_experts(self) -> int:
+        """Number E of experts; 1 for a single head."""
         return len(heads_of(self.head))
 
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
-        """Arithmetic of the frozen encoder; the head stays in its own dtype."""
+        """Set the arithmetic of the frozen encoder, see `Encoder.set_precision`. The head keeps its own dtype."""
         self.encoder.set_precision(compute, residual)
 
     @property
@@ -93,36 +123,53 @@ class ClassificationModel(nn.Module):
         return self.encoder.batch_coupled
 
     def penalty(self) -> Tensor | None:
-        """What the tuners add to the mean loss, a scalar."""
+        """What the tuners add to the mean loss, a scalar; None: nothing."""
         return self.peft.penalty() if self.peft else None
 
     def before_training(self, steps: int) -> None:
-        """Once a launch, before the first step; `steps` is the length of the whole run."""
+        """Prepare the tuners; called once in each launch, before its first step.
+
+        Args:
+            steps: optimizer steps of the whole run.
+        """
         if self.peft:
             self.peft.before_training(steps)
 
     def after_step(self, step: int) -> None:
-        """After each optimizer step, counted from 1, while its gradients are still there."""
+        """Let the tuners follow training; called after each optimizer step, while its gradients still exist.
+
+        Args:
+            step: number of the step, counted from 1.
+        """
         if self.peft:
             self.peft.after_step(step)
 
     def init_head(self, context: HeadContext) -> None:
-        """Fill the head's weight once, of several experts almost alike, then let go of what that needed."""
+        """Fill the weight of the head, or of every expert's head, and drop what was needed for that.
+
+        Experts get weights that differ a little, see `perturb_for_expert`.
+
+        Args:
+            context: the training data.
+        """
         if self.init is not None:
             with torch.no_grad():
                 weight = self.init(context)
                 for expert, head in enumerate(heads_of(self.head)):
-                    head.get_parameter("weight").copy_(apart(weight, expert, context.seed))
+                    head.get_parameter("weight").copy_(perturb_for_expert(weight, expert, context.seed))
         self.init = None
 
     def counts(self) -> dict[str, int]:
-        """Parameters: `total` each once, `tuner` what trains outside the head, `head`, `trainable`."""
-        head = sum(each.numel() for each in self.head.parameters())
-        trains = sum(each.numel() for each in self.parameters() if each.requires_grad)
-        head_trains = sum(each.numel() for each in self.head.parameters() if each.requires_grad)
+        """Numbers of parameters; a parameter that is used twice counts once.
+
+        Returns:
+            `total`; `tuner`: trainable ones outside the head; `head`: all of the head; `trainable`.
+        """
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        trainable_head = sum(parameter.numel() for parameter in self.head.parameters() if parameter.requires_grad)
         return {
-            "total": sum(each.numel() for each in self.parameters()),
-            "tuner": trains - head_trains,
-            "head": head,
-            "trainable": trains,
+            "total": sum(parameter.numel() for parameter in self.parameters()),
+            "tuner": trainable - trainable_head,
+            "head": sum(parameter.numel() for parameter in self.head.parameters()),
+            "trainable": trainable,
         }

@@ -1,63 +1,70 @@
-"""docs/parity.json: the report of parity_lift.py at the top level, those of the others below, each a part."""
+"""docs/parity.json: the report of `lift` at the top level, each other report below its subject's name."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from tailtune.configs.errors import UserError
 from tailtune.trainers.runs.report import circumstances
 
-PARITY = Path(__file__).parent.parent / "docs" / "parity.json"
-EXPERTS = "experts"
-DIRMIXE = "dirmixe"
-H2T = "h2t"
+PARITY = Path(__file__).resolve().parent.parent / "docs" / "parity.json"
+TOP = "lift"
+"""The subject whose report is not below a name of its own."""
 MARK = "\x00"
+"""Stands for a list of cases while the rest is formatted."""
 
 
-def write(report: dict[str, Any], part: str | None = None, path: Path = PARITY) -> None:
-    """Put a report in its place and leave the others'; one case a line, figures to two significant digits."""
+def write(report: dict[str, Any], subject: str, path: Path = PARITY) -> None:
+    """Put the report of a subject into the file and leave the others as they are.
+
+    Args:
+        report: what the subject's part of the file should hold; `cases` is the list of rows.
+        subject: name of the subject.
+        path: the file; it need not exist.
+    """
     old = json.loads(path.read_text()) if path.exists() else {}
-    others = {name: each for name, each in old.items() if isinstance(each, dict) and "cases" in each}
-    whole = {**report, **others} if part is None else {**old, part: report}
-    rows: list[str] = []
+    others = {name: part for name, part in old.items() if isinstance(part, dict) and "cases" in part}
+    path.write_text(formatted({**report, **others} if subject == TOP else {**old, subject: report}))
 
-    def folded(value: Any) -> Any:
+
+def formatted(reports: dict[str, Any]) -> str:
+    """JSON with one case a line and figures to two significant digits."""
+    lists: list[str] = []
+
+    def without_cases(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        lines = value.get("cases")
-        if isinstance(lines, list):
-            rows.append(",\n".join(f"  {json.dumps(_short(row))}" for row in lines))
+        cases = value.get("cases")
+        if isinstance(cases, list):
+            lists.append(",\n".join(f"  {json.dumps(_rounded(row))}" for row in cases))
             value = {**value, "cases": MARK}
-        return {key: folded(each) for key, each in value.items()}
+        return {name: without_cases(part) for name, part in value.items()}
 
-    text = json.dumps(folded(whole), indent=1)
-    for lines in rows:
+    text = json.dumps(without_cases(reports), indent=1)
+    for lines in lists:
         text = text.replace(json.dumps(MARK), f"[\n{lines}\n ]", 1)
-    path.write_text(text + "\n")
+    return text + "\n"
 
 
-def run_original(script: str, words: list[str], checkout: Path, **environment: str) -> None:
-    """Run a script of benchmarks/ in an original's checkout, in a process of its own and without a GPU."""
-    command = [sys.executable, str(Path(__file__).parent / script), *words]
-    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run(command, cwd=checkout, env=surroundings, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the original stopped ({script} {' '.join(words[1:])}):\n{done.stderr[-3000:]}")
+def about_our_side() -> dict[str, Any]:
+    """Our commit, the packages and the hardware that the figures were computed with."""
+    facts = circumstances()
+    return {"ours": facts["commit"], "packages": facts["packages"], "hardware": facts["hardware"]}
 
 
-def circumstances_of_figures() -> dict[str, Any]:
-    """With what figures were computed."""
-    about = circumstances()
-    return {"ours": about["commit"], "packages": about["packages"], "hardware": about["hardware"]}
+def commit_of(checkout: Path) -> str:
+    """The commit of a checkout.
 
-
-def head(checkout: Path) -> str:
-    """The commit of a checkout."""
+    Raises:
+        UserError: the folder is no git repository.
+    """
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{checkout} is no git repository; name the commit of its code with --commits")
+    return done.stdout.strip()
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: float(f"{v:.1e}") if isinstance(v, float) else v for k, v in row.items()}
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.1e}") if isinstance(value, float) else value for name, value in row.items()}

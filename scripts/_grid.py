@@ -1,21 +1,21 @@
-"""Grids: a small YAML of rows and axes stands for all command lines of a table. Shared by reproduce.py and collect.py.
+"""Grids: a YAML with the rows and axes of a table, from which all its commands follow. For reproduce.py and collect.py.
 
 The format, by example:
 
-    # one line that says what it is
-    paper: LIFT, Table 5                       # none for a grid of our own, which has no *published* columns
-    metrics: [accuracy, few_acc]               # none: METRICS
-    seeds: [0, 1, 2]                           # none: one run, as the command says
+    # title: one line
+    paper: LIFT, Table 5                       # left out: the table has no *published* columns
+    metrics: [accuracy, few_acc]               # left out: METRICS
+    seeds: [0, 1, 2]                           # left out: the default seed
     axes:
       r: [1, 2, 4]                             # a placeholder and its values
-      data:                                    # or values that bring further placeholders, empty where they do not
+      data:                                    # or values that set further placeholders, which are empty elsewhere
         imagenet_lt:
         inat2018: {more: num_epochs 20}
-    rows:                                      # each is crossed with the axes that it mentions
+    rows:                                      # a row has a command for every combination of the axes it mentions
       "r = {r}": -d {data} -m clip_vit_b16 adaptformer True adapter_dim {r} {more}
       LIFT:
         run: ["-d {data} …", -d cifar100 …]    # one command or several
-        published: {imagenet_lt: [(77.0), 80.2]}  # in the order of metrics; in brackets: from memory, not verified
+        published: {imagenet_lt: [(77.0), 80.2]}  # in the order of metrics; in brackets: not verified
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import Any
 from tailtune.configs import CfgNode, describe, load_configs
 from tailtune.configs.errors import UserError, lookup, unknown
 from tailtune.configs.yaml_reader import read_yaml
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.trainers.training_options import TrainingOptions
 
 FOLDER = Path(__file__).resolve().parent / "grids"
@@ -42,56 +42,63 @@ ALL_METRICS = (
 )
 """The single numbers of a metrics.json.
 
-Of a test distribution they are `backward50.accuracy`, as the run predicts it, by adapted weights where it adapts; or of
-one of its slots, `backward50.plain.accuracy`.
+On a test distribution: `backward50.accuracy`, by the run's adapted weights if it has some; or of a named predictor,
+`backward50.plain.accuracy`.
 """
 
 MOST = 10_000
-"""Commands of a row; a longer table is none."""
+"""The largest number of commands of a row; more are a mistake in the axes."""
 
 Axes = Mapping[str, list[dict[str, str]]]
-"""Axis → its values, each as placeholder → words."""
+"""Axis → its values; a value is the placeholders that it sets, with their words."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One command of a grid, and where its result stands in the table."""
+    """One command of a grid: a row of the table for one data set."""
 
     row: str
     words: tuple[str, ...]
-    """What stands behind `python main.py`, as `-d DATA -m MODEL KEY VALUE …`."""
+    """The words behind `python main.py`: `-d DATA -m MODEL KEY VALUE …`."""
     published: Mapping[str, str]
     """Metric → the paper's number, as text."""
 
     @property
     def facts(self) -> dict[str, str]:
-        """What `--where` asks for: data, model, row and the command's own options."""
+        """What `--where` can ask for: data, model, row and the options in the command."""
         options = dict(zip(self.words[4::2], self.words[5::2], strict=True))
         return {"data": self.words[1], "model": self.words[3], "row": self.row, **options}
 
     def command(self, seed: int, extra: Sequence[str] = ()) -> list[str]:
+        """The words of the command with a seed and with further `KEY VALUE` words."""
         return [*self.words, *extra, *_seed(seed)]
 
     def commands(self, seed: int, extra: Sequence[str] = ()) -> list[list[str]]:
-        """The command, and before one that only tests the command that trains: what stands before `test_only`."""
+        """The command; before one that only tests, the command that trains, which has the words before `test_only`."""
         if "test_only" not in self.words:
             return [self.command(seed, extra)]
-        trained = self.words[: self.words.index("test_only")]
-        return [[*trained, *extra, *_seed(seed)], self.command(seed, extra)]
+        training = self.words[: self.words.index("test_only")]
+        return [[*training, *extra, *_seed(seed)], self.command(seed, extra)]
 
 
 @dataclass(frozen=True)
 class Grid:
+    """All commands of a table."""
+
     name: str
     title: str
     paper: str | None
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
-    """Grouped by data set; within one in the order of the rows."""
+    """Sorted by data set; those of a data set are in the order of the rows."""
 
     def where(self, facts: Mapping[str, str]) -> "Grid":
-        """The part of the grid that has these facts."""
+        """The cells that have these facts.
+
+        Raises:
+            UserError: no cell has them.
+        """
         kept = tuple(cell for cell in self.cells if facts.items() <= cell.facts.items())
         if not kept:
             asked = " ".join(f"{key} {value}" for key, value in facts.items())
@@ -105,10 +112,13 @@ def names() -> dict[str, Path]:
 
 
 def read(name: str) -> Grid:
-    """A grid by name, or by the path of a YAML.
+    """Read a grid.
+
+    Args:
+        name: name of a shipped grid, or path of a YAML.
 
     Raises:
-        UserError: there is none, or it is not understood.
+        UserError: there is no such grid, or the file is none.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else lookup(names(), name, "grid")
     body = read_yaml(path)
@@ -132,25 +142,29 @@ def read(name: str) -> Grid:
     return Grid(known_as, describe(path), body.get("paper"), metrics, seeds, tuple(cells))
 
 
-def check_metrics(names: Sequence[str]) -> None:
-    """Raise a `UserError` for a name that is no single number of a metrics.json."""
-    for each in names:
-        *of, name = each.split(".")
-        if name not in ALL_METRICS or len(of) > 2:
-            raise unknown("metric", each, ALL_METRICS)
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Check the names of metrics.
+
+    Raises:
+        UserError: a name is no single number of a metrics.json.
+    """
+    for metric in metrics:
+        *place, name = metric.split(".")
+        if name not in ALL_METRICS or len(place) > 2:
+            raise unknown("metric", metric, ALL_METRICS)
 
 
 def config(words: Sequence[str]) -> CfgNode:
-    """The resolved config of a command line."""
+    """The resolved config of a command, from its words behind `python main.py`."""
     from tailtune.models import resolve
     from tailtune.trainers.options import declared
 
-    flags, pairs = split_words(words)
+    flags, pairs = split_arguments(words)
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
 
 
 def result(words: Sequence[str]) -> Path | None:
-    """The metrics.json that a command has written; None if it is not finished."""
+    """The metrics.json that a command has written; None if it has not finished."""
     from tailtune.trainers.runs.run_folder import RunFolder
     from tailtune.trainers.runs.stored_results import still_true
 
@@ -160,38 +174,39 @@ def result(words: Sequence[str]) -> Path | None:
 
 
 def runs(cell: Cell, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[int]:
-    """The seeds that a cell is run with: zero-shot has nothing that a seed could change."""
+    """The seeds that a cell is run with. Of zero-shot it is one, since a seed changes nothing of it."""
     return list(seeds[:1] if config(cell.command(seeds[0], extra)).zero_shot else seeds)
 
 
 def split_extra(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Own words, and the `KEY VALUE` pairs behind `--`."""
+    """The words before `--`, and the `KEY VALUE` words behind it."""
     cut = list(argv).index("--") if "--" in argv else len(argv)
     return list(argv[:cut]), list(argv[cut + 1 :])
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="run with each; default: the grid's own")
-    where = "only the commands with this data, model, row or option; may be repeated"
+    """Add the arguments that choose commands of a grid."""
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds of the runs; default: the grid's")
+    where = "only the commands with this data, model, row or option; can be repeated"
     parser.add_argument("--where", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help=where)
 
 
 def select(args: argparse.Namespace) -> tuple[Grid, list[int]]:
-    """The part of a grid that was asked for, and the seeds."""
+    """The chosen part of a grid, and the seeds."""
     grid = read(args.grid)
     return grid.where(dict(args.where)) if args.where else grid, list(args.seeds or grid.seeds)
 
 
 def _seed(seed: int) -> list[str]:
-    """Nothing for the default seed, so that a command reads as the original's."""
+    """The words for a seed; none for the default seed, so that a command reads like the original's."""
     return [] if seed == TrainingOptions().seed else ["seed", str(seed)]
 
 
 def _values(axis: str, values: Any) -> list[dict[str, str]]:
     pairs = values.items() if isinstance(values, dict) else ((value, None) for value in values)
-    points = {value: more or {} for value, more in pairs}
-    blank = {name: "" for more in points.values() for name in more}
-    return [{axis: str(value), **blank, **{k: str(v) for k, v in more.items()}} for value, more in points.items()]
+    placeholders = {value: more or {} for value, more in pairs}
+    blank = {name: "" for more in placeholders.values() for name in more}
+    return [{axis: str(value), **blank, **{k: str(v) for k, v in more.items()}} for value, more in placeholders.items()]
 
 
 def _cells(row: str, entry: Any, axes: Axes, metrics: Sequence[str]) -> Iterator[Cell]:
@@ -203,15 +218,15 @@ def _cells(row: str, entry: Any, axes: Axes, metrics: Sequence[str]) -> Iterator
             if command[0:4:2] != ("-d", "-m") or len(command) % 2:
                 raise UserError(f"grid row '{row}': a command is `-d DATA -m MODEL KEY VALUE …`, not `{template}`")
             published = entry.get("published", {}).get(command[1], [])
-            cells = {metric: str(each) for metric, each in zip(metrics, published, strict=False) if each is not None}
-            yield Cell(row.format_map(words), command, cells)
+            numbers = {metric: str(n) for metric, n in zip(metrics, published, strict=False) if n is not None}
+            yield Cell(row.format_map(words), command, numbers)
 
 
 def _combinations(template: str, axes: Axes) -> Iterator[dict[str, str]]:
     """Placeholder → words, for every combination of the axes that the template mentions."""
-    wanted = {name for _, name, _, _ in Formatter().parse(template) if name}
-    used = [values for values in axes.values() if values and wanted & values[0].keys()]
+    mentioned = {name for _, name, _, _ in Formatter().parse(template) if name}
+    used = [values for values in axes.values() if values and mentioned & values[0].keys()]
     if prod(map(len, used)) > MOST:
         raise ValueError(f"a row of {prod(map(len, used)):,} commands, more than {MOST:,}")
-    for points in product(*used):
-        yield {name: words for point in points for name, words in point.items()}
+    for values in product(*used):
+        yield {name: words for value in values for name, words in value.items()}

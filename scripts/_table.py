@@ -1,4 +1,4 @@
-"""A table of results: what a row knows, and the formats that it is written in. Used by reproduce.py and collect.py."""
+"""A table of results: its rows, and the formats that it is written in. For reproduce.py and collect.py."""
 
 import csv
 import io
@@ -13,27 +13,29 @@ from tailtune.configs.errors import lookup
 TITLES = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few", "worst_case_acc": "worst"}
 MEMORY = "A number in brackets is from memory, not verified against the paper."
 Result = dict[str, Any]
-"""Contents of a metrics.json."""
+"""Contents of a metrics.json, schema 2."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the runs that differ in their seed only."""
+    """A row of the table: the runs that differ in nothing but their seed."""
 
     data: str
     name: str
     wanted: int
-    """Runs that there should be."""
+    """Number of runs that there should be."""
     results: list[Result]
-    """Those that there are."""
+    """Results of the finished runs."""
     published: Mapping[str, str] = field(default_factory=dict)
+    """Metric → the paper's number, as text."""
 
     def values(self, metric: str) -> list[float]:
-        """One for each run that has something to measure."""
-        found = (number(each, metric) for each in self.results)
-        return [value for value in found if value is not None]
+        """A metric of every run that has measured it."""
+        values = (number(result, metric) for result in self.results)
+        return [value for value in values if value is not None]
 
     def ours(self, metric: str) -> str:
+        """Mean ± standard deviation of a metric over the runs, as text."""
         values = self.values(metric)
         if not values:
             return "n/a" if self.results else "not run"
@@ -42,33 +44,41 @@ class Row:
 
     @property
     def runs(self) -> str:
+        """The number of finished runs, and of those that there should be."""
         done = len(self.results)
         return str(done) if done == self.wanted else f"{done} of {self.wanted}"
 
     @property
     def trained(self) -> str:
-        """Parameters that train, tuners and head."""
+        """Number of trained parameters, those of tuners and head."""
         return f"{self.results[0]['params']['trainable']:,}" if self.results else ""
 
 
 def number(result: Result, metric: str) -> float | None:
-    """A single number of a result, `accuracy`, `backward50.accuracy` or `backward50.plain.accuracy`.
+    """A single number of a result.
 
-    Without a slot: by adapted weights where there are some. None: not measured, or nothing to measure.
+    Args:
+        result: contents of a metrics.json.
+        metric: `accuracy` of the test set; `backward50.accuracy` of a test distribution, by the adapted predictor if
+            there is one; `backward50.plain.accuracy` by a named predictor.
+
+    Returns:
+        The number; None if it was not measured, or if there is nothing to measure.
 
     Raises:
-        UserError: no such metric.
+        UserError: there is no such metric.
     """
-    *where, name = metric.split(".")
-    found = result["test"]
-    if where:
-        slots = {k: v for k, v in result.get("distributions", {}).get(where[0], {}).items() if isinstance(v, dict)}
-        adapted = next((each for each in slots if each != "plain"), "plain")
-        found = slots.get(where[1] if len(where) == 2 else adapted)
-    if found is None:
+    *place, name = metric.split(".")
+    metrics = result["test"]
+    if place:
+        predictors = result.get("distributions", {}).get(place[0], {}).get("predictors", {})
+        adapted = next((predictor for predictor in predictors if predictor != "plain"), "plain")
+        metrics = predictors.get(place[1] if len(place) == 2 else adapted)
+    if metrics is None:
         return None
-    value: float | None = lookup({k: v for k, v in found.items() if not isinstance(v, (list, dict))}, name, "metric")
-    return value
+    numbers = {key: value for key, value in metrics.items() if not isinstance(value, (list, dict))}
+    number_of_metric: float | None = lookup(numbers, name, "metric")
+    return number_of_metric
 
 
 def _header(metrics: Sequence[str], paper: str | None) -> list[str]:
@@ -85,14 +95,15 @@ def _cells(row: Row, metrics: Sequence[str], paper: str | None) -> list[str]:
 
 
 def as_markdown(rows: Sequence[Row], metrics: Sequence[str], paper: str | None = None) -> str:
+    """A Markdown table with footnotes; without a paper there are no columns for published numbers."""
     header = _header(metrics, paper)
     lines = [header, ["---"] * len(header), *(_cells(row, metrics, paper) for row in rows)]
-    text = "\n".join(f"| {' | '.join(each.replace('|', chr(92) + '|') for each in cells)} |" for cells in lines)
+    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
     return "\n\n".join([text, *_footnotes(rows, paper)]) + "\n"
 
 
 def as_latex(rows: Sequence[Row], metrics: Sequence[str], paper: str | None = None) -> str:
-    """For the booktabs package."""
+    """A LaTeX table for the booktabs package, with the footnotes as comments."""
     columns = "ll" + "r" * (len(_header(metrics, paper)) - 2)
     head, *body = [
         " & ".join(map(_tex, cells)) + r" \\"
@@ -107,15 +118,15 @@ def as_latex(rows: Sequence[Row], metrics: Sequence[str], paper: str | None = No
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    return "\n".join([*lines, *(f"% {line}" for each in _footnotes(rows, paper) for line in each.split("\n"))]) + "\n"
+    return "\n".join([*lines, *(f"% {line}" for note in _footnotes(rows, paper) for line in note.split("\n"))]) + "\n"
 
 
 def as_csv(rows: Sequence[Row], metrics: Sequence[str], paper: str | None = None) -> str:
-    """For programs: mean and standard deviation apart, unrounded, empty where there is nothing."""
+    """CSV for programs: mean and standard deviation in columns of their own, not rounded, empty if not measured."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    of_metric = [f"{metric}_{kind}" for metric in metrics for kind in ("published", "mean", "std")]
-    writer.writerow(["data", "row", "trained", "runs", "wanted", *of_metric, *FACTS])
+    titles = [f"{metric}_{kind}" for metric in metrics for kind in ("published", "mean", "std")]
+    writer.writerow(["data", "row", "trained", "runs", "wanted", *titles, *FACTS])
     for row in rows:
         numbers: list[Any] = []
         for values, metric in ((row.values(metric), metric) for metric in metrics):
@@ -129,39 +140,40 @@ def as_csv(rows: Sequence[Row], metrics: Sequence[str], paper: str | None = None
 
 FORMATS: dict[str, Callable[..., str]] = {"md": as_markdown, "csv": as_csv, "latex": as_latex}
 FACTS: dict[str, Callable[[Result], str]] = {
-    "commit": lambda found: re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", str(found.get("commit"))),
-    "hardware": lambda found: str(found.get("hardware")),
-    "torch": lambda found: str(found.get("packages", {}).get("torch")),
+    "commit": lambda result: re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", str(result.get("commit"))),
+    "hardware": lambda result: str(result.get("hardware")),
+    "torch": lambda result: str(result.get("packages", {}).get("torch")),
 }
+"""What a table says about its runs → that of one result."""
 
 
 def _facts(results: Sequence[Result], fact: str) -> list[str]:
-    """All different values."""
-    return list(dict.fromkeys(FACTS[fact](each) for each in results))
+    """The different values of a fact."""
+    return list(dict.fromkeys(FACTS[fact](result) for result in results))
 
 
 def _footnotes(rows: Sequence[Row], paper: str | None) -> list[str]:
-    """With what it was computed, and what a reader has to know of single runs."""
-    results = [each for row in rows for each in row.results]
+    """How the numbers were made, where the published ones are from, and the notes of single runs."""
+    results = [result for row in rows for result in row.results]
     lines = []
     if results:
-        seeds = ", ".join(map(str, sorted({each["seed"] for each in results})))
+        seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
         facts = "; ".join(f"{fact} {', '.join(_facts(results, fact))}" for fact in FACTS)
         lines.append(f"Mean ± standard deviation over seeds {seeds}; {facts}.")
     if paper:
-        unsure = any("(" in each for row in rows for each in row.published.values())
+        unsure = any("(" in text for row in rows for text in row.published.values())
         lines.append(
             f"Published: {paper}; empty where the number is not known here." + (f" {MEMORY}" if unsure else "")
         )
     notes: dict[str, int] = {}
-    for note in (note for each in results for note in [*each.get("notes", []), *_cut_short(each)]):
+    for note in (note for result in results for note in [*result.get("notes", []), *_cut_short(result)]):
         notes[note] = notes.get(note, 0) + 1
     listed = [f"- {note} ({count} of {len(results)} runs)" for note, count in notes.items()]
     return lines + (["\n".join(listed)] if listed else [])
 
 
-def _cut_short(found: Result) -> list[str]:
-    return ["stopped before its last epoch (max_steps)"] if found.get("stopped_early") else []
+def _cut_short(result: Result) -> list[str]:
+    return ["stopped before its last epoch (max_steps)"] if result.get("stopped_early") else []
 
 
 def _tex(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Look at the features of a finished run: how alike class means are, how far images are from the mean of their class.
+"""Draws the features of a finished run: similarities of class means, distances of images to the mean of their class.
 
 python scripts/analyze_features.py -d DATA -m MODEL [KEY VALUE ...]
 """
@@ -9,23 +9,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from filelock import FileLock  # noqa: E402
+from filelock import FileLock
 
-from tailtune.configs import CfgNode, UserError, load_configs  # noqa: E402
-from tailtune.datasets import build_data  # noqa: E402
-from tailtune.main import Parser, answer, split_words  # noqa: E402
-from tailtune.models import resolve  # noqa: E402
-from tailtune.trainers.distributed import make_accelerator  # noqa: E402
-from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary  # noqa: E402
-from tailtune.trainers.options import declared  # noqa: E402
-from tailtune.trainers.processes.console_log import start_console  # noqa: E402
-from tailtune.trainers.runs.load_run import trained_method  # noqa: E402
-from tailtune.trainers.runs.run_folder import RunFolder  # noqa: E402
-from tailtune.trainers.storage.atomic_io import new_folder, write_json  # noqa: E402
-from tailtune.trainers.storage.manifest import LOCK  # noqa: E402
+from tailtune.configs import CfgNode, UserError, load_configs
+from tailtune.datasets import build_data
+from tailtune.main import Parser, exit_code_of, split_arguments
+from tailtune.models import resolve
+from tailtune.trainers.distributed import Devices, make_accelerator
+from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary
+from tailtune.trainers.options import declared
+from tailtune.trainers.processes.console_log import start_console
+from tailtune.trainers.runs.load_run import trained_method
+from tailtune.trainers.runs.run_folder import RunFolder
+from tailtune.trainers.storage.atomic_io import new_folder, write_json
+from tailtune.trainers.storage.manifest import LOCK
 
 EXAMPLES = """
 example:
@@ -33,28 +33,35 @@ example:
   python scripts/analyze_features.py -d digits_lt -m tiny_clip_peft   its features
   python scripts/analyze_features.py -d digits_lt -m zstiny_clip      those of zero-shot CLIP, to compare with
 
-Give the run's own words. Written into <run>/analysis/:
+The words are those of the run. Written into <run>/analysis/:
   similarity.png   cosines between class means, classes sorted by training images
-  distances.png    1 − cosine of an image to the mean of its class (of its own split), head and tail, train and test
-  means.json       the mean of each
+  distances.png    1 − cosine between an image and the mean of its class in the same split, for head and tail classes
+  means.json       the means of both
 """
 
 log = logging.getLogger("tailtune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
-    return answer(_command, argv)
+    """Run a command line.
+
+    Args:
+        argv: its words; None for those of the process.
+
+    Returns:
+        The exit code: 2 for bad input, 130 when interrupted.
+    """
+    return exit_code_of(_command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # on a new machine it talks about its cache
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its message about a new font cache
     analyze(configured(argv))
     return 0
 
 
 def configured(argv: Sequence[str]) -> CfgNode:
-    """The config of the run; crops of test-time ensembles are left out, because an image has one feature."""
+    """The config of the run, without the crops of test-time ensembles, because an image has one feature."""
     parser = Parser(
         prog="scripts/analyze_features.py",
         description=__doc__.partition("\n")[0],
@@ -65,7 +72,7 @@ def configured(argv: Sequence[str]) -> CfgNode:
     )
     parser.add_argument("-d", "--data", metavar="DATA", required=True, help="data config of the run")
     parser.add_argument("-m", "--model", metavar="MODEL", required=True, help="model config of the run")
-    flags, pairs = split_words(argv)
+    flags, pairs = split_arguments(argv)
     args = parser.parse_args(flags)
     cfg = resolve(load_configs(args.data, args.model, pairs, declared())[-1]).clone()
     cfg.defrost()
@@ -75,10 +82,16 @@ def configured(argv: Sequence[str]) -> CfgNode:
 
 
 def analyze(cfg: CfgNode) -> Path:
-    """Write two pictures and their means; returns the folder.
+    """Write two pictures and their means.
+
+    Args:
+        cfg: config of a finished run.
+
+    Returns:
+        The folder that they are in.
 
     Raises:
-        UserError: nothing is trained there, or what `trained_method` refuses.
+        UserError: the run has trained nothing, or `trained_method` cannot load it.
     """
     folder = RunFolder(cfg)
     if not cfg.zero_shot and folder.checkpoint_id() is None:
@@ -93,10 +106,10 @@ def analyze(cfg: CfgNode) -> Path:
 
 
 def _written(cfg: CfgNode, folder: RunFolder) -> Path:
-    """The pictures and their means, in a folder that this process holds."""
-    accelerator = make_accelerator(cfg)
+    """Write the pictures and their means; this process holds the run folder."""
+    accelerator = make_accelerator(Devices.of(cfg))
     data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder, data, accelerator)
+    method = trained_method(cfg, folder.evaluated, data, accelerator)
     log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")
     splits = {
         name: split_features(

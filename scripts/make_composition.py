@@ -2,31 +2,33 @@
 
     python scripts/make_composition.py     # two minutes; needs no weights and no images
 
-Every pair of entries is built on the meta device, as --dry-run does. A pair is refused where no usual choice of the
-other axes makes it work; the reason is the error that its user reads. The JSON holds, besides, a covering array:
-configurations in which every pair that goes together occurs, which tests/test_composition.py trains, resumes and
-evaluates.
+Every pair of entries is built on the meta device, as --dry-run does. A pair is refused if it works with no usual
+choice of the other axes; the reason is the error message that a user gets. The JSON also holds a covering array: few
+configurations in which every pair that goes together occurs. tests/test_composition.py trains, resumes and evaluates
+them.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
 
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tailtune.configs import load_configs
+from tailtune.configs.errors import UserError
+from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.evaluation.adaptation import ADAPTS
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES
+from tailtune.trainers.evaluation.target_prior import TARGETS
+from tailtune.trainers.methods import METHODS
+from tailtune.trainers.options import declared
+from tailtune.trainers.validation import validate
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tailtune.configs import load_configs  # noqa: E402
-from tailtune.configs.errors import UserError  # noqa: E402
-from tailtune.models.tuners.table import TUNERS  # noqa: E402
-from tailtune.trainers.dry_run import check_chain  # noqa: E402
-from tailtune.trainers.evaluation.ensembles import ENSEMBLES  # noqa: E402
-from tailtune.trainers.evaluation.expert_weights import ADAPTS  # noqa: E402
-from tailtune.trainers.evaluation.target_prior import TARGETS  # noqa: E402
-from tailtune.trainers.methods import METHODS  # noqa: E402
-from tailtune.trainers.options import declared  # noqa: E402
-
 PAGE, ARRAY = ROOT / "docs" / "composition.md", ROOT / "docs" / "composition.json"
 Choice = dict[str, str]
 """Axis → entry."""
@@ -36,8 +38,9 @@ OF_METHOD = {
     "h2t": "h2t.shift_bn False sampler balanced pair_sampler shuffle",
     "tau_norm": "classifier LinearClassifier after.classifier LinearClassifier num_epochs 0",
 }
-"""What else a method asks for."""
+"""Further options that a method needs."""
 OF_TEST = {"soup": "ensemble_runs [other]"}
+"""Further options that an ensemble needs."""
 
 AXES: Mapping[str, Mapping[str, str]] = {
     "backbone": {
@@ -60,37 +63,37 @@ AXES: Mapping[str, Mapping[str, str]] = {
         **{name: f"ensemble {name} {OF_TEST.get(name, '')}" for name in ENSEMBLES},
     },
 }
-"""Each axis with the words of a command line that its entries mean, on the embedded CLIP's config."""
+"""Axis → its entries, each with its words of a command line, on the config of the embedded CLIP."""
 COMMON = "pretrained none test_only True val_per_class 1"
 USUAL = {
     "backbone": AXES["backbone"],
     "tuner": ("head only", "full_tuning", "bn_tuning"),
     "method": ("sade", "classify"),
 }
-"""Where the other axes stand while a pair is tried, in this order; the last axis at its first entry."""
+"""The entries of the other axes that a pair is tried with, in this order; of an axis that is not here the first one."""
 
 
 def words(choice: Choice) -> list[str]:
-    """The `KEY VALUE` words of a choice; the earlier run of a chain has the same parts and method classify."""
+    """The `KEY VALUE` words of a choice. In a chain the earlier run has the same model and the method classify."""
     parts = f"{AXES['backbone'][choice['backbone']]} {AXES['tuner'][choice['tuner']]}".split()
-    found = [*COMMON.split(), *parts, *AXES["method"][choice["method"]].split(), *AXES["test"][choice["test"]].split()]
-    if METHODS[choice["method"]].needs_after:
+    pairs = [*COMMON.split(), *parts, *AXES["method"][choice["method"]].split(), *AXES["test"][choice["test"]].split()]
+    if METHODS[choice["method"]].continues_from_earlier_run:
         before = [*parts, "pretrained", "none", "num_experts", "3", *LOSS.split()]
-        found += ["after", "tiny_clip"] + [f"after.{w}" if i % 2 == 0 else w for i, w in enumerate(before)]
-    return found
+        pairs += ["after", "tiny_clip"] + [f"after.{w}" if i % 2 == 0 else w for i, w in enumerate(before)]
+    return pairs
 
 
 def refusal(choice: Choice) -> str | None:
-    """Why a configuration is refused, as its user reads it; None if it is not."""
+    """The error message of a configuration; None if it is not refused."""
     try:
-        check_chain(load_configs("fake_lt", "tiny_clip", words(choice), declared()))
+        validate(load_configs("fake_lt", "tiny_clip", words(choice), declared()))
     except UserError as error:
         return " ".join(str(error).split())
     return None
 
 
 def tried(first: tuple[str, str], second: tuple[str, str]) -> Iterator[Choice]:
-    """A pair of (axis, entry) among usual entries of the other axes."""
+    """Configurations with a pair of (axis, entry) and usual entries of the other axes."""
     fixed = dict((first, second))
     free = [axis for axis in AXES if axis not in fixed]
     for entries in product(*(USUAL.get(axis, list(AXES[axis])[:1]) for axis in free)):
@@ -101,13 +104,21 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 
 
 def every_pair() -> Iterator[Pair]:
+    """All pairs of entries of different axes."""
     for one, other in combinations(AXES, 2):
         yield from (((one, a), (other, b)) for a, b in product(AXES[one], AXES[other]))
 
 
 def refused_pairs(why: Callable[[Choice], str | None] = refusal) -> dict[Pair, str]:
-    """Pairs that go together in no configuration tried → reason."""
-    found = {}
+    """The pairs that are refused in every configuration tried.
+
+    Args:
+        why: configuration → reason for refusing it, None if it is accepted.
+
+    Returns:
+        Pair → the first reason.
+    """
+    reason_of: dict[Pair, str] = {}
     for pair in every_pair():
         reasons = []
         for choice in tried(*pair):
@@ -116,20 +127,25 @@ def refused_pairs(why: Callable[[Choice], str | None] = refusal) -> dict[Pair, s
                 break
             reasons.append(reason)
         else:
-            found[pair] = reasons[0]
-    return found
+            reason_of[pair] = reasons[0]
+    return reason_of
 
 
 def covering(refused: Sequence[Pair], why: Callable[[Choice], str | None] = refusal) -> list[Choice]:
-    """Configurations in which every pair that is not refused occurs, few of them: each row is filled greedily."""
+    """Few configurations in which every pair that is not refused occurs; each is filled greedily.
+
+    Args:
+        refused: the pairs that do not go together.
+        why: configuration → reason for refusing it, None if it is accepted.
+    """
     open_pairs = [pair for pair in every_pair() if pair not in refused]
     left, bad = set(open_pairs), set(refused)
     rows: list[Choice] = []
     for pair in open_pairs:
         if pair not in left:
             continue
-        row = next((each for each in _filled(pair, left, bad) if why(each) is None), None)
-        row = row or next(each for each in tried(*pair) if why(each) is None)
+        row = next((choice for choice in _filled(pair, left, bad) if why(choice) is None), None)
+        row = row or next(choice for choice in tried(*pair) if why(choice) is None)
         rows.append(row)
         left -= set(_pairs_of(row))
     return rows
@@ -137,11 +153,11 @@ def covering(refused: Sequence[Pair], why: Callable[[Choice], str | None] = refu
 
 def _pairs_of(row: Choice) -> Iterator[Pair]:
     places = [(axis, row[axis]) for axis in AXES if axis in row]
-    return combinations(places, 2)  # type: ignore[return-value]
+    return combinations(places, 2)
 
 
 def _filled(pair: Pair, left: set[Pair], bad: set[Pair], at_most: int = 12) -> Iterator[Choice]:
-    """Rows with a pair in them and no refused pair, those first that cover most of what is left."""
+    """Configurations with a pair and without a refused pair; those that cover most of the pairs left come first."""
     free = [axis for axis in AXES if axis not in dict(pair)]
     rows = []
     for entries in product(*(AXES[axis] for axis in free)):
@@ -150,12 +166,12 @@ def _filled(pair: Pair, left: set[Pair], bad: set[Pair], at_most: int = 12) -> I
         pairs = set(_pairs_of(row))
         if not pairs & bad:
             rows.append((len(pairs & left), row))
-    rows.sort(key=lambda each: -each[0])
+    rows.sort(key=lambda covered_and_row: -covered_and_row[0])
     return (row for _, row in rows[:at_most])
 
 
 def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
-    """The Markdown."""
+    """The text of docs/composition.md, for the refused pairs with their reasons and the covering array."""
     total = sum(1 for _ in every_pair())
     lines = [
         "# What goes together",
@@ -164,9 +180,9 @@ def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
         f"{len(AXES)} axes was built as `--dry-run` does, with three experts. {total - len(refused)} of {total} pairs",
         f"go together; {len(rows)} configurations in which each of those occurs are trained, resumed and evaluated by",
         "`tests/test_composition.py`. The rest are refused before anything is read, with these words. Other backbones",
-        "(CLIP's residual networks have a text tower and batch norms) may take what these four do not.",
+        "(CLIP's residual networks have a text encoder and batch norms) may take what these four do not.",
         "",
-        *(f"* **{axis}**: {', '.join(f'`{each}`' for each in entries)}" for axis, entries in AXES.items()),
+        *(f"* **{axis}**: {', '.join(f'`{entry}`' for entry in entries)}" for axis, entries in AXES.items()),
         "",
         "| this | with this | is refused, because |",
         "|---|---|---|",
@@ -177,22 +193,24 @@ def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
 
 
 def _grouped(refused: Mapping[Pair, str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Reason and entries of both sides, what is refused alike in one line; `it` is the entry of the second side."""
+    """Reason and entries of both sides, of all pairs with the same reason together. `it` is the second side's entry."""
     seconds: dict[tuple[str, str], list[str]] = {}
     for ((_, one), (_, other)), reason in refused.items():
-        own = reason
+        general = reason
         for text, short in ((f"ensemble {other}", "this ensemble"), (f"adapt {other}", "it"), (other, "it")):
-            own = own.replace(text, short)
-        seconds.setdefault((one, own), []).append(other)
+            general = general.replace(text, short)
+        seconds.setdefault((one, general), []).append(other)
     firsts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (one, reason), others in seconds.items():
         firsts.setdefault((reason, tuple(others)), []).append(one)
-    for (reason, others), ones in firsts.items():
-        first, second = (", ".join(f"`{each}`" for each in names) for names in (ones, others))
+    for (reason, seconds_of_reason), ones in firsts.items():
+        first, second = (", ".join(f"`{name}`" for name in names) for names in (ones, seconds_of_reason))
         yield reason, (first, second)
 
 
 def main() -> None:
+    """Try all pairs and write both files."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     refused = refused_pairs()
     rows = covering(list(refused))
     PAGE.write_text(page(refused, rows), encoding="utf-8")

@@ -1,21 +1,23 @@
-"""Write docs/options.md, the reference of all options, from the tables of the code.
+"""Writes docs/options.md, the reference of all options, from the tables of the code.
 
 python scripts/make_options.py
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tailtune.configs import Schema  # noqa: E402
-from tailtune.configs import value_parsers as values  # noqa: E402
-from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, plain  # noqa: E402
-from tailtune.trainers.options import choices_of, declared  # noqa: E402
+from tailtune.configs import Schema
+from tailtune.configs import value_parsers as values
+from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, plain
+from tailtune.trainers.options import choices_of, declared
 
+ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "options.md"
 TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_str: "text",
@@ -30,6 +32,7 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_scale: "learnable, or a number",
     values.as_mapping: "{key: value}",
     values.as_triple: "[r, g, b]",
+    values.as_pair: "[number, number]",
     values.as_names: "name,name …",
     values.as_ints: "[number, …]",
     values.as_factors: "{name: number}",
@@ -55,7 +58,7 @@ This file is made by `python scripts/make_options.py`, and by `make docs`.
 
 
 def render() -> str:
-    """The whole file."""
+    """The text of the file."""
     schema = declared()
     aliases = " ".join(
         f"`{other}` is another name of `{key}`." for other, key in schema.aliases.items() if "." not in other
@@ -96,6 +99,12 @@ def _meaning(entry: Key) -> str:
     return entry.doc + (" A data YAML's value beats the model YAML's." if entry.data_wins else "")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(render(), encoding="utf-8")
     print(f"wrote {FILE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,14 @@
-"""Runs the grid of a table or figure and writes the table: published numbers beside ours, mean ± std over seeds.
+"""Runs all commands of a table or figure of a paper and writes the table: published numbers beside ours.
 
     python scripts/reproduce.py --list
     python scripts/reproduce.py lift/tab6_peft_methods --print
     python scripts/reproduce.py lift/tab6_peft_methods --seeds 0 1 2 --where data places_lt -- root /data/places
     python scripts/reproduce.py my_grid.yaml
 
-Every run is an ordinary one of main.py, below output/: what is finished is not repeated, what was interrupted
-continues. Ctrl-C stops the grid with its state saved, and the same command continues. A command that only tests has
-the one that trains run before it. Ends with output/tables/TABLE.md, .csv and .tex, and the first on the screen.
+A grid is a file in scripts/grids/ or a YAML of your own. Every run is a run of main.py, in a folder of output/. A
+finished run is not repeated, and an interrupted one continues. Ctrl-C saves the state and stops the grid; the same
+command continues it. Before a command that only tests, the command that trains is run. At the end the table (mean ±
+standard deviation over the seeds) is written into output/tables/ as GRID.md, GRID.csv and GRID.tex, and printed.
 """
 
 import argparse
@@ -18,15 +19,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tailtune import main as tailtune  # noqa: E402
-from tailtune.configs.errors import UserError  # noqa: E402
-from tailtune.scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra  # noqa: E402
-from tailtune.scripts._table import FORMATS  # noqa: E402
-from tailtune.scripts.collect import grid_rows  # noqa: E402
-from tailtune.trainers.processes.exit import end_at_signals, run_as_process  # noqa: E402
+from tailtune import main as tailtune
+from tailtune.configs.errors import UserError
+from tailtune.scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra
+from tailtune.scripts._table import FORMATS
+from tailtune.scripts.collect import grid_rows
+from tailtune.trainers.processes.exit import end_at_signals, run_as_process
 
 CONTINUES = "interrupted; the same command continues"
 TABLES = Path("output/tables")
@@ -34,23 +35,29 @@ ENDINGS = {"md": "md", "csv": "csv", "latex": "tex"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: of the first run that fails, 130 when interrupted."""
-    return tailtune.answer(_command, argv, interrupted=CONTINUES)
+    """Run a command line.
+
+    Args:
+        argv: its words; None for those of the process.
+
+    Returns:
+        The exit code: that of the first run that fails, 130 when interrupted, 2 for bad input.
+    """
+    return tailtune.exit_code_of(_command, argv, interrupted=CONTINUES)
 
 
 def _command(argv: Sequence[str]) -> int:
-    own, extra = split_extra(argv)
-    args = _parser().parse_args(own)
+    words, extra = split_extra(argv)
+    args = _parser().parse_args(words)
     if args.list:
-        print("\n".join(f"{name:<28}  {len(read(name).cells):>4} commands  {read(name).title}" for name in names()))
+        tailtune.print_text("\n".join(_summary(read(name)) for name in names()))
         return 0
     if args.grid is None:
         raise UserError("name a grid; --list shows them")
     grid, seeds = select(args)
     todo = plan(grid, seeds, extra)
     if args.print:
-        done = ["" if result(words) is None else "  # finished" for words in todo]
-        print("\n".join(f"python main.py {shlex.join(words)}{mark}" for words, mark in zip(todo, done, strict=True)))
+        tailtune.print_text("\n".join(f"python main.py {shlex.join(words)}{_mark(words)}" for words in todo))
         return 0
     code = run_all(todo, args.keep_going)
     if first_process() and (code == 0 or (args.keep_going and code != 130)):
@@ -58,20 +65,47 @@ def _command(argv: Sequence[str]) -> int:
     return code
 
 
-def plan(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[list[str]]:
-    """All command lines, each once."""
+def _summary(grid: Grid) -> str:
+    """A grid as a line of the list."""
+    return f"{grid.name:<28}  {len(grid.cells):>4} commands  {grid.title}"
 
-    def every() -> Iterator[list[str]]:
+
+def _mark(words: Sequence[str]) -> str:
+    """What stands behind a command that has been run."""
+    return "" if result(words) is None else "  # finished"
+
+
+def plan(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[list[str]]:
+    """All commands of a grid, without repetitions.
+
+    Args:
+        grid: the rows of a table.
+        seeds: a command is run with each of them.
+        extra: `KEY VALUE` words that are added to every command.
+
+    Returns:
+        The words of each command behind `python main.py`.
+    """
+
+    def with_repetitions() -> Iterator[list[str]]:
         for cell in grid.cells:
             for seed in runs(cell, seeds, extra):
                 yield from cell.commands(seed, extra)
 
-    return [list(words) for words in dict.fromkeys(map(tuple, every()))]
+    return [list(words) for words in dict.fromkeys(map(tuple, with_repetitions()))]
 
 
 def run_all(todo: Sequence[Sequence[str]], keep_going: bool = False) -> int:
-    """The exit code of the first run that failed; a finished run shows its result and costs nothing."""
-    worst = 0
+    """Run commands one after another; a finished one only shows its result.
+
+    Args:
+        todo: the words of each command.
+        keep_going: go on to the next command when one fails.
+
+    Returns:
+        The exit code of the first run that failed, 0 if none did.
+    """
+    first_failure = 0
     for number, words in enumerate(todo, 1):
         if first_process():
             print(f"[{number}/{len(todo)}] python main.py", shlex.join(words), flush=True)
@@ -84,12 +118,12 @@ def run_all(todo: Sequence[Sequence[str]], keep_going: bool = False) -> int:
             code = 1
         if code == 130 or (code and not keep_going):
             return code
-        worst = worst or code
-    return worst
+        first_failure = first_failure or code
+    return first_failure
 
 
 def write(grid: Grid, seeds: Sequence[int], extra: Sequence[str]) -> None:
-    """The table in every format; Markdown on the screen too."""
+    """Write the table in every format, and print it as Markdown."""
     rows = grid_rows(grid, seeds, extra)
     for kind, render in FORMATS.items():
         path = TABLES / f"{grid.name}.{ENDINGS[kind]}"
@@ -99,7 +133,7 @@ def write(grid: Grid, seeds: Sequence[int], extra: Sequence[str]) -> None:
 
 
 def first_process() -> bool:
-    """Whether this is the process of a launch that speaks."""
+    """Whether this is the only process, or of several processes of a launch the one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -112,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="what stands behind -- is added to every command",
     )
     parser.add_argument("grid", nargs="?", help="name of a grid, see --list, or a YAML of your own")
-    parser.add_argument("--list", action="store_true", help="show all grids, a line each")
+    parser.add_argument("--list", action="store_true", help="show all grids, one a line")
     parser.add_argument("--print", action="store_true", help="show the commands and which are finished; run nothing")
     parser.add_argument("--keep-going", action="store_true", help="go on to the next run when one fails")
     add_selection(parser)
@@ -122,4 +156,4 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
     end_at_signals(CONTINUES)
-    run_as_process(main, tailtune.verdict)
+    run_as_process(main, tailtune.exit_code_and_line)

@@ -1,9 +1,11 @@
 """Shared fixtures: small thread count, a fresh Accelerate state, configs and models that build in milliseconds."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,22 @@ from yacs.config import CfgNode
 
 from tailtune import main
 from tailtune.configs import load_configs
+from tailtune.datasets.sources.fake import fake_sources
 from tailtune.models import resolve
 from tailtune.trainers.options import declared
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 """Words of a command line → exit code and what it printed."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
+    """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        patch.setattr("tailtune.datasets.sources.fake.fake_sources", cache(fake_sources))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +76,13 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         return subprocess.CompletedProcess(argv, code, *capsys.readouterr())
 
     return call
+
+
+def free_port() -> int:
+    """A port for a launch of several processes; workers of pytest-xdist launch at the same time."""
+    with socket.socket() as tried:
+        tried.bind(("localhost", 0))
+        return tried.getsockname()[1]
 
 
 def offline(**environment: str) -> dict[str, str]:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.heads import classifiers
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.models.tuners.table import TUNERS, add_tuners
 from tailtune.models.tuners.tuner_options import TunerOptions
 from tailtune.trainers.losses import LOSSES, Loss
@@ -101,7 +101,7 @@ SEEDS |= {"fc1.lora_A": 100, "fc1.lora_B": 102, "fc2.lora_A": 104, "fc2.lora_B":
 
 
 @torch.no_grad()
-def fill_tuners(host: ViT) -> None:
+def fill_tuners(host: ViTEncoder) -> None:
     """Tuner values of LIFT specification §13.6: seed of the tensor plus the block's index."""
     for name, parameter in host.tuners.named_parameters():
         tuner, index, rest = name.split(".", 2)
@@ -123,16 +123,16 @@ def tuned(
     partial: int | Sequence[int] | None = None,
     fast: bool = True,
     net: VisionTransformer | None = None,
-) -> ViT:
+) -> ViTEncoder:
     """The fixture's network, or another, with tuners of bottleneck 4 and 3 prompts, filled as the fixture says."""
-    host = ViT(net or fixture_net(), fast=fast)
+    host = ViTEncoder(net or fixture_net(), fast=fast)
     put_tuners(host, names, Sizes(4, 3, mask_ratio=0.1), partial)
     fill_tuners(host)
     host.set_precision()
     return host
 
 
-def plain_features(host: ViT, images: Tensor) -> Tensor:
+def plain_features(host: ViTEncoder, images: Tensor) -> Tensor:
     """LIFT specification §4.1, plain: explicit softmax attention, x·sigmoid(1.702x), every token in every block."""
     net = host.net
     x = net.norm_pre(net._pos_embed(net.patch_embed(images)))

@@ -15,20 +15,19 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.evaluation.expert_weights import (
-    ADAPTS,
     LEAST,
     Learner,
     Recipe,
     StreamLearner,
     adapt,
-    check_adapt,
     objective,
 )
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.methods import METHODS, Method
 from tailtune.trainers.methods.base import combine
+from tailtune.trainers.validation import outline
 
 E, B, C = 3, 4, 10
 ROWS = {
@@ -48,6 +47,8 @@ ROWS = {
     "places": (Recipe(5, 0.01, 4e-4), (0.857905,), (0.350520, 0.332848, 0.316565), (0.339087, 0.333147, 0.327766)),
 }
 """Similarities of the passes (of the last ones), w and a."""
+
+LEARNERS = (Learner, StreamLearner)
 
 
 def fixture() -> tuple[Logits, Logits]:
@@ -111,7 +112,7 @@ def test_certain_predictions_have_finite_gradients() -> None:
 
 @pytest.mark.parametrize("experts", [2, 3, 5])
 def test_steady_experts_get_the_weight(experts: int) -> None:
-    for kind in ADAPTS.values():
+    for kind in LEARNERS:
         weights = learnt(kind, Recipe(batch_size=16, lr=0.2), experts=experts).weights
         assert len(weights) == experts and weights.sum().item() == pytest.approx(1)
         assert weights.argmax() == 0 and weights.argmin() == experts - 1
@@ -125,7 +126,7 @@ def test_learning_ends_with_an_expert_that_has_no_say() -> None:
     assert stream.lowest < LEAST and len(stream.predictions()[0]) == 60, "a stream goes on to its end"
 
 
-@pytest.mark.parametrize("kind", ADAPTS.values())
+@pytest.mark.parametrize("kind", LEARNERS)
 def test_labels_are_not_used(kind: type[Learner]) -> None:
     (plain, views), recipe = noisy(), Recipe(batch_size=16)
     weights = []
@@ -137,7 +138,7 @@ def test_labels_are_not_used(kind: type[Learner]) -> None:
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("kind", ADAPTS.values())
+@pytest.mark.parametrize("kind", LEARNERS)
 def test_order_is_a_function_of_seed_name_and_pass(kind: type[Learner]) -> None:
     first, again = (learnt(kind, Recipe(batch_size=8)).weights for _ in range(2))
     assert torch.equal(first, again)
@@ -161,7 +162,8 @@ def test_a_stream_is_predicted_with_the_weights_of_its_time() -> None:
     learner = StreamLearner("x", plain, plain.index, Recipe(batch_size=8, epochs=7))
     order = torch.cat(list(learner.batches()))
     learner.learn(views)
-    logits, labels = learner.predictions()
+    logits, positions = learner.predictions()
+    labels = plain.labels[rows_of(plain, positions)]
     assert not learner.running and len(learner.path) == 8, "one pass, and a point for each of the fewer than ten steps"
     assert torch.equal(labels, plain.labels[order])
     for first, weights in zip(range(0, 60, 8), learner.path, strict=True):
@@ -171,9 +173,9 @@ def test_a_stream_is_predicted_with_the_weights_of_its_time() -> None:
     assert len(learnt(StreamLearner, Recipe(batch_size=1)).path) == 10
 
 
-def shifts(*names: str) -> list[Shift]:
+def shifts(*names: str) -> list[TestDistribution]:
     every = {"uniform": torch.arange(60), "head": torch.arange(0, 60, 7), "tail": torch.arange(6, 60, 7)}
-    return [Shift(name, torch.zeros(7), every[name], "") for name in names]
+    return [TestDistribution(name, torch.zeros(7), every[name], "") for name in names]
 
 
 def run_adapt(kind: type[Learner], recipe: Recipe, *names: str) -> tuple[dict[str, Learner], list[int]]:
@@ -187,7 +189,7 @@ def run_adapt(kind: type[Learner], recipe: Recipe, *names: str) -> tuple[dict[st
     return adapt(kind, recipe, plain, shifts(*names), passes, Accelerator(cpu=True)), asked
 
 
-@pytest.mark.parametrize("kind", ADAPTS.values())
+@pytest.mark.parametrize("kind", LEARNERS)
 def test_together_is_as_alone(kind: type[Learner]) -> None:
     recipe = Recipe(batch_size=4, epochs=3)
     together, asked = run_adapt(kind, recipe, "uniform", "head", "tail")
@@ -211,7 +213,8 @@ def test_images_that_could_not_be_read_are_left_out() -> None:
     assert plain.index[rows_of(plain, torch.tensor([59, 0, 58, 5, 1]))].tolist() == [59, 58, 1]
     learner = Learner("x", plain, torch.arange(10), Recipe())
     learner.learn(views)
-    logits, labels = learner.predictions()
+    logits, positions = learner.predictions()
+    labels = found.labels[positions]
     expected = combine(found.logits, learner.weights)[[1, 2, 3, 4, 6, 7, 8, 9]]
     assert torch.allclose(logits, expected) and labels.tolist() == [1, 2, 3, 4, 6, 0, 1, 2]
 
@@ -230,7 +233,7 @@ def metrics(folder: str) -> dict[str, Any]:
 def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch(RUN, DISTS).returncode == 0
     own = metrics("run")
-    assert all("sade" not in each for each in own["distributions"].values())
+    assert all("sade" not in each["predictors"] for each in own["distributions"].values())
     asked: list[int] = []
     original = Learner.learn
     monkeypatch.setattr(Learner, "learn", lambda self, views: (asked.append(len(views.logits)), original(self, views)))
@@ -241,10 +244,11 @@ def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypat
     found = metrics(f"run/tests/{folder.name}")
     assert found["test"]["per_class_acc"] == own["test"]["per_class_acc"] and metrics("run") == own
     for name, each in found["distributions"].items():
-        assert each["plain"]["per_class_acc"] == own["distributions"][name]["plain"]["per_class_acc"]
-        sade = each["sade"]
+        own_plain = own["distributions"][name]["predictors"]["plain"]
+        assert each["predictors"]["plain"]["per_class_acc"] == own_plain["per_class_acc"]
+        sade = each["predictors"]["sade"]
         assert len(sade["path"]) == len(sade["similarity"]) == 2 and sade["path"][-1] == sade["weights"]
-        assert sade["gain"] == pytest.approx(sade["accuracy"] - each["plain"]["accuracy"])
+        assert sade["gain"] == pytest.approx(sade["accuracy"] - each["predictors"]["plain"]["accuracy"])
         assert name in done.stdout and " ".join(f"{weight:.2f}" for weight in sade["weights"]) in done.stdout
     again = launch(RUN, DISTS, "test_only True adapt sade adapt_epochs 2 adapt_batch_size 8")
     assert "finished before" in again.stdout and "backward10" in again.stdout and len(asked) == 6
@@ -252,7 +256,7 @@ def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypat
     tags = {f"test/uniform/sade/{each}" for each in ("weight_0", "weight_2", "gain", "accuracy", "few_acc")}
     assert tags | {"test/accuracy", "test/forward10/accuracy"} <= set(events.Tags()["scalars"])
     path = [event.value for event in events.Scalars("test/uniform/sade/weight_1")]
-    assert path == pytest.approx([each[1] for each in found["distributions"]["uniform"]["sade"]["path"]])
+    assert path == pytest.approx([each[1] for each in found["distributions"]["uniform"]["predictors"]["sade"]["path"]])
 
 
 def test_a_run_adapts_in_its_own_evaluation(launch: Cli) -> None:
@@ -261,8 +265,8 @@ def test_a_run_adapts_in_its_own_evaluation(launch: Cli) -> None:
     assert done.returncode == 0, done.stderr
     found = metrics("run")["distributions"]
     assert found.keys() == {"test"} and found["test"]["n"] == 100
-    assert len(found["test"]["sade_online"]["path"]) == 10
-    assert found["test"]["plain"]["accuracy"] == metrics("run")["test"]["accuracy"]
+    assert len(found["test"]["predictors"]["sade_online"]["path"]) == 10
+    assert found["test"]["predictors"]["plain"]["accuracy"] == metrics("run")["test"]["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -282,10 +286,10 @@ def test_what_cannot_be_adapted_is_refused(words: str, culprit: str, remedy: str
 
 def test_experts_that_are_not_all_asked_are_refused(config: Callable[..., CfgNode]) -> None:
     cfg = config("fake_lt", "tiny_clip", "num_experts", 3, "adapt", "sade")
-    check_adapt(cfg)
-    routing = type("Routing", (Method,), {"routes": True})
+    outline(cfg)
+    routing = type("Routing", (Method,), {"asks_every_expert": False})
     with mock.patch.dict(METHODS, {"classify": routing}), pytest.raises(UserError, match="only some .* set adapt none"):
-        check_adapt(cfg)
+        outline(cfg)
 
 
 def test_one_expert_is_refused_of_a_finished_run(launch: Cli) -> None:

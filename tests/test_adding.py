@@ -49,4 +49,4 @@ def test_an_expert_method_is_short_and_runs(tmp_path: Path, monkeypatch: pytest.
     assert cfg.spread.strongest == 1.5
     result = json.loads((run(cfg) / "metrics.json").read_text())
     assert result["train"]["steps"] == 2
-    assert len(result["distributions"]["backward5"]["sade"]["weights"]) == 3
+    assert len(result["distributions"]["backward5"]["predictors"]["sade"]["weights"]) == 3

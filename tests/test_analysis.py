@@ -59,23 +59,23 @@ def test_distances_are_to_the_mean_of_the_raw_features(split: SplitFeatures) -> 
 
 
 def test_the_summary_leaves_out_what_is_not_there(split: SplitFeatures) -> None:
-    found = summary({"test": split}, GROUPS)["test"]
-    assert found["mean_cosine_between_classes"] == pytest.approx(-(0.5**0.5))
-    assert found["many"] == {"images": 2, "mean_distance": pytest.approx(0, abs=1e-6)}
-    assert found["med"] == {"images": 0, "mean_distance": None}
-    assert found["few"] == {"images": 2, "mean_distance": pytest.approx(1 - 0.5**0.5)}
+    means = summary({"test": split}, GROUPS)["test"]
+    assert means["mean_cosine_between_classes"] == pytest.approx(-(0.5**0.5))
+    assert means["many"] == {"images": 2, "mean_distance": pytest.approx(0, abs=1e-6)}
+    assert means["med"] == {"images": 0, "mean_distance": None}
+    assert means["few"] == {"images": 2, "mean_distance": pytest.approx(1 - 0.5**0.5)}
 
 
 def test_what_the_pictures_show(split: SplitFeatures) -> None:
     splits = {"train": split, "test": split}
     panels = heat_map(splits, COUNTS, ("a", "b", "c"), "title").axes
-    assert [each.get_title() for each in panels[:2]] == ["train images", "test images"]
-    assert [each.get_text() for each in panels[0].get_xticklabels()] == ["c (4)", "a (2)", "b (1)"]
+    assert [panel.get_title() for panel in panels[:2]] == ["train images", "test images"]
+    assert [text.get_text() for text in panels[0].get_xticklabels()] == ["c (4)", "a (2)", "b (1)"]
     image = panels[0].get_images()[0]
     assert image.get_clim() == (-1, 1) and image.get_array()[0, 1] == pytest.approx(-(0.5**0.5))
     panels = histograms(splits, GROUPS, "title").axes
-    assert [each.get_title() for each in panels] == ["head: many-shot (1 classes)", "tail: few-shot (2 classes)"]
-    texts = [each.get_text() for each in panels[1].get_legend().get_texts()]
+    assert [panel.get_title() for panel in panels] == ["head: many-shot (1 classes)", "tail: few-shot (2 classes)"]
+    texts = [text.get_text() for text in panels[1].get_legend().get_texts()]
     assert texts == ["train: mean 0.293, 2 images", "test: mean 0.293, 2 images"]
 
 
@@ -85,8 +85,8 @@ def test_the_command_on_a_run(launch: Cli, capsys: pytest.CaptureFixture[str], c
     assert launch(*words).returncode == 0
     assert analyze_features.main(words) == 0
     folder = Path("output/fake_lt_tiny_clip_num_epochs_0/analysis")
-    assert sorted(each.name for each in folder.iterdir()) == ["distances.png", "means.json", "similarity.png"]
-    assert all(each.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for each in folder.glob("*.png"))
+    assert sorted(path.name for path in folder.iterdir()) == ["distances.png", "means.json", "similarity.png"]
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in folder.glob("*.png"))
 
     data = build_data(cfg := config("fake_lt", "tiny_clip", "num_epochs", 0))
     model = build_model(cfg, data.info.class_names).eval()
@@ -96,8 +96,8 @@ def test_the_command_on_a_run(launch: Cli, capsys: pytest.CaptureFixture[str], c
     mean = torch.stack([features[labels == c].mean(0) for c in range(10)])
     distances = 1 - F.cosine_similarity(features, mean[labels])
     many = distances[torch.isin(labels, data.info.groups["many"])]
-    found = json.loads((folder / "means.json").read_text())
-    assert found["test"]["many"] == {"images": len(many), "mean_distance": pytest.approx(float(many.mean()), abs=1e-5)}
+    means = json.loads((folder / "means.json").read_text())
+    assert means["test"]["many"] == {"images": len(many), "mean_distance": pytest.approx(float(many.mean()), abs=1e-5)}
     assert launch(*words).returncode == 0, "the run's folder is as good as before"
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import Cli
 from safetensors.torch import load_file
 from test_resnet import fill, waves
+from tiers import slow_except
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -19,7 +20,7 @@ from tailtune.configs import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.evaluation.expert_usage import (
     expert_usage,
     flops_by_experts,
@@ -32,7 +33,8 @@ from tailtune.trainers.evaluation.tta import averaged
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
 from tailtune.trainers.runs.report import usage_line
-from tailtune.trainers.storage.checkpoint import States
+from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 RESNET = ("pretrained", "none", "init_head", "none", "reduce_dimension", True, "resolution", "none")
@@ -281,7 +283,7 @@ def command(kind: str) -> str:
     return f"{SHORT} {both} {second} {first} {earlier} after.pretrained none output_dir"
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", slow_except(["heads"], BOTH))
 def test_a_chain_of_runs(kind: str, launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = launch(command(kind), "run")
     assert first.returncode == 0, first.stderr
@@ -301,16 +303,16 @@ def test_a_chain_of_runs(kind: str, launch: Cli, tmp_path: Path, monkeypatch: py
     assert json.loads(again.read_text())["test"]["experts_used"]["all"] == used["all"]
     assert launch(command(kind), "run test_only True test_batch_size 7").returncode == 0
 
-    save = States.save
+    save = ResumeStates.save
 
-    def killed(self: States, step: int, *rest: Any) -> None:
+    def killed(self: ResumeStates, step: int, *rest: Any) -> None:
         save(self, step, *rest)
         if step == 2 and self.folder.parent.name == "killed":
             raise InterruptedError
 
     shutil.copytree(folder / "stage1", tmp_path / "output" / "killed" / "stage1")  # which is not repeated
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(States, "save", killed)
+        patch.setattr(ResumeStates, "save", killed)
         launch(command(kind), "killed")
     assert launch(command(kind), "killed").returncode == 0
     found = load_file(tmp_path / "output" / "killed" / "checkpoint" / "tensors.safetensors")

@@ -14,23 +14,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from tailtune import models
 from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import BACKBONES, build_model, find_backbone
-from tailtune.models.backbones.encoder import batch_norms
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.encoder import trained_batch_norms
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, tokenize
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.distributed import share_statistics
-from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
 from tailtune.trainers.options import declared
 from tailtune.trainers.processes.interrupts import Agreement, Interrupted
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 CONVNET = "timm:test_resnet.r160_in1k"
@@ -72,11 +72,11 @@ def test_sizes(name: str, config: Config) -> None:
     ],
 )
 def test_sizes_with_the_text_tower(name: str, total: int) -> None:
-    """What LIFT prints before it adds tuner and head; here the text tower goes once the head is made."""
+    """What LIFT prints before it adds tuner and head; here the text encoder goes once the head is made."""
     spec = BACKBONES[name]
     assert isinstance(spec, OpenClipBackbone)
     with torch.device("meta"):
-        clip = spec._clip(spec._config(), spec.inputs().resolution, 0)
+        clip = open_clip.CLIP(**open_clip.get_model_config(spec.arch))
     assert sum(each.numel() for each in clip.parameters()) == total
 
 
@@ -137,7 +137,7 @@ def test_statistics_of_a_backbone() -> None:
     def stats(name: str, pretrained: str | None = "default") -> Any:
         spec = find_backbone(name)
         with torch.device("meta"):
-            return spec.build(pretrained, spec.inputs(pretrained).resolution, 0, False).stats
+            return spec.build(pretrained, spec.inputs(pretrained).resolution, 0, False).pixel_stats
 
     assert stats("CLIP-RN50") == stats("CLIP-ViT-B/32") == stats("open_clip:ViT-B-32", "laion2b_s34b_b79k")
     assert stats("IN21K-ViT-B/16") == ((0.5,) * 3,) * 2 == stats("open_clip:ViT-B-16-SigLIP2")
@@ -166,7 +166,12 @@ TOWERS: dict[str, dict[str, Any]] = {
         | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
     },
 }
-HOSTS = {"resnet": GenericEncoder, "map": ViT, "convnext": GenericEncoder, "clipa": GenericEncoder}
+HOSTS = {
+    "resnet": WholeNetworkEncoder,
+    "map": ViTEncoder,
+    "convnext": WholeNetworkEncoder,
+    "clipa": WholeNetworkEncoder,
+}
 
 
 def small(kind: str, folder: Path) -> tuple[OpenClipBackbone, Any, str]:
@@ -203,9 +208,9 @@ def test_features_are_open_clips(kind: str, tmp_path: Path) -> None:
     for project in (False, True):
         built = spec.build(path, side, 0, project)
         built.encoder.set_precision()
-        assert type(built.encoder) is HOSTS[kind] and not built.random
+        assert type(built.encoder) is HOSTS[kind] and not built.random_base
         assert close(built.encoder(noise(side)), wanted)
-        assert built.text is not None and built.text.projection is None
+        assert built.text_encoder is not None and built.text_encoder.projection is None
     assert built.embed_dim == built.encoder.feature_dim == wanted.shape[1]
     with torch.device("meta"):
         outline = spec.build(path, side, 0, False)
@@ -248,7 +253,7 @@ def test_features_are_timms(name: str, tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     side = find_backbone(f"timm:{name}").inputs().resolution
     built = find_backbone(f"timm:{name}").build(str(tmp_path / "w.safetensors"), side, 0, False)
-    assert isinstance(built.encoder, GenericEncoder) and built.text is None and built.embed_dim is None
+    assert isinstance(built.encoder, WholeNetworkEncoder) and built.text_encoder is None and built.embed_dim is None
     assert close(built.encoder(noise(side)), net.forward_head(net.forward_features(noise(side)), pre_logits=True))
     state = {name: each for name, each in net.state_dict().items() if "bias" not in name}
     save_file(state, tmp_path / "less.safetensors")
@@ -315,7 +320,7 @@ def test_what_trains_in_a_convnet(words: str, kinds: set[str], partial: int | No
     assert own == (["ssf_attn.scale", "ssf_attn.shift"] if "ssf" in words else [])
     norms = [name for name, each in method.model.encoder.net.named_modules() if isinstance(each, nn.BatchNorm2d)]
     count = len([each for each in norms if partial is None or each.startswith("layer4.")])
-    assert len(batch_norms(method)) == (count if "bn_tuning" in words else 0)
+    assert len(trained_batch_norms(method)) == (count if "bn_tuning" in words else 0)
 
 
 def running(method: nn.Module) -> dict[str, Tensor]:
@@ -358,7 +363,7 @@ def test_running_statistics_change_in_training_only(config: Config, tmp_path: Pa
 def test_one_value_a_channel_is_refused_with_the_remedy(config: Config) -> None:
     """The last batch of an epoch may be one image."""
     method = plain(config, "bn_tuning", True).train()
-    with pytest.raises(UserError, match="bn_tuning: one image alone"):
+    with pytest.raises(UserError, match="bn_tuning cannot normalise one image"):
         method(batch(1))
     assert method.eval()(batch(1)).loss_sum.isfinite()
 
@@ -399,7 +404,7 @@ def test_a_run_with_batch_norms_resumes_bitwise(config: Config, monkeypatch: Any
         with pytest.raises(Interrupted):
             trained("cut")
     assert same(trained("cut"), whole)
-    assert sum("running_var" in name for name in whole) == len(batch_norms(plain(config, "bn_tuning", True)))
+    assert sum("running_var" in name for name in whole) == len(trained_batch_norms(plain(config, "bn_tuning", True)))
 
 
 # --- names and refusals --------------------------------------------------------------------------------------------
@@ -424,14 +429,14 @@ def test_a_run_with_batch_norms_resumes_bitwise(config: Config, monkeypatch: Any
         ("backbone CLIP-RN50 adapter True", ["adapter", "bias_tuning, ln_tuning, bn_tuning, ssf_attn"]),
         ("backbone CLIP-RN50 vpt_deep True", ["vpt_deep", "blocks of a ViT"]),
         ("backbone CLIP-RN50 ln_tuning True", ["ln_tuning finds nothing"]),
-        ("backbone CLIP-RN50 full_tuning True partial 5", ["partial 5", "than the 4"]),
+        ("backbone CLIP-RN50 full_tuning True partial 5", ["partial 5", "only 4 blocks"]),
         ("backbone CLIP-RN50 resolution 256", ["resolution 256", "224 only"]),
         ("backbone CLIP-RN50 residual_dtype fp32", ["residual_dtype"]),
         ("backbone CLIP-ViT-B/32 bn_tuning True", ["bn_tuning finds nothing"]),
         ("backbone CLIP-ViT-L/14 resolution 230", ["resolution 230", "multiple of 14"]),
         ("backbone timm:densenet121 full_tuning True partial 1", ["partial 1", "no blocks"]),
         ("backbone timm:levit_128 resolution 230", ["resolution 230", "224 only"]),
-        ("backbone timm:test_resnet zero_shot True", ["zero_shot", "text tower"]),
+        ("backbone timm:test_resnet zero_shot True", ["zero_shot", "text encoder"]),
         ("backbone timm:test_resnet init_head text_feat", ["init_head", "class_mean"]),
     ],
 )
@@ -453,4 +458,4 @@ def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(UserError, match="tokenizer of ViT-B-16-SigLIP2 cannot be loaded"):
-        models.clip._tokens("ViT-B-16-SigLIP2", ["a photo of a cat."])
+        tokenize("ViT-B-16-SigLIP2", ["a photo of a cat."])

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Cli, offline
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 from tailtune import main
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.storage.atomic_io import Digest, write_folder
-from tailtune.trainers.storage.manifest import Manifest, read_folder
+from tailtune.trainers.storage.manifest import LOCK, Manifest, read_folder
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none max_test_images 20"
 SHORT = f"{FAKE} batch_size 32 max_steps 4 save_every 1 output_dir run"  # 10 steps would be two epochs
@@ -120,9 +121,9 @@ def test_words(refuses: Callable[..., str], words: str, parts: list[str]) -> Non
         ("imb_factor 2", ["imb_factor 2", "at most 1"]),
         ("group_imb_factor 2", ["group_imb_factor 2", "at most 1"]),
         ("resolution 30", ["resolution 30", "multiple of 8"]),
-        ("backbone IN21K-ViT-B/16 zero_shot True", ["zero_shot", "text tower", "CLIP"]),
+        ("backbone IN21K-ViT-B/16 zero_shot True", ["zero_shot", "text encoder", "CLIP"]),
         ("zero_shot True", ["zero_shot", "adaptformer", "False"]),
-        ("backbone IN21K-ViT-B/16 init_head text_feat", ["init_head", "text tower", "class_mean"]),
+        ("backbone IN21K-ViT-B/16 init_head text_feat", ["init_head", "text encoder", "class_mean"]),
         ("backbone IN21K-ViT-B/16 pretrained openai", ["pretrained", "openai"]),
         ("backbone CLIP-ViT-B/16 pretrained laion", ["pretrained", "laion"]),
         ("backbone CLIP-ViT-B/16 pretrained laion2b_s34b_b88k", ["laion2b_s34b_b88k", "choices", "openai"]),
@@ -253,8 +254,19 @@ def test_no_network_for_data(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> No
     one_line(launch(words), "CIFAR10", "cannot be downloaded", "cifar-10-python.tar.gz", "`root`")
 
 
-def test_no_network_for_weights(cli: Cli, tmp_path: Path) -> None:
-    """In a shell, as users see it: no warning and no progress bar around the line either."""
+def test_no_network_for_weights(launch: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    done = launch("-d fake_lt -m clip_vit_b16_peft")
+    one_line(done, "cannot be downloaded", "https://", "`pretrained /path/to/file`", "`pretrained none`")
+    assert not any((tmp_path / "output").iterdir())
+
+
+@pytest.mark.slow
+def test_no_network_for_weights_in_a_shell(cli: Cli, tmp_path: Path) -> None:
+    """As users see it: no warning and no progress bar around the line either."""
     home = tmp_path / "home"
     home.mkdir()
     nowhere = {"HOME": str(home), "HF_HOME": str(home), "https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(home)}
@@ -317,7 +329,8 @@ def test_weights_file(
 
 
 def test_weights_file_for_timm(launch: Cli, tmp_path: Path) -> None:
-    words = "-d fake_lt -m tiny_clip_peft init_head none backbone IN21K-ViT-B/16 pretrained ./w.safetensors"
+    words = "-d fake_lt -m tiny_clip_peft init_head none pretrained ./w.safetensors"
+    words += " backbone timm:vit_tiny_patch16_224.augreg_in21k resolution 224"
     save_file({"some.weight": torch.zeros(3), "head.bias": torch.zeros(1000)}, tmp_path / "w.safetensors")
     one_line(launch(words), "w.safetensors", "150 missing", "1 unexpected (some.weight)")
     (tmp_path / "w.safetensors").write_bytes(b"hello")
@@ -330,11 +343,11 @@ def test_weights_file_for_timm(launch: Cli, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of four steps, not to be changed."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
+    folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder.parent)
+        patch.chdir(folder)
         assert main.main(SHORT.split()) == 0
-    return folder.parent / RUN
+    return folder / RUN
 
 
 @pytest.fixture
@@ -447,14 +460,22 @@ def signal_after(step: int, number: int = signal.SIGINT) -> Iterator[None]:
         Method.after_step = original  # type: ignore[method-assign]
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps that was interrupted after three, with its last two states; not to be changed."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch, signal_after(3):
+        patch.chdir(folder)
+        assert main.main(SHORT.split()) == 130
+    assert [path.name for path in states(folder / RUN)] == ["00000002", "00000003"]
+    return folder / RUN
+
+
 @pytest.fixture
-def unfinished(launch: Cli, tmp_path: Path) -> Path:
-    """A run of four steps that was interrupted after three, with its last two states."""
-    with signal_after(3):
-        assert launch(SHORT).returncode == 130
-    folder = tmp_path / RUN
-    assert [each.name for each in states(folder)] == ["00000002", "00000003"]
-    return folder
+def unfinished(interrupted: Path, tmp_path: Path) -> Path:
+    """A copy of it in this test's scratch folder."""
+    shutil.copytree(interrupted, tmp_path / RUN)
+    return tmp_path / RUN
 
 
 def reseal(*paths: Path) -> None:
@@ -517,7 +538,7 @@ def test_disk_full(launch: Cli, unfinished: Path) -> None:
     assert "resuming after step 3" in done.stdout
 
 
-@pytest.mark.parametrize("size", [0, 100, 3000, 9000])
+@pytest.mark.parametrize("size", [0, pytest.param(100, marks=pytest.mark.slow), 3000, 9000])
 def test_disk_full_from_the_start(launch: Cli, size: int) -> None:
     """Not even log, config and curves can be written."""
     with files_of_at_most(size):
@@ -535,6 +556,15 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_folder_that_another_process_holds(launch: Cli) -> None:
+    RUN.mkdir(parents=True)
+    with FileLock(RUN / LOCK):
+        one_line(launch(SHORT), "output/run", "in use", "output_dir")
+        one_line(launch(SHORT, "resume False"), "in use")
+    assert launch(SHORT).returncode == 0
+
+
+@pytest.mark.slow
 def test_two_launches_in_one_folder(launch: Cli, tmp_path: Path) -> None:
     words = f"{FAKE} num_epochs 100000 save_every 1 output_dir run".split()
     command = [sys.executable, str(ROOT / "main.py"), *words]

@@ -16,13 +16,13 @@ from yacs.config import CfgNode
 from tailtune.configs import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.batch_mixer import BatchMixer
 from tailtune.trainers.methods.batchformer import BatchFormer
 from tailtune.trainers.methods.wrapper import Wrapper
-from tailtune.trainers.storage.checkpoint import States
+from tailtune.trainers.storage.resume_states import ResumeStates
 
 Config = Callable[..., CfgNode]
 
@@ -154,7 +154,7 @@ def test_at_test_time_it_is_not_there(config: Config) -> None:
 def test_it_wraps_what_leaves_the_logits_alone(name: str, config: Config) -> None:
     kind = METHODS[name]
     own = any(getattr(kind, each) is not getattr(Method, each) for each in ("forward", "expert_logits"))
-    after = ("after", "tiny_clip", "loss_type", "CE") if kind.needs_after else ("loss_type", "CE")
+    after = ("after", "tiny_clip", "loss_type", "CE") if kind.continues_from_earlier_run else ("loss_type", "CE")
     more = {
         "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),
         "h2t": ("h2t.shift_bn", False, "pair_sampler", "shuffle"),
@@ -166,7 +166,7 @@ def test_it_wraps_what_leaves_the_logits_alone(name: str, config: Config) -> Non
         return
     method = build(config, *words)
     assert isinstance(method, Wrapper) and type(method.inner) is kind
-    assert {name.removeprefix("inner.") for name in method.held} == method.inner.held
+    assert {name.removeprefix("inner.") for name in method.frozen_trained} == method.inner.frozen_trained
 
 
 def test_groups_counts_and_seeds(config: Config) -> None:
@@ -225,7 +225,7 @@ def test_each_process_draws_dropout_of_its_own(config: Config, monkeypatch: pyte
     for rank in (0, 1):
         state = SimpleNamespace(process_index=rank)
         monkeypatch.setattr("accelerate.utils.random.AcceleratorState", lambda state=state: state)
-        make_accelerator(config("fake_lt", "tiny_clip", "seed", 5))
+        make_accelerator(Devices.of(config("fake_lt", "tiny_clip", "seed", 5)))
         seeds.append(torch.initial_seed())
     assert seeds == [5, 6]
 
@@ -240,15 +240,15 @@ COMMAND += " adaptformer True num_epochs 2 max_steps 4 save_every 1 print_freq 1
 
 def test_a_killed_run_draws_the_same_dropout(launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch(COMMAND, "whole").returncode == 0
-    save = States.save
+    save = ResumeStates.save
 
-    def killed(self: States, step: int, *rest: Any) -> None:
+    def killed(self: ResumeStates, step: int, *rest: Any) -> None:
         save(self, step, *rest)
         if step == 2:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(States, "save", killed)
+        patch.setattr(ResumeStates, "save", killed)
         launch(COMMAND, "killed")
     assert launch(COMMAND, "killed").returncode == 0
     folders = [tmp_path / "output" / name for name in ("whole", "killed")]

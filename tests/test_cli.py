@@ -13,16 +13,18 @@ import yaml
 from conftest import Cli
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shipped import PAIRS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import signal_after, states
 
 from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names
 from tailtune.datasets import build_info
-from tailtune.main import split_words
+from tailtune.main import split_arguments
 from tailtune.models import resolve
-from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.options import declared
+from tailtune.trainers.validation import check
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none"
 SHORT = f"{FAKE} num_epochs 2 output_dir run"
@@ -67,7 +69,7 @@ def test_list(launch: Cli) -> None:
     ],
 )
 def test_flags_stand_anywhere(words: str) -> None:
-    flags, pairs = split_words(words.split())
+    flags, pairs = split_arguments(words.split())
     parsed = main.make_parser().parse_args(flags)
     assert (parsed.data, parsed.model, parsed.dry_run) == ("fake_lt", "tiny_clip", True)
     assert pairs == ["lr", "0.1", "weight_decay", "-1e-3"]
@@ -147,6 +149,13 @@ def test_own_data_by_path(launch: Cli, tmp_path: Path) -> None:
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
 
+def test_every_config_loads() -> None:
+    for data, model in [*PAIRS, *((data, "tiny_clip") for data in names("data"))]:
+        *_, cfg = load_configs(data, model, [], declared())
+        assert cfg.run_name == f"{data}_{model}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", names("model"))
 def test_every_pair_of_configs_loads(model: str) -> None:
     for data in names("data"):
@@ -299,7 +308,7 @@ def test_metrics_json(finished: Path) -> None:
         *("schema", "data", "model", "seed", "commit", "packages", "hardware", "prec_used", "stopped_early", "notes"),
         *("params", "class_counts", "train", "test"),
     }
-    assert (result["schema"], result["data"], result["model"], result["seed"]) == (1, "fake_lt", "tiny_clip_peft", 0)
+    assert (result["schema"], result["data"], result["model"], result["seed"]) == (2, "fake_lt", "tiny_clip_peft", 0)
     assert (result["prec_used"], result["stopped_early"]) == ("fp32", False)
     assert set(result["params"]) == {"total", "tuner", "head", "trainable"}
     assert {"epochs", "steps", "seconds", "images_per_second", "peak_memory_bytes"} <= set(result["train"])

@@ -1,6 +1,6 @@
 """Contracts over every entry of every table: what enters a table is covered at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from itertools import chain, product
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from small import head_context
 from yacs.config import CfgNode
 
@@ -16,7 +17,7 @@ from tailtune.datasets.images.transforms import AUGMENTS
 from tailtune.models import build_model
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Earlier, Method, build_method
@@ -60,7 +61,7 @@ OF_METHOD: dict[str, tuple[object, ...]] = {
 
 def of_method(name: str, experts: int, loss: str = "CE") -> tuple[object, ...]:
     """A method of so many experts, after an earlier run if it needs one."""
-    after = ("after", "tiny_clip") if METHODS[name].needs_after else ()
+    after = ("after", "tiny_clip") if METHODS[name].continues_from_earlier_run else ()
     return ("method", name, "num_experts", experts, "loss_type", loss, *after, *OF_METHOD.get(name, ()))
 
 
@@ -85,14 +86,18 @@ def tuner_pairs() -> list[tuple[object, ...]]:
     return [*on_vit, *on_convnet]
 
 
+ALL_AT_ONCE = [name for name in TUNERS if name not in ("bn_tuning", "vpt_shallow")]
+"""Tuners that one ViT can have together; `make test-slow` goes through every pair."""
+
+
 def choices() -> list[tuple[object, ...]]:
-    """Every entry once, beside the defaults; pairs of tuners too."""
+    """Every entry once, beside the defaults; tuners also on a network without blocks, and together."""
     tuners = [*map(alone, TUNERS), *((*CONVNET, name, True) for name in ON_CONVNET if name != "bn_tuning")]
-    pairs = tuner_pairs()
+    together = (tuple(chain.from_iterable((name, True) for name in ALL_AT_ONCE)),)
     heads = [("classifier", name) for name in HEADS]
     losses = [("loss_type", name) for name in LOSSES]
     methods = [of_method(name, experts) for name in METHODS for experts in (1, 3) if experts > 1 or name not in SEVERAL]
-    return [*tuners, *pairs, *heads, *losses, *methods]
+    return [*tuners, *together, *heads, *losses, *methods]
 
 
 def fits_loss(method: str, loss: str) -> bool:
@@ -100,21 +105,43 @@ def fits_loss(method: str, loss: str) -> bool:
     return {"sade": not LOSSES[loss].adjusts, "dirmixe": loss == "CE"}.get(method, True)
 
 
-def product_of_all() -> list[tuple[object, ...]]:
-    """Every combination of up to two tuners, head, loss and a range of blocks; of a tuner, head, loss and method."""
-    tuners = [(), *map(alone, TUNERS)]
-    rest = product(HEADS, LOSSES, ("none", "1", "[1,3]"))
-    names = ("classifier", "loss_type", "partial")
-    options = [tuple(chain.from_iterable(zip(names, values, strict=True))) for values in rest]
-    fits = [(name, loss) for name, loss in product(METHODS, LOSSES) if fits_loss(name, loss)]
-    methods = [("classifier", head, *of_method(name, 3, loss)) for head, (name, loss) in product(HEADS, fits)]
-    return [(*a, *b) for a, b in chain(product([*tuners, *tuner_pairs()], options), product(tuners, methods))]
+def words_of(row: Mapping[str, str]) -> tuple[object, ...]:
+    """The options of a row of `combinations`; networks with batch norms host what they can."""
+    tuners = [row[axis] for axis in ("tuner", "second") if row[axis]]
+    partial = ("partial", row["partial"])
+    backbone = CONVNET if "bn_tuning" in tuners else ()
+    chosen = chain.from_iterable((name, True) for name in dict.fromkeys(tuners))
+    return (*backbone, *chosen, "classifier", row["head"], *partial, *of_method(row["method"], 3, row["loss"]))
+
+
+def fits(row: Mapping[str, str]) -> bool:
+    """Whether a row, or the part of it that is filled, can go together."""
+    tuners = {row[axis] for axis in ("tuner", "second") if row.get(axis)}
+    on_convnet = "bn_tuning" not in tuners or tuners <= set(ON_CONVNET) and row.get("partial", "none") == "none"
+    head = OF_METHOD.get(row.get("method", ""), ())
+    return (
+        on_convnet
+        and tuners != {"vpt_shallow", "vpt_deep"}
+        and ("method" not in row or "loss" not in row or fits_loss(row["method"], row["loss"]))
+        and ("classifier" not in head or row.get("head", "LinearClassifier") == "LinearClassifier")
+    )
+
+
+AXES: dict[str, list[str]] = {
+    "tuner": ["", *TUNERS],
+    "second": ["", *TUNERS],
+    "head": [*HEADS],
+    "loss": [*LOSSES],
+    "partial": ["none", "1", "[1,3]"],
+    "method": [*METHODS],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pairs", product_of_all(), ids=lambda pairs: "-".join(map(str, pairs)))
-def test_every_combination(pairs: tuple[object, ...], config: Config, tmp_path: Path) -> None:
-    test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(pairs, config, tmp_path)
+@pytest.mark.parametrize("row", pairwise(AXES, fits), ids=lambda row: "-".join(row.values()))
+def test_every_pair_of_entries(row: dict[str, str], config: Config, tmp_path: Path) -> None:
+    """Two tuners, a head, a loss, a range of blocks and a method: every pair of entries that goes together."""
+    test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(words_of(row), config, tmp_path)
 
 
 @pytest.mark.slow
@@ -156,13 +183,13 @@ def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
     method.eval(), twin.eval()
     logits = method.expert_logits(batch()["image"])
     assert logits.shape == (6, cfg.num_experts, 10)
-    assert same(method.predict(batch()["image"]), logits.nanmean(1) * (cfg.num_experts if method.adds else 1))
+    assert same(method.predict(batch()["image"]), logits.nanmean(1))
     facts = {"base": base, "class_names": list(NAMES)}
     save_checkpoint(tmp_path / "checkpoint", method, facts)
     load_checkpoint(tmp_path / "checkpoint", twin, NAMES, base)
     assert same(twin.expert_logits(batch()["image"]), logits), "it is evaluated without the earlier run"
-    trains = {name for name, each in method.named_parameters() if each.requires_grad} | method.held
-    stays = {id(each) for each in method.model.encoder.untouched()}
+    trains = {name for name, each in method.named_parameters() if each.requires_grad} | method.frozen_trained
+    stays = {id(each) for each in method.model.encoder.frozen_buffers()}
     buffers = {name for name, each in method.named_buffers() if id(each) not in stays} & method.state_dict().keys()
     assert trained_state(method).keys() == trains | buffers, "a checkpoint holds what trained and nothing else"
 
@@ -209,34 +236,52 @@ OF_OPTION: dict[str, tuple[object, ...]] = {
 """What else an option asks for."""
 
 
+def outcome(config: Config, method_name: str, *pairs: object) -> torch.Tensor:
+    """A method's loss, weight, trainable parameters and what it predicts after an earlier run."""
+    words = ("pretrained", "none", "drw_epoch", 0, *of_method(method_name, 3), *pairs)
+    cfg = config("fake_lt", "tiny_clip", *words)
+    method = build(cfg)
+    if cfg.after:
+        method.after(replace(earlier(cfg), method=lambda: build(config("fake_lt", "tiny_clip", "seed", 1)).eval()))
+    method.before_training(10, 1)
+    method.on_epoch(9, 10)
+    torch.manual_seed(0)
+    step = method.train()(batch())
+    numbers = torch.stack([step.loss_sum, step.weight, torch.tensor(float(method.counts()["trainable"]))])
+    return torch.cat([numbers, method.eval().predict(batch()["image"]).flatten()])
+
+
+@pytest.fixture(scope="module")
+def defaults() -> dict[tuple[object, ...], torch.Tensor]:
+    """Outcomes of methods with their default options, which the options of a method share."""
+    return {}
+
+
 @pytest.mark.parametrize("key", CHANGED)
-def test_an_option_of_a_method_has_an_effect(key: str, config: Config) -> None:
+def test_an_option_of_a_method_has_an_effect(
+    key: str, config: Config, defaults: dict[tuple[object, ...], torch.Tensor]
+) -> None:
     """On its loss, on how much it trains, or on what it predicts after an earlier run."""
-
-    def outcome(*pairs: object) -> torch.Tensor:
-        rest = (*of_method(key.split(".")[0], 3), *OF_OPTION.get(key, ()), *pairs)
-        words = ("pretrained", "none", "drw_epoch", 0, *rest)
-        cfg = config("fake_lt", "tiny_clip", *words)
-        method = build(cfg)
-        if cfg.after:
-            method.after(replace(earlier(cfg), method=lambda: build(config("fake_lt", "tiny_clip", "seed", 1)).eval()))
-        method.before_training(10, 1)
-        method.on_epoch(9, 10)
-        torch.manual_seed(0)
-        step = method.train()(batch())
-        numbers = torch.stack([step.loss_sum, step.weight, torch.tensor(float(method.counts()["trainable"]))])
-        return torch.cat([numbers, method.eval().predict(batch()["image"]).flatten()])
-
-    assert torch.equal(outcome(), outcome()) and not torch.equal(outcome(), outcome(key, CHANGED[key]))
+    rest = (key.split(".")[0], *OF_OPTION.get(key, ()))
+    if rest not in defaults:
+        defaults[rest] = outcome(config, *rest)
+        assert torch.equal(outcome(config, *rest), defaults[rest]), "the outcome is reproducible"
+    assert not torch.equal(outcome(config, *rest, key, CHANGED[key]), defaults[rest])
 
 
 def test_every_option_of_a_method_is_among_them() -> None:
     assert CHANGED.keys() == {f"{name}.{each.name}" for name, kind in METHODS.items() for each in fields(kind.Options)}
 
 
-@pytest.mark.parametrize("prec", PRECISIONS)
-@pytest.mark.parametrize("name", TUNERS)
-def test_every_tuner_in_every_precision(prec: str, name: str, config: Config) -> None:
+WITH_TUNERS = [
+    pytest.param(name, prec, marks=[] if prec == "bf16" or name == "adaptformer" else pytest.mark.slow)
+    for name, prec in product(TUNERS, PRECISIONS)
+]
+"""Every tuner in bf16 and one tuner in every precision; `make test-slow` goes through the product."""
+
+
+@pytest.mark.parametrize(("name", "prec"), WITH_TUNERS)
+def test_every_tuner_in_every_precision(name: str, prec: str, config: Config) -> None:
     """Trainable weights keep their dtype, logits stay near fp32's, gradients are finite."""
     method = build(config("fake_lt", "tiny_clip", "pretrained", "none", *alone(name)))
     with torch.no_grad():
@@ -279,7 +324,7 @@ def test_every_head_init_gives_unit_rows(name: str, prompt: str, config: Config)
     model.init_head(head_context(torch.randn(20, model.encoder.feature_dim), torch.arange(20) % 10, 10))
     weight = model.head.get_parameter("weight")
     assert torch.allclose(weight.norm(dim=1), torch.ones(10), atol=1e-5)
-    assert model.init is None, "the text tower is let go"
+    assert model.init is None, "the text encoder is let go"
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
@@ -288,3 +333,17 @@ def test_every_augmentation_gives_the_resolution(name: str, config: Config) -> N
     for index in (0, 3, 5):  # 3 and 5 are not square
         image = data.train[(index, 0)]["image"]
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_overrides_it_says(name: str, config: Config) -> None:
+    """A wrapper runs the model itself, and an export writes the heads' own logits, only where the method allows it."""
+    method = build(config("fake_lt", "tiny_clip", "pretrained", "none", *of_method(name, 3))).eval()
+    for parameter in method.parameters():  # also factors that begin at 1
+        torch.nn.init.constant_(parameter, 0.5) if parameter.requires_grad else None
+    kind = type(method)
+    if kind.forward is not Method.forward or kind.expert_logits is not Method.expert_logits:
+        assert not method.can_be_wrapped
+    features = method.model.encoder.trunk(torch.zeros(2, 3, 32, 32))
+    changes = not torch.equal(method.head_logits(features), method.model.logits(features))
+    assert not changes or method.changes_head_logits

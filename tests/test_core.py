@@ -1,66 +1,86 @@
 """The core: the batch is the batch, and order and augmentation are pure functions (design.md §3).
 
 {1, 2 processes} × {0, 2 workers} × {8, 32 images at once} × {killed and resumed, not} give one fp64 loss trajectory;
-within a layout, killed equals unkilled bitwise.
+within a layout, killed equals unkilled bitwise. By default the plainest layout and those with workers and cut batches;
+`make test-slow` goes through all of them.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import trajectories
-from conftest import ROOT, offline
-from trajectories import LAYOUTS, STEPS, losses, name_of, trained
+from conftest import ROOT, free_port, offline
+from trajectories import LAYOUTS, STEPS, Layout, losses, name_of, trained
+
+pytestmark = pytest.mark.xdist_group("core")  # its runs are shared
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All sixteen runs: eight in this process, eight on two processes started by `accelerate launch`."""
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs below a folder, by processes and layout."""
+
+    folder: Path
+    layouts: dict[int, list[Layout]]
+
+    def of(self, workers: int, micro: int, killed: bool, world: int) -> Path:
+        return self.folder / name_of(workers, micro, killed, world)
+
+    def all(self) -> Iterator[tuple[Layout, int]]:
+        yield from ((layout, world) for world, layouts in self.layouts.items() for layout in layouts)
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Half of the runs in this process, half on two processes started by `accelerate launch`."""
     folder = tmp_path_factory.mktemp("core")
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    script = [str(ROOT / "tests" / "trajectories.py"), str(folder)]
+    script = [str(ROOT / "tests" / "trajectories.py"), str(folder), request.param]
     environment = offline(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     pair = subprocess.Popen(
-        [*launcher, "--main_process_port", "29517", *script],
+        [*launcher, "--main_process_port", str(free_port()), *script],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    for layout in LAYOUTS:
+    for layout in LAYOUTS[request.param][1]:
         trajectories.train(folder, *layout)
     output, _ = pair.communicate(timeout=280)
     assert pair.returncode == 0, output[-3000:]
-    return folder
+    return Runs(folder, LAYOUTS[request.param])
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_one_trajectory_in_every_layout(folder: Path, layout: tuple[int, int, bool], world: int) -> None:
-    reference, found = (folder / name_of(*each) for each in ((0, 32, False, 1), (*layout, world)))
+def test_one_trajectory_in_every_layout(runs: Runs) -> None:
+    reference = runs.of(0, 32, False, 1)
     assert len(losses(reference)) == STEPS
-    assert losses(found) == pytest.approx(losses(reference), rel=1e-6)
     wanted = trained(reference)
-    for name, tensor in trained(found).items():
-        assert tensor.dtype == torch.float64
-        assert torch.allclose(tensor, wanted[name], rtol=1e-9, atol=1e-12), name
+    for layout, world in runs.all():
+        path = runs.of(*layout, world)
+        assert losses(path) == pytest.approx(losses(reference), rel=1e-6), path.name
+        for name, tensor in trained(path).items():
+            assert tensor.dtype == torch.float64
+            assert torch.allclose(tensor, wanted[name], rtol=1e-9, atol=1e-12), (path.name, name)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("layout", [each for each in LAYOUTS if not each[2]], ids=str)
-def test_killed_equals_unkilled_bitwise(folder: Path, layout: tuple[int, int, bool], world: int) -> None:
-    whole, resumed = (trained(folder / name_of(*layout[:2], killed, world)) for killed in (False, True))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+def test_killed_equals_unkilled_bitwise(runs: Runs) -> None:
+    for (workers, micro, killed), world in runs.all():
+        if killed:
+            whole, resumed = (trained(runs.of(workers, micro, k, world)) for k in (False, True))
+            assert whole.keys() == resumed.keys()
+            assert all(torch.equal(whole[name], resumed[name]) for name in whole), (workers, micro, world)
 
 
-def test_evaluation_counts_each_image_once(folder: Path) -> None:
+def test_evaluation_counts_each_image_once(runs: Runs) -> None:
     """Two processes: the same test metrics, although 100 images do not fill equal batches of 64."""
-    one, two = (json.loads((folder / name_of(0, 32, False, world) / "metrics.json").read_text()) for world in (1, 2))
+    reference, pair = runs.of(0, 32, False, 1), runs.of(2, 8, False, 2)
+    one, two = (json.loads((path / "metrics.json").read_text()) for path in (reference, pair))
     assert one["test"]["per_class_acc"] == two["test"]["per_class_acc"]
     assert one["test"]["nll"] == pytest.approx(two["test"]["nll"], rel=1e-9)
     assert two["hardware"].startswith("2 ×")

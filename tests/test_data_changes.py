@@ -10,7 +10,8 @@ from conftest import Cli
 from PIL import Image
 from test_bad_input import one_line, signal_after
 
-from tailtune.datasets.splits.split_records import Record, changes, parse_splits, split_files
+from tailtune.datasets.splits.compare_records import compare_records
+from tailtune.datasets.splits.split_records import Record, parse_splits, split_files
 
 TRAIN = "-d insects.yaml -m tiny_clip_peft pretrained none num_epochs 1 num_workers 0 output_dir run"
 RUN = Path("output/run")
@@ -279,7 +280,7 @@ def test_what_is_written_down_is_read_back() -> None:
 def test_changes_are_counted_and_named() -> None:
     before = Record("size:1", ("a", "b", "c", "d"), (0, 0, 1, 1), (1, 1, 1, 1))
     now = Record("size:2", ("b", "c", "d", "e", "f", "g", "h"), (1, 1, 1, 0, 0, 0, 0), (1, 2, 1, 1, 1, 1, 1))
-    found = changes(before, now)
+    found = compare_records(before, now)
     assert (found.new, found.gone, found.relabelled, found.resized) == (("e", "f", "g", "h"), ("a",), ("b",), ("c",))
     assert found.describe("test") == (
         "4 test images are new (e, f, g, …), 1 is gone (a), 1 is of another class now (b), 1 is other files now "

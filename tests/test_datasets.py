@@ -26,10 +26,11 @@ from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import clean_worker_error, collate, eval_loader, train_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.sources import cifar
-from tailtune.datasets.sources.image_list import folder_names, read_list, taxon_labels
+from tailtune.datasets.sources.image_list import folder_names, read_list
 from tailtune.datasets.sources.image_sources import BadImage
+from tailtune.datasets.sources.inaturalist import taxon_labels
 from tailtune.datasets.sources.published_lists import PUBLISHED, published_at
-from tailtune.datasets.splits.choose_splits import UnreadableImages
+from tailtune.datasets.splits.unreadable_images import UnreadableImages
 from tailtune.trainers.options import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
@@ -102,7 +103,7 @@ def test_info_and_data_agree(folder: Path, listed: Path) -> None:
         assert info.class_names == bundle.info.class_names
         assert info.class_counts.tolist() == torch.bincount(bundle.train.labels).tolist()
         assert torch.equal(info.class_counts, bundle.info.class_counts)
-        assert torch.equal(bundle.plain.labels, bundle.train.labels)
+        assert torch.equal(bundle.train_unaugmented.labels, bundle.train.labels)
         assert torch.equal(bundle.train_as_test.labels, bundle.train.labels)
         assert sorted(torch.cat(list(info.groups.values())).tolist()) == list(range(info.num_classes))
 
@@ -374,7 +375,7 @@ def test_lists(listed: Path) -> None:
     assert bundle.info.class_names == ("cat", "dog")
     assert bundle.info.class_counts.tolist() == [6, 4]
     assert (len(bundle.test), bundle.val) == (4, None)
-    assert bundle.train.source.where(6) == f"{listed}/train/dog/0.png (line 7 of {listed}/train.txt)"
+    assert bundle.train.source.location(6) == f"{listed}/train/dog/0.png (line 7 of {listed}/train.txt)"
 
 
 def test_list_paths_resolve_against_the_yaml_then_lists(listed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -513,7 +514,7 @@ def test_folder_without_test_split(folder: Path) -> None:
     bundle = build_data(config("ImageFolder", root=root, test_per_class=2))
     assert bundle.info.class_counts.tolist() == [4, 2]
     assert torch.bincount(bundle.test.labels).tolist() == [2, 2]
-    files = [view.source.where(int(i)) for view in (bundle.train, bundle.test) for i in view.indices]
+    files = [view.source.location(int(i)) for view in (bundle.train, bundle.test) for i in view.indices]
     assert len(set(files)) == 10
     assert bundle.val is not None
     assert len(bundle.val) == 4
@@ -567,7 +568,7 @@ def test_an_image_that_goes_bad_stops_with_one_line(listed: Path, index: int, re
     assert isinstance(clean, BadImage)
     message = str(clean)
     assert reason in message
-    assert train.source.where(index) in message
+    assert train.source.location(index) in message
     assert f"line {index + 1} of {listed}/train.txt" in message
     assert "\n" not in message
 
@@ -605,8 +606,8 @@ def test_unreadable_images_do_not_count(listed: Path) -> None:
     bundle = build_data(lists(listed, on_bad_image="skip"))
     assert bundle.info.class_counts.tolist() == [4, 3]
     assert bundle.train.indices.tolist() == [0, 1, 4, 5, 6, 8, 9]
-    assert set(bundle.chosen.unreadable) == {"train/cat/2.png", "train/cat/3.png", "train/dog/1.png"}
-    assert bundle.chosen.left_out == 3
+    assert set(bundle.splits.unreadable) == {"train/cat/2.png", "train/cat/3.png", "train/dog/1.png"}
+    assert bundle.splits.left_out == 3
     assert bundle.records["train"].fingerprint != whole.records["train"].fingerprint
     for index in range(4):
         (listed / f"train/dog/{index}.png").unlink(missing_ok=True)
@@ -720,7 +721,7 @@ def test_every_entry_gives_facts_and_images(folder: Path, listed: Path, monkeypa
     for name in DATASETS:
         bundle = build_data(special.get(name, config(name)))
         assert bundle.info.num_classes == len(bundle.info.class_counts)
-        for view in (bundle.train, bundle.plain, bundle.train_as_test, bundle.test):
+        for view in (bundle.train, bundle.train_unaugmented, bundle.train_as_test, bundle.test):
             assert view[len(view) - 1]["image"].shape == (3, 28, 28)
 
 

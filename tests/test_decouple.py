@@ -16,10 +16,11 @@ from tailtune.configs import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.trainers.dry_run import check
 from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
-from tailtune.trainers.storage.checkpoint import States, trained_state
+from tailtune.trainers.storage.checkpoint import trained_state
+from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 LINEAR = ("classifier", "LinearClassifier")
@@ -131,7 +132,7 @@ def test_what_is_held_is_never_rounded(tuner: str, prec: str, config: Config) ->
         each.model.set_precision(PRECISIONS[prec].compute)
         cast_trainable(each, PRECISIONS[prec].trainable)
     state = trained_state(method)
-    for name in method.held:
+    for name in method.frozen_trained:
         assert torch.equal(state[name].double(), wanted[name].double()), name
     for name, each in trained_state(resumed).items():  # as the trainer resumes
         each.copy_(state[name])
@@ -161,16 +162,16 @@ def command(name: str, both: str) -> str:
 )
 def test_a_chain_of_runs(name: str, both: str, launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained, killed and resumed on the way, evaluated again from its checkpoint alone."""
-    save = States.save
+    save = ResumeStates.save
 
-    def killed(self: States, step: int, *rest: Any) -> None:
+    def killed(self: ResumeStates, step: int, *rest: Any) -> None:
         save(self, step, *rest)
         if step == 2 and self.folder.parent.name == "run":
             raise InterruptedError
 
     if name != "tau_norm":
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(States, "save", killed)
+            patch.setattr(ResumeStates, "save", killed)
             launch(command(name, both))
     done = launch(command(name, both))
     assert done.returncode == 0, done.stderr

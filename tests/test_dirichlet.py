@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli
-from test_shifts import by_name, check, config, facts, shipped
+from test_shifts import by_name, check, config, distributions, facts, names_of, shipped
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.long_tail import longtail_counts
-from tailtune.datasets.sources.image_list import taxon_labels
-from tailtune.datasets.test_distributions.build import build_shifts, shift_names
-from tailtune.datasets.test_distributions.dirichlet import CIFAR, LISTS, choose, component, dirichlet_names, draw_counts
+from tailtune.datasets.sources.inaturalist import taxon_labels
+from tailtune.datasets.test_distributions.dirichlet import (
+    PUBLISHED_CIFAR,
+    PUBLISHED_LISTS,
+    component_of,
+    dirichlet_names,
+    draw_counts,
+    draw_images,
+)
 from tailtune.trainers.evaluation.distributions import dirichlet_summary
 from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner
 from tailtune.trainers.evaluation.inference import Logits
@@ -35,15 +41,15 @@ def digest(counts: list[int]) -> str:
     return hashlib.sha256(",".join(map(str, counts)).encode()).hexdigest()[:12]
 
 
-def learnt_counts(shift: Shift, labels: Tensor) -> list[int]:
-    assert shift.learn is not None
-    return torch.bincount(labels[shift.learn], minlength=len(shift.counts)).tolist()
+def learnt_counts(shift: TestDistribution, labels: Tensor) -> list[int]:
+    assert shift.learn_positions is not None
+    return torch.bincount(labels[shift.learn_positions], minlength=len(shift.counts)).tolist()
 
 
-def cifar(classes: int, *pairs: object) -> tuple[dict[str, Shift], Tensor]:
+def cifar(classes: int, *pairs: object) -> tuple[dict[str, TestDistribution], Tensor]:
     labels = torch.arange(10_000) % classes
     cfg = shipped(f"cifar{classes}_ir100", "test_dists", "dirichlet", *pairs)
-    shifts = build_shifts(cfg, build_info(cfg), labels)
+    shifts = distributions(cfg, build_info(cfg), labels)
     check(shifts, labels)
     return by_name(shifts), labels
 
@@ -98,7 +104,8 @@ def test_cifar_as_published(classes: int) -> None:
     else:
         assert " ".join(f"{sum(c)} {digest(c)}" for c in counts) == C100
     assert [int(shift.positions.sum()) for shift in each] == IMAGES[classes]
-    assert [int(shift.learn.sum()) for shift in each if shift.learn is not None] == LEARN_IMAGES[classes]
+    learnt = [shift.learn_positions for shift in each if shift.learn_positions is not None]
+    assert [int(positions.sum()) for positions in learnt] == LEARN_IMAGES[classes]
     assert {shift.origin for shift in each} == {"the published construction"}
 
 
@@ -110,7 +117,7 @@ def test_the_draws_of_training_images_come_first(classes: int) -> None:
         for m in sizes:
             base = longtail_counts(m, classes, 1 if kind == "uniform" else 0.01)
             counts = draw_counts(stream, base[::-1] if kind == "backward" else base, m, m, 1)
-            choose(stream, counts, [np.arange(m)] * classes)
+            draw_images(stream, counts, [np.arange(m)] * classes)
             totals += [counts] if m == sizes[0] else []
     assert [sum(counts) for counts in totals] == TRAIN[classes]
     assert classes == 100 or totals[0] == FIRST
@@ -130,11 +137,11 @@ def test_the_draws_of_training_images_come_first(classes: int) -> None:
 )
 def test_the_procedure_for_lists(file: str, classes: int, m: int, expected: list[str]) -> None:
     """One set of each component in turn, for class counts in descending order."""
-    (ratio, concentration, least), stream, found = LISTS[file], np.random.RandomState(0), []
+    (ratio, concentration, least), stream, found = PUBLISHED_LISTS[file], np.random.RandomState(0), []
     for kind in KINDS:
         base = longtail_counts(m, classes, 1 if kind == "uniform" else 1 / ratio)
         counts = draw_counts(stream, base[::-1] if kind == "backward" else base, m, concentration, least)
-        choose(stream, counts, [np.arange(m)] * classes)
+        draw_images(stream, counts, [np.arange(m)] * classes)
         found.append(f"{sum(counts)} {digest(counts)} {counts.count(0)}")
         assert kind != "uniform" or least == 0 or min(counts) == 7
     assert found == expected
@@ -168,7 +175,7 @@ def test_the_published_lists(data: str, field: str, tmp_path: Path) -> None:
     cfg = shipped(data, "lists", tmp_path, "test_dists", "dirichlet", *pairs)
     own = np.loadtxt(tmp_path / cfg.test_list, usecols=1, dtype=np.int64)
     labels = torch.from_numpy(own if data == "imagenet_lt" else taxon_labels(categories, field)[0][own])
-    shifts = build_shifts(cfg, build_info(cfg), labels)
+    shifts = distributions(cfg, build_info(cfg), labels)
     check(shifts, labels)
     assert [len(each.positions) for each in shifts] == FILES[data][0]
     assert [int(each.positions.sum()) for each in shifts] == FILES[data][1]
@@ -178,7 +185,7 @@ def test_the_published_lists(data: str, field: str, tmp_path: Path) -> None:
 def test_imagenet_without_its_list_is_said(caplog: pytest.LogCaptureFixture) -> None:
     cfg = shipped("imagenet_lt", "root", "/nowhere", "test_dists", "dirichlet-forward2")
     caplog.set_level("INFO", "tailtune")
-    (shift,) = build_shifts(cfg, build_info(cfg), torch.arange(1000).repeat(50))
+    (shift,) = distributions(cfg, build_info(cfg), torch.arange(1000).repeat(50))
     assert shift.origin == "drawn with seed 0, without the list ImageNet_LT_uniform.txt"
     assert len(shift.positions) == FILES["imagenet_lt"][0][4] and "SADE-AgnosticLT" in caplog.text
 
@@ -191,7 +198,7 @@ RATIOS = {100: (2478, 2131), 50: (2795, 2486), 25: (3229, 2956), 10: (4084, 3876
 @pytest.mark.parametrize("classes", [10, 100])
 def test_thirteen_sets_of_cifar(classes: int) -> None:
     cfg = shipped(f"cifar{classes}_ir100", "test_dists", "[all]", "shift_ratios", "[2,5,10,25,50,100]")
-    shifts = build_shifts(cfg, build_info(cfg), torch.arange(10_000) % classes)
+    shifts = distributions(cfg, build_info(cfg), torch.arange(10_000) % classes)
     totals = [each[classes == 100] for each in RATIOS.values()]
     assert [len(each.positions) for each in shifts] == [*totals, 10_000, *totals[::-1]]
     names = [*(f"forward{r}" for r in RATIOS), "uniform", *(f"backward{r}" for r in reversed(RATIOS))]
@@ -202,13 +209,13 @@ def test_thirteen_sets_of_cifar(classes: int) -> None:
 
 
 def test_names() -> None:
-    assert shift_names(config("Fake", test_dists=["dirichlet"])) == NINE
+    assert names_of(config("Fake", test_dists=["dirichlet"])) == NINE
     mixed = config("Fake", test_dists=["uniform", "dirichlet-forward", "dirichlet-backward2", "dirichlet-forward1"])
-    assert shift_names(mixed) == ("uniform", *NINE[3:6], NINE[7])
-    beside = shift_names(config("Fake", test_dists=["all", "dirichlet"], shift_ratios=[2]))
+    assert names_of(mixed) == ("uniform", *NINE[3:6], NINE[7])
+    beside = names_of(config("Fake", test_dists=["all", "dirichlet"], shift_ratios=[2]))
     assert beside == ("forward2", "uniform", "backward2", *NINE)
     assert len(dirichlet_names("dirichlet", 5)) == 15
-    assert [component(name) for name in ("dirichlet-forward12", "forward2", "uniform")] == ["forward", None, None]
+    assert [component_of(name) for name in ("dirichlet-forward12", "forward2", "uniform")] == ["forward", None, None]
 
 
 @pytest.mark.parametrize("name", ["dirichlet-sideways1", "dirichlet-forward4", "dirichlet-forward0", "dirichlets"])
@@ -220,8 +227,8 @@ def test_a_wrong_name(name: str) -> None:
 def test_one_set_is_what_it_is_among_all() -> None:
     found, _ = cifar(100)
     alone, _ = cifar(100, "test_dists", "uniform,dirichlet-forward2")
-    assert list(alone) == ["uniform", "dirichlet-forward2"] and alone["uniform"].learn is None
-    for key in ("positions", "counts", "learn"):
+    assert list(alone) == ["uniform", "dirichlet-forward2"] and alone["uniform"].learn_positions is None
+    for key in ("positions", "counts", "learn_positions"):
         assert torch.equal(getattr(alone[NINE[4]], key), getattr(found[NINE[4]], key))
 
 
@@ -236,7 +243,7 @@ def test_what_is_not_published_is_not_called_so() -> None:
     for key, value in changes.items():
         found, _ = cifar(10, key, value)
         assert {each.origin for each in found.values()} == {f"drawn with seed {int(key == 'shift_seed')}"}
-    assert CIFAR == (100, None, 1)
+    assert PUBLISHED_CIFAR == (100, None, 1)
 
 
 def test_a_larger_concentration_spreads_less() -> None:
@@ -256,7 +263,7 @@ def test_a_concentration_of_almost_nothing() -> None:
 def test_a_cut_split(order: str, limit: int) -> None:
     labels = torch.arange(100)[torch.randperm(100, generator=torch.Generator().manual_seed(0))][:limit] % 10
     cfg = config("Fake", test_dists=["dirichlet"], max_test_images=limit, shift_order=order)
-    shifts = by_name(build_shifts(cfg, facts([40 - 3 * k for k in range(10)]), labels))
+    shifts = by_name(distributions(cfg, facts([40 - 3 * k for k in range(10)]), labels))
     check(tuple(shifts.values()), labels)
     for each in shifts.values():
         assert len(each.positions) and each.origin.startswith("drawn") == (limit < 1000 or order == "counts")
@@ -269,11 +276,11 @@ def test_unbalanced_data_by_training_count() -> None:
     """The largest class has as many images as the smallest of the test split; classes keep what they have."""
     labels = torch.tensor([0] * 30 + [1] * 12 + [2] * 25)
     cfg = config("ImageFolder", test_dists=["dirichlet"], dirichlet_concentration=1e6, dirichlet_ratio=10.0)
-    found = by_name(build_shifts(cfg, facts([7, 90, 9]), labels))
+    found = by_name(distributions(cfg, facts([7, 90, 9]), labels))
     assert found["dirichlet-forward1"].counts.argmax() == 1 and found["dirichlet-backward1"].counts.argmax() == 0
     assert all(int(each.counts.max()) == 12 for each in found.values())
     short = config("ImageFolder", test_dists=["dirichlet-uniform"], shift_max=20, dirichlet_concentration=1e6)
-    shift = build_shifts(short, facts([7, 90, 9]), labels)[0]
+    shift = distributions(short, facts([7, 90, 9]), labels)[0]
     assert shift.counts[1] == 12 and "classes with fewer images than asked for: 1" in shift.origin
 
 
@@ -283,17 +290,17 @@ def test_unbalanced_data_by_training_count() -> None:
 def test_equal_learns_from_the_same_images() -> None:
     own, (equal, _) = cifar(10)[0], cifar(10, "dirichlet_learn", "equal")
     for name in NINE:
-        assert equal[name].learn is None and torch.equal(equal[name].positions, own[name].positions)
-    assert equal[NINE[0]].origin == "the published construction, itself being to learn from"
+        assert equal[name].learn_positions is None and torch.equal(equal[name].positions, own[name].positions)
+    assert equal[NINE[0]].origin == "the published construction, weights are learnt from the same images"
 
 
 def test_disjoint_cuts_every_class_in_halves() -> None:
     own, (halves, labels) = cifar(10)[0], cifar(10, "dirichlet_learn", "disjoint")
     for name in NINE:
         half, whole = halves[name], own[name]
-        assert half.learn is not None and "half of each class" in half.origin
-        assert not set(half.positions.tolist()) & set(half.learn.tolist())
-        assert set(half.positions.tolist()) | set(half.learn.tolist()) == set(whole.positions.tolist())
+        assert half.learn_positions is not None and "one half of each class" in half.origin
+        assert not set(half.positions.tolist()) & set(half.learn_positions.tolist())
+        assert set(half.positions.tolist()) | set(half.learn_positions.tolist()) == set(whole.positions.tolist())
         assert half.counts.tolist() == [(n + 1) // 2 for n in whole.counts.tolist()]
         assert learnt_counts(half, labels) == [n // 2 for n in whole.counts.tolist()]
 
@@ -318,7 +325,7 @@ def test_weights_are_learnt_from_the_images_to_learn_from() -> None:
         while learner.running:
             learner.learn(two)
         weights.append(learner.weights)
-        assert torch.equal(learner.predictions()[1], plain.labels[:30]), "but the test set is predicted"
+        assert torch.equal(plain.labels[learner.predictions()[1]], plain.labels[:30]), "but the test set is predicted"
         assert learner.facts()["learnt_from"] == 30
     assert weights[0].argmax() == 0 and weights[1].argmax() == 1
 
@@ -347,25 +354,25 @@ def entry(accuracy: float, few: float | None = 0.0, **more: Any) -> dict[str, An
 
 def test_the_summary() -> None:
     results = {
-        "uniform": {"plain": entry(99.0)},
-        "dirichlet-uniform1": {"n": 3, "plain": entry(10.0, 5.0), "sade": entry(20.0), "expected_accuracy": 9.0},
-        "dirichlet-uniform2": {"n": 3, "plain": entry(14.0, None), "sade": entry(26.0), "expected_accuracy": 9.0},
-        "dirichlet-backward3": {"n": 3, "plain": entry(30.0, 5.0), "sade": entry(50.0), "expected_accuracy": 9.0},
+        "uniform": {"predictors": {"plain": entry(99.0)}},
+        "dirichlet-uniform1": {"n": 3, "predictors": {"plain": entry(10.0, 5.0), "sade": entry(20.0)}},
+        "dirichlet-uniform2": {"n": 3, "predictors": {"plain": entry(14.0, None), "sade": entry(26.0)}},
+        "dirichlet-backward3": {"n": 3, "predictors": {"plain": entry(30.0, 5.0), "sade": entry(50.0)}},
     }
     found = dirichlet_summary(results)
-    assert list(found) == ["uniform", "backward", "all"] and found["uniform"].keys() == {"draws", "plain", "sade"}
-    assert found["uniform"]["plain"].keys() == {"accuracy", "mean_acc", "many_acc", "med_acc", "few_acc"}
-    assert found["uniform"]["plain"]["accuracy"] == {"mean": 12.0, "std": pytest.approx(8**0.5)}
-    assert found["uniform"]["sade"]["accuracy"] == {"mean": 23.0, "std": pytest.approx(18**0.5)}
-    assert found["uniform"]["plain"]["few_acc"] == {"mean": None, "std": None}
-    assert found["backward"]["sade"]["accuracy"] == {"mean": 50.0, "std": None}
-    assert found["all"]["draws"] == 3 and found["all"]["plain"]["accuracy"]["mean"] == 18.0
-    assert found["all"]["plain"]["accuracy"]["std"] == pytest.approx(((64 + 16 + 144) / 2) ** 0.5)
+    assert list(found) == ["uniform", "backward", "all"] and found["uniform"]["predictors"].keys() == {"plain", "sade"}
+    assert found["uniform"]["predictors"]["plain"].keys() == {"accuracy", "mean_acc", "many_acc", "med_acc", "few_acc"}
+    assert found["uniform"]["predictors"]["plain"]["accuracy"] == {"mean": 12.0, "std": pytest.approx(8**0.5)}
+    assert found["uniform"]["predictors"]["sade"]["accuracy"] == {"mean": 23.0, "std": pytest.approx(18**0.5)}
+    assert found["uniform"]["predictors"]["plain"]["few_acc"] == {"mean": None, "std": None}
+    assert found["backward"]["predictors"]["sade"]["accuracy"] == {"mean": 50.0, "std": None}
+    assert found["all"]["draws"] == 3 and found["all"]["predictors"]["plain"]["accuracy"]["mean"] == 18.0
+    assert found["all"]["predictors"]["plain"]["accuracy"]["std"] == pytest.approx(((64 + 16 + 144) / 2) ** 0.5)
     assert dirichlet_summary({"uniform": results["uniform"]}) == {}
 
 
 def test_its_table() -> None:
-    results = {name: {"plain": entry(k * 10.0), "sade": entry(100.0)} for k, name in enumerate(NINE)}
+    results = {name: {"predictors": {"plain": entry(k * 10.0), "sade": entry(100.0)}} for k, name in enumerate(NINE)}
     lines = dirichlet_lines(dirichlet_summary(results))
     assert len(lines) == 3 + 2 * 4 and dirichlet_lines({}) == []
     assert lines[3].split()[:6] == ["uniform", "3", "plain", "10.00", "±", "10.00"]
@@ -391,12 +398,12 @@ def test_a_finished_run_answers_from_its_logits(launch: Cli) -> None:
     assert done.returncode == 0, done.stderr
     found = result("run/tests/test_dists_uniform-dirichlet")
     assert list(found["distributions"]) == ["uniform", *NINE]
-    accuracies = [found["distributions"][name]["plain"]["accuracy"] for name in NINE]
+    accuracies = [found["distributions"][name]["predictors"]["plain"]["accuracy"] for name in NINE]
     summary = found["dirichlet"]
     for k, kind in enumerate(KINDS):
-        mean = summary[kind]["plain"]["accuracy"]["mean"]
+        mean = summary[kind]["predictors"]["plain"]["accuracy"]["mean"]
         assert mean == pytest.approx(np.mean(accuracies[3 * k : 3 * k + 3])) and f"{mean:.2f} ± " in done.stdout
-    assert summary["all"]["plain"]["accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert summary["all"]["predictors"]["plain"]["accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     launch(RUN, "test_only True test_dists uniform")
     assert "dirichlet" not in result("run/tests/test_dists_uniform")
 
@@ -407,8 +414,8 @@ def test_a_run_adapts_to_the_other_draw(launch: Cli) -> None:
     )
     found = result("run")
     for each in found["distributions"].values():
-        assert 0 < each["sade"]["learnt_from"] <= each["n"]
-    assert found["dirichlet"].keys() == {"forward", "all"} and "sade" in found["dirichlet"]["all"]
+        assert 0 < each["predictors"]["sade"]["learnt_from"] <= each["n"]
+    assert found["dirichlet"].keys() == {"forward", "all"} and "sade" in found["dirichlet"]["all"]["predictors"]
     launch(RUN, "test_only True many_above 30")
     (again,) = Path("output/run/tests").iterdir()
     assert "dirichlet" not in result(f"run/tests/{again.name}"), "it is of one evaluation"

@@ -36,19 +36,19 @@ def make(classes: int = 10, experts: int = 3, seed: int = 0, loss: str = "CE", *
 
 def recycled(classes: int, per_epoch: int, **options: Any) -> DirMixE:
     method = make(classes, **options)
-    method._pool = method._recycled(per_epoch)
+    method.recycled_draws = method.make_recycled_draws(per_epoch)
     return method
 
 
 def at(method: DirMixE, step: int, epoch: int = 0) -> Draws:
-    method.epoch, method._last = epoch, None
+    method.epoch = epoch
     method.before_step(step)
     return method.drawn(torch.device("cpu"))
 
 
 def given(method: DirMixE, experts: list[int], priors: Tensor) -> None:
     """Draws of the step at hand."""
-    method._last = method.at_step, Draws(torch.tensor(experts), priors)
+    method.drawn = lambda device: Draws(torch.tensor(experts), priors)  # type: ignore[method-assign]
 
 
 def batch(labels: Tensor, weights: list[float] | None = None) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def test_the_semi_variance() -> None:
 def test_the_pool_and_its_shuffle() -> None:
     """Fixture D2."""
     method = recycled(10, 3, draws=4, pool="recycled")
-    pool = method._pool
+    pool = method.recycled_draws
     assert pool is not None and pool.experts.tolist() == [0, 0, 1, 1, 2, 0, 0, 0, 0, 1, 2, 0]
     wanted = [0.407875, 0.241676, 0.138612, 0.090824, 0.051276, 0.027996, 0.020134, 0.010735, 0.006973, 0.003898]
     assert pool.priors[0].tolist() == pytest.approx(wanted, abs=5e-7)
@@ -133,7 +133,7 @@ def test_the_pool_after_the_choice_of_images(
     classes: int, per_epoch: int, first: str, totals: list[int], start: list[float]
 ) -> None:
     """Fixture D3: where the original's training begins."""
-    pool = recycled(classes, per_epoch, pool="recycled_cifar")._pool
+    pool = recycled(classes, per_epoch, pool="recycled_cifar").recycled_draws
     assert pool is not None and "".join(map(str, pool.experts[:20])) == first
     assert torch.from_numpy(pool.experts).bincount().tolist() == totals
     assert pool.priors[0, :5].tolist() == pytest.approx(start, abs=5e-7)
@@ -256,8 +256,9 @@ def test_draws_belong_to_the_step(pool: str) -> None:
     method = make(pool=pool) if pool == "fresh" else recycled(10, 3, pool=pool)
     first = at(method, 1)
     assert method.drawn(torch.device("cpu")) is first
+    second = at(method, 2)
     assert torch.equal(at(method, 1).priors, first.priors), "a function of the step"
-    others = [at(method, 2), at(method, 4, epoch=1), at(make(seed=1), 1)]
+    others = [second, at(method, 4, epoch=1), at(make(seed=1), 1)]
     assert not any(torch.equal(each.priors, first.priors) for each in others)
 
 

@@ -12,12 +12,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tailtune.datasets import build_data
-from tailtune.datasets.test_distributions.build import Shift, build_shifts
-from tailtune.trainers.evaluation.distributions import expected_accuracy, plain_results
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
+from tailtune.trainers.evaluation.distributions import dirichlet_summary, expected_accuracy, plain_results
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods.base import combine
-from tailtune.trainers.runs.report import distribution_lines
+from tailtune.trainers.runs.report import distribution_lines, read_result, table, upgraded
 
 GROUPS = {"many": torch.tensor([0]), "med": torch.tensor([1]), "few": torch.tensor([2])}
 RUN = "-d fake_lt -m tiny_clip pretrained none max_steps 2 batch_size 16 num_workers 0 output_dir run"
@@ -29,9 +31,9 @@ def found(n: int = 30, experts: int = 2) -> Logits:
     return Logits(torch.randn(n, experts, 3, generator=draws), torch.arange(n) % 3, torch.arange(n))
 
 
-def shift(name: str, positions: list[int], labels: torch.Tensor) -> Shift:
+def shift(name: str, positions: list[int], labels: torch.Tensor) -> TestDistribution:
     chosen = torch.tensor(positions, dtype=torch.int64)
-    return Shift(name, torch.bincount(labels[chosen], minlength=3), chosen, "drawn")
+    return TestDistribution(name, torch.bincount(labels[chosen], minlength=3), chosen, "drawn")
 
 
 def metrics(folder: str) -> dict[str, Any]:
@@ -44,12 +46,12 @@ def test_a_subset_is_measured_by_its_logits() -> None:
     chosen = [29, 3, 0, 9, 1]
     result = plain_results(logits, [shift("some", chosen, logits.labels)], GROUPS)["some"]
     assert result["n"] == 5 and result["origin"] == "drawn"
-    assert result["plain"] == evaluate(logits.logits[chosen].mean(1), logits.labels[chosen], GROUPS)
+    assert result["predictors"]["plain"] == evaluate(logits.logits[chosen].mean(1), logits.labels[chosen], GROUPS)
 
 
 def test_an_empty_group_is_null() -> None:
     logits = found()
-    plain = plain_results(logits, [shift("some", [0, 3, 1], logits.labels)], GROUPS)["some"]["plain"]
+    plain = plain_results(logits, [shift("some", [0, 3, 1], logits.labels)], GROUPS)["some"]["predictors"]["plain"]
     assert plain["few_acc"] is None and plain["per_class_acc"][2] is None and plain["many_acc"] is not None
 
 
@@ -81,7 +83,8 @@ def test_images_that_could_not_be_read_and_empty_sets_are_left_out() -> None:
     shifts = [shift("some", [4, 5, 11, 29], logits.labels), shift("none", [], logits.labels)]
     results = plain_results(some, shifts, GROUPS)
     assert results.keys() == {"some"} and results["some"]["n"] == 2
-    assert results["some"]["plain"] == evaluate(combine(logits.logits[[5, 29]]), logits.labels[[5, 29]], GROUPS)
+    wanted = evaluate(combine(logits.logits[[5, 29]]), logits.labels[[5, 29]], GROUPS)
+    assert results["some"]["predictors"]["plain"] == wanted
 
 
 def test_the_table_has_a_line_for_each() -> None:
@@ -90,10 +93,31 @@ def test_the_table_has_a_line_for_each() -> None:
     assert distribution_lines({}) == []
     plain = distribution_lines(results)
     assert len(plain) == 4 and plain[-1].startswith("some") and plain[-1].count("n/a") == 1
-    results["some"]["other"] = {**results["some"]["plain"], "gain": 1.25, "weights": [0.251, 0.749], "path": []}
+    predictors = results["some"]["predictors"]
+    predictors["other"] = {**predictors["plain"], "gain": 1.25, "weights": [0.251, 0.749], "path": []}
     adapted = distribution_lines(results)
     assert "other" in adapted[1] and adapted[-1].endswith("1.25   0.25 0.75")
     assert adapted[-1].startswith(plain[-1])
+
+
+STORED = Path(__file__).parent / "stored" / "metrics_schema1.json"
+"""A result of the version before schema 2: `test_dists uniform,dirichlet adapt sade target_prior estimate`."""
+
+
+def test_a_result_of_schema_1_is_read_as_one_of_schema_2() -> None:
+    old, new = json.loads(STORED.read_text()), read_result(STORED)
+    assert old["schema"] == 1 and new["schema"] == 2 and upgraded(new) == new
+    assert new["distributions"].keys() == old["distributions"].keys() > {"uniform", "dirichlet-forward1"}
+    names = {"plain", "sade", "target_prior"}
+    for key, facts in (("distributions", {"n", "origin", "expected_accuracy"}), ("dirichlet", {"draws"})):
+        for name, entry in new[key].items():
+            assert entry.keys() == facts | {"predictors"} and entry["predictors"].keys() == names
+            assert {**entry, **entry["predictors"]} == {**old[key][name], "predictors": entry["predictors"]}
+    others = new.keys() - {"schema", "distributions", "dirichlet"}
+    assert all(new[key] == old[key] for key in others)
+    shown = table(new)
+    assert "dirichlet-forward1" in shown and "for estimate" in shown and "mean ± std" in shown
+    assert dirichlet_summary(new["distributions"]).keys() == old["dirichlet"].keys()
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
@@ -107,10 +131,11 @@ def test_a_run_evaluates_all_distributions_in_one_pass(launch: Cli) -> None:
     result = metrics("run")
     assert list(result["distributions"]) == ALL
     for name, each in result["distributions"].items():
-        assert each.keys() == {"n", "origin", "plain", "expected_accuracy"} and name in done.stdout
-        assert each["plain"].keys() == result["test"].keys() - {"bad_images"}
+        assert each.keys() == {"n", "origin", "predictors", "expected_accuracy"} and name in done.stdout
+        assert each["predictors"].keys() == {"plain"}
+        assert each["predictors"]["plain"].keys() == result["test"].keys() - {"bad_images"}
     uniform = result["distributions"]["uniform"]
-    assert uniform["plain"]["accuracy"] == result["test"]["accuracy"] == uniform["expected_accuracy"]
+    assert uniform["predictors"]["plain"]["accuracy"] == result["test"]["accuracy"] == uniform["expected_accuracy"]
     events = EventAccumulator("output/run/tensorboard").Reload().Tags()["scalars"]
     assert {"test/accuracy", "test/backward50/accuracy", "test/uniform/expected_accuracy"} <= set(events)
 
@@ -126,7 +151,7 @@ def test_a_finished_run_answers_from_its_logits(launch: Cli, config: Any) -> Non
     words = RUN.split()[4:] + ["test_dists", "forward10,backward10"]
     cfg = config("fake_lt", "tiny_clip", *words)
     data = build_data(cfg)
-    for each in build_shifts(cfg, data.info, data.test.labels):
+    for each in build_distributions(DistributionSettings.of(cfg), data.info, data.test.labels):
         entry = result["distributions"][each.name]
         assert entry["n"] == len(each.positions) == int(each.counts.sum()) and entry["origin"] == each.origin
         classes = [(n, a) for n, a in zip(each.counts.tolist(), result["test"]["per_class_acc"], strict=True)]
@@ -153,7 +178,7 @@ def test_bad_images_do_not_move_the_others(launch: Cli, tmp_path: Path) -> None:
     assert launch(words, "test_dists uniform").returncode == 0
     first = metrics("run")
     assert first["test"]["bad_images"] == 1 and first["distributions"]["uniform"]["n"] == 14
-    plain = first["distributions"]["uniform"]["plain"]
+    plain = first["distributions"]["uniform"]["predictors"]["plain"]
     assert plain == {name: first["test"][name] for name in plain}
     assert launch(words, "test_only True test_dists uniform many_above 4").returncode == 0
     (again,) = Path("output/run/tests").iterdir()

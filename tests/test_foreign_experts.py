@@ -35,7 +35,7 @@ def method(config: Make, *words: Any, name: str = "classify", experts: int = 3, 
     own = ("resolution", "none", *words) if "resolution" not in words else words
     cfg = config("fake_lt", "tiny_clip_peft", *SCRATCH, *own, "method", name, "num_experts", experts, "seed", seed)
     info = build_info(cfg)
-    found = build_method(cfg, build_model(cfg, info.class_names, pixels=(info.mean, info.std)), info).eval()
+    found = build_method(cfg, build_model(cfg, info.class_names, pixel_stats=(info.mean, info.std)), info).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for module in found.modules():  # nothing is where it started

@@ -19,8 +19,6 @@ from tailtune.configs import UserError, load_configs
 from tailtune.configs.seeding import generator
 from tailtune.datasets import build_info
 from tailtune.models import build_model
-from tailtune.trainers.dry_run import check
-from tailtune.trainers.evaluation.tta import kept
 from tailtune.trainers.losses import LOSSES, Prior, log_prior
 from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.methods.base import Objective
@@ -30,6 +28,7 @@ from tailtune.trainers.methods.ride import Ride
 from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import load_checkpoint, save_checkpoint, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
@@ -155,7 +154,8 @@ def test_reslt_is_that_of_the_original(beta: float, wanted: float) -> None:
         alone = own / sum(group.sum() for group in groups)
         return float((1 - beta) * losses(logits.sum(1)).mean() + beta * alone)
 
-    loss_sum, weight = around(ResLT, "CE", beta=beta, medium_from=0.2, few_from=0.4).loss(logits, batch_of(labels))
+    method = around(ResLT, "CE", beta=beta, medium_from=0.2, few_from=0.4)
+    loss_sum, weight = method.loss(logits.shape[1] * logits, batch_of(labels))
     assert float(loss_sum / weight) == pytest.approx(plain(0.0), rel=1e-12)
     assert plain(1e-7) == pytest.approx(wanted, rel=1e-6) and plain(0.0) == pytest.approx(wanted, rel=2e-4)
 
@@ -184,7 +184,7 @@ def test_groups_of_reslt_go_by_the_counts() -> None:
 def build(config: Config, *pairs: object, model: str = "resnet32_h2t") -> Any:
     cfg = config("fake_lt", model, *SMALL, *pairs)
     info = build_info(cfg)
-    return build_method(cfg, build_model(cfg, info.class_names, pixels=(info.mean, info.std)), info)
+    return build_method(cfg, build_model(cfg, info.class_names, pixel_stats=(info.mean, info.std)), info)
 
 
 def batch() -> dict[str, Any]:
@@ -274,13 +274,13 @@ def test_weight_scaling_learns_beside_the_classifier(config: Config) -> None:
 
 
 def test_the_sum_of_reslt_is_kept(config: Config) -> None:
-    """Of itself and of what wraps it: the mean of what an evaluation keeps is the sum of the logits."""
+    """Of itself and of what wraps it: the mean of the experts' logits is the sum of the heads' logits."""
     words = ("h2t.inner", "reslt", "num_experts", 3)
     for method in (build(config, *words), build(config, model="resnet32_reslt")):
         method.eval()
         images = batch()["image"]
-        logits = method.expert_logits(images)
-        assert torch.allclose(kept(method, images).mean(1), logits.sum(1), atol=1e-5)
+        logits = method.model(images)
+        assert torch.allclose(method.expert_logits(images).mean(1), logits.sum(1), atol=1e-5)
         assert torch.allclose(method.predict(images), logits.sum(1), atol=1e-5)
 
 

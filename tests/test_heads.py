@@ -27,13 +27,13 @@ from tailtune.datasets import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.models import BACKBONES, build_model
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.prompts import PROMPTS, fill
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe
-from tailtune.trainers.dry_run import check
+from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import build_method
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 
@@ -59,9 +59,9 @@ def context(names: tuple[str, ...] = NAMES) -> HeadContext:
 def original(seed: int = 0) -> open_clip.CLIP:
     """The CLIP that `pretrained none` makes for the tiny backbone, as open_clip computes it."""
     spec = BACKBONES["TinyCLIP"]
-    assert isinstance(spec, OpenClipBackbone)
+    assert isinstance(spec, OpenClipBackbone) and spec.config is not None
     with seeded(seed, "backbone"):
-        return open_clip.CLIP(**spec._config()).eval()
+        return open_clip.CLIP(**json.loads(spec.config.read_text())).eval()
 
 
 def tokens(sentences: list[str]) -> Tensor:
@@ -118,14 +118,14 @@ def test_class_means_are_means_of_the_raw_features(config: Config) -> None:
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "init_head", "class_mean")
     data = build_data(cfg)
     model = build_model(cfg, data.info.class_names)
-    features = torch.cat([model.features(batch["image"]) for batch in eval_loader(data.plain, 64, 0)])
-    labels = data.plain.labels
+    features = torch.cat([model.features(batch["image"]) for batch in eval_loader(data.train_unaugmented, 64, 0)])
+    labels = data.train_unaugmented.labels
     wanted = torch.stack([F.normalize(features[labels == c].double().mean(0), dim=0) for c in range(10)])
     for size in (1, 7, 64, 1000):
         assert torch.allclose(class_mean(head_context(features, labels, 10, size)).double(), wanted, atol=1e-6)
     model.init_head(head_context(features, labels, 10))
     assert torch.allclose(model.head.get_parameter("weight").double(), wanted, atol=1e-6)
-    assert model.init is None  # and with it the text tower
+    assert model.init is None  # and with it the text encoder
 
 
 def test_a_class_without_images_has_a_finite_row() -> None:
@@ -142,11 +142,11 @@ def shots(k: int, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     whole, seen = head_context(features, labels, int(labels.max()) + 1, 5, seed), list[Tensor]()
 
     def recorded(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        for each, index in whole.features(positions):
+        for each, index in whole.encode_images(positions):
             seen.append(index)
             yield each, index
 
-    return k_shot(replace(whole, features=recorded), shots=k), torch.cat(seen)
+    return k_shot(replace(whole, encode_images=recorded), shots=k), torch.cat(seen)
 
 
 def test_k_shot_is_the_class_mean_of_k_images_a_class() -> None:
@@ -182,7 +182,7 @@ def test_a_linear_probe_is_scikit_learns(classes: int, caplog: pytest.LogCapture
 def test_a_linear_probe_that_has_not_converged_says_so_in_one_line(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tailtune.models.heads.initialisation.MAX_ITER", 3)
+    monkeypatch.setattr("tailtune.models.heads.head_init.MAX_ITER", 3)
     with caplog.at_level("INFO", "tailtune"), warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = linear_probe(head_context(torch.randn(60, 4), torch.arange(60) % 3, 3))
@@ -214,7 +214,7 @@ def prepared(cfg: CfgNode, world: int = 1) -> list[Tensor]:
 @pytest.fixture
 def few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many would magnify rounding."""
-    monkeypatch.setattr("tailtune.models.heads.initialisation.MAX_ITER", 3)
+    monkeypatch.setattr("tailtune.models.heads.head_init.MAX_ITER", 3)
 
 
 @pytest.mark.parametrize("name", sorted(HEAD_INITS.keys() - NEEDS_TEXT))
@@ -231,7 +231,7 @@ def test_tuners_have_no_part_in_it(name: str, config: Config) -> None:
 def test_every_process_has_the_head_that_one_would_have(name: str, config: Config) -> None:
     """An odd number of images on two processes, one of them with padding."""
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "imb_factor", 0.13, "init_head", name)
-    assert len(build_data(cfg).plain) % 2
+    assert len(build_data(cfg).train_unaugmented) % 2
     (alone,), (first, second) = prepared(cfg), prepared(cfg, world=2)
     assert torch.equal(first, second) and torch.allclose(first, alone, atol=1e-5)
 
@@ -309,7 +309,7 @@ def test_chunks_of_sentences_make_no_difference(config: Config, monkeypatch: pyt
         return model.head.get_parameter("weight")
 
     whole = rows()
-    monkeypatch.setattr("tailtune.models.backbones.text_tower.CHUNK", 33)
+    monkeypatch.setattr("tailtune.models.backbones.clip_text_encoder.CHUNK", 33)
     assert torch.allclose(rows(), whole, atol=1e-6)
 
 

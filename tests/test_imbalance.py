@@ -10,8 +10,8 @@ from tailtune.datasets.long_tail import (
     check_hold_out,
     hold_out,
     longtail_counts,
+    random_positions,
     shot_groups,
-    some_positions,
     subsample,
 )
 
@@ -99,8 +99,8 @@ def test_shot_groups() -> None:
 
 
 def test_some_positions() -> None:
-    assert some_positions(5, None).tolist() == some_positions(5, 9).tolist() == [0, 1, 2, 3, 4]
-    some = some_positions(1000, 100)
+    assert random_positions(5, None).tolist() == random_positions(5, 9).tolist() == [0, 1, 2, 3, 4]
+    some = random_positions(1000, 100)
     assert len(set(some.tolist())) == 100
     assert (np.diff(some) > 0).all()
     assert some[-1] > 900
@@ -110,6 +110,6 @@ def test_global_generators_stay_as_they_are() -> None:
     state = np.random.get_state(legacy=False)["state"]["key"].copy(), torch.get_rng_state()
     subsample(CYCLE, [3] * 100)
     hold_out(CYCLE, 3, [str(k) for k in range(100)], "val_per_class")
-    some_positions(100, 10)
+    random_positions(100, 10)
     assert (np.random.get_state(legacy=False)["state"]["key"] == state[0]).all()
     assert torch.equal(torch.get_rng_state(), state[1])

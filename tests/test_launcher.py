@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, offline
+from conftest import ROOT, free_port, offline
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each process speaks for itself")
 
@@ -52,7 +52,7 @@ sys.path.insert(0, ROOT)
 from tailtune.trainers.processes.exit import end_at_signals, run_as_process
 end_at_signals()
 from tailtune.configs.errors import UserError
-from tailtune.main import verdict
+from tailtune.main import exit_code_and_line
 
 def work():
     open(f"ready{os.environ['RANK']}", "w").close()
@@ -61,7 +61,7 @@ def work():
     DO
     return 0
 
-run_as_process(work, verdict)
+run_as_process(work, exit_code_and_line)
 """
 WAIT = "time.sleep(60)"
 ONE = "os.environ['RANK'] == '1'"
@@ -140,7 +140,15 @@ def launch(tmp_path: Path) -> Callable[[Callable[[psutil.Process], object]], str
     """`accelerate launch` itself, which something happens to while it trains → the last line."""
     words = "-d fake_lt -m tiny_clip_peft pretrained none num_epochs 100000 save_every 100000 print_freq 100000"
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launcher, "--main_process_port", "29523", str(ROOT / "main.py"), *words.split(), "output_dir", "run"]
+    command = [
+        *launcher,
+        "--main_process_port",
+        str(free_port()),
+        str(ROOT / "main.py"),
+        *words.split(),
+        "output_dir",
+        "run",
+    ]
 
     def call(act: Callable[[psutil.Process], object]) -> str:
         before = states(tmp_path)
@@ -159,6 +167,7 @@ def states(folder: Path) -> list[int]:
     return sorted(int(each.name) for each in (folder / "output" / "run" / "state").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_training_on_two_processes_is_interrupted(launch: Callable[..., str], tmp_path: Path) -> None:
     before: list[int] = []
 

@@ -6,16 +6,20 @@ its May 2024 state, PEL). So the grids say what the original says, word for word
 
 import hashlib
 import json
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import pytest
 from conftest import Cli
+from tiers import slow_except
 
 from tailtune.configs import CfgNode, load_configs, values_of
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.scripts import _grid
-from tailtune.trainers.dry_run import check, dry_run
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.options import declared
+from tailtune.trainers.validation import check
 
 SCHEMA = declared()
 
@@ -71,15 +75,30 @@ NOT_BUILT = (
 )
 """Keys that building a model, a method and the facts of a data set does not ask for; `-m slow` builds every line."""
 
+REPRESENTATIVE = "one line of each kind"
 FEW = ["lift/fig11_expand_sizes", "lift/tab12_tte_methods", "lift/tab13_init_prompts", "pel/training_acc"]
 """Scripts whose last line goes through the command line itself in the default tier; in `-m slow` all."""
 
 each_grid = pytest.mark.parametrize("name", ORIGINAL)
+few_lines = pytest.mark.parametrize("name", slow_except([REPRESENTATIVE], [REPRESENTATIVE, *ORIGINAL]))
 built: dict[str, dict[str, int]] = {}
 
 
+@cache
 def lines(name: str) -> list[tuple[str, ...]]:
-    return [cell.words for cell in _grid.read(name).cells]
+    """Of a grid, or of all grids those in which a config, an option or a name as its value occurs first."""
+    if name != REPRESENTATIVE:
+        return [cell.words for cell in _grid.read(name).cells]
+    known: set[tuple[str, ...]] = set()
+    found = []
+    for words in chain.from_iterable(map(lines, ORIGINAL)):
+        pairs = list(zip(words[::2], words[1::2], strict=True))
+        kinds = {(key,) if any(letter.isdigit() for letter in value) else (key, value) for key, value in pairs[2:]}
+        kinds |= set(pairs[:2])
+        if kinds - known:
+            found.append(words)
+            known |= kinds
+    return found
 
 
 def configured(words: tuple[str, ...], pairs: bool = True) -> CfgNode:
@@ -102,11 +121,11 @@ def test_all_grids_of_the_original_are_here() -> None:
 
 @each_grid
 def test_a_grid_generates_the_lines_of_the_original(name: str) -> None:
-    found = sorted(" ".join(("python main.py", *words)) for words in lines(name))
-    assert (len(found), hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]) == ORIGINAL[name]
+    commands = sorted(" ".join(("python main.py", *words)) for words in lines(name))
+    assert (len(commands), hashlib.sha256("\n".join(commands).encode()).hexdigest()[:16]) == ORIGINAL[name]
 
 
-@each_grid
+@few_lines
 def test_every_option_of_a_line_is_in_the_config_and_in_the_names(name: str) -> None:
     for words in lines(name):
         cfg, base = configured(words), configured(words, pairs=False)
@@ -121,13 +140,13 @@ def test_every_option_of_a_line_is_in_the_config_and_in_the_names(name: str) -> 
         assert (cfg.test_key == "default") == all(cfg[key] == base[key] for key in SCHEMA if SCHEMA[key].cls == TEST)
 
 
-@each_grid
+@few_lines
 def test_a_line_passes_the_dry_run_and_its_options_act_on_the_model(name: str) -> None:
     for words in lines(name):
         cfg = configured(words)
-        found = params(cfg)
+        counts = params(cfg)
         classes = class_count(words[1])
-        assert (found["tuner"], found["head"]) == (tuner_params(cfg, classes), head_params(cfg, classes)), words
+        assert (counts["tuner"], counts["head"]) == (tuner_params(cfg, classes), head_params(cfg, classes)), words
 
 
 @pytest.mark.slow
@@ -138,12 +157,10 @@ def test_every_single_line_passes_the_dry_run(name: str) -> None:
         assert result["gflops_per_image"] > 1, words
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[] if each in FEW else pytest.mark.slow) for each in ORIGINAL]
-)
-def test_the_command_line_accepts_the_last_line_of_a_script(cli: Cli, name: str) -> None:
+@pytest.mark.parametrize("name", slow_except(FEW, ORIGINAL))
+def test_the_command_line_accepts_the_last_line_of_a_script(launch: Cli, name: str) -> None:
     words = lines(name)[-1]
-    done = cli(*words, "--dry-run")
+    done = launch(*words, "--dry-run")
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert result["params"]["tuner"] == tuner_params(configured(words), class_count(words[1]))

@@ -21,8 +21,8 @@ from tailtune.datasets.sources.image_list import (
     read_counts,
     read_list,
     read_names,
-    taxon_labels,
 )
+from tailtune.datasets.sources.inaturalist import taxon_labels
 from tailtune.datasets.sources.text_files import MAX_JSON, MAX_LINE
 
 Read = Callable[[Path], object]
@@ -84,7 +84,7 @@ def test_absolute_paths_and_paths_to_other_folders_are_kept(tmp_path: Path) -> N
         ("b.png 10000000", f"line 2: label 10000000 is above {MAX_LABEL}"),
         (f"b.png {2**63}", f"line 2: label {2**63} is above"),
         (f"b.png {'9' * 5000}", r"line 2: label 9{40} is above"),
-        ("a.png 1", "line 2: a.png has label 1, and 0 in line 1"),
+        ("a.png 1", "line 2: a.png has label 1, but label 0 in line 1"),
     ],
 )
 def test_lines_that_are_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -97,7 +97,7 @@ def test_lines_that_are_refused(tmp_path: Path, line: str, message: str) -> None
 def test_images_that_are_listed_again_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     listing = read_list(written(tmp_path, "a.png 0\nb.png 1\na.png 0\na.png 0\n"))
     assert listing.labels.tolist() == [0, 1, 0, 0]
-    assert "list.txt: 2 lines list an image that an earlier line lists" in caplog.text
+    assert "list.txt: 2 lines repeat an image of an earlier line" in caplog.text
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -126,13 +126,11 @@ def test_the_number_of_classes_follows_from_the_labels(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_classes 5: .*train.txt lists only 4 images"):
         number_of_classes(train, [test], 5)
     more = read_list(written(tmp_path, "e.png 1\nf.png 4\n", "test.txt"))
-    message = (
-        "test.txt line 2: label 4 makes 5 classes, and 2 of them have no image in .*train.txt, the first .*label 3"
-    )
+    message = "test.txt line 2: label 4 makes 5 classes, 2 of them without an image in .*train.txt .first: label 3"
     with pytest.raises(UserError, match=message):
         number_of_classes(train, [more], None)
     gap = read_list(written(tmp_path, "a.png 0\nb.png 2\n", "train.txt"))
-    with pytest.raises(UserError, match="train.txt line 2: label 2 makes 3 classes, and 1 of them .*label 1;"):
+    with pytest.raises(UserError, match="train.txt line 2: label 2 makes 3 classes, 1 of them .*label 1.;"):
         number_of_classes(gap, [], None)
 
 

@@ -30,17 +30,17 @@ from tailtune.datasets import build_data
 from tailtune.datasets.images.transforms import AUGMENTS, INTERPOLATIONS, eval_side, eval_transform
 from tailtune.models import ClassificationModel, find_backbone
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
-from tailtune.models.backbones.timm_models import TimmBackbone
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.backbones.timm_backbone import TimmBackbone
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.trainers.dry_run import outline
 from tailtune.trainers.export import EXPORTS, ExportedModel, export
 from tailtune.trainers.export.loading_code import how_to_prepare, preprocessing
 from tailtune.trainers.export.run_command import command_of
 from tailtune.trainers.methods import Method
+from tailtune.trainers.validation import outline
 
 Config = Callable[..., CfgNode]
 RUN = Path("output/run")
@@ -78,7 +78,7 @@ def by_fields(steps: dict[str, Any], image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("size", [(61, 40), (40, 61), (32, 32), (300, 37)])
 def test_images_are_prepared_as_in_an_evaluation(augment: str, interpolation: str, size: tuple[int, int]) -> None:
     """By the fields and by the code, for networks that normalise and those that do not."""
-    made = subject(ViT(fixture_net()), [])
+    made = subject(ViTEncoder(fixture_net()), [])
     object.__setattr__(made, "resize", eval_side(made.resolution, augment))
     object.__setattr__(made, "interpolation", interpolation)
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -178,7 +178,7 @@ TOWERS: dict[str, tuple[dict[str, Any], str]] = {
         "c_fc",
     ),
 }
-"""Kinds of open_clip's image towers: what differs from `QUICK`, and the layers that an adapter wraps."""
+"""Kinds of open_clip's image encoders: what differs from `QUICK`, and the layers that an adapter wraps."""
 
 
 def adapted(host: Encoder, target: str, side: int, **named: Any) -> ExportedModel:
@@ -242,7 +242,7 @@ def test_an_adapter_of_a_timm_network_names_its_base_or_brings_it(
 
     monkeypatch.setattr(timm, "create_model", downloaded)
     spec = TimmBackbone(name)
-    monkeypatch.setattr("tailtune.models.backbones.timm_models.hub", nullcontext)
+    monkeypatch.setattr("tailtune.models.backbones.timm_backbone.hub_or_cache", nullcontext)
     for pretrained, base in (("default", f"timm:{name}.r160_in1k"), (None, "base.safetensors")):
         host = spec.build(pretrained, side, 0, False).encoder
         made = adapted(host, target, side, base=spec.published(pretrained))
@@ -276,7 +276,9 @@ def test_what_a_base_is_called(words: str, published: str | None, config: Config
 @pytest.mark.parametrize("head", HEADS)
 def test_scales_and_shifts_of_a_feature_stand_before_the_head(head: str, tmp_path: Path) -> None:
     made = trained(
-        subject(GenericEncoder(timm.create_model("test_resnet", num_classes=0), 96), ["ssf_attn", "bias_tuning"], head)
+        subject(
+            WholeNetworkEncoder(timm.create_model("test_resnet", num_classes=0), 96), ["ssf_attn", "bias_tuning"], head
+        )
     )
     export(made, "merged", tmp_path)
     assert {"feature_scale", "feature_shift"} <= load_file(tmp_path / "head.safetensors").keys()
@@ -313,7 +315,7 @@ def test_a_refusal_names_a_format_that_takes_the_model(words: str, says: str, co
 @pytest.mark.parametrize("name, tuner", [("lift", "lora"), ("merged", "lora"), ("peft", "lora"), ("peft", "peft")])
 def test_a_disk_that_is_full_ends_in_one_line(name: str, tuner: str, tmp_path: Path) -> None:
     """Nothing is left behind, and the export can be repeated."""
-    host = ViT(fixture_net())
+    host = ViTEncoder(fixture_net())
     made = adapted(host, "qkv", SIDE) if tuner == "peft" else trained(subject(host, [tuner]))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

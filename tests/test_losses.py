@@ -257,7 +257,7 @@ def small_method(config: Config, *pairs: object) -> Method:
 def test_class_weights_come_with_their_epoch(name: str, config: Config) -> None:
     """Before it every sample counts as it is; from it on like in torch's cross-entropy with class weights."""
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none")
-    batch = next(iter(eval_loader(build_data(cfg).plain, 300, 0)))
+    batch = next(iter(eval_loader(build_data(cfg).train_unaugmented, 300, 0)))
     batch["weight"][3] = 0.0
     given = batch["weight"].clone()
     deferred = small_method(config, "loss_type", name, "drw_epoch", 2)

@@ -8,6 +8,7 @@ buffers of single layers, for CUDA itself and for what its allocator wastes.
 import pytest
 import torch
 from shipped import PAIRS
+from tiers import slow_except
 from torch import nn
 
 from tailtune.configs import load_configs
@@ -33,14 +34,28 @@ def needed(data: str, model: str, *pairs: str) -> int:
     return memory.total(micro_batch_size(cfg, 1))
 
 
-@pytest.mark.parametrize(("data", "model"), PAIRS, ids=map("-".join, PAIRS))
+LARGEST = [
+    ("imagenet_lt", "resnext50_ride_distill"),
+    ("imagenet_lt", "resnet50_ride_batchformer"),
+    ("inat2018", "resnet50_h2t"),
+    ("places_lt", "resnet152_mixup"),
+    ("inat2018", "clip_vit_b16_peft"),
+    ("inat2018", "clip_vit_b16_sade"),
+]
+"""A config of each large network, and of the methods that keep a second one or mix images."""
+
+
+@pytest.mark.parametrize(("data", "model"), slow_except(LARGEST, PAIRS))
 def test_a_config_fits_a_gpu_of_20_gb(data: str, model: str) -> None:
     assert needed(data, model) < LIMIT
 
 
 @pytest.mark.parametrize(
     ("data", "model", "whole", "least"),
-    [("places_lt", "resnet152_sade", 128, 45), ("inat2018", "resnet50_sade", 512, 54)],
+    slow_except(
+        [("inat2018", "resnet50_sade", 512, 54)],
+        [("places_lt", "resnet152_sade", 128, 45), ("inat2018", "resnet50_sade", 512, 54)],
+    ),
 )
 def test_whole_batches_would_not(data: str, model: str, whole: int, least: float) -> None:
     """What the largest two would need at once, in GiB."""

@@ -41,7 +41,7 @@ def test_images_are_mixed_as_in_the_original() -> None:
 def draw(method: Mixup, step: int, count: int = 6) -> tuple[float, Tensor]:
     """What `forward` is about to draw."""
     method.before_step(step)
-    found = method._draw(count)
+    found = method.draw(count)
     method.before_step(step)
     return found
 
@@ -75,7 +75,7 @@ def test_shares_are_those_of_a_beta_distribution(config: Config) -> None:
     assert np.var(shares) == pytest.approx(1 / (4 * 1.4), abs=0.01)  # 1 / (4 (2α + 1))
     assert draw(method, 1)[0] != draw(build(config, "mixup.alpha", 0.2, "seed", 1), 1)[0]
     method.before_step(7)
-    assert method._draw(6)[0] != method._draw(6)[0], "each micro-batch has its own"
+    assert method.draw(6)[0] != method.draw(6)[0], "each micro-batch has its own"
     plain = build(config, "mixup.alpha", 0, "loss_type", "CE").train()
     wanted = F.cross_entropy(plain.predict(given["image"]), given["label"], reduction="sum")
     assert torch.allclose(plain(given).loss_sum, wanted)

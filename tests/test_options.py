@@ -1,7 +1,8 @@
 """Every option does something: for each key of the table a probe shows an effect beyond the printed config.
 
 A probe names two values and a function that builds or runs with one of them and returns what came of it: parameters,
-learning rates, pixels, counts, files, log lines. The two outcomes differ, and the same value twice gives the same.
+learning rates, pixels, counts, files, log lines. The two outcomes differ; `make test-slow` also looks that the same
+value twice gives the same.
 """
 
 import ast
@@ -36,27 +37,27 @@ from tailtune.configs.seeding import seeded
 from tailtune.datasets import DataInfo, build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.loading.samplers import StepSampler
-from tailtune.datasets.sources.fake import fake_sources
-from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts.make_options import FILE, render
-from tailtune.trainers.distributed import make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
 from tailtune.trainers.options import TABLES, declared
 from tailtune.trainers.run import run
-from tailtune.trainers.storage.checkpoint import States
+from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_options import TrainingOptions
 
 SCHEMA = declared()
 KEYS = {key: SCHEMA[key] for key in SCHEMA.settable() if not SCHEMA[key].method}
 """What a user may set, without the methods' own options, of which test_contract.py changes each."""
 Words = tuple[object, ...]
-get_tokenizer, fake_sources = cache(open_clip.get_tokenizer), cache(fake_sources)
+get_tokenizer = cache(open_clip.get_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_clip_state() -> dict[str, Tensor]:
     """Other random weights of the embedded backbone than `pretrained none` gives."""
     spec = BACKBONES["TinyCLIP"]
-    assert isinstance(spec, OpenClipBackbone)
+    assert isinstance(spec, OpenClipBackbone) and spec.config is not None
     with seeded("own weights"):
-        return {name: each.contiguous() for name, each in open_clip.CLIP(**spec._config()).state_dict().items()}
+        clip = open_clip.CLIP(**json.loads(spec.config.read_text()))
+        return {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
 
 
 @pytest.fixture(autouse=True)
 def world(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Work beside the files, without run folders, on the CPU; torch's settings are put back.
 
-    What takes most of a probe's time and never differs, reading the tokenizer's table and drawing the images, is done
-    once.
+    The tokenizer's table, which never differs, is read once.
     """
     monkeypatch.chdir(files)
     clear()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
-    monkeypatch.setattr("tailtune.datasets.sources.fake.fake_sources", fake_sources)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
@@ -192,14 +192,17 @@ def fingerprints(cfg: CfgNode) -> Any:
 def shifts(cfg: CfgNode) -> Any:
     """Test sets of other class frequencies."""
     data = build_data(cfg)
-    found = build_shifts(cfg, data.info, data.test.labels)
+    found = build_distributions(DistributionSettings.of(cfg), data.info, data.test.labels)
     return [(each.name, each.positions.tolist(), each.origin) for each in found]
 
 
 def drawn(cfg: CfgNode) -> Any:
     """Drawn test sets, and what is learnt from."""
     data = build_data(cfg)
-    return [(each.positions.tolist(), each.learn is not None and each.learn.tolist()) for each in data.shifts]
+    return [
+        (each.positions.tolist(), each.learn_positions is not None and each.learn_positions.tolist())
+        for each in data.test_distributions
+    ]
 
 
 # --- what can be seen of a model -----------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def first_head(cfg: CfgNode) -> Any:
     """The head's weight before the first step."""
     data = build_data(cfg)
     model = build_model(cfg, data.info.class_names, descriptors=data.info.descriptors)
-    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(cfg), 64, 0)
+    prepare_head(build_method(cfg, model, data.info), data, make_accelerator(Devices.of(cfg)), 64, 0)
     return model.head.get_parameter("weight")
 
 
@@ -280,25 +283,31 @@ def method_kind(cfg: CfgNode) -> Any:
 def loss(cfg: CfgNode) -> Any:
     data = build_data(cfg)
     method = build_method(cfg, build_model(cfg, data.info.class_names), data.info)
-    batch = next(iter(eval_loader(data.plain, 64, 0)))
+    batch = next(iter(eval_loader(data.train_unaugmented, 64, 0)))
     return float(method(batch).loss_sum.detach())
 
 
 def two_updates(cfg: CfgNode) -> Any:
-    """A head's weight after two steps with gradient one, in an epoch of its own each."""
+    """A head's weight after two steps with gradients one and two, in an epoch of its own each."""
     method = build_method(cfg, built(cfg), info(cfg))
     plan = Plan.of(cfg, 32)
     optimizer = build_optimizer(method.param_groups(), plan)
     weight = method.model.head.get_parameter("weight")
     for epoch in range(2):
         set_lr(optimizer, plan, epoch)
-        weight.grad = torch.ones_like(weight)
+        weight.grad = torch.full_like(weight, 1.0 + epoch)
         optimizer.step()
     return weight
 
 
+def decays(cfg: CfgNode) -> Any:
+    """Parameters and weight decay of each group of the optimizer."""
+    groups = build_optimizer(build_method(cfg, built(cfg), info(cfg)).param_groups(), Plan.of(cfg, 32)).param_groups
+    return [(len(group["params"]), group["weight_decay"]) for group in groups]
+
+
 def cudnn(cfg: CfgNode) -> Any:
-    make_accelerator(cfg)
+    make_accelerator(Devices.of(cfg))
     return {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
 
 
@@ -308,7 +317,7 @@ def device(cfg: CfgNode) -> Any:
     cuda = mock.patch.multiple("torch.cuda", is_available=lambda: True, device_count=lambda: 2, set_device=used.append)
     rest = mock.patch.multiple("tailtune.trainers.distributed", Accelerator=mock.DEFAULT, set_seed=mock.DEFAULT)
     with cuda, rest, mock.patch.dict("os.environ"):
-        make_accelerator(cfg)
+        make_accelerator(Devices.of(cfg))
         return {"told": os.environ.get("ACCELERATE_TORCH_DEVICE"), "current": used}
 
 
@@ -326,6 +335,21 @@ def ran(cfg: CfgNode, previous: Path | None = None) -> Path:
 
 def result(cfg: CfgNode) -> Any:
     return json.loads((ran(cfg) / "metrics.json").read_text())
+
+
+FINISHED: dict[str, tuple[Path, Path]] = {}
+"""Config → the folder of a finished run and a copy of it, which several probes start from."""
+
+
+def ran_before(cfg: CfgNode) -> Path:
+    """A finished run, as `ran` leaves it; it trains for the first probe only."""
+    if str(cfg) not in FINISHED:
+        copy = Path("finished", str(len(FINISHED))).absolute()
+        FINISHED[str(cfg)] = ran(cfg), copy
+        shutil.copytree(FINISHED[str(cfg)][0], copy)
+    path, copy = FINISHED[str(cfg)]
+    shutil.copytree(copy, path, dirs_exist_ok=True)
+    return path
 
 
 def steps(cfg: CfgNode) -> Any:
@@ -376,13 +400,13 @@ def printed(cfg: CfgNode) -> Any:
 def states(cfg: CfgNode) -> Any:
     """Steps after which a state was saved."""
     saved: list[int] = []
-    original = States.save
+    original = ResumeStates.save
 
-    def recorded(self: States, step: int, *rest: Any) -> None:
+    def recorded(self: ResumeStates, step: int, *rest: Any) -> None:
         saved.append(step)
         original(self, step, *rest)
 
-    with mock.patch.object(States, "save", recorded):
+    with mock.patch.object(ResumeStates, "save", recorded):
         ran(cfg)
     return saved
 
@@ -405,7 +429,7 @@ def after(cfg: CfgNode) -> Any:
 def second_command(cfg: CfgNode) -> Any:
     """The same run is finished already; what is there, and what is said, after this command."""
     first = load_configs(cfg.data, cfg.model, ["pretrained", "none", *map(str, ONE)], declared())[-1]
-    ran(first)
+    ran_before(first)
     path = ran(cfg)
     return {
         "evaluations": sorted(each.parent.name for each in path.glob("tests/*/metrics.json")),
@@ -424,7 +448,7 @@ def repeated(cfg: CfgNode) -> Any:
 def another_runs(cfg: CfgNode) -> Any:
     """Logits with the checkpoint of one of two runs."""
     for number in (1, 2):
-        ran(configure(cfg.data, cfg.model, *ONE, "lr", number, "output_dir", f"run{number}"))
+        ran_before(configure(cfg.data, cfg.model, *ONE, "lr", number, "output_dir", f"run{number}"))
     found = load_file(ran(cfg) / "tests" / cfg.test_key / "logits.safetensors")
     return found["row_max"]
 
@@ -432,19 +456,19 @@ def another_runs(cfg: CfgNode) -> Any:
 def ensemble_logits(cfg: CfgNode) -> Any:
     """Logits of an evaluation of a finished run, beside which there are others."""
     for number in range(3):
-        ran(configure(cfg.data, cfg.model, *ONE, "output_dir", f"run{number}", "lr", number + 0.1))
+        ran_before(configure(cfg.data, cfg.model, *ONE, "output_dir", f"run{number}", "lr", number + 0.1))
     found = load_file(ran(cfg) / "tests" / cfg.test_key / "logits.safetensors")
     return found["logits"].float() + found["row_max"].unsqueeze(-1)
 
 
 def weights_path(cfg: CfgNode) -> Any:
     """Weights that experts of random heads get on the test set as it is."""
-    return result(cfg)["distributions"]["test"]["sade"]["path"]
+    return result(cfg)["distributions"]["test"]["predictors"]["sade"]["path"]
 
 
 def aimed(cfg: CfgNode) -> Any:
     """The test set as it is, predicted for a target."""
-    found = result(cfg)["distributions"]["test"]["target_prior"]
+    found = result(cfg)["distributions"]["test"]["predictors"]["target_prior"]
     return [found["prior"], found["temperature"]]
 
 
@@ -516,12 +540,17 @@ PROBES: dict[str, Probe] = {
     "micro_batch_size": Probe("none", 4, batches("forward"), ONE),
     "lr": Probe(0.1, 0.2, two_updates),
     "weight_decay": Probe(5e-4, 0.1, two_updates),
+    "optimizer": Probe("sgd", "adamw", two_updates),
+    "decay_rule": Probe("none", "matrices", decays, ("classifier", "LinearClassifier")),
     "momentum": Probe(0.9, 0, two_updates),
     "nesterov": Probe(False, True, two_updates),
     "schedule": Probe("cosine", "constant", two_updates),
     "lr_steps": Probe("[1]", "[2]", two_updates, STEPPED),
     "lr_gamma": Probe(0.1, 0.5, two_updates, (*STEPPED, "lr_steps", 1)),
     "warmup_epochs": Probe(0, 2, two_updates),
+    "warmup_steps": Probe(0, 4, two_updates),
+    "adam_betas": Probe("[0.9,0.999]", "[0.5,0.9]", two_updates, ("optimizer", "adamw")),
+    "adam_eps": Probe(1e-8, 0.1, two_updates, ("optimizer", "adamw")),
     "lr_factors": Probe("none", "{head: 0.1}", two_updates),
     "sampler": Probe("shuffle", "balanced", batches("forward", "index"), ONE),
     "pair_sampler": Probe("shuffle", "balanced", batches("forward", "partner", H2T), FUSED),
@@ -592,50 +621,69 @@ def test_every_option_has_a_probe() -> None:
     assert PROBES.keys() == KEYS.keys()
 
 
+Outcome = dict[str, Any]
+DEFAULTS: dict[tuple[object, str], Outcome] = {}
+"""Function and config → outcome of a first value; options with the same first config share it."""
+
+
+def outcome(key: str, value: object) -> Outcome:
+    clear()
+    found = PROBES[key].see(probed(key, value))
+    return found if isinstance(found, dict) else {"": found}
+
+
+def first_outcome(key: str) -> Outcome:
+    given = PROBES[key].see, str(probed(key, PROBES[key].first))
+    if given not in DEFAULTS:
+        DEFAULTS[given] = outcome(key, PROBES[key].first)
+    return DEFAULTS[given]
+
+
 @pytest.mark.parametrize("key", PROBES)
 def test_an_option_has_an_effect(key: str) -> None:
-    outcomes = []
-    for value in (PROBES[key].first, PROBES[key].first, PROBES[key].second):
-        clear()
-        outcomes.append(PROBES[key].see(probed(key, value)))
-    first, again, second = (each if isinstance(each, dict) else {"": each} for each in outcomes)
-    assert all(same(first[name], again[name]) for name in first), "the probe itself is not reproducible"
+    first, second = first_outcome(key), outcome(key, PROBES[key].second)
     assert first.keys() == second.keys() and first
     for name in first:
         assert not same(first[name], second[name]), f"{name or 'the outcome'} is the same for both values"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("key", PROBES)
+def test_a_probe_is_reproducible(key: str) -> None:
+    first, again = (outcome(key, PROBES[key].first) for _ in range(2))
+    assert first.keys() == again.keys() and all(same(first[name], again[name]) for name in first)
+
+
 # --- the table of options itself -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", PROBES)
-def test_a_class_says_which_names_change(key: str) -> None:
+def test_a_class_says_which_names_change() -> None:
     """`train`: the run's name and the hash; `test`: the evaluation's key; `runtime`: none of them."""
-    first, second = (probed(key, value) for value in (PROBES[key].first, PROBES[key].second))
-    changed = {
-        "run_name": first.run_name != second.run_name,
-        "hash": config_hash(first) != config_hash(second),
-        "test_key": first.test_key != second.test_key,
-    }
-    cls = SCHEMA[key].cls
-    names_test = cls == TEST or key == "model_dir"  # an evaluation of another run has a name of its own
-    assert changed == {"run_name": cls == TRAIN, "hash": cls == TRAIN, "test_key": names_test}
+    for key, probe in PROBES.items():
+        first, second = (probed(key, value) for value in (probe.first, probe.second))
+        changed = {
+            "run_name": first.run_name != second.run_name,
+            "hash": config_hash(first) != config_hash(second),
+            "test_key": first.test_key != second.test_key,
+        }
+        cls = SCHEMA[key].cls
+        names_test = cls == TEST or key == "model_dir"  # an evaluation of another run has a name of its own
+        assert changed == {"run_name": cls == TRAIN, "hash": cls == TRAIN, "test_key": names_test}, key
 
 
-@pytest.mark.parametrize("key", SCHEMA)
-def test_an_entry_is_complete(key: str) -> None:
-    entry = SCHEMA[key]
-    assert entry.cls in (TRAIN, TEST, RUNTIME)
-    assert entry.doc[0].isupper() and entry.doc.endswith(".") and len(entry.doc.split()) > 2, "a sentence"
-    assert not entry.table or (entry.table in TABLES and not entry.choices)
-    if entry.default is not None:
-        assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default))
-        assert not entry.choices or entry.default in entry.choices
-        numbers = entry.default if isinstance(entry.default, list) else [entry.default]
-        assert all(entry.least is None or each >= entry.least for each in numbers)
-        assert all(entry.most is None or each <= entry.most for each in numbers)
-    assert entry.logits or entry.cls == TEST
-    assert not entry.recorded or entry.cls == RUNTIME, "others are written down anyway"
+def test_an_entry_is_complete() -> None:
+    for key, entry in SCHEMA.items():
+        assert entry.cls in (TRAIN, TEST, RUNTIME), key
+        assert entry.doc[0].isupper() and entry.doc.endswith(".") and len(entry.doc.split()) > 2, f"{key}: a sentence"
+        assert not entry.table or (entry.table in TABLES and not entry.choices), key
+        if entry.default is not None:
+            assert entry.parse(entry.default) == entry.default == entry.parse(str(entry.default)), key
+            assert not entry.choices or entry.default in entry.choices, key
+            numbers = entry.default if isinstance(entry.default, list) else [entry.default]
+            assert all(entry.least is None or number >= entry.least for number in numbers), key
+            assert all(entry.most is None or number <= entry.most for number in numbers), key
+        assert entry.logits or entry.cls == TEST, key
+        assert not entry.recorded or entry.cls == RUNTIME, f"{key}: others are written down anyway"
 
 
 def test_tuner_flags_are_the_tuners() -> None:

@@ -1,16 +1,24 @@
-"""docs/parity.json, the figures of `parity/lift/compare.py` beside the original LIFT, covers all of our tables."""
+"""docs/parity.json, the figures of `parity/compare.py`, covers all of our tables; and what the command itself does."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tailtune.configs import load_configs
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
+from tailtune.parity import report
+from tailtune.parity.compare import SUBJECTS, main
+from tailtune.parity.errors import error, largest_error, number_error
+from tailtune.parity.job import Case, Job, Tensors, chosen
 from tailtune.trainers.losses import LOSSES
+from tailtune.trainers.options import declared
 
 PARITY = json.loads((Path(__file__).parent.parent / "docs" / "parity.json").read_text())
 CASES: list[dict[str, Any]] = PARITY["cases"]
@@ -60,7 +68,7 @@ def test_it_says_how_to_check_it_again() -> None:
     assert PARITY["ours"] and PARITY["packages"]["torch"] and PARITY["hardware"] and PARITY["procedure"]
 
 
-# --- experts: parity/experts/compare.py beside RIDE, SADE and BatchFormer ----------------------------------------
+# --- experts: RIDE, SADE and BatchFormer -------------------------------------------------------------------------
 
 EXPERTS = PARITY["experts"]
 ROWS: list[dict[str, Any]] = EXPERTS["cases"]
@@ -88,8 +96,8 @@ def test_experts_agree_in_fp64(case: dict[str, Any]) -> None:
 
 def test_all_methods_of_experts_are_compared() -> None:
     for repository, methods in METHODS.items():
-        own = {case["name"].split(",")[0] for case in ROWS if case["repository"] == repository}
-        assert methods <= own
+        compared = {case["name"].split(",")[0] for case in ROWS if case["repository"] == repository}
+        assert methods <= compared
     names = {case["name"] for case in ROWS}
     for factor in (-0.45, -0.2, 0.0):
         assert {f"RIDE, diversity factor {factor}, {when}" for when in ("before reweighting", "reweighted")} <= names
@@ -102,11 +110,11 @@ def test_all_methods_of_experts_are_compared() -> None:
 
 
 def test_the_experts_part_says_how_to_check_it_again() -> None:
-    assert {len(each["commit"]) for each in EXPERTS["originals"].values()} == {40}
+    assert {len(source["commit"]) for source in EXPERTS["originals"].values()} == {40}
     assert EXPERTS["tolerance"] == 1e-8 and EXPERTS["patches"] and EXPERTS["procedure"] and EXPERTS["ours"]
 
 
-# --- DirMixE: parity/dirmixe/compare.py ---------------------------------------------------------------------------
+# --- DirMixE -----------------------------------------------------------------------------------------------------
 
 DIRMIXE = PARITY["dirmixe"]
 DATA = ("cifar10_ir100", "cifar100_ir100", "imagenet_lt", "inat2018")
@@ -130,16 +138,16 @@ def test_dirmixe_agrees(case: dict[str, Any]) -> None:
 
 
 def test_all_of_dirmixe_is_compared() -> None:
-    found = {(case["data"], case["name"]) for case in DIRMIXE["cases"]}
+    compared = {(case["data"], case["name"]) for case in DIRMIXE["cases"]}
     everywhere = [name for name in COMPARED if name.startswith(("Dirichlet", "loss", "DirMixE"))]
-    assert {(data, name) for data in DATA for name in everywhere} <= found
-    assert {("cifar10_ir100", "pool"), ("cifar100_ir100", "pool")} <= found
-    assert {name for _, name in found} - set(COMPARED) == {f"learning rates of {n} epochs" for n in (200, 180, 100)}
+    assert {(data, name) for data in DATA for name in everywhere} <= compared
+    assert {("cifar10_ir100", "pool"), ("cifar100_ir100", "pool")} <= compared
+    assert {name for _, name in compared} - set(COMPARED) == {f"learning rates of {n} epochs" for n in (200, 180, 100)}
     assert len(DIRMIXE["originals"]["dirmixe"]["commit"]) == 40 and DIRMIXE["tolerance"] == 1e-8
     assert DIRMIXE["patches"] and DIRMIXE["procedure"] and DIRMIXE["ours"]
 
 
-# --- H2T: parity/h2t/compare.py -----------------------------------------------------------------------------------
+# --- H2T ---------------------------------------------------------------------------------------------------------
 
 H2T = PARITY["h2t"]
 STAGES = {"stage 1", "stage 2"} | {
@@ -168,19 +176,141 @@ def test_h2t_agrees(case: dict[str, Any]) -> None:
 
 
 def test_all_of_h2t_is_compared() -> None:
-    found = {(case["data"], case["name"]) for case in H2T["cases"]}
-    assert {("cifar100_ir100", name) for name in STAGES} <= found
+    compared = {(case["data"], case["name"]) for case in H2T["cases"]}
+    assert {("cifar100_ir100", name) for name in STAGES} <= compared
     of_logits = {
         (data, f"loss of logits, {name}") for data in ("cifar10_ir100", "cifar100_ir100") for name in OF_LOGITS
     }
-    assert of_logits <= found
+    assert of_logits <= compared
     configs = {
         (f"cifar100_ir{ratio}", model) for ratio in (50, 100, 200) for model in ("resnet32_mixup", "resnet32_h2t")
     }
     rates = {(case["data"], case["model"]) for case in H2T["cases"] if case["name"].startswith("learning rates")}
     assert rates == configs <= {(case["data"], case["model"]) for case in H2T["cases"] if case["name"] in STAGES}
     tails = ("images of the long tail", "pair_sampler reverse", "pair_sampler shuffle")
-    assert {(data, name) for data in TAILS for name in tails} <= found
-    assert {"test figures", "channels of 64, experts: 1", "channels of 48, experts: 3"} <= {name for _, name in found}
+    assert {(data, name) for data in TAILS for name in tails} <= compared
+    assert {"test figures", "channels of 64, experts: 1", "channels of 48, experts: 3"} <= {
+        name for _, name in compared
+    }
     assert len(H2T["originals"]["h2t"]["commit"]) == 40 and H2T["tolerance"] == 1e-9
     assert H2T["patches"] and H2T["procedure"] and H2T["ours"]
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+SEVERAL_ROWS = {"metrics", "long tail"}
+"""Names of cases that have several rows, with names of their own."""
+
+
+def checkouts(subject: str) -> dict[str, Path]:
+    return dict.fromkeys(SUBJECTS[subject].sources, Path("/somewhere"))
+
+
+def part_of(subject: str) -> dict[str, Any]:
+    part: dict[str, Any] = PARITY if subject == report.TOP else PARITY[subject]
+    return part
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_stored_report_is_of_these_cases(subject: str) -> None:
+    part, about = part_of(subject), SUBJECTS[subject]
+    cases, _ = about.ask(checkouts(subject))
+    assert cases.keys() == about.comparisons.keys()
+    listed = [case for kind in cases for case in cases[kind] if case["name"] not in SEVERAL_ROWS]
+    rows = [{key: row.get(key) for key in ("name", "backbone", "model", "data")} for row in part["cases"]]
+    for case in listed:
+        facts = {key: case[key] for key in ("name", "backbone", "model", "data") if case.get(key)}
+        assert any(facts.items() <= row.items() for row in rows), facts
+    assert part["procedure"] == about.procedure and part["tolerance"] == about.tolerance
+    assert part.get("patches", []) == list(about.patches)
+    assert not any(map(about.above, part["cases"]))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_case_keeps_its_number_without_the_others(subject: str) -> None:
+    """The number is the random seed, so its figures are those that it has among all cases."""
+    cases, _ = SUBJECTS[subject].ask(checkouts(subject))
+    every = chosen(cases, "")
+    files = [case["file"] for kind in every for case in every[kind]]
+    assert len(files) == len(set(files))
+    kind = list(cases)[0]
+    last = every[kind][-1]
+    assert last in chosen(cases, last["name"])[kind]
+    json.dumps(every)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_our_options_of_a_case_are_known(subject: str) -> None:
+    cases, _ = SUBJECTS[subject].ask(checkouts(subject))
+    for case in (case for kind in cases for case in cases[kind]):
+        data, model = case.get("data") or "fake_lt", case.get("model") or "tiny_clip"
+        options = {"pretrained": "none", **case.get("options", {}), **case.get("our_options", {})}
+        load_configs(data, model, [str(word) for pair in options.items() for word in pair], declared())
+
+
+def test_a_report_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "parity.json"
+    rows = [{"name": "a", "value": 1.23456e-9}, {"name": "b", "value": None}]
+    report.write({"tolerance": 1.0, "cases": rows}, "h2t", path)
+    report.write({"original": {"commit": "c"}, "cases": []}, report.TOP, path)
+    assert json.loads(path.read_text()) == {
+        "original": {"commit": "c"},
+        "cases": [],
+        "h2t": {"tolerance": 1.0, "cases": [{"name": "a", "value": 1.2e-9}, {"name": "b", "value": None}]},
+    }
+    assert report.formatted(PARITY) == report.PARITY.read_text(), "the stored file is as it would be written"
+
+
+def test_errors_are_relative_and_other_shapes_are_infinite() -> None:
+    two = torch.tensor([3.0, 4.0])
+    assert error(two + 0.5, two) == pytest.approx(0.5**0.5 / 5)
+    assert error(two + 0.5, two, floor=10.0) == pytest.approx(0.5**0.5 / 10)
+    assert error(two[:1], two) == math.inf
+    assert error(two, 0 * two) == math.inf and error(0 * two, 0 * two) == 0
+    assert largest_error({"a": two}, {"a": two, "b": two}) == math.inf, "a tensor is missing"
+    assert largest_error({"a": two, "b": two / 100}, {"a": two, "b": 0 * two}, floor=0.1) == pytest.approx(0.1)
+    assert number_error(1.1, 1.0) == pytest.approx(0.1) and number_error(0.0, 0.0) == 0
+
+
+def test_an_original_answers_in_files_and_does_not_repeat_an_answer(tmp_path: Path) -> None:
+    cases = chosen({"a": [{"name": "x", "repository": "one"}, {"name": "y", "repository": "two"}]}, "")
+    asked = Job(tmp_path, cases, {"counts": [2, 1]}, {"images": torch.zeros(2)})
+    asked.write()
+    calls: list[str] = []
+
+    def answer(case: Case, job: Job) -> Tensors:
+        calls.append(case["name"])
+        return {"sum": job.inputs["images"].sum() + job.settings["counts"][0], "drawn": torch.rand(1)}
+
+    for part in ("one", "two", "one"):
+        original = Job.read(tmp_path, part)
+        original.answer("a", answer, seed=5)
+        original.write_facts(part, {"a": lambda case, _: case["name"] * 2})
+    assert calls == ["x", "y"]
+    torch.manual_seed(5 + 1)
+    assert asked.tensors(cases["a"][1])["drawn"] == torch.rand(1)
+    assert [asked.fact("a", case) for case in cases["a"]] == ["xx", "yy"]
+
+    changed = {"a": [{**cases["a"][0], "note": "changed"}]}
+    Job(tmp_path, changed, {"counts": [2, 1]}, {"images": torch.zeros(2)}).write()
+    Job.read(tmp_path, "one").answer("a", answer)
+    assert calls == ["x", "y", "x"], "the file is of another case"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("lift {tmp}/none", "git clone https://github.com/shijxcs/LIFT"),
+        ("lift {tmp}", "--commits"),
+        ("lift {tmp} --only no_such_case", "no_such_case"),
+        ("other {tmp}", "--help"),
+        ("experts {tmp}", "--help"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert main(words.format(tmp=tmp_path).split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and part in printed

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, Cli
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from small import SIDE, Sizes, fixture_net, put_tuners, small_net
+from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -19,15 +20,16 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import ClassificationModel, build_model
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge
-from tailtune.models.tuners.peft_types import PEFTS, REFUSED, find
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge_adapter
+from tailtune.models.tuners.peft_table import PEFTS, REFUSED_TYPES, find_peft_type
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.trainers.dry_run import check, forward_flops
+from tailtune.trainers.dry_run import forward_flops
 from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.options import declared
 from tailtune.trainers.storage.checkpoint import copy_state, fingerprint, trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 FIT: dict[str, dict[str, Any]] = {
@@ -40,13 +42,16 @@ FIT: dict[str, dict[str, Any]] = {
 STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CONV = [name for name, kind in PEFTS.items() if kind.conv]
 each_kind = pytest.mark.parametrize("name", PEFTS)
+FEW = ["LoRA", "IA3", "OFT", "VeRA", "Lily"]
+"""Low-rank, scaling and orthogonal ones, with weights that layers share and with those that cannot be merged."""
+few_kinds = pytest.mark.parametrize("name", slow_except(FEW, PEFTS))
 
 
 def build(
     name: str, args: dict[str, Any] | None = None, host: Encoder | None = None, partial: Any = None, seed: int = 0
 ) -> tuple[Encoder, PeftAdapter]:
     """The fixture's network of two blocks, or another, with a tuner of peft."""
-    host = ViT(fixture_net()) if host is None else host
+    host = ViTEncoder(fixture_net()) if host is None else host
     adapter = add_peft(host, name, {**FIT.get(name, {}), **(args or {})}, partial, SIDE, seed)
     host.set_precision()
     return host.eval(), adapter
@@ -87,7 +92,7 @@ class Conv(nn.Module):
 
 @each_kind
 def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
-    plain = ViT(fixture_net())
+    plain = ViTEncoder(fixture_net())
     host, adapter = build(name)
     base = fingerprint(ClassificationModel(plain, nn.Identity(), STATS))
     assert fingerprint(ClassificationModel(host, nn.Identity(), STATS)) == base, "the base model is recognised"
@@ -109,7 +114,7 @@ def test_a_tuner_trains_its_own_weights_alone(name: str) -> None:
     assert trains(host).keys() == before.keys()
 
 
-@each_kind
+@few_kinds
 def test_a_checkpoint_brings_it_back_whatever_the_seed(name: str) -> None:
     host, twin = build(name)[0], build(name, seed=1)[0]
     stir(host)
@@ -118,7 +123,7 @@ def test_a_checkpoint_brings_it_back_whatever_the_seed(name: str) -> None:
         assert torch.equal(twin(images()), host(images()))
 
 
-@each_kind
+@few_kinds
 def test_the_arithmetic_is_the_runs(name: str) -> None:
     host, _ = build(name)
     stir(host)
@@ -132,23 +137,23 @@ def test_the_arithmetic_is_the_runs(name: str) -> None:
     assert torch.equal(host(images()), wanted)
 
 
-@each_kind
+@few_kinds
 def test_shapes_without_weights(name: str) -> None:
     """`--dry-run` counts what trains, and what an image costs."""
     with torch.device("meta"):
-        empty, _ = build(name, host=ViT(small_net()))
+        empty, _ = build(name, host=ViTEncoder(small_net()))
     host, _ = build(name)
     assert {k: v.shape for k, v in trains(empty).items()} == {k: v.shape for k, v in trains(host).items()}
     assert all(each.is_meta for each in empty.parameters())
     model = ClassificationModel(empty, nn.Linear(64, 3, device="meta"), STATS)
     with torch.device("meta"):
         assert forward_flops(model, SIDE) >= forward_flops(
-            ClassificationModel(ViT(small_net()), model.head, STATS), SIDE
+            ClassificationModel(ViTEncoder(small_net()), model.head, STATS), SIDE
         )
     assert sum(each.numel() for each in trains(empty).values()) == sum(each.numel() for each in trains(host).values())
 
 
-@each_kind
+@few_kinds
 def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) -> None:
     host, adapter = build(name)
     stir(host)
@@ -161,15 +166,15 @@ def test_peft_reads_the_file_and_merging_is_the_same(name: str, tmp_path: Path) 
         assert torch.allclose(loaded(images()), wanted, atol=1e-5)
         if name == "Lily":
             with pytest.raises(UserError, match="cannot be merged"):
-                merge(host, adapter)
+                merge_adapter(host, adapter)
             return
         plain = fixture_net()
-        plain.load_state_dict(merge(host, adapter))
+        plain.load_state_dict(merge_adapter(host, adapter))
         assert torch.allclose(plain(images()), wanted, atol=1e-5)
         assert torch.equal(host(images()), wanted), "the host stays as it was"
 
 
-@each_kind
+@few_kinds
 def test_partial_chooses_the_blocks(name: str) -> None:
     host, adapter = build(name, partial=1)
     assert adapter.targets and all(key.startswith("blocks.1.") for key in adapter.targets)
@@ -178,7 +183,7 @@ def test_partial_chooses_the_blocks(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONV)
 def test_convolutions(name: str, tmp_path: Path) -> None:
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8))
+    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, WholeNetworkEncoder(Conv(), 8))
     assert adapter.targets == ["layer1.0", "layer2.0", "layer2.2"]
     stir(host)
     host(images()).sum().backward()
@@ -188,20 +193,22 @@ def test_convolutions(name: str, tmp_path: Path) -> None:
     assert torch.allclose(loaded(images()), host(images()), atol=1e-6)
     if name == "OFT":  # peft 0.21 adds a merged rotation of a convolution to another place
         with pytest.raises(UserError, match="export peft"):
-            merge(host, adapter)
+            merge_adapter(host, adapter)
     else:
         plain = Conv().eval()
-        plain.load_state_dict(merge(host, adapter))
+        plain.load_state_dict(merge_adapter(host, adapter))
         assert torch.allclose(plain(images()), host(images()), atol=1e-5)
-    host, adapter = build(name, {"oft_block_size": 4} if name == "OFT" else {}, GenericEncoder(Conv(), 8), partial=1)
+    host, adapter = build(
+        name, {"oft_block_size": 4} if name == "OFT" else {}, WholeNetworkEncoder(Conv(), 8), partial=1
+    )
     assert adapter.targets == ["layer2.0", "layer2.2"]
 
 
 def test_every_type_of_the_installed_peft_is_sorted() -> None:
-    """A new release may bring types: each belongs into PEFTS or, with the reason, into REFUSED."""
+    """A new release may bring types: each belongs into PEFTS or, with the reason, into REFUSED_TYPES."""
     types = {kind.type for kind in PEFTS.values()}
-    assert not types & REFUSED.keys()
-    assert types | REFUSED.keys() == {each.value for each in PEFT_TYPE_TO_TUNER_MAPPING}
+    assert not types & REFUSED_TYPES.keys()
+    assert types | REFUSED_TYPES.keys() == {each.value for each in PEFT_TYPE_TO_TUNER_MAPPING}
 
 
 # --- what is refused ---
@@ -226,7 +233,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("LoHa", {"module_dropout": 0.1}, "without gradient"),
     ("VeRA", {"target_modules": ["proj"]}, "cannot act on patch_embed.proj, a Conv2d; LoRA"),
     ("C3A", {"block_size": 7}, "factor of the input size"),
-    ("AdaLoRA", {"total_step": 5}, "own number of steps"),
+    ("AdaLoRA", {"total_step": 5}, "always the number of steps of the run"),
     ("AdaLoRA", {"target_r": 12}, "target_r 12 must be less than init_r 12"),
 ]
 
@@ -256,22 +263,22 @@ class Attending(nn.Module):
 def test_layers_that_are_not_called() -> None:
     for target in ("attention", "out_proj"):
         with pytest.raises(UserError, match="merges and unmerges the weights of nn.MultiheadAttention"):
-            build("LoRA", {"target_modules": [target]}, GenericEncoder(Attending(), 8))
+            build("LoRA", {"target_modules": [target]}, WholeNetworkEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", {"target_modules": ["read", "out"]}, GenericEncoder(Attending(), 8))
+        build("LoRA", {"target_modules": ["read", "out"]}, WholeNetworkEncoder(Attending(), 8))
     with pytest.raises(UserError, match="read: the network reads the weights"):
-        build("LoRA", host=GenericEncoder(Attending(), 8))  # all linear layers but the attention's own
-    assert build("LoRA", {"target_modules": ["out"]}, GenericEncoder(Attending(), 8))[1].targets == ["out"]
+        build("LoRA", host=WholeNetworkEncoder(Attending(), 8))  # all linear layers but the attention's own
+    assert build("LoRA", {"target_modules": ["out"]}, WholeNetworkEncoder(Attending(), 8))[1].targets == ["out"]
 
 
 def test_a_network_without_linear_layers() -> None:
-    with pytest.raises(UserError, match="has none to offer; LoRA, .* take convolutions"):
-        build("VeRA", host=GenericEncoder(Conv(), 8))
+    with pytest.raises(UserError, match="has none that it could wrap; LoRA, .* take convolutions"):
+        build("VeRA", host=WholeNetworkEncoder(Conv(), 8))
 
 
 def test_names_are_spelled_as_in_the_table_and_variants_have_their_own() -> None:
     with pytest.raises(UserError, match="did you mean 'LoRA'"):
-        find("lora")  # another spelling would be another run of the same model
+        find_peft_type("lora")  # another spelling would be another run of the same model
     assert build("DoRA")[1].config.use_dora and build("rsLoRA")[1].config.use_rslora
 
 
@@ -289,9 +296,9 @@ def test_who_does_not_ask_for_it_does_not_import_it() -> None:
 
 @pytest.mark.parametrize("other", ["full_tuning", "bias_tuning", "ln_tuning", "adaptformer", "vpt_deep", "lora"])
 def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
-    alone = ViT(fixture_net())
+    alone = ViTEncoder(fixture_net())
     put_tuners(alone, [other], Sizes(4, 3))
-    both = ViT(fixture_net())
+    both = ViTEncoder(fixture_net())
     put_tuners(both, [other], Sizes(4, 3))
     both, adapter = build("LoRA", host=both)
     expected = set(trains(alone)) | {f"net.{key}.lora_{m}.default.weight" for key in adapter.targets for m in "AB"}
@@ -305,9 +312,9 @@ def test_other_tuners_train_beside_it(other: str, tmp_path: Path) -> None:
 
 
 def test_a_tuner_that_takes_the_weights_below_as_frozen() -> None:
-    host = ViT(fixture_net())
+    host = ViTEncoder(fixture_net())
     put_tuners(host, ["full_tuning"], Sizes(4, 3))
-    with pytest.raises(UserError, match="as frozen"):
+    with pytest.raises(UserError, match="needs frozen weights"):
         build("HRA", host=host)
 
 
@@ -421,7 +428,7 @@ def test_the_count_of_lora_on_vit_b16(config: Config) -> None:
 
 
 def test_peft_args_alone_mean_nothing(config: Config) -> None:
-    with pytest.raises(UserError, match="name one"):
+    with pytest.raises(UserError, match="choose one, such as"):
         check(config("fake_lt", "tiny_clip", "peft_args", "{r: 8}"))
     with pytest.raises(UserError, match="zero_shot trains nothing, so peft"):
         check(config("fake_lt", "tiny_clip", "zero_shot", True, "peft", "LoRA"))

@@ -17,7 +17,7 @@ from fuzz.pictures import CONTENTS, damaged
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from tailtune.datasets.images import image_files as pictures
-from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, BadPicture, inspect_files, load_rgb
+from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, DecodeError, inspect_files, load_rgb
 from tailtune.datasets.sources.image_sources import BadImage, FileSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # Pillow's; see `quiet`
@@ -115,7 +115,7 @@ def test_grey_with_associated_alpha(tmp_path: Path) -> None:
 
 
 def test_oddities_come_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    pictures.quiet()  # as at import; pytest has put its own filters over that
+    pictures.silence_pillow()  # as at import; pytest has put its own filters over that
     load_rgb(saved(tmp_path / "a.png", RGB.quantize(16), transparency=bytes(16)))
     load_rgb(saved(tmp_path / "a.jpg", RGB, exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0garbage"))
     assert not recwarn.list
@@ -203,7 +203,7 @@ def test_signed_16_bits_come_out_as_a_ramp(tmp_path: Path) -> None:
 )
 def test_values_without_a_range_are_refused(tmp_path: Path, values: np.ndarray, reason: str) -> None:
     path = saved(tmp_path / "a.tif", Image.fromarray(values))
-    with pytest.raises(BadPicture, match=reason):
+    with pytest.raises(DecodeError, match=reason):
         load_rgb(path)
 
 
@@ -259,9 +259,9 @@ def test_eps_under_another_name_starts_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
     for kind in ("eps", "eps_dos"):
         (tmp_path / "x.jpg").write_bytes(CONTENTS[kind])
-        with pytest.raises(BadPicture, match="in no format that is read .JPEG, PNG"):
+        with pytest.raises(DecodeError, match="in none of the formats that are read .JPEG, PNG"):
             load_rgb(tmp_path / "x.jpg")
-        assert "in no format" in inspect_files([tmp_path / "x.jpg"]).problems[0]
+        assert "in none of the formats" in inspect_files([tmp_path / "x.jpg"]).problems[0]
 
 
 def special(folder: Path) -> dict[str, str]:
@@ -288,7 +288,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in reasons]
     with within(10):
         for path, reason in zip(paths, reasons.values(), strict=True):
-            with pytest.raises(BadPicture, match=reason):
+            with pytest.raises(DecodeError, match=reason):
                 load_rgb(path)
         for headers in (True, False):
             found = inspect_files(paths, headers)
@@ -311,7 +311,7 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     path = saved(tmp_path / "a.png", RGB)
     monkeypatch.setattr(os, "open", refuse)  # file modes do not hold for root
-    with pytest.raises(BadPicture, match="Permission denied"):
+    with pytest.raises(DecodeError, match="Permission denied"):
         load_rgb(path)
 
 
@@ -319,20 +319,20 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_files_that_are_cut_short_are_refused(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path / "a", RGB.resize((200, 200)), format=name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(BadPicture):
+    with pytest.raises(DecodeError):
         load_rgb(path)
 
 
 def test_a_damaged_header_is_told_from_another_kind_of_file(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
-    with pytest.raises(BadPicture, match="the header of this PNG file is damaged"):
+    with pytest.raises(DecodeError, match="the header of this PNG file is damaged"):
         load_rgb(path)
     path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(BadPicture, match="in no format that is read.* begins with b'<html>not"):
+    with pytest.raises(DecodeError, match="in none of the formats that are read.* begins with b'<html>not"):
         load_rgb(path)
     path.write_bytes(b"")
-    with pytest.raises(BadPicture, match="an empty file"):
+    with pytest.raises(DecodeError, match="an empty file"):
         load_rgb(path)
 
 
@@ -343,7 +343,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path, sid
     data = bytearray(buffer.getvalue())
     data[18:26] = struct.pack("<ii", side, side)
     (tmp_path / "a.bmp").write_bytes(data)
-    with within(10), pytest.raises(BadPicture, match="more than 89,478,485 pixels"):
+    with within(10), pytest.raises(DecodeError, match="more than 89,478,485 pixels"):
         load_rgb(tmp_path / "a.bmp")
 
 
@@ -354,11 +354,11 @@ def test_half_as_many_pixels_where_pillow_needs_twice_the_memory(tmp_path: Path)
     data = bytearray(path.read_bytes())
     data[21:25] = struct.pack("<I", (struct.unpack("<I", data[21:25])[0] & 0xF0000000) | (8_000 << 14) | 8_000)
     path.write_bytes(data)
-    with within(10), pytest.raises(BadPicture, match="8001 × 8001, more than 44,739,242 pixels"):
+    with within(10), pytest.raises(DecodeError, match="8001 × 8001, more than 44,739,242 pixels"):
         load_rgb(path)
     with path.open("r+b") as file:
         file.truncate(pictures.MAX_BYTES + 1)
-    with within(10), pytest.raises(BadPicture, match="larger than 256 MiB"):
+    with within(10), pytest.raises(DecodeError, match="larger than 256 MiB"):
         load_rgb(path)
 
 
@@ -371,7 +371,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
         try:
             assert load_rgb(path).mode == "RGB"
             names.append(name)
-        except BadPicture as reason:
+        except DecodeError as reason:
             assert str(reason) and "\n" not in str(reason)
         assert time.process_time() - began < 5
     assert 20 < len(names) < 200, "some of the files must be damaged, and some must not"
@@ -385,7 +385,7 @@ def test_damaged_files_come_from_the_seed() -> None:
 
 
 def test_one_look_at_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "AT_ONCE", 7)
+    monkeypatch.setattr(pictures, "FILES_PER_TASK", 7)
     good = saved(tmp_path / "good.png", RGB)
     (tmp_path / "html.jpg").write_text("<html>not found</html>")
     (tmp_path / "empty.jpg").touch()
@@ -398,7 +398,7 @@ def test_one_look_at_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (found.problems[21], found.problems[22]) == ("not found", "an empty file")
     expected = [path.stat().st_size if path.exists() else -1 for path in paths]
     assert (found.sizes.dtype, found.sizes.tolist()) == (np.int64, expected)
-    sizes_only = inspect_files(paths, headers=False)
+    sizes_only = inspect_files(paths, read_headers=False)
     assert sizes_only.sizes.tolist() == expected
     assert list(sizes_only.problems) == [21, 22]
     assert inspect_files([]).sizes.shape == (0,)
@@ -406,17 +406,17 @@ def test_one_look_at_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_look_does_not_wait_for_each_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network file system, where an answer takes milliseconds."""
-    size_of = pictures.size_of
+    file_size = pictures.file_size
 
     def slow(path: Path) -> int:
         time.sleep(0.002)
-        return size_of(path)
+        return file_size(path)
 
-    monkeypatch.setattr(pictures, "size_of", slow)
-    monkeypatch.setattr(pictures, "AT_ONCE", 10)
+    monkeypatch.setattr(pictures, "file_size", slow)
+    monkeypatch.setattr(pictures, "FILES_PER_TASK", 10)
     good = saved(tmp_path / "good.png", RGB)
     began = time.perf_counter()
-    inspect_files([good] * 1000, headers=False)
+    inspect_files([good] * 1000, read_headers=False)
     assert time.perf_counter() - began < 1  # one after another would be 2 s and more
 
 

@@ -18,16 +18,16 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
-from tailtune.datasets.data_bundle import Shift
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.samplers import SAMPLERS
-from tailtune.trainers.dry_run import outline
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
-from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, add_target_results, target_of
+from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, TargetPlan, add_target_results, target_of
 from tailtune.trainers.losses import LOSSES, Prior, effective_weights, log_prior
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.validation import outline
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([80, 40, 10, 4])
@@ -199,10 +199,10 @@ def fake(n: int = 200, experts: int = 1) -> Logits:
 
 def results(cfg: CfgNode, found: Logits, val: Logits | None = None) -> tuple[dict[str, Any], list[str]]:
     info, n = build_info(cfg), len(found.labels)
-    shifts = [Shift("test", torch.bincount(found.labels), torch.arange(n), "all")]
+    shifts = [TestDistribution("test", torch.bincount(found.labels), torch.arange(n), "all")]
     measured = plain_results(found, shifts, info.groups)
-    notes = add_target_results(cfg, outline(cfg), found, val, shifts, info, measured)
-    return measured["test"], notes
+    notes = add_target_results(TargetPlan.of(cfg), outline(cfg), found, val, shifts, info, measured)
+    return measured["test"]["predictors"], notes
 
 
 @pytest.mark.parametrize("loss, target", [("CE", "train"), ("LA", "uniform"), ("BS", "uniform")])
@@ -298,7 +298,7 @@ def test_names_of_classes_are_checked(config: Config, tmp_path: Path) -> None:
     ):
         (tmp_path / "mine.json").write_text(json.dumps(dict.fromkeys(names, 1)))
         with pytest.raises(UserError, match=error):
-            target_of(cfg, info, info.class_names)
+            target_of(TargetPlan.of(cfg), info, info.class_names)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_finished_run_answers_for_every_target_without_images(launch: Cli, tmp
         result = metrics(f"run/tests/target_prior_{target}_test_dists_uniform-forward2")
         assert result["val"]["accuracy"] == metrics("run")["val"]["accuracy"], "the validation split is there too"
         for name in ("uniform", "forward2"):
-            entry = result["distributions"][name]
+            entry = result["distributions"][name]["predictors"]
             assert entry[ENTRY]["gain"] == entry[ENTRY]["accuracy"] - entry["plain"]["accuracy"]
             assert entry[ENTRY]["temperature"] != 1 and len(entry[ENTRY]["prior"]) == 3
     assert launch(words, "test_only True target_prior estimate").returncode == 0
@@ -365,7 +365,7 @@ def test_a_run_answers_in_its_own_evaluation_as_later(launch: Cli, tmp_path: Pat
     assert launch(words, "target_prior estimate").returncode == 0
     assert launch(words, "test_only True target_prior estimate many_above 4").returncode == 0
     own, later = (
-        metrics(name)["distributions"]["test"][ENTRY]
+        metrics(name)["distributions"]["test"]["predictors"][ENTRY]
         for name in ("run", "run/tests/many_above_4_target_prior_estimate")
     )
     assert own["prior"] == pytest.approx(later["prior"], abs=1e-3), "logits are stored in half precision"
@@ -375,14 +375,13 @@ def test_a_run_without_logits_of_validation_images_looks_at_them_again(launch: C
     words = lists(tmp_path)
     assert launch(words).returncode == 0
     Path("output/run/val_logits.safetensors").unlink()
-    with mock.patch(
-        "tailtune.trainers.evaluation.evaluate.Evaluation._infer", side_effect=UserError("images are needed")
-    ) as infer:
+    refusal = UserError("images are needed")
+    with mock.patch("tailtune.trainers.evaluation.evaluate.infer", side_effect=refusal) as infer:
         assert launch(words, "test_only True target_prior estimate").returncode == 2
         assert launch(words, "test_only True target_prior estimate calibrate False").returncode == 0
     assert len(infer.call_args_list) == 1
     assert launch(words, "test_only True target_prior estimate").returncode == 0
-    assert metrics("run/tests/target_prior_estimate")["distributions"]["test"][ENTRY]["temperature"] != 1
+    assert metrics("run/tests/target_prior_estimate")["distributions"]["test"]["predictors"][ENTRY]["temperature"] != 1
 
 
 def test_without_validation_images_a_note_says_so(launch: Cli) -> None:
@@ -400,7 +399,7 @@ def test_the_trained_run_says_what_its_loss_assumed(launch: Cli) -> None:
     words = "output_dir second loss_type LA test_only True model_dir first target_prior train calibrate False"
     assert launch(run, words).returncode == 0
     (folder,) = Path("output/second/tests").iterdir()
-    entry = metrics(f"second/tests/{folder.name}")["distributions"]["test"]
+    entry = metrics(f"second/tests/{folder.name}")["distributions"]["test"]["predictors"]
     assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
 
 
@@ -414,7 +413,7 @@ def test_logits_of_an_earlier_run_assume_what_that_one_did(launch: Cli) -> None:
     done = launch(run, words)
     assert done.returncode == 0, done.stderr
     (folder,) = Path("output/run/tests").iterdir()
-    entry = metrics(f"run/tests/{folder.name}")["distributions"]["test"]
+    entry = metrics(f"run/tests/{folder.name}")["distributions"]["test"]["predictors"]
     assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
     shutil.move("output/run/stage1", "output/elsewhere")
     done = launch(run, words, "many_above 3")
@@ -437,7 +436,7 @@ def test_a_result_is_of_the_file_that_stands_there_now(launch: Cli) -> None:
         found = launch(words, "test_only True target_prior mine.json")
         assert found.returncode == 0, found.stderr
         file = next(Path("output").glob("*/tests/*mine.json*/metrics.json"))
-        return found.stdout, json.loads(file.read_text())["distributions"]["test"][ENTRY]["prior"]
+        return found.stdout, json.loads(file.read_text())["distributions"]["test"]["predictors"][ENTRY]["prior"]
 
     first, again, other = answer([1] * 10), answer([1] * 10), answer([91] + [1] * 9)
     assert "finished before" in again[0] and "finished before" not in other[0]

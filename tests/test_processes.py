@@ -100,18 +100,18 @@ def test_a_worker_killed_while_evaluating(launch: Cli, monkeypatch: pytest.Monke
 
 
 def test_a_worker_that_never_answers(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tailtune.datasets.loading.workers.TICK", 0.1)
-    monkeypatch.setattr("tailtune.datasets.loading.workers.STUCK", 2.0)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.CHECK_SECONDS", 0.1)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.STUCK_SECONDS", 2.0)
     with after_step(3, lambda: void(to_a_worker(signal.SIGSTOP))):
-        one_line(launch(f"{TRAIN} num_workers 2"), "have given none for 2 s", "num_workers 0", "the same command")
+        one_line(launch(f"{TRAIN} num_workers 2"), "have delivered none for 2 s", "num_workers 0", "the same command")
     assert not multiprocessing.active_children()
     assert states(RUN)
 
 
 def test_a_job_that_is_stopped_for_a_while_goes_on(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that answers late is not stuck."""
-    monkeypatch.setattr("tailtune.datasets.loading.workers.TICK", 0.2)
-    monkeypatch.setattr("tailtune.datasets.loading.workers.STUCK", 30.0)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.STUCK_SECONDS", 30.0)
 
     def stop() -> None:
         process = to_a_worker(signal.SIGSTOP)
@@ -165,7 +165,7 @@ def runs(pid: int) -> bool:
 @pytest.mark.parametrize("free", [0, 64 * 1024])
 def test_little_shared_memory(launch: Cli, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("tailtune.datasets.loading.workers._shared_memory", lambda: free)
+        patch.setattr("tailtune.datasets.loading.workers.free_shared_memory", lambda: free)
         done = launch(f"{FAKE} max_steps 2 num_workers 2 output_dir run test_batch_size 40")
     assert (done.returncode, done.stderr) == (0, "")
     assert "warning: num_workers 2 needs" in done.stdout and "/dev/shm" in done.stdout
@@ -179,9 +179,9 @@ def test_shared_memory_as_the_system_tells(
     mount = ["mount", "-t", "tmpfs", "-o", f"size=64k,{option}", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this root may not mount either")
-    monkeypatch.setattr("tailtune.datasets.loading.workers.SHARED", tmp_path)
+    monkeypatch.setattr("tailtune.datasets.loading.workers.SHARED_MEMORY", tmp_path)
     try:
-        assert workers._shared_memory() == most
+        assert workers.free_shared_memory() == most
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 

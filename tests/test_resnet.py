@@ -17,21 +17,23 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import BACKBONES, ClassificationModel, build_model
-from tailtune.models.backbones.resnet import Design, Pad, make_resnet
-from tailtune.models.backbones.resnet_encoder import ResNetBackbone, ResNetEncoder
-from tailtune.models.backbones.spec import Split
-from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.backbones.backbone_types import ExpertSplit
+from tailtune.models.backbones.resnet import PaddingShortcut, ResNetDesign, make_resnet
+from tailtune.models.backbones.resnet_backbone import ResNetBackbone
+from tailtune.models.backbones.resnet_encoder import ResNetEncoder
+from tailtune.models.backbones.timm_backbone import TimmBackbone
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.trainers.dry_run import check, dry_run, forward_flops
+from tailtune.trainers.dry_run import dry_run, forward_flops
 from tailtune.trainers.export import export
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.runs.load_run import subject_of
 from tailtune.trainers.storage.checkpoint import trained_state
+from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
-TINY, TINY_CIFAR = Design((1, 1, 1, 1), bottleneck=True), Design((1, 1, 1), cifar=True)
+TINY, TINY_CIFAR = ResNetDesign((1, 1, 1, 1), bottleneck=True), ResNetDesign((1, 1, 1), cifar=True)
 TRAINS = ("full_tuning", True, "bn_tuning", True)
 
 
@@ -45,9 +47,9 @@ def noise(side: int, count: int = 3) -> Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def small(experts: int = 1, own: int | None = None, design: Design = TINY, seed: int = 0) -> ResNetEncoder:
+def small(experts: int = 1, own: int | None = None, design: ResNetDesign = TINY, seed: int = 0) -> ResNetEncoder:
     """A small network in its host, in eval mode."""
-    host = ResNetBackbone("Small", design).build(None, 32, seed, False, split=Split(experts, own)).encoder
+    host = ResNetBackbone("Small", design).build(None, 32, seed, False, split=ExpertSplit(experts, own)).encoder
     host.set_precision()
     assert isinstance(host, ResNetEncoder)
     return host
@@ -97,7 +99,15 @@ SIZES: list[tuple[str, int, int, tuple[object, ...], int, int]] = [
 """Backbone, classes, experts, options → parameters, multiplications of convolutions and matrices."""
 
 
-@pytest.mark.parametrize("row", SIZES, ids=lambda row: "-".join(map(str, (*row[:3], row[3][1]))))
+SMALL_OR_REDUCED = [row for row in SIZES if row[0] == "ResNet-32" or row[1:4] == (1000, 3, REDUCED)]
+"""Every option on the smallest network, and each larger network once; ResNet-152 has its own dry run below."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=[] if row in SMALL_OR_REDUCED else pytest.mark.slow) for row in SIZES],
+    ids=lambda row: "-".join(map(str, (*row[:3], row[3][1]))),
+)
 def test_parameters_and_cost(row: tuple[str, int, int, tuple[object, ...], int, int], config: Config) -> None:
     name, classes, experts, words, parameters, products = row
     cfg = make(config, name, "num_experts", experts, *words)
@@ -111,10 +121,10 @@ def test_parameters_and_cost(row: tuple[str, int, int, tuple[object, ...], int, 
 @pytest.mark.parametrize(
     ("name", "data", "words", "parameters", "products"),
     [
-        ("ResNeXt-50", "imagenet_lt", REDUCED, 42_889_024, 6_050_113_536),
+        pytest.param("ResNeXt-50", "imagenet_lt", REDUCED, 42_889_024, 6_050_113_536, marks=pytest.mark.slow),
         ("ResNet-32", "cifar100_ir100", REDUCED, 783_856, 100_358_208),
-        ("ResNet-50", "inat2018", REDUCED, 76_587_584, 5_803_342_848),
-        ("ResNet-152", "places_lt", (), 171_543_616, 29_162_928_128),
+        pytest.param("ResNet-50", "inat2018", REDUCED, 76_587_584, 5_803_342_848, marks=pytest.mark.slow),
+        pytest.param("ResNet-152", "places_lt", (), 171_543_616, 29_162_928_128, marks=pytest.mark.slow),
         ("ResNet-152", "places_lt", SHARED, 90_315_840, 13_132_298_240),
     ],
 )
@@ -204,7 +214,7 @@ def test_forward_of_three_experts(config: Config) -> None:
 @pytest.mark.parametrize(("before", "after"), [(16, 24), (24, 48), (16, 32)])
 def test_shortcut_without_weights(before: int, after: int) -> None:
     x = noise(7)[:1, :1].expand(1, before, 7, 7) * torch.arange(1, before + 1).view(-1, 1, 1)
-    y = Pad(after - before)(x)
+    y = PaddingShortcut(after - before)(x)
     side = (after - before) // 2
     assert y.shape == (1, after, 4, 4) and torch.equal(y[:, side : side + before], x[:, :, ::2, ::2])
     assert not y[:, :side].any() and not y[:, side + before :].any()
@@ -219,9 +229,9 @@ def test_names_and_shapes_are_timms(name: str) -> None:
     assert {key: each.shape for key, each in own.items()} == {key: each.shape for key, each in theirs.items()}
 
 
-@pytest.mark.parametrize("design", [Design((1, 1, 1, 1)), Design((1, 2, 1, 1), True, 32, 4)])
+@pytest.mark.parametrize("design", [ResNetDesign((1, 1, 1, 1)), ResNetDesign((1, 2, 1, 1), True, 32, 4)])
 @torch.no_grad()
-def test_features_are_timms(design: Design) -> None:
+def test_features_are_timms(design: ResNetDesign) -> None:
     """The stride is on the 3x3 convolution; the last map is averaged whatever its size."""
     block = timm.models.resnet.Bottleneck if design.bottleneck else timm.models.resnet.BasicBlock
     width = {"cardinality": design.groups, "base_width": design.group_width}
@@ -236,8 +246,11 @@ def test_features_are_timms(design: Design) -> None:
 
 def test_initial_weights() -> None:
     """CIFAR: variance 2 / fan_in; ImageNet: 2 / (side² · outputs), whatever the groups; norms 1 and 0."""
-    for design, of in ((Design((1, 1, 1), cifar=True), "fan_in"), (Design((1, 1, 1, 1), True, 32, 4), "fan_out")):
-        net = make_resnet(design, 0, branches=2, own=2)
+    for design, of in (
+        (ResNetDesign((1, 1, 1), cifar=True), "fan_in"),
+        (ResNetDesign((1, 1, 1, 1), True, 32, 4), "fan_out"),
+    ):
+        net = make_resnet(design, 0, branches=2, branch_stages=2)
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 size = module.weight[0].numel() if of == "fan_in" else module.weight[:, 0].numel()
@@ -265,7 +278,7 @@ def test_weights_are_a_function_of_the_seed_and_of_nothing_else() -> None:
 
 @pytest.mark.parametrize("design", [TINY, TINY_CIFAR], ids=["imagenet", "cifar"])
 @pytest.mark.parametrize("own", [0, 1, 2, 3])
-def test_the_cut_changes_nothing(design: Design, own: int) -> None:
+def test_the_cut_changes_nothing(design: ResNetDesign, own: int) -> None:
     """Experts with the weights of the whole network have its features and, summed, its gradients."""
     whole, cut = small(design=design), small(3, own, design)
     state = whole.net.state_dict()
@@ -276,7 +289,7 @@ def test_the_cut_changes_nothing(design: Design, own: int) -> None:
     cut.net.load_state_dict({name: state[source] for name, source in names.items()})
     for host in (whole, cut):
         host.requires_grad_(True)
-        host.batch_norms = [each for each in host.net.modules() if isinstance(each, nn.BatchNorm2d)]
+        host.set_trained_batch_norms([each for each in host.net.modules() if isinstance(each, nn.BatchNorm2d)])
         host.train()
         host.set_precision(torch.float64)
         host.double()
@@ -304,12 +317,14 @@ def test_what_partial_counts() -> None:
     host = small(3, 2)
     assert host.depth == 4
     names = {id(each): name for name, each in host.net.named_parameters()}
-    trains = [{names[id(each)] for module in host.selectable(k) for each in module.parameters()} for k in (1, 2, 3, 4)]
+    trains = [
+        {names[id(each)] for module in host.tunable_modules(k) for each in module.parameters()} for k in (1, 2, 3, 4)
+    ]
     stages = [{re.sub(r"\.\d+\.(conv|bn|downsample).*", "", name) for name in each} for each in trains]
     assert stages[0] == {f"branches.{e}.layer4" for e in range(3)}
     assert stages[1] == stages[0] | {f"branches.{e}.layer3" for e in range(3)}
     assert stages[3] - stages[2] == {"layer1"} and stages[2] - stages[1] == {"layer2"}
-    everything = {names[id(each)] for module in host.selectable(None) for each in module.parameters()}
+    everything = {names[id(each)] for module in host.tunable_modules(None) for each in module.parameters()}
     assert everything - trains[3] == {"conv1.weight", "bn1.weight", "bn1.bias"}
 
 
@@ -420,8 +435,8 @@ def test_a_file_goes_into_every_branch(
     experts: int, own: int | None, file: tuple[dict[str, Tensor], Path], tmp_path: Path
 ) -> None:
     state, path = file
-    built = ResNetBackbone("Small", TINY).build(str(path), 224, 0, False, split=Split(experts, own))
-    assert built.stats == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) and not built.random
+    built = ResNetBackbone("Small", TINY).build(str(path), 224, 0, False, split=ExpertSplit(experts, own))
+    assert built.pixel_stats == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) and not built.random_base
     for name, each in built.encoder.net.state_dict().items():
         if name.endswith("num_batches_tracked"):
             assert each == 0
@@ -430,7 +445,7 @@ def test_a_file_goes_into_every_branch(
     counted = {f"{name[:-4]}num_batches_tracked": torch.tensor(9) for name in state if name.endswith("mean")}
     save_file(state | counted, tmp_path / "timm.safetensors")
     again = ResNetBackbone("Small", TINY).build(
-        str(tmp_path / "timm.safetensors"), 224, 1, False, split=Split(experts, own)
+        str(tmp_path / "timm.safetensors"), 224, 1, False, split=ExpertSplit(experts, own)
     )
     own_state = built.encoder.net.state_dict()
     assert all(torch.equal(each, own_state[name]) for name, each in again.encoder.net.state_dict().items())
@@ -439,17 +454,17 @@ def test_a_file_goes_into_every_branch(
 def test_a_file_of_another_network_is_refused(file: tuple[dict[str, Tensor], Path]) -> None:
     state, path = file
 
-    def refused(changed: dict[str, Tensor], design: Design = TINY) -> str:
+    def refused(changed: dict[str, Tensor], design: ResNetDesign = TINY) -> str:
         torch.save(changed, path)
         with pytest.raises(UserError) as caught:
-            ResNetBackbone("Small", design).build(str(path), 224, 0, False, split=Split(2))
+            ResNetBackbone("Small", design).build(str(path), 224, 0, False, split=ExpertSplit(2))
         return str(caught.value)
 
     less = {name: each for name, each in state.items() if name != "layer4.0.bn3.running_var"}
     assert "not of Small: 2 missing (branches.0.layer4.0.bn3.running_var, branches.1." in refused(less)
     assert "1 unexpected (layer4.0.conv4.weight)" in refused(state | {"layer4.0.conv4.weight": torch.ones(1)})
-    assert "unexpected (layer2.1." in refused(make_resnet(Design((1, 2, 1, 1), True), 0).state_dict())
-    assert "of another shape (layer1.0.conv1.weight" in refused(state, Design((1, 1, 1, 1), True, 32, 4))
+    assert "unexpected (layer2.1." in refused(make_resnet(ResNetDesign((1, 2, 1, 1), True), 0).state_dict())
+    assert "of another shape (layer1.0.conv1.weight" in refused(state, ResNetDesign((1, 1, 1, 1), True, 32, 4))
     path.unlink()
     with pytest.raises(UserError, match="does not exist"):
         ResNetBackbone("Small", TINY).build(str(path), 224, 0, False)
@@ -459,8 +474,8 @@ def test_a_file_of_another_network_is_refused(file: tuple[dict[str, Tensor], Pat
 def test_timms_weights_go_into_every_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = timm.create_model("resnet50", num_classes=0).eval()
     asked: list[tuple[str, bool]] = []
-    monkeypatch.setattr(TimmBackbone, "create", lambda self, fetch: asked.append((self.name, fetch)) or theirs)
-    built = BACKBONES["ResNet-50"].build("default", 64, 0, False, split=Split(2, 1))
+    monkeypatch.setattr(TimmBackbone, "create", lambda self, download: asked.append((self.name, download)) or theirs)
+    built = BACKBONES["ResNet-50"].build("default", 64, 0, False, split=ExpertSplit(2, 1))
     assert asked == [("resnet50.a1_in1k", True)]
     assert torch.allclose(built.encoder(noise(64)), theirs(noise(64)).unsqueeze(1).expand(-1, 2, -1), atol=1e-5)
 
@@ -476,16 +491,18 @@ def test_weights_that_are_named_fit() -> None:
                 spec = BACKBONES[name]
                 built = spec.build("default", 224, 0, False)
                 theirs = timm.create_model(weights, num_classes=0)
-            assert built.stats == (theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"])
+            assert built.pixel_stats == (theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"])
             own = {key: each.shape for key, each in built.encoder.net.state_dict().items()}
             assert own == {key: each.shape for key, each in theirs.state_dict().items()}
 
 
 def test_statistics_are_the_datas_own_from_scratch(config: Config) -> None:
     with torch.device("meta"):
-        assert BACKBONES["ResNet-50"].build(None, 224, 0, False).stats is None
-        assert BACKBONES["ResNet-32"].build("own.pth", 32, 0, False).stats is None
-    model = build_model(make(config, "ResNet-32", data="fake_lt"), ["a"], pixels=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+        assert BACKBONES["ResNet-50"].build(None, 224, 0, False).pixel_stats is None
+        assert BACKBONES["ResNet-32"].build("own.pth", 32, 0, False).pixel_stats is None
+    model = build_model(
+        make(config, "ResNet-32", data="fake_lt"), ["a"], pixel_stats=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    )
     assert model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3]) and not model.random_base
 
 
@@ -497,10 +514,10 @@ def test_statistics_are_the_datas_own_from_scratch(config: Config) -> None:
         ("backbone ResNet-50 pretrained openai", ["'openai'", "takes `default`, a local file, or none"]),
         ("backbone ResNet-50 reduce_dimension True", ["reduce_dimension", "pretrained to none"]),
         ("backbone ResNet-50 reduce_dimension True pretrained own.pth", ["reduce_dimension"]),
-        ("backbone ResNet-50 zero_shot True", ["zero_shot", "text tower"]),
+        ("backbone ResNet-50 zero_shot True", ["zero_shot", "text encoder"]),
         ("backbone ResNet-50 num_experts 2 expert_split 5", ["expert_split 5", "4 stages"]),
         ("backbone ResNet-32 pretrained none num_experts 2 expert_split 4", ["expert_split 4", "3 stages"]),
-        ("backbone ResNet-50 full_tuning True partial 5", ["partial 5", "than the 4"]),
+        ("backbone ResNet-50 full_tuning True partial 5", ["partial 5", "only 4 blocks"]),
         ("backbone ResNet-50 init_head text_feat", ["init_head text_feat", "ResNet-50"]),
         ("backbone ResNet-50 adaptformer True", ["adaptformer", "blocks of a ViT"]),
         ("backbone ResNet-60", ["ResNet-50"]),

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, Cli, offline
 from safetensors.torch import load_file
@@ -13,17 +14,23 @@ from safetensors.torch import load_file
 COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none save_every 1 batch_size 8 num_epochs 4 output_dir"
 STEPS = 80  # four epochs of twenty
 
-KILLS = (
-    (1, signal.SIGKILL),  # the first state is there
+TWICE = (
     (36, signal.SIGKILL),  # within the second epoch
     (50, signal.SIGTERM),
+)
+OFTEN = (
+    (1, signal.SIGKILL),  # the first state is there
+    *TWICE,
     (61, signal.SIGKILL),  # the last epoch has begun
 )
 
 
-def test_killed_run_equals_undisturbed_run_bitwise(launch: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [TWICE, pytest.param(OFTEN, marks=pytest.mark.slow)], ids=["twice", "often"])
+def test_killed_run_equals_undisturbed_run_bitwise(
+    kills: tuple[tuple[int, signal.Signals], ...], launch: Cli, tmp_path: Path
+) -> None:
     assert launch(COMMAND, "whole").returncode == 0
-    for step, number in KILLS:
+    for step, number in kills:
         reached = run_until(step, number, tmp_path)
         assert step <= reached < STEPS, "the run was over before it could be killed"
     done = launch(COMMAND, "killed")

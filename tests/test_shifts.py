@@ -16,10 +16,13 @@ from yacs.config import CfgNode
 from tailtune.configs import FOLDER, load_configs
 from tailtune.configs.errors import UserError
 from tailtune.datasets import DataInfo, build_data, build_info
-from tailtune.datasets.long_tail import longtail_counts, shot_groups, some_positions
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.long_tail import longtail_counts, random_positions, shot_groups
 from tailtune.datasets.sources.published_lists import PUBLISHED, is_published
-from tailtune.datasets.test_distributions.build import Shift, build_shifts, shift_names
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.frequency_rules import distribution_names
 from tailtune.datasets.test_distributions.published_order import introsort_argsort
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.options import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
@@ -46,11 +49,19 @@ def facts(counts: list[int]) -> DataInfo:
     return DataInfo("mine", names, torch.tensor(counts), groups, (0.5,) * 3, (0.5,) * 3)
 
 
-def by_name(shifts: tuple[Shift, ...]) -> dict[str, Shift]:
+def distributions(cfg: CfgNode, info: DataInfo, labels: Tensor) -> tuple[TestDistribution, ...]:
+    return build_distributions(DistributionSettings.of(cfg), info, labels)
+
+
+def names_of(cfg: CfgNode) -> tuple[str, ...]:
+    return distribution_names(DistributionSettings.of(cfg))
+
+
+def by_name(shifts: tuple[TestDistribution, ...]) -> dict[str, TestDistribution]:
     return {each.name: each for each in shifts}
 
 
-def check(shifts: tuple[Shift, ...], labels: Tensor) -> None:
+def check(shifts: tuple[TestDistribution, ...], labels: Tensor) -> None:
     """What holds for any test set: its counts are those of its images, each of which it has once."""
     for each in shifts:
         counts = torch.bincount(labels[each.positions], minlength=len(each.counts))
@@ -62,11 +73,11 @@ def check(shifts: tuple[Shift, ...], labels: Tensor) -> None:
 
 
 def test_names() -> None:
-    assert shift_names(config("Fake", test_dists=None)) == ()
-    assert list(shift_names(config("Fake"))) == ELEVEN
-    assert shift_names(shipped("inat2018")) == ("forward3", "forward2", "uniform", "backward2", "backward3")
+    assert names_of(config("Fake", test_dists=None)) == ()
+    assert list(names_of(config("Fake"))) == ELEVEN
+    assert names_of(shipped("inat2018")) == ("forward3", "forward2", "uniform", "backward2", "backward3")
     mixed = config("Fake", test_dists=["forward100", "uniform", "all", "backward1"], shift_ratios=[2])
-    assert shift_names(mixed) == ("forward100", "uniform", "forward2", "backward2", "backward1")
+    assert names_of(mixed) == ("forward100", "uniform", "forward2", "backward2", "backward1")
 
 
 @pytest.mark.parametrize("name", ["sideways5", "forward", "forward0", "backward-2", "uniform5", "forward2.5", "All"])
@@ -79,15 +90,15 @@ def test_a_wrong_name_is_refused_without_images(name: str) -> None:
     ("values", "message"),
     [
         ({"shift_factors": {"forwards": 0.5}}, "shift_factors: unknown distribution 'forwards'"),
-        ({"shift_factors": {"forward3": 3.0}}, "shift_factors: forward3 3 is not above 0"),
-        ({"shift_files": "list_{name}.txt"}, "shift_files list_{name}.txt: it is for dataset ImageList"),
-        ({"dataset": "ImageList", "shift_files": "list.txt"}, "has {name} in it"),
-        ({"shift_order": "published", "label_field": "genus"}, "label_field genus set shift_order counts"),
+        ({"shift_factors": {"forward3": 3.0}}, "shift_factors: forward3 3 must be above 0"),
+        ({"shift_files": "list_{name}.txt"}, "shift_files list_{name}.txt: it needs dataset ImageList"),
+        ({"dataset": "ImageList", "shift_files": "list.txt"}, "{name} in its value"),
+        ({"shift_order": "published", "label_field": "genus"}, "label_field is genus: set shift_order counts"),
     ],
 )
 def test_options_that_do_not_fit(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        shift_names(config(**{"dataset": "Fake"} | values))
+        names_of(config(**{"dataset": "Fake"} | values))
 
 
 # --- CIFAR -----------------------------------------------------------------------------------------------------------
@@ -99,7 +110,7 @@ def test_cifar100_is_the_published_construction() -> None:
     labels = torch.arange(10_000) % 100
     for data in ("cifar100_ir100", "cifar100_ir10", "cifar100"):
         cfg = shipped(data)
-        shifts = build_shifts(cfg, build_info(cfg), labels)
+        shifts = distributions(cfg, build_info(cfg), labels)
         check(shifts, labels)
         assert [each.name for each in shifts] == ELEVEN
     found = by_name(shifts)
@@ -119,7 +130,7 @@ def test_cifar100_is_the_published_construction() -> None:
 def test_another_seed_draws_other_images_of_the_same_classes() -> None:
     labels, info = torch.arange(10_000) % 100, build_info(shipped("cifar100_ir100"))
     first, again, other = (
-        build_shifts(shipped("cifar100_ir100", "test_dists", "forward10", "shift_seed", seed), info, labels)[0]
+        distributions(shipped("cifar100_ir100", "test_dists", "forward10", "shift_seed", seed), info, labels)[0]
         for seed in (1, 1, 2)
     )
     assert torch.equal(first.positions, again.positions) and torch.equal(first.counts, other.counts)
@@ -214,7 +225,7 @@ def test_the_published_counts_without_any_list(data: str) -> None:
     cfg = list_config(data)
     info = build_info(cfg)
     labels = torch.arange(info.num_classes).repeat(EACH[data])
-    shifts = build_shifts(cfg, info, labels)
+    shifts = distributions(cfg, info, labels)
     check(shifts, labels)
     k = torch.arange(info.num_classes)
     assert {each.name: (len(each.positions), int((k * each.counts).sum())) for each in shifts} == SUMS[data]
@@ -226,7 +237,7 @@ def test_the_published_counts_without_any_list(data: str) -> None:
 
 def test_classes_without_an_image_are_said() -> None:
     cfg = list_config("inat2018")
-    found = by_name(build_shifts(cfg, build_info(cfg), torch.arange(8142).repeat(3)))
+    found = by_name(distributions(cfg, build_info(cfg), torch.arange(8142).repeat(3)))
     empty = {name: (each.counts == 0).nonzero().flatten().tolist() for name, each in found.items()}
     assert empty["forward3"] == [2880] and "classes without an image: 1" in found["forward3"].origin
     assert empty["backward3"] == sorted([2844, 3119, 3986, 3582, 3836, 3191, 2015, 488])
@@ -237,8 +248,8 @@ def test_draws_are_independent_of_each_other_and_of_the_rest() -> None:
     cfg, alone = list_config("places_lt"), list_config("places_lt", "test_dists", "backward5")
     info, labels = build_info(cfg), torch.arange(365).repeat(100)
     state = np.random.get_state(legacy=False)["state"]["key"].copy(), torch.get_rng_state()
-    found = by_name(build_shifts(cfg, info, labels))
-    assert torch.equal(found["backward5"].positions, build_shifts(alone, info, labels)[0].positions)
+    found = by_name(distributions(cfg, info, labels))
+    assert torch.equal(found["backward5"].positions, distributions(alone, info, labels)[0].positions)
     assert not set(found["backward50"].positions.tolist()) <= set(found["backward5"].positions.tolist())
     assert (np.random.get_state(legacy=False)["state"]["key"] == state[0]).all()
     assert torch.equal(torch.get_rng_state(), state[1])
@@ -273,18 +284,18 @@ def test_a_list_file_is_used_where_there_is_one(lists: Path, field: str, caplog:
     rank = RANK if field else {k: k for k in range(3)}
     labels = torch.tensor([rank[k] for k in range(3) for _ in range(4)])
     counts = [n for _, n in sorted((rank[k], n) for k, n in enumerate(COUNTS))]
-    shifts = build_shifts(listed(lists, label_field=field), facts(counts), labels)
+    shifts = distributions(listed(lists, label_field=field), facts(counts), labels)
     check(shifts, labels)
     assert shifts[0].positions.tolist() == [9, 8, 5, 4, 3, 2, 1, 0] and shifts[0].origin == "list forward2.txt"
     assert [int(shifts[1].counts[rank[k]]) for k in range(3)] == [4, 1, 2]
     assert shifts[1].origin == "drawn with seed 0, without the list forward4.txt"
-    assert "1 lists are missing, their images are drawn: forward4.txt" in caplog.text
+    assert "images are drawn at random because list files are missing (1): forward4.txt" in caplog.text
 
 
 def test_a_cut_test_split_keeps_what_the_list_has_of_it(lists: Path) -> None:
-    kept = some_positions(12, 5)
+    kept = random_positions(12, 5)
     labels = torch.from_numpy(np.repeat(np.arange(3), 4)[kept])
-    shift = build_shifts(listed(lists, max_test_images=5), facts(COUNTS), labels)[0]
+    shift = distributions(listed(lists, max_test_images=5), facts(COUNTS), labels)[0]
     assert sorted(kept[shift.positions].tolist()) == sorted({9, 8, 5, 4, 3, 2, 1, 0} & set(kept.tolist()))
 
 
@@ -292,7 +303,7 @@ def test_lists_in_either_layout_of_places(lists: Path) -> None:
     (lists / "test.txt").write_text("".join(f"val/cave-wet/{i}.jpg 0\nval/sky/{9 - i}.jpg 1\n" for i in range(4)))
     (lists / "forward4.txt").write_text("val_256/3.jpg 0\n" + "".join(f"val_256/{9 - i}.jpg 1\n" for i in range(4)))
     cfg = listed(lists, test_dists=["forward4"])
-    shift = build_shifts(cfg, facts([5, 9]), torch.tensor([0, 1] * 4))[0]
+    shift = distributions(cfg, facts([5, 9]), torch.tensor([0, 1] * 4))[0]
     assert shift.positions.tolist() == [6, 1, 3, 5, 7] and shift.counts.tolist() == [1, 4]
 
 
@@ -301,13 +312,13 @@ def test_lists_in_either_layout_of_places(lists: Path) -> None:
     [
         ("val/0/9.png 0\n", r"forward2.txt line 1: val/0/9.png with this label is not in .*test.txt"),
         ("val/0/1.png 0\nval/0/1.png 0\n", r"forward2.txt line 2: val/0/1.png is listed twice"),
-        ("val/0/1.png 0\n", r"has 1 images of label 0, .* say 4; .* set `shift_files none`"),
+        ("val/0/1.png 0\n", r"has 1 images of label 0, .* ask for 4; .* set `shift_files none`"),
     ],
 )
 def test_a_list_file_that_does_not_fit(lists: Path, text: str, message: str) -> None:
     (lists / "forward2.txt").write_text(text)
     with pytest.raises(UserError, match=message):
-        build_shifts(listed(lists), facts(COUNTS), torch.arange(3).repeat_interleave(4))
+        distributions(listed(lists), facts(COUNTS), torch.arange(3).repeat_interleave(4))
 
 
 def test_a_wrong_list_is_refused_before_training(lists: Path) -> None:
@@ -323,13 +334,13 @@ def test_a_wrong_list_is_refused_before_training(lists: Path) -> None:
 
 def test_a_test_list_that_changed_since(lists: Path) -> None:
     with pytest.raises(UserError, match=r"test.txt is not the list of the evaluated images"):
-        build_shifts(listed(lists), facts(COUNTS), torch.arange(3).repeat(4))
+        distributions(listed(lists), facts(COUNTS), torch.arange(3).repeat(4))
 
 
 def test_merged_classes_have_no_published_order(lists: Path) -> None:
     (lists / "categories.json").write_text(json.dumps([{"id": k, "name": "Mus"} for k in range(3)]))
     with pytest.raises(UserError, match="label_field name merges classes; set shift_order counts"):
-        build_shifts(listed(lists, label_field="name"), facts(COUNTS), torch.arange(3).repeat_interleave(4))
+        distributions(listed(lists, label_field="name"), facts(COUNTS), torch.arange(3).repeat_interleave(4))
 
 
 # --- a user's own data -----------------------------------------------------------------------------------------------
@@ -337,7 +348,7 @@ def test_merged_classes_have_no_published_order(lists: Path) -> None:
 
 def test_own_data_by_stable_descending_training_count() -> None:
     labels = torch.tensor([0] * 30 + [1] * 12 + [2] * 25 + [3] * 20)
-    shifts = build_shifts(config("ImageFolder"), facts([7, 80, 80, 9]), labels)
+    shifts = distributions(config("ImageFolder"), facts([7, 80, 80, 9]), labels)
     check(shifts, labels)
     found = by_name(shifts)
     for name, counts in (
@@ -352,9 +363,9 @@ def test_own_data_by_stable_descending_training_count() -> None:
 
 def test_more_images_than_there_are() -> None:
     labels = torch.tensor([0] * 30 + [1] * 12)
-    shift = build_shifts(config("ImageFolder", shift_max=20, test_dists=["uniform"]), facts([9, 8]), labels)[0]
+    shift = distributions(config("ImageFolder", shift_max=20, test_dists=["uniform"]), facts([9, 8]), labels)[0]
     assert shift.counts.tolist() == [20, 12] and "classes with fewer images than asked for: 1" in shift.origin
-    empty = build_shifts(config("ImageFolder", test_dists=["forward2"]), facts([9, 8, 5]), labels)[0]
+    empty = distributions(config("ImageFolder", test_dists=["forward2"]), facts([9, 8, 5]), labels)[0]
     assert empty.counts.tolist() == [12, 8, 0]  # a class without a test image does not empty the others
 
 
@@ -363,7 +374,7 @@ def test_more_images_than_there_are() -> None:
 def test_a_cut_test_split_keeps_the_shape(order: str, limit: int) -> None:
     cfg = config("Fake", num_classes=10, max_test_images=limit, shift_order=order)
     data = build_data(cfg)
-    shifts = by_name(build_shifts(cfg, data.info, data.test.labels))
+    shifts = by_name(distributions(cfg, data.info, data.test.labels))
     check(tuple(shifts.values()), data.test.labels)
     forward, backward = shifts["forward10"], shifts["backward10"]
     assert len(forward.positions) and len(backward.positions)
@@ -396,7 +407,7 @@ def test_the_published_files(data: str, field: str, tmp_path: Path) -> None:
     names = sorted(each["name"] for each in species)
     rank = np.array([names.index(each["name"]) for each in species]) if field == "name" else np.arange(8142)
     labels = torch.from_numpy(rank[own])
-    shifts = build_shifts(cfg, info, labels)
+    shifts = distributions(cfg, info, labels)
     check(shifts, labels)
     assert {each.name: (len(each.positions), int(own[each.positions].sum())) for each in shifts} == SUMS[data]
     for each in shifts:
@@ -410,5 +421,5 @@ def test_the_published_files(data: str, field: str, tmp_path: Path) -> None:
 def test_the_files_of_the_shipped_configs_are_published() -> None:
     for path in (FOLDER / "data").glob("*.yaml"):
         cfg = shipped(path.stem)
-        for name in shift_names(cfg) if cfg.shift_files else ():
+        for name in names_of(cfg) if cfg.shift_files else ():
             assert name == "uniform" or cfg.shift_files.replace("{name}", name) in PUBLISHED

@@ -23,9 +23,9 @@ ROOMS = {
     "datasets": {
         "images": set(),
         "sources": {"images", "long_tail"},
-        "splits": {"images", "sources", "long_tail"},
+        "splits": {"images", "sources", "long_tail", "options"},
         "loading": {"data_bundle"},
-        "test_distributions": {"data_bundle", "sources", "splits", "table", "long_tail"},
+        "test_distributions": {"data_bundle", "sources", "long_tail", "options"},
     },
     "models": {"backbones": set(), "heads": {"backbones"}, "tuners": {"backbones"}},
     "trainers": {
@@ -93,6 +93,13 @@ def test_imports_between_rooms_point_one_way() -> None:
                 assert inner <= may, f"{path}: {package}/{room} must not import {inner - may}"
 
 
+def test_only_the_builder_of_the_data_sees_the_config() -> None:
+    """The builder takes the config, and `of` of the option classes reads it; no other module of datasets/ does."""
+    allowed = {"datasets/__init__.py", "datasets/options.py", "datasets/test_distributions/options.py"}
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+    assert {name for name, text in files.items() if name.startswith("datasets/") and "CfgNode" in text} == allowed
+
+
 def test_the_table_of_rooms_has_no_circle() -> None:
     for rooms in ROOMS.values():
         TopologicalSorter(rooms).prepare()  # raises CycleError
@@ -123,6 +130,30 @@ def test_the_trainers_name_no_method() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named = node.value in METHODS and (path.name, node.value) not in NAMESAKES
                 assert not named, f"{path} line {node.lineno} names the method '{node.value}'"
+
+
+SEES_THE_CONFIG = {
+    **dict.fromkeys(("run.py", "dry_run.py", "validation.py"), "an entry: it calls the builders"),
+    "methods/__init__.py": "build_method, a builder",
+    "optim.py": "Plan.of and the checks of its options",
+    "runs/load_run.py": "it builds the models of finished runs",
+    "runs/run_folder.py": "it writes config.yaml and compares a command with it",
+    "export/run_command.py": "it writes a config as a command",
+    "evaluation/zero_shot_ensembles.py": "it builds the zero-shot classifier of a run's config",
+}
+"""File of trainers/ whose functions may take a whole config → why. Elsewhere only a dataclass's `of` reads one."""
+
+
+def test_a_config_is_seen_by_few() -> None:
+    trainers, seen = ROOT / "trainers", set()
+    for path in (path for path in FILES if path.is_relative_to(trainers)):
+        name = path.relative_to(trainers).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                kinds = [ast.unparse(each.annotation) for each in node.args.args if each.annotation is not None]
+                if "CfgNode" in kinds and node.name != "of":
+                    seen.add(name)
+    assert seen == SEES_THE_CONFIG.keys()
 
 
 def test_every_module_says_what_it_is_for() -> None:

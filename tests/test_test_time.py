@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.seeding import seeded
 from tailtune.datasets import build_data
-from tailtune.datasets.images.transforms import crop_resize, eval_transform, train_transform
+from tailtune.datasets.images.transforms import eval_transform, resize_for_crops, train_transform
 from tailtune.datasets.loading.data_loader import collate
 from tailtune.models import build_model
 from tailtune.trainers.evaluation.tta import AT_ONCE, TEST_TIME, averaged, plain
@@ -112,7 +112,7 @@ def test_training_images_are_tested_through_the_test_transform(
     found = load_file(run(cfg) / "logits.safetensors")
     assert len(data.train_as_test) == 20 and torch.equal(found["labels"], data.train_as_test.labels)
     assert not torch.equal(found["labels"], data.test.labels[:20])
-    transform = eval_transform(32, "bilinear", "lift") if mode is None else crop_resize(32, cfg.expand, "bilinear")
+    transform = eval_transform(32, "bilinear", "lift") if mode is None else resize_for_crops(32, cfg.expand, "bilinear")
     view = data.train_as_test
     for index in range(5):
         image = view.source.load(int(view.indices[index]))

@@ -36,10 +36,10 @@ def same(ours: transforms.Transform, theirs: list[object], image: Image.Image) -
 @pytest.mark.parametrize("size", SIZES)
 def test_deterministic_pixels_are_v1(size: tuple[int, int]) -> None:
     image = photo(size)
-    assert same(transforms.plain_transform(32, "bilinear"), [v1.Resize(32), v1.CenterCrop(32)], image)
+    assert same(transforms.unaugmented_transform(32, "bilinear"), [v1.Resize(32), v1.CenterCrop(32)], image)
     assert same(transforms.eval_transform(28, "bilinear", "lift"), [v1.Resize(32), v1.CenterCrop(28)], image)
     assert same(transforms.eval_transform(28, "bicubic", "lift"), [v1.Resize(32, BICUBIC), v1.CenterCrop(28)], image)
-    assert same(transforms.crop_resize(28, 3, "bilinear"), [v1.Resize(31)], image)
+    assert same(transforms.resize_for_crops(28, 3, "bilinear"), [v1.Resize(31)], image)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -106,7 +106,7 @@ def test_crops_are_torchvisions(ours: Crop, theirs: Crop) -> None:
 
 @pytest.mark.parametrize(("ours", "theirs"), CROPS)
 def test_crops_of_images_that_differ_in_size(ours: Crop, theirs: Crop) -> None:
-    images = [transforms.crop_resize(28, 4, "bilinear")(photo(size)) for size in SIZES]
+    images = [transforms.resize_for_crops(28, 4, "bilinear")(photo(size)) for size in SIZES]
     crops = ours(images, 28)
     assert crops.shape[1:] == (3, 3, 28, 28)
     for position, image in enumerate(images):
@@ -135,4 +135,4 @@ def test_unknown_names() -> None:
     with pytest.raises(UserError, match="unknown augment 'lfit'; did you mean 'lift'"):
         transforms.train_transform("lfit", 32, "bilinear")
     with pytest.raises(UserError, match="unknown interpolation"):
-        transforms.plain_transform(32, "nearest")
+        transforms.unaugmented_transform(32, "nearest")

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.backbones.vit_support import refusal
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.backbones.vit_compatibility import unsupported_part
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.tuner_options import bottleneck_dim, mask_ratio
@@ -80,7 +80,7 @@ def some_images(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
-def assert_same(host: ViT) -> None:
+def assert_same(host: ViTEncoder) -> None:
     """Features and gradients of the host are those of the plain formulation: 1e-5 and 1e-4 (relative L2) in fp32."""
     head = CosineClassifier(WIDTH, 7, 25.0)
     labels, prior = torch.tensor([0, 3, 6]), Prior(log_prior(torch.arange(1, 8)), torch.arange(1, 8))
@@ -123,7 +123,7 @@ def net_of(kind: str) -> VisionTransformer:
 def test_every_kind_of_vit_has_the_features_of_timm(kind: str, fast: bool) -> None:
     net = net_of(kind)
     with torch.no_grad():
-        wanted, host = net(some_images()), ViT(net, fast=fast)
+        wanted, host = net(some_images()), ViTEncoder(net, fast=fast)
         host.set_precision()
         assert (host(some_images()) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
         host.set_precision(torch.bfloat16)
@@ -139,14 +139,14 @@ def test_every_tuner_acts_on_every_kind_of_vit(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", OF_VIT)
 def test_a_fresh_tuner_changes_nothing_unless_it_is_random(name: str) -> None:
-    bare, host = ViT(fixture_net(), fast=False), ViT(fixture_net(), fast=False)
+    bare, host = ViTEncoder(fixture_net(), fast=False), ViTEncoder(fixture_net(), fast=False)
     put_tuners(host, [name], Sizes(4, 3, mask_ratio=0.1))
     with torch.no_grad():
         assert torch.equal(bare(some_images()), host(some_images())) == (name in FRESH)
 
 
 def test_initial_values_are_lifts() -> None:
-    host = ViT(small_net(embed_dim=768, num_heads=12, img_size=32, patch_size=16))
+    host = ViTEncoder(small_net(embed_dim=768, num_heads=12, img_size=32, patch_size=16))
     put_tuners(host, ["lora", "lora_mlp", "ssf_mlp", "adaptformer", "vpt_deep"], Sizes(32, 10))
     lora, bottleneck = host.tuners["lora"]["0"]["q"], host.tuners["adaptformer"]["0"]["mlp"]
     for each in (lora, *host.tuners["lora_mlp"]["0"].values()):
@@ -162,7 +162,7 @@ def test_initial_values_are_lifts() -> None:
 
 
 def test_a_tuners_draw_does_not_depend_on_the_others() -> None:
-    alone, both = ViT(small_net()), ViT(small_net())
+    alone, both = ViTEncoder(small_net()), ViTEncoder(small_net())
     put_tuners(alone, ["adaptformer"], Sizes(4, 3), seed=3)
     put_tuners(both, ["lora", "adaptformer", "vpt_deep"], Sizes(4, 3), seed=3)
     for name, each in alone.tuners.named_parameters():
@@ -171,12 +171,12 @@ def test_a_tuners_draw_does_not_depend_on_the_others() -> None:
 
 def test_refused_combinations() -> None:
     with pytest.raises(UserError, match="vpt_shallow and vpt_deep"):
-        put_tuners(ViT(small_net()), ["vpt_shallow", "vpt_deep"], Sizes(4, 3))
-    with pytest.raises(UserError, match="more blocks than the 2"):
-        put_tuners(ViT(small_net()), ["adapter"], Sizes(4, 3), partial=3)
+        put_tuners(ViTEncoder(small_net()), ["vpt_shallow", "vpt_deep"], Sizes(4, 3))
+    with pytest.raises(UserError, match="this backbone has only 2 blocks"):
+        put_tuners(ViTEncoder(small_net()), ["adapter"], Sizes(4, 3), partial=3)
     for share in (0, 1.1):
         with pytest.raises(UserError, match=f"mask_ratio {share} is no share"):
-            put_tuners(ViT(small_net()), ["mask"], Sizes(4, 3, mask_ratio=share))
+            put_tuners(ViTEncoder(small_net()), ["mask"], Sizes(4, 3, mask_ratio=share))
 
 
 @pytest.mark.parametrize(
@@ -197,13 +197,13 @@ def test_refused_combinations() -> None:
 )
 def test_a_network_with_foreign_parts_is_refused(part: str, changes: dict[str, object] | None) -> None:
     net = small_net(**changes) if changes else VisionTransformerRelPos(16, 8, embed_dim=8, depth=1, num_heads=1)
-    with pytest.raises(ValueError, match=f"cannot be a ViT host: it has {part}"):
-        ViT(net)
+    with pytest.raises(ValueError, match=f"ViTEncoder cannot run this network: it has {part}"):
+        ViTEncoder(net)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_kinds_are_not_refused(kind: str) -> None:
-    assert refusal(net_of(kind)) is None
+    assert unsupported_part(net_of(kind)) is None
 
 
 RULES = [(100, 4, 0.001), (365, 8, 0.003), (1000, 32, 0.009), (8142, 256, 0.073)]
@@ -216,7 +216,7 @@ def test_sizes_follow_the_number_of_classes(classes: int, dim: int, share: float
 
 def parameters_of_vit_b16(names: Sequence[str], sizes: Sizes, partial: int | list[int] | None = None) -> int:
     with torch.device("meta"):
-        host = ViT(small_net(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12))
+        host = ViTEncoder(small_net(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12))
         put_tuners(host, names, sizes, partial)
     assert sum(each.numel() for each in host.net.parameters()) == 86192640 - 768 * 512  # without the projection
     return sum(each.numel() for each in host.parameters() if each.requires_grad)
@@ -246,7 +246,7 @@ def test_parameter_counts_of_vit_b16_follow_sizes_and_blocks() -> None:
 
 
 def test_a_fixed_scale_is_a_learnable_one_that_stays() -> None:
-    learnable, fixed = tuned(["adaptformer"]), ViT(fixture_net())
+    learnable, fixed = tuned(["adaptformer"]), ViTEncoder(fixture_net())
     put_tuners(fixed, ["adaptformer"], Sizes(4, 3, adaptformer_scale=0.25))
     state = learnable.tuners.state_dict()
     fixed.tuners.load_state_dict({name: each for name, each in state.items() if not name.endswith("scale")})
@@ -262,7 +262,7 @@ def test_a_mask_is_the_draw_of_the_original() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randperm(2304 * 769, generator=generator)
     assert first[:6].tolist() == [673964, 207565, 1230593, 1046205, 290075, 1336475]
-    host = ViT(small_net(embed_dim=768, num_heads=12, img_size=32, patch_size=16, depth=1))
+    host = ViTEncoder(small_net(embed_dim=768, num_heads=12, img_size=32, patch_size=16, depth=1))
     put_tuners(host, ["mask"], Sizes(4, 3, mask_ratio=0.01))
     masks, layers = host.tuners["mask"]["0"], host.layers(0)
     assert torch.equal(masks["qkv"].positions.long(), first[:17717].sort().values)
@@ -273,8 +273,8 @@ def test_a_mask_is_the_draw_of_the_original() -> None:
     assert total == {"qkv": 17717, "proj": 5905, "fc1": 23623, "fc2": 23600}
 
 
-def masked(seed: int, fast: bool = True) -> ViT:
-    host = ViT(fixture_net(), fast=fast)
+def masked(seed: int, fast: bool = True) -> ViTEncoder:
+    host = ViTEncoder(fixture_net(), fast=fast)
     put_tuners(host, ["mask"], Sizes(4, 3, mask_ratio=0.1, mask_seed=seed))
     return host
 
@@ -345,7 +345,7 @@ def test_half_precision_is_undone_exactly() -> None:
 
 def test_folded_weights_are_in_no_state_dict() -> None:
     host = tuned(["adaptformer"])
-    assert "fc1_folded" in host.net.blocks[0].mlp._buffers
+    assert "fc1_folded" in dict(host.net.blocks[0].mlp.named_buffers())
     assert not [name for name in host.state_dict() if "folded" in name]
 
 
@@ -369,7 +369,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(self.storages.values())
 
 
-def full_size() -> tuple[ViT, CosineClassifier]:
+def full_size() -> tuple[ViTEncoder, CosineClassifier]:
     """ViT-B/16 + AdaptFormer for 1000 classes; values do not matter here, sizes do."""
     host = OpenClipBackbone("ViT-B-16-quickgelu").build(None, 224, 0, project=False).encoder
     put_tuners(host, ["adaptformer"], Sizes(32, 10))
@@ -377,17 +377,17 @@ def full_size() -> tuple[ViT, CosineClassifier]:
 
 
 @pytest.fixture(scope="module")
-def vit_b16() -> tuple[ViT, CosineClassifier]:
+def vit_b16() -> tuple[ViTEncoder, CosineClassifier]:
     return full_size()
 
 
-def step(host: ViT, head: nn.Module, count: int) -> torch.Tensor:
+def step(host: ViTEncoder, head: nn.Module, count: int) -> torch.Tensor:
     images = torch.zeros(count, 3, 224, 224)
     prior = Prior(torch.zeros(1000), torch.ones(1000))
     return LOSSES["LA"](head(host(images)), torch.zeros(count, dtype=torch.int64), torch.ones(count), prior)[0]
 
 
-def test_training_flops_of_vit_b16(vit_b16: tuple[ViT, CosineClassifier]) -> None:
+def test_training_flops_of_vit_b16(vit_b16: tuple[ViTEncoder, CosineClassifier]) -> None:
     """≤ 60.4 G an image as the counter sees it on a CPU, which does not see the fused attention kernel."""
     vit_b16[0].set_precision()
     with FlopCounterMode(display=False) as counter:
@@ -400,7 +400,7 @@ def test_training_flops_of_vit_b16(vit_b16: tuple[ViT, CosineClassifier]) -> Non
 
 @pytest.mark.parametrize(("residual", "limit"), [(None, 34.0), (torch.float32, 40.0)])
 def test_saved_activations_of_vit_b16(
-    vit_b16: tuple[ViT, CosineClassifier], residual: torch.dtype | None, limit: float
+    vit_b16: tuple[ViTEncoder, CosineClassifier], residual: torch.dtype | None, limit: float
 ) -> None:
     """MiB an image in bf16, as the slope between one image and three."""
     host, head = vit_b16

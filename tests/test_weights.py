@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models import build_model
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone
+from tailtune.models.backbones.backbone_types import Backbone
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.pretrained_weights import read_state
-from tailtune.models.backbones.spec import Backbone
-from tailtune.models.backbones.table import TINY
-from tailtune.models.backbones.timm_models import TimmBackbone
+from tailtune.models.backbones.table import TINY_CLIP
+from tailtune.models.backbones.timm_backbone import TimmBackbone
 from tailtune.tests.fuzz.weights import damaged_files
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.storage.checkpoint import check_base, fingerprint
@@ -54,8 +54,9 @@ def make_spec(folder: Path, kind: str = "quick") -> OpenClipBackbone:
 
 def original(spec: OpenClipBackbone, seed: int = 7) -> open_clip.CLIP:
     """Random weights, with a spread that makes activations and norms matter."""
+    assert spec.config is not None
     with seeded(seed):
-        clip = open_clip.CLIP(**spec._config()).eval()
+        clip = open_clip.CLIP(**json.loads(spec.config.read_text())).eval()
         with torch.no_grad():
             for parameter in clip.parameters():
                 if parameter.ndim:
@@ -91,15 +92,15 @@ def test_features_are_open_clips(spec: OpenClipBackbone, tmp_path: Path, fast: b
     bare.encoder.set_precision()  # folds QuickGELU where `fast` allows it
     projecting.encoder.set_precision()
     wanted = clip.encode_image(images())
-    assert bare.text is not None and bare.text.projection is not None
-    for found in (bare.encoder(images()) @ bare.text.projection.T, projecting.encoder(images())):
+    assert bare.text_encoder is not None and bare.text_encoder.projection is not None
+    for found in (bare.encoder(images()) @ bare.text_encoder.projection.T, projecting.encoder(images())):
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @torch.no_grad()
 def test_text_features_are_open_clips_exactly(spec: OpenClipBackbone, tmp_path: Path) -> None:
     clip = original(spec).requires_grad_(False)  # frozen, torch takes another kernel, which rounds differently
-    text = build(spec, written(clip, tmp_path / "w.safetensors")).text
+    text = build(spec, written(clip, tmp_path / "w.safetensors")).text_encoder
     names = ["tench", "goldfish"]
     tokens = open_clip.get_tokenizer("ViT-B-16")([f"a photo of a {name}." for name in names])[:, :16]
     assert text is not None
@@ -117,7 +118,7 @@ def test_every_weight_of_the_image_tower_is_used(spec: OpenClipBackbone, tmp_pat
     fresh = dict(build(spec, None, project=True).encoder.named_parameters())
     for name, each in built.encoder.named_parameters():
         assert not torch.equal(each, fresh[name]), name
-    assert not built.random and build(spec, None).random
+    assert not built.random_base and build(spec, None).random_base
 
 
 def test_quickgelu_is_not_gelu(tmp_path: Path) -> None:
@@ -162,8 +163,8 @@ def test_half_precision_files_are_read_in_fp32(tmp_path: Path) -> None:
     assert {each.dtype for each in built.encoder.parameters()} == {torch.float32}
     with torch.no_grad():
         wanted = original(spec).encode_image(images())
-        assert built.text is not None and built.text.projection is not None
-        found = built.encoder(images()) @ built.text.projection.T
+        assert built.text_encoder is not None and built.text_encoder.projection is not None
+        found = built.encoder(images()) @ built.text_encoder.projection.T
     assert (found - wanted).abs().max() <= 1e-2 * wanted.abs().max()
 
 
@@ -293,11 +294,11 @@ def test_published_weights_that_are_damaged_are_refused(monkeypatch: pytest.Monk
     def torn(*_: object, **__: object) -> nn.Module:
         raise SafetensorError("incomplete metadata")
 
-    monkeypatch.setattr("tailtune.models.backbones.timm_models.hub", nullcontext)
+    monkeypatch.setattr("tailtune.models.backbones.timm_backbone.hub_or_cache", nullcontext)
     for create, message in ((damaged, "weights of test_vit.*1 of 4 values of 'weight'"), (torn, "cache of timm")):
         monkeypatch.setattr("timm.create_model", create)
         with pytest.raises(UserError, match=message):
-            TimmBackbone("test_vit").create(fetch=True)
+            TimmBackbone("test_vit").create(download=True)
 
 
 def test_files_without_checksums_are_read(tmp_path: Path) -> None:
@@ -352,10 +353,10 @@ def test_the_corpus_is_a_function_of_its_seed() -> None:
 
 
 def test_the_fingerprint_names_the_text_tower_where_the_head_is_made_of_it(config: Any, tmp_path: Path) -> None:
-    """Another text tower or projection is another base model; for other heads it is none of their business."""
+    """Another text encoder or projection is another base model; for other heads it is none of their business."""
     files = {name: str(tmp_path / f"{name}.safetensors") for name in ("whole", "text", "projection", "image")}
     for name, part in zip(files, (None, "token_embedding.weight", "visual.proj", "visual.ln_post.bias"), strict=True):
-        state = load_file(TINY / "weights.safetensors")
+        state = load_file(TINY_CLIP / "weights.safetensors")
         if part is not None:
             state[part] = state[part] + 0.5
         save_file(state, files[name])
@@ -372,19 +373,19 @@ def test_the_fingerprint_names_the_text_tower_where_the_head_is_made_of_it(confi
     facts = {"class_names": []}
     for there, here in ((text["whole"], text["whole"]), (encoder, text["text"]), (text["text"], encoder)):
         check_base(tmp_path, {**facts, "base": there}, here)  # an older checkpoint, and a head without text, have none
-    for here, message in (("text", "another text tower"), ("projection", "projection"), ("image", "base model")):
+    for here, message in (("text", "another text encoder"), ("projection", "projection"), ("image", "base model")):
         with pytest.raises(UserError, match=message):
             check_base(tmp_path, {**facts, "base": text["whole"]}, text[here])
 
 
 def test_an_altered_text_tower_is_refused_where_it_is_used(launch: Cli, tmp_path: Path) -> None:
-    state = load_file(TINY / "weights.safetensors")
+    state = load_file(TINY_CLIP / "weights.safetensors")
     save_file(state, tmp_path / "w.safetensors")
     words = f"-d fake_lt -m tiny_clip lora True max_steps 1 max_test_images 20 pretrained {tmp_path}/w.safetensors"
     assert launch(words, "output_dir run").returncode == 0
     save_file({**state, "token_embedding.weight": state["token_embedding.weight"] + 0.5}, tmp_path / "w.safetensors")
     for more in ("ensemble wise", "ensemble gla"):
         failed = launch(words, "output_dir run test_only True", more)
-        assert failed.returncode == 2 and "another text tower" in failed.stderr, more
+        assert failed.returncode == 2 and "another text encoder" in failed.stderr, more
     failed = launch(words, "output_dir other test_only True model_dir run init_head class_mean ensemble gla")
-    assert failed.returncode == 2 and "another text tower" in failed.stderr, "that made the head which it joins"
+    assert failed.returncode == 2 and "another text encoder" in failed.stderr, "that made the head which it joins"

@@ -9,7 +9,7 @@ import pytest
 
 from tailtune.configs import UserError, load_configs, load_resolved
 from tailtune.configs.value_parsers import as_mapping
-from tailtune.configs.yaml_reader import LONGEST, MOST, parse_yaml, read_yaml
+from tailtune.configs.yaml_reader import MAX_LENGTH, MAX_VALUES, parse_yaml, read_yaml
 from tailtune.datasets.sources.text_files import read_json
 from tailtune.trainers.options import declared
 
@@ -19,21 +19,21 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 """Nine lists of nine lists of … nine letters: 9⁹ values in 400 characters."""
 
 REFUSED = {
-    "seed: !!int x\n": "no value of type 'int'",
+    "seed: !!int x\n": "is not a value of type 'int'",
     "seed: !!timestamp x\n": "type 'timestamp'",
     "seed: !!binary x\n": "type 'binary'",
     "seed: !!python/object/apply:os.getcwd []\n": "type 'python/object/apply:os.getcwd'",
     "seed: !mine x\n": "type '!mine'",
-    "peft_args: " + "[" * 10_000 + "\n": "within one another",
+    "peft_args: " + "[" * 10_000 + "\n": "levels of lists or mappings",
     LAUGHS + "test_dists: *i\n": "values",
-    "peft_args: &a {b: *a}\n": "holds itself",
-    "seed: " + "9" * 5000 + "\n": "no value of type 'int'",
-    "lr: 0.1\nlr: 0.2\n": "'lr' stands there twice",
+    "peft_args: &a {b: *a}\n": "contains itself",
+    "seed: " + "9" * 5000 + "\n": "is not a value of type 'int'",
+    "lr: 0.1\nlr: 0.2\n": "'lr' occurs twice",
     "lr: 0.1\n? [a, b]\n: c\n": "unhashable",
     "lr: 0.1\n---\nlr: 0.2\n": "another document",
     "lr: *nowhere\n": "undefined alias",
     "lr: =\n": "could not determine",
-    "a: [" + "1," * MOST + "1]\n": "values",
+    "a: [" + "1," * MAX_VALUES + "1]\n": "values",
 }
 
 
@@ -58,13 +58,13 @@ def test_bytes_that_are_no_text(content: bytes, tmp_path: Path) -> None:
 def test_a_long_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "my.yaml").open("wb") as file:
         file.truncate(2**40)  # a hole of a terabyte
-    with pytest.raises(UserError, match=rf"my\.yaml: longer than {LONGEST:,} bytes"):
+    with pytest.raises(UserError, match=rf"my\.yaml: larger than {MAX_LENGTH:,} bytes"):
         read_yaml(tmp_path / "my.yaml")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         load_resolved(tmp_path / "config.yaml", declared())
 
 

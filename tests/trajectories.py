@@ -13,12 +13,19 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tailtune.configs import load_configs
-from tailtune.trainers import trainer
+from tailtune.trainers.methods import Method
 from tailtune.trainers.options import declared
 from tailtune.trainers.run import run
 
 STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
-LAYOUTS = list(product((0, 2), (8, 32), (False, True)))  # workers, images at once, killed and resumed
+Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
+FEW = {1: [(0, 32), (2, 8)], 2: [(2, 8)]}
+"""Processes → workers and images at once: nothing of it, and as much of it as there is."""
+LAYOUTS: dict[str, dict[int, list[Layout]]] = {
+    "few": {world: [(*layout, killed) for layout in FEW[world] for killed in (False, True)] for world in (1, 2)},
+    "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
+}
+"""Tier → processes → layouts; the first on one process is the reference."""
 COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
 
 
@@ -29,20 +36,20 @@ class Killed(BaseException):
 @contextmanager
 def killed_after(step: int | None) -> Iterator[None]:
     """Training in this process dies after a step, before it can save more than the states it has."""
-    original = trainer.Trainer._after_step
+    original = Method.after_step
 
-    def after_step(self: trainer.Trainer, run: trainer._Run, *rest: object, **named: object) -> None:
-        original(self, run, *rest, **named)  # type: ignore[arg-type]
-        if run.report.steps == step:
+    def after_step(self: Method, done: int) -> None:
+        original(self, done)
+        if done == step:
             raise Killed
 
-    trainer.Trainer._after_step = after_step  # type: ignore[method-assign]
+    Method.after_step = after_step  # type: ignore[method-assign]
     try:
         yield
     except Killed:
         pass
     finally:
-        trainer.Trainer._after_step = original  # type: ignore[method-assign]
+        Method.after_step = original  # type: ignore[method-assign]
 
 
 def name_of(workers: int, micro: int, killed: bool, world: int) -> str:
@@ -79,5 +86,6 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for layout in LAYOUTS:
-        train(Path(sys.argv[1]), *layout, world=int(os.environ["WORLD_SIZE"]))
+    processes = int(os.environ["WORLD_SIZE"])
+    for layout in LAYOUTS[sys.argv[2]][processes]:
+        train(Path(sys.argv[1]), *layout, world=processes)

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from torch import nn
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import Batch
-from tailtune.models.backbones.encoder import batch_norms
+from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
 
 Decision = TypeVar("Decision")
@@ -71,29 +72,44 @@ LATE = 30.0
 log = logging.getLogger("tailtune")
 
 
-def make_accelerator(cfg: CfgNode) -> Accelerator:
+@dataclass(frozen=True)
+class Devices:
+    """What a run asks of its devices and processes."""
+
+    prec: str
+    seed: int
+    deterministic: bool
+    gpu: int | None = None
+    """CUDA device of a single process; None: the first."""
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "Devices":
+        return cls(cfg.prec, cfg.seed, cfg.deterministic, cfg.gpu)
+
+
+def make_accelerator(asked: Devices) -> Accelerator:
     """Devices, processes and loss scaling. Autocast stays off: encoders hold their own arithmetic."""
     cuda = uses_cuda()
-    if cfg.gpu is not None and cuda and world_size() == 1:
-        if cfg.gpu >= torch.cuda.device_count():
-            raise UserError(f"gpu {cfg.gpu}: there are {torch.cuda.device_count()}, counted from 0")
-        os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{cfg.gpu}"
-        torch.cuda.set_device(cfg.gpu)  # Accelerate leaves the current device alone then
+    if asked.gpu is not None and cuda and world_size() == 1:
+        if asked.gpu >= torch.cuda.device_count():
+            raise UserError(f"gpu {asked.gpu}: there are {torch.cuda.device_count()}, counted from 0")
+        os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{asked.gpu}"
+        torch.cuda.set_device(asked.gpu)  # Accelerate leaves the current device alone then
     AcceleratorState._reset_state()  # the stages of a chain may differ in precision, which it would refuse
     with _said_when_late():
-        accelerator = _accelerator(cfg, cuda)
-    torch.backends.cudnn.deterministic = cfg.deterministic
-    torch.backends.cudnn.benchmark = not cfg.deterministic
+        accelerator = _accelerator(asked.prec, cuda)
+    torch.backends.cudnn.deterministic = asked.deterministic
+    torch.backends.cudnn.benchmark = not asked.deterministic
     # Dropout draws from the global generators, in each process for images of its own; nothing else of ours does.
-    set_seed(cfg.seed % 2**31, device_specific=True)
+    set_seed(asked.seed % 2**31, device_specific=True)
     return accelerator
 
 
-def _accelerator(cfg: CfgNode, cuda: bool) -> Accelerator:
+def _accelerator(prec: str, cuda: bool) -> Accelerator:
     return Accelerator(
         cpu=not cuda,  # without it Accelerate overlooks the other processes of a CPU launch
         gradient_accumulation_steps=1,
-        mixed_precision="fp16" if PRECISIONS[precision_used(cfg.prec, cuda)].scaled else "no",
+        mixed_precision="fp16" if PRECISIONS[precision_used(prec, cuda)].scaled else "no",
         kwargs_handlers=[
             AutocastKwargs(enabled=False),
             DistributedDataParallelKwargs(broadcast_buffers=False),
@@ -122,11 +138,11 @@ def share_statistics(accelerator: Accelerator, module: nn.Module) -> None:
     """The mean over processes of the running statistics that each has gathered on its own images.
 
     Training does not read them, so they may differ until something is saved or evaluated (DDP broadcasts no buffers).
-    Whoever resumes from what is saved then has what whoever goes on has.
+    A run that resumes from a saved state has the same statistics as one that goes on.
     """
     if accelerator.num_processes == 1:
         return
-    for norm in batch_norms(module):
+    for norm in trained_batch_norms(module):
         for buffer in norm.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, "mean"))

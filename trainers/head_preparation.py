@@ -1,4 +1,4 @@
-"""Gives a fresh method's head what its initialisation asks for: this run's training images as features."""
+"""Initialises the head of a new method: its initialisation gets the training images as features."""
 
 import logging
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tailtune.datasets import DataBundle
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.distributed import to_device
 from tailtune.trainers.methods import Method
 
@@ -18,11 +18,19 @@ log = logging.getLogger("tailtune")
 
 @torch.no_grad()
 def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, batch_size: int, num_workers: int) -> None:
-    """Run `method.prepare`; each process encodes its share of the training images, if they are asked for."""
+    """Run `method.prepare`; each process encodes its share of the training images, if the initialisation needs them.
+
+    Args:
+        method: the method, before its first step.
+        data: the data of the run.
+        accelerator: device and processes.
+        batch_size: images that a process encodes at once.
+        num_workers: processes that read images, for each process of the run.
+    """
     encoder = method.model.encoder
 
-    def features(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        view = data.plain if positions is None else data.plain.take(positions.cpu().numpy())
+    def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("encoding %d training images for the head", len(view))
         rank, world = accelerator.process_index, accelerator.num_processes
         for batch in eval_loader(view, batch_size, num_workers, rank, world):
@@ -30,18 +38,18 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
             real = batch["weight"] > 0
             index = batch["index"][real]
             shared = encoder.trunk(method.model.normalised(batch["image"]))
-            found = encoder.branch(shared, 0)[real]  # without tuners the experts of pre-trained weights are alike
-            yield found, index if positions is None else positions[index]
+            features = encoder.branch(shared, 0)[real]  # without tuners all experts of pre-trained weights are equal
+            yield features, index if positions is None else positions[index]
 
     context = HeadContext(
-        labels=data.plain.labels.to(accelerator.device),
+        labels=data.train_unaugmented.labels.to(accelerator.device),
         num_classes=data.info.num_classes,
-        dim=encoder.feature_dim,
-        seed=data.plain.seed,
+        feature_dim=encoder.feature_dim,
+        seed=data.train_unaugmented.seed,
         device=accelerator.device,
-        features=features,
-        reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
-        first=accelerator.is_main_process,
+        encode_images=encode_images,
+        sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),
+        is_main_process=accelerator.is_main_process,
     )
     method.eval()
     with encoder.untuned():

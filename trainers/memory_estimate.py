@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailtune.models.backbones.generic import GenericEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.methods import Method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
@@ -60,7 +60,7 @@ def as_on_a_gpu(method: Method, prec: str, residual: torch.dtype | None) -> Meth
 
     Autocast does not know the meta device. So a network that runs as a whole is counted in fp32, which is more.
     """
-    precision = PRECISIONS["fp32" if isinstance(method.model.encoder, GenericEncoder) else prec]
+    precision = PRECISIONS["fp32" if isinstance(method.model.encoder, WholeNetworkEncoder) else prec]
     with torch.device("meta"):
         method.to("meta")
         method.model.set_precision(precision.compute, residual)

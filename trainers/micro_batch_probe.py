@@ -1,4 +1,4 @@
-"""`micro_batch_size auto`: the largest share that a process can hold, found once before training."""
+"""`micro_batch_size auto`: the largest number of images that a process can hold, found once before training."""
 
 import copy
 import logging
@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.encoder import batch_norms
+from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.optim import halve
 
@@ -15,18 +15,28 @@ log = logging.getLogger("tailtune")
 
 
 def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, resolution: int) -> int:
-    """Halve `size` until forward and backward of a blank batch fit; the smallest of all processes.
+    """Halve a number of images until forward and backward of a blank batch fit into memory.
+
+    Args:
+        method: the method; its statistics of batch norms stay as they are.
+        accelerator: device and processes.
+        size: number of images to begin with.
+        resolution: side of the images, in pixels.
+
+    Returns:
+        The smallest number that the processes have found.
 
     Raises:
         UserError: not even one image fits.
     """
-    before = [copy.deepcopy(norm.state_dict()) for norm in batch_norms(method)]  # blank images are no statistics
+    norms = trained_batch_norms(method)
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]  # the statistics of blank images must not stay
     method.train()
     while not _fits(method, accelerator.device, size, resolution):
         if size == 1:
             raise UserError("not even one image fits into memory; choose a smaller backbone, resolution or prec bf16")
         size = halve(size)
-    for norm, state in zip(batch_norms(method), before, strict=True):
+    for norm, state in zip(norms, before, strict=True):
         norm.load_state_dict(state)
     smallest = int(accelerator.gather(torch.tensor([size], device=accelerator.device)).min())
     log.info("micro_batch_size auto: %d images at once", smallest)
@@ -38,7 +48,7 @@ def _fits(method: Method, device: torch.device, size: int, resolution: int) -> b
     labels = torch.zeros(size, dtype=torch.int64, device=device)
     batch = {"image": images, "label": labels, "weight": torch.ones(size, device=device)}
     try:
-        method(batch | ({"partner": images} if method.pairs else {})).loss_sum.backward()
+        method(batch | ({"partner": images} if method.takes_image_pairs else {})).loss_sum.backward()
     except torch.OutOfMemoryError:
         fits = False
     else:

@@ -1,7 +1,7 @@
 """Optimizer, learning-rate schedule and batch sizes: what the loop needs to know in numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.option import NoOptions, key_names, option
-from tailtune.configs.value_parsers import as_ints
+from tailtune.configs.value_parsers import as_ints, as_pair
 from tailtune.datasets.loading.samplers import SAMPLERS
+
+LEAST_FP16 = 2**-24
+"""The smallest number above 0 that fp16 has."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,17 @@ class Plan:
     micro_batch_size: int
     lr: float
     weight_decay: float
+    optimizer: str
     momentum: float
     nesterov: bool
+    adam_betas: list[float]
+    adam_eps: float
+    decay_rule: str | None
     schedule: str
     lr_steps: list[int] | None
     lr_gamma: float
     warmup_epochs: int
+    warmup_steps: int
     lr_factors: dict[str, float] | None
     sampler: str
     pair_sampler: str | None
@@ -43,7 +51,7 @@ class Plan:
         """The numbers of a config.
 
         Raises:
-            UserError: no such schedule or sampler, or an option beside them that would do nothing.
+            UserError: no such optimizer, schedule or sampler, or an option beside them that would do nothing.
         """
         own = {"epochs": cfg.num_epochs, "micro_batch_size": micro_batch_size}
         _check(cfg)
@@ -55,17 +63,52 @@ def _check(cfg: CfgNode) -> None:
     lookup(SAMPLERS, cfg.sampler, "sampler")
     if cfg.pair_sampler is not None:
         lookup(SAMPLERS, cfg.pair_sampler, "pair_sampler")
-    if cfg.nesterov and cfg.momentum == 0:
-        raise UserError("nesterov True needs momentum above 0, such as 0.9")
+    _check_optimizer(cfg)
+    if cfg.warmup_steps and cfg.warmup_epochs:
+        raise UserError(
+            f"warmup_steps {cfg.warmup_steps} and warmup_epochs {cfg.warmup_epochs} are two lengths of one warm-up; "
+            "give one of them"
+        )
     if cfg.schedule == "multistep" and not cfg.lr_steps:
         raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
-    for name, schedule in ((name, schedule) for name, schedule in SCHEDULES.items() if name != cfg.schedule):
-        for field, key in key_names(schedule.Options, name).items():
-            usual = getattr(schedule.Options(), field)
-            if cfg[key] != usual:
+    refuse_unread_options(cfg, "schedule", cfg.schedule, {name: entry.Options for name, entry in SCHEDULES.items()})
+
+
+def _check_optimizer(cfg: CfgNode) -> None:
+    """Refuse options that the chosen optimizer does not read, and values that it cannot work with."""
+    lookup(OPTIMIZERS, cfg.optimizer, "optimizer")
+    refuse_unread_options(cfg, "optimizer", cfg.optimizer, {name: entry.Options for name, entry in OPTIMIZERS.items()})
+    if cfg.nesterov and cfg.momentum == 0:
+        raise UserError("nesterov True needs momentum above 0, such as 0.9")
+    if max(cfg.adam_betas) >= 1:
+        raise UserError(f"adam_betas {cfg.adam_betas}: both must be below 1, such as [0.9, 0.999]")
+    if cfg.optimizer == "adamw" and cfg.prec == "fp16" and cfg.adam_eps < LEAST_FP16:
+        raise UserError(
+            f"adam_eps {cfg.adam_eps:g} is 0 in the weights' dtype of prec fp16; choose prec amp or bf16, or a larger "
+            "adam_eps such as 1e-4"
+        )
+
+
+def refuse_unread_options(cfg: CfgNode, kind: str, chosen: str, tables: Mapping[str, type]) -> None:
+    """Refuse options that belong to other entries of a table than the chosen one and differ from their defaults.
+
+    Args:
+        cfg: the config.
+        kind: option that chooses the entry, such as `schedule`.
+        chosen: name of the entry.
+        tables: entry → dataclass of its options.
+
+    Raises:
+        UserError: an option that nothing would read.
+    """
+    read = set(key_names(tables[chosen], chosen).values())
+    for name, options in tables.items():
+        for field, key in key_names(options, name).items():
+            default = getattr(options(), field)
+            if key not in read and cfg[key] != default:
                 raise UserError(
-                    f"{key} {cfg[key]} is of schedule {name} and does nothing in schedule {cfg.schedule}; "
-                    f"add `{key} {'none' if usual is None else usual}`, or choose {name}"
+                    f"{key} {cfg[key]} is of {kind} {name} and does nothing in {kind} {chosen}; "
+                    f"add `{key} {'none' if default is None else default}`, or choose {name}"
                 )
 
 
@@ -96,19 +139,106 @@ def _divisor(size: int, at_most: int) -> int:
     return next(each for each in range(min(size, at_most), 0, -1) if size % each == 0)
 
 
-def build_optimizer(groups: list[dict[str, Any]], plan: Plan) -> torch.optim.SGD:
-    """SGD with weight decay on everything that trains, as LIFT.
+Groups = list[dict[str, Any]]
+"""Parameter groups of torch: `name`, `params`, and settings of their own such as `weight_decay`."""
 
-    Raises:
-        UserError: `lr_factors` names a group that there is not.
-    """
-    check_factors(groups, plan)
+
+def _sgd(groups: Groups, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay, nesterov=plan.nesterov
     )
 
 
-def check_factors(groups: list[dict[str, Any]], plan: Plan) -> None:
+def _adamw(groups: Groups, plan: Plan) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, ICLR 2019)."""
+    first, second = plan.adam_betas
+    return torch.optim.AdamW(
+        groups, lr=plan.lr, betas=(first, second), eps=plan.adam_eps, weight_decay=plan.weight_decay
+    )
+
+
+@dataclass(frozen=True)
+class SgdOptions:
+    """Stochastic gradient descent."""
+
+    momentum: float = option(0.9, "Momentum of optimizer sgd.", key="momentum", least=0.0, most=1.0)
+    nesterov: bool = option(False, "Optimizer sgd uses Nesterov's momentum.", key="nesterov")
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Adam with decoupled weight decay."""
+
+    betas: list[float] = option(
+        [0.9, 0.999],
+        "Decay factors of the two running means of optimizer adamw.",
+        as_pair,
+        key="adam_betas",
+        least=0.0,
+        most=1.0,
+    )
+    eps: float = option(
+        1e-8, "Number that optimizer adamw adds to the denominator of its step.", key="adam_eps", least=0.0
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """An entry of OPTIMIZERS."""
+
+    build: Callable[[Groups, Plan], torch.optim.Optimizer]
+    Options: type
+    """Dataclass of the options that it reads besides those that all optimizers read."""
+    decay_rule: str
+    """Entry of DECAY_RULES where `decay_rule` is none."""
+    copies: int
+    """Tensors that it keeps for each parameter, of the parameter's size."""
+
+
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "sgd": OptimizerEntry(_sgd, SgdOptions, "all", copies=1),
+    "adamw": OptimizerEntry(_adamw, AdamWOptions, "matrices", copies=2),
+}
+
+
+def decay_all(groups: Groups) -> Groups:
+    """Weight decay on everything that trains, as LIFT."""
+    return groups
+
+
+def decay_matrices(groups: Groups) -> Groups:
+    """No weight decay on biases, the weights of norms and other parameters of less than two dimensions.
+
+    Each group becomes two of the same name, so that `lr_factors` holds for both.
+    """
+    split: Groups = []
+    for group in groups:
+        matrices = [parameter for parameter in group["params"] if parameter.ndim > 1]
+        rest = [parameter for parameter in group["params"] if parameter.ndim <= 1]
+        split += [{**group, "params": matrices}] if matrices else []
+        split += [{**group, "params": rest, "weight_decay": 0.0}] if rest else []
+    return split
+
+
+DECAY_RULES: dict[str, Callable[[Groups], Groups]] = {"all": decay_all, "matrices": decay_matrices}
+"""Parameter groups → those in which the parameters without weight decay stand apart."""
+
+
+def build_optimizer(groups: Groups, plan: Plan) -> torch.optim.Optimizer:
+    """The optimizer of a plan.
+
+    Args:
+        groups: what trains, as `Method.param_groups` returns it.
+
+    Raises:
+        UserError: `lr_factors` names a group that there is not.
+    """
+    check_factors(groups, plan)
+    entry = OPTIMIZERS[plan.optimizer]
+    return entry.build(DECAY_RULES[plan.decay_rule or entry.decay_rule](groups), plan)
+
+
+def check_factors(groups: Groups, plan: Plan) -> None:
     """Raise a `UserError` if `lr_factors` names what is no group."""
     there = {group["name"]: group for group in groups}
     for name in plan.lr_factors or {}:
@@ -166,10 +296,31 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int) -> float:
-    """Give every group its learning rate of an epoch; returns that of a group without a factor of its own."""
-    rising = min(1.0, (epoch + 1) / plan.warmup_epochs) if plan.warmup_epochs else 1.0
-    lr = plan.lr * rising * SCHEDULES[plan.schedule].factor(plan, epoch)
+def learning_rate(plan: Plan, epoch: int, step: int) -> float:
+    """The learning rate of a parameter group without a factor of its own.
+
+    Both warm-ups are linear and multiply the schedule: by (epoch + 1) / `warmup_epochs`, or by step / `warmup_steps`,
+    until that is 1.
+
+    Args:
+        epoch: the first is 0.
+        step: of the optimizer, over the whole run; the first is 1.
+    """
+    rising = 1.0
+    if plan.warmup_epochs:
+        rising = min(1.0, (epoch + 1) / plan.warmup_epochs)
+    if plan.warmup_steps:
+        rising = min(1.0, step / plan.warmup_steps)
+    return plan.lr * rising * SCHEDULES[plan.schedule].factor(plan, epoch)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int, step: int = 1) -> float:
+    """Give every group its learning rate at a step; returns that of a group without a factor of its own.
+
+    Args:
+        epoch, step: as in `learning_rate`.
+    """
+    lr = learning_rate(plan, epoch, step)
     for group in optimizer.param_groups:
         group["lr"] = lr * (plan.lr_factors or {}).get(group["name"], 1.0)
     return lr

@@ -16,18 +16,18 @@ from tailtune.datasets.test_distributions.options import DirichletOptions, Shift
 from tailtune.models import BACKBONES
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
-from tailtune.models.heads.initialisation import HEAD_INITS
+from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
-from tailtune.models.tuners.peft_types import PEFTS, draws
+from tailtune.models.tuners.peft_table import PEFTS, uses_dropout
 from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.evaluation.adaptation import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.options import MethodOptions
-from tailtune.trainers.optim import SCHEDULES
+from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES
 from tailtune.trainers.training_options import RunOptions, TrainingOptions
 
 TABLES: Mapping[str, Mapping[str, Any]] = {
@@ -40,6 +40,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "HEAD_INITS": HEAD_INITS,
     "LOSSES": LOSSES,
     "METHODS": METHODS,
+    "OPTIMIZERS": OPTIMIZERS,
     "PEFTS": PEFTS,
     "PROMPTS": PROMPTS,
     "SAMPLERS": SAMPLERS,
@@ -71,6 +72,8 @@ def _declarations() -> Iterator[Declaration]:
         if loss.options is not None:
             yield from declarations(type(loss.options), "Method, loss and sampler", name)
     yield from declarations(TrainingOptions, "Training")
+    for name, optimizer in OPTIMIZERS.items():
+        yield from declarations(optimizer.Options, "Training", name)
     for name, schedule in SCHEDULES.items():
         yield from declarations(schedule.Options, "Training", name)
     yield from declarations(TestTimeOptions, "Evaluation")
@@ -78,8 +81,8 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(ShiftOptions, "Test distributions")
     yield from declarations(DirichletOptions, "Test distributions", "dirichlet", separator="_")
     yield from declarations(AdaptOptions, "Test-time adaptation")
-    for name, learner in ADAPTS.items():
-        yield from declarations(learner.Options, "Test-time adaptation", name)
+    for name, adaptation in ADAPTS.items():
+        yield from declarations(adaptation.Options, "Test-time adaptation", name)
     yield from declarations(TargetOptions, "Target prior")
     yield from declarations(EnsembleOptions, "Ensembles")
     for name, ensemble in ENSEMBLES.items():
@@ -92,10 +95,10 @@ def _declarations() -> Iterator[Declaration]:
 def _coupled() -> dict[str, Callable[[Any], bool]]:
     """Option → whether a value makes the result depend on the images that a process holds at once."""
     return {
-        "method": lambda name: name in METHODS and METHODS[name].couples,
+        "method": lambda name: name in METHODS and METHODS[name].depends_on_batch,
         "loss_type": lambda name: name in LOSSES and LOSSES[name].couples,
-        "h2t.inner": lambda name: name in METHODS and METHODS[name].couples,
-        "peft_args": draws,
+        "h2t.inner": lambda name: name in METHODS and METHODS[name].depends_on_batch,
+        "peft_args": uses_dropout,
         **{name: bool for name, tuner in TUNERS.items() if tuner.on_batch},
     }
 

@@ -10,11 +10,14 @@ from tailtune.models.backbones.encoder import Encoder
 
 
 class Precision(NamedTuple):
+    """An entry of PRECISIONS."""
+
     compute: torch.dtype
-    """Of the frozen encoder and the activations."""
+    """Dtype of the frozen encoder and of the activations."""
     trainable: torch.dtype
+    """Dtype of the parameters that train."""
     scaled: bool
-    """With dynamic loss scaling."""
+    """Whether the loss is scaled dynamically, so that small gradients do not vanish in fp16."""
 
 
 PRECISIONS = {
@@ -24,25 +27,42 @@ PRECISIONS = {
     "fp16": Precision(torch.float16, torch.float16, False),
     "fp64": Precision(torch.float64, torch.float64, False),
 }
+"""Value of `prec` and `test_prec` → arithmetic."""
 RESIDUAL = {None: None, "fp32": torch.float32}
+"""Value of `residual_dtype` → dtype of a ViT's residual stream; None: the dtype in which it computes."""
 
 
 def precision_used(prec: str, cuda: bool) -> str:
-    """`prec`, or fp32 where half precision needs a GPU."""
+    """The value of `prec` that is used: fp32 instead of half precision without a GPU.
+
+    Args:
+        prec: the option.
+        cuda: whether there is a GPU.
+    """
     return "fp32" if prec in ("amp", "fp16") and not cuda else prec
 
 
 def check_frozen(module: nn.Module) -> None:
-    """Raise a `UserError` for weights that are not finite and do not train: no step has made them so."""
-    for name, each in module.named_parameters():
-        if not each.requires_grad and not each.isfinite().all():
+    """Check that all frozen weights are finite. No step has changed them, so they were loaded like this.
+
+    Raises:
+        UserError: names the first weight that is not.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and not parameter.isfinite().all():
             raise UserError(f"the weights that `pretrained` names are not finite ({name}); get them again")
 
 
 def cast_trainable(module: nn.Module, dtype: torch.dtype) -> None:
-    """What trains into the dtype of its precision, and what peft multiplies it with."""
-    trains = [each for each in module.parameters() if each.requires_grad]
-    adapted = (layer for host in module.modules() if isinstance(host, Encoder) for layer in host.adapted)
-    frozen = [each for layer in adapted for each in layer.buffers() if each.is_floating_point()]
-    for each in trains + frozen:
-        each.data = each.data.to(dtype)
+    """Cast the parameters that train, and the buffers with which peft multiplies them.
+
+    Args:
+        module: a method.
+        dtype: `Precision.trainable`.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    encoders = (submodule for submodule in module.modules() if isinstance(submodule, Encoder))
+    peft_layers = (layer for encoder in encoders for layer in encoder.peft_layers)
+    buffers = [buffer for layer in peft_layers for buffer in layer.buffers() if buffer.is_floating_point()]
+    for tensor in trained + buffers:
+        tensor.data = tensor.data.to(dtype)

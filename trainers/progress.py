@@ -1,8 +1,9 @@
-"""What the user sees while it trains: log lines, a bar on a terminal, TensorBoard."""
+"""What a user sees during training: log lines, a progress bar on a terminal, and TensorBoard."""
 
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ log = logging.getLogger("tailtune")
 
 
 class Progress:
-    """Printed lines, bar and TensorBoard of the main process; on other processes a no-op.
+    """Log lines, progress bar and TensorBoard of the main process; on other processes it does nothing.
 
     Args:
-        folder: of the event files; None on processes that show nothing.
-        epochs, steps: in the plan, and in an epoch.
-        start, total: steps done already, and to be done.
+        folder: folder of the event files; None on processes that show nothing.
+        epochs: number of epochs of the run.
+        steps: steps in an epoch.
+        start: steps that are done already.
+        total: steps of the whole run.
     """
 
     def __init__(self, folder: Path | None, epochs: int, steps: int, start: int, total: int) -> None:
@@ -32,27 +35,42 @@ class Progress:
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not shown, leave=False)
         self.redirect = ExitStack()
         if shown:
-            self.redirect.enter_context(logging_redirect_tqdm([log]))  # lines above the bar, not through it
+            self.redirect.enter_context(logging_redirect_tqdm([log]))  # log lines appear above the bar, not within it
         self.since, self.since_step, self.waited = time.perf_counter(), start, 0.0
 
     def step(self) -> None:
+        """Move the bar by one step."""
         self.bar.update()
 
-    def show(self, done: int, lr: float, steps: list[dict[str, float]], groups: dict[str, float | None]) -> None:
-        """Write the steps since the last call; `done` steps of the run are finished."""
+    def show(
+        self,
+        done: int,
+        rate: Callable[[int, int], float],
+        steps: list[dict[str, float]],
+        groups: dict[str, float | None],
+    ) -> None:
+        """Show the steps since the last call.
+
+        Args:
+            done: steps of the run that are done.
+            rate: number of a step and steps in an epoch → learning rate of that step.
+            steps: loss and accuracy of each step since the last call.
+            groups: mean accuracy of all classes and of each group, in %; None: not known yet.
+        """
         if self.writer is None or not steps:
             return
         for offset, values in enumerate(steps, start=done - len(steps) + 1):
-            self.writer.add_scalar("train/lr", lr, offset)
+            self.writer.add_scalar("train/lr", rate(offset, self.steps), offset)
             for name, value in values.items():
                 self.writer.add_scalar(f"train/{name}", value, offset)
-        for name, each in groups.items():
-            if each is not None:
-                self.writer.add_scalar(f"train/{name}", each, done)
+        for name, accuracy in groups.items():
+            if accuracy is not None:
+                self.writer.add_scalar(f"train/{name}", accuracy, done)
         self.writer.flush()
-        self._line(done, lr, steps[-1], groups)
+        self._line(done, rate(done, self.steps), steps[-1], groups)
 
     def close(self) -> None:
+        """Close the bar and the event file."""
         self.bar.close()
         self.redirect.close()
         if self.writer is not None:
@@ -60,8 +78,8 @@ class Progress:
 
     def _line(self, done: int, lr: float, last: dict[str, float], groups: dict[str, float | None]) -> None:
         now = time.perf_counter()
-        fresh = max(1, done - self.since_step)
-        seconds, waited = (now - self.since) / fresh, self.waited / fresh
+        new_steps = max(1, done - self.since_step)
+        seconds, waited = (now - self.since) / new_steps, self.waited / new_steps  # of one step
         self.since, self.since_step, self.waited = now, done, 0.0
         epoch, batch = (done - 1) // self.steps + 1, (done - 1) % self.steps + 1
         short = {"mean_acc": "mean", "many_acc": "many", "med_acc": "med", "few_acc": "few"}
@@ -74,21 +92,26 @@ class Progress:
 
 
 def write_test_scalars(folder: Path, metrics: dict[str, Any], distributions: dict[str, Any]) -> None:
-    """`test/<metric>`; `test/<distribution>/<metric>`, and `…/<name>/<metric>` of `adapt` and `target_prior`.
+    """Write the results of a test as curves for TensorBoard.
 
-    Weights of experts are `…/<adapt>/weight_<expert>` over the points of their path.
+    The tags are `test/<metric>`, `test/<distribution>/<metric>`, and `test/<distribution>/<name>/<metric>` for every
+    predictor but the plain one. Weights of experts are `…/<name>/weight_<expert>` over their updates.
+
+    Args:
+        folder: folder of the event file.
+        metrics: metrics on the test data as they are.
+        distributions: name of a test distribution → its results.
     """
     with Events(folder) as writer:
         _scalars(writer, "test", metrics)
         for name, results in distributions.items():
-            _scalars(writer, f"test/{name}", {**results["plain"], "expected_accuracy": results["expected_accuracy"]})
-            for adapt, found in results.items():
-                if not isinstance(found, dict) or adapt == "plain":
-                    continue
-                _scalars(writer, f"test/{name}/{adapt}", found)
-                for point, weights in enumerate(found.get("path", []), start=1):
+            _scalars(writer, f"test/{name}", {"expected_accuracy": results["expected_accuracy"]})
+            for predictor, values in results["predictors"].items():
+                tag = f"test/{name}" if predictor == "plain" else f"test/{name}/{predictor}"
+                _scalars(writer, tag, values)
+                for point, weights in enumerate(values.get("path", []), start=1):
                     for expert, weight in enumerate(weights):
-                        writer.add_scalar(f"test/{name}/{adapt}/weight_{expert}", weight, point)
+                        writer.add_scalar(f"{tag}/weight_{expert}", weight, point)
 
 
 def _scalars(writer: Events, tag: str, values: dict[str, Any]) -> None:

@@ -10,13 +10,15 @@ from filelock import FileLock
 from tailtune.configs import CfgNode, config_hash
 from tailtune.configs.errors import UserError
 from tailtune.datasets import DataBundle, build_data
-from tailtune.datasets.splits.choose_splits import FIRST, UnreadableImages
-from tailtune.datasets.splits.split_records import StoredSplits, seen_in_training, some
+from tailtune.datasets.splits.compare_records import first_few, seen_in_training
+from tailtune.datasets.splits.split_records import StoredSplits
+from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
 from tailtune.models import ClassificationModel, resolve
-from tailtune.models.heads.initialisation import NEEDS_TEXT
-from tailtune.trainers.distributed import launched_alone, make_accelerator, on_main, uses_cuda
-from tailtune.trainers.evaluation.ensembles import ensembled, entry_of
+from tailtune.models.heads.head_init import NEEDS_TEXT
+from tailtune.trainers.distributed import Devices, launched_alone, make_accelerator, on_main, uses_cuda
+from tailtune.trainers.evaluation.ensembles import ensemble_named, ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
+from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.export import export
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
@@ -27,18 +29,20 @@ from tailtune.trainers.processes.console_log import attach_file, detach_file, st
 from tailtune.trainers.runs.load_run import (
     FinishedRun,
     earlier_run,
+    fresh_method,
     load_trained,
-    make_method,
     subject_of,
     trained_method,
 )
-from tailtune.trainers.runs.report import TrainReport, headline, read_result, summary, table
+from tailtune.trainers.runs.report import RunLabel, TrainReport, headline, read_result, summary, table
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder, kept_splits
-from tailtune.trainers.runs.stored_results import Decision, decide, trained_on
+from tailtune.trainers.runs.stored_results import Command, Decision, decide, trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
-from tailtune.trainers.storage.checkpoint import States, fingerprint, save_checkpoint
+from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
+from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.trainer import Trainer
+from tailtune.trainers.validation import validate
 
 log = logging.getLogger("tailtune")
 
@@ -53,7 +57,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         UserError: bad input. Interrupted: stopped by a signal, with the state saved.
     """
     cfg = resolve(cfg)
-    accelerator = make_accelerator(cfg)
+    accelerator = make_accelerator(Devices.of(cfg))
     folder = RunFolder(cfg)
     lock = FileLock(folder.path / LOCK, timeout=0)
     start_console(accelerator.is_main_process)
@@ -66,6 +70,8 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
                 log.warning("warning: %s", note)
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
+            if cfg.resume and folder.finished():  # what was not was validated with all its stages
+                on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
             _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
@@ -83,11 +89,16 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         lock.release()
 
 
+def _validate_evaluation(cfg: CfgNode, folder: RunFolder) -> None:
+    """Refuse what cannot be made of a finished run, by the class counts that it was trained with."""
+    validate([cfg], counts=folder.class_counts(), trains=False)
+
+
 def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[StoredSplits | None, Decision]:
     """The splits to go on with, and what is to be done. Only the main process asks."""
     starts_over = not cfg.resume and not cfg.test_only
     kept = None if starts_over else folder.kept()
-    plan = decide(cfg, folder, kept)
+    plan = decide(Command.of(cfg), folder, kept)
     if kept is None and previous is not None:  # what the run before has held out stays held out
         kept = kept_splits(previous)
     return kept, plan
@@ -95,7 +106,7 @@ def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[Sto
 
 def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
     """The error, with a file of all unreadable images where they are more than a message names."""
-    if len(error.problems) <= FIRST:
+    if len(error.problems) <= MAX_NAMED_IMAGES:
         return error
     lines = [f"{where}\t{why}\n" for where, why in error.problems.items()]
     path = OUTPUT / f"{cfg.data}.unreadable-{Digest.of(''.join(lines).encode(errors='surrogateescape')).sha256[:8]}.txt"
@@ -106,7 +117,7 @@ def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
 def _export(cfg: CfgNode, folder: RunFolder, target: Path, accelerator: Accelerator) -> None:
     """Write the finished run's model in another format; of another run's, beside its evaluation."""
     data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder, data, accelerator).to("cpu")
+    method = trained_method(cfg, folder.evaluated, data, accelerator).to("cpu")
     if cfg.model_dir is None:
         folder.own("export")
     home = folder.path if cfg.model_dir is None else target
@@ -127,7 +138,8 @@ class _Run:
 
     def go(self) -> None:
         cfg, trains = self.cfg, self.plan.trains
-        self.evaluation = Evaluation(cfg, self.accelerator, self.folder, self.plan)
+        build, label = Builders.of(cfg, self.folder, trains), RunLabel.of(cfg)
+        self.evaluation = Evaluation(EvaluationPlan.of(cfg), build, self.accelerator, self.folder, self.plan)
         if launched_alone():
             self.evaluation.note(
                 "accelerate launch started one process, as it does without GPUs; `accelerate launch --multi_gpu "
@@ -142,23 +154,20 @@ class _Run:
                 return
         with self.accelerator.local_main_process_first():  # who may download
             data = build_data(cfg, self.kept, None if trains else self.folder.class_counts())
-            method = make_method(cfg, data.info)
-        model = method.model
-        self.base = fingerprint(model)
-        method.to(self.accelerator.device)
-        log.info(headline(cfg, data, method))
+            fresh = fresh_method(cfg, data.info, self.accelerator.device)
+        method, self.base = fresh
+        log.info(headline(label, data, method))
         self.plan.fingerprints = {name: each.fingerprint for name, each in data.records.items()}
-        self._warn(model, data)
+        self._warn(method.model, data)
         if trains:
             train = self._train(method, data)
-            result = summary(cfg, data.info, method, train, self._precision())
+            result = summary(label, data.info, method, train, self._precision())
         else:
-            load_trained(cfg, self.folder, method, data, self.accelerator, self.base)
-            result = self.evaluation.trained_result() or summary(cfg, data.info, method, None, self._precision())
+            load_trained(fresh, cfg, self.folder.evaluated, data, self.accelerator)
+            result = self.evaluation.trained_result() or summary(label, data.info, method, None, self._precision())
             run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
-            method, facts = ensembled(run)
+            method, facts = ensembled(run, cfg.ensemble)
             result |= {"ensemble": facts} if facts else {}
-        model.init = None  # lets go of the text tower, also where it was not needed
         self.evaluation.from_images(method, data, result)
 
     def _warn(self, model: ClassificationModel, data: DataBundle) -> None:
@@ -167,7 +176,7 @@ class _Run:
         if model.random_base:
             text = f"{cfg.backbone} has RANDOM weights (pretrained none): results mean nothing"
             self.evaluation.note(text, warn=True)
-        texts = cfg.zero_shot or cfg.init_head in NEEDS_TEXT or entry_of(cfg).text
+        texts = cfg.zero_shot or cfg.init_head in NEEDS_TEXT or ensemble_named(cfg.ensemble).text
         if texts and names[0] == "class 0" and not model.random_base:
             text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
             self.evaluation.note(text, warn=True)
@@ -176,9 +185,11 @@ class _Run:
             if split in data.records and not cfg.test_train:
                 tested = data.records[split]
                 apart = self.kept.records.get(split) if self.kept else None
-                seen = {path for each in trained for path in seen_in_training(tested, each, data.chosen.root, apart)}
+                seen = {path for each in trained for path in seen_in_training(tested, each, data.splits.root, apart)}
                 if seen:
-                    text = f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({some(sorted(seen))})"
+                    text = (
+                        f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"
+                    )
                     self.evaluation.note(text, warn=True)
 
     def _claim(self, data: DataBundle | None = None) -> None:
@@ -187,7 +198,7 @@ class _Run:
         def claim() -> None:
             self.folder.claim(self.plan.trains)
             if data is not None:
-                self.folder.keep_splits(data.records, data.chosen)
+                self.folder.keep_splits(data.records, data.splits)
             attach_file(self.folder.log_file())
 
         on_main(self.accelerator, claim)
@@ -205,7 +216,7 @@ class _Run:
             "processes": accelerator.num_processes,
             "images": data.records["train"].fingerprint,
         }
-        states = States(self.folder.states, identity, self.folder.seal)
+        states = ResumeStates(self.folder.states, identity, self.folder.seal)
         fresh = not cfg.resume or not states.begun()
         if fresh:
             self._init_head(method, data)
@@ -223,7 +234,7 @@ class _Run:
         accelerator.wait_for_everyone()
         return report
 
-    def _fit(self, method: Method, data: DataBundle, states: States) -> TrainReport:
+    def _fit(self, method: Method, data: DataBundle, states: ResumeStates) -> TrainReport:
         cfg, note = self.cfg, self.evaluation.note
         if self._precision() != cfg.prec:
             note(f"prec {cfg.prec} needs a CUDA GPU; training in {self._precision()}", warn=True)

@@ -19,22 +19,20 @@ from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.distributed import share_statistics, to_device
 from tailtune.trainers.methods.base import Batch, Method, Step
-from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.optim import Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Progress
 from tailtune.trainers.runs.report import TrainReport
 from tailtune.trainers.storage.checkpoint import (
-    States,
     copy_state,
-    momenta,
-    part,
-    restore_momenta,
-    restore_rng,
-    rng_state,
     trained_state,
+    with_prefix,
 )
-from tailtune.trainers.training_meters import Meters
+from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
+from tailtune.trainers.storage.random_state import random_state, restore_random_state
+from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.training_meters import TrainingMeters
 
 log = logging.getLogger("tailtune")
 
@@ -47,7 +45,7 @@ class _Run:
     wrapped: Any
     optimizer: Any
     sampler: StepSampler
-    meters: Meters
+    meters: TrainingMeters
     report: TrainReport
     progress: Progress
     images: Tensor
@@ -67,7 +65,7 @@ class Trainer:
         events: folder of TensorBoard files; None on processes that show nothing.
     """
 
-    def __init__(self, accelerator: Accelerator, plan: Plan, states: States, events: Path | None) -> None:
+    def __init__(self, accelerator: Accelerator, plan: Plan, states: ResumeStates, events: Path | None) -> None:
         self.accelerator, self.plan, self.states, self.events = accelerator, plan, states, events
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
@@ -89,13 +87,13 @@ class Trainer:
                 while run.report.steps < total:
                     epoch, first = divmod(run.report.steps, steps)
                     method.on_epoch(epoch, self.plan.epochs)
-                    lr = set_lr(run.optimizer, self.plan, epoch)
                     run.sampler.set_position(epoch, first)
                     batches = iter(loader)
                     for step in range(first, min(steps, total - epoch * steps)):
+                        set_lr(run.optimizer, self.plan, epoch, run.report.steps + 1)
                         self._step(run, batches, step)
                         run.report.seconds = before + time.perf_counter() - started
-                        self._after_step(run, lr, interrupt, last=run.report.steps + 1 == total)
+                        self._after_step(run, interrupt, last=run.report.steps + 1 == total)
         finally:
             run.progress.close()
         if cuda:
@@ -105,6 +103,10 @@ class Trainer:
     def total_steps(self, steps_per_epoch: int) -> int:
         steps = self.plan.epochs * steps_per_epoch
         return steps if self.plan.max_steps is None else min(steps, self.plan.max_steps)
+
+    def _rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate that is shown for a step, counted from 1 over the whole run."""
+        return learning_rate(self.plan, (step - 1) // steps_per_epoch, step)
 
     # --- one optimizer step ------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ class Trainer:
 
     # --- between steps -----------------------------------------------------------------------------------------
 
-    def _after_step(self, run: _Run, lr: float, interrupt: Interrupt, last: bool) -> None:
+    def _after_step(self, run: _Run, interrupt: Interrupt, last: bool) -> None:
         run.report.steps += 1
         done = run.report.steps
         run.progress.step()
@@ -166,7 +168,7 @@ class Trainer:
         if shows or saves:
             self._check_finite(run, weights=saves)
         if shows:
-            run.progress.show(done, lr, *run.meters.read(self._sum))
+            run.progress.show(done, self._rate, *run.meters.read(self._sum))
         if saves:
             self._save(run)
         if stops:
@@ -200,7 +202,7 @@ class Trainer:
         pair = SAMPLERS[plan.pair_sampler].order if plan.pair_sampler else None
         sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair)
         optimizer = build_optimizer(method.param_groups(), plan)
-        meters = Meters(data.info.num_classes, data.info.groups, accelerator.device)
+        meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)
         report = self._resume(method, optimizer, meters)
         method.train()
         wrapped, prepared = accelerator.prepare(method, optimizer)
@@ -215,8 +217,9 @@ class Trainer:
     def _save(self, run: _Run) -> None:
         """The whole state; every rank contributes its own random state and counters."""
         run.report.epochs = run.report.steps // run.sampler.steps
-        for name, count in zip(("images", "bad_images"), run.images.tolist(), strict=True):
-            setattr(run.report, name, getattr(run.report, name) + int(count))
+        images, bad_images = map(int, run.images.tolist())
+        run.report.images += images
+        run.report.bad_images += bad_images
         run.images.zero_()
         if run.report.bad_images and not run.report.images:
             raise UserError(
@@ -226,22 +229,24 @@ class Trainer:
         share_statistics(self.accelerator, run.method)
         rank = self.accelerator.process_index
         meters = {f"meters.{rank}.{name}": each for name, each in run.meters.state().items()}
-        own = {name: each.cpu() for name, each in {**rng_state(rank), **meters}.items()}
+        own = {name: each.cpu() for name, each in {**random_state(rank), **meters}.items()}
         everyone: dict[str, Tensor] = {}
         for each in gather_object([own]):
             everyone.update(each)
         if self.accelerator.is_main_process:
             trained = {f"method.{name}": each for name, each in trained_state(run.method).items()}
+            of_optimizer, values = optimizer_state(run.optimizer)
             scaler = self.accelerator.scaler
             facts = {
                 "report": vars(run.report),
                 "threads": torch.get_num_threads(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "optimizer": values,
             }
-            self.states.save(run.report.steps, {**trained, **momenta(run.optimizer), **everyone}, facts)
+            self.states.save(run.report.steps, {**trained, **of_optimizer, **everyone}, facts)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: Meters) -> TrainReport:
+    def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: TrainingMeters) -> TrainReport:
         found = self.states.load()
         if found is None:
             return TrainReport()
@@ -250,11 +255,11 @@ class Trainer:
             log.info("using %d threads, as the run did before (results depend on it)", facts["threads"])
             torch.set_num_threads(facts["threads"])
         where = str(self.states.folder)
-        copy_state(method, part(tensors, "method."), where, "start over with `resume False`")
-        restore_momenta(optimizer, tensors)
+        copy_state(method, with_prefix(tensors, "method."), where, "start over with `resume False`")
+        restore_optimizer(optimizer, tensors, facts.get("optimizer"))
         rank = self.accelerator.process_index
-        meters.load(part(tensors, f"meters.{rank}."))
-        restore_rng(tensors, rank)
+        meters.load(with_prefix(tensors, f"meters.{rank}."))
+        restore_random_state(tensors, rank)
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         log.info("resuming after step %d", facts["report"]["steps"])

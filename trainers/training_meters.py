@@ -1,4 +1,4 @@
-"""Running loss and accuracy without a host sync: counted on the device, read when a line is printed."""
+"""Running loss and accuracy: counted on the device, and read only when a line is printed, so steps need not wait."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,18 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailtune.datasets.long_tail import GROUPS
+from tailtune.datasets.long_tail import SHOT_GROUPS
 
 DECAY = 0.9
+"""Weight of the old value in an exponential average."""
 
 
-class Meters:
-    """LIFT's meters: exponential averages of loss and accuracy per step, and of accuracy per class and sample.
+class TrainingMeters:
+    """LIFT's meters: exponential averages of loss and accuracy over steps, and of each class's accuracy over samples.
 
-    The per-class average of k new samples of mean a is 0.9^k·avg + (1 − 0.9^k)·a, whatever their order.
+    After k new samples with mean accuracy a, the average of a class is 0.9^k · average + (1 − 0.9^k) · a, in any order
+    of the samples.
 
     Args:
+        num_classes: number C of classes.
         groups: `many`, `med`, `few` → class indices.
+        device: where to count.
     """
 
     def __init__(self, num_classes: int, groups: Mapping[str, Tensor], device: torch.device) -> None:
@@ -29,40 +33,57 @@ class Meters:
         self.average: list[float] | None = None  # loss, accuracy
 
     def add(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
-        """Count a micro-batch: [B, C], [B], [B]; weight 0 is left out."""
+        """Count a micro-batch.
+
+        Args:
+            logits: [B, C].
+            labels: [B].
+            weights: [B]; images of weight 0 are not counted.
+        """
         real = (weights > 0).float()
         self.hits.index_add_(0, labels, (logits.detach().argmax(-1) == labels).float() * real)
         self.seen.index_add_(0, labels, real)
 
     def end_step(self, loss: Tensor, accuracy: Tensor) -> None:
-        """Mean loss and accuracy (%) of the whole batch, as scalars on the device."""
+        """Note a step.
+
+        Args:
+            loss: mean loss of the whole batch, a scalar on the device.
+            accuracy: its accuracy in %, a scalar on the device.
+        """
         self.pending.append(torch.stack([loss.float(), accuracy.float()]))
 
     def read(self, reduce: Any) -> tuple[list[dict[str, float]], dict[str, float | None]]:
-        """The steps since the last call, and the class averages now. Syncs with the host.
+        """Read everything that was counted since the last call. This waits for the device.
 
         Args:
-            reduce: sum of a tensor over the processes.
+            reduce: sums a tensor over the processes.
+
+        Returns:
+            Loss and accuracy of each step (`loss.val`, `loss.avg`, `acc.val`, `acc.avg`), and the mean of the class
+            averages over all classes and over each group, in %; None for a group of which no sample was seen.
         """
         hits, seen = reduce(torch.stack([self.hits, self.seen]))
-        keep = torch.where(self.class_average.isnan(), 0.0, DECAY**seen)
+        old_share = torch.where(self.class_average.isnan(), 0.0, DECAY**seen)
         mean = 100 * hits / seen.clamp_min(1)
-        updated = keep * self.class_average.nan_to_num() + (1 - keep) * mean
+        updated = old_share * self.class_average.nan_to_num() + (1 - old_share) * mean
         self.class_average = torch.where(seen > 0, updated, self.class_average)
         self.hits.zero_()
         self.seen.zero_()
         steps = [self._advance(*values) for values in torch.stack(self.pending).tolist()] if self.pending else []
         self.pending.clear()
-        averages: dict[str, str | None] = {"mean_acc": None, **GROUPS}
+        averages: dict[str, str | None] = {"mean_acc": None, **SHOT_GROUPS}
         return steps, {name: self._mean(group) for name, group in averages.items()}
 
     def state(self) -> dict[str, Tensor]:
+        """All counts and averages, for the state of a run."""
         pending = torch.stack(self.pending) if self.pending else torch.empty(0, 2)
         average = torch.tensor(self.average or [], dtype=torch.float64)
-        names = ("hits", "seen", "class_average")
-        return {**{name: getattr(self, name) for name in names}, "pending": pending, "average": average}
+        counters = {"hits": self.hits, "seen": self.seen, "class_average": self.class_average}
+        return {**counters, "pending": pending, "average": average}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` returned."""
         device = self.hits.device
         self.hits, self.seen = state["hits"].to(device), state["seen"].to(device)
         self.class_average = state["class_average"].to(device)
@@ -70,9 +91,11 @@ class Meters:
         self.average = state["average"].tolist() or None
 
     def _advance(self, loss: float, accuracy: float) -> dict[str, float]:
-        new = [loss, accuracy]
-        old = self.average
-        self.average = new if old is None else [DECAY * a + (1 - DECAY) * b for a, b in zip(old, new, strict=True)]
+        values, average = [loss, accuracy], self.average
+        if average is None:
+            self.average = values
+        else:
+            self.average = [DECAY * old + (1 - DECAY) * new for old, new in zip(average, values, strict=True)]
         return {"loss.val": loss, "loss.avg": self.average[0], "acc.val": accuracy, "acc.avg": self.average[1]}
 
     def _mean(self, group: str | None) -> float | None:

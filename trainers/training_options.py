@@ -50,11 +50,23 @@ class TrainingOptions:
         most=10**6,
     )
     lr: float = option(0.01, "Learning rate at the start of the schedule.", least=0.0)
-    weight_decay: float = option(5e-4, "Weight decay of everything that trains.", least=0.0)
-    momentum: float = option(0.9, "Momentum of SGD.", least=0.0, most=1.0)
-    nesterov: bool = option(False, "SGD uses Nesterov's momentum.")
+    optimizer: str = option("sgd", "Rule by which gradients change the weights.", table="OPTIMIZERS")
+    weight_decay: float = option(5e-4, "Strength of weight decay. `decay_rule` says what it acts on.", least=0.0)
+    decay_rule: str | None = option(
+        None,
+        "What weight decay acts on: all that trains, or matrices, which leaves out biases, norms and other parameters "
+        "of one dimension. None means all for sgd and matrices for adamw.",
+        as_str,
+        choices=("all", "matrices"),
+    )
     schedule: str = option("cosine", "Course of the learning rate over the epochs.", table="SCHEDULES")
     warmup_epochs: int = option(0, "Number of epochs over which the learning rate rises to `lr`.", least=0, most=10**6)
+    warmup_steps: int = option(
+        0,
+        "Number of optimizer steps over which the learning rate rises linearly to `lr`, in place of warmup_epochs.",
+        least=0,
+        most=10**9,
+    )
     lr_factors: dict[str, float] | None = option(
         None,
         "Factors on the learning rate of parameter groups, such as {tuner: 0.1, head: 1}. The rate in the log has "

@@ -1,8 +1,8 @@
-"""Picture files: which formats are read, how each becomes an RGB image, and one cheap look at many of them.
+"""Image files: which formats are read, how a file becomes an RGB image, and a quick check of many files.
 
-What Pillow's `convert("RGB")` makes of a mode is what comes out (transparency is dropped, CMYK is converted without a
-profile), with three exceptions: grey of more than 8 bits (`deep_grey.py`), mode La, which Pillow does not convert,
-and pictures with an EXIF orientation, which are turned upright. Of an animation the first frame is read.
+Images are converted by Pillow's `convert("RGB")`: transparency is dropped, and CMYK is converted without a colour
+profile. There are three exceptions: grey of more than 8 bits (see `deep_grey.py`); mode La, which Pillow cannot convert
+directly; and an EXIF orientation, by which the image is rotated. Of an animation the first frame is read.
 """
 
 import logging
@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tqdm import tqdm
 
-from tailtune.datasets.images.deep_grey import eight_bits, is_deep
-from tailtune.datasets.images.regular_files import EMPTY, NoFile, open_regular, size_of
+from tailtune.datasets.images.deep_grey import is_deep_grey, to_eight_bits
+from tailtune.datasets.images.regular_files import EMPTY, NotARegularFile, file_size, open_regular
 
-KNOWN = {
+KNOWN_FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
     "BMP": (".bmp",),
@@ -35,79 +35,92 @@ KNOWN = {
     "WEBP": (".webp",),
     "AVIF": (".avif",),
 }
-NEEDS = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}
-"""Format → the library that Pillow may have been built without."""
+LIBRARY_OF_FORMAT = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}
+"""Format → the library that reads it, where Pillow may have been built without that library."""
 
 
-def _built_in(library: str) -> bool:
+def _is_available(library: str) -> bool:
     known = library in features.modules or library in features.codecs  # an old Pillow does not know avif
     return known and bool(features.check(library))
 
 
 FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {name: ends for name, ends in KNOWN.items() if name not in NEEDS or _built_in(NEEDS[name])}
+    {
+        name: extensions
+        for name, extensions in KNOWN_FORMATS.items()
+        if name not in LIBRARY_OF_FORMAT or _is_available(LIBRARY_OF_FORMAT[name])
+    }
 )
-"""Pillow's name of a format → extensions. No other format is tried, so EPS named x.jpg never starts Ghostscript."""
-EXTENSIONS: tuple[str, ...] = tuple(end for ends in FORMATS.values() for end in ends)
+"""Pillow's name of a format → its file extensions. Pillow tries no other format: an EPS file that is called x.jpg does
+not start Ghostscript."""
+EXTENSIONS: tuple[str, ...] = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 MAX_PIXELS = 89_478_485
-"""Where Pillow begins to warn of a decompression bomb; such a picture takes 0.8 GB while it is converted."""
-READ_WHOLE = ("WEBP", "AVIF")
-"""Formats that Pillow reads as a whole and decodes into copies of its own: half as many pixels, and `MAX_BYTES`."""
+"""Pillow warns of a decompression bomb above this number. Such an image takes 0.8 GB while it is converted."""
+WHOLE_FILE_FORMATS = ("WEBP", "AVIF")
+"""Pillow reads these files whole and decodes them into extra copies, so they may have half of `MAX_PIXELS` and at most
+`MAX_BYTES`."""
 MAX_BYTES = 1 << 28
-PREFIX = 16
-"""First bytes of a file that tell its format; what Pillow's own `accept` functions get."""
+HEADER_BYTES = 16
+"""The first bytes of a file, by which Pillow's `accept` functions recognise its format."""
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
-"""What Pillow's decoders raise on bytes they cannot read (AVIF's a RuntimeError); TypeError and NameError are bugs."""
+"""What Pillow's decoders raise for damaged files (AVIF's decoder raises RuntimeError). Other exceptions are bugs."""
 
 THREADS = 16
-"""That look at files; more than processors, since on a network file system each look waits for an answer."""
-AT_ONCE = 256
-"""Files that a thread looks at before it takes the next ones."""
+"""Threads that check files. They may be more than the processors, because on a network file system they mostly wait."""
+FILES_PER_TASK = 256
+"""Number of files that a thread checks before it takes the next ones."""
 
 
-def quiet() -> None:
-    """Silence what Pillow says of oddities in single files (damaged EXIF data, transparency, many pixels).
+def silence_pillow() -> None:
+    """Silence Pillow's warnings about single files, such as damaged EXIF data or many pixels.
 
-    Over thousands of files these lines would bury ours. What cannot be read is an error, and is reported as one.
+    With thousands of files they would hide our own messages. A file that cannot be read still raises an error.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-quiet()
+silence_pillow()
 
 
-class BadPicture(Exception):
-    """A file that is missing or is no picture that can be read; the message is the reason, without the path."""
+class DecodeError(Exception):
+    """A file is missing or cannot be decoded as an image. The message is the reason, without the path."""
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """The picture in a file, upright, in mode RGB. Never waits for a FIFO or a device.
+    """Decode an image file. A FIFO or a device is refused, never waited for.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The image in mode RGB, rotated as its EXIF data say.
 
     Raises:
-        BadPicture: missing, not a regular file, not in `FORMATS`, damaged, cut short, or of too many pixels.
+        DecodeError: the file is missing, not a regular file, of a format that is not in `FORMATS`, damaged, incomplete,
+            or has too many pixels.
     """
     try:
         descriptor, status = open_regular(path)
-    except NoFile as reason:
-        raise BadPicture(str(reason)) from None
+    except NotARegularFile as reason:
+        raise DecodeError(str(reason)) from None
     with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > MAX_BYTES and format_of(file.read(PREFIX)) in READ_WHOLE:
-            raise BadPicture(f"larger than {MAX_BYTES >> 20} MiB")
+        if status.st_size > MAX_BYTES and format_of(file.read(HEADER_BYTES)) in WHOLE_FILE_FORMATS:
+            raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
         try:
             with Image.open(file, formats=tuple(FORMATS)) as image:
-                limit = MAX_PIXELS // 2 if image.format in READ_WHOLE else MAX_PIXELS
+                limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
                 if image.width * image.height > limit:
-                    raise BadPicture(f"{image.width} × {image.height}, {_too_large(limit)}")
+                    raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
                 return _upright_rgb(image)
         except UnidentifiedImageError:
             file.seek(0)
-            raise BadPicture(_unidentified(file.read(PREFIX))) from None
+            raise DecodeError(_unidentified(file.read(HEADER_BYTES))) from None
         except Image.DecompressionBombError:
-            raise BadPicture(_too_large(MAX_PIXELS)) from None
+            raise DecodeError(_too_large(MAX_PIXELS)) from None
         except DECODE_ERRORS as error:
-            raise BadPicture(" ".join(str(error).split()) or type(error).__name__) from error
+            raise DecodeError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _too_large(limit: int) -> str:
@@ -116,10 +129,10 @@ def _too_large(limit: int) -> str:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    with suppress(*DECODE_ERRORS):  # damaged EXIF data, which say nothing about the pixels
+    with suppress(*DECODE_ERRORS):  # damaged EXIF data; the pixels may be fine
         ImageOps.exif_transpose(image, in_place=True)
-    if is_deep(image.mode):
-        image = eight_bits(image)
+    if is_deep_grey(image.mode):
+        image = to_eight_bits(image)
     elif image.mode == "La":
         image = image.convert("LA")
     return image.convert("RGB")
@@ -127,86 +140,96 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What one look at N files found."""
+    """The result of checking N files."""
 
     sizes: np.ndarray
-    """Bytes, int64 [N]; −1 where there is no regular file."""
+    """Size of each file in bytes, int64 [N]; −1 where there is no regular file."""
     problems: dict[int, str]
-    """Position of each file that cannot be a picture → why, ascending."""
+    """Position of each file that cannot be an image → the reason, in ascending order."""
 
 
-def inspect_files(paths: Sequence[Path], headers: bool = True) -> Inspection:
-    """Look at every file without decoding any: is it there, is it a regular file, do its first bytes name a format?
+def inspect_files(paths: Sequence[Path], read_headers: bool = True) -> Inspection:
+    """Check files without decoding them: does each exist, is it a regular file, do its first bytes name a format?
 
-    A bar stands on a terminal when that takes longer than two seconds.
+    A progress bar appears on a terminal if this takes longer than two seconds.
 
     Args:
         paths: N files.
-        headers: read the first bytes; else ask for no more than kind and size.
+        read_headers: open each file and read its first bytes. If false, only its kind and size are checked.
+
+    Returns:
+        Sizes and problems.
     """
     sizes = np.full(len(paths), -1, dtype=np.int64)
     problems: dict[int, str] = {}
 
-    def look(start: int) -> int:
-        chunk = paths[start : start + AT_ONCE]
+    def inspect_chunk(start: int) -> int:
+        chunk = paths[start : start + FILES_PER_TASK]
         for index, path in enumerate(chunk, start):
-            sizes[index], problem = _look(path) if headers else _ask(path)
+            sizes[index], problem = _check_header(path) if read_headers else _check_size(path)
             if problem:
                 problems[index] = problem
         return len(chunk)
 
-    starts = range(0, len(paths), AT_ONCE)
-    _accepts()  # imports Pillow's formats before threads would do so side by side
+    starts = range(0, len(paths), FILES_PER_TASK)
+    _accept_functions()  # lets Pillow import its formats before several threads would do so at the same time
     with (
-        tqdm(total=len(paths), desc="looking at the images", delay=2, leave=False, disable=None) as bar,
+        tqdm(total=len(paths), desc="checking the images", delay=2, leave=False, disable=None) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        for done in pool.map(look, starts):
-            bar.update(done)
+        for count in pool.map(inspect_chunk, starts):
+            bar.update(count)
     return Inspection(sizes, dict(sorted(problems.items())))
 
 
-def format_of(prefix: bytes) -> str | None:
-    """The entry of `FORMATS` that the first bytes of a file name, by Pillow's own rules."""
-    prefix = prefix.ljust(PREFIX, b"\0")
-    return next((name for name, accept in _accepts() if accept(prefix) is True), None)
+def format_of(header: bytes) -> str | None:
+    """The format of a file by Pillow's own rules.
+
+    Args:
+        header: its first `HEADER_BYTES` bytes, or all if it has fewer.
+
+    Returns:
+        A key of `FORMATS`, or None.
+    """
+    header = header.ljust(HEADER_BYTES, b"\0")
+    return next((name for name, accept in _accept_functions() if accept(header) is True), None)
 
 
-def _look(path: Path) -> tuple[int, str]:
-    """(size, problem or an empty text) of a file, of which the first bytes are read."""
+def _check_header(path: Path) -> tuple[int, str]:
+    """Size and problem (empty if there is none) of a file, judged by its first bytes."""
     try:
         descriptor, status = open_regular(path)
-    except NoFile as reason:
+    except NotARegularFile as reason:
         return -1, str(reason)
     try:
-        prefix = os.read(descriptor, PREFIX)
+        header = os.read(descriptor, HEADER_BYTES)
     except OSError as error:
         return status.st_size, str(error.strerror)
     finally:
         os.close(descriptor)
-    return status.st_size, "" if format_of(prefix) else _unidentified(prefix)
+    return status.st_size, "" if format_of(header) else _unidentified(header)
 
 
-def _ask(path: Path) -> tuple[int, str]:
-    """(size, problem or an empty text) of a file that is not opened."""
+def _check_size(path: Path) -> tuple[int, str]:
+    """Size and problem (empty if there is none) of a file, which is not opened."""
     try:
-        size = size_of(path)
-    except NoFile as reason:
+        size = file_size(path)
+    except NotARegularFile as reason:
         return -1, str(reason)
     return size, "" if size else EMPTY
 
 
 @cache
-def _accepts() -> list[tuple[str, Callable[[bytes], bool | str]]]:
-    """Format → Pillow's function that knows its first bytes (a string says that a library is missing)."""
+def _accept_functions() -> list[tuple[str, Callable[[bytes], bool | str]]]:
+    """Format → Pillow's function that recognises its first bytes (it returns a string if a library is missing)."""
     Image.init()
     return [(name, accept) for name in FORMATS if (accept := Image.OPEN[name][1])]
 
 
-def _unidentified(prefix: bytes) -> str:
-    """Why Pillow makes no picture of a file that begins like this."""
-    if not prefix:
+def _unidentified(header: bytes) -> str:
+    """Why Pillow does not accept a file that begins with these bytes."""
+    if not header:
         return EMPTY
-    if name := format_of(prefix):
+    if name := format_of(header):
         return f"the header of this {name} file is damaged"
-    return f"in no format that is read ({', '.join(FORMATS)}): it begins with {prefix!r}"
+    return f"in none of the formats that are read ({', '.join(FORMATS)}): it begins with {header!r}"

@@ -1,7 +1,8 @@
-"""From a PIL image to a uint8 tensor [3, H, W]; normalisation happens on the device.
+"""Augmentations and test transforms: from a PIL image to a uint8 tensor [3, H, W].
 
-All is torchvision's v2 on PIL images, whose pixels equal v1's, which LIFT, SADE and RIDE trained with. Every draw
-comes from torch's global CPU generator; `bundle.View` seeds it for each image.
+Pixels are normalised later, on the device. The transforms are torchvision's v2 on PIL images. They give the same pixels
+as the v1 transforms that LIFT, SADE and RIDE use. All random draws come from torch's global CPU generator, which
+`View` (datasets/data_bundle.py) seeds for each image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,68 +17,139 @@ from torchvision.transforms.v2 import functional
 from tailtune.configs.errors import lookup
 
 Transform = Callable[..., torch.Tensor]
-"""PIL image → uint8 [3, H, W], or [T, 3, H, W] for T draws."""
+"""PIL image → uint8 [3, H, W], or uint8 [T, 3, H, W] for T draws."""
 
 Step = Callable[..., Image.Image]
 
 INTERPOLATIONS = MappingProxyType({"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC})
 
 FULL_FRAME = ("cifar", "cifar_crop", "digits", "sade_cifar")
-"""Augmentations of small images whose object fills the frame: their test transform crops nothing."""
+"""Augmentations of small images whose object fills the frame. Their test transform does not crop."""
 
 UNMIRRORED = ("digits",)
-"""Augmentations of images that mean something else in the mirror."""
+"""Augmentations of images that change their meaning when they are mirrored."""
 
 
-def plain_transform(resolution: int, interpolation: str) -> Transform:
-    """The centre of the image, short side resized to the resolution (LIFT's transform for head initialisation)."""
-    return _centre(resolution, resolution, interpolation)
+def unaugmented_transform(resolution: int, interpolation: str) -> Transform:
+    """Resize the short side to the resolution and cut out the centre, as LIFT does for initialising the head.
+
+    Args:
+        resolution: side of the result in pixels.
+        interpolation: an entry of `INTERPOLATIONS`.
+
+    Returns:
+        PIL image → uint8 [3, resolution, resolution].
+
+    Raises:
+        UserError: an unknown interpolation.
+    """
+    return _resized_centre(resolution, resolution, interpolation)
 
 
 def eval_transform(resolution: int, interpolation: str, augment: str) -> Transform:
-    """The counterpart of an augmentation: centre crop of 7/8 of the short side (256 → 224), or the full frame."""
-    return _centre(resolution, eval_side(resolution, augment), interpolation)
+    """The test transform that belongs to an augmentation: the centre of the resized image.
+
+    The centre is 7/8 of the short side (256 → 224 pixels), or all of it for the augmentations in `FULL_FRAME`.
+
+    Args:
+        resolution: side of the result in pixels.
+        interpolation: an entry of `INTERPOLATIONS`.
+        augment: name of the augmentation.
+
+    Returns:
+        PIL image → uint8 [3, resolution, resolution].
+
+    Raises:
+        UserError: an unknown interpolation.
+    """
+    return _resized_centre(resolution, eval_side(resolution, augment), interpolation)
 
 
 def eval_side(resolution: int, augment: str) -> int:
-    """Side in pixels to which `eval_transform` resizes the shorter side before it cuts out the centre."""
+    """The length in pixels to which `eval_transform` resizes the short side before it crops.
+
+    Args:
+        resolution: side of the crop in pixels.
+        augment: name of the augmentation.
+    """
     return resolution if augment in FULL_FRAME else resolution * 8 // 7
 
 
-def crop_resize(resolution: int, expand: int, interpolation: str) -> Transform:
-    """The whole image, short side `resolution + expand`; `five_crop` or `ten_crop` cuts it on the device."""
+def resize_for_crops(resolution: int, expand: int, interpolation: str) -> Transform:
+    """Resize the whole image for `five_crop` or `ten_crop`, which are applied on the device.
+
+    Args:
+        resolution: side of the later crops in pixels.
+        expand: by how many pixels the short side is longer than that.
+        interpolation: an entry of `INTERPOLATIONS`.
+
+    Returns:
+        PIL image → uint8 [3, H, W] with min(H, W) = resolution + expand.
+
+    Raises:
+        UserError: an unknown interpolation.
+    """
     return _compose(_resize(resolution + expand, interpolation))
 
 
 def repeated(transform: Transform, times: int) -> Transform:
-    """Independent draws of a transform, [T, 3, H, W]."""
-    return partial(_draws, transform, times)  # no lambda: where workers are spawned, views are pickled
+    """Several independent draws of a transform.
+
+    Args:
+        transform: PIL image → uint8 [3, H, W], with random draws.
+        times: number of draws T.
+
+    Returns:
+        PIL image → uint8 [T, 3, H, W].
+    """
+    return partial(_draw_several, transform, times)  # not a lambda: views are pickled where workers are spawned
 
 
-def train_transform(augment: str, resolution: int, interpolation: str, kind: str = "augment") -> Transform:
-    """An augmentation by its name. Raises `UserError` for an unknown one, which names the option as `kind`."""
-    return lookup(AUGMENTS, augment, kind)(resolution, interpolation)
+def train_transform(augment: str, resolution: int, interpolation: str, key: str = "augment") -> Transform:
+    """The training transform of an augmentation.
+
+    Args:
+        augment: an entry of `AUGMENTS`.
+        resolution: side of the result in pixels.
+        interpolation: an entry of `INTERPOLATIONS`.
+        key: the option that names the augmentation, for messages.
+
+    Returns:
+        PIL image → uint8 [3, resolution, resolution].
+
+    Raises:
+        UserError: an unknown augmentation or interpolation.
+    """
+    return lookup(AUGMENTS, augment, key)(resolution, interpolation)
 
 
 def five_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Top left, top right, bottom left, bottom right and centre (torchvision's FiveCrop).
+    """Crops at the top left, top right, bottom left, bottom right and centre, as torchvision's FiveCrop.
 
     Args:
         images: [B, 3, H, W], or B tensors [3, H_b, W_b].
-        size: side of the crops.
+        size: side of the crops in pixels.
 
     Returns:
         [5, B, 3, size, size].
     """
-    return _cut(functional.five_crop, images, size)
+    return _crop_batch(functional.five_crop, images, size)
 
 
 def ten_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """`five_crop` of the images, then of the images mirrored left to right (torchvision's TenCrop)."""
-    return _cut(functional.ten_crop, images, size)
+    """`five_crop` of the images, then of the images mirrored left to right, as torchvision's TenCrop.
+
+    Args:
+        images: [B, 3, H, W], or B tensors [3, H_b, W_b].
+        size: side of the crops in pixels.
+
+    Returns:
+        [10, B, 3, size, size].
+    """
+    return _crop_batch(functional.ten_crop, images, size)
 
 
-def _cut(
+def _crop_batch(
     crop: Callable[..., Sequence[torch.Tensor]], images: torch.Tensor | Sequence[torch.Tensor], size: int
 ) -> torch.Tensor:
     if isinstance(images, torch.Tensor):
@@ -85,57 +157,58 @@ def _cut(
     return torch.stack([torch.stack(list(crop(image, [size, size]))) for image in images], dim=1)
 
 
-def _draws(transform: Transform, times: int, image: Image.Image) -> torch.Tensor:
+def _draw_several(transform: Transform, times: int, image: Image.Image) -> torch.Tensor:
     return torch.stack([transform(image) for _ in range(times)])
 
 
 def _lift(resolution: int, interpolation: str) -> Transform:
-    """LIFT: random crop (scale 0.08–1, ratio 3/4–4/3) and flip."""
+    """LIFT: random crop (scale 0.08–1, ratio 3/4–4/3) and horizontal flip."""
     return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip())
 
 
 def _imagenet(resolution: int, interpolation: str) -> Transform:
-    """RIDE, SADE on ImageNet-LT and Places-LT: LIFT's and colour jitter without hue."""
+    """RIDE and SADE on ImageNet-LT and Places-LT: LIFT's augmentation, and colour jitter without hue."""
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0)
     return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip(), jitter)
 
 
 def _cifar(resolution: int, interpolation: str) -> Transform:
-    """RIDE, SADE on CIFAR: shift by up to 4 of 32 pixels, flip, rotation by up to 15°."""
+    """RIDE and SADE on CIFAR: shift by up to 4 of 32 pixels, horizontal flip, rotation by up to 15°."""
     shift = v2.RandomCrop(resolution, padding=resolution // 8)
-    # A 32-pixel image passes the resize unchanged.
+    # The resize does not change an image of 32 pixels.
     return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip(), v2.RandomRotation(15))
 
 
 def _cifar_crop(resolution: int, interpolation: str) -> Transform:
-    """MisLAS, H2T on CIFAR: the same without rotation."""
+    """MisLAS and H2T on CIFAR: shift by up to 4 of 32 pixels, horizontal flip."""
     shift = v2.RandomCrop(resolution, padding=resolution // 8)
     return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip())
 
 
 def _digits(resolution: int, interpolation: str) -> Transform:
-    """A slightly displaced digit, never mirrored."""
+    """A slight rotation, shift and scaling; never a flip, which would change a digit."""
     affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=INTERPOLATIONS["bilinear"])
     return _compose(_resize(resolution, interpolation), v2.CenterCrop(resolution), affine)
 
 
 def _sade_cifar(resolution: int, interpolation: str) -> Transform:
-    """Views of SADE's test-time learning on CIFAR."""
+    """SADE's views for test-time learning on CIFAR."""
     shift = v2.RandomCrop(resolution, padding=resolution // 8)
     return _compose(_resize(resolution, interpolation), shift, *_simclr(blurred=0.2))
 
 
 def _sade_imagenet(resolution: int, interpolation: str) -> Transform:
-    """Views of SADE's test-time learning on ImageNet-LT and Places-LT."""
-    return _compose(_random_crop(resolution, interpolation, least=0.2), *_simclr(blurred=0.5))
+    """SADE's views for test-time learning on ImageNet-LT and Places-LT."""
+    return _compose(_random_crop(resolution, interpolation, smallest_area=0.2), *_simclr(blurred=0.5))
 
 
 def _sade_inat(resolution: int, interpolation: str) -> Transform:
-    """Views of SADE's test-time learning on iNaturalist."""
+    """SADE's views for test-time learning on iNaturalist."""
     return _compose(_random_crop(resolution, interpolation), *_simclr(blurred=0.5))
 
 
 def _none(resolution: int, interpolation: str) -> Transform:
+    """No augmentation: the test transform."""
     return eval_transform(resolution, interpolation, "none")
 
 
@@ -145,7 +218,7 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
         "cifar": _cifar,
         "cifar_crop": _cifar_crop,
         "imagenet": _imagenet,
-        "inat": _lift,  # SADE leaves the colours of iNaturalist alone, which is LIFT's augmentation
+        "inat": _lift,  # SADE uses no colour jitter on iNaturalist, which makes it the same as LIFT's
         "digits": _digits,
         "sade_cifar": _sade_cifar,
         "sade_imagenet": _sade_imagenet,
@@ -153,20 +226,21 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
         "none": _none,
     }
 )
+"""Name → function of resolution and interpolation that makes the training transform: entries of option `augment`."""
 
 
 def _simclr(blurred: float) -> tuple[Step, ...]:
-    """Colours, blur and flip of SimCLR (Chen et al. 2020, appendix A), half as strong in colour; SADE varies the blur.
+    """Colour jitter, grey, blur and flip of SimCLR (Chen et al. 2020, appendix A), with half its colour strength.
 
     Args:
-        blurred: share of the images that are.
+        blurred: share of the images that are blurred; SADE sets it per data set.
     """
     jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
     return jitter, v2.RandomGrayscale(0.2), v2.RandomApply([_blur], p=blurred), v2.RandomHorizontalFlip()
 
 
 def _blur(image: Image.Image) -> Image.Image:
-    """PIL's Gaussian blur, which repeated box blurs approximate and torchvision's does not equal."""
+    """PIL's Gaussian blur. PIL approximates it by repeated box blurs, so torchvision's blur gives other pixels."""
     return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
 
 
@@ -175,7 +249,7 @@ def _compose(*steps: Step) -> Transform:
     return pipeline
 
 
-def _centre(resolution: int, side: int, interpolation: str) -> Transform:
+def _resized_centre(resolution: int, side: int, interpolation: str) -> Transform:
     return _compose(_resize(side, interpolation), v2.CenterCrop(resolution))
 
 
@@ -183,7 +257,7 @@ def _resize(side: int, interpolation: str) -> v2.Transform:
     return v2.Resize(side, interpolation=lookup(INTERPOLATIONS, interpolation, "interpolation"))
 
 
-def _random_crop(resolution: int, interpolation: str, least: float = 0.08) -> v2.Transform:
-    """A crop of `least` to all of the area."""
+def _random_crop(resolution: int, interpolation: str, smallest_area: float = 0.08) -> v2.Transform:
+    """A crop of a random area, between the share `smallest_area` of the image and the whole image."""
     mode = lookup(INTERPOLATIONS, interpolation, "interpolation")
-    return v2.RandomResizedCrop(resolution, scale=(least, 1.0), interpolation=mode)
+    return v2.RandomResizedCrop(resolution, scale=(smallest_area, 1.0), interpolation=mode)

@@ -1,4 +1,4 @@
-"""Batches of a view, from images that this process or others decode, and one line where one of those fails."""
+"""Loads batches of a view, in this process or in worker processes; failures of workers become one-line errors."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -11,109 +11,150 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.datasets.data_bundle import PADDING, Batch, View
 from tailtune.datasets.loading.samplers import StepSampler
-from tailtune.datasets.loading.workers import AHEAD, FULL, LINUX, Watch, Worker, Workers, own_signals, possible_workers
+from tailtune.datasets.loading.workers import (
+    LINUX,
+    PREFETCHED_BATCHES,
+    SHARED_MEMORY_FULL,
+    Worker,
+    WorkerContext,
+    WorkerMonitor,
+    set_worker_signals,
+    usable_workers,
+)
 
 
 class Loader:
-    """Batches of a view; what goes wrong in the processes that decode ends in one line, and ends them.
+    """Iterates over batches of a view. If a worker process fails, all workers are ended and a `UserError` is raised.
 
     Args:
-        batches: batches of keys of the view.
-        num_workers: processes that decode; 0: this one does.
-        images: the most that a batch has.
-        world: processes of the run, which share the shared memory of their machine.
-        persistent: keep the processes from one iteration to the next.
+        view: the images.
+        batches: the batch sampler: iterable of lists of keys of the view, with a length.
+        num_workers: worker processes that decode images; 0 decodes in this process.
+        max_images: images of the largest batch.
+        world: processes of the run, which share the shared memory of the machine.
+        persistent: keep the workers from one iteration to the next.
     """
 
-    def __init__(self, view: View, batches: Any, num_workers: int, images: int, world: int, persistent: bool) -> None:
-        # As big as the transform makes a square image.
-        self.num_workers = possible_workers(num_workers, lambda: world * images * view[PADDING]["image"].numel())
+    def __init__(
+        self, view: View, batches: Any, num_workers: int, max_images: int, world: int, persistent: bool
+    ) -> None:
+        # The memory is estimated from the size that the transform gives to a square image.
+        self.num_workers = usable_workers(num_workers, lambda: world * max_images * view[PADDING]["image"].numel())
         self.processes: list[Worker] = []
-        several = self.num_workers > 0
+        has_workers = self.num_workers > 0
         self.loader: DataLoader[Batch] = DataLoader(
             view,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=_collate_shared,
-            persistent_workers=persistent and several,
-            worker_init_fn=own_signals,
+            persistent_workers=persistent and has_workers,
+            worker_init_fn=set_worker_signals,
             pin_memory=torch.cuda.is_available(),
-            prefetch_factor=AHEAD if several else None,
-            multiprocessing_context=Workers(self.processes) if several and LINUX else None,
-            # DataLoader draws a seed at every start; from the global generator that would disturb other draws.
+            prefetch_factor=PREFETCHED_BATCHES if has_workers else None,
+            multiprocessing_context=WorkerContext(self.processes) if has_workers and LINUX else None,
+            # DataLoader draws a seed at every start. From the global generator this would change later draws.
             generator=generator("loader"),
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises a `UserError`: an image cannot be read, or a process that decodes was killed or is stuck."""
-        watch = Watch(self.processes, self.num_workers > 0)
+        """The batches, as `collate` makes them.
+
+        Raises:
+            UserError: an image cannot be read, or a worker was killed or hangs.
+        """
+        monitor = WorkerMonitor(self.processes, self.num_workers > 0)
         try:
-            batches = self._start(watch)
-            while (batch := watch.during(lambda: next(batches, None))) is not None:
+            batches = self._start(monitor)
+            while (batch := monitor.waiting(lambda: next(batches, None))) is not None:
                 yield batch
         except (UserError, RuntimeError, OSError, EOFError) as error:
-            broken = isinstance(error, (OSError, EOFError))  # connections end a little before the process does
-            clean = watch.found(seconds=1.0 if broken else 0.0) or clean_worker_error(error) or error
-            watch.end()  # torch would wait seconds for each, and they perhaps for a dead one
-            raise clean from None
+            disconnected = isinstance(error, (OSError, EOFError))  # a connection ends shortly before its process does
+            failure = monitor.failure(wait_seconds=1.0 if disconnected else 0.0)
+            monitor.end_workers()  # torch would wait several seconds for each of them
+            raise failure or clean_worker_error(error) or error from None
         finally:
-            watch.close()
+            monitor.close()
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def _start(self, watch: Watch) -> Iterator[Batch]:
-        before = signal.getsignal(signal.SIGCHLD)
+    def _start(self, monitor: WorkerMonitor) -> Iterator[Batch]:
+        earlier_handler = signal.getsignal(signal.SIGCHLD)
         try:
-            return watch.during(lambda: iter(self.loader))
+            return monitor.waiting(lambda: iter(self.loader))
         except OSError as error:
-            reason = f"cannot start the {self.num_workers} processes that decode images ({error.strerror})"
+            reason = f"cannot start {self.num_workers} processes that decode images ({error.strerror})"
             raise UserError(f"{reason}: lower num_workers") from error
         finally:
-            # torch has the end of a worker raise an error wherever the main process is, be it in the middle of saving.
-            if signal.getsignal(signal.SIGCHLD) != before:
-                signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+            # torch installs a handler that raises when a worker ends, wherever the main process is at that moment,
+            # for example in the middle of saving.
+            if signal.getsignal(signal.SIGCHLD) != earlier_handler:
+                signal.signal(signal.SIGCHLD, earlier_handler or signal.SIG_DFL)
 
 
 def eval_loader(view: View, batch_size: int, num_workers: int, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:
-    """Each image of the view once over all ranks, in batches whose sizes agree between the ranks.
+    """Batches for evaluation: all ranks together see each image once, in the same number of batches of equal sizes.
 
-    Where the images do not divide evenly a rank gets padding: `index` -1, `weight` 0. A transform that draws draws
-    anew in each epoch.
+    If the images do not divide evenly, some ranks get padding with `index` −1 and `weight` 0.
+
+    Args:
+        view: the images.
+        batch_size: images of a batch on one rank.
+        num_workers: worker processes that decode images.
+        rank: index of this process.
+        world: number of processes.
+        epoch: pass over the images. A random transform makes new draws in each.
     """
-    shard = _Shard(len(view), batch_size, rank, world, epoch)
-    return Loader(view, shard, num_workers, min(batch_size, len(shard.keys)), world, persistent=False)
+    batches = _RankBatches(len(view), batch_size, rank, world, epoch)
+    return Loader(view, batches, num_workers, min(batch_size, len(batches.keys)), world, persistent=False)
 
 
 def train_loader(view: View, sampler: StepSampler, num_workers: int) -> Loader:
-    """Micro-batches in the sampler's order; each `iter` starts at the sampler's position."""
-    images = sampler.micro_batch_size * (1 if sampler.pair is None else 2)
-    return Loader(view, sampler, num_workers, images, sampler.world, persistent=True)
+    """Micro-batches for training, in the order of a sampler. Each iteration starts at the sampler's position.
+
+    Args:
+        view: the training images.
+        sampler: the order of the images.
+        num_workers: worker processes that decode images.
+    """
+    max_images = sampler.micro_batch_size * (1 if sampler.pair is None else 2)
+    return Loader(view, sampler, num_workers, max_images, sampler.world, persistent=True)
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Samples of a view → a batch.
+    """Join samples of a view into a batch.
+
+    Args:
+        samples: B samples.
 
     Returns:
-        image: uint8 [B, 3, H, W], of T draws [B, T, 3, H, W], or a list of B tensors where sizes differ (images to be
-            five-cropped on the device); partner: of pairs, as image;
-        label, index: int64 [B]; weight: float32 [B].
+        image: uint8 [B, 3, H, W], or [B, T, 3, H, W] for T draws of each image, or a list of B tensors where sizes
+            differ (such images are cropped on the device);
+        partner: the second images of pairs, as `image`; only if the samples are pairs;
+        label, index: int64 [B];
+        weight: float32 [B].
     """
     images = [sample["image"] for sample in samples]
-    alike = all(image.shape == images[0].shape for image in images)
+    same_size = all(image.shape == images[0].shape for image in images)
     batch: Batch = {name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "index", "weight")}
     if "partner" in samples[0]:
         batch["partner"] = torch.stack([sample["partner"] for sample in samples])
-    return {"image": torch.stack(images) if alike else images, **batch}
+    return {"image": torch.stack(images) if same_size else images, **batch}
 
 
 def clean_worker_error(error: BaseException) -> UserError | None:
-    """The one-line `UserError` behind an exception that a loader raised; None if it is of another kind.
+    """The one-line `UserError` that caused an exception of a loader.
 
-    A DataLoader re-raises a worker's exception as the same type, its message being the worker's whole traceback.
+    A DataLoader raises the exception of a worker again as the same type, with the worker's traceback as its message.
+
+    Args:
+        error: what the loader raised.
+
+    Returns:
+        The error without traceback, or None if the cause is no wrong input.
     """
     if "unable to allocate shared memory" in str(error):
-        return UserError(FULL)
+        return UserError(SHARED_MEMORY_FULL)
     if not isinstance(error, UserError):
         return None
     kind = f"{type(error).__module__}.{type(error).__qualname__}: "
@@ -121,13 +162,13 @@ def clean_worker_error(error: BaseException) -> UserError | None:
     return type(error)(lines[-1].removeprefix(kind)) if lines else error
 
 
-class _Shard:
-    """(index, epoch) batches of one rank; every rank has equally many, of equal size. Missing ones are `PADDING`."""
+class _RankBatches:
+    """Batches of (index, epoch) keys for one rank. Every rank has the same number of keys, filled up with `PADDING`."""
 
     def __init__(self, length: int, batch_size: int, rank: int, world: int, epoch: int):
         share = -(-length // world)
-        own = list(range(rank, length, world))
-        self.keys = [(index, epoch) for index in own + [PADDING] * (share - len(own))]
+        indices = list(range(rank, length, world))
+        self.keys = [(index, epoch) for index in indices + [PADDING] * (share - len(indices))]
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -138,9 +179,10 @@ class _Shard:
 
 
 def _collate_shared(samples: Sequence[Batch]) -> Batch:
-    """`collate`, in a worker into shared memory: if that is full, an error here reaches the main process.
+    """`collate`; in a worker also move the batch to shared memory.
 
-    Left to the queue, it would end in the queue's own thread, and the main process would wait for ever.
+    If the shared memory is full, an error raised here reaches the main process. If the queue moved the batch instead,
+    the error would end a thread of the queue, and the main process would wait for ever.
     """
     batch = collate(samples)
     if get_worker_info() is not None:

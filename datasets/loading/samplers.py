@@ -1,4 +1,7 @@
-"""The order of training images: a pure function of labels, seed and epoch, cut into steps, ranks, micro-batches."""
+"""Samplers: which training images an epoch has and in which order, divided into steps, ranks and micro-batches.
+
+The order is a pure function of labels, seed and epoch.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,45 +10,82 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from tailtune.configs.seeding import generator, mix
+from tailtune.configs.seeding import derive_seed, generator
 
 Key = tuple[int, ...]
-"""(index in the split, epoch, how often it came before in this epoch), and of a pair also those of its second image
-but the epoch: what a `View` needs to augment reproducibly."""
+"""What a `View` needs to augment an image reproducibly: (index in the split, epoch, how often the image came before in
+this epoch). A pair appends the index and the number of its second image."""
 Order = Callable[[Tensor, int, int], Tensor]
-"""Labels of the split [N], seed, epoch → the images of the epoch, as indices in the split [N]."""
+"""Labels of the split [N], seed, epoch → the images of the epoch as indices in the split, int64 [N]."""
 
 
 def shuffle(labels: Tensor, seed: int, epoch: int) -> Tensor:
-    """Every image once."""
+    """Every image once, in random order.
+
+    Args:
+        labels: of the split, int64 [N].
+        seed: the seed of the run.
+        epoch: the first is 0.
+
+    Returns:
+        Indices in the split, int64 [N].
+    """
     return torch.randperm(len(labels), generator=generator(seed, "order", epoch))
 
 
 def balanced(labels: Tensor, seed: int, epoch: int) -> Tensor:
-    """N times a class, each equally likely, then the next of its images, which start over in another order.
+    """Class-balanced sampling: draw a class uniformly, then take the next image of this class.
 
-    The sampler of decoupled training (Kang et al. 2020, §4.1) and of RIDE's expert assignment.
+    The images of a class are taken in random order. When all have been taken, they start again in a new random order.
+    This is the sampler of decoupled training (Kang et al. 2020, §4.1) and of RIDE's expert assignment.
+
+    Args:
+        labels: of the split, int64 [N].
+        seed: the seed of the run.
+        epoch: the first is 0.
+
+    Returns:
+        Indices in the split, int64 [N].
     """
-    draws = generator(seed, "balanced", epoch)
-    return _of_classes(labels, torch.randint(len(labels.unique()), labels.shape, generator=draws), draws)
+    random = generator(seed, "balanced", epoch)
+    return _images_of(torch.randint(len(labels.unique()), labels.shape, generator=random), labels, random)
 
 
 def reverse(labels: Tensor, seed: int, epoch: int) -> Tensor:
-    """As `balanced`, but a class is as much more likely as it is rarer, p_c ∝ 1 / n_c (BBN, Zhou et al. 2020, §4.2)."""
-    draws = generator(seed, "reverse", epoch)
-    rarity = 1 / labels.unique(return_counts=True)[1].double()
-    return _of_classes(labels, torch.multinomial(rarity, len(labels), replacement=True, generator=draws), draws)
+    """Reversed sampling: as `balanced`, but a class has probability p_c ∝ 1 / n_c (BBN, Zhou et al. 2020, §4.2).
+
+    Args:
+        labels: of the split, int64 [N].
+        seed: the seed of the run.
+        epoch: the first is 0.
+
+    Returns:
+        Indices in the split, int64 [N].
+    """
+    random = generator(seed, "reverse", epoch)
+    inverse_counts = 1 / labels.unique(return_counts=True)[1].double()
+    drawn = torch.multinomial(inverse_counts, len(labels), replacement=True, generator=random)
+    return _images_of(drawn, labels, random)
 
 
-def _of_classes(labels: Tensor, drawn: Tensor, draws: torch.Generator) -> Tensor:
-    """An image for each drawn class, by the class's place among those that there are [N]: its images in turn."""
+def _images_of(drawn: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+    """One image for each drawn class; the images of a class are taken in turn.
+
+    Args:
+        drawn: classes as positions among the sorted labels that occur, int64 [N].
+        labels: of the split, int64 [N].
+        random: for the order of the images of a class.
+
+    Returns:
+        Indices in the split, int64 [N].
+    """
     classes, sizes = labels.unique(return_counts=True)
-    members = labels.argsort(stable=True).split(sizes.tolist())
-    places = drawn.argsort(stable=True).split(drawn.bincount(minlength=len(classes)).tolist())
+    images_by_class = labels.argsort(stable=True).split(sizes.tolist())
+    draws_by_class = drawn.argsort(stable=True).split(drawn.bincount(minlength=len(classes)).tolist())
     order = torch.empty_like(drawn)
-    for own, where in zip(members, places, strict=True):
-        rounds = -(-len(where) // len(own))
-        order[where] = own[torch.rand(rounds, len(own), generator=draws).argsort(1).flatten()[: len(where)]]
+    for images, draws in zip(images_by_class, draws_by_class, strict=True):
+        rounds = -(-len(draws) // len(images))
+        order[draws] = images[torch.rand(rounds, len(images), generator=random).argsort(1).flatten()[: len(draws)]]
     return order
 
 
@@ -69,22 +109,23 @@ SAMPLERS: dict[str, ImageOrder] = {
 class StepSampler(Sampler[list[Key]]):
     """Batch sampler of one rank.
 
-    The global batch of an optimizer step is a slice of the epoch's order, the same for any number of processes;
-    each rank has a contiguous part of it, in chunks of at most `micro_batch_size`. The last batch of an
-    epoch is kept though it be partial. Iterating gives the micro-batches from the current position to the epoch's
-    end, as lists of `Key`.
+    The global batch of an optimizer step is a slice of the epoch's order. It is the same for any number of processes.
+    Each rank takes a contiguous part of the global batch, in micro-batches of at most `micro_batch_size` images. The
+    last batch of an epoch may be smaller. Iterating gives the micro-batches from the current position to the end of
+    the epoch, as lists of `Key`.
 
-    A rank without samples in a step (its part of a small last batch is empty) still has to take part in the
-    reduction of gradients: it gets one image that others have too. `is_padding` says so, and its weight is zero.
+    If the last batch is so small that a rank gets no image of it, the rank still has to take part in the reduction of
+    gradients. It gets an image that another rank has, with weight 0; `is_padding` is true then.
 
     Args:
         labels: of the split, int64 [N].
         batch_size: images in an optimizer step, over all ranks.
         micro_batch_size: images that a rank holds at once.
         seed: of the order.
-        rank, world: this process, and how many there are.
-        order: which images an epoch has, as entries of `SAMPLERS` say.
-        pair: which images stand beside those, another one.
+        rank: index of this process.
+        world: number of processes.
+        order: the images of an epoch, an entry of `SAMPLERS`.
+        pair: the second images of pairs, an entry of `SAMPLERS`; None for no pairs.
     """
 
     def __init__(
@@ -106,41 +147,64 @@ class StepSampler(Sampler[list[Key]]):
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, step: int) -> None:
-        """Go to a step of an epoch; `step` = `steps` is the epoch's end."""
+        """Go to a step of an epoch.
+
+        Args:
+            epoch: the first is 0.
+            step: from 0 to `steps`, which is the end of the epoch.
+
+        Raises:
+            ValueError: another step.
+        """
         if not 0 <= step <= self.steps:
             raise ValueError(f"step {step} of an epoch of {self.steps}")
         self.epoch, self.step = epoch, step
         order = self.order(self.labels, self.seed, epoch)
         self._order = order.tolist()
-        own: Sequence[tuple[int, ...]] = [(index, epoch, number) for index, number in _numbered(order)]
+        keys: Sequence[Key] = [(index, epoch, number) for index, number in _numbered(order)]
         if self.pair is not None:
-            other = self.pair(self.labels, mix(self.seed, "pair"), epoch)
-            # Numbers below 0, so that an image beside another is augmented otherwise than in the first place.
-            own = [(*key, index, -1 - number) for key, (index, number) in zip(own, _numbered(other), strict=True)]
-        self._keys = own
+            partners = _numbered(self.pair(self.labels, derive_seed(self.seed, "pair"), epoch))
+            # Negative numbers give the second image of a pair another augmentation than the same image as the first.
+            keys = [(*key, index, -1 - number) for key, (index, number) in zip(keys, partners, strict=True)]
+        self._keys = keys
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """This rank's indices in a step of the current epoch, at least one micro-batch."""
+        """The micro-batches of this rank in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+
+        Returns:
+            One or more lists of indices in the split.
+        """
         return [self._order[chunk.start : chunk.stop] for chunk in self._chunks(step)]
 
     def is_padding(self, step: int) -> bool:
-        """Whether this rank has no samples of its own in the step."""
+        """Whether this rank only has an image of weight 0 in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+        """
         return not self._part(step)
 
     def counts(self, step: int) -> int:
-        """Number of this rank's micro-batches in the step."""
+        """Number of micro-batches of this rank in a step of the current epoch.
+
+        Args:
+            step: the first of the epoch is 0.
+        """
         return max(1, -(-len(self._part(step)) // self.micro_batch_size))
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.step, self.steps):
             for chunk in self._chunks(step):
-                yield [self._keys[place] for place in chunk]
+                yield [self._keys[position] for position in chunk]
 
     def __len__(self) -> int:
         return sum(self.counts(step) for step in range(self.step, self.steps))
 
     def _chunks(self, step: int) -> list[range]:
-        """Places in the epoch's order of this rank's micro-batches."""
+        """The micro-batches of this rank, as positions in the order of the epoch."""
         part = self._part(step) or self._batch(step)[:1]
         return [part[i : i + self.micro_batch_size] for i in range(0, len(part), self.micro_batch_size)]
 
@@ -153,8 +217,8 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def _numbered(order: Tensor) -> Iterator[tuple[int, int]]:
-    """Each entry and how often it has come before: an image that comes again is augmented anew."""
-    ascending, places = order.sort(stable=True)
-    before = torch.empty_like(order)
-    before[places] = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)
-    return zip(order.tolist(), before.tolist(), strict=True)
+    """Each image with the number of times it came before; repetitions get new augmentations by this number."""
+    ascending, positions = order.sort(stable=True)
+    times_before = torch.empty_like(order)
+    times_before[positions] = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)
+    return zip(order.tolist(), times_before.tolist(), strict=True)

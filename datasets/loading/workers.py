@@ -1,4 +1,4 @@
-"""Processes that decode images: how many this machine can serve, and how they begin and end."""
+"""Worker processes that decode images: how many this machine can run, how they start, and how they end."""
 
 import ctypes
 import logging
@@ -19,103 +19,114 @@ from typing import Any, TypeVar
 from tailtune.configs.errors import UserError
 
 LINUX = sys.platform == "linux"
-SHARED = Path("/dev/shm")
-"""Where Linux keeps the memory through which decoded batches come to this process."""
-AHEAD = 2
-"""Batches that each process decodes ahead."""
-IN_USE = 2
-"""Batches that the main process still holds: the one that it computes on, and the next."""
-STUCK, TICK = 300.0, 1.0
-"""Seconds: without a batch, after which the processes that decode count as stuck; and of one look at them.
+SHARED_MEMORY = Path("/dev/shm")
+"""File system of Linux for shared memory, through which the main process gets decoded batches."""
+PREFETCHED_BATCHES = 2
+"""Batches that each worker decodes ahead."""
+BATCHES_IN_USE = 2
+"""Batches that the main process holds: the one that it computes on, and the next."""
+STUCK_SECONDS = 300.0
+"""The workers are ended if no batch came for so long."""
+CHECK_SECONDS = 1.0
+"""Time between two checks of the workers.
 
-Looks are counted, not time, because a clock goes on while a whole job is stopped (SIGSTOP, SIGCONT).
+The time without a batch is measured as a number of checks, because a clock also runs while the whole job is stopped
+(SIGSTOP, SIGCONT).
 """
 
 CONTINUES = "the same command continues"
-LESS = "lower num_workers, or micro_batch_size and test_batch_size"
-FULL = f"{SHARED} is full: {LESS}, or give {SHARED} more space; {CONTINUES}"
-ENDED: dict[int, str] = {
-    signal.SIGKILL: f"was killed (out of memory?): {LESS}",
-    signal.SIGBUS: f"was killed (is {SHARED} full?): {LESS}, or give {SHARED} more space",
+USE_LESS = "lower num_workers, or micro_batch_size and test_batch_size"
+SHARED_MEMORY_FULL = f"{SHARED_MEMORY} is full: {USE_LESS}, or give {SHARED_MEMORY} more space; {CONTINUES}"
+KILLED_BY: dict[int, str] = {
+    signal.SIGKILL: f"was killed (out of memory?): {USE_LESS}",
+    signal.SIGBUS: f"was killed (is {SHARED_MEMORY} full?): {USE_LESS}, or give {SHARED_MEMORY} more space",
 }
-"""Signal that ended a process → what happened, and the remedy."""
+"""Signal that ended a worker → what happened, and the remedy, for messages."""
 PR_SET_PDEATHSIG = 1
+"""Operation of Linux's `prctl`: send this process a signal when its parent ends."""
 
 Result = TypeVar("Result")
 
 log = logging.getLogger("tailtune")
 
 
-def possible_workers(wanted: int, batch_bytes: Callable[[], int]) -> int:
-    """How many of the processes that are asked for this machine can serve; the batches are the same with any number.
+def usable_workers(wanted: int, batch_bytes: Callable[[], int]) -> int:
+    """How many worker processes this machine can run. The number has no influence on the batches.
 
     Args:
-        wanted: `num_workers`. More than there are processors would only wait.
-        batch_bytes: gives the size of a decoded batch, over all processes of the run.
+        wanted: the option `num_workers`. More workers than processors are never started.
+        batch_bytes: returns the bytes of one decoded batch, summed over all processes of the run.
+
+    Returns:
+        At most `wanted`; 0, with a warning, if the shared memory is too small for the workers.
     """
-    found = min(wanted, _processors())
-    if not found:
+    count = min(wanted, _available_processors())
+    if not count:
         return 0
-    free, needed = _shared_memory(), (AHEAD * found + IN_USE) * batch_bytes()
+    free, needed = free_shared_memory(), (PREFETCHED_BATCHES * count + BATCHES_IN_USE) * batch_bytes()
     if free >= needed:
-        return found
+        return count
     log.warning(
-        f"warning: num_workers {wanted} needs {needed / 2**20:.1f} MiB in {SHARED}, where {free / 2**20:.1f} MiB can "
-        "be written: this process decodes the images instead, which is slower"
+        f"warning: num_workers {wanted} needs {needed / 2**20:.1f} MiB in {SHARED_MEMORY}, which has "
+        f"{free / 2**20:.1f} MiB left: the main process decodes the images instead, which is slower"
     )
     return 0
 
 
-def _shared_memory() -> float:
-    """Bytes that can still be written to `SHARED`."""
+def free_shared_memory() -> float:
+    """Bytes that can still be written to `SHARED_MEMORY`; infinite on systems other than Linux."""
     if not LINUX:
         return math.inf
     try:
-        found = os.statvfs(SHARED)
+        status = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0
-    return found.f_bavail * found.f_frsize if os.access(SHARED, os.W_OK) else 0
+    return status.f_bavail * status.f_frsize if os.access(SHARED_MEMORY, os.W_OK) else 0
 
 
-def _processors() -> int:
-    """Processors that this process may use."""
+def _available_processors() -> int:
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def own_signals(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a job: the main one answers, and ends its workers.
+def set_worker_signals(worker_index: int) -> None:
+    """Let a worker ignore signals and end with the main process. It runs at the start of each worker.
 
-    A worker ends with the main process, however that ends.
+    Ctrl-C and the SIGTERM of a scheduler reach every process of a job. The main process reacts to them and ends its
+    workers when it no longer needs them.
+
+    Args:
+        worker_index: torch passes it; it is not used.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not LINUX:  # there torch ends its workers by SIGTERM
+    if not LINUX:  # on other systems torch ends its workers by SIGTERM
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():  # it ended before the line above
+    if parent is not None and parent.pid != os.getppid():  # the main process ended before the call of prctl
         os._exit(1)
 
 
-class _Handle(popen_fork.Popen):
-    """A process as its parent sees it."""
+class _KilledOnTerminate(popen_fork.Popen):
+    """Handle of a worker whose `terminate` sends SIGKILL."""
 
     def terminate(self) -> None:
         self.kill()
 
 
 class Worker(ForkProcess):
-    """A process that ignores SIGTERM, so that to end it, which torch and Python do by SIGTERM, means to kill it."""
+    """A process that ignores SIGTERM. torch and Python end it by `terminate`, which therefore kills it."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        return _Handle(process_obj)
+        return _KilledOnTerminate(process_obj)
 
 
 class _QuietQueue(Queue):
-    """A queue whose thread says nothing of a pipe that is closed already, when the processes at its end are gone."""
+    """A queue that prints no error if its pipe is closed, as it is after the workers have ended."""
 
     @staticmethod
     def _on_queue_feeder_error(error: BaseException, sent: Any) -> None:
@@ -123,78 +134,99 @@ class _QuietQueue(Queue):
             Queue._on_queue_feeder_error(error, sent)  # type: ignore[attr-defined]
 
 
-class Workers(ForkContext):
-    """Starts `Worker`s, and notes them in a list."""
+class WorkerContext(ForkContext):
+    """The multiprocessing context of a DataLoader. It starts `Worker` processes.
 
-    def __init__(self, started: list[Worker]) -> None:
+    Args:
+        processes: a list to which every started worker is appended.
+    """
+
+    def __init__(self, processes: list[Worker]) -> None:
         super().__init__()
-        self.started = started
+        self.processes = processes
 
     def Queue(self, maxsize: int = 0) -> Queue:
+        """A queue for batches or keys; multiprocessing and torch call this method."""
         return _QuietQueue(maxsize, ctx=self.get_context())
 
     def Process(self, *args: Any, **named: Any) -> Worker:  # type: ignore[override]
+        """A worker that has not started yet; torch calls this method."""
         process = Worker(*args, **named)
-        self.started.append(process)
+        self.processes.append(process)
         return process
 
 
-class Watch:
-    """Looks after the processes of a loader while it is iterated: they must give batches, and must not end.
+class WorkerMonitor:
+    """Notices during an iteration over a loader that workers have ended or deliver no batches.
 
-    It keeps neither the loader nor its iterator alive, whose end has to be the main thread's.
+    It holds no reference to the loader or its iterator, because those must be destroyed in the main thread.
 
     Args:
-        processes: those that are there, and those that will be.
-        several: whether there will be any.
+        processes: the workers; the list may grow later.
+        has_workers: whether there will be any.
     """
 
-    def __init__(self, processes: list[Worker], several: bool) -> None:
+    def __init__(self, processes: list[Worker], has_workers: bool) -> None:
         self.processes = processes
-        self.waits = self.stuck = False
-        self.done = threading.Event()
-        if several and LINUX:  # elsewhere the processes are not ours to end
-            threading.Thread(target=self._look, daemon=True).start()
+        self.is_waiting = self.is_stuck = False
+        self.closed = threading.Event()
+        if has_workers and LINUX:  # on other systems torch manages the processes
+            threading.Thread(target=self._check_regularly, daemon=True).start()
 
-    def during(self, wait: Callable[[], Result]) -> Result:
-        """What `wait` returns, which waits for the processes; torch looks every 5 s then whether they live."""
-        self.waits = True
+    def waiting(self, call: Callable[[], Result]) -> Result:
+        """Run a call that waits for the workers, and count its time as time without a batch.
+
+        Args:
+            call: for example `lambda: next(batches)`. Every 5 s torch checks in it whether the workers are alive.
+
+        Returns:
+            The result of the call.
+        """
+        self.is_waiting = True
         try:
-            return wait()
+            return call()
         finally:
-            self.waits = False
+            self.is_waiting = False
 
-    def found(self, seconds: float) -> UserError | None:
-        """What is to be said of processes that have ended though nobody asked for it, or will in some seconds."""
-        if self.stuck:
+    def failure(self, wait_seconds: float) -> UserError | None:
+        """The error that describes what happened to the workers.
+
+        Args:
+            wait_seconds: how long to wait for a worker to end.
+
+        Returns:
+            None if no worker is stuck or has ended by itself.
+        """
+        if self.is_stuck:
             return UserError(
-                f"the processes that decode images have given none for {STUCK:.0f} s: see whether the disk answers, "
-                f"or set num_workers 0; {CONTINUES}"
+                f"the processes that decode images have delivered none for {STUCK_SECONDS:.0f} s: check whether the "
+                f"disk responds, or set num_workers 0; {CONTINUES}"
             )
-        end = time.monotonic() + seconds
-        while not (codes := [each.exitcode for each in self.processes if each.exitcode]):
+        end = time.monotonic() + wait_seconds
+        while not (exit_codes := [process.exitcode for process in self.processes if process.exitcode]):
             if time.monotonic() >= end:
                 return None
             time.sleep(0.02)
-        gone = f"is gone (exit code {codes[0]}): set num_workers 0, which shows why"
-        return UserError(f"a process that decodes images {ENDED.get(-codes[0], gone)}; {CONTINUES}")
+        ended = f"has ended (exit code {exit_codes[0]}): set num_workers 0, which shows why"
+        return UserError(f"a process that decodes images {KILLED_BY.get(-exit_codes[0], ended)}; {CONTINUES}")
 
-    def end(self) -> None:
-        """Kill the processes."""
+    def end_workers(self) -> None:
+        """Kill the workers and wait until they have ended."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join()
 
     def close(self) -> None:
-        self.done.set()
+        """End the thread that checks the workers."""
+        self.closed.set()
 
-    def _look(self) -> None:
-        """In a thread: that the processes end also ends a wait for them, wherever in torch it is."""
-        looks = 0
-        while not self.done.wait(TICK):
-            looks = looks + 1 if self.waits else 0
-            if looks * TICK >= STUCK:
-                self.stuck = True
-                self.end()
+    def _check_regularly(self) -> None:
+        """Run in a thread. If the workers are stuck, kill them: that also ends the main thread's wait for them."""
+        checks = 0
+        while not self.closed.wait(CHECK_SECONDS):
+            checks = checks + 1 if self.is_waiting else 0
+            if checks * CHECK_SECONDS >= STUCK_SECONDS:
+                self.is_stuck = True
+                self.end_workers()
                 return

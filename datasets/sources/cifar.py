@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) through torchvision, in the order of the official files."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read by torchvision in the order of the official files."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.image_sources import ArraySource
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-"""CIFAR-10's, which the long-tail literature uses for CIFAR-100 as well."""
+"""Pixel statistics of CIFAR-10, which the long-tail literature uses for CIFAR-100, too."""
 
 TRAIN_IMAGES = 50_000
 
@@ -22,28 +22,31 @@ possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper
 sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
 willow_tree wolf woman worm
 """
-# torchvision reads the names from the archive; here they are needed before it is there.
+# torchvision reads the names from the archive, but they are needed before it is downloaded.
 CLASS_NAMES = {"CIFAR10": tuple(_CIFAR10.split()), "CIFAR100": tuple(_CIFAR100.split())}
 
 
 def load_cifar(name: str, root: Path) -> tuple[ArraySource, ArraySource]:
-    """The official training and test images; downloads the archive if `root` lacks it (checksums by torchvision).
+    """The official training and test images. A missing archive is downloaded; torchvision checks its checksum.
 
     Args:
         name: CIFAR10 or CIFAR100.
-        root: folder that holds, or gets, the archive.
+        root: folder of the archive.
+
+    Returns:
+        Training and test images.
 
     Raises:
-        UserError: the archive is not there and cannot be downloaded.
+        UserError: the archive is missing and cannot be downloaded.
     """
-    kind = {"CIFAR10": torchvision.datasets.CIFAR10, "CIFAR100": torchvision.datasets.CIFAR100}[name]
+    dataset = {"CIFAR10": torchvision.datasets.CIFAR10, "CIFAR100": torchvision.datasets.CIFAR100}[name]
     try:
-        train, test = kind(root, train=True, download=True), kind(root, train=False)
+        train, test = dataset(root, train=True, download=True), dataset(root, train=False)
     except (OSError, RuntimeError) as error:  # URLError, HTTPError and a read-only folder are OSErrors
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name} is not in {root.absolute()} and cannot be downloaded ({reason}): "
-            f"get {kind.url} and put it there, or set `root` to the folder that holds it"
+            f"download {dataset.url} to this folder, or set `root` to the folder that holds it"
         ) from error
     return (
         ArraySource(train.data, train.targets, f"{name} train"),

@@ -1,4 +1,4 @@
-"""Strings that describe each class, which `prompt descriptor` reads instead of the class names."""
+"""Texts that describe each class. With the option `prompt descriptor` they are used instead of the class names."""
 
 import json
 from collections.abc import Sequence
@@ -11,10 +11,20 @@ PUBLISHED_AT = "https://github.com/shijxcs/LIFT, utils/descriptors_imagenet.json
 
 
 def class_descriptors(name: str, folders: Sequence[Path], class_names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """The strings of each class from a JSON of class name → list of strings; `_` in a name reads as a space.
+    """Read the descriptions of the classes from a JSON object: class name → list of texts.
+
+    In class names `_` means a space, in the file and in `class_names`.
+
+    Args:
+        name: path of the file in one of the folders.
+        folders: where to look for it.
+        class_names: C names.
+
+    Returns:
+        The texts of each class, [C].
 
     Raises:
-        UserError: no such file, another kind of file, or a class that is not in it.
+        UserError: there is no such file, it is not such a JSON object, or a class is missing in it.
     """
     file = first_file(name, folders)
     if file is None:
@@ -22,17 +32,17 @@ def class_descriptors(name: str, folders: Sequence[Path], class_names: Sequence[
         raise UserError(f"descriptors: no file {tried}; ImageNet's is published at {PUBLISHED_AT}")
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-        found = {key.replace("_", " "): _strings(value) for key, value in content.items()}
+        texts = {key.replace("_", " "): _as_texts(value) for key, value in content.items()}
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"descriptors: {file} must be a JSON object, class name → list of strings") from None
-    spoken = [each.replace("_", " ") for each in class_names]
-    for each in spoken:
-        if each not in found:
-            raise UserError(f"descriptors: {file} has no entry for class '{each}'; every class needs one")
-    return tuple(found[each] for each in spoken)
+    spaced_names = [class_name.replace("_", " ") for class_name in class_names]
+    for class_name in spaced_names:
+        if class_name not in texts:
+            raise UserError(f"descriptors: {file} has no entry for class '{class_name}'; every class needs one")
+    return tuple(texts[class_name] for class_name in spaced_names)
 
 
-def _strings(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(each, str) and each.strip() for each in value):
+def _as_texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
         raise ValueError
     return tuple(value)

@@ -1,7 +1,7 @@
-"""Images laid out in class folders: what belongs to a class, and what is left out of it.
+"""Reads images from class folders: `root/<split>/<class>/**`.
 
-Links to files and to folders are followed, so that data may lie elsewhere; but a link never takes a folder into a class
-that the data hold in another place, and no folder is read twice.
+Links to files and folders are followed, so that data may be stored elsewhere. But no folder is read twice, and a link
+never adds the folder of a split or class to another class.
 """
 
 import logging
@@ -20,194 +20,226 @@ from tailtune.datasets.sources.listing import Listing
 log = logging.getLogger("tailtune")
 
 SPLITS = ("train", "val", "test")
-CLUTTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}
-"""Files and folders that systems leave behind; names that begin with a dot count like these."""
+SYSTEM_NAMES = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+"""Files and folders that operating systems create. They are left out, as are names that begin with a dot."""
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders, sorted.
+    """The names of the class folders of a split, sorted.
+
+    Args:
+        folder: the folder of the split.
 
     Raises:
-        UserError: there is no such folder, none in it, or a link in it that leads nowhere.
+        UserError: the folder does not exist, contains no folder, or contains a broken link that may have been one.
     """
     if not os.path.isdir(folder):
         raise MissingData(f"image folder not found: {folder.absolute()} (`root` must hold train/<class>/…)")
     names = []
     for entry in _entries(str(folder)):
-        if _is_folder(entry) and not _is_clutter(entry.name):
+        if _is_folder(entry) and not _is_hidden(entry.name):
             names.append(entry.name)
-        elif _leads_nowhere(entry) and not _is_picture(entry):
-            raise UserError(f"{entry.path} leads nowhere: a link to {os.readlink(entry.path)} (mend or remove it)")
+        elif _is_broken_link(entry) and not _is_image(entry):
+            raise UserError(f"{entry.path} is a broken link to {os.readlink(entry.path)}: repair or remove it")
     if not names:
         raise UserError(f"no class folders in {folder.absolute()} (`root` must hold train/<class>/…)")
     return sorted(names)
 
 
 def read_folder(root: Path, split: str, class_names: Sequence[str]) -> Listing:
-    """`root/<split>/<class>/**`: all images below the class folders, in the order of torchvision's ImageFolder.
+    """All images below the class folders of a split, in the order of torchvision's ImageFolder.
 
-    What is left out (hidden files, other kinds of files, links that lead back) is logged.
+    Hidden files, other kinds of files and links to folders that are read elsewhere are left out; the log says how many.
+
+    Args:
+        root: folder of the data.
+        split: one of `SPLITS`.
+        class_names: names of all C classes in the order of their labels.
+
+    Returns:
+        The images, with paths relative to `root`.
 
     Raises:
-        UserError: a class folder that is not among `class_names`, or one of train without an image, or no image at all.
+        UserError: a class folder is not among `class_names`, the split has no image, or a class of train has none.
     """
     folder = root / split
     present = class_folders(folder)
     for name in present:
         if name not in class_names:
-            raise UserError(f"{folder / name}: '{name}' is no class, since {root / 'train'} has no such folder")
-    walk = Walk(root, split, present)
-    images = {name: walk.images(name) for name in present}
-    left_out = walk.left_out()
-    more = f"; left out of {split}: {left_out}" if left_out else ""
-    empty = [name for name, paths in images.items() if not paths]
-    if len(empty) == len(present):
-        raise UserError(f"no images in the class folders of {folder.absolute()}{more}")
-    if empty and split == "train":
-        others = f" (and in {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise UserError(
-            f"no image in the class folder {folder / empty[0]}{others}: add one, or remove the folder{more}"
-        )
+            reason = f"'{name}' is no class, because {root / 'train'} has no such folder"
+            raise UserError(f"{folder / name}: {reason}; remove or rename it")
+    reader = ClassFolderReader(root, split, present)
+    images = {name: reader.images(name) for name in present}
+    left_out = reader.left_out()
+    _check_empty(images, folder, split, left_out)
     if left_out:
         log.info("left out of %s: %s", folder, left_out)
-    if shared := walk.shared():
-        log.warning("%s: %d class folders are those of train (%s …)", folder, len(shared), shared[0])
-    numbers = {name: label for label, name in enumerate(class_names)}
-    labels = [numbers[name] for name, paths in images.items() for _ in paths]
+    if shared := reader.shared_with_train():
+        log.warning("%s: %d of its class folders also belong to train (%s …)", folder, len(shared), shared[0])
+    label_of = {name: label for label, name in enumerate(class_names)}
+    labels = [label_of[name] for name, paths in images.items() for _ in paths]
     return Listing(None, [path for paths in images.values() for path in paths], np.array(labels, dtype=np.int64), [])
 
 
-class Walk:
+def _check_empty(images: dict[str, list[str]], folder: Path, split: str, left_out: str) -> None:
+    """Refuse a split without images, and a class of train without images."""
+    note = f"; left out of {split}: {left_out}" if left_out else ""
+    empty = [name for name, paths in images.items() if not paths]
+    if len(empty) == len(images):
+        raise UserError(f"no images in the class folders of {folder.absolute()}: add some{note}")
+    if empty and split == "train":
+        others = f" (and in {len(empty) - 1} more)" if len(empty) > 1 else ""
+        raise UserError(
+            f"no image in the class folder {folder / empty[0]}{others}: add one, or remove the folder{note}"
+        )
+
+
+class ClassFolderReader:
     """Finds the images of one split, and counts what it leaves out.
 
     Args:
         root: folder of the data.
         split: one of `SPLITS`.
-        class_names: its class folders.
+        class_names: the class folders of the split.
 
     Raises:
-        UserError: two classes in one folder.
+        UserError: two classes are the same folder, or one lies inside another.
     """
 
     def __init__(self, root: Path, split: str, class_names: Sequence[str]):
         self.root, self.split = root, split
-        self.hidden, self.beside, self.nowhere = 0, 0, 0
-        self.others: Counter[str] = Counter()
-        self.links: list[str] = []
-        self.tops = _real_folders(root / split, class_names)
-        self._check_tops()
-        self.own = _own_folders(root)
-        self.above_own = {parent for folder in self.own for parent in _parents(folder)}
-        self.walked = set(self.tops.values())
+        self.hidden, self.outside, self.broken_links = 0, 0, 0
+        self.other_kinds: Counter[str] = Counter()
+        """Extension of files that are no images → their number."""
+        self.skipped_links: list[str] = []
+        """Links to folders that are read elsewhere."""
+        self.real_folders = _real_folders(root / split, class_names)
+        self._check_class_folders()
+        self.data_folders = _data_folders(root)
+        self.above_data_folders = {parent for folder in self.data_folders for parent in _parents(folder)}
+        self.visited = set(self.real_folders.values())
         for entry in _entries(str(root / split)):
-            if _is_clutter(entry.name):
+            if _is_hidden(entry.name):
                 self.hidden += 1
             elif not _is_folder(entry):
-                self._count(entry)
+                self._count_file(entry)
 
-    def _check_tops(self) -> None:
-        classes: dict[str, str] = {}
-        for name, real in self.tops.items():
+    def _check_class_folders(self) -> None:
+        class_of: dict[str, str] = {}
+        for name, real in self.real_folders.items():
             folder = self.root / self.split / name
-            if real in classes:
-                raise UserError(f"{folder} is the same folder as {folder.parent / classes[real]}: remove one of them")
-            classes[real] = name
-        for name, real in self.tops.items():
-            if outer := next((classes[parent] for parent in _parents(real) if parent in classes), None):
+            if real in class_of:
+                raise UserError(f"{folder} is the same folder as {folder.parent / class_of[real]}: remove one of them")
+            class_of[real] = name
+        for name, real in self.real_folders.items():
+            if outer := next((class_of[parent] for parent in _parents(real) if parent in class_of), None):
                 folder = self.root / self.split / name
                 raise UserError(f"{folder} lies in the folder of another class, '{outer}': remove one of them")
 
     def images(self, name: str) -> list[str]:
-        """Paths below the root of all images of a class, in the order of torchvision's ImageFolder."""
+        """All images of a class, in the order of torchvision's ImageFolder.
+
+        Args:
+            name: the class.
+
+        Returns:
+            Paths relative to the root of the data.
+        """
         top = self.root / self.split / name
-        folders = [(str(top), f"{self.split}/{name}", self.tops[name])]
-        found: dict[str, list[str]] = {}
+        folders = [(str(top), f"{self.split}/{name}", self.real_folders[name])]
+        images_in: dict[str, list[str]] = {}
         while folders:
             path, relative, real = folders.pop()
-            found[relative] = []
+            images_in[relative] = []
             for entry in _entries(path):
-                inner = f"{relative}/{entry.name}"
-                if _is_clutter(entry.name):
+                entry_path = f"{relative}/{entry.name}"
+                if _is_hidden(entry.name):
                     self.hidden += 1
                 elif _is_folder(entry):
-                    if target := self._follow(entry, inner, real):
-                        folders.append((entry.path, inner, target))
-                elif _is_picture(entry):
-                    found[relative].append(inner)
+                    if target := self._follow(entry, entry_path, real):
+                        folders.append((entry.path, entry_path, target))
+                elif _is_image(entry):
+                    images_in[relative].append(entry_path)
                 else:
-                    self._count(entry)
-        return [path for folder in sorted(found) for path in found[folder]]
+                    self._count_file(entry)
+        return [path for folder in sorted(images_in) for path in images_in[folder]]
 
     def _follow(self, entry: os.DirEntry[str], relative: str, real: str) -> str | None:
-        """Where a folder in the folder `real` really is; None when it is not to be read from here."""
+        """The real path of a folder inside the folder `real`; None if it must not be read from here."""
         target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-        if target in self.walked or (entry.is_symlink() and self._is_own(target)):
-            self.links.append(relative)
+        if target in self.visited or (entry.is_symlink() and self._overlaps_data(target)):
+            self.skipped_links.append(relative)
             return None
-        self.walked.add(target)
+        self.visited.add(target)
         return target
 
-    def _is_own(self, target: str) -> bool:
-        """Whether a folder is, holds, or lies in a folder of the splits and classes."""
-        return target in self.own or target in self.above_own or any(each in self.own for each in _parents(target))
+    def _overlaps_data(self, target: str) -> bool:
+        """Whether a folder is, contains, or lies in the folder of a split or class."""
+        inside = any(parent in self.data_folders for parent in _parents(target))
+        return target in self.data_folders or target in self.above_data_folders or inside
 
-    def _count(self, entry: os.DirEntry[str]) -> None:
-        """A file that is no image of a class."""
-        if _is_picture(entry):
-            self.beside += 1
-        elif _leads_nowhere(entry):
-            self.nowhere += 1
+    def _count_file(self, entry: os.DirEntry[str]) -> None:
+        """Count a file that is no image of a class."""
+        if _is_image(entry):
+            self.outside += 1
+        elif _is_broken_link(entry):
+            self.broken_links += 1
         else:
-            self.others[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
+            self.other_kinds[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
 
     def left_out(self) -> str:
-        """What was left out, for people; an empty text when it was nothing."""
-        ranked = sorted(self.others, key=lambda kind: (-self.others[kind], kind))
-        kinds = ", ".join(ranked[:5]) + (" …" if len(ranked) > 5 else "")
-        links = ", ".join(self.links[:2]) + (" …" if len(self.links) > 2 else "")
+        """A description of what was left out, for the log; an empty text if it was nothing."""
+        by_number = sorted(self.other_kinds, key=lambda kind: (-self.other_kinds[kind], kind))
+        kinds = ", ".join(by_number[:5]) + (" …" if len(by_number) > 5 else "")
+        links = ", ".join(self.skipped_links[:2]) + (" …" if len(self.skipped_links) > 2 else "")
+        number_of_links = len(self.skipped_links)
         parts = [
             (self.hidden, "hidden file or folder", "hidden files or folders", ""),
-            (self.others.total(), "file of another kind", "files of other kinds", f" ({kinds})"),
-            (self.beside, "image outside the class folders", "images outside the class folders", ""),
-            (len(self.links), "folder that is read elsewhere", "folders that are read elsewhere", f" ({links})"),
-            (self.nowhere, "link that leads nowhere", "links that lead nowhere", ""),
+            (self.other_kinds.total(), "file of another kind", "files of other kinds", f" ({kinds})"),
+            (self.outside, "image outside the class folders", "images outside the class folders", ""),
+            (number_of_links, "folder that is read elsewhere", "folders that are read elsewhere", f" ({links})"),
+            (self.broken_links, "broken link", "broken links", ""),
         ]
-        return ", ".join(f"{n} {one if n == 1 else many}{more}" for n, one, many, more in parts if n)
+        return ", ".join(
+            f"{number} {singular if number == 1 else plural}{examples}"
+            for number, singular, plural, examples in parts
+            if number
+        )
 
-    def shared(self) -> list[str]:
-        """Classes of another split than train whose folder is one that is trained on."""
+    def shared_with_train(self) -> list[str]:
+        """Classes of this split whose folder is also a class folder of train; none if this split is train."""
         if self.split == "train":
             return []
-        train = set(_real_folders(self.root / "train", list(self.tops)).values())
-        return [name for name, real in self.tops.items() if real in train]
+        train_folders = set(_real_folders(self.root / "train", list(self.real_folders)).values())
+        return [name for name, real in self.real_folders.items() if real in train_folders]
 
 
 def _real_folders(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Name of a folder in this folder → where it really is."""
+    """Name of a folder inside `folder` → its real path."""
     real = os.path.realpath(folder)
-    inner = {name: os.path.join(real, name) for name in names}
-    return {name: os.path.realpath(path) if os.path.islink(path) else path for name, path in inner.items()}
+    paths = {name: os.path.join(real, name) for name in names}
+    return {name: os.path.realpath(path) if os.path.islink(path) else path for name, path in paths.items()}
 
 
-def _own_folders(root: Path) -> set[str]:
-    """Where the splits and their class folders really are."""
-    own = set()
+def _data_folders(root: Path) -> set[str]:
+    """Real paths of the splits, and of their class folders that are links."""
+    folders = set()
     for split in SPLITS:
         if os.path.isdir(root / split):
-            own.add(os.path.realpath(root / split))
-            own |= {os.path.realpath(each.path) for each in _entries(str(root / split)) if each.is_symlink()}
-    return own
+            folders.add(os.path.realpath(root / split))
+            folders |= {os.path.realpath(entry.path) for entry in _entries(str(root / split)) if entry.is_symlink()}
+    return folders
 
 
 def _parents(path: str) -> Iterable[str]:
-    """The folders around a path, innermost first."""
+    """The folders that contain a path, innermost first."""
     while (parent := os.path.dirname(path)) != path:
         yield parent
         path = parent
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name, links last, so that a folder is read from where it lies."""
+    """The content of a folder by name. Links to folders come last, so that a folder is read at its real place."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: (entry.is_symlink() and _is_folder(entry), entry.name))
@@ -222,13 +254,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+def _is_broken_link(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def _is_clutter(name: str) -> bool:
-    return name.startswith(".") or name in CLUTTER
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_NAMES
 
 
-def _is_picture(entry: os.DirEntry[str]) -> bool:
+def _is_image(entry: os.DirEntry[str]) -> bool:
     return entry.name.lower().endswith(EXTENSIONS)

@@ -1,4 +1,4 @@
-"""Images listed in text files (`relative/path label` a line), and the other files that users write about data."""
+"""Reads list files (one `relative/path label` per line) and the files of class names and class counts."""
 
 import logging
 from collections.abc import Sequence
@@ -6,227 +6,249 @@ from pathlib import Path
 
 import numpy as np
 
-from tailtune.configs.errors import UserError, lookup, naming
-from tailtune.datasets.images.regular_files import NoFile, size_of
+from tailtune.configs.errors import UserError, lookup, prefix_errors
+from tailtune.datasets.images.regular_files import NotARegularFile, file_size
 from tailtune.datasets.sources.image_sources import MissingData
 from tailtune.datasets.sources.listing import Listing
 from tailtune.datasets.sources.published_lists import PUBLISHED, blob_id, published_at
 from tailtune.datasets.sources.text_files import numbered_lines, read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
 
-TAXA = ("name", "genus", "family", "order", "class", "phylum", "kingdom")
-CATEGORIES = "categories.json"
 MAX_LABEL = 9_999_999
-"""What a list file may hold; a larger number is a mistake, and nothing is allocated by it."""
+"""Largest label of a list file. A larger number is a mistake, and must not decide how much memory is allocated."""
 
 log = logging.getLogger("tailtune")
 
 
 def find_list(name: str, folders: Sequence[Path]) -> Path:
-    """The file in the first folder that has it.
+    """Find a list file.
+
+    Args:
+        name: path of the file in one of the folders.
+        folders: where to look for it.
+
+    Returns:
+        The file in the first folder that contains it.
 
     Raises:
-        UserError: in none; a published list is named with its checksum and source.
+        MissingData: no folder contains it. The message says where a published list can be downloaded.
     """
-    if found := first_file(name, folders):
-        return found
+    if file := first_file(name, folders):
+        return file
     tried = ", ".join(_tried(folder / name) for folder in folders)
     message = f"list file not found: {tried} (set `lists` to the folder that holds it)"
-    if place := published_at(Path(name).name):
-        message += f"; it is {place}"
+    if source := published_at(Path(name).name):
+        message += f"; it is {source}"
     raise MissingData(message)
 
 
 def load_list(key: str, name: str, folders: Sequence[Path]) -> Listing:
-    """The list file that an option names. Raises `UserError` as `find_list` and `read_list`, with the option's name."""
-    with naming(key):
+    """Read the list file that an option names.
+
+    Args:
+        key: the option, which errors name.
+        name: its value: path of the file in one of the folders.
+        folders: where to look for it.
+
+    Raises:
+        UserError: as `find_list` and `read_list`.
+    """
+    with prefix_errors(key):
         return read_list(find_list(name, folders))
 
 
 def first_file(name: str, folders: Sequence[Path]) -> Path | None:
-    """The file in the first folder that has it."""
+    """Find a regular file.
+
+    Args:
+        name: path of the file in one of the folders.
+        folders: where to look for it.
+
+    Returns:
+        The file in the first folder that contains it; None if no folder does.
+    """
     return next((folder / name for folder in folders if not _problem(folder / name)), None)
 
 
 def read_list(file: Path) -> Listing:
-    """Parse a list file: a path, blanks or tabs, a label. Empty lines are skipped; paths may hold blanks.
+    """Read a list file. A line is a path (which may contain blanks), blanks or tabs, and a label.
 
-    An image that is listed again counts again, and is warned of; with two labels it is refused.
+    Empty lines are skipped. If a path occurs several times, each occurrence counts as an image, with a warning.
+
+    Args:
+        file: the file.
 
     Raises:
-        UserError: not text, no line at all, a line without a label from 0 to `MAX_LABEL`, or an image with two labels.
+        UserError: the file is no text or has no image, a line has no label from 0 to `MAX_LABEL`, or an image has two
+            labels.
     """
     paths: list[str] = []
     labels: list[int] = []
     lines: list[int] = []
-    first: dict[str, int] = {}
+    first_position: dict[str, int] = {}
     for number, line in numbered_lines(file):
         if not line:
             continue
         path, label = _parse(line, file, number)
-        at = first.setdefault(path, len(paths))
-        if at < len(paths) and labels[at] != label:
-            raise UserError(f"{file} line {number}: {path} has label {label}, and {labels[at]} in line {lines[at]}")
+        first = first_position.setdefault(path, len(paths))
+        if first < len(paths) and labels[first] != label:
+            raise UserError(
+                f"{file} line {number}: {path} has label {label}, but label {labels[first]} in line {lines[first]}; "
+                "remove one of the lines"
+            )
         paths.append(path)
         labels.append(label)
         lines.append(number)
     if not paths:
-        raise UserError(f"{file} lists no image")
-    if again := len(paths) - len(first):
-        log.warning("%s: %d lines list an image that an earlier line lists; each counts as an image", file, again)
-    _check_blob(file)
+        raise UserError(f"{file} lists no image: each line needs a path and a label")
+    if repetitions := len(paths) - len(first_position):
+        log.warning("%s: %d lines repeat an image of an earlier line; each line counts as an image", file, repetitions)
+    _warn_if_changed(file)
     return Listing(file, paths, np.array(labels, dtype=np.int64), lines)
 
 
 def number_of_classes(train: Listing, others: Sequence[Listing], wanted: int | None) -> int:
-    """The number of classes: `wanted`, or as many as the labels need.
+    """The number of classes of data that are given by list files.
+
+    Args:
+        train: the training images.
+        others: the lists of the other splits.
+        wanted: the option `num_classes`; None: one more than the largest label.
 
     Raises:
-        UserError: some of these would have no training image, so that one mistyped label makes no million classes.
+        UserError: some classes have no training image. So a mistyped label does not create a million classes.
     """
     if wanted is not None:
         if wanted > len(train.paths):
-            raise UserError(f"num_classes {wanted}: {train.file} lists only {len(train.paths)} images")
+            raise UserError(
+                f"num_classes {wanted}: {train.file} lists only {len(train.paths)} images; every class needs one"
+            )
         return wanted
-    last = max((train, *others), key=lambda each: each.labels.max())
+    last = max((train, *others), key=lambda listing: listing.labels.max())
     largest, present = int(last.labels.max()), np.unique(train.labels)
     if largest < len(present):
         return largest + 1
     gap = next(label for label in range(len(present) + 1) if label == len(present) or present[label] != label)
     raise UserError(
-        f"{last.file} line {last.lines[int(last.labels.argmax())]}: label {largest} makes {largest + 1} classes, and "
-        f"{largest + 1 - len(present)} of them have no image in {train.file}, the first one label {gap}; labels count "
-        "from 0 without gaps"
+        f"{last.file} line {last.lines[int(last.labels.argmax())]}: label {largest} makes {largest + 1} classes, "
+        f"{largest + 1 - len(present)} of them without an image in {train.file} (first: label {gap}); labels must "
+        "count from 0 without gaps"
     )
 
 
 def read_names(file: Path) -> tuple[str, ...]:
-    """Class names, one a line, in label order; empty lines may only follow the last one.
+    """Read class names, one per line in the order of the labels. Empty lines are allowed at the end only.
+
+    Args:
+        file: the text file.
 
     Raises:
-        UserError: not a text file, or an empty line between names, where the label of what follows is uncertain.
+        UserError: the file is no text, holds no name, or has an empty line between names.
     """
     names: list[str] = []
-    empty = 0
+    empty_line = 0
     for number, line in numbered_lines(file):
-        if line and empty:
-            raise UserError(f"{file} line {empty} is empty: one class name a line, in the order of the labels")
-        empty = empty if line or empty else number
+        if line and empty_line:
+            raise UserError(f"{file} line {empty_line} is empty: give one class name per line, in the order of labels")
+        empty_line = empty_line if line or empty_line else number
         names += [line] if line else []
     if not names:
-        raise UserError(f"classnames: {file} holds no name of a class")
+        raise UserError(f"classnames: {file} holds no class name; give one per line, in the order of labels")
     return tuple(names)
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """CLIP's curated names of the 1000 ImageNet classes; 998 are distinct ("missile", "sunglasses" occur twice)."""
-    from open_clip import IMAGENET_CLASSNAMES  # takes seconds to import, and only these data need it
+    """CLIP's curated names of the 1000 ImageNet classes. Only 998 are different: "missile" and "sunglasses" repeat."""
+    from open_clip import IMAGENET_CLASSNAMES  # imported here because it takes seconds
 
     return tuple(IMAGENET_CLASSNAMES)
 
 
 def folder_names(listing: Listing, num_classes: int) -> tuple[str, ...] | None:
-    """The folder that holds all images of a class, for every class; None unless the data are laid out like that.
+    """Class names from the folders of the images.
 
-    For Places-LT this is better than the list of names that LIFT ships, where six scenes stand at others' labels
-    (sorting swapped `desert_road` with `desert-sand`, `field_road` with `field-wild`, …).
-    """
-    names: dict[int, set[str]] = {}
-    for path, label in zip(listing.paths, listing.labels.tolist(), strict=True):
-        names.setdefault(label, set()).add(_scene(path))
-    found = [names.get(label, set()) for label in range(num_classes)]
-    flat = tuple(name for each in found for name in each)
-    return flat if all(len(each) == 1 for each in found) and len(set(flat)) == num_classes else None
-
-
-def taxon_labels(categories: Path, label_field: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """iNaturalist 2018: category id → label, and the class names.
-
-    `id` keeps the ids, named by species. A taxon's label is the rank of its string among the sorted unique strings
-    (LIFT, field `name`): homonyms merge, "NA" is a taxon.
+    For Places-LT these names are better than the file of names that LIFT ships: there six scenes have the names of
+    others, because sorting swapped `desert_road` with `desert-sand`, `field_road` with `field-wild`, and others.
 
     Args:
-        categories: categories.json of the data set, a list of records.
-        label_field: `id` or an entry of `TAXA`.
+        listing: the training images.
+        num_classes: number of classes C.
 
     Returns:
-        int64 [ids], names [C].
-
-    Raises:
-        UserError: unknown field, or another kind of file.
+        C names; None unless the images of each class are in one folder of their own.
     """
-    field = "name" if label_field == "id" else lookup({taxon: taxon for taxon in TAXA}, label_field, "label_field")
-    try:
-        records = sorted(read_json(categories, "label_field"), key=lambda record: record["id"])
-        values = [str(record[field]) for record in records]
-        ids = [record["id"] for record in records]
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{categories}: expected iNaturalist's list of records with 'id' and '{field}'") from error
-    if not records:
-        raise UserError(f"{categories} lists no category")
-    if ids != list(range(len(ids))):
-        raise UserError(f"{categories}: the ids are not 0 … {len(ids) - 1}")
-    if label_field == "id":
-        return np.arange(len(ids)), tuple(values)
-    names = sorted(set(values))
-    rank = {name: label for label, name in enumerate(names)}
-    return np.array([rank[value] for value in values], dtype=np.int64), tuple(names)
+    folders: dict[int, set[str]] = {}
+    for path, label in zip(listing.paths, listing.labels.tolist(), strict=True):
+        folders.setdefault(label, set()).add(_folder_of(path))
+    by_label = [folders.get(label, set()) for label in range(num_classes)]
+    names = tuple(name for class_folders in by_label for name in class_folders)
+    one_per_class = all(len(class_folders) == 1 for class_folders in by_label)
+    return names if one_per_class and len(set(names)) == num_classes else None
 
 
 def read_counts(file: Path, label_field: str) -> list[int]:
-    """Images per class from a JSON file: a list of numbers, or one such list for each label field.
+    """Read the numbers of training images from a JSON file: a list, or an object with one list per label field.
+
+    Args:
+        file: the JSON file.
+        label_field: the option; it selects the list of an object.
+
+    Returns:
+        Images per class, [C].
 
     Raises:
-        UserError: another kind of file.
+        UserError: the file has other content.
     """
     content = read_json(file, "class_counts")
     counts = lookup(content, label_field, "label_field") if isinstance(content, dict) else content
-    known = isinstance(counts, list) and 0 < len(counts) <= MAX_LABEL
-    if not known or any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
+    is_list = isinstance(counts, list) and 0 < len(counts) <= MAX_LABEL
+    if not is_list or any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
         raise UserError(f"class_counts: {file} must hold a list of whole numbers, the training images of each class")
     return counts
 
 
 def _parse(line: str, file: Path, number: int) -> tuple[str, int]:
-    """(path, label) of a line of a list file."""
+    """Path and label of a line of a list file."""
     path, _, label = line.replace("\t", " ").rpartition(" ")
     path = line[: len(path)].strip()
     if not path or not (label.isascii() and label.isdecimal()):
-        shown = line if len(line) < 200 else f"{line[:200]} …"
+        start = line if len(line) < 200 else f"{line[:200]} …"
         expected = "expected 'relative/path label' with a label from 0"
-        raise UserError(f"{file} line {number}: {expected}, got '{shown}'")
+        raise UserError(f"{file} line {number}: {expected}, got '{start}'")
     if len(label) > len(str(MAX_LABEL)) or int(label) > MAX_LABEL:
-        large = f"label {label[:40]} is above {MAX_LABEL}"
-        raise UserError(f"{file} line {number}: {large}; labels count from 0 without gaps")
+        too_large = f"label {label[:40]} is above {MAX_LABEL}"
+        raise UserError(f"{file} line {number}: {too_large}; labels must count from 0 without gaps")
     return path, int(label)
 
 
 def _problem(path: Path) -> str:
-    """Why there is no regular file at a path; an empty text where there is one."""
+    """Why there is no regular file at a path; an empty text if there is one."""
     try:
-        size_of(path)
-    except NoFile as reason:
+        file_size(path)
+    except NotARegularFile as reason:
         return str(reason)
     return ""
 
 
 def _tried(path: Path) -> str:
-    """A path where no file is, with what is there instead."""
+    """A path for the message that no file is there, with a reason other than "not found"."""
     problem = _problem(path)
     return f"{path.absolute()} ({problem})" if problem != "not found" else str(path.absolute())
 
 
-def _check_blob(file: Path) -> None:
-    """Warn if a file has a published name and another content."""
-    known = PUBLISHED.get(file.name, ())
-    if known and (blob := blob_id(file.read_bytes())) not in known:
-        log.warning("%s is not the published list: git blob %s instead of %s", file, blob, known[0])
+def _warn_if_changed(file: Path) -> None:
+    """Warn if a file has the name of a published list, but other content."""
+    blob_ids = PUBLISHED.get(file.name, ())
+    if blob_ids and (blob := blob_id(file.read_bytes())) not in blob_ids:
+        log.warning("%s is not the published list: git blob %s instead of %s", file, blob, blob_ids[0])
 
 
-def _scene(path: str) -> str:
-    """Folder of an image; in Places365's small-image layout data_256/b/bazaar/indoor/x.jpg → bazaar-indoor."""
+def _folder_of(path: str) -> str:
+    """Name of an image's folder. In the layout of Places365's small images: data_256/b/bar/x.jpg → bar.
+
+    Nested scenes of that layout are joined: data_256/b/bazaar/indoor/x.jpg → bazaar-indoor.
+    """
     parts = path.split("/")
     if parts[0] == "data_256":
         return "-".join(parts[2:-1])

@@ -1,4 +1,4 @@
-"""Where images come from: files or arrays, always RGB PIL images with an integer label."""
+"""Sources of labelled images, in files or in memory. Every source gives RGB images of PIL and integer labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,39 +8,50 @@ import numpy as np
 from PIL import Image
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets.images.image_files import BadPicture, load_rgb
+from tailtune.datasets.images.image_files import DecodeError, load_rgb
 
 
 class BadImage(UserError):
-    """An image that is missing or cannot be decoded."""
+    """An image of the data is missing or cannot be decoded."""
 
 
 class MissingData(UserError):
-    """A list file, or the folder of the images, is not there."""
+    """A list file or the folder of the images does not exist."""
 
 
 class Source(Protocol):
-    """A set of labelled images."""
+    """A sequence of labelled images."""
 
     @property
     def labels(self) -> np.ndarray:
         """Class of every image, int64 [N]."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of images N."""
 
     def load(self, index: int) -> Image.Image:
-        """The image in RGB. Raises `BadImage`."""
+        """The image at a position, in mode RGB.
 
-    def where(self, index: int) -> str:
-        """Where the image comes from, for messages."""
+        Args:
+            index: position in the source.
+
+        Raises:
+            BadImage: it is missing or cannot be decoded.
+        """
+
+    def location(self, index: int) -> str:
+        """Where an image comes from, for messages.
+
+        Args:
+            index: position in the source.
+        """
 
 
 class ArraySource:
     """Images in memory.
 
     Args:
-        images: uint8 arrays [H, W, 3]; one array [N, H, W, 3], or a sequence where sizes differ.
+        images: uint8 [N, H, W, 3], or a sequence of N arrays [H, W, 3] if their sizes differ.
         labels: [N].
         name: what the images are, for messages.
     """
@@ -54,9 +65,11 @@ class ArraySource:
         return len(self.labels)
 
     def load(self, index: int) -> Image.Image:
+        """As `Source.load`; it never fails."""
         return Image.fromarray(self.images[index])
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
+        """As `Source.location`."""
         return f"image {index} of {self.name}"
 
 
@@ -67,8 +80,8 @@ class FileSource:
         root: folder that the paths start from.
         paths: N relative paths.
         labels: [N].
-        listed_in: the list file that names them, if one does.
-        lines: the line in that file, [N].
+        listed_in: the list file that contains the paths, if there is one.
+        lines: number of each path's line in that file, [N].
     """
 
     def __init__(
@@ -86,20 +99,22 @@ class FileSource:
         return len(self.labels)
 
     def load(self, index: int) -> Image.Image:
+        """As `Source.load`."""
         try:
             return load_rgb(self.root / self.paths[index])
-        except BadPicture as problem:
-            raise BadImage(f"cannot read image {self.where(index)}: {problem}") from problem
+        except DecodeError as problem:
+            raise BadImage(f"cannot read image {self.location(index)}: {problem}") from problem
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
+        """As `Source.location`: the path, and the line of the list file."""
         path = self.root / self.paths[index]
         return f"{path} (line {self.lines[index]} of {self.listed_in})" if self.listed_in else str(path)
 
     def check_root(self) -> None:
-        """Refuse a wrong `root` before anything is built; single missing images are `load`'s matter.
+        """Check whether `root` is the folder of these images. Single missing files are not looked for.
 
         Raises:
-            UserError: the folder, or each one of some images spread over the source, is missing.
+            MissingData: the folder does not exist, or none of about 16 files of the source does.
         """
         if not self.root.is_dir():
             raise MissingData(
@@ -107,4 +122,6 @@ class FileSource:
             )
         sample = range(0, len(self), max(1, len(self) // 16))
         if not any((self.root / self.paths[index]).is_file() for index in sample):
-            raise MissingData(f"image not found: {self.where(0)} (set `root` to the folder that its paths start from)")
+            raise MissingData(
+                f"image not found: {self.location(0)} (set `root` to the folder that its paths start from)"
+            )

@@ -1,4 +1,4 @@
-"""Images as lists and folders name them: paths and labels, before any image is looked at."""
+"""Paths and labels of images, as a list file or the folders name them; no image is opened."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,55 +11,88 @@ from tailtune.datasets.sources.image_sources import FileSource
 
 @dataclass(frozen=True)
 class Listing:
-    """A list file: N paths relative to the image folder, their labels, and their lines."""
+    """N labelled images of one split."""
 
     file: Path | None
+    """The list file; None if folders were read."""
     paths: list[str]
+    """N paths relative to the image folder."""
     labels: np.ndarray
+    """int64 [N]."""
     lines: list[int]
+    """Number of each image's line in the list file, [N]; empty if folders were read."""
 
     def source(self, root: Path) -> FileSource:
-        """Its images below `root`, whichever of Places365's two layouts that holds. Raises `UserError` for none."""
-        paths = [_small_places(path) for path in self.paths] if (root / "data_256").is_dir() else self.paths
+        """The images below a folder. The folder may have either of the two layouts of Places365.
+
+        Args:
+            root: the folder that the paths start from.
+
+        Raises:
+            MissingData: the folder does not exist, or does not hold the images.
+        """
+        paths = [_small_places_path(path) for path in self.paths] if (root / "data_256").is_dir() else self.paths
         source = FileSource(root, paths, self.labels, self.file, self.lines)
         source.check_root()
         return source
 
     def positions_in(self, whole: "Listing") -> np.ndarray:
-        """Where in another list its images are, whichever of Places365's two layouts either one names; int64 [N].
+        """The positions of these images in another list. Either list may use either layout of Places365.
+
+        Args:
+            whole: a list that contains all images of this one.
+
+        Returns:
+            int64 [N].
 
         Raises:
-            UserError: an image that is not there, or is here twice.
+            UserError: an image is not in the other list, or occurs twice in this one.
         """
-        known = {image: position for position, image in enumerate(whole._images())}
-        found: dict[int, None] = {}
+        position_of = {image: position for position, image in enumerate(whole._images())}
+        positions: dict[int, None] = {}
         for number, image in enumerate(self._images()):
-            position = known.get(image)
-            if position is None or position in found:
-                reason = "is listed twice" if position in found else f"with this label is not in {whole.file}"
+            position = position_of.get(image)
+            if position is None or position in positions:
+                reason = "is listed twice" if position in positions else f"with this label is not in {whole.file}"
                 raise UserError(f"{self.file} line {self.lines[number]}: {self.paths[number]} {reason}")
-            found[position] = None
-        return np.array([*found], dtype=np.int64)
+            positions[position] = None
+        return np.array([*positions], dtype=np.int64)
 
     def _images(self) -> list[tuple[str, int]]:
-        return [(_small_places(path), label) for path, label in zip(self.paths, self.labels.tolist(), strict=True)]
+        labels = self.labels.tolist()
+        return [(_small_places_path(path), label) for path, label in zip(self.paths, labels, strict=True)]
 
     def relabel(self, new_label: np.ndarray) -> "Listing":
-        """Labels replaced by `new_label[label]`. Raises `UserError` for a label outside the table."""
+        """The same images with other labels.
+
+        Args:
+            new_label: label in this list → new label, int64 [L].
+
+        Raises:
+            UserError: a label is outside 0 … L − 1.
+        """
         self.check_labels(len(new_label))
         return Listing(self.file, self.paths, new_label[self.labels], self.lines)
 
     def check_labels(self, num_classes: int) -> None:
-        """Raise a `UserError` with file and line for the first label outside 0 … num_classes − 1."""
+        """Check that every label is in 0 … num_classes − 1.
+
+        Args:
+            num_classes: number of classes.
+
+        Raises:
+            UserError: a label is outside; the message names file and line.
+        """
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
         if len(wrong):
             first = wrong[0]
             line = f"{self.file} line {self.lines[first]}"
-            raise UserError(f"{line}: label {self.labels[first]} is not in 0 … {num_classes - 1} (`num_classes`)")
+            valid = f"0 … {num_classes - 1}"
+            raise UserError(f"{line}: label {self.labels[first]} is not in {valid}: correct it, or set `num_classes`")
 
 
-def _small_places(path: str) -> str:
-    """train/<scene>/x.jpg in Places365's small-image layout (any other path stays)."""
+def _small_places_path(path: str) -> str:
+    """Convert train/<scene>/x.jpg or val/<scene>/x.jpg to the layout of Places365's small images; keep other paths."""
     parts = path.split("/")
     if len(parts) != 3 or parts[0] not in ("train", "val"):
         return path

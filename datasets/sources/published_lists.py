@@ -1,4 +1,4 @@
-"""List files that others publish and this repository does not hold: where they are, and how they are known."""
+"""List files that other projects publish and this repository does not contain: their addresses and checksums."""
 
 import hashlib
 from collections.abc import Mapping
@@ -49,23 +49,40 @@ PUBLISHED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "iNaturalist18_backward3.txt": ("90153d693619162cbbb94061eed7261c61ff2a60",),
     }
 )
-"""List files → the git blob ids (`git hash-object FILE`) that are known to be right."""
+"""Name of a list file → the git blob ids (`git hash-object FILE`) of its published versions."""
 
 
 def published_at(name: str) -> str:
-    """Where a list file of this name is to be had, with its checksum; empty for a name that nobody published."""
+    """Where a published list file can be downloaded, with its checksum, for messages.
+
+    Args:
+        name: of the file, without folders.
+
+    Returns:
+        An empty text if no published list has this name.
+    """
     if name not in PUBLISHED:
         return ""
-    place = SADE if any(kind in name for kind in ("forward", "backward", "uniform")) else DECOUPLING
-    return f"published at {place} (git blob {PUBLISHED[name][0]})"
+    repository = SADE if any(kind in name for kind in ("forward", "backward", "uniform")) else DECOUPLING
+    return f"published at {repository} (git blob {PUBLISHED[name][0]})"
 
 
 def blob_id(data: bytes) -> str:
-    """What `git hash-object` says of a file, its line ends being \\n (DirMixE's copies of the lists have \\r\\n)."""
+    """The git blob id of a file's content, as `git hash-object` computes it.
+
+    Line ends are converted to \\n first, because DirMixE's copies of the lists have \\r\\n.
+
+    Args:
+        data: the content.
+    """
     data = data.replace(b"\r\n", b"\n")
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def is_published(file: Path) -> bool:
-    """Whether a list file is the published one of its name."""
+    """Whether a list file has the content of the published list of the same name.
+
+    Args:
+        file: an existing file.
+    """
     return blob_id(file.read_bytes()) in PUBLISHED.get(file.name, ())

@@ -1,7 +1,7 @@
-"""Which images a split is made of: written down beside a trained model, and compared with what is found later.
+"""Splits of a run and their records, by which a run stores which images it used.
 
-A record is a list of relative paths and labels with the sizes of the files; its fingerprint is a digest of those. Data
-that come with a library have no files of the user's and cannot change; their record is a name.
+The record of a split has the relative path, label and file size of each image, and a digest of those as fingerprint.
+Data that come with a library have no files that could change; their record is only a name.
 """
 
 import hashlib
@@ -17,8 +17,10 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.image_sources import FileSource, Source
 
 SIZE, CONTENT = "size", "content"
-"""What of a file a fingerprint is made of, besides its path and label: entries of option `data_fingerprint`."""
+"""Kinds of fingerprints, values of the option `data_fingerprint`: besides paths and labels they cover the sizes of the
+files, or their sizes and contents."""
 THREADS = 16
+"""Threads that read files for fingerprints."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,21 @@ class Record:
     """The images of a split, in its order."""
 
     fingerprint: str
-    """`size:…`, `content:…`, or `built-in:<name>`."""
+    """`size:<digest>`, `content:<digest>`, or `built-in:<name>`."""
     paths: tuple[str, ...] = ()
+    """Relative paths, [N]; empty for built-in data, as are labels and sizes."""
     labels: tuple[int, ...] = ()
+    """[N]."""
     sizes: tuple[int, ...] = ()
-    """Bytes."""
+    """Sizes of the files in bytes, [N]."""
 
     @classmethod
     def built_in(cls, name: str) -> "Record":
+        """The record of data that come with a library.
+
+        Args:
+            name: the option `dataset`.
+        """
         return cls(f"built-in:{name}")
 
     @classmethod
@@ -41,24 +50,29 @@ class Record:
         """The record of some images of a source.
 
         Args:
-            indices: positions in the source [N].
-            sizes: of these images, in bytes [N].
-            kind: `size` or `content`; the second reads every file.
+            source: the image files.
+            indices: positions in the source, [N].
+            sizes: sizes of these files in bytes, [N].
+            kind: `size` or `content`; for `content` every file is read.
+
+        Raises:
+            UserError: a file cannot be read.
         """
         paths = tuple(source.paths[i] for i in indices)
-        labels, lengths = source.labels[indices].tolist(), sizes.tolist()
+        labels, size_list = source.labels[indices].tolist(), sizes.tolist()
         files = [source.root / path for path in paths] if kind == CONTENT else []
-        return cls(_fingerprint(kind, paths, labels, lengths, files), paths, tuple(labels), tuple(lengths))
+        return cls(_fingerprint(kind, paths, labels, size_list, files), paths, tuple(labels), tuple(size_list))
 
     @property
     def kind(self) -> str:
+        """Kind of the fingerprint: `size`, `content` or `built-in`."""
         return self.fingerprint.partition(":")[0]
 
-    def lengths(self) -> Iterator[tuple[str, int]]:
-        """Paths with their sizes."""
+    def path_sizes(self) -> Iterator[tuple[str, int]]:
+        """Pairs of path and size."""
         return zip(self.paths, self.sizes, strict=True)
 
-    def about(self) -> dict[str, tuple[int, int]]:
+    def labels_and_sizes(self) -> dict[str, tuple[int, int]]:
         """Path → label and size."""
         return dict(zip(self.paths, zip(self.labels, self.sizes, strict=True), strict=True))
 
@@ -66,23 +80,23 @@ class Record:
 def _fingerprint(
     kind: str, paths: Sequence[str], labels: Sequence[int], sizes: Sequence[int], files: Sequence[Path]
 ) -> str:
-    """The same for every order of the images."""
+    """A fingerprint that does not depend on the order of the images."""
     contents: Sequence[str] = [""] * len(paths)
     if files:
         with ThreadPoolExecutor(THREADS) as pool:
-            contents = list(pool.map(_content, files))
+            contents = list(pool.map(_content_digest, files))
     digest = hashlib.sha256()
     for line in sorted(zip(paths, labels, sizes, contents, strict=True)):
         digest.update(json.dumps(line).encode())
     return f"{kind}:{digest.hexdigest()[:32]}"
 
 
-def _content(path: Path) -> str:
+def _content_digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"data_fingerprint content: {path} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -93,166 +107,115 @@ class Split:
     indices: np.ndarray
     """Positions in the source, int64 [N]."""
     sizes: np.ndarray | None = None
-    """Bytes of the files [N]; None before a look at them, and for built-in data."""
+    """Sizes of the files in bytes, int64 [N]; None before they are inspected, and for built-in data."""
 
-    def take(self, chosen: np.ndarray) -> "Split":
-        sizes = None if self.sizes is None else self.sizes[chosen]
-        return Split(self.source, self.indices[chosen], sizes)
+    def take(self, positions: np.ndarray) -> "Split":
+        """The images at the given positions of the split.
+
+        Args:
+            positions: int64 [n].
+        """
+        sizes = None if self.sizes is None else self.sizes[positions]
+        return Split(self.source, self.indices[positions], sizes)
 
     def paths(self) -> tuple[str, ...]:
+        """Relative paths of the images, [N]; empty for built-in data."""
         return tuple(self.source.paths[i] for i in self.indices) if isinstance(self.source, FileSource) else ()
 
 
 @dataclass(frozen=True)
 class ChosenSplits:
-    """The splits of a run, by name: `train`, `test`, and `val` where there is one."""
+    """The splits of a run, and the images that are in none of them."""
 
-    splits: dict[str, Split]
+    by_name: dict[str, Split]
+    """`train`, `test`, and `val` if there is one → the images."""
     unused: tuple[str, ...]
-    """Paths of images that were there for training when the run began, and that no split took."""
+    """Paths of training images that existed when the run stored its splits, and that no split took."""
     new: tuple[str, ...]
-    """Paths of images that were not there then."""
+    """Paths of training images that were added after that."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
-    """Path of an image that was left out → why."""
+    """Path of an image that cannot be read → the reason."""
     left_out: int = 0
-    """How many images training is without for that."""
+    """Number of unreadable images that are left out of training."""
 
     @property
     def root(self) -> Path:
         """Folder that the paths of the training images start from; the working directory for built-in data."""
-        source = self.splits["train"].source
+        source = self.by_name["train"].source
         return source.root if isinstance(source, FileSource) else Path()
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What two records of a split differ by, as paths."""
-
-    new: tuple[str, ...]
-    gone: tuple[str, ...]
-    relabelled: tuple[str, ...]
-    resized: tuple[str, ...]
-
-    def describe(self, what: str) -> str:
-        """`12 test images are new (a/1.png, …), 3 are gone (…)`."""
-        kinds = (
-            (self.new, "new"),
-            (self.gone, "gone"),
-            (self.relabelled, "of another class now"),
-            (self.resized, "other files now (their sizes differ)"),
-        )
-        parts = [
-            f"{len(paths):,} {'is' if len(paths) == 1 else 'are'} {kind} ({some(paths)})"
-            for paths, kind in kinds
-            if paths
-        ]
-        if not parts:
-            return f"the files of the {what} images have other content"
-        count, _, rest = parts[0].partition(" ")
-        noun = "image" if count == "1" else "images"
-        return ", ".join([f"{count} {what} {noun} {rest}", *parts[1:]])
-
-
-def changes(before: Record, now: Record) -> Changes:
-    """What has changed between two records of a split that have files."""
-    old, new = before.about(), now.about()
-    both = [path for path in before.paths if path in new]
-    return Changes(
-        new=tuple(path for path in now.paths if path not in old),
-        gone=tuple(path for path in before.paths if path not in new),
-        relabelled=tuple(path for path in both if old[path][0] != new[path][0]),
-        resized=tuple(path for path in both if old[path][0] == new[path][0] and old[path][1] != new[path][1]),
-    )
-
-
-def some(paths: Sequence[str], most: int = 3) -> str:
-    """The first few, and that there are more."""
-    return ", ".join([*paths[:most], *(["…"] if len(paths) > most else [])])
-
-
-def seen_in_training(tested: Record, trained: Record, root: Path, apart: Record | None = None) -> list[str]:
-    """Paths of evaluated images that were trained on: the same path, or a copy under another folder.
-
-    A copy has the file name, class and size of a training image, and its bytes where that is still there; where it is
-    gone from among the others it has been moved.
-
-    Args:
-        root: of the images.
-        apart: images that were not trained on for certain: those that the run had for its test.
-    """
-    sure = {} if apart is None else dict(apart.lengths())
-    known = trained.about()
-    copies: dict[tuple[str, int, int], list[str]] = {}
-    if any((root / path).exists() for path in trained.paths[:: max(1, len(trained.paths) // 16)]):
-        for path, (label, size) in known.items():
-            copies.setdefault((Path(path).name, label, size), []).append(path)
-    return [
-        path
-        for path, (label, size) in tested.about().items()
-        if sure.get(path) != size
-        and (
-            known.get(path, (label, None))[1] == size
-            or any(_is_copy(root, path, other) for other in copies.get((Path(path).name, label, size), ()))
-        )
-    ]
-
-
-def _is_copy(root: Path, path: str, trained: str) -> bool:
-    """A training image that is gone has been moved here; one that is there is compared."""
-    try:
-        return path != trained and (root / path).read_bytes() == (root / trained).read_bytes()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-
-
-@dataclass(frozen=True)
 class StoredSplits:
-    """The splits that a run was trained and evaluated with, as it wrote them down."""
+    """The splits that a run was trained and evaluated with, as it stored them in its folder."""
 
     records: Mapping[str, Record]
-    """`train`, `test`, and `val` where there is one."""
+    """`train`, `test`, and `val` if there is one → its images."""
     unused: tuple[str, ...]
-    """Images that no split took."""
+    """Paths of images that no split took."""
     unreadable: Mapping[str, str]
-    """Path of an image that was left out → why."""
+    """Path of an image that was left out → the reason."""
 
 
 def split_files(
     records: Mapping[str, Record], unused: Sequence[str], unreadable: Mapping[str, str]
 ) -> dict[str, bytes]:
-    """Name → content of the files of a run's folder `splits/`: lists of `path label` lines, and `splits.json`."""
+    """The files of a run's folder `splits/`: lists with lines of `path label`, and `splits.json`.
+
+    Args:
+        records: name of a split → its record.
+        unused: paths of images that no split took.
+        unreadable: path of an image that was left out → the reason.
+
+    Returns:
+        Name of a file → its content.
+    """
     lists = {
-        f"{name}.txt": [f"{path} {label}" for path, label in zip(each.paths, each.labels, strict=True)]
-        for name, each in records.items()
-        if each.paths
+        f"{name}.txt": [f"{path} {label}" for path, label in zip(record.paths, record.labels, strict=True)]
+        for name, record in records.items()
+        if record.paths
     }
     lists |= {"unused.txt": [path for path in unused if "\n" not in path]} if unused else {}
-    lists |= {"unreadable.txt": [f"{path}\t{why}" for path, why in unreadable.items()]} if unreadable else {}
-    facts = {name: {"fingerprint": each.fingerprint, "sizes": each.sizes} for name, each in records.items()}
+    lists |= {"unreadable.txt": [f"{path}\t{reason}" for path, reason in unreadable.items()]} if unreadable else {}
+    facts = {name: {"fingerprint": record.fingerprint, "sizes": record.sizes} for name, record in records.items()}
     files = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     files["splits.json"] = json.dumps(facts) + "\n"
     return {name: text.encode(errors="surrogateescape") for name, text in files.items()}
 
 
 def parse_splits(files: Mapping[str, bytes]) -> StoredSplits:
-    """What `split_files` made. Raises ValueError or KeyError for anything else."""
+    """Read the files that `split_files` made.
+
+    Args:
+        files: name of a file → its content.
+
+    Raises:
+        ValueError: a file has other content.
+        KeyError: `splits.json` is missing or incomplete.
+    """
 
     def lines(name: str) -> Iterator[str]:
         return iter(files.get(name, b"").decode(errors="surrogateescape").split("\n")[:-1])
 
     records = {}
-    for name, each in json.loads(files["splits.json"]).items():
+    for name, facts in json.loads(files["splits.json"]).items():
         pairs = [line.rpartition(" ")[::2] for line in lines(f"{name}.txt")]
         paths, labels = tuple(path for path, _ in pairs), tuple(int(label) for _, label in pairs)
-        records[name] = Record(each["fingerprint"], paths, labels, tuple(each["sizes"]))
-    pairs = [line.rpartition("\t")[::2] for line in lines("unreadable.txt")]
-    return StoredSplits(records, tuple(lines("unused.txt")), dict(pairs))
+        records[name] = Record(facts["fingerprint"], paths, labels, tuple(facts["sizes"]))
+    unreadable = [line.rpartition("\t")[::2] for line in lines("unreadable.txt")]
+    return StoredSplits(records, tuple(lines("unused.txt")), dict(unreadable))
 
 
-def positions_of(paths: Sequence[str], source: Source) -> np.ndarray:
-    """Where in a source of files these paths are; −1 for one that is not there. int64 [N]."""
+def positions_in_source(paths: Sequence[str], source: Source) -> np.ndarray:
+    """The positions of paths in a source.
+
+    Args:
+        paths: N relative paths.
+        source: a source of files.
+
+    Returns:
+        int64 [N]; −1 for a path that the source does not have.
+    """
     assert isinstance(source, FileSource), "built-in data have no lists"
-    where = {path: index for index, path in enumerate(source.paths)}
-    return np.array([where.get(path, -1) for path in paths], dtype=np.int64)
+    position_of = {path: position for position, path in enumerate(source.paths)}
+    return np.array([position_of.get(path, -1) for path in paths], dtype=np.int64)

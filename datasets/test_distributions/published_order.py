@@ -1,35 +1,41 @@
-"""An unstable sort, written down: the order of equal counts in SADE's published test lists is that of this algorithm.
+"""The sorting algorithm that decides the order of classes with equal counts in SADE's published test lists.
 
-It is NumPy's scalar `argsort` (introsort) of the time when those lists were made. NumPy today sorts most types with
-vector instructions, whose order of equal values differs between processors, so it cannot be asked.
+It is NumPy's `argsort` (introsort, which is not stable) of the time when those lists were made. Today NumPy sorts most
+types with vector instructions, and the order of equal values depends on the processor. So NumPy cannot be used here.
 """
 
 from collections.abc import Sequence
 
-SMALL = 16
-"""Segments of at most so many values are sorted by insertion."""
+MAX_INSERTION_LENGTH = 16
+"""Segments of at most this length are sorted by insertion sort."""
 
 
 def introsort_argsort(values: Sequence[int]) -> list[int]:
-    """Positions in ascending order of their values.
+    """Sort as NumPy's scalar introsort did: quicksort with the median of three, and insertion sort of short segments.
 
-    Quicksort by the median of three, insertion sort of short segments. NumPy's third part, heap sort of a segment that
-    stays long after many cuts, is left out: no class counts come near it.
+    NumPy's third part, a heap sort of segments that stay long after many partitions, is left out, because class counts
+    never need it.
+
+    Args:
+        values: N numbers.
+
+    Returns:
+        The N positions in ascending order of their values.
     """
     order = list(range(len(values)))
     segments = [(0, len(values) - 1)]
     while segments:
         first, last = segments.pop()
-        if last - first + 1 > SMALL:
-            middle = _partition(values, order, first, last)
-            segments += [(first, middle - 1), (middle + 1, last)]
+        if last - first + 1 > MAX_INSERTION_LENGTH:
+            pivot = _partition(values, order, first, last)
+            segments += [(first, pivot - 1), (pivot + 1, last)]
         else:
             _insertion_sort(values, order, first, last)
     return order
 
 
 def _partition(values: Sequence[int], order: list[int], first: int, last: int) -> int:
-    """Cut a segment at the median of its first, middle and last value; returns where that stands then."""
+    """Partition a segment by the median of its first, middle and last value; returns the new position of the median."""
     middle = (first + last) // 2
     for low, high in ((first, middle), (middle, last), (first, middle)):
         if values[order[high]] < values[order[low]]:
@@ -39,7 +45,7 @@ def _partition(values: Sequence[int], order: list[int], first: int, last: int) -
     low, high = first, last - 1
     while True:
         low, high = low + 1, high - 1
-        while values[order[low]] < pivot:  # both stop at equal values
+        while values[order[low]] < pivot:  # both loops stop at values that are equal to the median
             low += 1
         while pivot < values[order[high]]:
             high -= 1

@@ -1,1 +1,1 @@
-"""Image encoders and text towers. The table of backbones is `BACKBONES` in `table.py`."""
+"""Image encoders, their pre-trained weights, and CLIP's text encoder. The table of backbones is in `table.py`."""

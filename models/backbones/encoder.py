@@ -1,4 +1,4 @@
-"""What every image encoder is to the rest: a pre-trained network that stays as it is, and places where tuners act."""
+"""The base of every image encoder: a frozen pre-trained network, and the places where tuners act on it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,62 +10,138 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 
 
-class Encoder(nn.Module):
-    """Base of the image encoders: normalised images [B, 3, H, W] → features [B, feature_dim].
-
-    Where experts have parts of the network for themselves (`experts` > 1) the features are [B, E, feature_dim]: what
-    all share is the `trunk`, what follows is a `branch` for each.
+class StagedModule(nn.Module):
+    """A module of which several runs may each train a part, one run after the other.
 
     Attributes:
-        net: the pre-trained network; frozen but for what a tuner selects.
-        tuners: the modules that tuners have inserted.
-        parts: what `partial` counts: blocks of a transformer, stages of a residual network; may be empty.
-        experts: how many branches there are.
-        still: what was tuned is held as it is, batch norms included (a later stage trains something else).
-        shifts: while it is, the tuned batch norms go on gathering statistics, and train with those of their images.
+        frozen_trained: names of the parameters that an earlier run trained and that this run leaves unchanged. Like
+            parameters that train, they keep their dtype and are part of a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_trained: set[str] = set()
+
+
+class Encoder(StagedModule):
+    """Base of the image encoders: normalised images [B, 3, H, W] → features [B, feature_dim].
+
+    Several experts (`experts` > 1) may have parts of the network for themselves. Then the features are
+    [B, E, feature_dim]: `trunk` computes what all experts share, and `branch` the rest, for one expert at a time.
+
+    Checkpoints name their tensors after the attributes `net` and `tuners` and the names within, so these names are
+    part of the file format.
+
+    Args:
+        net: the pre-trained network without its classifier. It is frozen and put into eval mode.
+
+    Attributes:
+        net: the pre-trained network; only what a tuner selects of it trains.
+        tuners: the modules that tuners have inserted, by the tuner's name.
+        blocks: what the option `partial` counts: blocks of a transformer or stages of a residual network; it may be
+            empty.
+        feature_dim: width D of the features.
+        experts: the number of branches E.
+        projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
     """
 
     net: Any
     feature_dim: int
-    parts: Sequence[nn.Module]
+    blocks: Sequence[nn.Module]
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net.eval()
         self.tuners = nn.ModuleDict()
-        self.batch_norms: list[nn.Module] = []
-        """Those that train, on the statistics of what is in memory at once."""
-        self.adapted: list[Any] = []
-        """Layers of the network that peft has wrapped."""
         self.experts = 1
-        self.still = self.shifts = False
-        self.held: frozenset[str] = frozenset()
-        """What was tuned and is held; it keeps its dtype, as what trains."""
-        self.noisy = False
-        """What trains draws random numbers in every forward."""
-        self._came_with = [(module, name) for module in net.modules() for name in module._buffers]
+        self.projection: nn.Parameter | None = None
+        self._trained_batch_norms: list[nn.Module] = []
+        self._peft_layers: list[Any] = []
+        self._peft_draws = self._is_frozen = self._batch_norms_follow = False
+        self._pretrained_buffers = [(module, name) for module in net.modules() for name in module._buffers]
         self.requires_grad_(False)
 
     @property
     def depth(self) -> int:
-        return len(self.parts)
+        """How many blocks there are."""
+        return len(self.blocks)
 
     @property
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
-        return bool(self.batch_norms) and (self.shifts or not self.still) or self.noisy and not self.still
+        return bool(self._trained_batch_norms) and self._batch_norms_train or self._peft_draws and not self._is_frozen
 
     @property
-    def divided(self) -> list[nn.Module]:
-        """Parts in which each expert has tuners of its own, around weights that all share."""
+    def is_frozen(self) -> bool:
+        """Whether `freeze_trained` was called, because a later run trains something else than the encoder."""
+        return self._is_frozen
+
+    @property
+    def trained_batch_norms(self) -> Sequence[nn.Module]:
+        """The batch norms that a tuner trains; they normalise by the images that a process holds at once."""
+        return self._trained_batch_norms
+
+    def set_trained_batch_norms(self, norms: Sequence[nn.Module]) -> None:
+        """Set which batch norms of the network train, so that their statistics follow the training images."""
+        self._trained_batch_norms = list(norms)
+
+    @property
+    def peft_layers(self) -> Sequence[Any]:
+        """The layers of the network that the peft library has wrapped."""
+        return self._peft_layers
+
+    def wrap_with_peft(self, layers: Sequence[Any], draws: bool) -> None:
+        """Set which layers the peft library has wrapped.
+
+        Args:
+            layers: peft's wrappers, each around one layer of the network.
+            draws: whether they draw random numbers in every training forward, as dropout does.
+        """
+        self._peft_layers, self._peft_draws = list(layers), draws
+
+    def freeze_trained(self, batch_norms_follow: bool = False) -> None:
+        """From now on leave everything that the tuners have trained as it is.
+
+        Call it while the trained parameters still require gradients: that is how they are found. The caller then
+        stops their gradients.
+
+        Args:
+            batch_norms_follow: whether the trained batch norms still normalise by the images in memory and update
+                their running statistics, although their weights stay.
+        """
+        self.frozen_trained |= {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._is_frozen, self._batch_norms_follow = True, batch_norms_follow
+
+    @property
+    def _batch_norms_train(self) -> bool:
+        return self._batch_norms_follow or not self._is_frozen
+
+    @property
+    def expert_blocks(self) -> list[nn.Module]:
+        """The blocks in which each expert has tuners of its own, around weights that all experts share."""
         return []
 
     def trunk(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] → what all experts share; the whole feature where they share all."""
+        """Compute what all experts share.
+
+        Args:
+            images: normalised images [B, 3, H, W].
+
+        Returns:
+            The input of `branch`; features [B, feature_dim] where experts share the whole network.
+        """
         raise NotImplementedError
 
     def branch(self, shared: Tensor, expert: int) -> Tensor:
-        """What the trunk gave, of some images → features [B, feature_dim] of one expert."""
+        """Compute the features of one expert.
+
+        Args:
+            shared: output of `trunk`, or the rows of it that belong to some of the images.
+            expert: index of the expert.
+
+        Returns:
+            Features [B, feature_dim].
+        """
         return shared
 
     def forward(self, images: Tensor) -> Tensor:
@@ -76,95 +152,106 @@ class Encoder(nn.Module):
         return torch.stack([self.branch(shared, expert) for expert in range(self.experts)], dim=1)
 
     def train(self, mode: bool = True) -> "Encoder":
-        """The backbone stays as it was pre-trained; only tuners, and tuned batch norms, have a training mode."""
+        """Set the mode of the tuners and of tuned batch norms; the rest of the network stays in eval mode."""
         super().train(mode)
         self.net.eval()
-        for norm in self.batch_norms:
-            norm.train(mode and (self.shifts or not self.still))
-        for layer in self.adapted:
-            layer.train(mode and not self.still)
+        for norm in self._trained_batch_norms:
+            norm.train(mode and self._batch_norms_train)
+        for layer in self._peft_layers:
+            layer.train(mode and not self._is_frozen)
         return self
 
-    def hold(self) -> None:
-        """What is tuned stays as it is from now on, batch norms included; called while it still asks for gradients."""
-        self.held = self.held | {name for name, each in self.named_parameters() if each.requires_grad}
-        self.still = True
+    def block_range(self, partial: int | Sequence[int] | None) -> range:
+        """Indices of the blocks that the option `partial` means.
 
-    def chosen(self, partial: int | Sequence[int] | None) -> range:
-        """Indices of the parts that `partial` means: none: all; k: the last k; [start, end): those.
+        Args:
+            partial: None: all blocks; k: the last k; [start, end): those from start to before end.
 
         Raises:
-            UserError: the backbone has no parts, or not so many.
+            UserError: the backbone has no blocks, or fewer than asked for.
         """
         depth = self.depth
         start, end = (
             (0, depth) if partial is None else (depth - partial, depth) if isinstance(partial, int) else partial
         )
         if partial is not None and not depth:
-            raise UserError(f"partial {partial}: this backbone has no blocks to count; leave it out")
+            raise UserError(f"partial {partial}: this backbone has no blocks to count; leave partial out")
         if start < 0 or end > depth:
-            raise UserError(f"partial {partial} asks for more blocks than the {depth} of this backbone")
+            raise UserError(f"partial {partial}: this backbone has only {depth} blocks; choose a smaller range")
         return range(start, end)
 
-    def selectable(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
-        """The modules whose own weights tuners such as full_tuning may train."""
-        return [self.parts[index] for index in self.chosen(partial)]
+    def tunable_modules(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
+        """The modules whose own weights tuners such as full_tuning may train: the blocks of `partial`."""
+        return [self.blocks[index] for index in self.block_range(partial)]
 
-    def untouched(self) -> list[Tensor]:
-        """Buffers that came with the network and that training leaves alone: all but those of trained batch norms."""
-        trained = {id(norm) for norm in self.batch_norms}
-        found = [module._buffers.get(name) for module, name in self._came_with if id(module) not in trained]
-        return [each for each in found if each is not None]
+    def frozen_buffers(self) -> list[Tensor]:
+        """Buffers of the pre-trained network that training never changes: all but those of trained batch norms."""
+        trained = {id(norm) for norm in self._trained_batch_norms}
+        buffers = [module._buffers.get(name) for module, name in self._pretrained_buffers if id(module) not in trained]
+        return [buffer for buffer in buffers if buffer is not None]
 
-    def base_state(self) -> dict[str, Tensor]:
-        """The pre-trained network under its own names, whatever has been put into or around its layers.
-
-        Layers that peft has wrapped keep their weights below `base_layer`; what it adds stands below `default`.
-        """
+    def pretrained_state(self) -> dict[str, Tensor]:
+        """State dict of the pre-trained network under its original names, without what tuners have added to it."""
         state = self.net.state_dict()
+        # peft moves a wrapped layer's weights below `base_layer`, and puts its own below `default`.
         return {
-            name.replace(".base_layer.", "."): each for name, each in state.items() if "default" not in name.split(".")
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in state.items()
+            if "default" not in name.split(".")
         }
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
-        """Features of the pre-trained network alone: prompts, and scales that begin at random, change them."""
+        """Within this block the encoder computes the features of the pre-trained network alone.
+
+        Prompts, and scales that start at random values, would change the features even before training.
+        """
         hooks = [
-            module.register_forward_hook(lambda _, given, __: given[0])  # a tuner's module is called as (y, x) → y
-            for module in _leaves(self.tuners)
+            # A tuner's module is called as module(y, x); the hook returns y, the output without that tuner.
+            module.register_forward_hook(lambda _, inputs, __: inputs[0])
+            for module in _innermost_modules(self.tuners)
         ]
-        trains = {each: each.requires_grad for each in self.parameters()}
-        for layer in self.adapted:
+        requires_grad = {parameter: parameter.requires_grad for parameter in self.parameters()}
+        for layer in self._peft_layers:
             layer.enable_adapters(False)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for layer in self.adapted:
-                layer.enable_adapters(True)  # which asks for gradients, also of what a later stage holds
-            for each, asks in trains.items():
-                each.requires_grad_(asks)
+            for layer in self._peft_layers:
+                layer.enable_adapters(True)  # this also makes parameters that an earlier run trained require gradients
+            for parameter, required in requires_grad.items():
+                parameter.requires_grad_(required)
 
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
-        """Arithmetic of what is frozen. What trains keeps its dtype and is cast where it is used."""
+        """Set the arithmetic of frozen weights. Trained parameters keep their dtype and are cast where they are used.
+
+        Args:
+            compute: dtype in which the network computes.
+            residual: dtype of a ViT's residual stream; None: `compute`.
+        """
         raise NotImplementedError
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """Those that train, of every encoder in a module."""
-    return [norm for host in module.modules() if isinstance(host, Encoder) for norm in host.batch_norms]
+def trained_batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The batch norms that train, of every encoder within a module."""
+    encoders = (submodule for submodule in module.modules() if isinstance(submodule, Encoder))
+    return [norm for encoder in encoders for norm in encoder.trained_batch_norms]
 
 
-def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers at each place where one stands, also a place of the same tensor, but not of a module."""
-    for prefix, each in module.named_modules():
-        for name, tensor in (*each._parameters.items(), *each._buffers.items()):
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all parameters and buffers.
+
+    A tensor that several modules share comes once for each of them; a module that stands at two places comes once.
+    """
+    for prefix, submodule in module.named_modules():
+        for name, tensor in (*submodule._parameters.items(), *submodule._buffers.items()):
             if tensor is not None:
                 yield f"{prefix}.{name}".lstrip("."), tensor
 
 
-def _leaves(modules: nn.ModuleDict) -> Iterator[nn.Module]:
-    """What stands in dicts of modules, nested or not."""
-    for each in modules.children():
-        yield from _leaves(each) if isinstance(each, nn.ModuleDict) else [each]
+def _innermost_modules(modules: nn.ModuleDict) -> Iterator[nn.Module]:
+    """The modules within nested ModuleDicts."""
+    for child in modules.children():
+        yield from _innermost_modules(child) if isinstance(child, nn.ModuleDict) else [child]

@@ -1,42 +1,58 @@
-"""Which blocks of a backbone each expert has for itself (`expert_split`)."""
+"""Which blocks of a pre-trained backbone each expert has for itself (option `expert_split`)."""
 
 from collections.abc import Iterable
 
 from torch import nn
 
 from tailtune.configs.errors import UserError
+from tailtune.models.backbones.backbone_types import ExpertSplit
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.spec import Split
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 
 
-def divide(host: Encoder, split: Split, name: str) -> None:
-    """Let experts have tuners of their own in the last `expert_split` blocks of a frozen ViT; none: in no block.
+def split_experts(encoder: Encoder, split: ExpertSplit, name: str) -> None:
+    """Let each expert have tuners of its own in the last blocks of a frozen ViT; None and 0: in no block.
+
+    Args:
+        encoder: the encoder, before any tuner is inserted.
+        split: the number of experts and of their own blocks.
+        name: what the backbone is called in messages.
 
     Raises:
-        UserError: the backbone cannot be divided so.
+        UserError: the backbone cannot be split like this.
     """
-    ours = "our ResNets (ResNet-32, ResNeXt-50 …) can"
+    resnets = "our ResNets (ResNet-32, ResNeXt-50 …)"
     if split.reduced:
-        raise UserError(f"reduce_dimension: the stages of {name} are as wide as they came; {ours} be narrower")
-    if split.experts == 1 or not split.own:
+        raise UserError(f"reduce_dimension: the stages of {name} have a fixed width; set it to False, or use {resnets}")
+    if split.experts == 1 or not split.own_blocks:
         return
-    if not isinstance(host, ViT):
+    if not isinstance(encoder, ViTEncoder):
         raise UserError(
-            f"expert_split {split.own}: {name} runs as a whole, so its experts share all but the heads; leave it out, "
-            f"or choose another backbone: {ours}, and ViTs"
+            f"expert_split {split.own_blocks}: {name} runs as a whole, so its experts share everything but the heads; "
+            f"leave expert_split out, or choose a ViT or one of {resnets}"
         )
-    if split.own > host.depth:
-        raise UserError(f"expert_split {split.own}: {name} has {host.depth} blocks; choose 0 to {host.depth}")
-    host.divide(split.experts, split.own)
-
-
-def refuse_divided(host: Encoder, name: str, modules: Iterable[nn.Module]) -> None:
-    """Raise a `UserError` where a tuner would train the network's layers in blocks that experts have for themselves."""
-    own = {id(each) for part in host.divided for each in part.modules()}
-    if any(id(each) in own for module in modules for each in module.modules()):
-        count = len(host.divided)
+    if split.own_blocks > encoder.depth:
         raise UserError(
-            f"{name} trains the network's own layers, which experts share, also in the last {count} blocks that each "
-            f"has for itself (expert_split {count}): set expert_split 0, or partial [0,{host.depth - count})"
+            f"expert_split {split.own_blocks}: {name} has {encoder.depth} blocks; choose 0 to {encoder.depth}"
+        )
+    encoder.split_experts(split.experts, split.own_blocks)
+
+
+def refuse_expert_blocks(encoder: Encoder, name: str, modules: Iterable[nn.Module]) -> None:
+    """Refuse a tuner that trains the network's own layers in blocks that experts have for themselves.
+
+    Args:
+        encoder: the encoder.
+        name: the tuner, in messages.
+        modules: the modules whose own weights the tuner would train.
+
+    Raises:
+        UserError: one of them is within such a block.
+    """
+    within = {id(module) for block in encoder.expert_blocks for module in block.modules()}
+    if any(id(submodule) in within for module in modules for submodule in module.modules()):
+        count = len(encoder.expert_blocks)
+        raise UserError(
+            f"{name} trains weights that all experts share, also in the last {count} blocks that each expert has for "
+            f"itself (expert_split {count}): set expert_split 0, or partial [0,{encoder.depth - count})"
         )

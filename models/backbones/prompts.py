@@ -1,4 +1,4 @@
-"""PROMPTS: class name → the sentences whose text features stand for the class."""
+"""PROMPTS: templates that turn a class name into the sentences whose text features stand for the class."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from tailtune.configs.errors import UserError, unknown
 
 Sentences = Sequence[Sequence[str]]
-"""One or more sentences of each class, [C] lists of any length."""
+"""The sentences of C classes; each class has one or more."""
 
 DESCRIPTOR = "descriptor"
 
@@ -15,26 +15,37 @@ PROMPTS: dict[str, tuple[str, ...]] = {
     "classname": ("{}",),
     "default": ("a photo of a {}.",),
     "ensemble": tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
-    DESCRIPTOR: (),  # its sentences come with the data
+    DESCRIPTOR: (),  # its sentences come from the option `descriptors`
 }
-"""Name → templates, {} being the place of the class name."""
+"""Name → templates, in which {} stands for the class name."""
 
 
 def templates_of(prompt: str) -> tuple[str, ...]:
-    """The templates of an entry of PROMPTS, or the user's own, `|` between several.
+    """The templates that the option `prompt` means.
+
+    Args:
+        prompt: an entry of PROMPTS, or templates of the user's own with `|` between them.
 
     Raises:
-        UserError: neither an entry nor sentences with {}.
+        UserError: it is no entry, and not every part contains {}.
     """
     if prompt in PROMPTS:
         return PROMPTS[prompt]
-    own = tuple(part.strip() for part in prompt.split("|"))
-    if not all("{}" in part for part in own):
+    templates = tuple(template.strip() for template in prompt.split("|"))
+    if not all("{}" in template for template in templates):
         raise UserError(f"{unknown('prompt', prompt, PROMPTS)}, or a sentence with {{}} in the class name's place")
-    return own
+    return templates
 
 
 def fill(class_names: Sequence[str], prompt: str) -> list[list[str]]:
-    """The sentences of each class; underscores of a class name read as spaces, hyphens stay."""
+    """The sentences of each class.
+
+    Args:
+        class_names: C names; an underscore is read as a space.
+        prompt: an entry of PROMPTS, or templates of the user's own.
+
+    Returns:
+        C lists with one sentence for each template.
+    """
     templates = templates_of(prompt)
     return [[template.replace("{}", name.replace("_", " ")) for template in templates] for name in class_names]

@@ -6,14 +6,14 @@ from pathlib import Path
 import open_clip
 import timm
 
-from tailtune.configs.errors import naming, unknown
-from tailtune.models.backbones.open_clip_models import OpenClipBackbone, find_open_clip
-from tailtune.models.backbones.resnet import Design
-from tailtune.models.backbones.resnet_encoder import ResNetBackbone
-from tailtune.models.backbones.spec import BackboneSpec
-from tailtune.models.backbones.timm_models import TimmBackbone, find_timm
+from tailtune.configs.errors import prefix_errors, unknown
+from tailtune.models.backbones.backbone_types import BackboneSpec
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, find_open_clip_backbone
+from tailtune.models.backbones.resnet import ResNetDesign
+from tailtune.models.backbones.resnet_backbone import ResNetBackbone
+from tailtune.models.backbones.timm_backbone import TimmBackbone, find_timm_backbone
 
-TINY = Path(__file__).parent.parent / "tiny_clip"
+TINY_CLIP = Path(__file__).parent.parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
 
 BACKBONES: dict[str, BackboneSpec] = {
@@ -28,42 +28,46 @@ BACKBONES: dict[str, BackboneSpec] = {
     "IN21K-ViT-B/16": TimmBackbone("vit_base_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "IN21K-ViT-B/16@384px": TimmBackbone("vit_base_patch16_384.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "IN21K-ViT-L/16": TimmBackbone("vit_large_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
-    "ResNet-20": ResNetBackbone("ResNet-20", Design((3, 3, 3), cifar=True)),
-    "ResNet-32": ResNetBackbone("ResNet-32", Design((5, 5, 5), cifar=True)),
-    "ResNet-44": ResNetBackbone("ResNet-44", Design((7, 7, 7), cifar=True)),
-    "ResNet-56": ResNetBackbone("ResNet-56", Design((9, 9, 9), cifar=True)),
+    "ResNet-20": ResNetBackbone("ResNet-20", ResNetDesign((3, 3, 3), cifar=True)),
+    "ResNet-32": ResNetBackbone("ResNet-32", ResNetDesign((5, 5, 5), cifar=True)),
+    "ResNet-44": ResNetBackbone("ResNet-44", ResNetDesign((7, 7, 7), cifar=True)),
+    "ResNet-56": ResNetBackbone("ResNet-56", ResNetDesign((9, 9, 9), cifar=True)),
     # With `pretrained default` these, too, have seen ImageNet-LT's labels.
-    "ResNet-10": ResNetBackbone("ResNet-10", Design((1, 1, 1, 1))),
-    "ResNet-50": ResNetBackbone("ResNet-50", Design((3, 4, 6, 3), bottleneck=True), "resnet50.a1_in1k"),
-    "ResNet-101": ResNetBackbone("ResNet-101", Design((3, 4, 23, 3), bottleneck=True), "resnet101.a1_in1k"),
-    "ResNet-152": ResNetBackbone("ResNet-152", Design((3, 8, 36, 3), bottleneck=True), "resnet152.a1_in1k"),
+    "ResNet-10": ResNetBackbone("ResNet-10", ResNetDesign((1, 1, 1, 1))),
+    "ResNet-50": ResNetBackbone("ResNet-50", ResNetDesign((3, 4, 6, 3), bottleneck=True), "resnet50.a1_in1k"),
+    "ResNet-101": ResNetBackbone("ResNet-101", ResNetDesign((3, 4, 23, 3), bottleneck=True), "resnet101.a1_in1k"),
+    "ResNet-152": ResNetBackbone("ResNet-152", ResNetDesign((3, 8, 36, 3), bottleneck=True), "resnet152.a1_in1k"),
     "ResNeXt-50": ResNetBackbone(
-        "ResNeXt-50", Design((3, 4, 6, 3), bottleneck=True, groups=32, group_width=4), "resnext50_32x4d.a1_in1k"
+        "ResNeXt-50", ResNetDesign((3, 4, 6, 3), bottleneck=True, groups=32, group_width=4), "resnext50_32x4d.a1_in1k"
     ),
     "TinyCLIP": OpenClipBackbone(
         "tailtune-tiny",
         tag="embedded",
-        config=TINY / "tailtune-tiny.json",
-        files={"embedded": TINY / "weights.safetensors"},
-        stats=(HALF, HALF),
+        config=TINY_CLIP / "tailtune-tiny.json",
+        files={"embedded": TINY_CLIP / "weights.safetensors"},
+        pixel_stats=(HALF, HALF),
     ),
 }
-LIBRARIES: dict[str, Callable[[str], BackboneSpec]] = {"open_clip": find_open_clip, "timm": find_timm}
-"""What `<library>:<name>` means."""
+LIBRARIES: dict[str, Callable[[str], BackboneSpec]] = {"open_clip": find_open_clip_backbone, "timm": find_timm_backbone}
+"""Library → the function that finds its backbone; `<library>:<name>` calls it."""
 
 
 def find_backbone(name: str) -> BackboneSpec:
-    """The entry of BACKBONES, or the backbone `open_clip:<name>` or `timm:<name>`.
+    """The backbone that the option `backbone` names.
+
+    Args:
+        name: an entry of BACKBONES, `open_clip:NAME` or `timm:NAME`.
 
     Raises:
-        UserError: there is none of that name; says which are near.
+        UserError: there is no such backbone; the message names similar ones.
     """
-    library, _, own = name.partition(":")
-    if library in LIBRARIES and own:
-        with naming("backbone"):
-            return LIBRARIES[library](own)
+    library, _, model = name.partition(":")
+    if library in LIBRARIES and model:
+        with prefix_errors("backbone"):
+            return LIBRARIES[library](model)
     if name not in BACKBONES:
-        listed = {"open_clip": open_clip.list_models(), "timm": timm.list_models()}
-        known = [f"{each}:{name}" for each, names in listed.items() if name in names]
-        raise unknown("backbone", name, [*BACKBONES, *(known or (f"{each}:NAME" for each in LIBRARIES))])
+        models_of = {"open_clip": open_clip.list_models(), "timm": timm.list_models()}
+        with_prefix = [f"{library}:{name}" for library, models in models_of.items() if name in models]
+        patterns = (f"{library}:NAME" for library in LIBRARIES)
+        raise unknown("backbone", name, [*BACKBONES, *(with_prefix or patterns)])
     return BACKBONES[name]

@@ -1,1 +1,1 @@
-"""Classifiers on the feature: `HEADS` in `classifiers.py`, their initialisation, one head for each expert."""
+"""Heads, from features to logits: the table `HEADS` in `classifiers.py`, their initialisation, heads of experts."""

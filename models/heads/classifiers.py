@@ -1,4 +1,4 @@
-"""HEADS: from features [B, D] to logits [B, C], under LIFT's names. Weights are fp32 and so are the logits."""
+"""HEADS: the classifiers, features [B, D] → logits [B, C], under LIFT's names. Weights and logits are fp32."""
 
 from dataclasses import dataclass
 
@@ -29,18 +29,24 @@ class Classifier(nn.Module):
 
 
 class L2NormedClassifier(Classifier):
-    """z_c = f · w_c / |w_c|."""
+    """Rows of unit length: z_c = f · w_c / |w_c|.
+
+    Args:
+        dim: width D of the features.
+        num_classes: number C of classes.
+    """
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.weight = unit_rows(num_classes, dim)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return F.linear(features.to(self.weight.dtype), F.normalize(self.weight, dim=-1))
 
 
 class CosineClassifier(L2NormedClassifier):
-    """z_c = σ·cos(f, w_c), σ fixed."""
+    """Cosine similarities with a fixed scale σ: z_c = σ · cos(f, w_c); arguments as above, `scale` is σ."""
 
     Options = ScaleOptions
 
@@ -49,18 +55,25 @@ class CosineClassifier(L2NormedClassifier):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return self.scale * super().forward(F.normalize(features.to(self.weight.dtype), dim=-1))
 
 
 class LayerNormedClassifier(L2NormedClassifier):
-    """z_c = LN(f) · w_c / |w_c|, a layer norm without weights of its own."""
+    """A layer norm without parameters before rows of unit length: z_c = LN(f) · w_c / |w_c|; arguments as above."""
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return super().forward(F.layer_norm(features.to(self.weight.dtype), features.shape[-1:], eps=1e-12))
 
 
 class LinearClassifier(Classifier):
-    """z = W f + b."""
+    """A linear layer: z = W f + b.
+
+    Args:
+        dim: width D of the features.
+        num_classes: number C of classes.
+    """
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -69,11 +82,12 @@ class LinearClassifier(Classifier):
         nn.init.kaiming_normal_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] → logits [B, C]."""
         return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
 def unit_rows(num_classes: int, dim: int) -> nn.Parameter:
-    """U(-1, 1) rows of unit length [C, D]."""
+    """A weight [C, D] drawn from U(-1, 1), with its rows scaled to unit length."""
     return nn.Parameter(F.normalize(torch.empty(num_classes, dim).uniform_(-1, 1), dim=-1))
 
 
@@ -83,3 +97,4 @@ HEADS: dict[str, type[Classifier]] = {
     "L2NormedClassifier": L2NormedClassifier,
     "LayerNormedClassifier": LayerNormedClassifier,
 }
+"""Name → head; it is called with the width D, the number of classes C and the fields of its options."""

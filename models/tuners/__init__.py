@@ -1,1 +1,1 @@
-"""Parameter-efficient tuning: `TUNERS` in `table.py`, and the tuners of the peft library."""
+"""Parameter-efficient tuning: our tuners (`TUNERS` in `table.py`) and those of the peft library (`peft_table.py`)."""

@@ -1,4 +1,4 @@
-"""What peft has put around an encoder: its part in training, and its files."""
+"""What the peft library has put around an encoder: its part in training, its file format, and merging."""
 
 import copy
 import warnings
@@ -18,40 +18,55 @@ if TYPE_CHECKING:
 
 
 class PeftAdapter(nn.Module):
-    """A tuner of peft. Its weights are parameters of the encoder; this holds what belongs to no layer.
+    """A tuner of peft around an encoder. Its weights belong to the encoder; this object holds everything else.
 
     Args:
-        name: as the user calls it.
+        name: entry of PEFTS.
         model: peft's wrapper of the network.
         targets: names of the wrapped layers.
-        args: what the user has set.
+        args: the user's `peft_args`.
     """
 
     def __init__(self, name: str, model: "PeftModel", targets: Sequence[str], args: Mapping[str, Any]) -> None:
         super().__init__()
         self.name, self.targets, self.args = name, targets, args
-        self._model = (model,)  # a tuple, so that the encoder's weights are not registered twice
+        self._model = (model,)  # a tuple, so that the encoder's weights are not registered a second time
 
     @property
     def model(self) -> Any:
+        """peft's wrapper of the network."""
         return self._model[0]
 
     @property
     def config(self) -> Any:
+        """peft's configuration of the adapter."""
         return self.model.peft_config["default"]
 
     def before_training(self, steps: int) -> None:
-        """Once a launch, before the first step; `steps` is the length of the whole run."""
+        """Called once in each launch, before its first step.
+
+        Args:
+            steps: optimizer steps of the whole run.
+        """
 
     def after_step(self, step: int) -> None:
-        """After each optimizer step, counted from 1, while its gradients are still there."""
+        """Called after each optimizer step, while its gradients still exist.
+
+        Args:
+            step: number of the step, counted from 1.
+        """
 
     def penalty(self) -> Tensor | None:
-        """What is added to the mean loss."""
+        """What is added to the mean loss, a scalar; None: nothing."""
         return None
 
     def export(self, folder: Path, base: str) -> None:
-        """Write `adapter_model.safetensors` and `adapter_config.json`, which names the network below: `base`."""
+        """Write `adapter_model.safetensors` and `adapter_config.json`.
+
+        Args:
+            folder: where to write them.
+            base: name of the network below the adapter, for the configuration.
+        """
         self.config.base_model_name_or_path = base
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -60,50 +75,67 @@ class PeftAdapter(nn.Module):
 
 
 class AdaLora(PeftAdapter):
-    """AdaLoRA (Zhang et al. 2023): ranks are cut step by step, by the importance of their gradients.
+    """AdaLoRA: ranks are cut during training, by the importance of their gradients. Source: Zhang et al. 2023.
 
-    peft keeps the running averages in its allocator, where no state would find them. Here they are buffers, which the
-    allocator is given before the first step, also when a run resumes.
+    peft keeps the running averages of the importance in its allocator, which no state dict contains. Here they are
+    buffers, and the allocator gets these buffers before the first step, also when a run resumes. Their names are part
+    of the checkpoint.
     """
 
     def __init__(self, name: str, model: "PeftModel", targets: Sequence[str], args: Mapping[str, Any]) -> None:
         super().__init__(name, model, targets, args)
-        for index, (key, each) in enumerate(self._adapters()):
-            self.register_buffer(f"importance_{index}", torch.zeros_like(each))
-            self.register_buffer(f"uncertainty_{index}", torch.zeros_like(each))
+        for index, (key, matrix) in enumerate(self._matrices()):
+            self.register_buffer(f"importance_{index}", torch.zeros_like(matrix))
+            self.register_buffer(f"uncertainty_{index}", torch.zeros_like(matrix))
             if "lora_E" in key:
-                self.register_buffer(f"kept_{index}", torch.ones(len(each), dtype=torch.bool, device=each.device))
+                kept = torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
+                self.register_buffer(f"kept_{index}", kept)
 
     def before_training(self, steps: int) -> None:
-        """Warm-up and final phase are a tenth and three tenths of the run unless given."""
+        """Set the schedule and hand the buffers to peft's allocator.
+
+        Unless `peft_args` set them, the warm-up (tinit) is a tenth and the final phase (tfinal) three tenths of the
+        run.
+
+        Args:
+            steps: optimizer steps of the whole run.
+
+        Raises:
+            UserError: the schedule leaves no step for cutting ranks.
+        """
         config, allocator = self.config, self.model.base_model.rankallocator
         config.total_step = steps
         config.tinit = self.args.get("tinit", steps // 10)
         config.tfinal = self.args.get("tfinal", 3 * steps // 10)
-        cut = steps - config.tfinal  # the step of the last cut; importance is counted before it
-        if cut < 2 or config.tinit >= cut:
+        last_cut = steps - config.tfinal  # importance is counted in the steps before the last cut
+        if last_cut < 2 or config.tinit >= last_cut:
             raise UserError(
                 f"AdaLoRA cuts ranks between tinit {config.tinit} and {config.tfinal} steps (tfinal) before the end, "
                 f"which leaves none of the {steps} steps of this run; set them in peft_args, or train longer"
             )
         buffers = dict(self.named_buffers())
-        names = [key for key, _ in self._adapters()]
+        names = [key for key, _ in self._matrices()]
         allocator.exp_avg_ipt = {key: buffers[f"importance_{index}"] for index, key in enumerate(names)}
         allocator.exp_avg_unc = {key: buffers[f"uncertainty_{index}"] for index, key in enumerate(names)}
-        allocator.ipt = dict(allocator.exp_avg_ipt)  # peft starts anew where this is empty
+        allocator.ipt = dict(allocator.exp_avg_ipt)  # if this were empty, peft would reset the averages
         kept = {key: buffers[f"kept_{index}"] for index, key in enumerate(names) if f"kept_{index}" in buffers}
-        config.rank_pattern = {key: each.tolist() for key, each in kept.items()}
+        config.rank_pattern = {key: mask.tolist() for key, mask in kept.items()}
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
+        """Update the importance and cut ranks where the schedule says so.
+
+        Args:
+            step: number of the step, counted from 1.
+        """
         config, tuner = self.config, self.model.base_model
-        for _, parameter in self._adapters():
+        for _, parameter in self._matrices():
             assert parameter.grad is not None, "every wrapped layer is called; that was checked when it was built"
-            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # of a step that fp16 overflow has skipped
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # after a step that was skipped because fp16 overflowed
         pattern = config.rank_pattern
         tuner.update_and_allocate(step)
-        for index, (key, _) in enumerate(self._adapters()):
-            if key in tuner.rankallocator.exp_avg_ipt:  # dropped after the last cut
+        for index, (key, _) in enumerate(self._matrices()):
+            if key in tuner.rankallocator.exp_avg_ipt:  # peft drops them after the last cut
                 setattr(self, f"importance_{index}", tuner.rankallocator.exp_avg_ipt[key])
                 setattr(self, f"uncertainty_{index}", tuner.rankallocator.exp_avg_unc[key])
             if "lora_E" in key and config.rank_pattern is not pattern:
@@ -111,74 +143,93 @@ class AdaLora(PeftAdapter):
                 kept.copy_(torch.tensor(config.rank_pattern[key], dtype=torch.bool))
 
     def penalty(self) -> Tensor | None:
-        """γ · mean over A and B of ‖AAᵀ − I‖, ‖BᵀB − I‖ (eq. 4), as peft adds it to the loss of its own models."""
+        """γ · mean over A and B of ‖AAᵀ − I‖ and ‖BᵀB − I‖, as peft adds it to the losses of its own models.
+
+        Source: Zhang et al. 2023, eq. 4.
+        """
         if not self.config.orth_reg_weight:
             return None
-        factors = [each if "lora_A" in key else each.T for key, each in self._adapters() if "lora_E" not in key]
+        factors = [matrix if "lora_A" in key else matrix.T for key, matrix in self._matrices() if "lora_E" not in key]
         norms = [
-            (each @ each.T - torch.eye(len(each), dtype=each.dtype, device=each.device)).norm() for each in factors
+            (factor @ factor.T - torch.eye(len(factor), dtype=factor.dtype, device=factor.device)).norm()
+            for factor in factors
         ]
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def export(self, folder: Path, base: str) -> None:
-        self.config.rank_pattern = {}  # ranks that were cut stand in the file as zeros
+        """Write the adapter with all of its ranks; those that were cut are zeros."""
+        self.config.rank_pattern = {}
         super().export(folder, base)
 
-    def _adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names as the allocator knows them, and the matrices A, B and E."""
-        names = tuple(f"{each}.lora_" for each in self.targets)
-        return ((k, p) for k, p in self.model.get_base_model().named_parameters() if k.startswith(names))
+    def _matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The matrices A, B and E of all layers, under the names that the allocator uses."""
+        prefixes = tuple(f"{target}.lora_" for target in self.targets)
+        named = self.model.get_base_model().named_parameters()
+        return ((key, parameter) for key, parameter in named if key.startswith(prefixes))
 
 
-def export_adapter(host: Encoder, peft: PeftAdapter, folder: Path, base: str) -> None:
-    """Write the adapter for `peft.PeftModel.from_pretrained(network, folder)`.
+def export_adapter(encoder: Encoder, peft: PeftAdapter, folder: Path, base: str) -> None:
+    """Write an adapter that `peft.PeftModel.from_pretrained(network, folder)` reads.
 
     Args:
-        base: what the network is called.
+        encoder: the encoder that the adapter belongs to.
+        peft: the adapter.
+        folder: where to write it.
+        base: name of the network below the adapter.
 
     Raises:
         UserError: other tuners have trained too, which that format cannot hold; or the disk is full.
     """
-    own = {id(each) for layer in host.adapted for each in _around(layer)}
-    other = [key for key, each in host.named_parameters() if each.requires_grad and id(each) not in own]
-    if other:
-        raise UserError(f"peft's format holds the adapter alone, and this run trained {other[0]} too; export merged")
+    adapter_parameters = {id(parameter) for layer in encoder.peft_layers for parameter in _adapter_parameters(layer)}
+    others = [
+        key
+        for key, parameter in encoder.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapter_parameters
+    ]
+    if others:
+        raise UserError(f"peft's format holds the adapter alone, and this run trained {others[0]} too; export merged")
     try:
         peft.export(folder, base)
-    except SafetensorError as error:  # which is what it makes of a full disk
+    except SafetensorError as error:  # peft raises this when the disk is full
         raise UserError(f"export peft: cannot write the adapter ({error}); free the space") from error
 
 
 @torch.no_grad()
-def merge(host: Encoder, peft: PeftAdapter) -> dict[str, Tensor]:
-    """The network's own tensors under its own names, with the adapter merged into the weights.
+def merge_adapter(encoder: Encoder, peft: PeftAdapter) -> dict[str, Tensor]:
+    """The state dict of the network with the adapter merged into its weights.
 
-    The host computes in fp32 and stays as it is.
+    Args:
+        encoder: the encoder that the adapter belongs to; it computes in fp32, and stays as it is.
+        peft: the adapter.
+
+    Returns:
+        The network's own tensors under its own names.
 
     Raises:
-        UserError: the tuner is none that can be merged.
+        UserError: this tuner cannot be merged, or peft merges it wrongly.
     """
     merged: Any = copy.deepcopy(peft.model).eval()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plain = merged.merge_and_unload()
+            net = merged.merge_and_unload()
     except (NotImplementedError, ValueError, AttributeError) as error:
         raise UserError(f"{peft.name} cannot be merged into the weights; export peft") from error
-    for key, layer in zip(peft.targets, copy.deepcopy(host.adapted), strict=True):
-        given = _probe(plain.get_submodule(key))
-        wanted = layer.eval()(given)
-        if (plain.get_submodule(key)(given) - wanted).abs().max() > 1e-3 * wanted.abs().max():
+    for key, layer in zip(peft.targets, copy.deepcopy(encoder.peft_layers), strict=True):
+        inputs = _random_input(net.get_submodule(key))
+        expected = layer.eval()(inputs)
+        if (net.get_submodule(key)(inputs) - expected).abs().max() > 1e-3 * expected.abs().max():
             raise UserError(f"peft merges {peft.name} into {key} wrongly (another output than unmerged); export peft")
-    return plain.state_dict()
+    return net.state_dict()
 
 
-def _probe(layer: Any) -> Tensor:
-    """Something to try a Linear or Conv2d on."""
+def _random_input(layer: Any) -> Tensor:
+    """An input to compare a Linear or Conv2d before and after merging."""
     shape = (2, layer.in_features) if isinstance(layer, nn.Linear) else (2, layer.in_channels, 8, 8)
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return numbers.to(layer.weight)
 
 
-def _around(layer: nn.Module) -> Iterator[nn.Parameter]:
-    return (each for key, each in layer.named_parameters() if not key.startswith("base_layer."))
+def _adapter_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """What peft has added to a layer that it wraps."""
+    return (parameter for key, parameter in layer.named_parameters() if not key.startswith("base_layer."))

@@ -1,7 +1,7 @@
-"""`add_peft`: a tuner of the peft library around layers of an image encoder.
+"""`add_peft`: wraps layers of an image encoder with a tuner of the peft library.
 
-peft wraps layers in place and trains what it puts around them, beside whatever our own tuners select. What it would do
-wrong here is refused with the reason, on the meta device already.
+peft changes the network in place and trains what it puts around its layers; our own tuners may train other weights at
+the same time. What peft would do wrongly on an image encoder is refused with the reason, already on the meta device.
 """
 
 import warnings
@@ -18,117 +18,147 @@ from torch.func import functional_call
 
 from tailtune.configs.errors import UserError, unknown
 from tailtune.configs.seeding import seeded
-from tailtune.configs.time_limit import at_most
-from tailtune.models.backbones.encoder import Encoder, tensors_of
-from tailtune.models.backbones.expert_split import refuse_divided
+from tailtune.configs.time_limit import time_limit
+from tailtune.models.backbones.encoder import Encoder, named_tensors
+from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter
-from tailtune.models.tuners.peft_types import FIELDS, INITS, PEFTS, Kind, draws, find
+from tailtune.models.tuners.peft_table import (
+    LORA_INITS,
+    PEFTS,
+    REFUSED_FIELDS,
+    PeftType,
+    find_peft_type,
+    uses_dropout,
+)
 
-if TYPE_CHECKING:  # it takes more than a second to import, so only who asks for it pays
+if TYPE_CHECKING:  # importing peft takes more than a second, so only runs that use it do so
     from peft import PeftConfig, PeftModel
 
 
-MOST = 10**6
-"""The largest whole number in `peft_args` that is no seed: ranks and sizes, some of which are drawn at once."""
-ATTENTION = (
+LARGEST_NUMBER = 10**6
+"""The largest whole number in `peft_args` except for seeds: tensors of some of these sizes are made at once."""
+ATTENTION_REFUSED = (
     "peft merges and unmerges the weights of nn.MultiheadAttention in every forward, which moves frozen bf16 weights "
     "by 2e-3 and computes their full gradient; choose other target_modules, or a timm backbone, whose qkv is one Linear"
 )
 
 
 def add_peft(
-    host: Encoder,
+    encoder: Encoder,
     name: str,
     args: Mapping[str, Any],
     partial: int | Sequence[int] | None,
     resolution: int,
     seed: int,
 ) -> PeftAdapter:
-    """Wrap layers of the host with a tuner of peft, beside what other tuners have selected before.
+    """Wrap layers of an encoder with a tuner of peft. Other tuners have selected or inserted their parameters before.
 
     Args:
+        encoder: the encoder; it is changed in place.
+        name: an entry of PEFTS.
         args: fields of peft's configuration of that tuner.
-        partial: parts of the host whose layers may be wrapped.
+        partial: the blocks whose layers may be wrapped, see `Encoder.block_range`.
         resolution: side of the images, in pixels.
+        seed: seed of the adapter's initial weights.
 
     Raises:
-        UserError: what peft, or this host, cannot do.
+        UserError: peft cannot do this, or not on this encoder.
     """
-    kind = find(name)
-    config: Any = _config(kind, name, args)
-    _aim(config, host, name, kind, partial)
-    selected = {key for key, each in host.named_parameters() if each.requires_grad}
-    for layer in map(host.net.get_submodule, config.target_modules):
-        if any(each.requires_grad for each in layer.parameters()):
-            _let_train(layer, name, kind)
+    peft_type = find_peft_type(name)
+    config: Any = _peft_config(peft_type, name, args)
+    _choose_target_modules(config, encoder, name, peft_type, partial)
+    trained = {key for key, parameter in encoder.named_parameters() if parameter.requires_grad}
+    for layer in map(encoder.net.get_submodule, config.target_modules):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            _prepare_trained_layer(layer, name, peft_type)
         layer.weight.data = layer.weight.data.contiguous()  # peft views weights of convolutions as matrices
     targets = list(config.target_modules)
-    refuse_divided(host, f"peft {name}", map(host.net.get_submodule, targets))
+    refuse_expert_blocks(encoder, f"peft {name}", map(encoder.net.get_submodule, targets))
     with seeded(seed, "peft"):
-        model = _inject(host.net, config, kind.sampled, name)
-    for key, parameter in host.named_parameters():  # peft has frozen all that is not its own
-        if key.replace(".base_layer.", ".") in selected:
+        model = _wrap(encoder.net, config, peft_type.sampled, name)
+    for key, parameter in encoder.named_parameters():  # peft has frozen every parameter that is not its own
+        if key.replace(".base_layer.", ".") in trained:
             parameter.requires_grad_(True)
-    host.adapted = [host.net.get_submodule(each) for each in targets]
-    host.noisy = draws(args)
-    _check_called(host, targets, name, resolution)
-    return (AdaLora if kind.type == "ADALORA" else PeftAdapter)(name, model, targets, args)
+    encoder.wrap_with_peft([encoder.net.get_submodule(target) for target in targets], uses_dropout(args))
+    _check_called(encoder, targets, name, resolution)
+    return (AdaLora if peft_type.type == "ADALORA" else PeftAdapter)(name, model, targets, args)
 
 
-def _config(kind: Kind, name: str, args: Mapping[str, Any]) -> "PeftConfig":
-    """peft's configuration, with the fields that make no sense here refused."""
+def _peft_config(peft_type: PeftType, name: str, args: Mapping[str, Any]) -> "PeftConfig":
+    """peft's configuration. Raises a `UserError` for fields that make no sense here."""
     from peft import __version__
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    known = {each.value: config for each, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if kind.type not in known:
+    config_classes = {peft_name.value: config for peft_name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if peft_type.type not in config_classes:
         raise UserError(f"peft {name} is not in the installed peft {__version__}; install a newer one")
-    names = [each.name for each in fields(known[kind.type])]
+    names = [field.name for field in fields(config_classes[peft_type.type])]
     for key, value in args.items():
         if key not in names:
-            raise unknown(f"field of {name} in peft_args", key, [each for each in names if each not in FIELDS])
-        if key in FIELDS and value not in (None, "none"):
-            raise UserError(f"peft_args {key} cannot be set here: {FIELDS[key]}")
+            allowed = [known for known in names if known not in REFUSED_FIELDS]
+            raise unknown(f"field of {name} in peft_args", key, allowed)
+        if key in REFUSED_FIELDS and value not in (None, "none"):
+            raise UserError(f"peft_args {key} cannot be set here: {REFUSED_FIELDS[key]}")
         if key == "target_modules" and value in ("", []):
             raise UserError("peft_args target_modules is empty: name layers, or leave it out for the usual ones")
-        for number in _numbers(value):
-            if abs(number) > MOST and not key.endswith(("seed", "key")):
-                raise UserError(f"peft_args {key} is {number}, beyond {MOST:,}, which nothing needs; choose less")
-    if args.get("init_lora_weights", True) not in INITS:
+        for number in _whole_numbers(value):
+            if abs(number) > LARGEST_NUMBER and not key.endswith(("seed", "key")):
+                raise UserError(f"peft_args {key} is {number}, beyond {LARGEST_NUMBER:,}; choose a smaller number")
+    if args.get("init_lora_weights", True) not in LORA_INITS:
         raise UserError(
             f"peft_args init_lora_weights {args['init_lora_weights']} would alter the pre-trained weights or read the "
             "data; choose gaussian, orthogonal, or leave it out"
         )
-    with _refusals(name):
-        config: Any = known[kind.type](**{**kind.args, **args})
-        if kind.type == "ADALORA" and config.target_r >= config.init_r:
+    with _peft_errors(name):
+        config: Any = config_classes[peft_type.type](**{**peft_type.args, **args})
+        if peft_type.type == "ADALORA" and config.target_r >= config.init_r:
             raise ValueError(f"target_r {config.target_r} must be less than init_r {config.init_r}")
     return config
 
 
-def _numbers(value: Any) -> list[int]:
-    """The whole numbers of a field: one, or those within a list or mapping."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return [each for each in inside if type(each) is int]
+def _whole_numbers(value: Any) -> list[int]:
+    """The whole numbers in a field: the value itself, or those in a list or mapping."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [number for number in values if type(number) is int]
 
 
-def _aim(config: Any, host: Encoder, name: str, kind: Kind, partial: int | Sequence[int] | None) -> None:
-    """Write the full names of the layers into the configuration: those that it matches, within `partial`."""
+def _choose_target_modules(
+    config: Any, encoder: Encoder, name: str, peft_type: PeftType, partial: int | Sequence[int] | None
+) -> None:
+    """Write the full names of the layers to wrap into the configuration: those that it matches, within `partial`."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    modules = {key: each for key, each in host.net.named_modules() if key}
+    modules = {key: module for key, module in encoder.net.named_modules() if key}
     if config.target_modules is None:
-        _set_defaults(config, host, kind)
+        _set_default_targets(config, encoder, peft_type)
     if str(config.target_modules).lower() == "all-linear":
-        config.target_modules = set(_linears(host.net))
-    within = {id(each) for index in host.chosen(partial) for each in host.parts[index].modules()}
-    with _refusals(name), at_most(10, "comparing a pattern of layers with their names"):
-        found = [key for key in modules if check_target_module_exists(config, key)]
-    found = [key for key in found if partial is None or id(modules[key]) in within]
-    types = (nn.Linear, nn.Conv2d) if kind.conv else (nn.Linear,)
-    able = f"; {', '.join(each for each, entry in PEFTS.items() if entry.conv)} take convolutions"
-    if not found:
-        layers = sorted({key.split(".")[-1] for key, each in modules.items() if isinstance(each, types)})
+        config.target_modules = set(_linear_layers(encoder.net))
+    blocks = [encoder.blocks[index] for index in encoder.block_range(partial)]
+    within = {id(module) for block in blocks for module in block.modules()}
+    with _peft_errors(name), time_limit(10, "comparing a pattern of layers with their names"):
+        targets = [key for key in modules if check_target_module_exists(config, key)]
+    targets = [key for key in targets if partial is None or id(modules[key]) in within]
+    _check_targets(config, targets, modules, name, peft_type, partial)
+    config.target_modules = targets
+    if getattr(config, "feedforward_modules", None):  # IA3 scales the input of these layers instead of the output
+        feedforward = type(config)(target_modules=config.feedforward_modules, feedforward_modules=[])
+        with _peft_errors(name), time_limit(10, "comparing feedforward_modules with the names of layers"):
+            config.feedforward_modules = [key for key in targets if check_target_module_exists(feedforward, key)]
+
+
+def _check_targets(
+    config: Any,
+    targets: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    name: str,
+    peft_type: PeftType,
+    partial: int | Sequence[int] | None,
+) -> None:
+    """Raise a `UserError` if there is no layer to wrap, or one that the tuner cannot wrap."""
+    types = (nn.Linear, nn.Conv2d) if peft_type.conv else (nn.Linear,)
+    for_convolutions = f"; {', '.join(peft for peft, entry in PEFTS.items() if entry.conv)} take convolutions"
+    if not targets:
+        layers = sorted({key.split(".")[-1] for key, module in modules.items() if isinstance(module, types)})
         narrowed = [key for key in ("exclude_modules", "layers_to_transform") if getattr(config, key, None)]
         where = "" if partial is None else f" within partial {partial}"
         where += f" that {' and '.join(narrowed)} leaves" if narrowed else ""
@@ -137,79 +167,79 @@ def _aim(config: Any, host: Encoder, name: str, kind: Kind, partial: int | Seque
             f"peft_args target_modules {config.target_modules}{hint} is none of the layers of this backbone{where}; "
             f"{name} takes [{', '.join(layers)}]"
             if config.target_modules
-            else f"peft {name} acts on linear layers, of which this backbone has none to offer{able}"
+            else f"peft {name} acts on linear layers, and this backbone has none that it could wrap{for_convolutions}"
         )
-    attention = _attentions(host.net)
-    for key in found:
+    attention = _attention_prefixes(modules)
+    for key in targets:
         if f"{key}.".startswith(attention):
-            raise UserError(f"peft {name} on {key}: {ATTENTION}")
+            raise UserError(f"peft {name} on {key}: {ATTENTION_REFUSED}")
         if not isinstance(modules[key], types):
-            hint = able if isinstance(modules[key], nn.Conv2d) else ""
-            kind_of = type(modules[key]).__name__
-            raise UserError(f"peft_args target_modules: peft {name} cannot act on {key}, a {kind_of}{hint}")
-    config.target_modules = found
-    if getattr(config, "feedforward_modules", None):  # IA3: layers whose input is scaled instead of the output
-        outer = type(config)(target_modules=config.feedforward_modules, feedforward_modules=[])
-        with _refusals(name), at_most(10, "comparing feedforward_modules with the names of layers"):
-            config.feedforward_modules = [key for key in found if check_target_module_exists(outer, key)]
+            hint = for_convolutions if isinstance(modules[key], nn.Conv2d) else ""
+            class_name = type(modules[key]).__name__
+            raise UserError(f"peft_args target_modules: peft {name} cannot act on {key}, a {class_name}{hint}")
 
 
-def _set_defaults(config: Any, host: Encoder, kind: Kind) -> None:
-    """The packed query, key and value; where there is none all linear layers, or all convolutions."""
-    inside = host.parts or [host.net]
-    names = [key.split(".")[-1] for part in inside for key in _linears(part)]
+def _set_default_targets(config: Any, encoder: Encoder, peft_type: PeftType) -> None:
+    """Wrap the packed query, key and value; without these all linear layers, and without these all convolutions."""
+    blocks = encoder.blocks or [encoder.net]
+    names = [key.split(".")[-1] for block in blocks for key in _linear_layers(block)]
     if "qkv" in names:
-        config.target_modules = ["qkv", "fc2"] if kind.type == "IA3" and "fc2" in names else ["qkv"]
-    elif names or not kind.conv:
+        config.target_modules = ["qkv", "fc2"] if peft_type.type == "IA3" and "fc2" in names else ["qkv"]
+    elif names or not peft_type.conv:
         config.target_modules = "all-linear"
     else:
-        convolutions = {id(each) for part in inside for each in part.modules() if _dense(each)}
-        config.target_modules = {key for key, each in host.net.named_modules() if id(each) in convolutions}
-    if kind.type == "IA3" and config.feedforward_modules is None:
-        config.feedforward_modules = [each for each in ("fc2",) if each in config.target_modules]
+        convolutions = {id(module) for block in blocks for module in block.modules() if _is_ungrouped_conv(module)}
+        config.target_modules = {key for key, module in encoder.net.named_modules() if id(module) in convolutions}
+    if peft_type.type == "IA3" and config.feedforward_modules is None:
+        config.feedforward_modules = ["fc2"] if "fc2" in config.target_modules else []
 
 
-def _dense(module: nn.Module) -> bool:
+def _is_ungrouped_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == 1
 
 
-def _linears(net: nn.Module) -> list[str]:
-    """Linear layers but for those that an nn.MultiheadAttention uses in its own way."""
-    attention = _attentions(net)
-    return [k for k, m in net.named_modules() if isinstance(m, nn.Linear) and not f"{k}.".startswith(attention)]
+def _linear_layers(net: nn.Module) -> list[str]:
+    """Names of the linear layers, without those within an nn.MultiheadAttention, which never calls them."""
+    modules = dict(net.named_modules())
+    attention = _attention_prefixes(modules)
+    return [
+        key for key, module in modules.items() if isinstance(module, nn.Linear) and not f"{key}.".startswith(attention)
+    ]
 
 
-def _attentions(net: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{key}." for key, each in net.named_modules() if isinstance(each, nn.MultiheadAttention))
+def _attention_prefixes(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """How the names of everything within an nn.MultiheadAttention begin."""
+    return tuple(f"{key}." for key, module in modules.items() if isinstance(module, nn.MultiheadAttention))
 
 
-def _let_train(layer: nn.Module, name: str, kind: Kind) -> None:
+def _prepare_trained_layer(layer: nn.Module, name: str, peft_type: PeftType) -> None:
     """Prepare a layer whose own weights are trained by another tuner."""
-    if kind.frozen:
+    if peft_type.frozen:
         raise UserError(
-            f"peft {name} takes the weights of its layers as frozen, and another tuner trains them; leave that one "
-            "out, or choose other target_modules"
+            f"peft {name} needs frozen weights in the layers that it wraps, and another tuner trains them; leave that "
+            "tuner out, or choose other target_modules"
         )
     if type(layer) is nn.Linear:
-        layer.__class__ = _Casting
+        layer.__class__ = _CastingLinear
 
 
-class _Casting(nn.Linear):
-    """A wrapped layer whose own weights train, in fp32, below a narrower stream."""
+class _CastingLinear(nn.Linear):
+    """A wrapped layer whose own weights train: they stay in fp32 and are cast to the dtype of the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-def _inject(net: nn.Module, config: Any, sampled: bool, name: str) -> "PeftModel":
-    """peft's own wrapper around the network, which it alters in place."""
+def _wrap(net: nn.Module, config: Any, sampled: bool, name: str) -> "PeftModel":
+    """peft's own model around the network, which it changes in place."""
     from peft import get_peft_model
 
-    meta = any(each.is_meta for each in net.parameters())  # as every run tries it first; weights may take longer
+    # Every run wraps a network on the meta device first, so the time limit is checked there; weights may take longer.
+    meta = any(parameter.is_meta for parameter in net.parameters())
     with (
-        _refusals(name),
-        at_most(30, "wrapping the layers") if meta else nullcontext(),
+        _peft_errors(name),
+        time_limit(30, "wrapping the layers") if meta else nullcontext(),
         torch.device("cpu" if sampled or not meta else "meta"),
     ):
         if meta and sampled:
@@ -220,8 +250,8 @@ def _inject(net: nn.Module, config: Any, sampled: bool, name: str) -> "PeftModel
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
-    """What peft says about what it was given, on one line; its warnings are about other uses."""
+def _peft_errors(name: str) -> Iterator[None]:
+    """Turn any error of peft into a `UserError` on one line, and silence its warnings, which are for other uses."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -231,17 +261,18 @@ def _refusals(name: str) -> Iterator[None]:
         raise UserError(f"peft {name} with these peft_args: {reason}") from error
 
 
-def _check_called(host: Encoder, targets: Sequence[str], name: str, resolution: int) -> None:
-    """Some networks read the weights of a layer without calling it, and a wrapper around it would do nothing.
+def _check_called(encoder: Encoder, targets: Sequence[str], name: str, resolution: int) -> None:
+    """Raise a `UserError` if the network reads the weights of a wrapped layer without ever calling the layer.
 
-    One image through the network without numbers, on the meta device, tells.
+    The wrapper would then have no effect. One image, on the meta device, shows which layers are called.
     """
     called: set[int] = set()
-    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in host.adapted]
-    state = {key: torch.empty_like(each, device="meta") for key, each in tensors_of(host)}
-    with host.untuned(), torch.no_grad():
-        functional_call(host, state, (torch.empty(1, 3, resolution, resolution, device="meta"),), tie_weights=False)
-    for key, layer, hook in zip(targets, host.adapted, hooks, strict=True):
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(id(layer))) for layer in encoder.peft_layers]
+    state = {key: torch.empty_like(tensor, device="meta") for key, tensor in named_tensors(encoder)}
+    with encoder.untuned(), torch.no_grad():
+        image = torch.empty(1, 3, resolution, resolution, device="meta")
+        functional_call(encoder, state, (image,), tie_weights=False)
+    for key, layer, hook in zip(targets, encoder.peft_layers, hooks, strict=True):
         hook.remove()
         if id(layer) not in called:
             raise UserError(

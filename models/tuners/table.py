@@ -1,8 +1,8 @@
-"""TUNERS: what of a frozen backbone trains. A tuner's flag on the command line is its name in the table.
+"""TUNERS: which parameters train while the backbone is frozen. A tuner's name is its flag on the command line.
 
-A tuner inserts modules at the sites of a ViT's blocks, selects weights of the backbone, or acts on the feature of a
-backbone without blocks. Tuners combine; at a shared site they act in the order of the table. `partial` holds for
-every one of them (LIFT ignores it for biases, norms and shallow prompts).
+A tuner inserts modules at the sites of a ViT's blocks (`ViTEncoder` lists the sites), selects weights of the backbone,
+or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared site they act in the
+order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ from torch import nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
-from tailtune.models.backbones.expert_split import refuse_divided
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.vit import ViT
-from tailtune.models.tuners.modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
+from tailtune.models.backbones.expert_split import refuse_expert_blocks
+from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
 from tailtune.models.tuners.tuner_options import (
     AdaptFormerOptions,
     BottleneckOptions,
@@ -29,77 +29,86 @@ from tailtune.models.tuners.tuner_options import (
 
 @dataclass(frozen=True)
 class Tuner:
-    """What it does to a host; exactly one of insert and select is given.
+    """What a tuner does to an encoder: it inserts modules or selects parameters; exactly one of the two is given.
 
-    insert: (ViT, index of a block, options) → site → module.
-    select: module → the parameters of it that train; of the blocks, or of any other backbone as a whole.
+    insert: (encoder, index of a block, options) → site → module.
+    select: module → those of its parameters that train. It is called with the blocks of `partial`, or with the whole
+        network.
     """
 
     doc: str
-    """Meaning of its flag, a sentence."""
-    insert: Callable[[ViT, int, Any], dict[str, nn.Module]] | None = None
+    """A sentence that says what its flag does."""
+    insert: Callable[[ViTEncoder, int, Any], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
     options: TunerOptions = TunerOptions()
-    """Its options with their defaults; those without a `key` of their own are called `<tuner>_<field>`."""
+    """Its options with their defaults. Those without a `key` of their own are called `<tuner>_<field>`."""
     on_feature: Callable[[int], nn.Module] | None = None
-    """Width → what it puts on the feature of a backbone that runs as a whole, in place of `insert`."""
+    """Width of the feature → the module that acts on the feature of a backbone that runs as a whole."""
     first_only: bool = False
-    """Inserted at the first block of the range only."""
+    """Whether it is inserted at the first block of `partial` only."""
     on_weights: bool = False
-    """Inserted at the weights of layers instead of their outputs."""
+    """Whether it is inserted at the weights of layers instead of their outputs."""
     on_batch: bool = False
-    """Selected batch norms train on the statistics of the batch and update their running ones."""
+    """Whether the selected batch norms use the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(host: ViT, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
+def _adaptformer(encoder: ViTEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
     scale = None if isinstance(options.scale, str) else options.scale
-    return {"mlp": AdaptFormer(host.width, options.bottleneck, scale)}
+    return {"mlp": AdaptFormer(encoder.width, options.bottleneck, scale)}
 
 
-def _adapter(host: ViT, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
-    return {"mlp": Adapter(host.width, options.bottleneck)}
+def _adapter(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    return {"mlp": Adapter(encoder.width, options.bottleneck)}
 
 
-def _lora(host: ViT, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
-    return {site: Lora(host.width, host.width, options.bottleneck) for site in ("q", "v")}
+def _lora(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    rank = options.bottleneck
+    return {site: Lora(encoder.width, encoder.width, rank) for site in ("q", "v")}
 
 
-def _lora_mlp(host: ViT, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
-    inner, outer = host.hidden_width, host.width
-    return {"fc1": Lora(outer, inner, options.bottleneck), "fc2": Lora(inner, outer, options.bottleneck)}
+def _lora_mlp(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+    width, mlp_width, rank = encoder.width, encoder.mlp_width, options.bottleneck
+    return {"fc1": Lora(width, mlp_width, rank), "fc2": Lora(mlp_width, width, rank)}
 
 
-def _prompts(host: ViT, index: int, options: PromptOptions) -> dict[str, nn.Module]:
+def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
     assert options.length is not None, "filled"
-    return {"tokens": Prompts(options.length, host.width, host.patch_size)}
+    return {"tokens": Prompts(options.length, encoder.width, encoder.patch_size)}
 
 
-def _ssf(*sites: str) -> Callable[[ViT, int, TunerOptions], dict[str, nn.Module]]:
-    """Scale and shift at the named sites."""
-    return lambda host, index, options: {
-        site: Ssf(host.hidden_width if site == "fc1" else host.width) for site in sites
+def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.Module]]:
+    """Inserts scale and shift at some sites."""
+    return lambda encoder, index, options: {
+        site: Ssf(encoder.mlp_width if site == "fc1" else encoder.width) for site in sites
     }
 
 
-def _mask(host: ViT, index: int, options: MaskOptions) -> dict[str, nn.Module]:
+def _mask(encoder: ViTEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
     assert options.ratio is not None, "filled"
-    return {name: Mask(layer, options.ratio, options.draw) for name, layer in host.layers(index).items()}
+    return {name: Mask(layer, options.ratio, options.draw) for name, layer in encoder.layers(index).items()}
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for name, parameter in module.named_parameters() if name.endswith("bias"))
 
 
-def _of(kind: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
-    """The parameters of all modules of a kind."""
-    return lambda module: (each for part in module.modules() if isinstance(part, kind) for each in part.parameters())
+def _parameters_of(module_class: type[nn.Module]) -> Callable[[nn.Module], Iterator[nn.Parameter]]:
+    """Selects the parameters of all modules of a class."""
+    return lambda module: (
+        parameter
+        for submodule in module.modules()
+        if isinstance(submodule, module_class)
+        for parameter in submodule.parameters()
+    )
 
 
 TUNERS: dict[str, Tuner] = {
     "full_tuning": Tuner("The blocks themselves train.", select=nn.Module.parameters),
     "bias_tuning": Tuner("The biases of the blocks train.", select=_biases),
-    "ln_tuning": Tuner("The layer norms of the blocks train.", select=_of(nn.LayerNorm)),
-    "bn_tuning": Tuner("The batch norms of a convolutional network train.", select=_of(nn.BatchNorm2d), on_batch=True),
+    "ln_tuning": Tuner("The layer norms of the blocks train.", select=_parameters_of(nn.LayerNorm)),
+    "bn_tuning": Tuner(
+        "The batch norms of a convolutional network train.", select=_parameters_of(nn.BatchNorm2d), on_batch=True
+    ),
     "mask": Tuner(
         "A random subset of the weights of the blocks' linear layers trains.",
         insert=_mask,
@@ -121,79 +130,87 @@ TUNERS: dict[str, Tuner] = {
         on_feature=Ssf,
     ),
     "ssf_mlp": Tuner("Scale and shift of the MLP's layers train.", insert=_ssf("fc1", "fc2")),
-    "ssf_ln": Tuner("Scale and shift behind the layer norms train.", insert=_ssf("norm1", "norm2")),
-    "adapter": Tuner("A bottleneck layer behind the MLP trains.", _adapter, options=BottleneckOptions()),
-    "adaptformer": Tuner("A bottleneck layer beside the MLP trains.", _adaptformer, options=AdaptFormerOptions()),
+    "ssf_ln": Tuner("Scale and shift after the layer norms train.", insert=_ssf("norm1", "norm2")),
+    "adapter": Tuner("A bottleneck layer after the MLP trains.", _adapter, options=BottleneckOptions()),
+    "adaptformer": Tuner(
+        "A bottleneck layer in parallel to the MLP trains.", _adaptformer, options=AdaptFormerOptions()
+    ),
 }
 
 
 def add_tuners(
-    host: Encoder,
+    encoder: Encoder,
     options: Mapping[str, TunerOptions],
     partial: int | Sequence[int] | None = None,
     seed: int = 0,
 ) -> None:
-    """Freeze the host, then make tuners act on the blocks of `partial`.
+    """Freeze the encoder, then let tuners act on the blocks of `partial`.
 
     Args:
-        options: name → filled options, of the tuners that act.
-        partial: the last so many blocks, or the first and the end of a range; None: all.
-        seed: of the tuners' initial weights.
+        encoder: the encoder; it is changed in place.
+        options: entry of TUNERS → its options, in which no size is open (`TunerOptions.filled`).
+        partial: the blocks, see `Encoder.block_range`.
+        seed: seed of the tuners' initial weights.
 
     Raises:
-        UserError: two kinds of prompts, a tuner that finds nothing to act on, a range beyond the network, or a
-            share of weights beyond all of them; experts whose own blocks would not differ.
+        UserError: two kinds of prompts; a tuner that finds nothing to train; blocks that the network does not have; a
+            share that is not above 0 and up to 1; experts with blocks of their own in which no tuner acts.
     """
     if {"vpt_shallow", "vpt_deep"} <= options.keys():
-        raise UserError("vpt_shallow and vpt_deep both own the prompt tokens; choose one of them")
-    for chosen in options.values():
-        chosen.check()
-    blocks = host.chosen(partial)
-    host.requires_grad_(False)
+        raise UserError("vpt_shallow and vpt_deep both set the prompt tokens; choose one of them")
+    for tuner_options in options.values():
+        tuner_options.check()
+    blocks = encoder.block_range(partial)
+    encoder.requires_grad_(False)
     for name in (name for name in TUNERS if name in options):
         tuner = TUNERS[name]
         if tuner.insert is not None:
-            _insert(host, name, blocks[:1] if tuner.first_only else blocks, options[name], seed)
+            _insert(encoder, name, blocks[:1] if tuner.first_only else blocks, options[name], seed)
         if tuner.select is not None:
-            _select(host, name, partial)
-    if isinstance(host, ViT) and host.own and not any(any(sites.values()) for sites in host.sites[0][-host.own :]):
+            _select(encoder, name, partial)
+    count = len(encoder.expert_blocks)
+    if isinstance(encoder, ViTEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
         raise UserError(
-            f"expert_split {host.own}: no tuner acts in the last {host.own} blocks, which experts would only repeat; "
+            f"expert_split {count}: no tuner acts in the last {count} blocks, so the experts would not differ there; "
             "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"
         )
 
 
-def _insert(host: Encoder, name: str, blocks: range, options: TunerOptions, seed: int) -> None:
+def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, seed: int) -> None:
+    """Insert the modules of a tuner; in blocks that experts have for themselves, one set for each expert."""
     tuner = TUNERS[name]
     assert tuner.insert is not None
-    if isinstance(host, GenericEncoder) and tuner.on_feature is not None:
-        if blocks or not host.depth:  # behind the last part, whichever the others are
+    if isinstance(encoder, WholeNetworkEncoder) and tuner.on_feature is not None:
+        if blocks or not encoder.depth:  # the feature comes after the last block, whichever blocks are chosen
             with seeded(seed, "tuner", name):
-                host.insert(name, tuner.on_feature(host.feature_dim))
+                encoder.insert(name, tuner.on_feature(encoder.feature_dim))
         return
-    if not isinstance(host, ViT):
+    if not isinstance(encoder, ViTEncoder):
         others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
-    first = replace(options)  # a copy, whose random draw begins anew
-    later = [options.of_expert(expert) for expert in range(1, host.experts)]
+    first = replace(options)  # a copy, whose random generator starts anew
+    later = [options.of_expert(expert) for expert in range(1, encoder.experts)]
     for index in blocks:
-        own = index >= host.depth - host.own
+        per_expert = index >= encoder.depth - encoder.num_expert_blocks
         with seeded(seed, "tuner", name, index):
-            host.insert(name, index, tuner.insert(host, index, first), tuner.on_weights, 0 if own else None)
-        for expert, copy in enumerate(later if own else [], start=1):
-            with seeded(seed, "tuner", name, index, expert):  # the first one starts as if it were alone
-                host.insert(name, index, tuner.insert(host, index, copy), tuner.on_weights, expert)
+            modules = tuner.insert(encoder, index, first)
+            encoder.insert(name, index, modules, tuner.on_weights, 0 if per_expert else None)
+        for expert, of_expert in enumerate(later if per_expert else [], start=1):
+            with seeded(seed, "tuner", name, index, expert):  # the first expert starts as a single one would
+                encoder.insert(name, index, tuner.insert(encoder, index, of_expert), tuner.on_weights, expert)
 
 
-def _select(host: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
+def _select(encoder: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
+    """Let the parameters train that a tuner selects."""
     select = TUNERS[name].select
     assert select is not None
-    modules = host.selectable(partial)
-    refuse_divided(host, name, modules)
-    found = [each for module in modules for each in select(module)]
-    if modules and not found:
+    modules = encoder.tunable_modules(partial)
+    refuse_expert_blocks(encoder, name, modules)
+    selected = [parameter for module in modules for parameter in select(module)]
+    if modules and not selected:
         raise UserError(f"{name} finds nothing to train in this backbone")
-    for parameter in found:
+    for parameter in selected:
         parameter.requires_grad_(True)
     if TUNERS[name].on_batch:
-        host.batch_norms = [each for module in modules for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
+        submodules = (submodule for module in modules for submodule in module.modules())
+        encoder.set_trained_batch_norms([norm for norm in submodules if isinstance(norm, nn.BatchNorm2d)])

@@ -9,7 +9,7 @@ import torch
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
-from tailtune.configs.seeding import mix
+from tailtune.configs.seeding import derive_seed
 from tailtune.configs.value_parsers import as_float, as_int, as_scale
 
 PROMPTS = 10
@@ -113,7 +113,7 @@ class MaskOptions(TunerOptions):
             raise UserError(f"mask_ratio {self.ratio} is no share of the weights; choose one above 0 and up to 1")
 
     def of_expert(self, expert: int) -> Self:
-        return replace(self, seed=mix(self.seed or 0, "expert", expert))
+        return replace(self, seed=derive_seed(self.seed or 0, "expert", expert))
 
     @cached_property
     def draw(self) -> torch.Generator:
@@ -122,10 +122,25 @@ class MaskOptions(TunerOptions):
 
 
 def bottleneck_dim(num_classes: int, depth: int) -> int:
-    """LIFT's rule: r = 2^max(0, ⌊log2(C / 2L)⌋), so that tuners stay smaller than the head."""
+    """LIFT's rule for the LoRA rank and the width of adapters: r = 2^max(0, ⌊log2(C / 2L)⌋).
+
+    Tuners then stay smaller than the head.
+
+    Args:
+        num_classes: number C of classes.
+        depth: number L of blocks.
+    """
     return 2 ** max(0, int(math.log2(num_classes / (2 * max(1, depth)))))
 
 
 def mask_ratio(num_classes: int, depth: int, width: int) -> float:
-    """LIFT's rule: ρ = C / 12LD in whole thousandths, at least one, so that what trains is as large as the head."""
+    """LIFT's rule for the share of weights that `mask` trains: ρ = C / 12LD in whole thousandths, at least one.
+
+    About as many parameters then train as the head has.
+
+    Args:
+        num_classes: number C of classes.
+        depth: number L of blocks.
+        width: width D of the transformer.
+    """
     return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000

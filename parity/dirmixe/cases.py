@@ -1,98 +1,119 @@
-"""What parity_dirmixe.py compares: configs of the original and of ours that mean the same, and the inputs."""
+"""What is compared with DirMixE: configs of theirs and of ours that mean the same, and the inputs."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs import load_configs
 from tailtune.datasets import build_info
 from tailtune.models import resolve
-from tailtune.parity.experts.cases import STEPS, Case
+from tailtune.parity.experts.cases import STEPS
+from tailtune.parity.job import Case, Tensors
 from tailtune.trainers.options import declared
 
-CONFIGS = {  # data → config of theirs, ours, images a step and side
+CONFIGS = {
     "cifar10_ir100": ("cifar10.json", "resnet32_dirmixe", 8, 32),
     "cifar100_ir100": ("cifar100.json", "resnet32_dirmixe", 8, 32),
     "imagenet_lt": ("imagenet.json", "resnext50_dirmixe", 2, 224),
     "inat2018": ("inaturalist.json", "resnet50_dirmixe", 2, 224),
 }
+"""Our data config → the original's config, our model config, images a step, and pixels of their sides."""
 FINAL = {"cifar10_ir100": 161, "cifar100_ir100": 161, "imagenet_lt": 145, "inat2018": 81}
-"""The first epoch with semi-variance, from 1 on."""
+"""The first epoch with semi-variance, counted from 1."""
 RUNS = (200, 180, 100)
+"""Lengths of the runs whose epochs with semi-variance are compared."""
 SAMPLES = 16
-SETS = {"inat2018": ("label_field", "id")}  # as the published lists, whose names of species are in another file
+"""Images of a loss of logits."""
+OPTIONS_OF_LISTS = {"inat2018": ("label_field", "id")}
+"""Options under which our list has the published one's classes; species' names would be in another file."""
 INAT = {"loss;args;dataset_type": "ImageNet"}
+"""Change of the original's config for iNaturalist."""
 
 
 def config_of(data: str, *words: object) -> CfgNode:
-    return resolve(load_configs(data, CONFIGS[data][1], [str(each) for each in words], declared())[-1])
+    """Our config of a data set, with further options."""
+    return resolve(load_configs(data, CONFIGS[data][1], [str(word) for word in words], declared())[-1])
 
 
-def case(data: str, name: str, **more: object) -> Case:
+def ask(checkouts: Mapping[str, Path]) -> tuple[dict[str, list[Case]], Case]:
+    """All cases by kind, and the class counts of each data set."""
+    configs = {data: config_of(data) for data in CONFIGS}
+    counts = {data: build_info(cfg).class_counts.tolist() for data, cfg in configs.items()}
+    phases = [(data, phase) for data in CONFIGS for phase in ("warm", "final")]
+    first_epochs = {"warm": dict.fromkeys(CONFIGS, 1), "final": FINAL}
+    cases: dict[str, list[Case]] = {
+        "phases": [_case("cifar100_ir100", "epochs with semi-variance", counts=counts["cifar100_ir100"], runs=RUNS)],
+        "pools": _pools(counts, configs),
+        "losses": [
+            _case(data, f"loss of logits, {phase}", counts=counts[data], epoch=161 if phase == "final" else 1)
+            | {"arguments": loss_arguments(configs[data]), "labels": f"labels.{SAMPLES}.{data}"}
+            for data, phase in phases
+        ],
+        "sets": [_test_sets(data, checkouts["dirmixe"]) for data in CONFIGS],
+        "rates": [_case(data, "") for data in CONFIGS],
+        "networks": [_case(data, f"DirMixE, {phase}", epoch=first_epochs[phase][data]) for data, phase in phases],
+    }
+    return cases, {"counts": counts}
+
+
+def _case(data: str, name: str, **more: object) -> Case:
     config, model, batch, side = CONFIGS[data]
-    found = {"repository": "dirmixe", "name": name, "config": f"train/{config}", "data": data, "model": model}
-    found |= {"theirs": INAT if data == "inat2018" else {}, "ours": {}, "note": "", "images": f"images.{batch}.{side}"}
-    return found | {"labels": f"labels.{batch}.{data}", "file": f"{data}.{name}.safetensors".replace(" ", "_")} | more
+    case: Case = {"repository": "dirmixe", "name": name, "config": f"train/{config}", "data": data, "model": model}
+    case |= {"change": INAT if data == "inat2018" else {}, "our_options": {}}
+    return case | {"images": f"images.{batch}.{side}", "labels": f"labels.{batch}.{data}"} | more
 
 
-def settings(cfg: CfgNode) -> Case:
-    """Our options as arguments of their loss."""
-    own = cfg.dirmixe
-    return {"lambda_var": own.variance, "power": own.power, "trials": own.draws, "alpha_sum": own.concentration}
+def loss_arguments(cfg: CfgNode) -> Case:
+    """Our options as arguments of the original's loss."""
+    options = cfg.dirmixe
+    return {
+        "lambda_var": options.variance,
+        "power": options.power,
+        "trials": options.draws,
+        "alpha_sum": options.concentration,
+    }
 
 
-def job(checkout: Path, only: str) -> Case:
-    """What both sides do, by kind."""
-    cfgs = {data: config_of(data) for data in CONFIGS}
-    counts = {data: build_info(cfg).class_counts.tolist() for data, cfg in cfgs.items()}
-    phased = [(data, when) for data in CONFIGS for when in ("warm", "final")]
-    epochs = {"warm": dict.fromkeys(CONFIGS, 1), "final": FINAL}
-    cifar = [data for data in CONFIGS if data.startswith("cifar")]
-    asked: Case = {"counts": counts, "phases": RUNS}
-    asked["pool"] = [
-        case(
-            data, "pool", counts=counts[data], chooses=True, per_epoch=per_epoch, epochs=3, theirs=settings(cfgs[data])
-        )
-        for data, per_epoch in zip(cifar, (97, 85), strict=True)
+def _pools(counts: Mapping[str, list[int]], configs: Mapping[str, CfgNode]) -> list[Case]:
+    """Pools of test priors; before that of CIFAR the data set chooses its images with the same random numbers."""
+    of_cifar = [
+        _case(data, "pool", counts=counts[data], chooses=True, per_epoch=per_epoch, epochs=3)
+        | {"arguments": loss_arguments(configs[data])}
+        for data, per_epoch in (("cifar10_ir100", 97), ("cifar100_ir100", 85))
     ]
     large = {"counts": list(range(1000, 0, -1)), "chooses": False, "per_epoch": 4, "epochs": 3}
-    large["theirs"] = settings(cfgs["imagenet_lt"]) | {"dataset_type": "ImageNet"}
-    asked["pool"].append(case("imagenet_lt", "pool of classes without ties", **large))
-    asked["losses"] = [
-        case(data, f"loss of logits, {when}", counts=counts[data], epoch=161 if when == "final" else 1)
-        | {"theirs": settings(cfgs[data]), "logits": f"logits.{data}", "labels": f"labels.{SAMPLES}.{data}"}
-        for data, when in phased
-    ]
-    asked["cases"] = [case(data, f"DirMixE, {when}", epoch=epochs[when][data]) for data, when in phased]
-    asked["rates"] = [case(data, "") for data in CONFIGS]
-    asked["sets"] = [_sets(data, checkout) for data in CONFIGS]
-    for kind in ("pool", "losses", "cases", "rates", "sets"):
-        asked[kind] = [each for each in asked[kind] if only in f"{kind} {each['name']} {each['data']}"]
-    return asked
+    large["arguments"] = loss_arguments(configs["imagenet_lt"]) | {"dataset_type": "ImageNet"}
+    return [*of_cifar, _case("imagenet_lt", "pool of classes without ties", **large)]
 
 
-def _sets(data: str, checkout: Path) -> Case:
-    cfg = config_of(data, *SETS.get(data, ()))
-    counts = build_info(cfg).class_counts.tolist()
-    kind = {"cifar10_ir100": "CIFAR10Data", "cifar100_ir100": "CIFAR100Data"}
-    kind |= {"imagenet_lt": "ImageNetData", "inat2018": "iNaturalist"}
+def _test_sets(data: str, checkout: Path) -> Case:
+    cfg = config_of(data, *OPTIONS_OF_LISTS.get(data, ()))
+    classes = {"cifar10_ir100": "CIFAR10Data", "cifar100_ir100": "CIFAR100Data"}
+    classes |= {"imagenet_lt": "ImageNetData", "inat2018": "iNaturalist"}
     script = "cifar" if data.startswith("cifar") else "imagenet" if data == "imagenet_lt" else "inat"
     lists = {"imagenet_lt": "ImageNet_LT/ImageNet_LT_uniform.txt", "inat2018": "iNaturalist18/iNaturalist18_val.txt"}
-    more = {"script": f"test_training_{script}_dirmixe", "loader": f"DirichletImbalance{kind[data]}Loader"}
-    path = str(checkout / "data_txt" / lists[data]) if data in lists else ""
-    return case(data, "Dirichlet test sets", ratio=1 / cfg.dirichlet_ratio, list=path, counts=counts, **more)
+    return _case(
+        data,
+        "Dirichlet test sets",
+        script=f"test_training_{script}_dirmixe",
+        loader=f"DirichletImbalance{classes[data]}Loader",
+        list=str(checkout / "data_txt" / lists[data]) if data in lists else "",
+        ratio=1 / cfg.dirichlet_ratio,
+        counts=build_info(cfg).class_counts.tolist(),
+    )
 
 
-def inputs(counts: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Images and labels of the networks, logits and labels of the losses."""
-    generator = torch.Generator().manual_seed(0)
-    found: dict[str, Tensor] = {}
+def inputs(settings: Mapping[str, Any]) -> Tensors:
+    """Images [4, B, 3, H, W] and labels [4, B] of the networks, logits [S, 3, C] and labels [S] of the losses."""
+    draws = torch.Generator().manual_seed(0)
+    tensors: Tensors = {}
     for data, (_, _, batch, side) in CONFIGS.items():
-        classes, shape = len(counts[data]), (STEPS + 1, batch, 3, side, side)
-        found[f"images.{batch}.{side}"] = torch.randn(shape, generator=generator, dtype=torch.float64)
-        found[f"labels.{batch}.{data}"] = torch.randint(0, classes, shape[:2], generator=generator)
-        found[f"labels.{SAMPLES}.{data}"] = torch.randint(0, classes, (SAMPLES,), generator=generator)
-        found[f"logits.{data}"] = 5 * torch.randn(SAMPLES, 3, classes, generator=generator, dtype=torch.float64)
-    return found
+        classes, shape = len(settings["counts"][data]), (STEPS + 1, batch, 3, side, side)
+        tensors[f"images.{batch}.{side}"] = torch.randn(shape, generator=draws, dtype=torch.float64)
+        tensors[f"labels.{batch}.{data}"] = torch.randint(0, classes, shape[:2], generator=draws)
+        tensors[f"labels.{SAMPLES}.{data}"] = torch.randint(0, classes, (SAMPLES,), generator=draws)
+        tensors[f"logits.{data}"] = 5 * torch.randn(SAMPLES, 3, classes, generator=draws, dtype=torch.float64)
+    return tensors

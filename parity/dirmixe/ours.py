@@ -1,90 +1,109 @@
-"""Our side of parity_dirmixe.py: through our configs and builders, compared with what the original left in files."""
+"""Our side of the comparison with DirMixE: through our configs and builders."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tailtune.configs import CfgNode
 from tailtune.datasets import build_info
-from tailtune.datasets.test_distributions.build import build_shifts
-from tailtune.parity.dirmixe.cases import RUNS, SAMPLES, SETS, case, config_of
-from tailtune.parity.experts.cases import Case
+from tailtune.datasets.test_distributions.build import build_distributions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
+from tailtune.models import build_model
+from tailtune.parity.dirmixe.cases import OPTIONS_OF_LISTS, SAMPLES, config_of
+from tailtune.parity.errors import error
 from tailtune.parity.experts.ours import row, use_draws
-from tailtune.parity.lift.ours import error
-from tailtune.trainers.losses import LOSSES
-from tailtune.trainers.methods.base import Objective
+from tailtune.parity.job import Case, Job
+from tailtune.parity.subject import Row
+from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.dirmixe import DirMixE
 
 
-def alone(each: Case, pool: str = "fresh") -> DirMixE:
-    """The method of a config around no model."""
-    model: Any = nn.Module()
-    model.num_experts = 3
-    objective = Objective(torch.tensor(each["counts"]), LOSSES["CE"])
-    cfg = config_of(each["data"], "dirmixe.pool", pool)
-    return DirMixE(model, objective, DirMixE.Options(**cfg.dirmixe))
+def method_of(case: Case, pool: str = "fresh") -> DirMixE:
+    """The method of a case, by the same builders as in a run.
+
+    Args:
+        case: its `data` names our config, its `counts` are the class counts.
+        pool: the option `dirmixe.pool`.
+    """
+    cfg = config_of(case["data"], "pretrained", "none", "dirmixe.pool", pool)
+    info = replace(build_info(cfg), class_counts=torch.tensor(case["counts"]))
+    method = build_method(cfg, build_model(cfg, info.class_names), info)
+    assert isinstance(method, DirMixE)
+    return method
 
 
-def compare_pool(each: Case, theirs: dict[str, Tensor]) -> Case:
-    method = alone(each, "recycled_cifar" if each["chooses"] else "recycled")
-    assert theirs["counts"].tolist() == each["counts"]
-    method._pool = method._recycled(each["per_epoch"])
-    gaps = []
-    for epoch in range(each["epochs"]):
+def compare_pool(case: Case, job: Job) -> list[Row]:
+    """Largest difference of any draw of the pool's epochs."""
+    original = job.tensors(case)
+    assert original["counts"].tolist() == case["counts"]
+    method = method_of(case, "recycled_cifar" if case["chooses"] else "recycled")
+    method.before_training(case["epochs"] * case["per_epoch"], case["per_epoch"])
+    differences = []
+    for epoch in range(case["epochs"]):
         method.epoch = epoch
-        for step in range(each["per_epoch"]):
-            method.before_step(1 + step + epoch * each["per_epoch"])
+        for step in range(case["per_epoch"]):
+            method.before_step(1 + step + epoch * case["per_epoch"])
             experts, priors = method.drawn(torch.device("cpu"))
-            here = slice(step * len(experts), (step + 1) * len(experts))
-            gaps.append(float((experts - theirs[f"experts.{epoch}"][here]).abs().max()))
-            gaps.append(float((priors - theirs[f"priors.{epoch}"][here]).abs().max()))
-    return row(each) | {"value": max(gaps)}
+            of_step = slice(step * len(experts), (step + 1) * len(experts))
+            differences.append(float((experts - original[f"experts.{epoch}"][of_step]).abs().max()))
+            differences.append(float((priors - original[f"priors.{epoch}"][of_step]).abs().max()))
+    return [row(case, value=max(differences))]
 
 
-def compare_loss(each: Case, theirs: dict[str, Tensor], given: dict[str, Tensor]) -> Case:
-    method = alone(each)
-    method.final = each["epoch"] > 1
-    use_draws(method, theirs["experts"], theirs["priors"])
+def compare_loss(case: Case, job: Job) -> list[Row]:
+    """The loss of random logits and its gradient."""
+    original = job.tensors(case)
+    method = method_of(case)
+    method.final = case["epoch"] > 1
+    use_draws(method, original["experts"], original["priors"])
     method.before_step(1)
-    logits = given[each["logits"]].clone().requires_grad_()
-    loss_sum, weight = method.loss(logits, {"label": given[each["labels"]], "weight": torch.ones(SAMPLES).double()})
+    logits = job.inputs[f"logits.{case['data']}"].clone().requires_grad_()
+    batch = {"label": job.inputs[case["labels"]], "weight": torch.ones(SAMPLES).double()}
+    loss_sum, weight = method.loss(logits, batch)
     (loss_sum / weight).backward()
     assert logits.grad is not None
-    return row(each) | {
-        "loss": error(loss_sum / weight, theirs["loss"]),
-        "gradients": error(logits.grad, theirs["gradient"]),
-    }
+    loss_error = error(loss_sum / weight, original["loss"])
+    return [row(case, loss=loss_error, gradients=error(logits.grad, original["gradient"]))]
 
 
-def compare_phases(theirs: dict[str, list[int]]) -> Case:
-    each = case("cifar100_ir100", "epochs with semi-variance", counts=[2, 1])
-    method, different = alone(each), 0
-    for epochs in RUNS:
+def compare_phases(case: Case, job: Job) -> list[Row]:
+    """How many epochs have a semi-variance on one side only."""
+    original = job.fact("phases", case)
+    method, different = method_of(case), 0
+    for epochs in case["runs"]:
         for epoch in range(epochs):
             method.on_epoch(epoch, epochs)
-            different += method.final != (epoch + 1 in theirs[str(epochs)])
-    return row(each) | {"value": float(different)}
+            different += method.final != (epoch + 1 in original[str(epochs)])
+    return [row(case, value=float(different))]
 
 
-def compare_sets(each: Case, theirs: dict[str, Tensor]) -> Case:
-    """Both sides' images, as positions in the list that the original reads."""
-    words = ("lists", Path(each["list"]).parent) if each["list"] else ()
-    cfg = config_of(each["data"], "test_dists", "dirichlet", *words, *SETS.get(each["data"], ()))
-    info, place = build_info(cfg), {}
-    if each["list"]:
-        lines, own = (path.read_text().splitlines() for path in (Path(each["list"]), Path(cfg.lists) / cfg.test_list))
-        place = {line.split()[0]: index for index, line in enumerate(lines)}
-        labels = torch.tensor([int(line.split()[1]) for line in own])
-        there = torch.tensor([place[line.split()[0]] for line in own])
-    else:
-        labels = torch.arange(10000) % info.num_classes
-        there = torch.arange(10000)
+def compare_sets(case: Case, job: Job) -> list[Row]:
+    """The share of the test sets that do not have the same images."""
+    original = job.tensors(case)
+    words = ("lists", Path(case["list"]).parent) if case["list"] else ()
+    cfg = config_of(case["data"], "test_dists", "dirichlet", *words, *OPTIONS_OF_LISTS.get(case["data"], ()))
+    info = build_info(cfg)
+    labels, positions = _images_of_lists(case, cfg) if case["list"] else _images_of_cifar(info.num_classes)
     different = []
-    for trial, shift in enumerate(build_shifts(cfg, info, labels)):
-        assert shift.learn is not None
-        for name, positions in (("learn", shift.learn), ("evaluate", shift.positions)):
-            chosen = there[positions].sort().values
-            different.append(not torch.equal(chosen, theirs[f"{name}.{trial}"].sort().values))
+    for trial, shift in enumerate(build_distributions(DistributionSettings.of(cfg), info, labels)):
+        assert shift.learn_positions is not None
+        for name, chosen in (("learn", shift.learn_positions), ("evaluate", shift.positions)):
+            images = positions[chosen].sort().values
+            different.append(not torch.equal(images, original[f"{name}.{trial}"].sort().values))
     assert len(different) == 18
-    return row(each) | {"value": sum(different) / len(different)}
+    return [row(case, value=sum(different) / len(different))]
+
+
+def _images_of_cifar(classes: int) -> tuple[Tensor, Tensor]:
+    """Labels and positions of CIFAR's test images on the original's side [N]."""
+    return torch.arange(10000) % classes, torch.arange(10000)
+
+
+def _images_of_lists(case: Case, cfg: CfgNode) -> tuple[Tensor, Tensor]:
+    """Labels of our test list, and the positions of its images in the original's list [N]."""
+    original, ours = (path.read_text().splitlines() for path in (Path(case["list"]), Path(cfg.lists) / cfg.test_list))
+    position = {line.split()[0]: index for index, line in enumerate(original)}
+    labels = torch.tensor([int(line.split()[1]) for line in ours])
+    return labels, torch.tensor([position[line.split()[0]] for line in ours])

@@ -1,13 +1,12 @@
-"""The originals' side of parity_experts.py: a process of its own whose working folder is one of their code folders.
+"""The side of RIDE, SADE and BatchFormer, run in a folder of their code.
 
-Its packages have the names of ours, so the two never meet: what goes in and comes out are files of the folder named on
-the command line. Nothing of an original is changed on disk; what it cannot do without CUDA or a new PyTorch is replaced
-in memory, here, and PATCHES of parity_experts.py says what.
+`python -m tailtune.parity.experts.original FOLDER ride | sade | batchformer | balanced`. Nothing of an original is
+changed on disk. What it cannot do without CUDA or with a new PyTorch is replaced in memory; PATCHES of subject.py says
+what.
 """
 
 import functools
 import importlib
-import json
 import sys
 import types
 from argparse import Namespace
@@ -19,46 +18,30 @@ from unittest.mock import MagicMock
 
 import torch
 import torchvision  # noqa: F401  before the patches
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tailtune.parity.experts.networks import Tensors, evaluate, halfway, named, shake, without_dropout
-from tailtune.parity.experts.other_scripts import aggregate, balanced
+from tailtune.parity.experts.networks import ask_half, evaluated, named, shake, without_dropout
+from tailtune.parity.experts.other_scripts import aggregation, general_batchformer
+from tailtune.parity.job import Case, Job, Tensors
 
-Case = dict[str, Any]
 SMALL = {"type": "ResNet32Model", "args": {"num_classes": 10, "num_experts": 3}}
-"""In place of a network that a learning-rate trace does not need."""
+"""A network in place of those whose learning rates alone are compared."""
 
 
-def main(folder: Path, repository: str) -> None:
-    """Every case of a repository, its learning rates and its test-time scripts; files in `folder` come out."""
+def main(folder: Path, part: str) -> None:
+    """Answer the cases of one original in a folder."""
+    job = Job.read(folder, part)
     patch()
-    sys.path[0] = str(Path.cwd())  # `model`, `trainer`, `utils` … are the original's here
-    job = json.loads((folder / "asked.json").read_text())
-    given = load_file(folder / "inputs.safetensors")
-    facts: Case = {"rates": {}}
-    for index, case in enumerate(job["cases"]):
-        path = folder / case["file"]
-        if case["repository"] == repository and not path.exists():
-            torch.manual_seed(1000 + index)
-            run = balanced if repository == "balanced" else train
-            save_file(run(case, job, given, folder), folder / "unfinished")
-            path.with_name("unfinished").rename(path)
-    for case in job["rates"]:
-        if case["repository"] == repository:
-            arch = {"arch": SMALL, "distill_arch": SMALL, "distill": False}
-            facts["rates"][case["config"]] = rates(case, job, folder, arch)
-    if repository == "sade":
-        for script, (_, _, config) in job["scripts"].items():
-            save_file(aggregate(script, config, given, folder), folder / f"{script}.safetensors")
-    (folder / f"{repository}.json").write_text(json.dumps(facts))
+    job.answer("networks", general_batchformer if part == "balanced" else train, seed=1000)
+    job.answer("scripts", aggregation)
+    job.write_facts(part, {"rates": rates})
 
 
 def patch() -> None:
-    """fp64 where the originals write `float`, no CUDA, boolean masks, and packages that they only log with."""
+    """fp64 where the originals write `float`, no CUDA, boolean masks, stand-ins for packages that only log."""
     torch.set_default_dtype(torch.float64)
     torch.float = torch.float64
-    torch.FloatTensor = torch.DoubleTensor
+    torch.FloatTensor = torch.DoubleTensor  # type: ignore[assignment,misc]
     Tensor.float = Tensor.double  # type: ignore[method-assign]
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
@@ -69,7 +52,7 @@ def patch() -> None:
 
 
 class Loader:
-    """Their data loaders, of tensors."""
+    """In place of the original's data loader: batches of images and labels, and class counts."""
 
     n_samples = batch_size = 1
 
@@ -86,99 +69,108 @@ class Loader:
         return None
 
 
-# --- their own main(), from the config to the optimizer's step ----------------------------------------------------
+# --- their own main(), from the config to the optimizer's step ------------------------------------------------------
 
 
-def launch(case: Case, loader: Loader, folder: Path, instead: Callable[[Any], None]) -> None:
-    """`main` of their train.py with a config of theirs; in the place of all epochs `instead(trainer)`."""
-    from utils import read_json  # theirs
+def launch(case: Case, loader: Loader, folder: Path, in_place_of_training: Callable[[Any], None]) -> None:
+    """Run `main` of their train.py up to the trainer.
 
-    script = importlib.import_module("train_places" if case["data"] == "places_lt" else "train")
-    config = read_json(Path("configs") / case["config"])
+    Args:
+        case: its `config` is the original's, its `change` what is changed in it.
+        loader: in place of theirs.
+        folder: where the original may write.
+        in_place_of_training: called with the trainer, which does not train.
+    """
+    script: Any = importlib.import_module("train_places" if case["data"] == "places_lt" else "train")
+    config = importlib.import_module("utils").read_json(Path("configs") / case["config"])
     config["n_gpu"], config["trainer"]["save_dir"] = 1, str(folder / "runs")
-    changes = {"distill_checkpoint": ""} if config.get("distill") else {}
-    parsed = importlib.import_module("parse_config").ConfigParser(
-        config, None, {**changes, **case["theirs"]}, run_id=""
-    )
+    change = ({"distill_checkpoint": ""} if config.get("distill") else {}) | case["change"]
+    parsed = importlib.import_module("parse_config").ConfigParser(config, None, change, run_id="")
 
-    class Run(importlib.import_module("trainer").Trainer):  # type: ignore[misc,name-defined]
-        train = instead
+    class Run(importlib.import_module("trainer").Trainer):  # type: ignore[misc]
+        train = in_place_of_training
 
     script.Trainer = Run
     script.module_data = types.SimpleNamespace(**{config["data_loader"]["type"]: lambda **_: loader})
-    torch.load = lambda *_, **__: {"state_dict": fresh_teacher(parsed, script.module_arch)}
-    options = Namespace(pretrained=None, rank=-1, add_bt=case["theirs"].get("arch;args;add_bt", 0))
+    torch.load = lambda *_, **__: {"state_dict": random_teacher(parsed, script.module_arch)}
+    options = Namespace(pretrained=None, rank=-1, add_bt=case["change"].get("arch;args;add_bt", 0))
     script.main(*(parsed, options)[: script.main.__code__.co_argcount])
 
 
-def fresh_teacher(parsed: Any, networks: Any) -> Tensors:
+def random_teacher(parsed: Any, networks: Any) -> Tensors:
+    """The weights of a teacher, in place of those in a file."""
     teacher = parsed.init_obj("distill_arch", networks)
     shake(teacher)
     return dict(teacher.state_dict())
 
 
-def train(case: Case, job: Case, given: Tensors, folder: Path) -> Tensors:
-    """Weights to start from, first forward and gradients, and what three steps of their loop lead to."""
-    images, labels = given[case["images"]], given[case["labels"]]
+def train(case: Case, job: Job) -> Tensors:
+    """Weights to start from, first forward pass and gradients, and what three steps of their loop lead to."""
+    images, labels = job.inputs[case["images"]], job.inputs[case["labels"]]
     batches = list(zip(images[:-1], labels[:-1], strict=True))
-    out: Tensors = {}
+    tensors: Tensors = {}
 
-    def play(run: Any) -> None:
+    def three_steps(run: Any) -> None:
         without_dropout(run.model)
         shake(run.model)
         if run.real_model.requires_target:
-            halfway(run.model, images[-1])
-        out.update(named("start", run.model.state_dict()))
+            ask_half(run.model, images[-1])
+        tensors.update(named("start", run.model.state_dict()))
         if hasattr(run, "teacher_model"):
             run.teacher_model.eval()
-            out.update(named("teacher", run.teacher_model.state_dict()))
-        out.update(named("before", evaluate(run.model, images[-1])))
-        losses = watch(run, out)
+            tensors.update(named("teacher", run.teacher_model.state_dict()))
+        tensors.update(named("before", evaluated(run.model, images[-1])))
+        losses = watch(run, tensors)
         run._train_epoch(*(case["epoch"], run.epochs + 1)[: run._train_epoch.__code__.co_argcount - 1])
-        if hasattr(run.criterion, "pool"):  # DirMixE's, in the order in which it was used
-            out["drawn.priors"] = torch.stack([prior for prior, _ in run.criterion.pool])
-            out["drawn.experts"] = torch.tensor([expert for _, expert in run.criterion.pool])
-        out.update(named("after", run.model.state_dict()))
-        out.update(named("end", evaluate(run.model, images[-1])))
-        out["losses"] = torch.stack(losses)
+        if hasattr(run.criterion, "pool"):  # DirMixE's test priors, in the order in which they were used
+            tensors["drawn.priors"] = torch.stack([prior for prior, _ in run.criterion.pool])
+            tensors["drawn.experts"] = torch.tensor([expert for _, expert in run.criterion.pool])
+        tensors.update(named("after", run.model.state_dict()))
+        tensors.update(named("end", evaluated(run.model, images[-1])))
+        tensors["losses"] = torch.stack(losses)
 
-    launch(case, Loader(batches, job["counts"][case["data"]]), folder, play)
-    return {name: each.detach().clone().contiguous() for name, each in out.items()}
+    launch(case, Loader(batches, job.settings["counts"][case["data"]]), job.folder, three_steps)
+    return tensors
 
 
-def watch(run: Any, out: Tensors) -> list[Tensor]:
-    """Note the first gradients, the learning rates and every loss while their loop runs."""
+def watch(run: Any, tensors: Tensors) -> list[Tensor]:
+    """Note the first gradients and learning rates in `tensors`, and every loss in the list, while their loop runs."""
     losses: list[Tensor] = []
     step, update = run.optimizer.step, run.train_metrics.update
 
     def note_and_step() -> None:
-        if "rates" not in out:
-            grads = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
-            out.update(named("gradient", grads))
-            out["rates"] = torch.tensor([group["lr"] for group in run.optimizer.param_groups])
+        if "rates" not in tensors:
+            gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+            tensors.update(named("gradient", gradients))
+            tensors["rates"] = torch.tensor([group["lr"] for group in run.optimizer.param_groups])
         step()
 
-    def note(key: str, value: Any, *more: Any) -> None:
-        if key == "loss":
+    def note_and_update(name: str, value: Any, *more: Any) -> None:
+        if name == "loss":
             losses.append(torch.tensor(value))
-        update(key, value, *more)
+        update(name, value, *more)
 
-    run.optimizer.step, run.train_metrics.update = note_and_step, note
+    run.optimizer.step, run.train_metrics.update = note_and_step, note_and_update
     return losses
 
 
-def rates(case: Case, job: Case, folder: Path, theirs: Case) -> list[list[float]]:
-    """Learning rates of the groups in every epoch, of a config with these changes."""
-    found: list[list[float]] = []
+def rates(case: Case, job: Job) -> list[list[float]]:
+    """Learning rates of all parameter groups in every epoch, with a small network and no teacher."""
+    return traced_rates({**case, "change": {"arch": SMALL, "distill_arch": SMALL, "distill": False}}, job)
+
+
+def traced_rates(case: Case, job: Job) -> list[list[float]]:
+    """Learning rates of all parameter groups in every epoch."""
+    rates_of_epochs: list[list[float]] = []
 
     def trace(run: Any) -> None:
         for _ in range(run.epochs):
-            found.append([group["lr"] for group in run.optimizer.param_groups])
+            rates_of_epochs.append([group["lr"] for group in run.optimizer.param_groups])
             run.optimizer.step()
             run.lr_scheduler.step()
 
-    launch({**case, "theirs": theirs}, Loader([], job["counts"][case["data"]]), folder, trace)
-    return found
+    launch(case, Loader([], job.settings["counts"][case["data"]]), job.folder, trace)
+    return rates_of_epochs
 
 
 if __name__ == "__main__":

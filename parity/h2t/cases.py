@@ -1,123 +1,132 @@
-"""What parity_h2t.py compares: configs of the original and of ours that mean the same, and the inputs."""
+"""What is compared with H2T: configs of theirs and of ours that mean the same, and the inputs."""
 
-import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tailtune.configs import load_configs
+from tailtune.configs import CfgNode, load_configs
 from tailtune.datasets import build_info
 from tailtune.models import resolve
-from tailtune.parity.experts.cases import STEPS, Case
+from tailtune.parity.experts.cases import STEPS
+from tailtune.parity.job import Case, Tensors
 from tailtune.trainers.options import declared
 
 RATIOS = {"cifar100_ir100": "001", "cifar100_ir50": "002", "cifar100_ir200": "0005"}
-"""Data → as their configs write it."""
+"""Our data config → the imbalance in the names of their configs."""
 MODELS = {1: "resnet32_mixup", 2: "resnet32_h2t"}
+"""Stage → our model config."""
 SHARES = (0.0, 0.25, 0.3, 1.0)
+"""Shares of the channels that are overwritten, in stage 2."""
 WIDTHS = (64, 48, 10, 100)
+"""Numbers of channels."""
 TAILS = [f"{name}_ir{ratio}" for name in ("cifar10", "cifar100") for ratio in (10, 50, 100, 200)]
-BATCH, SAMPLES, TESTED, CLASSES = 8, 16, 2000, {"cifar10_ir100": 10, "cifar100_ir100": 100}
+BATCH, SAMPLES, TESTED = 8, 16, 2000
+"""Images of a step, of a loss of logits, and of the test figures."""
+CLASSES = {"cifar10_ir100": 10, "cifar100_ir100": 100}
+"""The data of the losses → their number of classes."""
 NEVER, REWEIGHTED = -1, 160
 LOSSES: dict[str, Case] = {
-    "CE": {"theirs": {"type": "CrossEntropyLoss"}, "ours": {}},
-    "CE, reweighted": {"theirs": {"type": "CrossEntropyLoss", "reweight_CE": True}, "ours": {"drw_epoch": 0}},
-    "LDAM": {"theirs": {"type": "LDAMLoss"}, "ours": {"loss_type": "LDAM", "scale": 30}},
+    "CE": {"change": {"type": "CrossEntropyLoss"}, "our_options": {}},
+    "CE, reweighted": {"change": {"type": "CrossEntropyLoss", "reweight_CE": True}, "our_options": {"drw_epoch": 0}},
+    "LDAM": {"change": {"type": "LDAMLoss"}, "our_options": {"loss_type": "LDAM", "scale": 30}},
     "LDAM, reweighted": {
-        "theirs": {"type": "LDAMLoss", "LDAM.reweight_epoch": REWEIGHTED},
-        "ours": {"loss_type": "LDAM", "scale": 30, "drw_epoch": 0},
+        "change": {"type": "LDAMLoss", "LDAM.reweight_epoch": REWEIGHTED},
+        "our_options": {"loss_type": "LDAM", "scale": 30, "drw_epoch": 0},
     },
     "label-aware smoothing": {
-        "theirs": {"type": "LabelAwareSmoothing", "smooth_head": 0.4, "smooth_tail": 0.1},
-        "ours": {"loss_type": "LAS", "smooth_head": 0.4, "smooth_tail": 0.1},
+        "change": {"type": "LabelAwareSmoothing", "smooth_head": 0.4, "smooth_tail": 0.1},
+        "our_options": {"loss_type": "LAS", "smooth_head": 0.4, "smooth_tail": 0.1},
     },
 }
-"""Of one classifier: what is set below `loss` of their config, and what in ours."""
+"""Losses of one classifier: changes below `loss` of their config, and our options."""
 RIDE = {"method": "ride", "num_experts": 3, "loss_type": "LDAM", "scale": 30, "ride.reweight_factor": 0.05}
 RESLT = {"method": "reslt", "num_experts": 3, "reslt.beta": 0.99}
-GROUPS = {"cifar10_ir100": {"reslt.medium_from": 0.2, "reslt.few_from": 0.4}, "cifar100_ir100": {}}
+RESLT_GROUPS = {"cifar10_ir100": {"reslt.medium_from": 0.2, "reslt.few_from": 0.4}, "cifar100_ir100": {}}
 
 
-def config_of(data: str, model: str, ours: Case | None = None) -> Any:
-    words = [str(each) for pair in (ours or {}).items() for each in pair]
-    return resolve(load_configs(data, model, words, declared())[-1])
+def config_of(data: str, model: str) -> CfgNode:
+    """Our config of a data set and a model."""
+    return resolve(load_configs(data, model, [], declared())[-1])
 
 
-def case(name: str, data: str, model: str, **more: object) -> Case:
-    found = {"repository": "h2t", "name": name, "data": data, "model": model, "theirs": {}, "ours": {}, "note": ""}
-    found["file"] = re.sub(r"\W+", "_", f"{data} {name}") + ".safetensors"
-    return found | more
-
-
-def job(only: str) -> Case:
-    """What both sides do, by kind."""
-    kinds: dict[str, list[Case]] = {"stages": _stages(), "losses": _losses(), "rates": _rates()}
-    kinds["masks"] = [
-        case(f"channels of {width}, experts: {experts}", "", "", width=width, experts=experts)
-        for width in WIDTHS
-        for experts in (1, 3)
-    ]
-    kinds["figures"] = [case("test figures", "cifar100_ir100", "", **_config("cifar100_ir100", 2))]
-    kinds["tails"] = [
-        case("long tail", data, "", factor=config_of(data, "resnet32_mixup").imb_factor) for data in TAILS
-    ]
-    asked: Case = {
-        kind: [each for each in cases if only in f"{kind} {each['name']} {each['data']}"]
-        for kind, cases in kinds.items()
+def ask(_: Mapping[str, Path]) -> tuple[dict[str, list[Case]], Case]:
+    """All cases by kind, and the settings that they share."""
+    cases: dict[str, list[Case]] = {
+        "stages": _stages(),
+        "masks": [
+            _case(f"channels of {width}, experts: {experts}", "", "", width=width, experts=experts)
+            for width in WIDTHS
+            for experts in (1, 3)
+        ],
+        "losses": _losses(),
+        "rates": [_case("", data, MODELS[stage], **_config(data, stage)) for data in RATIOS for stage in MODELS],
+        "figures": [_case("test figures", "cifar100_ir100", "", **_config("cifar100_ir100", 2))],
+        "tails": [_case("long tail", data, "", factor=config_of(data, "resnet32_mixup").imb_factor) for data in TAILS],
     }
-    counts = {data: build_info(config_of(data, "resnet32_mixup")).class_counts.tolist() for data in (*RATIOS, *CLASSES)}
-    return asked | {"counts": counts, "epochs": STEPS, "reweighted": REWEIGHTED}
+    counts = {
+        data: build_info(config_of(data, "resnet32_mixup")).class_counts.tolist() for data in {**RATIOS, **CLASSES}
+    }
+    return cases, {"counts": counts, "epochs": STEPS, "reweighted": REWEIGHTED}
+
+
+def _case(name: str, data: str, model: str, **more: object) -> Case:
+    case: Case = {"repository": "h2t", "name": name, "data": data, "model": model, "change": {}, "our_options": {}}
+    return case | more
 
 
 def _config(data: str, stage: int) -> Case:
-    kind = "ce_mixup" if stage == 1 else "ce_H2T"
-    return {"stage": stage, "config": f"config/cifar100/cifar100_imb{RATIOS[data]}_stage{stage}_{kind}.yaml"}
+    method = "ce_mixup" if stage == 1 else "ce_H2T"
+    return {"stage": stage, "config": f"config/cifar100/cifar100_imb{RATIOS[data]}_stage{stage}_{method}.yaml"}
 
 
 def _stages() -> list[Case]:
-    """The second stage of every share, with and without batch norms that shift; both of every config as it is."""
-    found = [case(f"stage {stage}", data, MODELS[stage], **_config(data, stage)) for data in RATIOS for stage in MODELS]
+    """Both stages of every config; of the second also every share, with batch norms that shift or are held."""
+    cases = [
+        _case(f"stage {stage}", data, MODELS[stage], **_config(data, stage)) for data in RATIOS for stage in MODELS
+    ]
     for share in SHARES:
         for shift in (True, False):
             name = f"stage 2, share {share:g}, batch norms {'shift' if shift else 'are held'}"
-            ours: Case = {"h2t.ratio": share, "h2t.shift_bn": shift} | ({} if share else {"pair_sampler": "none"})
-            more = {"theirs": {"H2T": share, "shift_bn": shift}, "ours": ours, **_config("cifar100_ir100", 2)}
-            found.append(case(name, "cifar100_ir100", MODELS[2], **more))
-    return found
-
-
-def _rates() -> list[Case]:
-    return [case("", data, MODELS[stage], **_config(data, stage)) for data in RATIOS for stage in MODELS]
+            options: Case = {"h2t.ratio": share, "h2t.shift_bn": shift} | ({} if share else {"pair_sampler": "none"})
+            sides = {"change": {"H2T": share, "shift_bn": shift}, "our_options": options}
+            cases.append(_case(name, "cifar100_ir100", MODELS[2], **sides, **_config("cifar100_ir100", 2)))
+    return cases
 
 
 def _losses() -> list[Case]:
-    found = []
+    cases = []
     for data in CLASSES:
-        rows = {name: {**each, "experts": 1} for name, each in LOSSES.items()}
+        rows = {name: {**sides, "experts": 1} for name, sides in LOSSES.items()}
         for factor in (-0.45, -0.2, 0.0):
             for epoch in (NEVER, REWEIGHTED):
-                theirs = {"type": "RIDELoss", "RIDE.additional_diversity_factor": factor}
-                theirs |= {"RIDE.reweight": epoch != NEVER, "RIDE.reweight_epoch": epoch}
-                ours = RIDE | {"ride.diversity": factor} | ({} if epoch == NEVER else {"drw_epoch": 0})
+                change = {"type": "RIDELoss", "RIDE.additional_diversity_factor": factor}
+                change |= {"RIDE.reweight": epoch != NEVER, "RIDE.reweight_epoch": epoch}
+                options = RIDE | {"ride.diversity": factor} | ({} if epoch == NEVER else {"drw_epoch": 0})
                 name = f"RIDE, diversity factor {factor}{'' if epoch == NEVER else ', reweighted'}"
-                rows[name] = {"theirs": theirs, "ours": ours, "experts": 3}
-        rows["ResLT"] = {"theirs": {"type": "ResLoss"}, "ours": RESLT | GROUPS[data], "experts": 3}
-        found += [case(f"loss of logits, {name}", data, "resnet32_ce", **each) for name, each in rows.items()]
-    return found
+                rows[name] = {"change": change, "our_options": options, "experts": 3}
+        rows["ResLT"] = {"change": {"type": "ResLoss"}, "our_options": RESLT | RESLT_GROUPS[data], "experts": 3}
+        cases += [_case(f"loss of logits, {name}", data, "resnet32_ce", **sides) for name, sides in rows.items()]
+    return cases
 
 
-def inputs() -> dict[str, Tensor]:
-    """Images of the networks and those beside them, logits and labels of the losses, logits of a test in fp32."""
+def inputs(_: Mapping[str, Any]) -> Tensors:
+    """The inputs of both sides, from one seed.
+
+    Images and second images [4, B, 3, 32, 32] and labels [4, B] of the networks; logits [S, 3, C] and labels [S] of the
+    losses; logits [N, 100] in fp32 and labels [N] of a test.
+    """
     draws = torch.Generator().manual_seed(0)
-    shape, found = (STEPS + 1, BATCH, 3, 32, 32), {}
+    tensors: Tensors = {}
+    shape = (STEPS + 1, BATCH, 3, 32, 32)
     for name in ("images", "partners"):
-        found[name] = torch.randn(shape, generator=draws, dtype=torch.float64)
-    found["labels"] = torch.randint(0, 100, shape[:2], generator=draws)
-    for data, count in CLASSES.items():
-        found[f"logits.{data}"] = 5 * torch.randn(SAMPLES, 3, count, generator=draws, dtype=torch.float64)
-        found[f"labels.{data}"] = torch.randint(0, count, (SAMPLES,), generator=draws)
-    found["test.labels"] = torch.randint(0, 100, (TESTED,), generator=draws)
-    found["test.logits"] = torch.randn(TESTED, 100, generator=draws)
-    found["test.logits"][torch.arange(TESTED), found["test.labels"]] += 3 * torch.rand(TESTED, generator=draws)
-    return found
+        tensors[name] = torch.randn(shape, generator=draws, dtype=torch.float64)
+    tensors["labels"] = torch.randint(0, 100, shape[:2], generator=draws)
+    for data, classes in CLASSES.items():
+        tensors[f"logits.{data}"] = 5 * torch.randn(SAMPLES, 3, classes, generator=draws, dtype=torch.float64)
+        tensors[f"labels.{data}"] = torch.randint(0, classes, (SAMPLES,), generator=draws)
+    labels = tensors["test.labels"] = torch.randint(0, 100, (TESTED,), generator=draws)
+    tensors["test.logits"] = torch.randn(TESTED, 100, generator=draws)
+    tensors["test.logits"][torch.arange(TESTED), labels] += 3 * torch.rand(TESTED, generator=draws)
+    return tensors

@@ -1,7 +1,6 @@
-"""Our side of parity_h2t.py: through our configs and builders, compared with what the original left in files."""
+"""Our side of the comparison with H2T: through our configs and builders."""
 
 import re
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -12,143 +11,153 @@ from tailtune.configs import CfgNode
 from tailtune.datasets import build_info
 from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.datasets.long_tail import subsample
-from tailtune.parity.experts.cases import STEPS, Case
-from tailtune.parity.experts.ours import (
-    Tensors,
-    build,
-    compare_changes,
-    compare_gradients,
-    compare_rates,
-    fill,
-    row,
-    state,
-)
+from tailtune.parity.errors import error, number_error, with_prefix
+from tailtune.parity.experts.cases import STEPS
+from tailtune.parity.experts.ours import build, change_error, fill, gradient_error, rates_row, row, state
 from tailtune.parity.h2t.cases import SAMPLES, config_of
-from tailtune.parity.lift.ours import error, gap, part
+from tailtune.parity.job import Case, Job, Tensors
+from tailtune.parity.subject import Row
 from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.methods import Method, h2t
 from tailtune.trainers.methods.mixup import Mixup
 from tailtune.trainers.optim import Plan, build_optimizer, set_lr
 
 GROUPS = {"many": torch.arange(36), "med": torch.arange(36, 71), "few": torch.arange(71, 100)}
-"""Classes of their configs' groups."""
+"""Classes of the groups in their configs."""
 STATISTICS = re.compile(r"running_(mean|var)$")
 
 
-def compare_stage(each: Case, theirs: Tensors, given: Tensors) -> Case:
-    """From the original's weights the first forward and backward, and three epochs of a batch each."""
-    cfg, method, _ = build(each, {**each["ours"], "num_epochs": STEPS} if each["stage"] == 2 else each["ours"])
-    fill(method, part(theirs, "start."))
+def compare_stage(case: Case, job: Job) -> list[Row]:
+    """The first forward and backward pass and three epochs of a batch each, from the original's weights."""
+    original = job.tensors(case)
+    epochs = {"num_epochs": STEPS} if case["stage"] == 2 else {}
+    cfg, method = build(case, case["our_options"] | epochs)
+    fill(method, with_prefix(original, "start."))
     first = {name: tensor.clone() for name, tensor in state(method).items()}
-    found = row(each) | {"logits": error(answer(method, given), theirs["before.logits"])}
-    draws = torch.Generator().manual_seed(each["stage"])
+    figures = {"logits": error(logits_of(method, job), original["before.logits"])}
+    draws = torch.Generator().manual_seed(case["stage"])
     if isinstance(method, Mixup):
-        drawn = zip(theirs["shares"].tolist(), theirs["orders"], strict=True)
-        method._draw = lambda _: next(drawn)  # type: ignore
+        drawn = zip(original["shares"].tolist(), original["orders"], strict=True)
+        method.draw = lambda _: next(drawn)  # type: ignore[method-assign,assignment]
     with mock.patch.object(h2t, "generator", lambda *_: draws):  # one stream for all steps, as theirs
-        losses, rates, gradients = three_epochs(cfg, method, given, part(theirs, "gradient."))
-    found |= {"loss": error(losses[0], theirs["losses"][0]), "gradients": gradients}
-    found["rates"] = max(gap(*pair) for pair in zip(rates, theirs["rates"].tolist(), strict=True))
-    after = part(theirs, "after.")
-    found["after_3_steps"] = max(
-        error(losses, theirs["losses"]),
-        error(answer(method, given), theirs["end.logits"]),
-        compare_changes(method, first, after),
+        losses, rates, figures["gradients"] = three_epochs(cfg, method, job, with_prefix(original, "gradient."))
+    figures["loss"] = error(losses[0], original["losses"][0])
+    figures["rates"] = max(number_error(*pair) for pair in zip(rates, original["rates"].tolist(), strict=True))
+    after = with_prefix(original, "after.")
+    figures["after_3_steps"] = max(
+        error(losses, original["losses"]),
+        error(logits_of(method, job), original["end.logits"]),
+        change_error(method, first, after),
     )
-    held = {name: tensor for name, tensor in state(method).items() if STATISTICS.search(name)}
-    same = {name.removeprefix("model.encoder.net."): tensor for name, tensor in held.items()}
-    return found | {"value": max(error(tensor, after[name]) for name, tensor in same.items())}
+    statistics = {name: tensor for name, tensor in state(method).items() if STATISTICS.search(name)}
+    figures["value"] = max(
+        error(tensor, after[name.removeprefix("model.encoder.net.")]) for name, tensor in statistics.items()
+    )
+    return [row(case, **figures)]
 
 
-def three_epochs(cfg: CfgNode, method: Method, given: Tensors, first: Tensors) -> tuple[Tensor, list[float], float]:
-    """Losses [3] and learning rates of the steps, and the largest error of the first gradients."""
+def three_epochs(cfg: CfgNode, method: Method, job: Job, first: Tensors) -> tuple[Tensor, list[float], float]:
+    """Train for three epochs of a batch each.
+
+    Args:
+        cfg: config of the method.
+        method: with the weights to start from.
+        job: has images, second images and labels.
+        first: the original's first gradients.
+
+    Returns:
+        Losses [3], learning rates of the epochs, and the largest error of the first gradients.
+    """
     plan = Plan.of(cfg, cfg.batch_size)
     optimizer = build_optimizer(method.param_groups(), plan)
     method.train()
-    losses, rates, gradients = [], [], 0.0
+    losses, rates, errors = [], [], 0.0
     for epoch in range(STEPS):
         method.train().on_epoch(epoch, cfg.num_epochs)
         rates.append(set_lr(optimizer, plan, epoch))
         method.before_step(epoch + 1)
-        labels = given["labels"][epoch]
-        batch = {"image": given["images"][epoch], "partner": given["partners"][epoch], "label": labels}
+        labels = job.inputs["labels"][epoch]
+        batch = {"image": job.inputs["images"][epoch], "partner": job.inputs["partners"][epoch], "label": labels}
         outcome = method({**batch, "weight": torch.ones_like(labels).double(), "index": torch.arange(len(labels))})
         losses.append(outcome.loss_sum / outcome.weight)
         losses[-1].backward()
         if epoch == 0:
-            gradients = compare_gradients(method, first)
+            errors = gradient_error(method, first)
         optimizer.step()
         optimizer.zero_grad()
-    return torch.stack(losses).detach(), rates, gradients
+    return torch.stack(losses).detach(), rates, errors
 
 
 @torch.no_grad()
-def answer(method: Method, given: Tensors) -> Tensor:
-    return method.eval().expert_logits(given["images"][-1])
+def logits_of(method: Method, job: Job) -> Tensor:
+    """Logits [B, E, C] of the last batch in evaluation mode."""
+    return method.eval().expert_logits(job.inputs["images"][-1])
 
 
-def compare_loss(each: Case, theirs: Tensors, given: Tensors) -> Case:
-    """Of random logits, and its gradient."""
-    _, method, _ = build(each, each["ours"])
-    logits = given[f"logits.{each['data']}"][:, : each["experts"]].clone().requires_grad_()
-    batch = {"label": given[f"labels.{each['data']}"], "weight": torch.ones(SAMPLES).double()}
+def compare_loss(case: Case, job: Job) -> list[Row]:
+    """The loss of random logits and its gradient."""
+    original = job.tensors(case)
+    _, method = build(case, case["our_options"])
+    logits = job.inputs[f"logits.{case['data']}"][:, : case["experts"]].clone().requires_grad_()
+    batch = {"label": job.inputs[f"labels.{case['data']}"], "weight": torch.ones(SAMPLES).double()}
     loss_sum, weight = method.loss(logits, batch)
-    (loss_sum / weight).backward()
+    loss = loss_sum / weight
+    loss.backward()
     assert logits.grad is not None
-    found = row(each) | {"loss": error(loss_sum / weight, theirs["loss"])}
-    found["gradients"] = error(logits.grad, theirs["gradient"])
-    if "as_it_is" in theirs:
-        away = error(loss_sum / weight, theirs["as_it_is"])
-        found["note"] = (
-            f"as it is, log(p + 1e-7) ends at -16: on logits as wide as these the loss differs by {away:.0e}"
-        )
-    return found
+    note = ""
+    if "as_it_is" in original:
+        difference = error(loss, original["as_it_is"])
+        note = f"as it is, log(p + 1e-7) ends at -16: on logits as wide as these the loss differs by {difference:.0e}"
+    figures = {"loss": error(loss, original["loss"]), "gradients": error(logits.grad, original["gradient"])}
+    return [row(case | {"note": note}, **figures)]
 
 
-def compare_masks(each: Case, theirs: Tensors) -> Case:
-    """The share of the channels that only one side overwrites, of all shares."""
-    draws = torch.Generator().manual_seed(each["width"])
-    zeros, experts, gaps = torch.zeros(1, each["width"]), each["experts"], []
-    for name, mask in sorted(theirs.items()):
+def compare_masks(case: Case, job: Job) -> list[Row]:
+    """The largest share of the channels that only one side overwrites."""
+    draws = torch.Generator().manual_seed(case["width"])
+    zeros, experts, different = torch.zeros(1, case["width"]), case["experts"], []
+    for name, mask in sorted(job.tensors(case).items()):
         fused = h2t.fused(zeros, zeros + 1, float(name.removeprefix("share.")), experts, draws)
-        gaps.append(float((fused.view(experts, -1) != mask).double().mean()))
-    return row(each) | {"value": max(gaps)}
+        different.append(float((fused.view(experts, -1) != mask).double().mean()))
+    return [row(case, value=max(different))]
 
 
-def compare_rates_and_more(each: Case, theirs: dict[str, Any]) -> Case:
-    """Learning rates of all epochs; the optimizer's and the loader's other numbers."""
-    cfg = config_of(each["data"], each["model"])
-    return compare_rates(each, theirs["rates"]) | {
-        "value": max(gap(cfg[name], theirs[name]) for name in ("weight_decay", "momentum", "batch_size"))
-    }
+def compare_rates(case: Case, job: Job) -> list[Row]:
+    """Learning rates of all epochs; weight decay, momentum and batch size."""
+    original = job.fact("rates", case)
+    cfg = config_of(case["data"], case["model"])
+    names = ("weight_decay", "momentum", "batch_size")
+    errors = [number_error(cfg[name], original[name]) for name in names]
+    return [rates_row(case, original["rates"]) | {"value": max(errors)}]
 
 
-def compare_figures(each: Case, theirs: Tensors, given: Tensors) -> Case:
-    found = metrics.evaluate(given["test.logits"], given["test.labels"], GROUPS)
-    diagram = found["calibration"]
-    names = ("many_acc", "med_acc", "few_acc")
-    own = [found["accuracy"], diagram["ece"], diagram["mce"], *(found[name] for name in names)]
-    bins = [
-        torch.tensor([share or 0.0 for share in diagram[name]], dtype=torch.float64) / 100
-        for name in ("accuracy", "confidence")
-    ]
-    gaps = [gap(*pair) for pair in zip(own, theirs["figures"].tolist(), strict=True)]
-    gaps += [error(mine, theirs[name]) for mine, name in zip(bins, ("accuracies", "confidences"), strict=True)]
-    assert theirs["counts"].tolist() == diagram["counts"], "bins hold other samples"
-    return row(each) | {"value": max(gaps)}
+def compare_figures(case: Case, job: Job) -> list[Row]:
+    """Accuracy, ECE, MCE, accuracy of groups, and the bins of the reliability diagram."""
+    original = job.tensors(case)
+    ours = metrics.evaluate(job.inputs["test.logits"], job.inputs["test.labels"], GROUPS)
+    diagram = ours["calibration"]
+    numbers = [ours["accuracy"], diagram["ece"], diagram["mce"], ours["many_acc"], ours["med_acc"], ours["few_acc"]]
+    errors = [number_error(*pair) for pair in zip(numbers, original["figures"].tolist(), strict=True)]
+    for our_name, name in (("accuracy", "accuracies"), ("confidence", "confidences")):
+        bins = torch.tensor([share or 0.0 for share in diagram[our_name]], dtype=torch.float64) / 100
+        errors.append(error(bins, original[name]))
+    assert original["counts"].tolist() == diagram["counts"], "bins hold other samples"
+    return [row(case, value=max(errors))]
 
 
-def compare_tail(each: Case, theirs: Tensors) -> list[Case]:
-    """Images and their order: the share that is not the same; how likely the other sampler draws each class."""
-    cfg = config_of(each["data"], "resnet32_h2t")
-    counts = build_info(cfg).class_counts
+def compare_tail(case: Case, job: Job) -> list[Row]:
+    """Images in their order: the share that differs. Class frequencies that two pair samplers draw: their errors."""
+    original = job.tensors(case)
+    counts = build_info(config_of(case["data"], "resnet32_h2t")).class_counts
     classes = len(counts)
     positions = torch.from_numpy(subsample(np.arange(50000) % classes, counts.tolist()))
-    assert theirs["counts"].tolist() == counts.tolist()
-    different = float((positions != theirs["positions"]).double().mean())
-    rows = [row({**each, "name": "images of the long tail"}) | {"value": different}]
+    assert original["counts"].tolist() == counts.tolist()
+    different = float((positions != original["positions"]).double().mean())
     labels = torch.repeat_interleave(torch.arange(classes), counts)
-    here = labels[SAMPLERS["shuffle"].order(labels, 0, 0)].bincount().double() / len(labels)
-    rows.append(row({**each, "name": "pair_sampler shuffle"}) | {"value": error(here, theirs["shuffle"])})
-    rare = SAMPLERS["reverse"].frequencies(counts.double())
-    return [*rows, row({**each, "name": "pair_sampler reverse"}) | {"value": error(rare, theirs["reverse"])}]
+    shuffle = labels[SAMPLERS["shuffle"].order(labels, 0, 0)].bincount().double() / len(labels)
+    reverse = SAMPLERS["reverse"].frequencies(counts.double())
+    return [
+        row(case | {"name": "images of the long tail"}, value=different),
+        row(case | {"name": "pair_sampler shuffle"}, value=error(shuffle, original["shuffle"])),
+        row(case | {"name": "pair_sampler reverse"}, value=error(reverse, original["reverse"])),
+    ]

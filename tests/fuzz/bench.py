@@ -3,6 +3,7 @@
 import random
 import shlex
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from tailtune.tests.fuzz.runner import Limits, Outcome, run
 Value = TypeVar("Value")
 BATCH = 50
 """Values drawn at once."""
+PATIENCE = 30.0
+"""Seconds in which a folder of the case before must be gone."""
 
 words = shlex.split
 TINY = words("-d fake_lt -m tiny_clip_peft num_workers 0 max_test_images 40")
@@ -49,7 +52,9 @@ class Bench:
         """The working directory of a case, empty or a copy of another, always at the same place, as a run notes where
         its data lie."""
         path = self.folder / "case"
-        shutil.rmtree(path, ignore_errors=True)
+        end = time.monotonic() + PATIENCE
+        while path.exists() and time.monotonic() < end:  # a killed process may be in the middle of a write
+            shutil.rmtree(path, ignore_errors=True)
         path.mkdir() if like is None else shutil.copytree(like, path, symlinks=True)
         yield path
 

@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from tailtune.datasets.data_bundle import Shift
-from tailtune.datasets.long_tail import GROUPS
-from tailtune.datasets.test_distributions.dirichlet import component
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.long_tail import SHOT_GROUPS
+from tailtune.datasets.test_distributions.dirichlet import component_of
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods.base import combine
 
 Results = dict[str, dict[str, Any]]
-SUMMARISED = ("accuracy", "mean_acc", *GROUPS)
+SUMMARISED = ("accuracy", "mean_acc", *SHOT_GROUPS)
 
 
-def plain_results(found: Logits, shifts: Sequence[Shift], groups: Mapping[str, Tensor]) -> Results:
+def plain_results(found: Logits, shifts: Sequence[TestDistribution], groups: Mapping[str, Tensor]) -> Results:
     """Every distribution by the mean of the experts, as `distributions` of metrics.json holds it."""
     if not shifts:
         return {}
@@ -31,8 +31,8 @@ def plain_results(found: Logits, shifts: Sequence[Shift], groups: Mapping[str, T
         results[shift.name] = {
             "n": len(rows),
             "origin": shift.origin,
-            "plain": evaluate(logits[rows], found.labels[rows], groups),
             "expected_accuracy": expected_accuracy(classes, shift.counts.tolist()),
+            "predictors": {"plain": evaluate(logits[rows], found.labels[rows], groups)},
         }
     return results
 
@@ -46,25 +46,25 @@ def dirichlet_summary(results: Results) -> dict[str, Any]:
         results: of all distributions.
 
     Returns:
-        Component or `all` → `draws`, and for each way of predicting (`plain`, entry of ADAPTS, `target_prior`):
-        metric → {mean, std}, null where a draw has no value, std with one draw; nothing without drawn test sets.
+        Component or `all` → `draws`, and `predictors`: predictor (`plain`, entry of ADAPTS, `target_prior`) →
+        metric → {mean, std}; null where a draw has no value, std also with one draw; nothing without drawn test sets.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
-    for name, each in results.items():
-        if found := component(name):
-            groups.setdefault(found, []).append(each)
+    for name, result in results.items():
+        if part := component_of(name):
+            groups.setdefault(part, []).append(result["predictors"])
     if groups:
-        groups["all"] = [each for group in groups.values() for each in group]
-    return {name: {"draws": len(group), **_spread(group)} for name, group in groups.items()}
+        groups["all"] = [predictors for group in groups.values() for predictors in group]
+    return {name: {"draws": len(group), "predictors": _spread(group)} for name, group in groups.items()}
 
 
 def _spread(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    ways = [way for way, found in group[0].items() if isinstance(found, dict) and "accuracy" in found]
-    ways = [way for way in ways if all(way in each for each in group)]
+    """Mean and deviation of each predictor that all draws have; `group` has the predictors of each draw."""
     spread = {}
-    for way in ways:
-        draws = {name: [each[way][name] for each in group] for name in SUMMARISED}
-        spread[way] = {name: _mean_and_std(values) for name, values in draws.items()}
+    for name in group[0]:
+        if all(name in predictors for predictors in group):
+            draws = {metric: [predictors[name][metric] for predictors in group] for metric in SUMMARISED}
+            spread[name] = {metric: _mean_and_std(values) for metric, values in draws.items()}
     return spread
 
 

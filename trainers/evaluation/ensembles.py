@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode
-from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.errors import lookup
 from tailtune.configs.option import NoOptions, key_names, option
 from tailtune.configs.value_parsers import as_paths, as_str
-from tailtune.datasets import build_info
-from tailtune.models import build_model
-from tailtune.trainers.evaluation.weight_ensembles import RANDOM, soup, wise
-from tailtune.trainers.evaluation.zero_shot_ensembles import gla, logits, zero_shot_of
-from tailtune.trainers.methods import METHODS, Method
-from tailtune.trainers.methods.wrapper import Wrapper
+from tailtune.trainers.evaluation.weight_ensembles import soup, wise
+from tailtune.trainers.evaluation.zero_shot_ensembles import gla, logits
+from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun
 
 
@@ -95,67 +91,20 @@ ENSEMBLES: Mapping[str, Ensemble] = {
 }
 
 
-def entry_of(cfg: CfgNode) -> Ensemble:
-    """What `ensemble` names."""
-    return NONE if cfg.ensemble is None else lookup(ENSEMBLES, cfg.ensemble, "ensemble")
-
-
-def ensembled(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
-    """The predictor that `ensemble` asks for, and what metrics.json says of it; none: the method as it was trained."""
-    return entry_of(run.cfg).make(run)
-
-
-def check_ensemble(cfg: CfgNode) -> None:
-    """Refuse what cannot be, without images or weights.
-
-    Raises:
-        UserError: an unknown entry, an option that it does not read, a run without what it needs.
-    """
-    entry, name, alpha = entry_of(cfg), cfg.ensemble, cfg.ensemble_alpha
-    moved = alpha != AlphaOptions().alpha
-    if entry is NONE:
-        if moved or cfg.ensemble_runs:
-            raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")
-        return
-    if moved and not reads(entry, "ensemble_alpha"):
-        raise UserError(f"ensemble_alpha {alpha:g}: ensemble {name} does not read it; {_who('ensemble_alpha')} do")
-    if cfg.ensemble_runs and not reads(entry, "ensemble_runs"):
-        raise UserError(f"ensemble_runs: ensemble {name} does not read it; {_who('ensemble_runs')} does")
-    if reads(entry, "ensemble_runs") and not cfg.ensemble_runs:
-        raise UserError(f"ensemble {name} is of several finished runs: name the others with ensemble_runs")
-    if cfg.zero_shot:
-        raise UserError(f"ensemble {name} is of a trained run, and zero_shot has trained nothing; leave out either")
-    if not cfg.test_only:
-        raise UserError(f"ensemble {name} evaluates a finished run: train without it, then add test_only True")
-    if cfg.export is not None:
-        raise UserError(f"export {cfg.export} writes what was trained: leave out ensemble {name}")
-    if entry.start and cfg.init_head is None and not _goes_on(cfg):
-        raise UserError(RANDOM)
-    if entry.text:
-        _check_text(cfg)
-
-
-def _goes_on(cfg: CfgNode) -> bool:
-    """Whether the run's classifier began where an earlier run's ended; one may also be a teacher, or be left out."""
-    kind = METHODS[cfg.method]
-    starts = cfg.after is not None and kind.after in (Method.after, Wrapper.after)
-    return starts and not kind.drops_head()
-
-
 def reads(entry: Ensemble, key: str) -> bool:
     """Whether an ensemble has an option."""
     return key in key_names(entry.Options).values()
 
 
-def _who(key: str) -> str:
-    return " and ".join(name for name, entry in ENSEMBLES.items() if reads(entry, key))
+def ensemble_named(name: str | None) -> Ensemble:
+    """The entry of a name; None: the trained method alone."""
+    return NONE if name is None else lookup(ENSEMBLES, name, "ensemble")
 
 
-def _check_text(cfg: CfgNode) -> None:
-    """Refuse a backbone without text tower, as zero-shot itself does."""
-    names = build_info(cfg).class_names
-    try:
-        with torch.device("meta"):
-            build_model(zero_shot_of(cfg), names)
-    except UserError as error:
-        raise UserError(f"ensemble {cfg.ensemble}: {error}") from error
+def ensembled(run: FinishedRun, name: str | None) -> tuple[Method, dict[str, Any]]:
+    """The predictor that an ensemble makes of a run, and what metrics.json says of it.
+
+    Args:
+        name: as in `ensemble_named`.
+    """
+    return ensemble_named(name).make(run)

@@ -8,28 +8,32 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.configs import CfgNode, schema_of, values_of
 from tailtune.configs.errors import UserError
-from tailtune.configs.key import TEST
-from tailtune.datasets import DataBundle, DataInfo, build_info
-from tailtune.datasets.data_bundle import Shift
-from tailtune.datasets.test_distributions.build import build_shifts
+from tailtune.datasets import DataBundle, DataInfo
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
+from tailtune.trainers.evaluation.adaptation import ADAPTS, UnlabelledTest
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
-from tailtune.trainers.evaluation.ensembles import check_ensemble
+from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt, check_adapt
-from tailtune.trainers.evaluation.inference import LOGITS, VAL_LOGITS, Logits, infer, save_logits, stored_logits
+from tailtune.trainers.evaluation.inference import (
+    LOGITS,
+    VAL_LOGITS,
+    Logits,
+    infer,
+    rows_of,
+    save_logits,
+    stored_logits,
+)
 from tailtune.trainers.evaluation.metrics import evaluate
-from tailtune.trainers.evaluation.target_prior import add_target_results, check_target, needs_val
-from tailtune.trainers.methods import METHODS, Method
+from tailtune.trainers.evaluation.target_prior import add_target_results
+from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
 from tailtune.trainers.progress import write_test_scalars
-from tailtune.trainers.runs.load_run import outline, outline_of
 from tailtune.trainers.runs.report import circumstances, read_result, table
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
-from tailtune.trainers.runs.stored_results import Decision, files_read
+from tailtune.trainers.runs.stored_results import Decision
 from tailtune.trainers.storage.atomic_io import Damaged, write_json
 from tailtune.trainers.storage.manifest import read_json
 
@@ -41,28 +45,19 @@ OUTCOMES = ("test", "val", "distributions", "dirichlet", "evaluation")
 
 @dataclass
 class Evaluation:
-    """One evaluation, into the plan's `target`: the run's own folder or a `tests/<key>/`."""
+    """One evaluation, into the decision's `target`: the run's own folder or a `tests/<key>/`."""
 
-    cfg: CfgNode
+    plan: EvaluationPlan
+    build: Builders
     accelerator: Accelerator
     folder: RunFolder
-    plan: Decision
+    decision: Decision
     notes: list[str] = field(default_factory=list)
     """What a reader of the result has to know."""
 
     def __post_init__(self) -> None:
-        check_adapt(self.cfg)
-        check_ensemble(self.cfg)
-        if self.cfg.target_prior is not None:
-            check_target(self.cfg, self._info())
-        cfg = self.cfg
-        texts = test_time.warnings_of(cfg.tte_mode, cfg.resolution, cfg.expand, cfg.augment) if cfg.tte else ()
-        for text in (*self.plan.notes, *texts):
+        for text in (*self.decision.notes, *self.plan.warnings):
             self.note(text, warn=True)
-
-    def _info(self) -> DataInfo:
-        """Facts of the data that the evaluated run was trained on."""
-        return build_info(self.cfg, None if self.plan.trains else self.folder.class_counts())
 
     def note(self, text: str, warn: bool = False) -> None:
         """Keep it for metrics.json, and say it."""
@@ -72,24 +67,21 @@ class Evaluation:
 
     def from_stored_logits(self) -> bool:
         """Answer from logits that an earlier evaluation saved, if they are enough; needs neither model nor images."""
-        found, val = None if self._adapts else self._stored(LOGITS), self._stored(VAL_LOGITS)
-        shifted = self.cfg.test_dists or self.cfg.target_prior
+        found, val = None if self.plan.adapts else self._stored(LOGITS), self._stored(VAL_LOGITS)
+        shifted = {"test_dists", "target_prior"} & set(self.plan.asked)
         if found is None or (found.bad_images and shifted):  # then the labels of all images are needed
             return False
-        if val is None and needs_val(self.cfg) and "val" in read_json(self.folder.metrics):  # saved by older versions
+        if val is None and self.plan.needs_val and "val" in read_json(self.folder.metrics):  # saved by older versions
             return False
         if self.accelerator.is_main_process:
-            info = self._info()
-            shifts = self._asked(build_shifts(self.cfg, info, found.labels))
+            info = self.build.info()
+            shifts = self._asked(self.build.distributions(info, found.labels))
             self._keep(found, val)
             measured = plain_results(found, shifts, info.groups)
             self._aim(found, val, shifts, info, measured)
-            self._finish(self.trained_result(), found, val, info.groups, measured)
+            every = self.build.outline().asks_every_expert
+            self._finish(self.trained_result(), found, val, info.groups, measured, every)
         return True
-
-    @property
-    def _adapts(self) -> bool:
-        return self.cfg.adapt is not None and not self.cfg.test_train
 
     def _stored(self, name: str) -> Logits | None:
         """What an earlier evaluation in this run's folder saved and this one would compute again."""
@@ -114,20 +106,19 @@ class Evaluation:
 
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
         """Run the method over the images; `result` is metrics.json so far."""
-        cfg = self.cfg
-        test_time.prepare(method, cfg.test_prec)
-        shifts = self._asked(data.shifts)
+        test_time.prepare(method, self.plan.test_prec)
+        shifts = self._asked(data.test_distributions)
         found, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
-        wants_val = found is None or needs_val(cfg)
+        wants_val = found is None or self.plan.needs_val
         if found is None:
-            found = self._infer(method, data, "train" if cfg.test_train else "test")
-        if val is None and data.val is not None and not cfg.test_train and wants_val:
+            found = self._infer(method, data, "train" if self.plan.test_train else "test")
+        if val is None and data.val is not None and not self.plan.test_train and wants_val:
             val = self._infer(method, data, "val")
         found = found if self.accelerator.is_main_process else None  # stored ones are read by all
         if found is not None:
             self._keep(found, val)
         measured = {} if found is None else plain_results(found, shifts, data.info.groups)
-        if self._adapts:
+        if self.plan.adapts:
             self._adapt(method, data, found, shifts, measured)
 
         def aim() -> None:
@@ -136,75 +127,85 @@ class Evaluation:
 
         on_main(self.accelerator, aim)
         if found is not None:
-            self._finish(result, found, val, data.info.groups, measured)
+            self._finish(result, found, val, data.info.groups, measured, method.asks_every_expert)
 
-    def _asked(self, shifts: tuple[Shift, ...]) -> tuple[Shift, ...]:
+    def _asked(self, shifts: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
         """The label distributions of the test images, none where the training images are evaluated."""
-        if not self.cfg.test_train:
+        if not self.plan.test_train:
             return shifts
-        asked = [key for key in ("test_dists", "adapt", "target_prior") if self.cfg[key] is not None]
-        if asked:
-            self.note(f"test_train: {', '.join(asked)}: of test images, and left out")
+        if self.plan.asked:
+            self.note(f"test_train: {', '.join(self.plan.asked)}: of test images, and left out")
         return ()
 
     def _adapt(
-        self, method: Method, data: DataBundle, plain: Logits | None, shifts: Sequence[Shift], measured: Results
+        self,
+        method: Method,
+        data: DataBundle,
+        plain: Logits | None,
+        shifts: Sequence[TestDistribution],
+        measured: Results,
     ) -> None:
         """Add what `adapt` makes of each distribution to `measured`, on the first process."""
-        cfg = self.cfg
-        predict = test_time.separate(method)
+        plan, predict = self.plan, test_time.separate(method)
+        assert plan.adapt is not None
 
         def passes(number: int) -> Logits | None:
             log.info("views of the test images, pass %d", number + 1)
-            return infer(predict, data.test_views, self.accelerator, cfg.test_batch_size, cfg.num_workers, number)
+            return infer(predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number)
 
-        shifts = [each for each in shifts if each.name in measured]
-        learnt = adapt(ADAPTS[cfg.adapt], Recipe.of(cfg), plain, shifts, passes, self.accelerator)
-        for name, learner in learnt.items():
-            metrics = evaluate(*learner.predictions(), data.info.groups)
-            gain = metrics["accuracy"] - measured[name]["plain"]["accuracy"]
-            measured[name][cfg.adapt] = {**metrics, "gain": gain, **learner.facts()}
+        distributions = [distribution for distribution in shifts if distribution.name in measured]
+        test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
+        adapted = ADAPTS[plan.adapt].run(test, plan.adapt_options)
+        if plain is None:
+            return
+        for name, predictions in adapted.items():
+            labels = plain.labels[rows_of(plain, predictions.positions)]
+            metrics = evaluate(predictions.logits, labels, data.info.groups)
+            predictors = measured[name]["predictors"]
+            gain = metrics["accuracy"] - predictors["plain"]["accuracy"]
+            predictors[plan.adapt] = {**metrics, "gain": gain, **predictions.facts}
 
     def _aim(
-        self, found: Logits, val: Logits | None, shifts: Sequence[Shift], info: DataInfo, measured: Results
+        self, found: Logits, val: Logits | None, shifts: Sequence[TestDistribution], info: DataInfo, measured: Results
     ) -> None:
         """Add what `target_prior` makes of each distribution to `measured`."""
-        if self.cfg.target_prior is None or self.cfg.test_train:
+        if self.plan.target is None or self.plan.test_train:
             return
         facts = self.folder.source / FACTS
-        method = outline_of(self.folder, self.cfg)
+        method = self.build.trained_outline()
         if self.folder.foreign is None and facts.exists():  # without the lists, the data's names may be placeholders
             info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
-        for text in add_target_results(self.cfg, method, found, val, shifts, info, measured):
+        for text in add_target_results(self.plan.target, method, found, val, shifts, info, measured):
             self.note(text, warn=True)
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
         """Logits of a split, on the first process."""
-        cfg, view = self.cfg, {"train": data.train_as_test, "test": data.test, "val": data.val}[split]
+        plan, view = self.plan, {"train": data.train_as_test, "test": data.test, "val": data.val}[split]
         assert view is not None
-        predict = test_time.averaged(method, cfg.tte_mode, cfg.resolution) if cfg.tte else test_time.plain(method)
-        found = infer(predict, view, self.accelerator, cfg.test_batch_size, cfg.num_workers)
+        mode = plan.tte_mode
+        predict = test_time.averaged(method, mode, plan.resolution) if mode else test_time.plain(method)
+        found = infer(predict, view, self.accelerator, plan.batch_size, plan.num_workers)
         if found is None:
             return None
         if len(found.labels) == 0:
             raise UserError(f"none of the {len(view)} images could be read; check root")
         if found.bad_images:
             self.note(f"{found.bad_images} of {len(view)} images could not be read and are left out", warn=True)
-        if len(view) == cfg.max_test_images:
-            self.note(f"max_test_images {cfg.max_test_images}: not all images")
-        if not is_finite(found.logits, method.routes):
+        if len(view) == plan.max_images:
+            self.note(f"max_test_images {plan.max_images}: not all images")
+        if not is_finite(found.logits, method.asks_every_expert):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
             )
-        return replace(found, left_out=data.chosen.left_out if split == "train" else 0)
+        return replace(found, left_out=data.splits.left_out if split == "train" else 0)
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""
-        for name, each in ((LOGITS, found), (VAL_LOGITS, val)):
-            if each is not None:
-                path = self.plan.target / name
-                self.folder.seal({path: save_logits(path, each, self._key(name))})
+        for name, logits in ((LOGITS, found), (VAL_LOGITS, val)):
+            if logits is not None:
+                path = self.decision.target / name
+                self.folder.seal({path: save_logits(path, logits, self._key(name))})
 
     def _finish(
         self,
@@ -213,25 +214,26 @@ class Evaluation:
         val: Logits | None,
         groups: dict[str, Tensor],
         distributions: Results,
+        asks_every_expert: bool,
     ) -> None:
         """Metrics, metrics.json (last, because it says that the rest is there), the table."""
         notes = [*result.get("notes", []), *self.notes]
-        about = {**values_of(self.cfg, TEST), "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
-        about["files"], about["images"] = files_read(self.cfg), self.plan.fingerprints
+        about = {**self.plan.options, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
+        about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
-        for split, each in (("test", found), ("val", val)):
-            if each is not None:
-                metrics = evaluate(combine(each.logits), each.labels, groups)
-                if METHODS[self.cfg.method].routes and not self.cfg.tte:  # of one forward, not of several views
-                    model = outline(self.cfg).model
-                    used = usage_report(each.logits, each.labels, groups, model, self.cfg.resolution)
+        for split, logits in (("test", found), ("val", val)):
+            if logits is not None:
+                metrics = evaluate(combine(logits.logits), logits.labels, groups)
+                if not asks_every_expert and not self.plan.tte_mode:  # of one forward, not of several views
+                    model = self.build.outline().model
+                    used = usage_report(logits.logits, logits.labels, groups, model, self.plan.resolution)
                     metrics["experts_used"] = used
-                result[split] = {**metrics, "bad_images": each.bad_images + each.left_out}
+                result[split] = {**metrics, "bad_images": logits.bad_images + logits.left_out}
         if distributions:
             result["distributions"] = distributions
         if summary := dirichlet_summary(distributions):
             result["dirichlet"] = summary
-        target = self.plan.target
+        target = self.decision.target
         if distributions or target == self.folder.path:
             write_test_scalars(target / "tensorboard", result["test"], distributions)
         path = target / "metrics.json"
@@ -240,7 +242,6 @@ class Evaluation:
 
     def _key(self, name: str) -> dict[str, Any]:
         """What the logits in the file of that name depend on."""
-        schema = schema_of(self.cfg)
-        test = {key: value for key, value in values_of(self.cfg, TEST).items() if schema[key].logits}
-        split = "val" if name == VAL_LOGITS else "train" if self.cfg.test_train else "test"
-        return {"checkpoint": self.folder.checkpoint_id(), "images": self.plan.fingerprints.get(split), **test}
+        split = "val" if name == VAL_LOGITS else "train" if self.plan.test_train else "test"
+        images = self.decision.fingerprints.get(split)
+        return {"checkpoint": self.folder.checkpoint_id(), "images": images, **self.plan.options_of_logits}

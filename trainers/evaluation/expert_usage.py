@@ -17,9 +17,9 @@ def asked(logits: Tensor) -> Tensor:
     return ~logits.isnan().all(-1)
 
 
-def is_finite(logits: Tensor, routes: bool) -> bool:
-    """Whether the logits [N, E, C] are numbers; of a method that routes, those of the experts that were asked."""
-    if not routes:
+def is_finite(logits: Tensor, asks_every_expert: bool) -> bool:
+    """Whether the logits [N, E, C] are numbers; where not every expert is asked, those of the experts that were."""
+    if asks_every_expert:
         return bool(logits.isfinite().all())
     used = asked(logits)
     return bool(used[:, 0].all() and logits[used].isfinite().all())

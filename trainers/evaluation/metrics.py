@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_stat_scores
 
-from tailtune.datasets.long_tail import GROUPS
+from tailtune.datasets.long_tail import SHOT_GROUPS
 
 Metrics = dict[str, Any]
 
@@ -38,7 +38,7 @@ def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Me
         "error_rate": 100 - accuracy,
         "macro_f1": float(f1[present].mean()),
         "mean_acc": float(recall[present].mean()),
-        **{name: _mean(recall, groups[group], present) for name, group in GROUPS.items()},
+        **{name: _mean(recall, groups[group], present) for name, group in SHOT_GROUPS.items()},
         "worst_case_acc": float(recall[present].min()),
         "hmean_acc": float(1 / (1 / recall[present].clamp_min(FLOOR)).mean()),
         "gmean_acc": float((recall[present] / 100).log().mean().exp() * 100),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,20 +19,22 @@ from tailtune.configs.errors import UserError, unknown
 from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
 from tailtune.configs.value_parsers import as_path
-from tailtune.datasets.data_bundle import DataInfo, Shift
+from tailtune.datasets.data_bundle import DataInfo, TestDistribution
+from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.sources.text_files import read_json
-from tailtune.datasets.table import list_folders
-from tailtune.datasets.test_distributions.build import class_order, rule
+from tailtune.datasets.test_distributions.class_order import class_order
+from tailtune.datasets.test_distributions.frequency_rules import frequency_rule
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.distributions import Results
-from tailtune.trainers.evaluation.ensembles import entry_of
+from tailtune.trainers.evaluation.ensembles import ensemble_named
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods.base import Method, combine
 
 ENTRY = "target_prior"
-"""Its key in an entry of `distributions`."""
+"""Its name among the predictors of a distribution."""
 TOLERANCE = 0.01
 """How far the sum of frequencies may be from 1, as it is where each is rounded."""
 LARGEST = 1e15
@@ -144,8 +147,52 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
-def target_of(cfg: CfgNode, info: DataInfo, names: Sequence[str] | None = None) -> Target:
-    """What `target_prior` asks for; reads a file where it names one.
+@dataclass(frozen=True)
+class TargetPlan:
+    """What `target_prior` asks for."""
+
+    name: str
+    """Entry of TARGETS, a distribution such as `forward50`, or a JSON file."""
+    calibrate: bool
+    batch_size: int
+    """Images of a step of an online estimate."""
+    seed: int
+    factors: Mapping[str, float]
+    """The option `shift_factors`."""
+    folders: Sequence[Path]
+    """Where a file may lie."""
+    class_order: Callable[[DataInfo], np.ndarray]
+    """Facts of the data → classes, the most frequent first, [C]."""
+    assumes: Callable[[Tensor], Tensor]
+    """Log prior that the method assumes [E, C] → that of the logits, which an ensemble may have changed."""
+    may_have_val: bool
+    """The data may have validation images, as far as options tell."""
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "TargetPlan | None":
+        """Of a resolved config; None where it aims at nothing."""
+        if cfg.target_prior is None:
+            return None
+        return cls(
+            name=cfg.target_prior,
+            calibrate=cfg.calibrate,
+            batch_size=cfg.adapt_batch_size,
+            seed=cfg.adapt_seed,
+            factors=cfg.shift_factors or {},
+            folders=DataFolders.of(cfg).for_lists(),
+            class_order=lambda info: class_order(DistributionSettings.of(cfg), info),
+            assumes=lambda prior: ensemble_named(cfg.ensemble).assumes(prior, cfg.ensemble_alpha),
+            may_have_val=bool(cfg.dataset == "ImageFolder" or cfg.val_list or cfg.val_per_class),
+        )
+
+    @property
+    def reads_val(self) -> bool:
+        """Whether the logits of the validation images are read."""
+        return self.calibrate or self.name == "estimate_bbse"
+
+
+def target_of(plan: TargetPlan, info: DataInfo, names: Sequence[str] | None = None) -> Target:
+    """The target of a plan; reads a file where it names one.
 
     Args:
         names: of the classes, as a file may name them; None: they are not known yet.
@@ -153,27 +200,28 @@ def target_of(cfg: CfgNode, info: DataInfo, names: Sequence[str] | None = None) 
     Raises:
         UserError: an unknown name, or a file that does not fit the classes.
     """
-    name = cfg.target_prior
+    name = plan.name
     if name in TARGETS:
         return TARGETS[name]
     if name.endswith(".json"):
-        prior = _read_prior(cfg, info.num_classes, names)
+        prior = _read_prior(plan, info.num_classes, names)
     else:
         try:
-            images = rule(name, cfg.shift_factors or {}, "target_prior")(1e6, info.num_classes)  # so many: not rounded
+            rule = frequency_rule(name, plan.factors, "target_prior")
         except UserError:
             raise unknown(
                 "target_prior", name, [*TARGETS, "file.json", "forward<r>", "backward<r> such as backward50"]
             ) from None
         prior = torch.zeros(info.num_classes, dtype=torch.float64)
-        prior[torch.from_numpy(class_order(cfg, info).copy())] = torch.tensor(images, dtype=torch.float64)
+        images = rule(1e6, info.num_classes)  # so many that rounding down does not matter
+        prior[torch.from_numpy(plan.class_order(info).copy())] = torch.tensor(images, dtype=torch.float64)
     return lambda case: _fixed(prior / prior.sum())
 
 
-def _read_prior(cfg: CfgNode, num_classes: int, names: Sequence[str] | None) -> Tensor:
+def _read_prior(plan: TargetPlan, num_classes: int, names: Sequence[str] | None) -> Tensor:
     """Class frequencies of a JSON file, of which whole numbers are counted images, [C]."""
-    name = cfg.target_prior
-    file = first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)])
+    name = plan.name
+    file = first_file(str(Path(name).expanduser()), [Path(), *plan.folders])
     if file is None:
         raise UserError(f"target_prior: no file '{name}'")
     content = read_json(file, "target_prior")
@@ -199,28 +247,21 @@ def _read_prior(cfg: CfgNode, num_classes: int, names: Sequence[str] | None) -> 
     return torch.tensor(content, dtype=torch.float64) / total
 
 
-def check_target(cfg: CfgNode, info: DataInfo) -> None:
+def check_target(plan: TargetPlan | None, info: DataInfo) -> None:
     """Refuse a `target_prior` that cannot be, without images or weights."""
-    if cfg.target_prior is None:
+    if plan is None:
         return
-    target_of(cfg, info)
-    if cfg.target_prior == "estimate_bbse" and cfg.dataset != "ImageFolder" and not (cfg.val_list or cfg.val_per_class):
+    target_of(plan, info)
+    if plan.name == "estimate_bbse" and not plan.may_have_val:
         raise UserError("target_prior estimate_bbse needs validation images: train with val_per_class or val_list")
 
 
-def needs_val(cfg: CfgNode) -> bool:
-    """Whether `target_prior` asks for logits of the validation images."""
-    return (
-        cfg.target_prior is not None and not cfg.test_train and (cfg.calibrate or cfg.target_prior == "estimate_bbse")
-    )
-
-
 def add_target_results(
-    cfg: CfgNode,
+    plan: TargetPlan,
     method: Method,
     found: Logits,
     val: Logits | None,
-    shifts: Sequence[Shift],
+    shifts: Sequence[TestDistribution],
     info: DataInfo,
     results: Results,
 ) -> list[str]:
@@ -230,30 +271,30 @@ def add_target_results(
         method: of the trained run; meta tensors will do.
         found, val: logits of test and validation images.
     """
-    target = target_of(cfg, info, info.class_names)
-    assumed = entry_of(cfg).assumes(method.assumed_prior().cpu(), cfg.ensemble_alpha)
+    target = target_of(plan, info, info.class_names)
+    assumed = plan.assumes(method.assumed_prior().cpu())
     prior, hot, notes = assumed.mean(0).log_softmax(0), 1.0, []  # log p [C] of the mean of the experts
     validation = None
     if val is not None:
         own = combine(val.logits)
         have = frequencies(torch.bincount(val.labels, minlength=own.shape[1]))
-        hot = temperature(own, have.log() - prior, val.labels) if cfg.calibrate else 1.0
+        hot = temperature(own, have.log() - prior, val.labels) if plan.calibrate else 1.0
         validation = (own / hot - prior.float(), val.labels)
-    elif cfg.calibrate:
+    elif plan.calibrate:
         notes.append("target_prior: uncalibrated, for the run kept no validation images (train with val_per_class)")
-    if cfg.target_prior == "known":
+    if plan.name == "known":
         notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
     scores = combine(found.logits) / hot - prior.float()
-    common = (method.log_prior.exp().cpu(), validation, cfg.adapt_batch_size, cfg.adapt_seed)
+    common = (method.log_prior.exp().cpu(), validation, plan.batch_size, plan.seed)
     for shift in (each for each in shifts if each.name in results):
         rows = rows_of(found, shift.positions)
         case = Case(shift.name, scores[rows], found.labels[rows], *common)
-        entry, answer = results[shift.name], target(case)
+        predictors, answer = results[shift.name]["predictors"], target(case)
         metrics = evaluate(case.scores + answer.used.clamp_min(NEVER).log().float(), case.labels, info.groups)
-        entry[ENTRY] = {
+        predictors[ENTRY] = {
             **metrics,
-            "gain": metrics["accuracy"] - entry["plain"]["accuracy"],
-            "kind": cfg.target_prior,
+            "gain": metrics["accuracy"] - predictors["plain"]["accuracy"],
+            "kind": plan.name,
             "prior": answer.prior.tolist(),
             "kl": kl(_counted(case), answer.prior.clamp_min(NEVER)),
             "temperature": hot,

@@ -101,20 +101,14 @@ def plain(method: Method) -> Predict:
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         assert isinstance(images, Tensor)
-        return kept(method, images)
+        return method.expert_logits(images)
 
     return predict
 
 
-def kept(method: Method, images: Tensor) -> Tensor:
-    """[B, 3, R, R] → logits of the experts [B, E, C] whose mean is the prediction, as all that reads them takes it."""
-    logits = method.expert_logits(images)
-    return logits * logits.shape[1] if method.adds else logits
-
-
 def logits_of_views(method: Method, views: Tensor) -> Tensor:
     """[A, B, 3, R, R] → [A, B, E, C]."""
-    return kept(method, views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    return method.expert_logits(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
 def separate(method: Method) -> Predict:

@@ -12,13 +12,12 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import build_data
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
-from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, make_method, stored_config
+from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, stored_config
 from tailtune.trainers.runs.run_folder import FACTS, kept_splits
 from tailtune.trainers.storage.checkpoint import (
     check_base,
     check_fit,
     copy_state,
-    fingerprint,
     load_checkpoint,
     trained_state,
 )
@@ -83,10 +82,8 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
     if run.folder.source != run.folder.path:
         cfg = stored_config(run.folder.source, run.cfg)
         data = build_data(cfg, kept_splits(run.folder.source), run.folder.class_counts())
-    method = make_method(cfg, data.info)
-    base = fingerprint(method.model)
+    method, base = fresh_method(cfg, data.info, run.accelerator.device)
     check_base(run.folder.source, read_json(run.folder.source / FACTS), base)
-    method.to(run.accelerator.device)
     prepare_head(method, data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
     fresh = [each.clone() for each in method.model.head.parameters()]
     if cfg.after is not None:

@@ -12,11 +12,10 @@ from tailtune.configs import CfgNode, schema_of
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.inference import Logits, infer
-from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
-from tailtune.trainers.runs.load_run import FinishedRun, make_method, outline_of
+from tailtune.trainers.runs.load_run import FinishedRun, fresh_method, load_trained, outline_of
 from tailtune.trainers.runs.run_folder import FACTS
-from tailtune.trainers.storage.checkpoint import check_base, fingerprint
+from tailtune.trainers.storage.checkpoint import check_base
 from tailtune.trainers.storage.manifest import read_json
 
 SOME = 512
@@ -27,8 +26,6 @@ log = logging.getLogger("tailtune")
 class WithZeroShot(Method):
     """A trained method, every expert of which is joined with the zero-shot classifier of the same CLIP.
 
-    Experts that `adds` sums take their share of it, so that it counts once.
-
     Args:
         join: expert logits z [B, E, C], zero-shot logits z_zs [B, 1, C] → [B, E, C].
     """
@@ -36,18 +33,18 @@ class WithZeroShot(Method):
     def __init__(self, trained: Method, zero_shot: Method, join: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(trained.model, trained.objective, trained.options)
         self.trained, self.zero_shot, self.join = trained, zero_shot, join
-        self.routes, self.adds = trained.routes, trained.adds
+
+    @property
+    def asks_every_expert(self) -> bool:
+        return self.trained.asks_every_expert
+
+    can_be_wrapped = False
 
     def expert_logits(self, images: Tensor) -> Tensor:
-        return self.join(self.trained.expert_logits(images), self.zero_shot.expert_logits(images) * share(self.trained))
+        return self.join(self.trained.expert_logits(images), self.zero_shot.expert_logits(images))
 
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
         return self.trained.aggregate(logits, weights)
-
-
-def share(method: Method) -> float:
-    """Of what is added to the prediction, which is the experts' mean or sum, what is added to each of them."""
-    return 1 / method.model.num_experts if method.adds else 1.0
 
 
 def logits(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
@@ -63,10 +60,12 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     they saw, and then count alike. π comes from the run's training images, which the zero-shot classifier has not seen.
     """
     method, accelerator = zero_shot(run), run.accelerator
-    log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.plain))
-    found = infer(test_time.plain(method), run.data.plain, accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
+    log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.train_unaugmented))
+    found = infer(
+        test_time.plain(method), run.data.train_unaugmented, accelerator, run.cfg.test_batch_size, run.cfg.num_workers
+    )
     prior = on_main(accelerator, lambda: _prior_of(found))
-    bias = share(run.method) * (outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior)  # [E, C]
+    bias = outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior  # [E, C]
     bias = bias.float().to(accelerator.device)
     return WithZeroShot(run.method, method, lambda z, other: z + other - bias), {
         "pretraining_prior": prior.exp().tolist()
@@ -82,14 +81,13 @@ def zero_shot(run: FinishedRun) -> Method:
     """The zero-shot classifier of the run's backbone and prompt, ready to predict.
 
     Raises:
-        UserError: its text tower is not the one that made the run's head.
+        UserError: its text encoder is not the one that made the run's head.
     """
-    method = make_method(zero_shot_of(run.cfg), run.data.info)
+    cfg, home = zero_shot_of(run.cfg), run.folder.source
+    fresh = fresh_method(cfg, run.data.info, run.accelerator.device)
     if run.folder.foreign is None:
-        check_base(run.folder.source, read_json(run.folder.source / FACTS), fingerprint(method.model))
-    method.to(run.accelerator.device)
-    prepare_head(method, run.data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
-    method.model.init = None
+        check_base(home, read_json(home / FACTS), fresh.base)
+    method = load_trained(fresh, cfg, run.folder.evaluated, run.data, run.accelerator)
     test_time.prepare(method, run.cfg.test_prec)
     return method
 

@@ -1,4 +1,4 @@
-"""EXPORTS: the formats that a finished run can be exported to; `export NAME` on its command."""
+"""EXPORTS: the formats to which a finished run can be exported; `export NAME` on the run's command."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,12 @@ __all__ = ["EXPORTS", "Export", "ExportedModel", "export"]
 
 @dataclass(frozen=True)
 class Export:
-    """check: raises a `UserError` for a model that the format cannot hold; it may be on the meta device.
-    write: fills a folder and returns what is to be known of it, `how_to_load` at least; docs/exports.md has the fields.
+    """A format.
+
+    Args:
+        check: raises a `UserError` for a model that the format cannot hold; the model may be on the meta device.
+        write: fills a folder, and returns facts about it for `facts.json`, at least `how_to_load`; docs/exports.md
+            lists the fields.
     """
 
     check: Callable[[ExportedModel], None]
@@ -30,26 +34,35 @@ EXPORTS: dict[str, Export] = {
     "onnx": Export(onnx_format.check, onnx_format.write),
     "lift": Export(lift_format.check, lift_format.write),
 }
+"""Name → format."""
 
 
-def export(subject: ExportedModel, name: str, path: Path) -> str:
-    """Write a model in a format into the folder `path`, whole or not at all; returns a report in words.
+def export(exported: ExportedModel, name: str, path: Path) -> str:
+    """Write a model in a format. The folder appears complete or not at all.
+
+    Args:
+        exported: the model.
+        name: entry of EXPORTS.
+        path: the folder to write.
+
+    Returns:
+        A report in words.
 
     Raises:
-        UserError: the format cannot hold it, or the file system refuses.
+        UserError: the format cannot hold the model, or the file system refuses to write.
     """
     entry = lookup(EXPORTS, name, "export")
-    entry.check(subject)
+    entry.check(exported)
     with new_folder(path) as folder:
-        facts = entry.write(subject, folder)
-        files = sorted(each.name for each in folder.iterdir())
-        steps = preprocessing(subject, inside=name == "onnx")
+        facts = entry.write(exported, folder)
+        files = sorted(file.name for file in folder.iterdir())
+        steps = preprocessing(exported, inside=name == "onnx")
         facts = {"preprocessing": steps, "how_to_prepare": how_to_prepare(steps), **facts}
-        write_json(folder / "facts.json", {"format": name, "files": files, **subject.describe(), **facts})
-        # Libraries write through private temporary files; this one has the mode that the user's umask gives.
+        write_json(folder / "facts.json", {"format": name, "files": files, **exported.describe(), **facts})
+        # Libraries write private temporary files; facts.json has the permissions that the user's umask gives.
         mode = (folder / "facts.json").stat().st_mode
-        for each in folder.iterdir():
-            each.chmod(mode)
+        for file in folder.iterdir():
+            file.chmod(mode)
     checked = f", largest difference {facts['largest_difference']:.1g}" if "largest_difference" in facts else ""
-    said = "facts.json says how to load it and how to prepare images (how_to_load, how_to_prepare)"
-    return f"exported to {path}: {', '.join(files)}, facts.json{checked}\n{said}"
+    advice = "facts.json says how to load it and how to prepare images (how_to_load, how_to_prepare)"
+    return f"exported to {path}: {', '.join(files)}, facts.json{checked}\n{advice}"

@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.generic import GenericEncoder
-from tailtune.models.backbones.spec import Published
-from tailtune.models.backbones.vit_layers import at_site
+from tailtune.models.backbones.backbone_types import PublishedWeights
+from tailtune.models.backbones.vit_layers import apply_tuners
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import (
     CosineClassifier,
     L2NormedClassifier,
@@ -34,22 +34,27 @@ FORMULAS: dict[type[nn.Module], str] = {
         "logits = F.layer_norm(features, features.shape[-1:], eps=1e-12) @ F.normalize(weight, dim=-1).T"
     ),
 }
-"""Head → how it is applied, in Python with torch.nn.functional as F."""
+"""Head → how it is applied, as Python code with torch.nn.functional as F."""
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A trained model on the CPU, in fp32 and eval mode.
+    """A trained model on the CPU, in fp32 and eval mode, and what another program needs to know about it.
 
     Args:
-        tuners: names of ours that are on.
+        method: the method with its model.
+        tuners: names of the tuners of TUNERS that are on.
         partial: the option.
-        arch: open_clip's name of the backbone, if it is from there.
+        class_names: names of the C classes.
+        resolution: side R of the images, in pixels.
+        zero_shot: whether it is a zero-shot model, which nothing has trained.
+        arch: open_clip's name of the backbone; None: it is not from open_clip.
         base: where others find the pre-trained weights; None: nowhere.
-        resize: side to which the shorter side of a test image is resized before the centre is cut out; None: that of
-            the centre.
+        resize: length in pixels to which the shorter side of a test image is resized before its centre is cut out;
+            None: `resolution`.
+        interpolation: how test images are resized.
         command: words of the command that trained it.
-        facts: where it comes from, for every format.
+        facts: where the model comes from, for `facts.json` of every format.
     """
 
     method: Method
@@ -59,7 +64,7 @@ class ExportedModel:
     resolution: int
     zero_shot: bool = False
     arch: str | None = None
-    base: Published | None = None
+    base: PublishedWeights | None = None
     resize: int | None = None
     interpolation: str = "bilinear"
     command: Sequence[str] = ()
@@ -67,14 +72,17 @@ class ExportedModel:
 
     @property
     def encoder(self) -> Any:
+        """The image encoder with its tuners."""
         return self.method.model.encoder
 
     @property
     def head(self) -> nn.Module:
+        """The head, or `ExpertHeads`."""
         return self.method.model.head
 
     @property
     def experts(self) -> int:
+        """Number of experts."""
         return self.method.model.num_experts
 
     def refuse_experts(self, name: str) -> None:
@@ -87,8 +95,7 @@ class ExportedModel:
                 f"export {name}: it holds one network with one head, and this model has {self.experts} experts; "
                 "`export onnx` keeps them"
             )
-        changes = type(self.method).expert_logits is not Method.expert_logits
-        if changes and getattr(self.method, "scales", True) is not None:  # H2T may learn factors, or not
+        if self.method.changes_head_logits:
             raise UserError(
                 f"export {name}: it holds a network with a head, and this method changes the logits of its head; "
                 "`export onnx` keeps that"
@@ -96,16 +103,17 @@ class ExportedModel:
 
     @property
     def peft(self) -> PeftAdapter | None:
+        """The adapter of the peft library, if there is one."""
         return self.method.model.peft
 
     def images(self, count: int) -> Tensor:
-        """Random uint8 images [count, 3, R, R] to compare two formats on."""
+        """Random uint8 images [count, 3, R, R], to compare the outputs of two formats."""
         generator = torch.Generator().manual_seed(count)
         shape = (count, 3, self.resolution, self.resolution)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     def describe(self) -> dict[str, Any]:
-        """What every exported folder says of its model."""
+        """What `facts.json` of every format says about the model."""
         head: dict[str, Any] = {"type": type(self.head).__name__, "apply": FORMULAS.get(type(self.head))}
         if isinstance(self.head, CosineClassifier):
             head["scale"] = self.head.scale
@@ -113,7 +121,7 @@ class ExportedModel:
 
 
 def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
-    """The head as one linear layer of the features, None where it is none."""
+    """The head as one linear layer, `weight` [C, D] and `bias` [C]; None where it is not linear in the features."""
     weight = head.get_parameter("weight").detach().float()
     if type(head) is LinearClassifier:
         return {"weight": weight, "bias": head.bias.detach().float()}
@@ -122,43 +130,55 @@ def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
     return None
 
 
-def before_head(subject: ExportedModel) -> list[str]:
-    """What happens to the features of the plain network before the head, line by line in Python."""
-    lines = ["features = features * head['feature_scale'] + head['feature_shift']"] if feature_affine(subject) else []
-    if getattr(subject.encoder, "projection", None) is not None:
+def before_head(exported: ExportedModel) -> list[str]:
+    """Lines of Python code that change the features of the plain network before the head gets them."""
+    lines = ["features = features * head['feature_scale'] + head['feature_shift']"] if feature_affine(exported) else []
+    if exported.encoder.projection is not None:
         lines.append("features = features @ head['projection'].T")
     return lines
 
 
-def feature_affine(subject: ExportedModel) -> tuple[Tensor, Tensor] | None:
-    """What tuners on the feature do to each of its entries, scale and shift [D]; None where no layer is before them
-    that could take them, or none of them is there."""
-    host = subject.encoder
-    if not isinstance(host, GenericEncoder) or not len(host.tuners) or isinstance(host.net, ModifiedResNet):
+def feature_affine(exported: ExportedModel) -> tuple[Tensor, Tensor] | None:
+    """What the tuners on the feature do, as a scale and a shift of each entry.
+
+    Returns:
+        Scale and shift [D]; None if there are no such tuners, or if the layer before the feature can absorb them.
+    """
+    encoder = exported.encoder
+    if (
+        not isinstance(encoder, WholeNetworkEncoder)
+        or not len(encoder.tuners)
+        or isinstance(encoder.net, ModifiedResNet)
+    ):
         return None
-    return affine_of(host)
+    return affine_of(encoder)
 
 
-def affine_of(host: GenericEncoder) -> tuple[Tensor, Tensor]:
-    """Scale and shift [D] that the tuners on a feature come to, fp64."""
-    modules = [copy.deepcopy(each).double() for each in host.tuners.values()]
-    ones = torch.ones(host.feature_dim, dtype=torch.float64)
-    shift = at_site(modules, 0 * ones, ones)
-    return at_site(modules, ones, ones) - shift, shift
+def affine_of(encoder: WholeNetworkEncoder) -> tuple[Tensor, Tensor]:
+    """The scale and the shift [D], fp64, that all tuners on the feature amount to."""
+    modules = [copy.deepcopy(module).double() for module in encoder.tuners.values()]
+    ones = torch.ones(encoder.feature_dim, dtype=torch.float64)
+    shift = apply_tuners(modules, 0 * ones, ones)
+    return apply_tuners(modules, ones, ones) - shift, shift
 
 
-def save_head(subject: ExportedModel, folder: Path) -> None:
-    """The head's own tensors, and those of `before_head`."""
-    state = dict(subject.head.state_dict())
-    if getattr(subject.encoder, "projection", None) is not None:
-        state["projection"] = subject.encoder.projection
-    if affine := feature_affine(subject):
+def save_head(exported: ExportedModel, folder: Path) -> None:
+    """Write `head.safetensors`: the tensors of the head, and those that the code of `before_head` uses."""
+    state = dict(exported.head.state_dict())
+    if exported.encoder.projection is not None:
+        state["projection"] = exported.encoder.projection
+    if affine := feature_affine(exported):
         state |= dict(zip(("feature_scale", "feature_shift"), affine, strict=True))
     save_state(state, folder / "head.safetensors")
 
 
 def save_state(state: dict[str, Tensor], path: Path) -> None:
-    """safetensors, fp32; `format` is what transformers and timm look for."""
-    ready = {name: each.float() if each.is_floating_point() else each for name, each in state.items()}
-    copies = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in ready.items()}
+    """Write a safetensors file in fp32, with the metadata `format` that transformers and timm look for."""
+    copies = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor)
+        .detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
     write_bytes(path, save(copies, {"format": "pt"}))

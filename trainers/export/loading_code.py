@@ -1,4 +1,4 @@
-"""How others use what was exported, as Python that runs in its folder: `prepare` an image, `predict` logits."""
+"""Python code for `facts.json` that runs in the exported folder: `prepare` an image, `predict` logits."""
 
 from typing import Any
 
@@ -7,33 +7,39 @@ from tailtune.trainers.export.exported_model import FORMULAS, ExportedModel, bef
 
 MODULES = ("functools", "open_clip", "peft", "timm")
 HEAD = "head.safetensors"
-WITHIN = "logits = net(images): it is part of the network"
+APPLY_WITHIN = "logits = net(images): it is part of the network"
 
 
-def preprocessing(subject: ExportedModel, inside: bool = False) -> dict[str, Any]:
-    """What happens to an image, from the file to the network.
+def preprocessing(exported: ExportedModel, inside: bool = False) -> dict[str, Any]:
+    """What happens to an image between its file and the network, for `facts.json`.
 
     Args:
-        inside: the exported network takes uint8 and normalises itself.
+        exported: the model.
+        inside: whether the exported network takes uint8 images and normalises them itself.
     """
-    mean, std = (each.flatten().tolist() for each in (subject.method.model.mean, subject.method.model.std))
-    normal = {"dtype": "uint8", "value_range": [0, 255], "mean": None, "std": None}
+    model = exported.method.model
+    mean, std = (stats.flatten().tolist() for stats in (model.mean, model.std))
+    pixels = {"dtype": "uint8", "value_range": [0, 255], "mean": None, "std": None}
     if not inside:
-        normal = {"dtype": "float32", "value_range": [0, 1], "mean": mean, "std": std}
+        pixels = {"dtype": "float32", "value_range": [0, 1], "mean": mean, "std": std}
     return {
         "exif_orientation": True,
         "color": "RGB",
-        "resize_shorter_side": subject.resize or subject.resolution,
-        "interpolation": subject.interpolation,
+        "resize_shorter_side": exported.resize or exported.resolution,
+        "interpolation": exported.interpolation,
         "antialias": True,
-        "center_crop": subject.resolution,
+        "center_crop": exported.resolution,
         "layout": "NCHW",
-        **normal,
+        **pixels,
     }
 
 
 def how_to_prepare(steps: dict[str, Any]) -> str:
-    """Code of `prepare`, which makes a tensor [3, R, R] of an image of Pillow as `steps` say."""
+    """Code of `prepare`, which turns an image of Pillow into a tensor [3, R, R].
+
+    Args:
+        steps: what `preprocessing` has returned.
+    """
     mode = f"InterpolationMode.{steps['interpolation'].upper()}"
     resize = f"v2.Resize({steps['resize_shorter_side']}, interpolation={mode}, antialias={steps['antialias']})"
     lines = [
@@ -52,11 +58,11 @@ def how_to_prepare(steps: dict[str, Any]) -> str:
 
 
 def how_to_load(network: str, head: list[str]) -> str:
-    """Code of `predict`, which makes logits [B, C] of prepared images [B, 3, R, R].
+    """Code of `predict`, which turns prepared images [B, 3, R, R] into logits [B, C].
 
     Args:
-        network: code that makes `net`.
-        head: lines that follow, as `head_beside` or `HEAD_WITHIN`.
+        network: code that makes the network `net` and loads its weights.
+        head: the lines that follow: those of `separate_head`, or `HEAD_WITHIN`.
     """
     used = [module for module in MODULES if f"{module}." in network]
     lines = [f"import {', '.join([*used, 'torch'])}", "import torch.nn.functional as F"]
@@ -64,14 +70,15 @@ def how_to_load(network: str, head: list[str]) -> str:
 
 
 HEAD_WITHIN = ["@torch.no_grad()", "def predict(images):", "    return net(images)"]
+"""The lines where the head is a layer of the network."""
 
 
-def head_beside(subject: ExportedModel) -> list[str]:
-    """Lines that read a head which stands in a file of its own, and apply it."""
-    head = subject.head
+def separate_head(exported: ExportedModel) -> list[str]:
+    """The lines that read the head from a file of its own and apply it."""
+    head = exported.head
     tensors = ["weight", *(["bias"] if isinstance(head, LinearClassifier) else [])]
     lines = [f"head = load_file({HEAD!r})", *(f"{name} = head[{name!r}]" for name in tensors)]
     if "scale *" in FORMULAS[type(head)]:
         lines.append(f"scale = {head.scale!r}")
-    own = ["features = net(images)", *before_head(subject), FORMULAS[type(head)], "return logits"]
-    return [*lines, "@torch.no_grad()", "def predict(images):", *(f"    {line}" for line in own)]
+    body = ["features = net(images)", *before_head(exported), FORMULAS[type(head)], "return logits"]
+    return [*lines, "@torch.no_grad()", "def predict(images):", *(f"    {line}" for line in body)]

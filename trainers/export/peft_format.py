@@ -1,4 +1,4 @@
-"""`peft`: what LoRA has learnt, or a tuner of the peft library, as an adapter folder of that library."""
+"""`peft`: an adapter folder of the peft library, with our LoRA or with a tuner of that library."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,93 +9,104 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.tuners.peft_adapter import export_adapter
 from tailtune.trainers.export import merged_format
 from tailtune.trainers.export.exported_model import ExportedModel, save_head, save_state
 from tailtune.trainers.export.library_network import clip_resolution, network, timm_name
-from tailtune.trainers.export.loading_code import head_beside, how_to_load
+from tailtune.trainers.export.loading_code import how_to_load, separate_head
 
 CONVERTED = ("lora", "lora_mlp")
+"""Tuners of ours that peft's format can hold."""
 BASE = "base.safetensors"
-"""The pre-trained weights, where nobody could get them by a name."""
+"""File for the pre-trained weights if no library has them under a name."""
 
 Adapter = tuple[str, Tensor, Tensor, int]
-"""Layer, A [r, in], B [out, r], alpha: the layer's output grows by (alpha / r)·B A x."""
+"""Name of a layer, A [r, in], B [out, r] and alpha; (alpha / r) · B A x is added to the layer's output."""
 
 
-def check(subject: ExportedModel) -> None:
-    subject.refuse_experts("peft")
-    others = [name for name in subject.tuners if name not in CONVERTED]
+def check(exported: ExportedModel) -> None:
+    """Raise a `UserError` for a model that is not a network with one adapter and one head."""
+    exported.refuse_experts("peft")
+    others = [name for name in exported.tuners if name not in CONVERTED]
     if others:
-        raise UserError(f"export peft: its format has no place for {', '.join(others)}; {_other_formats(subject)}")
-    if not subject.tuners and not subject.peft:
+        raise UserError(f"export peft: its format has no place for {', '.join(others)}; {_other_formats(exported)}")
+    if not exported.tuners and not exported.peft:
         raise UserError("export peft: neither lora, lora_mlp nor peft is on, so there is no adapter; use export merged")
-    if subject.tuners and subject.peft:
-        raise UserError(f"export peft: one adapter folder cannot hold {subject.tuners[0]} and peft; use export merged")
-    network(subject)
+    if exported.tuners and exported.peft:
+        raise UserError(f"export peft: one adapter folder cannot hold {exported.tuners[0]} and peft; use export merged")
+    network(exported)
 
 
-def _other_formats(subject: ExportedModel) -> str:
-    """What holds the model instead, in words."""
+def _other_formats(exported: ExportedModel) -> str:
+    """The formats that can hold the model instead, in words."""
     try:
-        merged_format.check(subject)
+        merged_format.check(exported)
     except UserError:
         return "`export onnx` has"
     return "`export merged` or `onnx` has"
 
 
 @torch.no_grad()
-def write(subject: ExportedModel, folder: Path) -> dict[str, Any]:
-    about = network(subject)
-    base, code = base_of(subject, about)
+def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
+    """Write the adapter, the head, and the pre-trained weights if no library has them under a name."""
+    about = network(exported)
+    base, code = base_of(exported, about)
     if base == BASE:
-        save_state(subject.encoder.base_state(), folder / BASE)
-    if subject.peft:
-        export_adapter(subject.encoder, subject.peft, folder, base)
+        save_state(exported.encoder.pretrained_state(), folder / BASE)
+    if exported.peft:
+        export_adapter(exported.encoder, exported.peft, folder, base)
     else:
-        _write_lora(list(_adapters(subject)), folder, base)
-    save_head(subject, folder)
+        _write_lora(list(_adapters(exported)), folder, base)
+    save_head(exported, folder)
     code += "\nnet = peft.PeftModel.from_pretrained(net, '.')"
-    return {"network": about, "base": base, "how_to_load": how_to_load(code, head_beside(subject))}
+    return {"network": about, "base": base, "how_to_load": how_to_load(code, separate_head(exported))}
 
 
-def base_of(subject: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str]:
-    """The pre-trained network below the adapter: its name, or `BASE` if it has to be written; code that makes it.
+def base_of(exported: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str]:
+    """The pre-trained network below the adapter.
 
     Args:
-        about: `network` of the subject.
+        exported: the model.
+        about: what `network` says about it.
+
+    Returns:
+        Its name, or `BASE` if it has to be written to a file; and code that makes it.
     """
-    found, net = subject.base, subject.encoder.net
-    if found is not None and found.library == "timm":
-        code = f"net = timm.create_model({found.name!r}, pretrained=True, num_classes=0)"
-        native = timm.get_pretrained_cfg(found.name).input_size[-1]  # type: ignore[union-attr]
-        resized = subject.resolution != native and hasattr(net, "set_input_size")
-        return str(found), code + (f"\nnet.set_input_size({subject.resolution})" if resized else "")
-    clip = f"open_clip.create_model({found.name!r}, pretrained={found.tag!r})" if found is not None else ""
-    if clip and isinstance(subject.encoder, ViT) and timm_name(net) is None:
+    published, net = exported.base, exported.encoder.net
+    if published is not None and published.library == "timm":
+        code = f"net = timm.create_model({published.name!r}, pretrained=True, num_classes=0)"
+        native = timm.get_pretrained_cfg(published.name).input_size[-1]  # type: ignore[union-attr]
+        resized = exported.resolution != native and hasattr(net, "set_input_size")
+        return str(published), code + (f"\nnet.set_input_size({exported.resolution})" if resized else "")
+    clip = f"open_clip.create_model({published.name!r}, pretrained={published.tag!r})" if published is not None else ""
+    if clip and isinstance(exported.encoder, ViTEncoder) and timm_name(net) is None:
         state = f"timm.models.vision_transformer.checkpoint_filter_fn({clip}.state_dict(), net)"
-        kept = f"{{name: each for name, each in {state}.items() if not name.startswith('head.')}}"
-        return str(found), f"{about['code']}\nnet.load_state_dict({kept})"
-    if clip and subject.resolution == clip_resolution(subject):
-        if isinstance(subject.encoder, ViT):
-            return str(found), f"{about['code']}\nnet.load_state_dict({clip}.visual.trunk.state_dict())"
-        return str(found), f"net = {clip}{about['then']}"
+        kept = f"{{name: tensor for name, tensor in {state}.items() if not name.startswith('head.')}}"
+        return str(published), f"{about['code']}\nnet.load_state_dict({kept})"
+    if clip and exported.resolution == clip_resolution(exported):
+        if isinstance(exported.encoder, ViTEncoder):
+            return str(published), f"{about['code']}\nnet.load_state_dict({clip}.visual.trunk.state_dict())"
+        return str(published), f"net = {clip}{about['then']}"
     return BASE, f"{about['code']}\nnet.load_state_dict(load_file({BASE!r}))"
 
 
-def _adapters(subject: ExportedModel) -> Iterator[Adapter]:
-    """Query and value have one packed layer, so their two pairs of rank r are one of rank 2r, B block by block."""
-    tuners = subject.encoder.tuners
-    for index, sites in tuners["lora"].items() if "lora" in subject.tuners else ():
+def _adapters(exported: ExportedModel) -> Iterator[Adapter]:
+    """Our LoRA layers in peft's form.
+
+    Query and value share one packed layer, so their two updates of rank r become one of rank 2r, whose B is made of
+    blocks.
+    """
+    tuners = exported.encoder.tuners
+    for index, sites in tuners["lora"].items() if "lora" in exported.tuners else ():
         q, v = sites["q"], sites["v"]
         b_q, b_v = q.lora_B.T, v.lora_B.T  # [D, r]
         zero = torch.zeros_like(b_q)
         a = torch.cat([q.lora_A.T, v.lora_A.T])
         b = torch.cat([torch.cat(row, dim=1) for row in ((b_q, zero), (zero, zero), (zero, b_v))])
         yield f"blocks.{index}.attn.qkv", a, b, 2
-    for index, sites in tuners["lora_mlp"].items() if "lora_mlp" in subject.tuners else ():
-        yield from ((f"blocks.{index}.mlp.{site}", each.lora_A.T, each.lora_B.T, 1) for site, each in sites.items())
+    for index, sites in tuners["lora_mlp"].items() if "lora_mlp" in exported.tuners else ():
+        yield from ((f"blocks.{index}.mlp.{site}", lora.lora_A.T, lora.lora_B.T, 1) for site, lora in sites.items())
 
 
 def _write_lora(adapters: list[Adapter], folder: Path, base: str) -> None:
@@ -112,5 +123,9 @@ def _write_lora(adapters: list[Adapter], folder: Path, base: str) -> None:
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    state = {f"{name}.lora_{part}.weight": each for name, a, b, _ in adapters for part, each in (("A", a), ("B", b))}
-    save_state({f"base_model.model.{name}": each for name, each in state.items()}, folder / "adapter_model.safetensors")
+    state = {
+        f"base_model.model.{name}.lora_{letter}.weight": matrix
+        for name, a, b, _ in adapters
+        for letter, matrix in (("A", a), ("B", b))
+    }
+    save_state(state, folder / "adapter_model.safetensors")

@@ -11,7 +11,7 @@ from tailtune.models import resolve
 
 def command_of(cfg: CfgNode) -> list[str]:
     """Words behind `python main.py` that give a resolved config again, so far as results depend on it."""
-    data = next((str(path) for path in _yamls(cfg) if path.is_file()), cfg.data)
+    data = next((str(path) for path in _data_config_paths(cfg) if path.is_file()), cfg.data)
     schema = schema_of(cfg)
     usual = values_of(resolve(load_configs(data, cfg.model, [], schema)[-1]))
     recorded = (key for key, entry in schema.items() if entry.recorded == "command")
@@ -20,9 +20,9 @@ def command_of(cfg: CfgNode) -> list[str]:
     return ["-d", data, "-m", cfg.model, *(word for key, value in changed.items() for word in (key, _word(value)))]
 
 
-def _yamls(cfg: CfgNode) -> list[Path]:
-    """Where a data config of the user's may lie."""
-    return [Path(cfg.data_dir, f"{cfg.data}.{end}") for end in ("yaml", "yml")] if cfg.data_dir else []
+def _data_config_paths(cfg: CfgNode) -> list[Path]:
+    """Where a data config that the user has written may be."""
+    return [Path(cfg.data_dir, f"{cfg.data}.{suffix}") for suffix in ("yaml", "yml")] if cfg.data_dir else []
 
 
 def _word(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints that other people's code has written: LIFT, PEL, RIDE, SADE, BatchFormer."""
+"""Checkpoints that the code of other projects has written: LIFT, PEL, RIDE, SADE, BatchFormer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,20 @@ from tailtune.trainers.methods import Method
 def load_foreign_checkpoint(
     file: ForeignCheckpoint, method: Method, tuners: Sequence[str], partial: Any, numbering: Numbering | None = None
 ) -> str:
-    """Fill a method from a checkpoint file of other people's code, strictly; returns a report in words.
+    """Fill a method from a checkpoint file of another project; every tensor must fit.
 
     Args:
-        tuners: names of ours that are on.
+        file: the file.
+        method: the method to fill.
+        tuners: names of the tuners of TUNERS that are on.
         partial: the option.
-        numbering: of the classes in the data, where others may have another.
+        numbering: how the data number their classes, if other projects may number them differently.
+
+    Returns:
+        A report in words.
 
     Raises:
-        UserError: it cannot be read, or does not fit.
+        UserError: the file cannot be read, or does not fit.
     """
     if ride.is_ride(file):
         return ride.load(file, method, numbering)

@@ -1,6 +1,6 @@
-"""A checkpoint file of other people's code, opened without running what it may contain.
+"""A checkpoint file that another project's code has written, opened without running code that it may contain.
 
-LIFT, and PEL, its first generation: `tuner` and `head`. RIDE, SADE, BatchFormer: a `state_dict` of their networks.
+LIFT, and PEL, its first version, save `tuner` and `head`. RIDE, SADE and BatchFormer save a `state_dict`.
 """
 
 import hashlib
@@ -12,64 +12,86 @@ from typing import Any
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.torch_files import READ_ERRORS, STATE, State, read_torch, refuse_odd, why
+from tailtune.models.backbones.safe_torch_load import (
+    READ_ERRORS,
+    STATE_DICT_OF_SAVED,
+    State,
+    explain_read_error,
+    refuse_bad_tensors,
+    safe_torch_load,
+)
 
-FILE = "checkpoint.pth.tar"
-"""LIFT's name for it."""
+LIFT_FILE = "checkpoint.pth.tar"
+"""LIFT's name for its checkpoint."""
 BACKBONE = "backbone."
+"""Prefix of all tensors in checkpoints of RIDE and SADE."""
 PARALLEL = "module."
+"""Prefix that DataParallel adds."""
 
-LIFTS = "{part: s[part] for part in ('tuner', 'head')}"
-"""What of LIFT's file, `s`, is needed, in Python."""
+TUNER_AND_HEAD_OF_SAVED = "{part: s[part] for part in ('tuner', 'head')}"
+"""Python expression for what is needed of LIFT's saved object `s`."""
 
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """A checkpoint file of LIFT, PEL, RIDE, SADE or BatchFormer."""
+    """A checkpoint file of LIFT, PEL, RIDE, SADE or BatchFormer.
+
+    Args:
+        path: the file.
+    """
 
     path: Path
 
     @cached_property
     def digest(self) -> str:
+        """First 16 digits of the SHA-256 of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     @property
     def kind(self) -> str:
-        return "lift" if self.path.name == FILE else "file"
+        """`lift` for a file with LIFT's name, else `file`."""
+        return "lift" if self.path.name == LIFT_FILE else "file"
 
     @cached_property
     def tensors(self) -> State:
-        """`tuner.…` and `head.…`, or `backbone.…` → tensor, without DataParallel's `module.`.
+        """Name → tensor: `tuner.…` and `head.…`, or `backbone.…`, without DataParallel's `module.`.
 
         Raises:
-            UserError: it cannot be opened, or holds anything else than tensors.
+            UserError: the file cannot be opened, or holds something else than tensors.
         """
         try:
-            content = read_torch(self.path)
+            content = safe_torch_load(self.path)
         except READ_ERRORS as error:
-            raise UserError(f"{self.path} {why(self.path, error, LIFTS if self.kind == 'lift' else STATE)}") from error
-        tensors = self._of(content if isinstance(content, dict) else {})
-        refuse_odd(tensors, str(self.path))
+            keep = TUNER_AND_HEAD_OF_SAVED if self.kind == "lift" else STATE_DICT_OF_SAVED
+            raise UserError(f"{self.path} {explain_read_error(self.path, error, keep)}") from error
+        tensors = self._tensors_of(content if isinstance(content, dict) else {})
+        refuse_bad_tensors(tensors, str(self.path))
         return tensors
 
-    def _of(self, content: dict[Any, Any]) -> State:
-        if _is_state(content.get("tuner")) and _is_state(content.get("head")):
+    def _tensors_of(self, content: dict[Any, Any]) -> State:
+        if _is_state_dict(content.get("tuner")) and _is_state_dict(content.get("head")):
             return {
-                f"{part}.{name}": each for part in ("tuner", "head") for name, each in _plain(content[part]).items()
+                f"{part}.{name}": tensor
+                for part in ("tuner", "head")
+                for name, tensor in _without_parallel(content[part]).items()
             }
         state = content.get("state_dict", content)
-        if _is_state(state) and any(name.endswith("conv1.weight") for name in state):
-            return {f"{BACKBONE}{name.removeprefix(BACKBONE)}": each for name, each in _plain(state).items()}
+        if _is_state_dict(state) and any(name.endswith("conv1.weight") for name in state):
+            return {
+                f"{BACKBONE}{name.removeprefix(BACKBONE)}": tensor for name, tensor in _without_parallel(state).items()
+            }
         raise UserError(
             f"{self.path} is no checkpoint that can be read here: those of LIFT and PEL are state dicts 'tuner' and "
             "'head', those of RIDE and SADE a 'state_dict' of their networks"
         )
 
 
-def _is_state(part: Any) -> bool:
-    return isinstance(part, dict) and all(isinstance(k, str) and isinstance(each, Tensor) for k, each in part.items())
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
 
 
-def _plain(state: State) -> State:
-    return {name.removeprefix(PARALLEL): each for name, each in state.items()}
+def _without_parallel(state: State) -> State:
+    return {name.removeprefix(PARALLEL): tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""Which class is which in other people's checkpoints for iNaturalist, whose species everybody numbers otherwise.
+"""Which class is which in checkpoints of other projects for iNaturalist, whose species they number differently.
 
 RIDE, SADE, BatchFormer and DirMixE keep the category ids of the lists; LIFT and PEL rank the species by name.
 """
@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
-from tailtune.datasets.sources.image_list import CATEGORIES, find_list, taxon_labels
-from tailtune.datasets.table import list_folders
+from tailtune.datasets.sources.image_list import find_list
+from tailtune.datasets.sources.inaturalist import CATEGORIES, taxon_labels
 
 ID, NAME = "id", "name"
 
@@ -24,40 +23,40 @@ class Numbering:
 
     Args:
         field: the option `label_field`.
-        folders: where categories.json may lie.
+        folders: folders in which categories.json may be.
     """
 
     field: str
     folders: Sequence[Path]
 
     def order(self, theirs: str) -> Tensor | None:
-        """Label there of each label here, int64 [C]; None where they are the same.
+        """The order of a checkpoint's classes.
 
         Args:
-            theirs: the `label_field` that a checkpoint was trained with.
+            theirs: the `label_field` with which the checkpoint was trained.
+
+        Returns:
+            For each label of the data the label of the checkpoint, int64 [C]; None if they are the same.
 
         Raises:
-            UserError: no categories.json, or one class of the one is several of the other.
+            UserError: there is no categories.json, or one class of the one corresponds to several of the other.
         """
         if theirs == self.field:
             return None
         file = find_list(CATEGORIES, self.folders)
-        (here, names), (there, others) = (taxon_labels(file, field) for field in (self.field, theirs))
-        if not len(set(zip(here.tolist(), there.tolist(), strict=True))) == len(names) == len(others):
+        our_labels, our_names = taxon_labels(file, self.field)
+        their_labels, their_names = taxon_labels(file, theirs)
+        pairs = set(zip(our_labels.tolist(), their_labels.tolist(), strict=True))
+        if not len(pairs) == len(our_names) == len(their_names):
             raise UserError(
                 f"label_field {self.field} joins species that the checkpoint tells apart, because it was trained on "
                 f"their {theirs}; give `label_field {theirs}`"
             )
-        order = torch.empty(len(names), dtype=torch.int64)
-        order[torch.from_numpy(here)] = torch.from_numpy(there)
+        order = torch.empty(len(our_names), dtype=torch.int64)
+        order[torch.from_numpy(our_labels)] = torch.from_numpy(their_labels)
         return order
 
-    def said(self, theirs: str) -> str:
-        """What was done, for the report."""
+    def report(self, theirs: str) -> str:
+        """A sentence about the reordering, for the report of a checkpoint with `label_field` `theirs`."""
         by = "category id" if theirs == ID else theirs
         return f"its classes, numbered by {by}, are put into the order of label_field {self.field}"
-
-
-def numbering_of(cfg: CfgNode) -> Numbering | None:
-    """None for data whose labels are those of their lists or folders, as everybody has them."""
-    return Numbering(cfg.label_field, list_folders(cfg)) if cfg.label_field else None

@@ -1,7 +1,7 @@
-"""LIFT's and PEL's `checkpoint.pth.tar`: one table from its keys to our tensors serves both directions.
+"""LIFT's and PEL's `checkpoint.pth.tar`: one table from its keys to our tensors serves loading and exporting.
 
-The file is {"tuner": …, "head": …}. Modules stand under `<list>.<block>.<name>`; weights of the network that train
-stand under their position in the original's `named_parameters()`, whose order and names differ from timm's for CLIP.
+The file is {"tuner": …, "head": …}. The keys of inserted modules are `<list>.<block>.<name>`. The keys of the network's
+own weights are positions in LIFT's `named_parameters()`, whose order and names differ from timm's for CLIP.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
-from tailtune.models.backbones.vit import ViT
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import ID, NAME, Numbering
 from tailtune.trainers.storage.checkpoint import check_fit
@@ -31,11 +31,13 @@ LISTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
     "ssf_mlp": ("ssf_mlp_list", {"mlp_in.": ["fc1"], "mlp_out.": ["fc2"]}),
     "ssf_ln": ("ssf_ln_list", {"ln_1.": ["norm1"], "ln_2.": ["norm2"]}),
 }
-"""Tuner → the original's list, and its modules → our sites; of several, the tensors stand one behind the other."""
+"""Tuner → LIFT's list of modules, and LIFT's modules → our sites. One module may hold the tensors of several sites,
+concatenated."""
 
-MASKED = {"qkv": "attn_in", "proj": "attn_out", "fc1": "mlp_in", "fc2": "mlp_out"}
+LIFT_MASKS = {"qkv": "attn_in", "proj": "attn_out", "fc1": "mlp_in", "fc2": "mlp_out"}
+"""Linear layer of a block → LIFT's name for its mask."""
 
-OF_CLIP = {
+CLIP_TO_TIMM = {
     "attn.in_proj_weight": "attn.qkv.weight",
     "attn.in_proj_bias": "attn.qkv.bias",
     "attn.out_proj.weight": "attn.proj.weight",
@@ -53,111 +55,133 @@ OF_CLIP = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor of the file lives in a model: in one or several tensors, or at some entries of one."""
+class Target:
+    """The tensors of a model that one tensor of the file corresponds to.
+
+    Args:
+        tensors: one tensor, or several whose concatenation is in the file.
+        entries: indices of the entries of a single tensor that are in the file; None: all.
+    """
 
     tensors: Sequence[Tensor]
     entries: Tensor | None = None
 
     def read(self) -> Tensor:
+        """The value for the file."""
         first = self.tensors[0].detach()
         if self.entries is not None:
             return first[self.entries]
-        return first if len(self.tensors) == 1 else torch.cat([each.detach() for each in self.tensors])
+        return first if len(self.tensors) == 1 else torch.cat([tensor.detach() for tensor in self.tensors])
 
     def write(self, value: Tensor) -> None:
+        """Put the value from the file into the model."""
         if self.entries is not None:
             self.tensors[0].detach()[self.entries] = value.to(self.tensors[0])
             return
-        parts = [value] if len(self.tensors) == 1 else value.split([len(each) for each in self.tensors])
-        for target, part in zip(self.tensors, parts, strict=True):
-            target.detach().copy_(part)
+        pieces = [value] if len(self.tensors) == 1 else value.split([len(tensor) for tensor in self.tensors])
+        for tensor, piece in zip(self.tensors, pieces, strict=True):
+            tensor.detach().copy_(piece)
 
 
-Named = Iterator[tuple[str, Place]]
+NamedTargets = Iterator[tuple[str, Target]]
+"""LIFT's keys and what they correspond to."""
 
 
-def layout(model: ClassificationModel, tuners: Sequence[str], partial: Any = None) -> dict[str, Place]:
-    """The original's keys, `tuner.…` and `head.…`, and where their tensors are in a model.
+def layout(model: ClassificationModel, tuners: Sequence[str], partial: Any = None) -> dict[str, Target]:
+    """LIFT's keys, `tuner.…` and `head.…`, and the tensors of a model that they correspond to.
 
     Args:
-        tuners: names of the tuners that are on.
+        model: the model.
+        tuners: names of the tuners of TUNERS that are on.
         partial: the option.
 
     Raises:
-        UserError: the original has no such backbone or tuner.
+        UserError: LIFT has no such backbone or tuner.
     """
-    host = model.encoder
-    named = _vit(host, tuners, partial) if isinstance(host, ViT) else _resnet(host, tuners)
-    found = {f"tuner.{name}": place for name, place in named}
-    return found | {f"head.{name}": Place([each]) for name, each in model.head.state_dict(keep_vars=True).items()}
+    encoder = model.encoder
+    named = _vit(encoder, tuners, partial) if isinstance(encoder, ViTEncoder) else _resnet(encoder, tuners)
+    of_tuners = {f"tuner.{name}": target for name, target in named}
+    head = model.head.state_dict(keep_vars=True)
+    return of_tuners | {f"head.{name}": Target([tensor]) for name, tensor in head.items()}
 
 
-def _vit(host: ViT, tuners: Sequence[str], partial: Any) -> Named:
-    blocks, modules = host.net.blocks, dict[str, Any](host.tuners.items())
-    of_timm = {name: name for name, _ in blocks[0].named_parameters()}
-    names = OF_CLIP if isinstance(host.net.norm_pre, nn.LayerNorm) else of_timm
+def _vit(encoder: ViTEncoder, tuners: Sequence[str], partial: Any) -> NamedTargets:
+    """The keys of tuners on a ViT."""
+    blocks, modules = encoder.net.blocks, dict[str, Any](encoder.tuners.items())
+    timm_names = {name: name for name, _ in blocks[0].named_parameters()}
+    names = CLIP_TO_TIMM if isinstance(encoder.net.norm_pre, nn.LayerNorm) else timm_names
     for tuner in tuners:
         if tuner == "full_tuning":
-            for index in host.chosen(partial):
+            for index in encoder.block_range(partial):
                 yield from (
-                    (f"block_tuned.{index}.{name}", Place([blocks[index].get_parameter(own)]))
-                    for name, own in names.items()
+                    (f"block_tuned.{index}.{name}", Target([blocks[index].get_parameter(timm_name)]))
+                    for name, timm_name in names.items()
                 )
         elif tuner == "bias_tuning":  # of all blocks, whatever `partial` says
-            biases = (block.get_parameter(own) for block in blocks for own in names.values() if own.endswith("bias"))
-            yield from ((f"bias_tuned.{k}", Place([each])) for k, each in enumerate(biases))
+            bias_names = [name for name in names.values() if name.endswith("bias")]
+            biases = (block.get_parameter(name) for block in blocks for name in bias_names)
+            yield from ((f"bias_tuned.{index}", Target([bias])) for index, bias in enumerate(biases))
         elif tuner == "ln_tuning":  # of all blocks too
             norms = (norm for block in blocks for norm in (block.norm1, block.norm2))
             yield from _listed("ln_tuned", norms)
         elif tuner == "mask":
-            yield from _masks(host, modules[tuner].items())
+            yield from _masks(encoder, modules[tuner].items())
         elif tuner in LISTS:
             yield from _modules(modules[tuner].items(), *LISTS[tuner])
         else:
             raise UserError(f"LIFT has no {tuner} on a ViT")
 
 
-def _modules(blocks: Any, listed: str, places: Mapping[str, Sequence[str]]) -> Named:
-    """What a tuner has inserted; `blocks` are pairs of a block's index and its site → module."""
-    for index, sites in blocks:
-        for place, own in places.items():
-            states = [sites[site].state_dict(keep_vars=True) for site in own]
-            yield from ((f"{listed}.{index}.{place}{name}", Place([s[name] for s in states])) for name in states[0])
+def _modules(blocks: Any, list_name: str, sites_of: Mapping[str, Sequence[str]]) -> NamedTargets:
+    """The keys of modules that a tuner has inserted.
+
+    Args:
+        blocks: pairs of the index of a block and its site → module.
+        list_name: LIFT's list of modules.
+        sites_of: LIFT's module → our sites.
+    """
+    for index, modules in blocks:
+        for lift_module, sites in sites_of.items():
+            states = [modules[site].state_dict(keep_vars=True) for site in sites]
+            for name in states[0]:
+                yield f"{list_name}.{index}.{lift_module}{name}", Target([state[name] for state in states])
 
 
-def _masks(host: ViT, blocks: Any) -> Named:
-    """Values in the order of their positions, weight and bias apart: row by row, as in the original."""
+def _masks(encoder: ViTEncoder, blocks: Any) -> NamedTargets:
+    """The keys of masks. As in LIFT, weight and bias are separate, and values are in the order of their positions."""
     for index, masks in blocks:
-        for layer, place in MASKED.items():
-            width: Any = host.layers(int(index))[layer].in_features
+        for layer, lift_name in LIFT_MASKS.items():
+            width: Any = encoder.layers(int(index))[layer].in_features
             is_bias = masks[layer].positions % (width + 1) == width
             for name, chosen in (("weight", ~is_bias), ("bias", is_bias)):
-                yield f"masked_linear_list.{index}.{place}.optimized_{name}", Place([masks[layer].values], chosen)
+                yield f"masked_linear_list.{index}.{lift_name}.optimized_{name}", Target([masks[layer].values], chosen)
 
 
-def _resnet(host: Any, tuners: Sequence[str]) -> Named:
-    if not isinstance(host.net, ModifiedResNet):
+def _resnet(encoder: Any, tuners: Sequence[str]) -> NamedTargets:
+    """The keys of tuners on a CLIP ResNet."""
+    if not isinstance(encoder.net, ModifiedResNet):
         raise UserError("LIFT has ViTs and CLIP's ResNets only, so no checkpoint of its kind fits this backbone")
-    named = list(host.net.named_parameters())
+    named = list(encoder.net.named_parameters())
     for tuner in tuners:
         if tuner == "full_tuning":
-            yield from ((f"full_list.{k}", Place([each])) for k, (_, each) in enumerate(named))
+            yield from ((f"full_list.{index}", Target([weight])) for index, (_, weight) in enumerate(named))
         elif tuner == "bias_tuning":
-            biases = (each for name, each in named if name.endswith("bias"))
-            yield from ((f"bias_list.{k}", Place([each])) for k, each in enumerate(biases))
+            biases = (parameter for name, parameter in named if name.endswith("bias"))
+            yield from ((f"bias_list.{index}", Target([bias])) for index, bias in enumerate(biases))
         elif tuner == "bn_tuning":
-            yield from _listed("bn_list", (each for each in host.net.modules() if isinstance(each, nn.BatchNorm2d)))
+            yield from _listed("bn_list", (norm for norm in encoder.net.modules() if isinstance(norm, nn.BatchNorm2d)))
         elif tuner == "ssf_attn":
-            state = host.tuners[tuner].state_dict(keep_vars=True)
-            yield from ((f"ssf_attn.{name}", Place([each])) for name, each in state.items())
+            state = encoder.tuners[tuner].state_dict(keep_vars=True)
+            yield from ((f"ssf_attn.{name}", Target([tensor])) for name, tensor in state.items())
         else:
             raise UserError(f"LIFT has no {tuner} on a ResNet")
 
 
-def _listed(name: str, modules: Iterator[nn.Module]) -> Named:
-    for k, module in enumerate(modules):
-        yield from ((f"{name}.{k}.{key}", Place([each])) for key, each in module.state_dict(keep_vars=True).items())
+def _listed(name: str, modules: Iterator[nn.Module]) -> NamedTargets:
+    """The keys of a list of the network's own modules."""
+    for index, module in enumerate(modules):
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            yield f"{name}.{index}.{key}", Target([tensor])
 
 
 def load(
@@ -167,28 +191,37 @@ def load(
     partial: Any = None,
     numbering: Numbering | None = None,
 ) -> str:
-    """Fill a model from a file of LIFT or PEL, strictly; returns a report in words.
+    """Fill a model from a file of LIFT or PEL; every tensor must fit.
 
     Args:
-        numbering: of iNaturalist's classes in the data; the file ranks their names, those of taxa for a taxon.
+        file: the file.
+        model: the model to fill.
+        tuners: names of the tuners of TUNERS that are on.
+        partial: the option.
+        numbering: how the data number iNaturalist's classes. LIFT and PEL number species, or taxa, by the rank of
+            their names.
+
+    Returns:
+        A report in words.
 
     Raises:
-        UserError: everything that is missing, unexpected or of another shape, by name.
+        UserError: names the tensors that are missing, unexpected or of another shape.
     """
-    tensors, places = file.tensors, layout(model, tuners, partial)
+    tensors, targets = file.tensors, layout(model, tuners, partial)
     lists = Counter(name.split(".")[1] for name in tensors if name.startswith("tuner."))
-    held = ", ".join(f"{name} ({count})" for name, count in lists.items()) or "nothing"
-    own = {name: place.read() for name, place in places.items()}
-    check_fit(own, tensors, str(file.path), f"give the options that fit it: its tuner holds {held}")
+    tuner_lists = ", ".join(f"{name} ({count})" for name, count in lists.items()) or "nothing"
+    current = {name: target.read() for name, target in targets.items()}
+    check_fit(current, tensors, str(file.path), f"give the options that fit it: its tuner holds {tuner_lists}")
     theirs = NAME if numbering is None or numbering.field == ID else numbering.field
     order = numbering.order(theirs) if numbering else None
-    for name, place in places.items():
-        place.write(tensors[name] if order is None or not name.startswith("head.") else tensors[name][order])
-    model.set_precision()  # anew, because it derives from weights that may have changed
+    for name, target in targets.items():
+        target.write(tensors[name] if order is None or not name.startswith("head.") else tensors[name][order])
+    model.set_precision()  # again, because it derives tensors from weights that may have changed
     heads = sum(name.startswith("head.") for name in tensors)
-    report = f"read {file.path}: {len(tensors)} tensors, of the tuner {held}, of the head {heads}; none is left out"
+    report = f"read {file.path}: {len(tensors)} tensors"
+    report += f", of the tuner {tuner_lists}, of the head {heads}; none is left out"
     if "mask" in tuners:
         report += "; the positions of the mask are drawn from mask_seed, because the file has none"
     if {"lora", "ssf_attn"} <= set(tuners):
         report += "; lora acts before ssf_attn, as in LIFT (PEL: after it)"
-    return f"{report}; {numbering.said(theirs)}" if numbering and order is not None else report
+    return f"{report}; {numbering.report(theirs)}" if numbering and order is not None else report

@@ -12,7 +12,6 @@ from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import BACKBONE, ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import ID, Numbering
 from tailtune.trainers.methods import Method
-from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
 from tailtune.trainers.storage.checkpoint import check_fit
 
 NAMES = (
@@ -23,76 +22,89 @@ NAMES = (
     (r"expert_help_pred_fc\.", "output."),
     (r"", "model.encoder.net."),
 )
-"""How a name begins below `backbone.` → ours; the first that fits counts."""
-ASKS = "expert_help_pred_"
+"""Beginning of a name below `backbone.`, as a pattern → the beginning of ours. The first pattern that fits is used."""
+EXPERT_ASSIGNMENT = "expert_help_pred_"
+"""Prefix of the tensors of RIDE's expert assignment."""
 LEFT_OUT = {
     "encoder_layers.": "its encoder across the batch, which is for training only, is left out",
-    ASKS: "its expert assignment is left out, so all experts are asked (method ride_ea uses it)",
+    EXPERT_ASSIGNMENT: "its expert assignment is left out, so all experts are asked (method ride_ea uses it)",
 }
+"""Prefix of tensors that may be left out → what the report says about it."""
 HEAD = "model.head."
 SCALE = 30
-"""The original's factor on cosine logits; no file says it."""
+"""RIDE's factor on cosine logits, which its checkpoints do not contain."""
 
 
 def is_ride(file: ForeignCheckpoint) -> bool:
+    """Whether a file is a checkpoint of RIDE, SADE or BatchFormer."""
     return any(name.startswith(BACKBONE) for name in file.tensors)
 
 
 @torch.no_grad()
 def load(file: ForeignCheckpoint, method: Method, numbering: Numbering | None = None) -> str:
-    """Fill a method's model from a file, strictly; returns a report in words.
+    """Fill a method's model from a file; every tensor must fit.
 
     Args:
-        numbering: of iNaturalist's classes in the data; the file has their category ids.
+        file: the file.
+        method: the method to fill.
+        numbering: how the data number iNaturalist's classes. These projects use the category ids.
+
+    Returns:
+        A report in words.
 
     Raises:
-        UserError: everything that is missing, unexpected or of another shape, by name; another kind of head.
+        UserError: names the tensors that are missing, unexpected or of another shape; or the head is of another kind.
     """
-    state = {name.removeprefix(BACKBONE): each for name, each in file.tensors.items()}
+    state = {name.removeprefix(BACKBONE): tensor for name, tensor in file.tensors.items()}
     notes: list[str] = []
     for prefix, note in LEFT_OUT.items():
-        kept = {name: each for name, each in state.items() if not name.startswith(prefix)}
-        if len(kept) < len(state) and not (prefix == ASKS and isinstance(method, ExpertAssignment)):
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        if len(kept) < len(state) and not (prefix == EXPERT_ASSIGNMENT and not method.asks_every_expert):
             state, notes = kept, [*notes, note]
-    tensors, own = dict(_renamed(state)), dict(_own(method))
+    tensors, current = dict(_renamed(state)), dict(_tensors_to_fill(method))
     remedy = "give the backbone, num_experts, expert_split, reduce_dimension, classifier and data of that training"
-    check_fit(own, tensors, str(file.path), remedy)
+    check_fit(current, tensors, str(file.path), remedy)
     cosine, heads = _is_cosine(state), heads_of(method.model.head)
     if cosine != isinstance(heads[0], CosineClassifier):
         wanted = "CosineClassifier with scale 30" if cosine else "LinearClassifier"
         raise UserError(f"{file.path} has heads of another kind; give classifier {wanted}")
     order = numbering.order(ID) if numbering else None
-    for name, target in own.items():
+    for name, target in current.items():
         target.copy_(tensors[name] if order is None or not name.startswith(HEAD) else tensors[name][order])
     if numbering and order is not None:
-        notes.append(numbering.said(ID))
-    method.model.set_precision()  # anew, because it derives from weights that may have changed
+        notes.append(numbering.report(ID))
+    method.model.set_precision()  # again, because it derives tensors from weights that may have changed
     if cosine and heads[0].scale != SCALE:
         notes.append(f"its cosine logits are times {heads[0].scale:g} (scale), and {SCALE} in the original")
-    mean, std = ([round(each, 4) for each in own.flatten().tolist()] for own in (method.model.mean, method.model.std))
-    notes.append(f"pixels are normalised by mean {mean} and std {std}; was it others, set pixel_mean and pixel_std")
+    model = method.model
+    mean, std = ([round(value, 4) for value in stats.flatten().tolist()] for stats in (model.mean, model.std))
+    notes.append(
+        f"pixels are normalised by mean {mean} and std {std}; if the training used others, set pixel_mean and pixel_std"
+    )
     return "; ".join([f"read {file.path}: {len(tensors)} tensors, heads: {len(heads)}", *notes])
 
 
 def our_name(name: str) -> str:
-    """Of a tensor below the original's `backbone.`."""
+    """Our name of a tensor that RIDE calls `backbone.<name>`."""
     return next(re.sub(f"^{old}", new, name, count=1) for old, new in NAMES if re.match(old, name))
 
 
 def _renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Cosine heads are [D, C] there."""
+    """The tensors of a file under our names. RIDE stores the weight of a cosine head as [D, C]."""
     cosine = _is_cosine(state)
-    for name, each in state.items():
-        yield our_name(name), each.T if cosine and name.startswith("linear") and each.ndim == 2 else each
+    for name, tensor in state.items():
+        transposed = cosine and name.startswith("linear") and tensor.ndim == 2
+        yield our_name(name), tensor.T if transposed else tensor
 
 
 def _is_cosine(state: Mapping[str, Tensor]) -> bool:
+    """Whether the heads of a file are cosine classifiers, which have no bias."""
     return not any(name.startswith("linear") and name.endswith(".bias") for name in state)
 
 
-def _own(method: Method) -> Iterator[tuple[str, Tensor]]:
-    """What a file has to hold: the model, and what decides about experts."""
-    yield from ((f"model.{name}", each) for name, each in method.model.state_dict().items())
-    if isinstance(method, ExpertAssignment):
-        for part in ("hidden", "output"):
-            yield from method.get_submodule(part).state_dict(prefix=f"{part}.").items()
+def _tensors_to_fill(method: Method) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a file has to contain: the model, and the layers of the expert assignment."""
+    yield from ((f"model.{name}", tensor) for name, tensor in method.model.state_dict().items())
+    if not method.asks_every_expert:
+        for layer in ("hidden", "output"):
+            yield from method.get_submodule(layer).state_dict(prefix=f"{layer}.").items()

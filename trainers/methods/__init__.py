@@ -53,11 +53,11 @@ def build_method(cfg: CfgNode, model: ClassificationModel, info: DataInfo) -> Me
     method = _make(cfg, cfg.method, "method", model, objective)
     if cfg.num_epochs and not cfg.zero_shot and not method.param_groups():
         raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
-    if cfg.pair_sampler and not method.pairs:
+    if cfg.pair_sampler and not method.takes_image_pairs:
         raise UserError(
             f"pair_sampler {cfg.pair_sampler}: method {cfg.method} takes single images here; set pair_sampler none"
         )
-    if method.pairs and not cfg.pair_sampler:
+    if method.takes_image_pairs and not cfg.pair_sampler:
         raise UserError(f"method {cfg.method} takes two images at a time: choose the second by `pair_sampler shuffle`")
     return method
 
@@ -84,10 +84,15 @@ def _make(
     kind = lookup(METHODS, name, key)
     if name in around:
         raise UserError(f"{key} {name}: method {name} would wrap itself; name another")
-    if kind.needs_after and not cfg.after:
+    if kind.continues_from_earlier_run and not cfg.after:
         raise UserError(f"method {name} continues an earlier run: name that one's model config with `after`")
     options = kind.Options(**cfg.get(name, {}))
     if not issubclass(kind, Wrapper):
         return kind(model, objective, options)
     inner = _make(cfg, options.inner, f"{name}.inner", model, objective, (*around, name))
+    if not inner.can_be_wrapped:
+        raise UserError(
+            f"{name}.inner {options.inner}: it does more with the model than {name} would let it; choose another "
+            "method, such as ride"
+        )
     return kind(model, objective, options, inner)

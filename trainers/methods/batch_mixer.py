@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 
+BATCH_MIXER = "mixer."
+"""How the names of its tensors begin in a run with BatchFormer; a method that continues such a run discards them."""
+
 
 class BatchMixer(nn.Module):
     """Features [B, D] or [B, E, D] → the same shape; the samples of the batch are the tokens of a sequence.

@@ -50,7 +50,8 @@ class BatchFormer(Wrapper):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
@@ -64,11 +65,11 @@ class BatchFormer(Wrapper):
         if not self.training:
             return super().forward(batch)
         features = self.model.features(batch["image"])
-        mixed = self.model.logits(self.mixer(features, batch["weight"] > 0))
+        mixed = self.head_logits(self.mixer(features, batch["weight"] > 0))
         loss_sum, weight = self.loss(mixed, batch)
         if self.options.mode == "replace":
             return self.step(loss_sum, weight, mixed)
-        raw = self.model.logits(features)
+        raw = self.head_logits(features)
         raw_sum, raw_weight = self.loss(raw, batch)
         return self.step(loss_sum + raw_sum, weight + raw_weight if self.options.mode == "mean" else weight, raw)
 

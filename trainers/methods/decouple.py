@@ -15,19 +15,22 @@ from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.classifiers import LinearClassifier
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.methods.base import Method, Objective
+from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 
 
 class Retrained(Method):
     """cRT: a fresh classifier on the encoder of the earlier run."""
 
-    needs_after = True
-    drops = ("model.head.", "mixer.")
+    continues_from_earlier_run = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
-        self.hold(model.encoder)
+        self.freeze_trained(model.encoder)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(("model.head.", BATCH_MIXER))
 
 
 class WeightScaling(Method):
@@ -36,19 +39,23 @@ class WeightScaling(Method):
     As in the authors' code f_c multiplies the logit, and so the bias too.
     """
 
-    needs_after = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
+    changes_head_logits = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         self.scales = nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts)))
-        self.hold(model)
+        self.freeze_trained(model)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""
 
-    def expert_logits(self, images: Tensor) -> Tensor:
-        return super().expert_logits(images) * self.scales
+    def head_logits(self, features: Tensor) -> Tensor:
+        return super().head_logits(features) * self.scales
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,7 @@ class Normalised(Method):
     """τ-normalisation: w̃_c = w_c / |w_c|^τ without bias, in the earlier run's model; nothing is trained."""
 
     Options = Options
-    needs_after = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
@@ -74,7 +80,10 @@ class Normalised(Method):
                 "tau_norm scales the rows of a linear classifier, and this one's lengths count for nothing; "
                 "set classifier LinearClassifier in both runs"
             )
-        self.hold(model)
+        self.freeze_trained(model)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""

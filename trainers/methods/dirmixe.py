@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
-from tailtune.configs.seeding import mix
+from tailtune.configs.seeding import derive_seed
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import cross_entropy, log_prior, moved, present
 from tailtune.trainers.methods.base import Batch, Method, Objective
@@ -56,7 +56,7 @@ class DirMixE(Method):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
@@ -66,13 +66,13 @@ class DirMixE(Method):
             raise UserError(f"dirmixe.concentration {self.options.concentration:g}: it must be above 0, such as 10000")
         self.final = False
         """Whether V₊ counts."""
-        self._recycled_draws: RecycledDraws | None = None
-        self._last: tuple[int, Draws] | None = None
+        self.recycled_draws: RecycledDraws | None = None
+        self._last: tuple[tuple[int, int], Draws] | None = None
 
     def before_training(self, steps: int, per_epoch: int) -> None:
         super().before_training(steps, per_epoch)
         if self.options.pool != "fresh":
-            self._recycled_draws = self._recycled(per_epoch)
+            self.recycled_draws = self.make_recycled_draws(per_epoch)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
         super().on_epoch(epoch, epochs)
@@ -92,11 +92,12 @@ class DirMixE(Method):
 
     def drawn(self, device: torch.device) -> Draws:
         """The draws of this step, the same for all its micro-batches."""
-        if self._last is None or self._last[0] != self.at_step:
+        step = self.epoch, self.at_step
+        if self._last is None or self._last[0] != step:
             found = (
-                self._fresh() if self._recycled_draws is None else self._recycled_draws.at(self.epoch, self.at_step - 1)
+                self._fresh() if self.recycled_draws is None else self.recycled_draws.at(self.epoch, self.at_step - 1)
             )
-            self._last = self.at_step, Draws(*(moved(each, device) for each in found))
+            self._last = step, Draws(*(moved(each, device) for each in found))
         return self._last[1]
 
     def assumed_prior(self) -> Tensor:
@@ -109,13 +110,13 @@ class DirMixE(Method):
         return base_priors(self.objective.class_counts, self.model.num_experts)
 
     def _fresh(self) -> Draws:
-        stream = np.random.default_rng(mix(self.objective.seed, "priors", self.at_step))
+        stream = np.random.default_rng(derive_seed(self.objective.seed, "priors", self.at_step))
         experts = stream.integers(len(self._bases), size=self.options.draws)
         alphas = (self.options.concentration * self._bases).numpy()
         priors = np.stack([stream.dirichlet(alphas[k]) for k in experts])
         return Draws(torch.from_numpy(experts), torch.from_numpy(priors))
 
-    def _recycled(self, per_epoch: int) -> "RecycledDraws":
+    def make_recycled_draws(self, per_epoch: int) -> "RecycledDraws":
         counts, stream = self.objective.class_counts, np.random.RandomState(POOL_SEED)
         if self.options.pool == "recycled_cifar":
             for _ in counts:

@@ -33,16 +33,17 @@ class Distill(Wrapper):
     """
 
     Options = Options
-    couples = True
-    needs_after = True
-    watches = True
+    depends_on_batch = True
+    continues_from_earlier_run = True
+    loss_needs_images = True
+    starts_where_earlier_run_ended = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         name = self.options.inner
         if self.options.temperature <= 0:
             raise UserError(f"distill.temperature {self.options.temperature} divides logits: it must be above 0")
-        if inner.needs_after:
+        if inner.continues_from_earlier_run:
             raise UserError(f"distill.inner {name} continues an earlier run, but `after` names the teacher; try ride")
         self.teacher: tuple[Method, ...] = ()
         """In a tuple, so that it is no part of this module."""

@@ -10,9 +10,10 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
+from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 from tailtune.trainers.methods.wrapper import Wrapper
 
 
@@ -43,41 +44,48 @@ class H2T(Wrapper):
     """
 
     Options = Options
-    needs_after = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
         own = self.options
-        if inner.needs_after:
+        if inner.continues_from_earlier_run:
             raise UserError(f"h2t.inner {own.inner} continues an earlier run in a way of its own; try classify")
-        if own.shift_bn and not model.encoder.batch_norms:
+        if own.shift_bn and not model.encoder.trained_batch_norms:
             raise UserError("h2t.shift_bn True: no batch norm of this model was trained; set h2t.shift_bn False")
-        self.pairs = own.ratio > 0
         self.scales = (
             nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts))) if own.weight_scaling else None
         )
-        self.hold(model.encoder)
-        model.encoder.shifts = own.shift_bn
+        self.freeze_trained(model.encoder, batch_norms_follow=own.shift_bn)
+
+    @property
+    def takes_image_pairs(self) -> bool:
+        return self.options.ratio > 0
+
+    @property
+    def changes_head_logits(self) -> bool:
+        return self.scales is not None or super().changes_head_logits
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""
 
     def forward(self, batch: Batch) -> Step:
-        if not self.training or not self.pairs:
+        if not self.training or not self.takes_image_pairs:
             return super().forward(batch)
         with torch.no_grad():
             first, second = (self.model.features(batch[name]) for name in ("image", "partner"))
         draws = generator(self.objective.seed, "h2t", self.at_step)  # one choice, however the batch is cut
         features = fused(first, second, self.options.ratio, self.model.num_experts, draws)
-        logits = self._scaled(self.model.logits(features))
+        logits = self.head_logits(features)
         return self.step(*self.loss(logits, batch), logits)
 
-    def expert_logits(self, images: Tensor) -> Tensor:
-        return self._scaled(super().expert_logits(images))
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        """Logits [B, E, C] times the learnt factors of classes."""
+    def head_logits(self, features: Tensor) -> Tensor:
+        """The inner method's logits [B, E, C], times the learnt factors of classes where there are some."""
+        logits = super().head_logits(features)
         return logits if self.scales is None else logits * self.scales
 
 

@@ -33,11 +33,12 @@ class Mixup(Wrapper):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
-        if inner.watches:
+        if inner.loss_needs_images:
             raise UserError(
                 f"mixup.inner {self.options.inner}: it would look at the images before they are mixed; choose another "
                 "method, such as classify or ride"
@@ -57,7 +58,7 @@ class Mixup(Wrapper):
         )
 
     def _draw(self, count: int) -> tuple[float, Tensor]:
-        """λ and the order of the second images [B]. λ is NumPy's: torch draws no Beta from a generator of one's own."""
+        """λ and the order of the second images [B]. λ is NumPy's: torch draws Beta from its global generator only."""
         draws, alpha = self.draws("mixup"), self.options.alpha
         order = torch.randperm(count, generator=draws, device="cpu")
         seed = int(torch.randint(2**63 - 1, (), generator=draws, device="cpu"))

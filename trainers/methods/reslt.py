@@ -29,16 +29,18 @@ class Options:
 
 
 class ResLT(Method):
-    """(1 − β) L(Σ_e z_e) + β (Σ_e Σ_{i in group e} L(z_e)_i) / (Σ_e |group e|); the prediction is the sum.
+    """(1 − β) L(Σ_e z_e) + β (Σ_e Σ_{i in group e} L(z_e)_i) / (Σ_e |group e|); the prediction is the sum Σ_e z_e.
 
+    `head_logits` returns E·z_e for the logits z_e of the E heads, so that the mean over experts, which everything else
+    takes for the prediction, is that sum.
     The groups of the experts lie in each other: all classes, those from `medium_from` on, those from `few_from` on.
     L is the configured loss, in the paper CE. The second term is a mean over members of the groups that are here, so
     a step of several micro-batches has the weighted mean of their own.
     """
 
     Options = Options
-    couples = True
-    adds = True
+    depends_on_batch = True
+    changes_head_logits = True
     members: Tensor
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
@@ -57,6 +59,10 @@ class ResLT(Method):
         rank = counts.argsort(descending=True, stable=True).argsort()  # of each class, the most frequent is 0
         self.register_buffer("members", torch.stack([rank >= start for start in starts]), persistent=False)  # [E, C]
 
+    def head_logits(self, features: Tensor) -> Tensor:
+        """Features [B, D] or [B, E, D] → E times the logits of the heads [B, E, C]."""
+        return self.model.num_experts * super().head_logits(features)
+
     def assumed_prior(self) -> Tensor:
         """Nearly: where the groups' share β prevails they have balanced the sum, so uniform; else that of the sum."""
         found = super().assumed_prior()
@@ -66,8 +72,8 @@ class ResLT(Method):
         together, weight = self.loss_of(self.aggregate(logits), batch)
         inside = self.members[:, batch["label"]].to(batch["weight"].dtype)  # [E, B]
         apart = [
-            self.loss_of(each, {**batch, "weight": batch["weight"] * own})
-            for each, own in zip(logits.unbind(1), inside, strict=True)
+            self.loss_of(own, {**batch, "weight": batch["weight"] * member})
+            for own, member in zip((logits / logits.shape[1]).unbind(1), inside, strict=True)
         ]
         losses, weights = (torch.stack(each).sum() for each in zip(*apart, strict=True))
         beta = self.options.beta

@@ -36,7 +36,7 @@ class Ride(Method):
     """
 
     Options = Options
-    couples = True
+    depends_on_batch = True
     temperatures: Tensor
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:

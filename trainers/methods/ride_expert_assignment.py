@@ -11,9 +11,10 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.configs.seeding import seeded
 from tailtune.models import ClassificationModel
-from tailtune.models.heads.initialisation import HeadContext
+from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import present
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
+from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class ExpertAssignment(Method):
     """
 
     Options = Options
-    needs_after = True
-    inherits = True
-    routes = True
-    drops = ("mixer.",)
+    continues_from_earlier_run = True
+    predicts_as_earlier_run = True
+    asks_every_expert = False
+    can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
@@ -62,7 +63,10 @@ class ExpertAssignment(Method):
             dim = model.encoder.feature_dim
             self.hidden = nn.ModuleList(nn.Linear(dim, hidden) for _ in range(model.num_experts - 1))
             self.output = nn.Linear(self.top + hidden, 1)
-        self.hold(model)
+        self.freeze_trained(model)
+
+    def discards(self, name: str) -> bool:
+        return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
         """The heads are the earlier run's."""

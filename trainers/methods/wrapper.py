@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
 from tailtune.trainers.methods.base import Batch, Earlier, Method, Objective
 
@@ -18,20 +17,31 @@ class Wrapper(Method):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options)
-        if any(getattr(type(inner), name) is not getattr(Method, name) for name in ("forward", "expert_logits")):
-            own = type(self).__name__.lower()
-            raise UserError(
-                f"{own}.inner {self.options.inner}: it does more with the model than {own} would let it; choose "
-                "another method, such as ride"
-            )
         self.inner = inner
-        self.adds = inner.adds
-        self.held = {name if name.startswith("model.") else f"inner.{name}" for name in inner.held}
-        self.needs_after = type(self).needs_after or inner.needs_after
+        self.frozen_trained = {name if name.startswith("model.") else f"inner.{name}" for name in inner.frozen_trained}
+        self.continues_from_earlier_run = self.continues_from_earlier_run or inner.continues_from_earlier_run
+
+    @property
+    def changes_head_logits(self) -> bool:
+        return self.inner.changes_head_logits
+
+    @property
+    def loss_needs_images(self) -> bool:
+        return self.inner.loss_needs_images
+
+    @property
+    def starts_where_earlier_run_ended(self) -> bool:
+        return not self.inner.continues_from_earlier_run or self.inner.starts_where_earlier_run_ended
+
+    def discards(self, name: str) -> bool:
+        return self.inner.continues_from_earlier_run and self.inner.discards(name)
 
     @property
     def batch_coupled(self) -> bool:
         return super().batch_coupled or self.inner.batch_coupled
+
+    def head_logits(self, features: Tensor) -> Tensor:
+        return self.inner.head_logits(features)
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.inner.loss(logits, batch)
@@ -43,13 +53,13 @@ class Wrapper(Method):
         return self.inner.assumed_prior()
 
     def after(self, earlier: Earlier) -> None:
-        if self.inner.needs_after:
+        if self.inner.continues_from_earlier_run:
             self.inner.after(earlier)
         else:
             super().after(earlier)
 
     def fits(self, earlier: Method) -> None:
-        if self.inner.needs_after:
+        if self.inner.continues_from_earlier_run:
             self.inner.fits(earlier)
         else:
             super().fits(earlier)

@@ -1,1 +1,1 @@
-"""Processes of a run: the console, signals, the launcher, and how each process ends."""
+"""The processes of a run: console, signals, the launcher that started them, and how each process ends."""

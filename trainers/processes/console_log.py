@@ -1,4 +1,4 @@
-"""What a run says: lines on the console, and in `log.txt` once there is a folder for it."""
+"""The log of a run: lines on the console, and in `log.txt` as soon as the run has a folder."""
 
 import codecs
 import io
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MOST_KEPT = 1000
-"""Lines that are kept for a file that may come later."""
-PLAIN = str.maketrans({"─": "-", "±": "+/-", "×": "x", "·": "-", "…": "...", "–": "-", "→": "->", "∞": "inf"})
-"""What a terminal shows that cannot show the sign."""
+"""How many lines are kept for a file that may be opened later."""
+ASCII_OF = str.maketrans({"─": "-", "±": "+/-", "×": "x", "·": "-", "…": "...", "–": "-", "→": "->", "∞": "inf"})
+"""Sign → what a terminal shows if its encoding does not have the sign."""
 REPLACE = "tailtune.plain"
-
+"""Name under which Python knows `_replace_signs`."""
 NO_FILE = "warning: cannot write %s (%s): the run goes on without it"
 
 Kind = TypeVar("Kind", bound=logging.Handler)
@@ -23,16 +23,16 @@ log = logging.getLogger("tailtune")
 
 
 def start_console(main: bool) -> None:
-    """Lines to the console from here on; they are kept for `attach_file`, too.
+    """Show log lines on the console from now on, and keep them for `attach_file`.
 
     Args:
-        main: whether this is the first process; others show errors only.
+        main: whether this is the main process; other processes show errors only.
     """
     for handler in list(log.handlers):
         _drop(handler)
     log.propagate = False
     log.setLevel(logging.INFO if main else logging.ERROR)
-    logging.raiseExceptions = False  # of handlers that are not ours: tqdm's, while there is a bar
+    logging.raiseExceptions = False  # errors of other handlers, such as tqdm's while there is a bar
     show_any_text()
     if sys.stdout is not None:
         log.addHandler(_Console(sys.stdout))
@@ -41,7 +41,11 @@ def start_console(main: bool) -> None:
 
 
 def attach_file(path: Path) -> None:
-    """Lines into a file, too: first those that were said since the start or since the last file."""
+    """Write log lines into a file as well, first those that were kept since the start or since the last file.
+
+    Args:
+        path: the file; a file that exists already is continued.
+    """
     kept = [record for handler in _handlers(_Kept) for record in handler.records]
     detach_file()
     for handler in _handlers(_Kept):
@@ -57,24 +61,24 @@ def attach_file(path: Path) -> None:
 
 
 def detach_file() -> None:
-    """Close the file; what is said from here on is kept for the next one."""
+    """Close the file. Lines from now on are kept for the next one."""
     for handler in _handlers(_File):
         _drop(handler)
         log.addHandler(_Kept())
 
 
 def show_any_text() -> None:
-    """Let the console show `-` for a line, and `?` for any sign that its encoding does not have, not fail."""
-    codecs.register_error(REPLACE, _plain)
+    """Let the console replace signs that its encoding does not have, by ASCII or by `?`, instead of failing."""
+    codecs.register_error(REPLACE, _replace_signs)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=REPLACE)
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
+def _replace_signs(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    text = error.object[error.start : error.end].translate(PLAIN)
+    text = error.object[error.start : error.end].translate(ASCII_OF)
     return text.encode("ascii", "replace").decode(), error.end
 
 
@@ -84,7 +88,7 @@ class _Console(logging.StreamHandler):
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """`main.py … | head` closes the console; that is no error of ours. The log has the rest."""
+        """Ignore a console that was closed, as by `main.py … | head`. The log file has the rest."""
         if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
             raise
 
@@ -95,7 +99,7 @@ class _File(logging.FileHandler):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk is said once, on the console. The results are written elsewhere, or say so themselves."""
+        """Warn once, on the console, that the disk is full. Results do not depend on this file."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             raise
@@ -104,7 +108,7 @@ class _File(logging.FileHandler):
 
 
 class _Kept(logging.Handler):
-    """Keeps the lines for a file that may come."""
+    """Keeps the lines for a file that may be opened later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,10 +119,10 @@ class _Kept(logging.Handler):
 
 
 def _handlers(kind: type[Kind]) -> list[Kind]:
-    return [each for each in log.handlers if isinstance(each, kind)]
+    return [handler for handler in log.handlers if isinstance(handler, kind)]
 
 
 def _drop(handler: logging.Handler) -> None:
     log.removeHandler(handler)
-    with suppress(OSError):  # of what was not written before
+    with suppress(OSError):  # closing writes the rest, which may fail again
         handler.close()

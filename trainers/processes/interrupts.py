@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end training at the next step, with its state saved."""
+"""Ctrl-C and SIGTERM stop training after the current step, with its state saved."""
 
 import signal
 import time
@@ -9,33 +9,33 @@ from typing import Any
 from tailtune.trainers.processes.launcher import IMPATIENT
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, a polite kill, a terminal that is gone."""
+"""Ctrl-C, a request to end, a terminal that was closed."""
 
 ASK_AFTER, MOST_STEPS = 2.0, 50
-"""Several processes ask each other whether to stop after about so many seconds, but at most so many steps.
+"""Several processes ask each other whether to stop: about every `ASK_AFTER` seconds, at least every `MOST_STEPS` steps.
 
-A launcher that passes a signal on waits 30 seconds before it kills.
+A launcher passes a signal on, and kills its processes 30 seconds later.
 """
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and did, with its state saved; `main.py` exits with 130."""
+    """The run was asked to stop, and has stopped with its state saved; `main.py` then exits with 130."""
 
 
 class Interrupt:
-    """Within the block a signal sets `requested`; a later one acts as it would outside."""
+    """Within its `with` block the first signal only sets `requested`; a later one acts as it would outside."""
 
     def __init__(self) -> None:
         self.requested = False
         self.since = 0.0
 
     def __enter__(self) -> "Interrupt":
-        self._before: dict[int, Any] = {each: signal.signal(each, self._note) for each in answered()}
+        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in handled_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
@@ -46,14 +46,15 @@ class Interrupt:
 
 
 class Agreement:
-    """Whether several processes stop now, which they can only do together: they ask each other now and then.
+    """Lets several processes decide together whether to stop, because they can only stop at the same step.
 
-    After about `ASK_AFTER` seconds, a step that follows from the mean of their times, so that all ask at the same one.
+    They ask each other about every `ASK_AFTER` seconds. The next step at which they ask follows from the mean of
+    their times, so it is the same for all.
 
     Args:
-        processes: how many there are.
-        step: that is done.
-        total: sums of numbers over the processes. It waits for the device, so it is not asked at every step.
+        processes: number of processes.
+        step: number of steps that are done.
+        total: sums numbers over the processes. It waits for the device, so it is not called at every step.
     """
 
     def __init__(self, processes: int, step: int, total: Callable[[list[float]], list[float]]) -> None:
@@ -61,7 +62,12 @@ class Agreement:
         self.before, self.since, self.next = step, time.perf_counter(), step + 1
 
     def stops(self, requested: bool, step: int) -> bool:
-        """Whether any process wants to stop, as far as this one knows after `step`."""
+        """Whether all processes stop after this step.
+
+        Args:
+            requested: whether this process was asked to stop.
+            step: number of steps that are done.
+        """
         if self.processes == 1:
             return requested
         if step < self.next:
@@ -74,6 +80,6 @@ class Agreement:
         return wishes > 0
 
 
-def answered() -> list[signal.Signals]:
-    """The signals that are ours to answer: `nohup` asks that the end of a terminal be overlooked."""
-    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+def handled_signals() -> list[signal.Signals]:
+    """The signals that we handle: not SIGHUP if `nohup` has set that it is ignored."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]

@@ -1,6 +1,6 @@
 """Prints a line on standard error when a process has ended: `python last_line.py PID LINE`.
 
-`trainers/processes/launcher.py` starts it. It is a program of its own, because it outlives the process that does.
+`trainers/processes/launcher.py` starts it. It is a program of its own, because it runs longer than its parent.
 """
 
 import os
@@ -8,13 +8,13 @@ import sys
 import time
 
 LONGEST = 120
-"""Seconds to wait; a launcher gives its processes 30."""
-APART = 5
-"""Seconds between the ends of processes whose launcher has gone."""
+"""Seconds to wait at most; a launcher gives its processes 30."""
+SILENT_AFTER = 5
+"""Seconds in which processes that end later, because their launcher has gone, stay silent."""
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process, not a child of this one, is gone or waits to be collected (Linux)."""
+    """Whether a process that is no child of this one is gone or a zombie (Linux)."""
     try:
         with open(f"/proc/{process}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] in "ZX"
@@ -28,5 +28,5 @@ if __name__ == "__main__":
     while not has_ended(number) and time.monotonic() < end:
         time.sleep(0.02)
     os.write(2, f"{line}\n".encode(errors="backslashreplace"))
-    os.close(2)  # whoever reads it need not wait
-    time.sleep(APART)  # with the socket of `ranks.say_last`, so that a process that ends a little later says nothing
+    os.close(2)  # programs that read our standard error need not wait
+    time.sleep(SILENT_AFTER)  # this program holds the socket of `print_after_launcher`, which keeps others silent

@@ -1,8 +1,8 @@
-"""What the processes of one `accelerate launch` (or torchrun) know of the launcher and of each other.
+"""What the processes of one `accelerate launch` (or torchrun) know about their launcher and each other.
 
-A launcher whose process fails prints pages of its own. So the first process that ends with something to say, and
-therefore knows the cause, leaves a program behind (`last_line.py`) that says it when the launcher has ended; the others
-end silently. Linux only; elsewhere each process speaks for itself, at once.
+A launcher prints pages of text when one of its processes fails. Therefore the first process that ends with a message,
+and so knows the cause, starts a program (`last_line.py`) that prints the message after the launcher has ended. The
+other processes end silently. This works on Linux only; elsewhere each process prints its own message at once.
 """
 
 import os
@@ -17,14 +17,14 @@ from pathlib import Path
 
 LOST = "error: a process of this launch was killed or lost (out of memory?); the same command continues"
 GRACE = 25.0
-"""Seconds from a signal to the end of a process, less than a launcher waits (30) before it kills."""
+"""Seconds from a signal to the end of a process: fewer than the 30 after which a launcher kills it."""
 NOTICE = 3.0
-"""Seconds from a signal after which a process that waits for a dead one ends."""
+"""Seconds after a signal until a process that waits for a lost one ends."""
 IMPATIENT = 1.0
-"""Seconds after which a second signal means: at once. A launcher and its scheduler send the first one twice."""
+"""Seconds after which a second signal ends a process at once. A launcher and a scheduler may both send the first."""
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 MODULES = ("accelerate.commands", "torch.distributed")
-"""Programs, and beginnings of modules (`python -m`), that are a launcher."""
+"""Names of programs, and beginnings of modules for `python -m`, that are launchers."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,24 @@ class Launch:
     """The launcher of this process."""
 
     pid: int
+    """Its process id."""
     address: str
-    """Name of a socket that the first process to speak takes."""
+    """Name of a socket. The process that binds it first prints its message; the others stay silent."""
     processes: int
-    """That it has started on this machine."""
+    """How many processes it has started on this machine."""
 
 
 _launches: list[Launch] = []
-"""The one launch of this process, or none."""
+"""The launch of this process; empty without a launcher."""
 
 
-def begin() -> None:
-    """Find out whether a launcher has started this process; if so, end when the launcher ends."""
+def detect_launcher() -> None:
+    """Find out whether a launcher has started this process, and if so, end when the launcher ends."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        _watch()
+        _end_when_asked()
     if sys.platform != "linux" or not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         return
-    import psutil  # Accelerate needs it too; here, because most processes do not
+    import psutil  # Accelerate needs it too; imported here because most processes do not
 
     try:
         parent = psutil.Process(os.getppid())
@@ -59,16 +60,20 @@ def begin() -> None:
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
         address = f"\0tailtune-{os.getuid()}-{parent.pid}-{started}"
         _launches.append(Launch(parent.pid, address, int(processes) if processes.isdigit() else 1))
-        threading.Thread(target=_outlive, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_end_with_launcher, args=(parent.pid,), daemon=True).start()
 
 
-def launched() -> bool:
+def has_launcher() -> bool:
     """Whether a launcher has started this process."""
     return bool(_launches)
 
 
 def one_is_lost(seconds: float = 0) -> bool:
-    """Whether fewer processes of the launch live than it started; asks for some seconds."""
+    """Whether a process of the launch has died.
+
+    Args:
+        seconds: how long to look for that before the answer is no.
+    """
     if not _launches:
         return False
     end = time.monotonic() + seconds
@@ -82,7 +87,7 @@ def one_is_lost(seconds: float = 0) -> bool:
 
 
 def _children(process: int) -> int | None:
-    """How many children of a process live; None if it does not live itself."""
+    """How many children of a process are alive; None if the process itself is not."""
     import psutil
 
     alive = 0
@@ -90,16 +95,23 @@ def _children(process: int) -> int | None:
         parent = psutil.Process(process)
         if parent.status() == psutil.STATUS_ZOMBIE:
             return None
-        for each in parent.children():
-            with suppress(psutil.NoSuchProcess):  # it has ended in between
-                alive += each.status() != psutil.STATUS_ZOMBIE
+        for child in parent.children():
+            with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+                alive += child.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return None
     return alive
 
 
-def say_last(line: str) -> bool:
-    """Have a line said when the launcher has ended, unless another process has had one; False without a launcher."""
+def print_after_launcher(line: str) -> bool:
+    """Print a line after the launcher has ended, unless another process has already left one.
+
+    Args:
+        line: the message.
+
+    Returns:
+        False without a launcher; the caller then has to print the line itself.
+    """
     if not _launches:
         return False
     import socket
@@ -108,11 +120,11 @@ def say_last(line: str) -> bool:
     launch = _launches[0]
     taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        taken.bind(launch.address)  # taken as long as the program lives that inherits it
+        taken.bind(launch.address)  # stays bound until the program below ends, which inherits the socket
     except OSError:
         return True
-    if launch.pid == 1 or "SLURM_JOB_ID" in os.environ:  # with such a launcher everything else ends, too
-        write(line)
+    if launch.pid == 1 or "SLURM_JOB_ID" in os.environ:  # when such a launcher ends, all other programs are ended too
+        write_to_stderr(line)
     program = Path(__file__).with_name("last_line.py")
     command = [sys.executable, "-I", "-S", str(program), str(launch.pid), line]
     quiet = subprocess.DEVNULL
@@ -120,30 +132,30 @@ def say_last(line: str) -> bool:
     return True
 
 
-def write(line: str) -> None:
-    """Print on standard error where that may just be in use, as within the answer to a signal."""
+def write_to_stderr(line: str) -> None:
+    """Print a line without Python's buffers, which may be in use when a signal handler runs."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     with suppress(OSError):  # the terminal may be gone
         os.write(2, f"{line}\n".encode(encoding, "backslashreplace"))
 
 
-def _outlive(launcher: int) -> None:
-    """Ask this process to end when the launcher has ended."""
+def _end_with_launcher(launcher: int) -> None:
+    """Wait until the launcher has ended, then send this process SIGTERM."""
     while os.getppid() == launcher:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _watch() -> None:
-    """See to it that this process ends when asked, also while it waits, in a library, for one that is dead."""
+def _end_when_asked() -> None:
+    """Start a thread that ends this process after a signal, also while a library waits for a lost process."""
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    threading.Thread(target=_answer, args=(reads,), daemon=True).start()
+    threading.Thread(target=_wait_for_signals, args=(reads,), daemon=True).start()
 
 
-def _answer(reads: int) -> None:
-    """End this process where Python's own handlers of signals have not."""
+def _wait_for_signals(reads: int) -> None:
+    """End this process after a signal if Python's own signal handlers have not done so."""
     asked: list[float] = []
     while True:
         numbers = os.read(reads, 4096) if select.select([reads], [], [], 0.5)[0] else b""
@@ -155,6 +167,6 @@ def _answer(reads: int) -> None:
         lost = now - asked[0] > NOTICE and one_is_lost()
         if lost or now - asked[0] > GRACE or (len(asked) > 1 and now - asked[1] > IMPATIENT):
             line = LOST if lost else "interrupted"
-            if not say_last(line):
-                write(line)
+            if not print_after_launcher(line):
+                write_to_stderr(line)
             os._exit(130)

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tailtune.configs.errors import UserError
-from tailtune.trainers.storage.atomic_io import Digest, temporary_of
+from tailtune.trainers.storage.atomic_io import Digest, temporary_pattern
 from tailtune.trainers.storage.manifest import LOCK, MARKER, Manifest, is_run
 
 log = logging.getLogger("tailtune")
@@ -78,7 +78,7 @@ class OwnedFolder:
     @staticmethod
     def _harmless(entry: Path) -> bool:
         """What may stand in a folder before a run begins: the lock, a write that was cut off, other runs."""
-        if entry.name == LOCK or temporary_of(MARKER).fullmatch(entry.name):
+        if entry.name == LOCK or temporary_pattern(MARKER).fullmatch(entry.name):
             return True
         if not entry.is_dir() or entry.is_symlink():
             return False

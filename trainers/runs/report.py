@@ -11,12 +11,15 @@ import torch
 
 from tailtune.configs import CfgNode
 from tailtune.datasets import DataBundle, DataInfo
-from tailtune.datasets.long_tail import GROUPS
+from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.trainers.distributed import uses_cuda, world_size
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.checkpoint import package_versions
 from tailtune.trainers.storage.manifest import read_json
+
+SCHEMA_VERSION = 2
+"""Of metrics.json: which entries it has, and where they stand."""
 
 COLUMNS = {
     "accuracy": "all",
@@ -44,27 +47,43 @@ class TrainReport:
     peak_memory_bytes: int | None = None
 
 
-def headline(cfg: CfgNode, data: DataBundle, method: Method) -> str:
+@dataclass(frozen=True)
+class RunLabel:
+    """What a run is called by."""
+
+    data: str
+    model: str
+    backbone: str
+    seed: int
+    epochs: int
+    """That it trains for."""
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "RunLabel":
+        return cls(cfg.data, cfg.model, cfg.backbone, cfg.seed, cfg.num_epochs)
+
+
+def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
     """What is about to run, in two lines."""
     counts, params = data.info.class_counts, method.counts()
     sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max()} … {counts.min()} each)"
     trains = f"{params['tuner']:,} parameters of tuners and {params['trainable'] - params['tuner']:,} of the head"
     return (
-        f"{cfg.data}: {sizes}, {len(data.test):,} test images\n"
-        f"{cfg.model}: {cfg.backbone}, trains {trains} of {params['total']:,}"
+        f"{label.data}: {sizes}, {len(data.test):,} test images\n"
+        f"{label.model}: {label.backbone}, trains {trains} of {params['total']:,}"
     )
 
 
-def summary(cfg: CfgNode, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:
+def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:
     """metrics.json of a trained run, without its evaluation and notes."""
     return {
-        "schema": 1,
-        "data": cfg.data,
-        "model": cfg.model,
-        "seed": cfg.seed,
+        "schema": SCHEMA_VERSION,
+        "data": label.data,
+        "model": label.model,
+        "seed": label.seed,
         **circumstances(),
         "prec_used": prec_used,
-        "stopped_early": train is not None and train.epochs < cfg.num_epochs,
+        "stopped_early": train is not None and train.epochs < label.epochs,
         "params": method.counts(),
         "class_counts": info.class_counts.tolist(),
         "train": None if train is None else train_facts(train),
@@ -77,7 +96,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A metrics.json.
+    """A metrics.json, of this version or an earlier one.
 
     Raises:
         UserError: it is torn, or something else.
@@ -85,7 +104,30 @@ def read_result(path: Path) -> dict[str, Any]:
     result = read_json(path)
     if not {"data", "model", "seed", "test"} <= result.keys():
         raise Damaged(path, "it is no result of a run")
-    return result
+    return upgraded(result)
+
+
+def upgraded(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of any schema in the form of schema 2.
+
+    In schema 1 the predictors of a distribution (`plain`, `sade`, `target_prior` …) stood beside its facts; schema 2
+    has them in one mapping, `predictors`, in `distributions` and in `dirichlet`.
+    """
+    if result.get("schema", 1) >= SCHEMA_VERSION:
+        return result
+    grouped: dict[str, Any] = {
+        key: {name: _with_predictors(entry) for name, entry in result[key].items()}
+        for key in ("distributions", "dirichlet")
+        if key in result
+    }
+    return {**result, **grouped, "schema": SCHEMA_VERSION}
+
+
+def _with_predictors(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of schema 1 in the form of schema 2; a predictor is what has an accuracy."""
+    predictors = {name: value for name, value in entry.items() if isinstance(value, dict) and "accuracy" in value}
+    facts = {name: value for name, value in entry.items() if name not in predictors}
+    return {**facts, "predictors": predictors}
 
 
 def train_facts(train: TrainReport) -> dict[str, Any]:
@@ -129,24 +171,24 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
     """A table of the test distributions: by the mean of the experts, by adapted weights and for `target_prior`."""
     if not distributions:
         return []
-    entries = ((key, value) for each in distributions.values() for key, value in each.items())
-    adapts = sorted({key for key, value in entries if isinstance(value, dict) and "weights" in value})
+    every = [result["predictors"] for result in distributions.values()]
+    adapts = sorted({name for predictors in every for name in predictors} - {"plain", "target_prior"})
+    weighs = [name for name in adapts if all("weights" in predictors[name] for predictors in every)]
     wide = max(max(map(len, distributions)), 12) + 1
     columns = ["all", "many", "medium", "few", "expected", *(text for name in adapts for text in (name, "gain"))]
-    aims = [each["target_prior"]["kind"] for each in distributions.values() if "target_prior" in each]
+    aims = [predictors["target_prior"]["kind"] for predictors in every if "target_prior" in predictors]
     columns += [f"for {Path(aims[0]).stem}", "gain", "KL"] if aims else []
     head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{each:>{max(9, len(each) + 2)}}" for each in columns)
-    head += "   weights of the experts" if adapts else ""
+    head += "   weights of the experts" if weighs else ""
     lines = ["", head, "─" * len(head)]
-    for title, each in distributions.items():
-        plain = each["plain"]
-        values = [plain[name] for name in ("accuracy", *GROUPS)] + [each["expected_accuracy"]]
-        values += [each[name][key] for name in adapts for key in ("accuracy", "gain")]
-        values += [each["target_prior"][key] for key in ("accuracy", "gain", "kl") if aims]
+    for (title, result), predictors in zip(distributions.items(), every, strict=True):
+        values = [predictors["plain"][name] for name in ("accuracy", *SHOT_GROUPS)] + [result["expected_accuracy"]]
+        values += [predictors[name][key] for name in adapts for key in ("accuracy", "gain")]
+        values += [predictors["target_prior"][key] for key in ("accuracy", "gain", "kl") if aims]
         texts = (number(v, 4 if name == "KL" else 2) for name, v in zip(columns, values, strict=True))
         cells = (f"{text:>{max(9, len(name) + 2)}}" for name, text in zip(columns, texts, strict=True))
-        weights = (" ".join(f"{weight:.2f}" for weight in each[name]["weights"]) for name in adapts)
-        lines.append("   ".join([f"{title:<{wide}}{each['n']:>8,}" + "".join(cells), *weights]))
+        weights = (" ".join(f"{weight:.2f}" for weight in predictors[name]["weights"]) for name in weighs)
+        lines.append("   ".join([f"{title:<{wide}}{result['n']:>8,}" + "".join(cells), *weights]))
     return lines
 
 
@@ -154,16 +196,16 @@ def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
     """A table of the drawn test distributions: mean ± deviation over the draws of each component, and over all."""
     if not summary:
         return []
-    titles = {name: COLUMNS[name] for name in ("accuracy", *GROUPS)}
-    wide = max(len(way) for each in summary.values() for way in each) + 2
+    titles = {name: COLUMNS[name] for name in ("accuracy", *SHOT_GROUPS)}
+    wide = max(len(name) for part in summary.values() for name in ("draws", *part["predictors"])) + 2
     head = f"{'mean ± std':<12}{'draws':>5}  {'':<{wide}}" + "".join(f"{each:>15}" for each in titles.values())
     lines = ["", head, "─" * len(head)]
     single = len(summary) == 2  # then "all" says the same
-    for component, each in list(summary.items())[: 1 if single else None]:
-        first = f"{component:<12}{each['draws']:>5}"
-        for way in (way for way in each if way != "draws"):
-            cells = (f"{number(cell['mean'])} ± {number(cell['std'])}" for cell in map(each[way].get, titles))
-            lines.append(f"{first}  {way:<{wide}}" + "".join(f"{cell:>15}" for cell in cells))
+    for component, part in list(summary.items())[: 1 if single else None]:
+        first = f"{component:<12}{part['draws']:>5}"
+        for name, values in part["predictors"].items():
+            cells = (f"{number(values[metric]['mean'])} ± {number(values[metric]['std'])}" for metric in titles)
+            lines.append(f"{first}  {name:<{wide}}" + "".join(f"{cell:>15}" for cell in cells))
             first = " " * 17
     return lines
 

@@ -1,7 +1,9 @@
 """The run folder: `output/<name>/`, whose it is, its lock, its config, and what of it is finished."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -10,8 +12,12 @@ import yaml
 from tailtune.configs import CfgNode, config_hash, load_resolved, schema_of, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
+from tailtune.datasets.data_settings import DataFolders
+from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits, parse_splits, split_files
-from tailtune.trainers.foreign_checkpoints.checkpoint_file import FILE, ForeignCheckpoint
+from tailtune.datasets.test_distributions.frequency_rules import distribution_names
+from tailtune.datasets.test_distributions.settings import DistributionSettings
+from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
 from tailtune.trainers.storage.atomic_io import Damaged, write_bytes
@@ -26,6 +32,16 @@ RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors")
 log = logging.getLogger("tailtune")
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where what a run has trained lies."""
+
+    home: Path
+    """Folder of the run."""
+    foreign: ForeignCheckpoint | None = None
+    """A file of other people's code, in place of the run's own checkpoint."""
+
+
 def folder_of(cfg: CfgNode) -> Path:
     """The folder of a run."""
     return OUTPUT / (cfg.output_dir or cfg.run_name)
@@ -34,7 +50,8 @@ def folder_of(cfg: CfgNode) -> Path:
 class RunFolder(OwnedFolder):
     """Paths of a run and the decisions that depend on what they hold.
 
-    The folder is a run's if `tailtune.json` says so (`manifest.py`). Only what that file lists is ever changed.
+    The whole config is its subject: it writes `config.yaml`, and compares a command with the one that is there. The
+    folder is a run's if `tailtune.json` says so (`manifest.py`). Only what that file lists is ever changed.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -53,8 +70,8 @@ class RunFolder(OwnedFolder):
 
     def _own(self) -> tuple[Path, ForeignCheckpoint | None]:
         """A command that tests what LIFT has trained under the same name finds it here."""
-        lift = self.cfg.test_only and not self.checkpoint.exists() and (self.path / FILE).is_file()
-        return self.path, ForeignCheckpoint(self.path / FILE) if lift else None
+        lift = self.cfg.test_only and not self.checkpoint.exists() and (self.path / LIFT_FILE).is_file()
+        return self.path, ForeignCheckpoint(self.path / LIFT_FILE) if lift else None
 
     @cached_property
     def soup(self) -> tuple[Path, ...]:
@@ -68,6 +85,11 @@ class RunFolder(OwnedFolder):
             if path.resolve() in [each.resolve() for each in (self.source, *paths[:number])]:
                 raise UserError(f"ensemble_runs: {path} is there twice; name other runs than the one that is evaluated")
         return tuple(paths)
+
+    @property
+    def evaluated(self) -> Checkpoint:
+        """The checkpoint that is evaluated or continued."""
+        return Checkpoint(self.source, self.foreign)
 
     @property
     def origin(self) -> str:
@@ -148,6 +170,18 @@ class RunFolder(OwnedFolder):
     def class_counts(self) -> list[int] | None:
         """Training images per class of the run whose checkpoint is evaluated, as far as it says."""
         return counts_of(self.source) if self.foreign is None else None
+
+    def files_read(self) -> dict[str, str]:
+        """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
+        cfg = self.cfg
+        names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
+        if cfg.shift_files:
+            names += [
+                cfg.shift_files.replace("{name}", shift) for shift in distribution_names(DistributionSettings.of(cfg))
+            ]
+        folders = [Path(), *DataFolders.of(cfg).for_lists()]
+        found = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}
 
     def finished(self) -> bool:
         """Whether the run has ended, and its result and checkpoint are what it wrote."""
@@ -234,9 +268,9 @@ def _existing(model_dir: str, key: str = "model_dir") -> tuple[Path, ForeignChec
             return path.parent, ForeignCheckpoint(path)
         if (path / FACTS).is_file():
             return path, None
-        if (path / FILE).is_file():
-            return path, ForeignCheckpoint(path / FILE)
+        if (path / LIFT_FILE).is_file():
+            return path, ForeignCheckpoint(path / LIFT_FILE)
     raise UserError(
-        f"{key} {model_dir} holds no checkpoint/; name the folder of a finished run, a {FILE} of LIFT, or "
+        f"{key} {model_dir} holds no checkpoint/; name the folder of a finished run, a {LIFT_FILE} of LIFT, or "
         "a checkpoint file of RIDE or SADE"
     )

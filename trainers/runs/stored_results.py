@@ -1,20 +1,41 @@
 """What of a command is done already, and whether the data are still those that it was done with."""
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets import build_records
-from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.sources.image_sources import MissingData
-from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits, changes, seen_in_training, some
-from tailtune.datasets.table import list_folders
-from tailtune.datasets.test_distributions.build import shift_names
+from tailtune.datasets.splits.compare_records import compare_records, first_few, seen_in_training
+from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder, kept_splits
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
+
+
+@dataclass(frozen=True)
+class Command:
+    """What of a command decides whether it is done already."""
+
+    test_only: bool
+    zero_shot: bool
+    resume: bool
+    held_out: str | None
+    """The option that holds images out of the training split, if one is given."""
+    records: Callable[[StoredSplits], tuple[dict[str, Record], ChosenSplits | None]]
+    """Splits that a run has written down → the splits of the data at hand."""
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "Command":
+        held_out = next((key for key, entry in schema_of(cfg).items() if entry.holds_out and cfg[key]), None)
+        return cls(cfg.test_only, cfg.zero_shot, cfg.resume, held_out, lambda kept: build_records(cfg, kept))
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether a run that is there is moved aside."""
+        return not self.resume and not self.test_only
 
 
 @dataclass
@@ -32,7 +53,7 @@ class Decision:
     """What has changed since the run was trained."""
 
 
-def decide(cfg: CfgNode, folder: RunFolder, kept: StoredSplits | None) -> Decision:
+def decide(command: Command, folder: RunFolder, kept: StoredSplits | None) -> Decision:
     """Compare a command with what its run folder holds; reads lists, folders and sizes of files, and writes nothing.
 
     Args:
@@ -42,37 +63,38 @@ def decide(cfg: CfgNode, folder: RunFolder, kept: StoredSplits | None) -> Decisi
         UserError: the folder holds another run, or the run was trained on images that have changed.
     """
     folder.check()
-    if cfg.test_only and not cfg.zero_shot and folder.checkpoint_id() is None:
+    if command.test_only and not command.zero_shot and folder.checkpoint_id() is None:
         raise UserError(
             f"nothing is trained in {folder.path}: run the same command without test_only first, or name a run "
             "with model_dir"
         )
-    starts_over = not cfg.resume and not cfg.test_only
-    plan = Decision(trains=not cfg.test_only and (starts_over or not folder.finished()), target=folder.path)
+    starts_over = command.starts_over
+    plan = Decision(trains=not command.test_only and (starts_over or not folder.finished()), target=folder.path)
     if folder.metrics.exists() and not starts_over and (damage := folder.damage()):
         plan.notes.append(f"{damage}; what can be made again is made again")
-    _check_hold_out(cfg, folder, kept)
-    other_test = "" if starts_over or kept is None else _compare(cfg, folder, kept, plan)
+    _check_hold_out(command, folder, kept)
+    other_test = "" if starts_over or kept is None else _compare(command, folder, kept, plan)
     if plan.trains:
         return plan
     plan.target = folder.target(other_test)
     metrics = plan.target / "metrics.json"
-    if metrics.exists() and cfg.resume and still_true(metrics, folder, plan.fingerprints):
+    if metrics.exists() and command.resume and still_true(metrics, folder, plan.fingerprints):
         plan.stored = metrics
     return plan
 
 
-def _check_hold_out(cfg: CfgNode, folder: RunFolder, kept: StoredSplits | None) -> None:
+def _check_hold_out(command: Command, folder: RunFolder, kept: StoredSplits | None) -> None:
     """Refuse to draw anew what an earlier version has held out and not written down."""
-    asked = [key for key, entry in schema_of(cfg).items() if entry.holds_out and cfg[key]]
-    if cfg.test_only and not cfg.zero_shot and kept is None and folder.foreign is None and asked:
+    evaluates = command.test_only and not command.zero_shot
+    if evaluates and kept is None and folder.foreign is None and command.held_out:
         raise UserError(
-            f"{folder.source} does not say which images {asked[0]} held out when it was trained, so they cannot be "
-            "told from those that it was trained on; give a test_list of images that it has not seen, or train again"
+            f"{folder.source} does not say which images {command.held_out} held out when it was trained, so they "
+            "cannot be told from those that it was trained on; give a test_list of images that it has not seen, or "
+            "train again"
         )
 
 
-def _compare(cfg: CfgNode, folder: RunFolder, kept: StoredSplits, plan: Decision) -> str:
+def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Decision) -> str:
     """Say what has changed since the run wrote its splits down, or refuse.
 
     Returns:
@@ -80,7 +102,7 @@ def _compare(cfg: CfgNode, folder: RunFolder, kept: StoredSplits, plan: Decision
     """
     plan.fingerprints = {name: each.fingerprint for name, each in kept.records.items()}
     try:
-        now, chosen = build_records(cfg, kept)
+        now, chosen = command.records(kept)
     except MissingData as error:
         if plan.trains:
             raise
@@ -91,7 +113,7 @@ def _compare(cfg: CfgNode, folder: RunFolder, kept: StoredSplits, plan: Decision
         return ""
     for name in ("train", "val"):
         if described := _difference(kept, now, name, {"train": "training", "val": "validation"}[name]):
-            _train_changed(cfg, folder, plan, described)
+            _train_changed(command, folder, plan, described)
     plan.notes += _new_images(chosen)
     described = _difference(kept, now, "test", "test")
     if not described:
@@ -115,12 +137,12 @@ def _difference(kept: StoredSplits, now: dict[str, Record], name: str, what: str
     before, after = kept.records.get(name), now.get(name)
     if before is None or after is None or before.fingerprint == after.fingerprint:
         return ""
-    return changes(before, after).describe(what)
+    return compare_records(before, after).describe(what)
 
 
-def _train_changed(cfg: CfgNode, folder: RunFolder, plan: Decision, described: str) -> None:
+def _train_changed(command: Command, folder: RunFolder, plan: Decision, described: str) -> None:
     """The images that the run was trained on are no longer the same."""
-    if cfg.test_only:
+    if command.test_only:
         plan.notes.append(
             f"since the run was trained, {described}; groups and class priors stay those of the images that it was "
             "trained on"
@@ -142,8 +164,8 @@ def _new_images(chosen: ChosenSplits | None) -> list[str]:
         return []
     count = f"{len(chosen.new):,} images are" if len(chosen.new) > 1 else "1 image is"
     return [
-        f"{count} new since the run wrote its splits down ({some(chosen.new)}), and in none of them; `resume False` "
-        "starts over with all images"
+        f"{count} new since the run wrote its splits down ({first_few(chosen.new)}), and in none of them; "
+        "`resume False` starts over with all images"
     ]
 
 
@@ -187,13 +209,4 @@ def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -
     stored = about.get("images", {})
     if any(stored.get(name, each) != each for name, each in fingerprints.items()):
         return False
-    return bool(about.get("files", {}) == files_read(folder.cfg))
-
-
-def files_read(cfg: CfgNode) -> dict[str, str]:
-    """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
-    names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
-    if cfg.shift_files:
-        names += [cfg.shift_files.replace("{name}", each) for each in shift_names(cfg)]
-    found = {name: first_file(str(Path(name).expanduser()), [Path(), *list_folders(cfg)]) for name in names}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}
+    return bool(about.get("files", {}) == folder.files_read())

@@ -1,6 +1,7 @@
-"""`tailtune.json`: what a run has made in its folder, and the checksums of the files that later commands read.
+"""`tailtune.json`: which entries of a folder a run has made, and checksums of the files that later commands read.
 
-Nothing else proves that a folder is a run's. Names never do: a `config.yaml` or a `checkpoint/` may be anybody's.
+Only this file shows that a folder belongs to a run. Names do not: any program may write a `config.yaml` or a
+`checkpoint/`.
 """
 
 import hashlib
@@ -23,29 +24,37 @@ MARKER = "tailtune.json"
 LOCK = ".tailtune.lock"
 FORMAT = "tailtune run"
 DEEPEST = 3
-"""Folders between a run's folder and a file in it: `tests/<key>/tensorboard/`."""
+"""Most folders between a run's folder and a file in it: `tests/<key>/tensorboard/`."""
 
 
 @dataclass
 class Manifest:
-    """The marker of one run folder. Only the process that holds the folder's lock changes it."""
+    """The content of `tailtune.json` in one run folder. Only the process that holds the folder's lock changes it.
+
+    Attributes:
+        home: the run's folder.
+        run: identifier of the run.
+        made: names of entries in the folder that the run has made or is about to make.
+        files: path below the folder → checksum and size, for files that are read again.
+    """
 
     home: Path
     run: str
     made: list[str] = field(default_factory=list)
-    """Names in the folder that the run has made or is about to make."""
     files: dict[str, Digest] = field(default_factory=dict)
-    """Path below the folder → checksum and size, of what is read again."""
 
     @classmethod
     def read(cls, home: Path) -> "Manifest | None":
-        """The marker of a folder; None where there is none, or another program's file of that name.
+        """Read the manifest of a folder.
+
+        Returns:
+            None if there is none, or if another program's file has that name.
 
         Raises:
             UserError: it is damaged.
         """
         path = home / MARKER
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would block
             return None
         try:
             text = path.read_bytes()
@@ -59,7 +68,7 @@ class Manifest:
                 raise ValueError("it is no marker of a run")
             if content.pop("sha256", None) != _own_digest(content):
                 raise ValueError("its checksum is wrong")
-            files = {name: Digest(*each) for name, each in content["files"].items()}
+            files = {name: Digest(*digest) for name, digest in content["files"].items()}
             return cls(home, content["run"], list(content["made"]), files)
         except (ValueError, RecursionError) as error:
             raise UserError(
@@ -69,23 +78,27 @@ class Manifest:
 
     @classmethod
     def new(cls, home: Path) -> "Manifest":
-        """A marker for a run that begins; nothing is written yet."""
+        """The manifest of a new run; nothing is written yet."""
         return cls(home, uuid.uuid4().hex)
 
     def own(self, *names: str) -> None:
-        """Say that entries of the folder are this run's, before they are made.
+        """Record that entries of the folder belong to this run, before they are made.
 
         Raises:
-            UserError: one is there that the run has not made.
+            UserError: one of them exists already, and this run has not made it.
         """
         self.check_free(*names)
-        fresh = [name for name in names if name not in self.made]
-        if fresh or not (self.home / MARKER).exists():
-            self.made += fresh
+        new = [name for name in names if name not in self.made]
+        if new or not (self.home / MARKER).exists():
+            self.made += new
             self._write()
 
     def check_free(self, *names: str) -> None:
-        """Raise a `UserError` that names the first entry which is there and is not this run's."""
+        """Check that entries of the folder do not exist, or belong to this run.
+
+        Raises:
+            UserError: names the first other one.
+        """
         for name in names:
             if name not in self.made and os.path.lexists(self.home / name):
                 raise UserError(
@@ -94,22 +107,31 @@ class Manifest:
                 )
 
     def seal(self, digests: dict[Path, Digest], gone: Sequence[Path] = ()) -> None:
-        """Take checksums of files that have just been written; those below `gone` are forgotten."""
+        """Record the digests of files that have just been written.
+
+        Args:
+            digests: file → digest.
+            gone: files and folders that are about to be removed; their digests are forgotten.
+        """
         for path in gone:
-            start = path.relative_to(self.home).as_posix()
-            self.files = {k: v for k, v in self.files.items() if k != start and not k.startswith(f"{start}/")}
-        self.files |= {path.relative_to(self.home).as_posix(): each for path, each in digests.items()}
+            removed = path.relative_to(self.home).as_posix()
+            self.files = {
+                name: digest
+                for name, digest in self.files.items()
+                if name != removed and not name.startswith(f"{removed}/")
+            }
+        self.files |= {path.relative_to(self.home).as_posix(): digest for path, digest in digests.items()}
         self._write()
 
     def check(self, path: Path) -> None:
         """Raise `Damaged` if a file is not what the run wrote."""
-        known = self.files.get(path.relative_to(self.home).as_posix())
-        if known is None:
+        digest = self.files.get(path.relative_to(self.home).as_posix())
+        if digest is None:
             raise Damaged(path, "the run did not finish writing it")
-        known.check(path)
+        digest.check(path)
 
     def intact(self, path: Path) -> bool:
-        """Whether a file is there and what the run wrote."""
+        """Whether a file exists and is what the run wrote."""
         try:
             self.check(path)
         except Damaged:
@@ -118,40 +140,45 @@ class Manifest:
 
     def _write(self) -> None:
         content: dict[str, Any] = {"format": FORMAT, "schema": 1, "run": self.run, "made": sorted(self.made)}
-        content["files"] = {name: list(each) for name, each in sorted(self.files.items())}
+        content["files"] = {name: list(digest) for name, digest in sorted(self.files.items())}
         content["sha256"] = _own_digest(content)
         write_bytes(self.home / MARKER, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def manifest_of(path: Path) -> Manifest | None:
-    """The marker of the run whose folder a file is in; None for a file that is in none."""
+    """The manifest of the run whose folder a file is in; None if the file is in no run's folder."""
     for home in [path.parent, *path.parents][: DEEPEST + 1]:
         if (home / MARKER).exists():
             return Manifest.read(home)
     return None
 
 
-def is_taken_down(folder: Path) -> bool:
-    """Whether a run knows files in a folder of its own; True for folders in no run."""
-    found = manifest_of(folder / FACTS)
-    if found is None:
+def is_in_manifest(folder: Path) -> bool:
+    """Whether a run has recorded files of a folder; True for a folder that is in no run's folder."""
+    manifest = manifest_of(folder / FACTS)
+    if manifest is None:
         return True
-    start = f"{folder.relative_to(found.home).as_posix()}/"
-    return any(name.startswith(start) for name in found.files)
+    prefix = f"{folder.relative_to(manifest.home).as_posix()}/"
+    return any(name.startswith(prefix) for name in manifest.files)
 
 
 def check_file(path: Path) -> None:
-    """Raise `Damaged` if a file in a run's folder is not what the run wrote; files elsewhere pass."""
-    found = manifest_of(path)
-    if found is not None:
-        found.check(path)
+    """Check that a file in a run's folder is what the run wrote; files elsewhere are not checked.
+
+    Raises:
+        Damaged: it is not.
+    """
+    manifest = manifest_of(path)
+    if manifest is not None:
+        manifest.check(path)
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, after a look at its checksum where a run wrote it.
+    """Read a file, after its checksum was compared if a run wrote it.
 
     Raises:
-        Damaged: it is not there, or not what was written. UserError: the run's marker is damaged.
+        Damaged: the file is missing, or is not what was written.
+        UserError: the run's manifest is damaged.
     """
     check_file(path)
     try:
@@ -161,7 +188,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` for anything else, and as `read_bytes`."""
+    """Read a JSON object, see `read_bytes`.
+
+    Raises:
+        Damaged: the file is missing, is not what was written, or holds something else than a JSON object.
+    """
     try:
         content = json.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as error:
@@ -172,10 +203,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_folder` wrote.
+    """Read the tensors and the facts that `write_folder` wrote.
 
     Raises:
-        Damaged: a file is missing, torn or altered.
+        Damaged: a file is missing, incomplete or changed.
     """
     try:
         facts, content = read_json(path / FACTS), read_bytes(path / TENSORS)
@@ -187,7 +218,7 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has marked the folder as its own."""
+    """Whether a folder belongs to a run."""
     try:
         return Manifest.read(folder) is not None
     except UserError:
@@ -195,5 +226,6 @@ def is_run(folder: Path) -> bool:
 
 
 def _own_digest(content: dict[str, Any]) -> str:
+    """Checksum of a manifest's content, without the entry that holds this checksum."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

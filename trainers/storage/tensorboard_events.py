@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run, written in this thread.
+"""Event files for TensorBoard, written in the calling thread.
 
 torch's `SummaryWriter` writes in a thread of its own, where a full disk ends in a traceback.
 """
@@ -16,20 +16,20 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 log = logging.getLogger("tailtune")
-_numbers = itertools.count()
-"""Of the files of this process, which may begin two in a second."""
+_file_numbers = itertools.count()
+"""Numbers for the names of files, because a process may begin two files in the same second."""
 
 
 class Events:
-    """One file of scalars; where the disk refuses that is said once, and the run goes on without.
+    """One file of scalars. If the disk refuses to write, a warning says so once, and the run goes on without it.
 
     Args:
-        folder: where TensorBoard looks for it.
-        purge_step: steps from here on that an earlier file has are not to be shown.
+        folder: folder of the file.
+        purge_step: TensorBoard hides this and later steps of earlier files; None: it hides nothing.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
         self.path = folder / name
         self.writer: RecordWriter | None = None
         try:
@@ -48,9 +48,11 @@ class Events:
         self.close()
 
     def add_scalar(self, tag: str, value: float, step: int = 0) -> None:
+        """Add a point to the curve `tag`."""
         self._write(Event(summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])), step)
 
     def flush(self) -> None:
+        """Write everything that was added so far."""
         if self.writer is not None:
             try:
                 self.writer.flush()
@@ -58,6 +60,7 @@ class Events:
                 self._give_up(error)
 
     def close(self) -> None:
+        """Write everything and close the file."""
         self.flush()
         if self.writer is not None:
             self.writer.close()
@@ -74,7 +77,7 @@ class Events:
 
     def _give_up(self, error: OSError) -> None:
         if self.writer is not None:
-            with suppress(OSError):  # of what was not written before
+            with suppress(OSError):  # closing writes the rest, which fails again
                 self.writer.close()
             self.writer = None
         log.warning("warning: cannot write %s (%s): the run goes on without its curves", self.path, error.strerror)

@@ -1,4 +1,7 @@
-"""Which networks the ViT host computes: its forward is its own, so a part that it does not know would be left out."""
+"""Which of timm's networks `ViTEncoder` can run.
+
+The encoder has its own forward, so it would silently leave out a part of a network that it does not know.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,23 +11,30 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 
-def refusal(net: Any) -> str | None:
-    """The first part of a network that the ViT host does not compute, in words; None where it computes all."""
-    return next(_foreign(net), None)
+def unsupported_part(net: Any) -> str | None:
+    """The first part of a network that `ViTEncoder` does not compute.
+
+    Args:
+        net: any network.
+
+    Returns:
+        A description of the part, such as "dropout"; None where the encoder computes every part.
+    """
+    return next(_unsupported_parts(net), None)
 
 
-def _foreign(net: Any) -> Iterator[str]:
-    """What is foreign about a network. Only the first is asked for, so a later line may rely on the ones before."""
+def _unsupported_parts(net: Any) -> Iterator[str]:
+    """All such parts. The caller stops at the first one, so later lines may rely on earlier ones."""
     if type(net) is not VisionTransformer:
         yield f"the class {type(net).__name__} in place of timm's VisionTransformer"
     if type(net.patch_embed) is not PatchEmbed:
         yield f"a stem of its own ({type(net.patch_embed).__name__})"
     if not net.global_pool:
         yield "no pooling"
-    for part in net.modules():
-        if isinstance(part, PatchDropout) or (isinstance(part, nn.Dropout) and part.p > 0):
+    for module in net.modules():
+        if isinstance(module, PatchDropout) or (isinstance(module, nn.Dropout) and module.p > 0):
             yield "dropout"
-        if isinstance(part, DropPath) and part.drop_prob:
+        if isinstance(module, DropPath) and module.drop_prob:
             yield "stochastic depth"
     norms = [net.norm_pre, net.norm, net.fc_norm]
     for block in net.blocks:

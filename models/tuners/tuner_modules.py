@@ -1,6 +1,7 @@
-"""The small modules that tuners put at a block's sites, called `module(y, x)`: y the site's output, x its input.
+"""The modules that tuners insert at the sites of a ViT's block.
 
-Parameters stay in their own dtype and are cast to the stream's where they are used.
+Each is called as `module(y, x)`, with the site's output y and its input x, and returns the changed output. Parameters
+keep their own dtype and are cast to that of y where they are used. Checkpoints contain the names of the parameters.
 """
 
 import math
@@ -10,8 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Bottleneck(nn.Module):
-    """W_up ReLU(W_down LN(·) + b_down) + b_up, D → r → D; zero at the start because W_up and b_up are zero."""
+class BottleneckAdapter(nn.Module):
+    """W_up ReLU(W_down LN(x) + b_down) + b_up, D → r → D. It starts as zero, because W_up and b_up do.
+
+    Args:
+        width: width D of the transformer.
+        dim: width r of the bottleneck.
+    """
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -24,9 +30,16 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up_proj.bias)
 
     def bottleneck(self, x: Tensor, dtype: torch.dtype, scale: Tensor | float | None = None) -> Tensor:
-        """[B, N, D] → [B, N, D] in `dtype`, times `scale`.
+        """The output of the bottleneck.
 
-        The scale multiplies the small weight instead of the output, which would have to be saved for the backward.
+        Args:
+            x: [B, N, D].
+            dtype: dtype of the output.
+            scale: factor of the output. It multiplies the small weight W_up instead, because the backward pass would
+                need a copy of the large output.
+
+        Returns:
+            [B, N, D].
         """
         ln, down, up = self.ln, self.down_proj, self.up_proj
         normed = F.layer_norm(x, ln.normalized_shape, ln.weight.to(x.dtype), ln.bias.to(x.dtype), ln.eps).to(dtype)
@@ -35,26 +48,42 @@ class Bottleneck(nn.Module):
         return F.linear(hidden, weight.to(dtype), bias.to(dtype))
 
 
-class Adapter(Bottleneck):
-    """Sequential adapter on the MLP branch: y + A(y) (Houlsby et al. 2019; LIFT's form)."""
+class Adapter(BottleneckAdapter):
+    """Sequential adapter after the MLP: y + A(y). Source: Houlsby et al. 2019, in LIFT's form."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Output of the MLP y and its input x, [B, N, D] → [B, N, D]."""
         return y + self.bottleneck(y, y.dtype)
 
 
-class AdaptFormer(Bottleneck):
-    """Parallel adapter: y + s·A(x), x the residual stream before norm2, s learnt from 1 or fixed (Chen et al. 2022)."""
+class AdaptFormer(BottleneckAdapter):
+    """Adapter in parallel to the MLP: y + s · A(x). Source: Chen et al. 2022.
+
+    Args:
+        width: width D of the transformer.
+        dim: width r of the bottleneck.
+        scale: the factor s; None: s is learnt and starts from 1.
+    """
 
     def __init__(self, width: int, dim: int, scale: float | None = None) -> None:
         super().__init__(width, dim)
         self.scale: nn.Parameter | float = nn.Parameter(torch.ones(1)) if scale is None else scale
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Output of the MLP y and the residual stream before norm2 x, [B, N, D] → [B, N, D]."""
         return y + self.bottleneck(x, y.dtype, self.scale)
 
 
 class Lora(nn.Module):
-    """y + (1/r)·(x A) B (Hu et al. 2022). LIFT draws A with fan-in r, so U(-1/√r, 1/√r); B starts at zero."""
+    """Low-rank update of a linear layer: y + (1 / r) · (x A) B. Source: Hu et al. 2022.
+
+    As in LIFT, A is drawn with fan-in r, that is from U(-1/√r, 1/√r); B starts as zero.
+
+    Args:
+        dim_in: input width of the layer.
+        dim_out: output width of the layer.
+        rank: the rank r.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, rank: int) -> None:
         super().__init__()
@@ -64,11 +93,18 @@ class Lora(nn.Module):
         nn.init.uniform_(self.lora_A, -1 / math.sqrt(rank), 1 / math.sqrt(rank))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Output y [B, N, dim_out] and input x [B, N, dim_in] of the layer → [B, N, dim_out]."""
         return y + (x @ self.lora_A.to(x.dtype)) @ (self.lora_B / self.rank).to(x.dtype)
 
 
 class Ssf(nn.Module):
-    """y ⊙ γ + β, no identity at the start: γ ~ N(1, 0.02²), β ~ N(0, 0.02²) (Lian et al. 2022)."""
+    """Scale and shift: y ⊙ γ + β. Source: Lian et al. 2022.
+
+    It changes the output from the start: γ ~ N(1, 0.02²), β ~ N(0, 0.02²).
+
+    Args:
+        width: number of channels of the output.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,19 +112,21 @@ class Ssf(nn.Module):
         self.shift = nn.Parameter(torch.empty(width).normal_(0.0, 0.02))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Output y [..., width] → [..., width]; x is not used."""
         return torch.addcmul(self.shift.to(y.dtype), y, self.scale.to(y.dtype))
 
 
 class Mask(nn.Module):
-    """A random share of a layer's scalars trains (arbitrary lightweight fine-tuning, Shi et al. 2024).
+    """A random share of a linear layer's weights and biases trains. Source: Shi et al. 2024 (arbitrary lightweight
+    fine-tuning).
 
-    Positions count the layer as LIFT does, as an out × (in + 1) matrix with the bias as last column. They are part of
-    the checkpoint, so that a trained model does not hang on a random generator.
+    Positions are counted as in LIFT: the layer is an out × (in + 1) matrix whose last column is the bias. They are
+    part of the checkpoint, so a trained model does not depend on a random generator.
 
     Args:
-        layer: what the trained values start from.
-        share: above 0 and up to 1.
-        draw: gives one permutation.
+        layer: the layer; the trained values start from its own.
+        share: share of the values that train, above 0 and up to 1.
+        draw: the random generator; it draws one permutation.
     """
 
     positions: Tensor
@@ -107,19 +145,34 @@ class Mask(nn.Module):
         self.values = nn.Parameter(matrix.flatten()[positions.long()])
 
     def forward(self, y: tuple[Tensor, Tensor | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Put the trained values into the layer's weight and bias.
+
+        Args:
+            y: weight [out, in] and bias [out] or None.
+            x: not used.
+
+        Returns:
+            A changed copy of the two.
+        """
         weight, bias = y
         size, width, positions = weight.numel(), weight.shape[1], self.positions.long()
         columns = width if bias is None else width + 1
         row, column = positions // columns, positions % columns
-        # One flat copy, weight before bias, so that both are contiguous for the matrix product.
+        # One flat copy with the weight before the bias, so that both stay contiguous for the matrix product.
         flat = torch.cat([weight.flatten()] if bias is None else [weight.flatten(), bias])
-        place = torch.where(column < width, row * width + column, size + row)
-        flat.scatter_(0, place, self.values.to(flat.dtype))
+        targets = torch.where(column < width, row * width + column, size + row)
+        flat.scatter_(0, targets, self.values.to(flat.dtype))
         return flat[:size].view_as(weight), None if bias is None else flat[size:]
 
 
 class Prompts(nn.Module):
-    """Prompt tokens appended behind the patches, in place of the previous block's (Jia et al. 2022, VPT)."""
+    """Prompt tokens, appended after the patches; they replace those of the block before. Source: VPT, Jia et al. 2022.
+
+    Args:
+        length: number of prompt tokens P.
+        width: width D of the transformer.
+        patch_size: side of a patch in pixels, which the range of the initial values depends on.
+    """
 
     def __init__(self, length: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -127,4 +180,5 @@ class Prompts(nn.Module):
         self.prompt = nn.Parameter(torch.empty(length, width).uniform_(-bound, bound))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Tokens of the image y [B, N, D] → [B, N + P, D]; x is not used."""
         return torch.cat([y, self.prompt.to(y.dtype).expand(y.shape[0], -1, -1)], dim=1)

@@ -1,0 +1,161 @@
+"""`validate`: every refusal that needs neither images nor weights, once per command and before anything is written.
+
+A run is built on the meta device, so that every option is checked and nothing is read but lists and folders.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from tailtune.configs import CfgNode, schema_of
+from tailtune.configs.errors import UserError
+from tailtune.datasets import build_info
+from tailtune.models import ClassificationModel, build_model, resolve
+from tailtune.trainers.distributed import world_size
+from tailtune.trainers.evaluation.adaptation import check_adapt
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
+from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
+from tailtune.trainers.evaluation.weight_ensembles import RANDOM
+from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
+from tailtune.trainers.export import EXPORTS
+from tailtune.trainers.methods import Method
+from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors, micro_batch_size
+from tailtune.trainers.runs.load_run import make_method, subject_of
+
+
+def validate(
+    stages: Sequence[CfgNode], *, counts: Sequence[int] | None = None, trains: bool = True, here: bool = False
+) -> list[Method]:
+    """Refuse what can be refused without images and weights, before the first stage trains for hours.
+
+    Args:
+        stages: configs of the runs in their order; each continues the one before.
+        counts: training images per class of the finished run that is evaluated, as far as it says; none: those of
+            the data at hand.
+        trains: the stages train; False: the command evaluates a finished run, and options of training are not read.
+        here: the stages run on this machine, so its memory must hold them.
+
+    Returns:
+        The method of each stage, on the meta device.
+
+    Raises:
+        UserError: an unknown name, an option that does not fit the others, or stages that do not fit each other.
+    """
+    methods = [outline(cfg, counts, trains) for cfg in stages]
+    for method, cfg in zip(methods, stages, strict=True) if here else ():
+        check_memory(method, OPTIMIZERS[cfg.optimizer].copies)
+    for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
+        method.fits(earlier)
+        kept = {"encoder"} if method.frozen_trained else set()
+        kept |= {"head"} if kept and not method.discards("model.head.") else set()
+        for key, entry in schema_of(cfg).items():
+            if entry.held_with in kept and cfg[key] != before[key]:
+                raise UserError(
+                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {before[key]}, "
+                    f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"
+                )
+    return methods
+
+
+def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = True) -> Method:
+    """The method of one stage on the meta device, after the checks of `validate` that concern this stage alone.
+
+    Args:
+        counts, trains: as in `validate`.
+    """
+    cfg = resolve(cfg)
+    info = build_info(cfg, counts)
+    plan = Plan.of(cfg, micro_batch_size(cfg, world_size())) if trains else None
+    with torch.device("meta"):
+        method = make_method(cfg, info)
+    if plan is not None:
+        check_factors(method.param_groups(), plan)
+    check_adapt(cfg.adapt, method, cfg.method)
+    check_ensemble(cfg, method, info.class_names)
+    check_target(TargetPlan.of(cfg), info)
+    if cfg.export is not None:
+        EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
+    return method
+
+
+def check(cfg: CfgNode) -> ClassificationModel:
+    """The model of one stage on the meta device, after the checks of `validate`."""
+    return outline(cfg).model
+
+
+def check_memory(method: Method, copies: int) -> None:
+    """Refuse a model whose parameters alone, with what training keeps of each, exceed this machine's memory.
+
+    A wide head of very many classes, or a rank of a million, would end in an allocator's error, or in swapping.
+
+    Args:
+        copies: tensors that the optimizer keeps for each parameter that trains, besides its gradient.
+    """
+    parameters = list(method.parameters())
+    needed = sum(4 * each.numel() * (2 + copies if each.requires_grad else 1) for each in parameters)
+    if needed > memory():
+        raise UserError(
+            f"the model has {sum(each.numel() for each in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "
+            f"to train, and this machine has {memory() / 1e9:,.1f}; choose a smaller backbone, num_classes, "
+            "num_experts, adapter_dim, vpt_len or peft_args"
+        )
+
+
+def memory() -> int:
+    """Bytes of this machine's main memory, where every model is built; without limit where the system does not say."""
+    known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
+
+
+def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -> None:
+    """Refuse an ensemble that cannot be, without images or weights.
+
+    Args:
+        method: of the run; meta tensors will do.
+
+    Raises:
+        UserError: an unknown entry, an option that it does not read, a run without what it needs.
+    """
+    entry, name, alpha = ensemble_named(cfg.ensemble), cfg.ensemble, cfg.ensemble_alpha
+    moved = alpha != AlphaOptions().alpha
+    if entry is NONE:
+        if moved or cfg.ensemble_runs:
+            raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")
+        return
+    if moved and not reads(entry, "ensemble_alpha"):
+        raise UserError(f"ensemble_alpha {alpha:g}: ensemble {name} does not read it; {_who('ensemble_alpha')} do")
+    if cfg.ensemble_runs and not reads(entry, "ensemble_runs"):
+        raise UserError(f"ensemble_runs: ensemble {name} does not read it; {_who('ensemble_runs')} does")
+    if reads(entry, "ensemble_runs") and not cfg.ensemble_runs:
+        raise UserError(f"ensemble {name} is of several finished runs: name the others with ensemble_runs")
+    if cfg.zero_shot:
+        raise UserError(f"ensemble {name} is of a trained run, and zero_shot has trained nothing; leave out either")
+    if not cfg.test_only:
+        raise UserError(f"ensemble {name} evaluates a finished run: train without it, then add test_only True")
+    if cfg.export is not None:
+        raise UserError(f"export {cfg.export} writes what was trained: leave out ensemble {name}")
+    if entry.start and cfg.init_head is None and not (cfg.after and _keeps_start(method)):
+        raise UserError(RANDOM)
+    if entry.text:
+        _check_text(cfg, class_names)
+
+
+def _keeps_start(method: Method) -> bool:
+    """Whether the run's classifier begins where that of the earlier run ended."""
+    return method.starts_where_earlier_run_ended and not method.discards("model.head.")
+
+
+def _who(key: str) -> str:
+    return " and ".join(name for name, entry in ENSEMBLES.items() if reads(entry, key))
+
+
+def _check_text(cfg: CfgNode, class_names: tuple[str, ...]) -> None:
+    """Refuse a backbone without text encoder, as zero-shot itself does."""
+    try:
+        with torch.device("meta"):
+            build_model(zero_shot_of(cfg), class_names)
+    except UserError as error:
+        raise UserError(f"ensemble {cfg.ensemble}: {error}") from error

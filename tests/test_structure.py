@@ -141,6 +141,7 @@ SEES_THE_CONFIG = {
     "dry_run_report.py": "it prints what a config says",
     "methods/__init__.py": "build_method, a builder",
     "optim.py": "Plan.of and the checks of its options",
+    "micro_batch_size.py": "it is computed from three options and the number of processes",
     "runs/load_run.py": "it builds the models of finished runs",
     "runs/run_folder.py": "it writes config.yaml and compares a command with it",
     "export/run_command.py": "it writes a config as a command",

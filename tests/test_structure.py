@@ -52,7 +52,7 @@ TRAPS = {
     r"weights_only=False": "a weights file could run code",
 }
 EXCEPTIONS = {"trainers/export/lift_format.py": "LIFT reads nothing but a pickle; it is one of plain tensors"}
-NAMESAKES = {("adaptation.py", "sade")}
+NAMESAKES = {("adaptation_table.py", "sade")}
 """Entries of other tables of trainers/ that are called like a method: SADE has both."""
 
 

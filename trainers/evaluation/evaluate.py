@@ -13,7 +13,8 @@ from tailtune.datasets import DataBundle, DataInfo
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
-from tailtune.trainers.evaluation.adaptation import ADAPTS, UnlabelledTest
+from tailtune.trainers.evaluation.adaptation import UnlabelledTest
+from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report

@@ -7,11 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "contributing.md"
-PLACES = ("a new file", "at the end", "before", "in")
 _BLOCK = re.compile(
-    r"^```\w+\n# (?P<file>[\w/.]+), (?P<place>a new file|at the end|before (?P<before>\w+)|in (?P<into>\w+))\n(?P<code>.*?)^```",
-    re.S | re.M,
+    r"^```\w+\n# (?P<file>[\w/.]+), "
+    r"(?P<place>a new file|at the end|before (?P<before>\w+)|in (?P<into>\w+))\n(?P<code>.*?)^```",
+    re.DOTALL | re.MULTILINE,
 )
+_ROW = re.compile(r"^\| ([\w -]+) \| (`\S+/.*?) \|", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,7 @@ class Example:
 def examples() -> list[Example]:
     """The examples of the page, in its order."""
     text = PAGE.read_text(encoding="utf-8")
-    touched = {
-        row[1]: tuple(re.findall(r"`([^`]+)`", row[2]))
-        for row in re.finditer(r"^\| ([\w -]+) \| (`\S+/.*?) \|", text, re.M)
-    }
+    touched = {row[1]: tuple(re.findall(r"`([^`]+)`", row[2])) for row in _ROW.finditer(text)}
     found = []
     for heading, section in re.findall(r"^## An? ([\w -]+)\n(.*?)(?=^## |\Z)", text, re.S | re.M):
         blocks = tuple(_BLOCK.finditer(section))
@@ -52,41 +50,42 @@ def examples() -> list[Example]:
 
 
 def _inserted(text: str, block: re.Match[str]) -> str:
-    """A module with a block in it. Imports go to the others; what they import may be sorted by ruff later."""
-    lines = text.splitlines()
+    """A module with a block in it. Its imports follow the module's; `make format` sorts them."""
+    lines, body = text.splitlines(), ast.parse(text).body
     code = block["code"].splitlines()
     imports = [line for line in code if line.startswith(("import ", "from "))]
-    code = [line for line in code if line not in imports]
-    body = ast.parse(text).body
+    code = "\n".join(line for line in code if line not in imports).strip().splitlines()
     if block["into"]:
-        place, column = _end_of_table(body, block["into"])
-        lines[place:place] = [" " * column + line for line in code]
+        table = _table(body, block["into"])
+        indent = " " * _keys_of(table)[-1].col_offset
+        assert table.end_lineno is not None
+        place = table.end_lineno - 1  # before the closing brace
+        code = [indent + line for line in code]
+    elif block["before"]:
+        place = _assignment(body, block["before"]).lineno - 1
+        code = [*code, "", ""] if code else []
     else:
-        place = len(lines) if block["place"] == "at the end" else _statement(body, block["before"]).lineno - 1
-        lines[place:place] = (
-            [*[""] * 2 * (place == len(lines)), *"\n".join(code).strip().splitlines(), *[""] * 2 * (place < len(lines))]
-            if any(code)
-            else []
-        )
-    last = max((node.end_lineno or 0) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
+        place = len(lines)
+        code = ["", "", *code]
+    lines[place:place] = code
+    last = max(node.end_lineno or 0 for node in body if isinstance(node, ast.Import | ast.ImportFrom))
     lines[last:last] = imports
     return "\n".join(lines) + "\n"
 
 
-def _statement(body: list[ast.stmt], name: str) -> ast.stmt:
-    """The statement that assigns a table."""
+def _assignment(body: list[ast.stmt], name: str) -> ast.Assign | ast.AnnAssign:
+    """The statement that defines a table."""
     for node in body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return node
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return node
     raise AssertionError(f"no table {name}")
 
 
-def _end_of_table(body: list[ast.stmt], name: str) -> tuple[int, int]:
-    """Behind which line a new entry goes, and its indentation."""
-    table = next(node for node in ast.walk(_statement(body, name)) if isinstance(node, ast.Dict))
-    key = table.keys[-1]
-    assert key is not None and table.values[-1].end_lineno is not None
-    return table.values[-1].end_lineno, key.col_offset
+def _table(body: list[ast.stmt], name: str) -> ast.Dict:
+    return next(node for node in ast.walk(_assignment(body, name)) if isinstance(node, ast.Dict))
+
+
+def _keys_of(table: ast.Dict) -> list[ast.expr]:
+    return [key for key in table.keys if key is not None]

@@ -30,14 +30,15 @@ if __name__ == "__main__":  # Python starts with this file's folder on its path;
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import load_configs
+from tailtune.configs.option import options_from
 from tailtune.datasets import DataBundle, build_data
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import collate, eval_loader
 from tailtune.models import resolve
 from tailtune.trainers.distributed import Devices, make_accelerator, to_device
 from tailtune.trainers.evaluation.distributions import plain_results
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, Recipe, adapt
-from tailtune.trainers.evaluation.inference import Logits, infer
+from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, adapt
+from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.evaluation.tta import plain, separate
 from tailtune.trainers.methods import Method
@@ -91,9 +92,10 @@ def ours(
         def views(epoch: int) -> Logits | None:
             return clock("views", lambda: one_pass(separate(method), data.test_views, epoch))
 
-        learners = adapt(ADAPTS[cfg.adapt], Recipe.of(cfg), logits, shifts, views, accelerator)
+        learners = adapt(Learner, options_from(Recipe, cfg, cfg.adapt), logits, shifts, views, accelerator)
         for learner in learners.values():
-            evaluate(*learner.predictions(), groups)
+            predictions, positions = learner.predictions()
+            evaluate(predictions, logits.labels[rows_of(logits, positions)], groups)
 
     clock("all", evaluation)
 

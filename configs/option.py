@@ -74,7 +74,7 @@ def option(
 def key_names(options: Any, entry: str = "", separator: str = ".") -> dict[str, str]:
     """Field of an options dataclass → name of the option."""
     prefix = f"{entry.lower()}{separator}" if entry else ""
-    return {each.name: each.metadata["key"] or f"{prefix}{each.name}" for each in fields(options)}
+    return {item.name: item.metadata["key"] or f"{prefix}{item.name}" for item in fields(options)}
 
 
 def declarations(
@@ -90,13 +90,13 @@ def declarations(
         method: the method that owns it, see `Key.method`.
     """
     names = key_names(options, entry, separator)
-    for each in fields(options):
-        aliases = each.metadata["aliases"]
+    for item in fields(options):
+        aliases = item.metadata["aliases"]
         if entry:
-            aliases = (*aliases, f"{entry.lower()}.{each.name}")
-        key = each.metadata["option"]
+            aliases = (*aliases, f"{entry.lower()}.{item.name}")
+        key = item.metadata["option"]
         key = replace(key, method=method) if method else key
-        yield Declaration(names[each.name], key, section, each.name, entry, aliases)
+        yield Declaration(names[item.name], key, section, item.name, entry, aliases)
 
 
 def options_from(options: type[Options], cfg: CfgNode, entry: str = "", separator: str = ".") -> Options:

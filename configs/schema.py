@@ -30,23 +30,24 @@ class Schema(Mapping[str, Key]):
         self.coupled = coupled
         self.declarations = tuple(declarations)
         wanted: dict[str, set[str]] = {}
-        for each in self.declarations:
-            if self._keys.setdefault(each.name, each.key) != each.key:
-                raise ValueError(f"two options are called {each.name}; give one of them a `key` of its own")
-            if each.name not in self.entries:
-                self.sections.setdefault(each.section, []).append(each.name)
-            self.entries.setdefault(each.name, []).extend([each.entry] if each.entry else [])
-            for alias in each.aliases:
-                wanted.setdefault(alias, set()).add(each.name)
+        for declaration in self.declarations:
+            if self._keys.setdefault(declaration.name, declaration.key) != declaration.key:
+                raise ValueError(f"two options are called {declaration.name}; give one of them a `key` of its own")
+            if declaration.name not in self.entries:
+                self.sections.setdefault(declaration.section, []).append(declaration.name)
+            self.entries.setdefault(declaration.name, []).extend([declaration.entry] if declaration.entry else [])
+            for alias in declaration.aliases:
+                wanted.setdefault(alias, set()).add(declaration.name)
         groups = {name.rpartition(".")[0] for name in self._keys} - {""}
         if groups & self._keys.keys():
             raise ValueError(f"{groups & self._keys.keys()} are options and groups of options; give those a `key`")
+        methods = {key.method for key in self._keys.values()} - {""}
         self.aliases = {
             alias: next(iter(names))
             for alias, names in wanted.items()
-            if len(names) == 1 and alias not in self._keys and alias.rpartition(".")[0] not in groups
+            if len(names) == 1 and alias not in self._keys and alias.partition(".")[0] not in methods
         }
-        """Other name → name. Left out are names that would mean two options, and those in a group that has its own."""
+        """Other name → name. Left out are names that would mean two options, and those in the group of a method."""
 
     def __getitem__(self, name: str) -> Key:
         return self._keys[name]

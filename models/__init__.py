@@ -1,6 +1,7 @@
 """`build_model`: from a config to encoder, tuners and head. Nothing below this file sees the config."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from torch import nn
 
@@ -65,8 +66,7 @@ def build_model(
     if cfg.zero_shot:
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:
-        options = tuner_options(cfg, len(class_names), encoder)
-        add_tuners(encoder, {name: options[name] for name in TUNERS if name in tuners}, cfg.partial, cfg.seed)
+        add_tuners(encoder, tuner_options(cfg, tuners, len(class_names), encoder), cfg.partial, cfg.seed)
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
     encoder.set_precision()
@@ -99,11 +99,12 @@ def resolve(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def tuner_options(cfg: CfgNode, classes: int, encoder: Encoder) -> dict[str, TunerOptions]:
-    """The options of all tuners, such as the LoRA rank: from the config, or by LIFT's rules where it leaves them open.
+def tuner_options(cfg: CfgNode, names: Iterable[str], classes: int, encoder: Encoder) -> dict[str, TunerOptions]:
+    """The options of tuners, such as the LoRA rank: from the config, or by LIFT's rules where it leaves them open.
 
     Args:
         cfg: a config.
+        names: of tuners; those that are not entries of TUNERS are left out.
         classes: number of classes.
         encoder: the encoder on which the tuners will act.
 
@@ -112,8 +113,9 @@ def tuner_options(cfg: CfgNode, classes: int, encoder: Encoder) -> dict[str, Tun
     """
     sizes = (classes, encoder.depth, encoder.feature_dim)
     return {
-        name: options_from(type(tuner.options), cfg, name, separator="_").filled(*sizes)
-        for name, tuner in TUNERS.items()
+        name: options_from(type(TUNERS[name].options), cfg, name, separator="_").filled(*sizes)
+        for name in names
+        if name in TUNERS
     }
 
 
@@ -133,8 +135,9 @@ def _zero_shot_head(cfg: CfgNode, backbone: Backbone, tuners: Sequence[str], cla
 def _head(cfg: CfgNode, dim: int, classes: int) -> nn.Module:
     """One head, or one for each expert; the heads of experts draw different random weights."""
     head_class = lookup(HEADS, cfg.classifier, "classifier")
+    options = asdict(options_from(head_class.Options, cfg, cfg.classifier))
     with seeded(cfg.seed, "head"):
-        heads = [head_class(dim, classes, cfg.scale) for _ in range(cfg.num_experts)]
+        heads = [head_class(dim, classes, **options) for _ in range(cfg.num_experts)]
     return heads[0] if cfg.num_experts == 1 else ExpertHeads(heads)
 
 

@@ -55,23 +55,30 @@ class Row:
 
 
 def number(result: Result, metric: str) -> float | None:
-    """A single number of a result, `accuracy`, `backward50.accuracy` or `backward50.plain.accuracy`.
+    """A single number of a result.
 
-    Without a slot: by adapted weights where there are some. None: not measured, or nothing to measure.
+    Args:
+        result: contents of a metrics.json.
+        metric: `accuracy` of the test set; `backward50.accuracy` of a test distribution, by the adapted predictor if
+            there is one; `backward50.plain.accuracy` by a named predictor.
+
+    Returns:
+        The number; None if it was not measured, or if there is nothing to measure.
 
     Raises:
-        UserError: no such metric.
+        UserError: there is no such metric.
     """
-    *where, name = metric.split(".")
-    found = result["test"]
-    if where:
-        predictors = result.get("distributions", {}).get(where[0], {}).get("predictors", {})
+    *place, name = metric.split(".")
+    metrics = result["test"]
+    if place:
+        predictors = result.get("distributions", {}).get(place[0], {}).get("predictors", {})
         adapted = next((predictor for predictor in predictors if predictor != "plain"), "plain")
-        found = predictors.get(where[1] if len(where) == 2 else adapted)
-    if found is None:
+        metrics = predictors.get(place[1] if len(place) == 2 else adapted)
+    if metrics is None:
         return None
-    value: float | None = lookup({k: v for k, v in found.items() if not isinstance(v, (list, dict))}, name, "metric")
-    return value
+    numbers = {key: value for key, value in metrics.items() if not isinstance(value, (list, dict))}
+    number_of_metric: float | None = lookup(numbers, name, "metric")
+    return number_of_metric
 
 
 def _header(metrics: Sequence[str], paper: str | None) -> list[str]:

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.heads import classifiers
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.models.tuners.table import TUNERS, add_tuners
 from tailtune.models.tuners.tuner_options import TunerOptions
@@ -38,6 +39,12 @@ class Sizes:
 def put_tuners(host: Any, names: Sequence[str], sizes: Sizes, partial: Any = None, seed: int = 0) -> None:
     """`add_tuners`, by names and sizes."""
     add_tuners(host, {name: sizes.of(name) for name in names}, partial, seed)
+
+
+def head_with(name: str, dim: int, classes: int, scale: float = 25.0) -> nn.Module:
+    """A head, with this scale if it has one."""
+    kind = classifiers.HEADS[name]
+    return kind(dim, classes, **({"scale": scale} if kind.Options is classifiers.ScaleOptions else {}))
 
 
 def loss_with(name: str, **values: float) -> Loss:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from shipped import PAIRS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import signal_after, states
+from tiers import slow_except
 
 from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names
+from tailtune.datasets import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.dry_run import dry_run
@@ -162,21 +164,27 @@ def test_every_pair_of_configs_loads(model: str) -> None:
         assert cfg.run_name == f"{data}_{model}"
 
 
+ONE_OF_EACH_NETWORK = ["clip_vit_b16_peft", "clip_vit_l14", "clip_rn50", "in21k_vit_b16_peft", "zsclip_vit_b16"]
+ONE_OF_EACH_NETWORK += ["resnet10_ride_distill", "resnet50_sade", "resnext50_dirmixe", "resnet152_h2t", "zstiny_clip"]
+"""Configs on the CIFAR network are built in tests/test_expert_configs.py."""
+
+
 @pytest.mark.parametrize(
     ("data", "model"),
     [
         *((data, "tiny_clip") for data in names("data")),
-        # The largest logits that assignment looks at are more than ten classes.
-        *(("imagenet_lt" if model.endswith("_ea") else "fake_lt", model) for model in names("model")),
+        *slow_except(
+            [("fake_lt", model) for model in ONE_OF_EACH_NETWORK],
+            # The largest logits that assignment looks at are more than ten classes.
+            [("imagenet_lt" if model.endswith("_ea") else "fake_lt", model) for model in names("model")],
+        ),
     ],
 )
 def test_every_config_builds(data: str, model: str) -> None:
     check(load_configs(data, model, [], declared())[-1])
 
 
-@pytest.mark.parametrize(
-    ("data", "words", "tuner", "head"),
-    [
+PARAMETERS = [
         ("imagenet_lt", "adaptformer True", 617_868, 768_000),
         ("places_lt", "adaptformer True", 175_212, 280_320),
         ("inat2018", "adaptformer True", 4_749_324, 6_253_056),
@@ -214,8 +222,12 @@ def test_every_config_builds(data: str, model: str) -> None:
         ("inat2018_o", "adaptformer True", 175_212, 208_896),
         ("inat2018_f", "adaptformer True", 617_868, 858_624),
         ("inat2018_g", "adaptformer True", 2_388_492, 3_379_968),
-    ],
-)  # fmt: skip
+]  # fmt: skip
+"""Data, options → parameters of the tuners and of the head (LIFT specification §13.1)."""
+ONE_OF_EACH_TUNER = [row for row in PARAMETERS if row[0] == "imagenet_lt" and "adapter_dim" not in row[1]]
+
+
+@pytest.mark.parametrize(("data", "words", "tuner", "head"), slow_except(ONE_OF_EACH_TUNER, PARAMETERS))
 def test_parameter_counts(config: Callable[..., Any], data: str, words: str, tuner: int, head: int) -> None:
     if "classifier" in words:
         words += " init_head none"
@@ -240,6 +252,32 @@ def test_dry_run_ends_in_one_line_of_json(launch: Cli, tmp_path: Path) -> None:
     # without the visual projection (768 · 512), which nothing uses
     assert params["total"] == 86_192_640 - 768 * 512 + 617_868 + 768_000
     assert not any(tmp_path.iterdir())
+
+
+def test_dry_run_shows_what_a_run_would_be(launch: Cli) -> None:
+    done = launch("-d fake_lt -m tiny_clip_peft --dry-run lr 0.02 max_steps 3 batch_size 16")
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, last = done.stdout.splitlines()
+    assert lines[0] == "run folder  output/fake_lt_tiny_clip_peft_batch_size_16_lr_0.02_max_steps_3"
+    counts = build_info(resolve(load_configs("fake_lt", "tiny_clip_peft", [], declared())[-1])).class_counts
+    total, most, least = (int(number) for number in (counts.sum(), counts.max(), counts.min()))
+    assert lines[1] == f"classes     10 with {most} … {least} training images, {total} in all"
+    assert lines[2] == f"training    {-(-total // 16)} steps an epoch, 3 in all"
+    values = {words[0]: words[-1] for words in map(str.split, lines) if len(words) > 1}
+    assert (values["lr"], values["adaptformer"]) == ("0.02", "True") and "momentum" not in values
+    start = next(number for number, line in enumerate(lines) if line.startswith("estimated memory"))
+    memory = [int(line.split()[-1].replace(",", "")) for line in lines[start + 1 : start + 6]]
+    weights = 4 * json.loads(last)["params"]["total"]  # bytes
+    assert memory[0] == round(weights / 1e6) and memory[3] > 0
+    assert abs(memory[4] - sum(memory[:4])) <= 2, "the sum, but for rounding"
+
+
+def test_dry_run_with_all_shows_every_option(launch: Cli) -> None:
+    done = launch("-d fake_lt -m tiny_clip_peft --dry-run --all")
+    assert done.returncode == 0
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert set(declared().settable()) <= {words[0] for words in lines if words}
+    assert ["expand", "None", "→", "12"] in lines, "what stands behind none"
 
 
 def test_gflops_of_a_whole_forward(config: Callable[..., Any]) -> None:

@@ -325,7 +325,7 @@ def test_weights_are_learnt_from_the_images_to_learn_from() -> None:
         while learner.running:
             learner.learn(two)
         weights.append(learner.weights)
-        assert torch.equal(learner.predictions()[1], plain.labels[:30]), "but the test set is predicted"
+        assert torch.equal(plain.labels[learner.predictions()[1]], plain.labels[:30]), "but the test set is predicted"
         assert learner.facts()["learnt_from"] == 30
     assert weights[0].argmax() == 0 and weights[1].argmax() == 1
 

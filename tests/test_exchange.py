@@ -16,7 +16,7 @@ import torch
 from conftest import Cli
 from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
-from small import SIDE, Sizes, filled, fixture_net, put_tuners, small_net
+from small import SIDE, Sizes, filled, fixture_net, head_with, put_tuners, small_net
 from tiers import slow_except
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -69,7 +69,9 @@ def subject(
     """A host with tuners and a head, as built; whatever trains is still at its start."""
     put_tuners(host, tuners, sizes, partial)
     torch.manual_seed(0)
-    model = ClassificationModel(host, HEADS[head](host.feature_dim, CLASSES, 20.0), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    model = ClassificationModel(
+        host, head_with(head, host.feature_dim, CLASSES, 20.0), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    )
     method = Method(model, Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
     side = SIDE if isinstance(host, ViTEncoder) else 64
     return ExportedModel(method, tuners, partial, [f"c{k}" for k in range(CLASSES)], side, arch="RN50-quickgelu")
@@ -368,8 +370,8 @@ def test_a_tuner_of_peft_merges_beside_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "host, names",
-    slow_except(  # test_literal.py has a CLIP's ViT
-        [(resnet, "ssf_attn")], [(timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")]
+    slow_except(  # test_literal.py has a CLIP's ViT, test_experts.py one of ImageNet
+        [], [(timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")]
     ),
     ids=lambda each: getattr(each, "__name__", each),
 )
@@ -429,7 +431,7 @@ def test_every_head_has_a_formula() -> None:
     "backbone, resolution, name",
     [
         ("CLIP-ViT-B/16", 224, "vit_base_patch16_clip_quickgelu_224"),
-        ("CLIP-ViT-L/14@336px", 336, "vit_large_patch14_clip_quickgelu_224"),
+        pytest.param("CLIP-ViT-L/14@336px", 336, "vit_large_patch14_clip_quickgelu_224", marks=pytest.mark.slow),
         ("open_clip:ViT-B-32", 224, "vit_base_patch32_clip_224"),
         ("IN21K-ViT-B/16@384px", 384, "vit_base_patch16_384"),
         ("CLIP-RN50", 224, "RN50-quickgelu"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Cli
-from small import SIDE, Sizes, head_context, plain_features, put_tuners, small_net
+from small import SIDE, Sizes, head_context, head_with, plain_features, put_tuners, small_net
 from test_exchange import clip_vit
 from tiers import slow_except
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from tailtune.models.backbones.backbone_types import ExpertSplit
 from tailtune.models.backbones.expert_split import split_experts
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.classification_model import ClassificationModel
-from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.evaluation.feature_analysis import split_features
@@ -296,7 +295,7 @@ def classifier(
     host: ViTEncoder, experts: int, init: Tensor | None = None, name: str = "CosineClassifier"
 ) -> ClassificationModel:
     torch.manual_seed(0)
-    heads = [HEADS[name](host.feature_dim, CLASSES, 20.0) for _ in range(experts)]
+    heads = [head_with(name, host.feature_dim, CLASSES, 20.0) for _ in range(experts)]
     head = heads[0] if experts == 1 else ExpertHeads(heads)
     start = None if init is None else lambda _: init
     return ClassificationModel(host, head, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), start)

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from small import head_context
+from small import head_context, head_with
+from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -74,7 +75,7 @@ def tokens(sentences: list[str]) -> Tensor:
 @pytest.mark.parametrize("name", FIXTURE)
 def test_logits_are_those_of_the_original(name: str) -> None:
     """x[i, d] = sin(i + 1 + 0.5d), w[c, d] = cos(c + 1 + 0.3d), no bias, scale 25."""
-    head = HEADS[name](6, 3, 25.0)
+    head = head_with(name, 6, 3)
     with torch.no_grad():
         head.get_parameter("weight").copy_(torch.cos(torch.arange(1.0, 4).view(-1, 1) + 0.3 * torch.arange(6)))
         logits = head(torch.sin(torch.arange(1.0, 3).view(-1, 1) + 0.5 * torch.arange(6)))
@@ -83,12 +84,12 @@ def test_logits_are_those_of_the_original(name: str) -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_logits_of_half_precision_features_are_fp32(name: str) -> None:
-    head = HEADS[name](8, 3, 25.0)
+    head = head_with(name, 8, 3)
     assert head(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_the_cosine_head_ignores_lengths() -> None:
-    head, features = HEADS["CosineClassifier"](8, 3, 25.0), torch.randn(2, 8)
+    head, features = head_with("CosineClassifier", 8, 3), torch.randn(2, 8)
     before = head(features)
     with torch.no_grad():
         head.get_parameter("weight").mul_(7.0)
@@ -99,7 +100,7 @@ def test_the_cosine_head_ignores_lengths() -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_random_weights(name: str) -> None:
     """Unit rows; of the linear head normal ones with variance 2 / D, and no bias."""
-    head = HEADS[name](256, 100, 25.0)
+    head = head_with(name, 256, 100)
     weight = head.get_parameter("weight")
     if name == "LinearClassifier":
         assert float(weight.detach().std()) == pytest.approx((2 / 256) ** 0.5, rel=0.02)
@@ -226,7 +227,7 @@ def test_tuners_have_no_part_in_it(name: str, config: Config) -> None:
     assert torch.allclose(plain, tuned, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", HEAD_INITS)
+@pytest.mark.parametrize("name", slow_except(["class_mean", "linear_probe", "text_feat"], HEAD_INITS))
 @pytest.mark.usefixtures("few_iterations")
 def test_every_process_has_the_head_that_one_would_have(name: str, config: Config) -> None:
     """An odd number of images on two processes, one of them with padding."""
@@ -283,7 +284,10 @@ STRINGS = {
 }
 
 
-@pytest.mark.parametrize("prompt", [*PROMPTS, "a photo of {} | art of a {}."])
+SEVERAL = "a photo of {} | art of a {}."
+
+
+@pytest.mark.parametrize("prompt", slow_except(["default", SEVERAL], [*PROMPTS, SEVERAL]))
 @torch.no_grad()
 def test_text_features_go_back_through_the_projection(config: Config, prompt: str, tmp_path: Path) -> None:
     """w = normalise(P·t), t the mean of the normalised features of a class's sentences, however many each has."""

@@ -422,7 +422,7 @@ def test_libraries_do_not_speak_beside_our_line(launch: Cli, monkeypatch: pytest
         logging.getLogger("timm.models").warning("no such %s", "weights")
         raise UserError("lr: no")
 
-    monkeypatch.setattr(main, "command", talks)
+    monkeypatch.setattr(main, "run_command", talks)
     shown = warnings.showwarning
     done = launch("")
     one_line(done, "lr: no")

@@ -79,8 +79,8 @@ MADE: dict[str, Callable[[], Any]] = {
 def test_margins_weights_and_temperatures() -> None:
     """Fixtures 1 to 3. With equal logits CE is log(1 + (C − 1) exp(s m))."""
     labels = torch.arange(10)
-    given = make(Ride).prior
-    each = [LOSSES["LDAM"](torch.zeros(1, 10).double(), labels[k : k + 1], torch.ones(1), given)[0] for k in range(10)]
+    given, ldam = make(Ride).prior, loss_with("LDAM", scale=30.0)
+    each = [ldam(torch.zeros(1, 10).double(), labels[k : k + 1], torch.ones(1), given)[0] for k in range(10)]
     margins = (torch.stack(each).expm1() / 9).log() / 30
     wanted = [0.158114, 0.179802, 0.204409, 0.232470, 0.264343, 0.301139, 0.341413, 0.393756, 0.444570, 0.5]
     assert margins.tolist() == pytest.approx(wanted, rel=1e-5)

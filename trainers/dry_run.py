@@ -8,10 +8,11 @@ from tailtune.configs import CfgNode, values_of
 from tailtune.configs.option import key_names
 from tailtune.models import ClassificationModel, resolve, tuner_options
 from tailtune.models.heads.expert_heads import heads_of
+from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.distributed import world_size
 from tailtune.trainers.evaluation.expert_usage import GIGA, flops_by_experts
 from tailtune.trainers.methods import Method
-from tailtune.trainers.optim import micro_batch_size
+from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.validation import outline
 
 
@@ -30,8 +31,8 @@ def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any],
     with torch.device("meta"):
         flops = forward_flops(model, cfg.resolution)
     resolved = values_of(cfg) | {"micro_batch_size": micro_batch_size(cfg, world_size())}
-    options = tuner_options(cfg, len(heads_of(model.head)[0].get_parameter("weight")), model.encoder)
-    for name, filled in options.items():
+    classes = len(heads_of(model.head)[0].get_parameter("weight"))
+    for name, filled in tuner_options(cfg, TUNERS, classes, model.encoder).items():
         resolved |= {key: getattr(filled, field) for field, key in key_names(filled, name, "_").items()}
     values = values_of(given)
     result = {"config": values, "params": method.counts(), "gflops_per_image": flops / GIGA}

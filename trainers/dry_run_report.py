@@ -10,7 +10,8 @@ from tailtune.models import resolve
 from tailtune.trainers.distributed import world_size
 from tailtune.trainers.memory_estimate import TrainingMemory, as_on_a_gpu, training_memory
 from tailtune.trainers.methods import Earlier, Method
-from tailtune.trainers.optim import Plan, micro_batch_size
+from tailtune.trainers.micro_batch_size import micro_batch_size
+from tailtune.trainers.optim import Plan
 from tailtune.trainers.precision import RESIDUAL
 from tailtune.trainers.runs.run_folder import folder_of
 from tailtune.trainers.storage.checkpoint import trained_state
@@ -31,11 +32,12 @@ def report(
         every: show all options, not only those that differ from their defaults.
     """
     cfg = resolve(stages[-1])
+    counts = build_info(cfg).class_counts.tolist()
     return "\n".join(
         [
             f"run folder  {folder_of(stages[-1])}",
-            f"classes     {_classes(cfg)}",
-            f"training    {_length(cfg)}",
+            f"classes     {_classes(counts)}",
+            f"training    {_length(cfg, sum(counts))}",
             "",
             *_options(result["config"], cfg, derived, every),
             "",
@@ -55,17 +57,15 @@ def table(rows: dict[str, str]) -> list[str]:
     return [f"  {name:<{names}}  {number:>{numbers}}" for name, number in rows.items()]
 
 
-def _classes(cfg: CfgNode) -> str:
-    counts = build_info(cfg).class_counts
-    largest, smallest, total = int(counts.max()), int(counts.min()), int(counts.sum())
-    return f"{len(counts):,} with {largest:,} … {smallest:,} training images, {total:,} in all"
+def _classes(counts: Sequence[int]) -> str:
+    return f"{len(counts):,} with {max(counts):,} … {min(counts):,} training images, {sum(counts):,} in all"
 
 
-def _length(cfg: CfgNode) -> str:
+def _length(cfg: CfgNode, images: int) -> str:
     """Steps of an epoch and of the run."""
     if cfg.zero_shot or not cfg.num_epochs:
         return "none"
-    per_epoch = math.ceil(int(build_info(cfg).class_counts.sum()) / cfg.batch_size)
+    per_epoch = math.ceil(images / cfg.batch_size)
     steps = per_epoch * cfg.num_epochs
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
     return f"{per_epoch:,} steps an epoch, {steps:,} in all"
@@ -111,8 +111,8 @@ def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
     beside: list[Method] = []
 
     def lend() -> Method:
-        beside.append(before[-1])
-        return before[-1]
+        beside.append(before[-1].to("meta"))  # what was made on no device, such as the mean of the pixels
+        return beside[0]
 
     if before:
         method.after(Earlier(True, lambda: trained_state(before[-1]), lend))

@@ -15,19 +15,20 @@ from tailtune.datasets.options import DataOptions, EvaluatedImageOptions
 from tailtune.datasets.test_distributions.options import DirichletOptions, ShiftOptions
 from tailtune.models import BACKBONES
 from tailtune.models.backbones.prompts import PROMPTS
-from tailtune.models.heads.classifiers import HEADS, ScaleOptions
+from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
 from tailtune.models.tuners.peft_table import PEFTS, uses_dropout
 from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.evaluation.adaptation import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
+from tailtune.trainers.methods.options import MethodOptions
 from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES
-from tailtune.trainers.training_options import MethodOptions, RunOptions, TrainingOptions
+from tailtune.trainers.training_options import RunOptions, TrainingOptions
 
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "ADAPTS": ADAPTS,
@@ -58,7 +59,8 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(LoaderOptions, "Set by the loader")
     yield from declarations(DataOptions, "Data")
     yield from declarations(ModelOptions, "Model")
-    yield from declarations(ScaleOptions, "Model", "CosineClassifier")
+    for name, head in HEADS.items():
+        yield from declarations(head.Options, "Model", name)
     yield from declarations(ExpertOptions, "Experts")
     yield from declarations(TunerPlaceOptions, "Tuners")
     for name, tuner in TUNERS.items():
@@ -79,8 +81,8 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(ShiftOptions, "Test distributions")
     yield from declarations(DirichletOptions, "Test distributions", "dirichlet", separator="_")
     yield from declarations(AdaptOptions, "Test-time adaptation")
-    for name, learner in ADAPTS.items():
-        yield from declarations(learner.Options, "Test-time adaptation", name)
+    for name, adaptation in ADAPTS.items():
+        yield from declarations(adaptation.Options, "Test-time adaptation", name)
     yield from declarations(TargetOptions, "Target prior")
     yield from declarations(EnsembleOptions, "Ensembles")
     for name, ensemble in ENSEMBLES.items():

@@ -15,14 +15,15 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.trainers.distributed import world_size
+from tailtune.trainers.evaluation.adaptation import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
-from tailtune.trainers.evaluation.expert_weights import check_adapt
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
 from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
 from tailtune.trainers.export import EXPORTS
 from tailtune.trainers.methods import Method
-from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors, micro_batch_size
+from tailtune.trainers.micro_batch_size import micro_batch_size
+from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors
 from tailtune.trainers.runs.load_run import make_method, subject_of
 
 
@@ -120,7 +121,7 @@ def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -
         UserError: an unknown entry, an option that it does not read, a run without what it needs.
     """
     entry, name, alpha = ensemble_named(cfg.ensemble), cfg.ensemble, cfg.ensemble_alpha
-    moved = alpha != AlphaOptions().ensemble_alpha
+    moved = alpha != AlphaOptions().alpha
     if entry is NONE:
         if moved or cfg.ensemble_runs:
             raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")

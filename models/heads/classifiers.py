@@ -1,13 +1,12 @@
 """HEADS: the classifiers, features [B, D] → logits [B, C], under LIFT's names. Weights and logits are fp32."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailtune.configs.option import option
+from tailtune.configs.option import NoOptions, option
 
 
 @dataclass(frozen=True)
@@ -23,19 +22,23 @@ class ScaleOptions:
     )
 
 
-class L2NormedClassifier(nn.Module):
+class Classifier(nn.Module):
+    """Base of all heads, which are made by (D, C) and the fields of their options."""
+
+    Options: type = NoOptions
+
+
+class L2NormedClassifier(Classifier):
     """Rows of unit length: z_c = f · w_c / |w_c|.
 
     Args:
         dim: width D of the features.
         num_classes: number C of classes.
-        scale: not used; every head takes the same arguments.
     """
 
-    def __init__(self, dim: int, num_classes: int, scale: float) -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.weight = unit_rows(num_classes, dim)
-        self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] → logits [B, C]."""
@@ -44,6 +47,12 @@ class L2NormedClassifier(nn.Module):
 
 class CosineClassifier(L2NormedClassifier):
     """Cosine similarities with a fixed scale σ: z_c = σ · cos(f, w_c); arguments as above, `scale` is σ."""
+
+    Options = ScaleOptions
+
+    def __init__(self, dim: int, num_classes: int, scale: float) -> None:
+        super().__init__(dim, num_classes)
+        self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] → logits [B, C]."""
@@ -58,16 +67,15 @@ class LayerNormedClassifier(L2NormedClassifier):
         return super().forward(F.layer_norm(features.to(self.weight.dtype), features.shape[-1:], eps=1e-12))
 
 
-class LinearClassifier(nn.Module):
+class LinearClassifier(Classifier):
     """A linear layer: z = W f + b.
 
     Args:
         dim: width D of the features.
         num_classes: number C of classes.
-        scale: not used; every head takes the same arguments.
     """
 
-    def __init__(self, dim: int, num_classes: int, scale: float) -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, dim))
         self.bias = nn.Parameter(torch.zeros(num_classes))
@@ -83,10 +91,10 @@ def unit_rows(num_classes: int, dim: int) -> nn.Parameter:
     return nn.Parameter(F.normalize(torch.empty(num_classes, dim).uniform_(-1, 1), dim=-1))
 
 
-HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {
+HEADS: dict[str, type[Classifier]] = {
     "CosineClassifier": CosineClassifier,
     "LinearClassifier": LinearClassifier,
     "L2NormedClassifier": L2NormedClassifier,
     "LayerNormedClassifier": LayerNormedClassifier,
 }
-"""Name → head; it is called with the width D, the number of classes C and the scale σ of the cosine classifier."""
+"""Name → head; it is called with the width D, the number of classes C and the fields of its options."""

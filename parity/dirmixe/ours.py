@@ -88,8 +88,8 @@ def compare_sets(case: Case, job: Job) -> list[Row]:
     labels, positions = _images_of_lists(case, cfg) if case["list"] else _images_of_cifar(info.num_classes)
     different = []
     for trial, shift in enumerate(build_distributions(DistributionSettings.of(cfg), info, labels)):
-        assert shift.learn is not None
-        for name, chosen in (("learn", shift.learn), ("evaluate", shift.positions)):
+        assert shift.learn_positions is not None
+        for name, chosen in (("learn", shift.learn_positions), ("evaluate", shift.positions)):
             images = positions[chosen].sort().values
             different.append(not torch.equal(images, original[f"{name}.{trial}"].sort().values))
     assert len(different) == 18

@@ -38,7 +38,7 @@ class EnsembleOptions:
 class AlphaOptions:
     """Share of the trained run."""
 
-    ensemble_alpha: float = option(
+    alpha: float = option(
         0.5,
         "Share of the trained run in ensemble wise and logits.",
         key="ensemble_alpha",
@@ -52,7 +52,7 @@ class AlphaOptions:
 class RunsOptions:
     """Other runs."""
 
-    ensemble_runs: list[str] | None = option(
+    runs: list[str] | None = option(
         None,
         "Folders of the other finished runs of ensemble soup, separated by commas.",
         as_paths,

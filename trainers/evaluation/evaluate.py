@@ -13,11 +13,19 @@ from tailtune.datasets import DataBundle, DataInfo
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
+from tailtune.trainers.evaluation.adaptation import ADAPTS, UnlabelledTest
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
-from tailtune.trainers.evaluation.expert_weights import ADAPTS, adapt
-from tailtune.trainers.evaluation.inference import LOGITS, VAL_LOGITS, Logits, infer, save_logits, stored_logits
+from tailtune.trainers.evaluation.inference import (
+    LOGITS,
+    VAL_LOGITS,
+    Logits,
+    infer,
+    rows_of,
+    save_logits,
+    stored_logits,
+)
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
@@ -67,10 +75,10 @@ class Evaluation:
             return False
         if self.accelerator.is_main_process:
             info = self.build.info()
-            shifts = self._asked(self.build.distributions(info, found.labels))
+            distributions = self._asked(self.build.distributions(info, found.labels))
             self._keep(found, val)
-            measured = plain_results(found, shifts, info.groups)
-            self._aim(found, val, shifts, info, measured)
+            measured = plain_results(found, distributions, info.groups)
+            self._aim(found, val, distributions, info, measured)
             every = self.build.outline().asks_every_expert
             self._finish(self.trained_result(), found, val, info.groups, measured, every)
         return True
@@ -99,7 +107,7 @@ class Evaluation:
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
         """Run the method over the images; `result` is metrics.json so far."""
         test_time.prepare(method, self.plan.test_prec)
-        shifts = self._asked(data.test_distributions)
+        distributions = self._asked(data.test_distributions)
         found, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
         wants_val = found is None or self.plan.needs_val
         if found is None:
@@ -109,22 +117,22 @@ class Evaluation:
         found = found if self.accelerator.is_main_process else None  # stored ones are read by all
         if found is not None:
             self._keep(found, val)
-        measured = {} if found is None else plain_results(found, shifts, data.info.groups)
+        measured = {} if found is None else plain_results(found, distributions, data.info.groups)
         if self.plan.adapts:
-            self._adapt(method, data, found, shifts, measured)
+            self._adapt(method, data, found, distributions, measured)
 
         def aim() -> None:
             if found is not None:
-                self._aim(found, val, shifts, data.info, measured)
+                self._aim(found, val, distributions, data.info, measured)
 
         on_main(self.accelerator, aim)
         if found is not None:
             self._finish(result, found, val, data.info.groups, measured, method.asks_every_expert)
 
-    def _asked(self, shifts: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
+    def _asked(self, distributions: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
         """The label distributions of the test images, none where the training images are evaluated."""
         if not self.plan.test_train:
-            return shifts
+            return distributions
         if self.plan.asked:
             self.note(f"test_train: {', '.join(self.plan.asked)}: of test images, and left out")
         return ()
@@ -134,7 +142,7 @@ class Evaluation:
         method: Method,
         data: DataBundle,
         plain: Logits | None,
-        shifts: Sequence[TestDistribution],
+        distributions: Sequence[TestDistribution],
         measured: Results,
     ) -> None:
         """Add what `adapt` makes of each distribution to `measured`, on the first process."""
@@ -145,16 +153,25 @@ class Evaluation:
             log.info("views of the test images, pass %d", number + 1)
             return infer(predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number)
 
-        shifts = [each for each in shifts if each.name in measured]
-        learnt = adapt(ADAPTS[plan.adapt], plan.recipe, plain, shifts, passes, self.accelerator)
-        for name, learner in learnt.items():
-            metrics = evaluate(*learner.predictions(), data.info.groups)
+        distributions = [each for each in distributions if each.name in measured]
+        test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
+        adapted = ADAPTS[plan.adapt].run(test, plan.adapt_options)
+        if plain is None:
+            return
+        for name, predictions in adapted.items():
+            labels = plain.labels[rows_of(plain, predictions.positions)]
+            metrics = evaluate(predictions.logits, labels, data.info.groups)
             predictors = measured[name]["predictors"]
             gain = metrics["accuracy"] - predictors["plain"]["accuracy"]
-            predictors[plan.adapt] = {**metrics, "gain": gain, **learner.facts()}
+            predictors[plan.adapt] = {**metrics, "gain": gain, **predictions.facts}
 
     def _aim(
-        self, found: Logits, val: Logits | None, shifts: Sequence[TestDistribution], info: DataInfo, measured: Results
+        self,
+        found: Logits,
+        val: Logits | None,
+        distributions: Sequence[TestDistribution],
+        info: DataInfo,
+        measured: Results,
     ) -> None:
         """Add what `target_prior` makes of each distribution to `measured`."""
         if self.plan.target is None or self.plan.test_train:
@@ -163,7 +180,7 @@ class Evaluation:
         method = self.build.trained_outline()
         if self.folder.foreign is None and facts.exists():  # without the lists, the data's names may be placeholders
             info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
-        for text in add_target_results(self.plan.target, method, found, val, shifts, info, measured):
+        for text in add_target_results(self.plan.target, method, found, val, distributions, info, measured):
             self.note(text, warn=True)
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
@@ -190,10 +207,10 @@ class Evaluation:
 
     def _keep(self, found: Logits, val: Logits | None) -> None:
         """Save the logits, before anything is made of them that may be refused."""
-        for name, each in ((LOGITS, found), (VAL_LOGITS, val)):
-            if each is not None:
+        for name, logits in ((LOGITS, found), (VAL_LOGITS, val)):
+            if logits is not None:
                 path = self.decision.target / name
-                self.folder.seal({path: save_logits(path, each, self._key(name))})
+                self.folder.seal({path: save_logits(path, logits, self._key(name))})
 
     def _finish(
         self,
@@ -209,14 +226,14 @@ class Evaluation:
         about = {**self.plan.options, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
-        for split, each in (("test", found), ("val", val)):
-            if each is not None:
-                metrics = evaluate(combine(each.logits), each.labels, groups)
+        for split, logits in (("test", found), ("val", val)):
+            if logits is not None:
+                metrics = evaluate(combine(logits.logits), logits.labels, groups)
                 if not asks_every_expert and not self.plan.tte_mode:  # of one forward, not of several views
                     model = self.build.outline().model
-                    used = usage_report(each.logits, each.labels, groups, model, self.plan.resolution)
+                    used = usage_report(logits.logits, logits.labels, groups, model, self.plan.resolution)
                     metrics["experts_used"] = used
-                result[split] = {**metrics, "bad_images": each.bad_images + each.left_out}
+                result[split] = {**metrics, "bad_images": logits.bad_images + logits.left_out}
         if distributions:
             result["distributions"] = distributions
         if summary := dirichlet_summary(distributions):

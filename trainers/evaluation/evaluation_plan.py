@@ -8,11 +8,12 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode, schema_of, values_of
 from tailtune.configs.key import TEST
+from tailtune.configs.option import options_from
 from tailtune.datasets import DataInfo, build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
-from tailtune.trainers.evaluation.expert_weights import Recipe
+from tailtune.trainers.evaluation.adaptation import ADAPTS
 from tailtune.trainers.evaluation.target_prior import TargetPlan
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import Method
@@ -35,7 +36,8 @@ class EvaluationPlan:
     """Which of `OF_TEST_IMAGES` are given."""
     test_train: bool
     adapt: str | None
-    recipe: Recipe
+    adapt_options: Any
+    """Options of the adaptation; None without one."""
     target: TargetPlan | None
     tte_mode: str | None
     """Entry of TEST_TIME; None: one view of an image."""
@@ -58,7 +60,7 @@ class EvaluationPlan:
             asked=tuple(key for key in OF_TEST_IMAGES if cfg[key] is not None),
             test_train=cfg.test_train,
             adapt=cfg.adapt,
-            recipe=Recipe.of(cfg),
+            adapt_options=cfg.adapt and options_from(ADAPTS[cfg.adapt].Options, cfg, cfg.adapt),
             target=TargetPlan.of(cfg),
             tte_mode=cfg.tte_mode if cfg.tte else None,
             test_prec=cfg.test_prec,
@@ -71,7 +73,7 @@ class EvaluationPlan:
 
     @property
     def adapts(self) -> bool:
-        """Whether weights of experts are learnt."""
+        """Whether predictions are adapted to the test images."""
         return self.adapt is not None and not self.test_train
 
     @property

@@ -1,4 +1,4 @@
-"""ADAPTS: weights of the experts for a test set of unknown class frequencies, learnt without its labels.
+"""Weights of the experts for a test set of unknown class frequencies, learnt without its labels: for `ADAPTS`.
 
 SADE (Zhang et al. 2022, section 4.2): of experts that were trained for different class frequencies, those that fit the
 test set change their prediction least between two views of an image. The network stays as it is and its logits are
@@ -14,15 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.configs import CfgNode
-from tailtune.configs.errors import UserError, lookup
-from tailtune.configs.option import option, options_from
+from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
-from tailtune.configs.value_parsers import as_str
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation.inference import Logits, rows_of
-from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
 
 LEAST = 0.05
@@ -33,22 +29,6 @@ AT_ONCE = 4096
 
 of_predictions = partial(option, cls="test", logits=False)
 """An option that changes what is made of the experts' logits, not the logits."""
-
-
-@dataclass(frozen=True)
-class AdaptOptions:
-    """Whether weights of the experts are learnt at test time, and from which views."""
-
-    adapt: str | None = of_predictions(
-        None,
-        "Method that learns a weight for each expert from test images without labels. None means that all experts "
-        "count alike.",
-        as_str,
-        table="ADAPTS",
-    )
-    adapt_views: str = of_predictions(
-        "sade_imagenet", "Random transform that makes the two views of an image for `adapt`.", table="AUGMENTS"
-    )
 
 
 @dataclass(frozen=True)
@@ -74,13 +54,12 @@ class Recipe:
         most=10**6,
     )
     seed: int = of_predictions(
-        0, "Random seed of the views and their order in `adapt`.", key="adapt_seed", least=0, most=2**63 - 1
+        0,
+        "Random seed of the views and their order in `adapt`, and of the order in target_prior estimate_online.",
+        key="adapt_seed",
+        least=0,
+        most=2**63 - 1,
     )
-
-    @classmethod
-    def of(cls, cfg: CfgNode) -> "Recipe":
-        """The options of the learner that `adapt` names."""
-        return options_from(ADAPTS[cfg.adapt].Options, cfg, cfg.adapt)
 
 
 def objective(views: Tensor, weights: Tensor, factor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -183,13 +162,14 @@ class Learner:
             self.path.append(self.weights.tolist())
 
     def predictions(self) -> tuple[Tensor, Tensor]:
-        """Combined logits [n, C] and labels [n]."""
+        """Combined logits [n, C] and the positions of their images in the split [n]."""
         return self.combined(self.positions)
 
     def combined(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As `predictions`, for images at some positions [n]."""
         rows = rows_of(self.plain, positions)
-        logits = [combine(self.plain.logits[each], self.weights) for each in rows.split(AT_ONCE)]
-        return torch.cat(logits), self.plain.labels[rows]
+        logits = [combine(self.plain.logits[part], self.weights) for part in rows.split(AT_ONCE)]
+        return torch.cat(logits), self.plain.index[rows]
 
     def facts(self) -> dict[str, Any]:
         """For metrics.json."""
@@ -218,41 +198,15 @@ class StreamLearner(Learner):
             self.path.append(self.weights.tolist())
 
     def predictions(self) -> tuple[Tensor, Tensor]:
-        logits, labels = zip(*self.seen, strict=True)
-        return torch.cat(logits), torch.cat(labels)
-
-
-ADAPTS: Mapping[str, type[Learner]] = {"sade": Learner, "sade_online": StreamLearner}
-
-
-def check_adapt(adapt: str | None, method: Method, name: str) -> None:
-    """Refuse what cannot be adapted, without images or weights.
-
-    Args:
-        adapt: the option.
-        method: what predicts; meta tensors will do.
-        name: of the method, for people.
-
-    Raises:
-        UserError: an unknown entry, one expert, or a method that does not ask every expert about an image.
-    """
-    if adapt is None:
-        return
-    lookup(ADAPTS, adapt, "adapt")
-    if method.model.num_experts == 1:
-        raise UserError(f"adapt {adapt} weighs experts, and this run has one; set num_experts, or adapt none")
-    if not method.asks_every_expert:
-        raise UserError(
-            f"adapt {adapt} weighs all experts, and method {name} asks only some of them about an image; "
-            "set adapt none, or adapt the run that this one started from"
-        )
+        logits, positions = zip(*self.seen, strict=True)
+        return torch.cat(logits), torch.cat(positions)
 
 
 def adapt(
     kind: type[Learner],
     recipe: Recipe,
     plain: Logits | None,
-    shifts: Sequence[TestDistribution],
+    distributions: Sequence[TestDistribution],
     passes: Callable[[int], Logits | None],
     accelerator: Accelerator,
 ) -> dict[str, Learner]:
@@ -267,7 +221,9 @@ def adapt(
     """
     learners: dict[str, Learner] = {}
     if plain is not None:
-        learners = {each.name: kind(each.name, plain, each.positions, recipe, each.learn_positions) for each in shifts}
+        learners = {
+            each.name: kind(each.name, plain, each.positions, recipe, each.learn_positions) for each in distributions
+        }
     number = 0
     while on_main(accelerator, lambda: any(each.running for each in learners.values())):
         _one_pass(learners, passes(number))

@@ -21,7 +21,7 @@ HOTTEST = 20.0
 
 
 def frequencies(counts: Tensor) -> Tensor:
-    """Counts [C], not nec. whole → class frequencies [C] in fp64, none of them 0."""
+    """Counts [C], which need not be whole → class frequencies [C] in fp64, none of them 0."""
     counts = counts.double() + PSEUDO
     return counts / counts.sum()
 

@@ -26,7 +26,7 @@ class Earlier:
     fresh: bool
     """This run has just begun; else it resumes, and has what it took over already."""
     tensors: Callable[[], dict[str, Tensor]]
-    """What it trained, by name; refuses (`UserError`) another base model or other classes than those at hand."""
+    """The tensors that it trained, by name; raises a `UserError` for another base model or other classes than here."""
     method: Callable[[], "Method"]
     """The trained method of that run: frozen, in eval mode, on the device."""
 
@@ -131,7 +131,7 @@ class Method(StagedModule):
 
     def loss_of_each(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The configured loss of every expert's logits [B, E, C] for itself, added up; the weight is that of one."""
-        terms = [self.loss_of(each, batch) for each in logits.unbind(1)]
+        terms = [self.loss_of(of_expert, batch) for of_expert in logits.unbind(1)]
         return torch.stack([loss_sum for loss_sum, _ in terms]).sum(), terms[0][1]
 
     def step(self, loss_sum: Tensor, weight: Tensor, logits: Tensor) -> Step:
@@ -149,7 +149,7 @@ class Method(StagedModule):
     def sample_weights(self, batch: Batch) -> Tensor:
         """What each sample counts in the loss, [B]: its own weight and, once `drw_epoch` has come, its class's.
 
-        Deferred re-weighting (Cao et al. 2019) for any loss; a `forward` of one's own takes its weights from here.
+        Deferred re-weighting (Cao et al. 2019) for any loss; a method with a `forward` takes its weights from here.
         The batch stays as it is: the trainer counts by it.
         """
         weights: Tensor = batch["weight"]
@@ -175,16 +175,16 @@ class Method(StagedModule):
     def assumed_prior(self) -> Tensor:
         """log p [E, C] in fp64: the class prior of which the logits of each expert are the posterior.
 
-        Another prior q is answered by z + log q − log p. Who changes logits before the loss says here by how much.
+        Logits for another prior q are z + log q − log p. A method that changes logits before the loss overrides this.
         """
         return self.objective.assumed().expand(self.model.num_experts, -1)
 
     def counts(self) -> dict[str, int]:
-        """Parameters: those of the model, and what the method has beside it, which counts as a tuner."""
-        inside, counts = {id(each) for each in self.model.parameters()}, self.model.counts()
-        own = [each for each in self.parameters() if id(each) not in inside]
-        trains = sum(each.numel() for each in own if each.requires_grad)
-        more = {"total": sum(each.numel() for each in own), "tuner": trains, "trainable": trains}
+        """Numbers of parameters: the model's, and those of the method itself, which count as a tuner's."""
+        of_model, counts = {id(parameter) for parameter in self.model.parameters()}, self.model.counts()
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in of_model]
+        trains = sum(parameter.numel() for parameter in rest if parameter.requires_grad)
+        more = {"total": sum(parameter.numel() for parameter in rest), "tuner": trains, "trainable": trains}
         return {name: count + more.get(name, 0) for name, count in counts.items()}
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ class Method(StagedModule):
         self.model.init_head(context)
 
     def after(self, earlier: Earlier) -> None:
-        """Once a launch that trains, before the first step, where `after` names an earlier run."""
+        """Take what is needed of the run that `after` names; once a launch that trains, before its first step."""
         if earlier.fresh:
             self.start_from(earlier.tensors())
 
@@ -223,14 +223,18 @@ class Method(StagedModule):
                 parameter.requires_grad_(False)
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begin where an earlier run ended (`after`), with all that it trained; refuses what `taken_over` does."""
-        own = trained_state(self)
+        """Copy what an earlier run trained, to begin where it ended.
+
+        Raises:
+            UserError: as `taken_over`.
+        """
+        state = trained_state(self)
         with torch.no_grad():
-            for name, each in self.taken_over(tensors).items():
-                own[name].copy_(each)
+            for name, tensor in self.taken_over(tensors).items():
+                state[name].copy_(tensor)
 
     def fits(self, earlier: "Method") -> None:
-        """Refuse (`UserError`) a run to come after, known by its method alone, before it has been trained."""
+        """Raise a `UserError` if this run cannot continue the one of an `earlier` method, which is not trained yet."""
         self.taken_over(trained_state(earlier))
 
     def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -239,9 +243,9 @@ class Method(StagedModule):
         Raises:
             UserError: the earlier run trained what this one does not, which would be lost, or not what this one keeps.
         """
-        own = trained_state(self)
+        state = trained_state(self)
         tensors = {name: tensor for name, tensor in tensors.items() if not self.discards(name)}
-        lost = [n for n, each in tensors.items() if n not in own or own[n].shape != each.shape]
+        lost = [name for name, tensor in tensors.items() if name not in state or state[name].shape != tensor.shape]
         if lost:
             raise UserError(
                 f"after: the earlier run trained {lost[0]} and {len(lost) - 1} more tensors that this run does not "
@@ -265,7 +269,7 @@ class Method(StagedModule):
             self.model.before_training(steps)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
-        """Before each epoch, and before the rest of one that is resumed. Who overrides it calls `super`'s too."""
+        """Before each epoch, and before the rest of a resumed one. A method that overrides it calls `super`'s too."""
         self.epoch = epoch
 
     def before_step(self, step: int) -> None:

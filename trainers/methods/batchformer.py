@@ -31,7 +31,7 @@ class Options:
     )
     chunks: int = option(
         1,
-        "Number of parts of a micro-batch whose images attend to each other only, as on so many GPUs.",
+        "Number of parts of a micro-batch. Images attend only to images of their part, as on as many GPUs.",
         least=1,
         most=10**4,
     )

@@ -60,7 +60,7 @@ class DirMixE(Method):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
-        if objective.loss is not cross_entropy:
+        if objective.loss.function is not cross_entropy:
             raise UserError("method dirmixe adjusts the logits itself: use loss_type CE")
         if self.options.concentration <= 0:
             raise UserError(f"dirmixe.concentration {self.options.concentration:g}: it must be above 0, such as 10000")

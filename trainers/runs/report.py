@@ -172,13 +172,14 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
     if not distributions:
         return []
     every = [result["predictors"] for result in distributions.values()]
-    adapts = sorted({name for predictors in every for name, values in predictors.items() if "weights" in values})
+    adapts = sorted({name for predictors in every for name in predictors} - {"plain", "target_prior"})
+    weighs = [name for name in adapts if all("weights" in predictors[name] for predictors in every)]
     wide = max(max(map(len, distributions)), 12) + 1
     columns = ["all", "many", "medium", "few", "expected", *(text for name in adapts for text in (name, "gain"))]
     aims = [predictors["target_prior"]["kind"] for predictors in every if "target_prior" in predictors]
     columns += [f"for {Path(aims[0]).stem}", "gain", "KL"] if aims else []
     head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{each:>{max(9, len(each) + 2)}}" for each in columns)
-    head += "   weights of the experts" if adapts else ""
+    head += "   weights of the experts" if weighs else ""
     lines = ["", head, "─" * len(head)]
     for (title, result), predictors in zip(distributions.items(), every, strict=True):
         values = [predictors["plain"][name] for name in ("accuracy", *SHOT_GROUPS)] + [result["expected_accuracy"]]
@@ -186,7 +187,7 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
         values += [predictors["target_prior"][key] for key in ("accuracy", "gain", "kl") if aims]
         texts = (number(v, 4 if name == "KL" else 2) for name, v in zip(columns, values, strict=True))
         cells = (f"{text:>{max(9, len(name) + 2)}}" for name, text in zip(columns, texts, strict=True))
-        weights = (" ".join(f"{weight:.2f}" for weight in predictors[name]["weights"]) for name in adapts)
+        weights = (" ".join(f"{weight:.2f}" for weight in predictors[name]["weights"]) for name in weighs)
         lines.append("   ".join([f"{title:<{wide}}{result['n']:>8,}" + "".join(cells), *weights]))
     return lines
 

@@ -1,0 +1,39 @@
+"""Options of what is trained. Those of single methods stand beside the methods, those of losses beside the losses."""
+
+from dataclasses import dataclass
+
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_int, as_str
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What is trained, and what it starts from."""
+
+    method: str = option(
+        "classify", "Training method: how the loss is made of the experts' logits.", table="METHODS", zero_shot=False
+    )
+    after: str | None = option(
+        None,
+        "Model config of an earlier run, which is finished first and which this run starts from. None means no such "
+        "run.",
+        as_str,
+        zero_shot=False,
+    )
+    loss_type: str = option("LA", "Loss that training minimises.", table="LOSSES")
+    drw_epoch: int | None = option(
+        None,
+        "Epoch (the first is 0) from which on the loss weights classes by their effective number of images. None means "
+        "never.",
+        as_int,
+        least=0,
+        most=10**6,
+    )
+    sampler: str = option("shuffle", "Which training images make up an epoch.", table="SAMPLERS")
+    pair_sampler: str | None = option(
+        None,
+        "How a second training image is chosen beside each one, for method h2t. None means that there is none.",
+        as_str,
+        table="SAMPLERS",
+        zero_shot=False,
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs import CfgNode, load_configs
+from tailtune.configs.option import options_from
 from tailtune.datasets import build_info
 from tailtune.models import build_model, resolve
 from tailtune.parity.errors import error, largest_error, number_error, with_prefix
@@ -242,7 +243,7 @@ def compare_weights(case: Case, job: Job) -> list[Row]:
             views = [network(images.flatten(0, 2)).unflatten(0, images.shape[:3]) for images in crops]
     both = torch.stack(views, 3).flatten(1, 2)  # [epochs, N, 2, E, C]
     positions = torch.arange(both.shape[1])
-    recipe = replace(Recipe.of(cfg), batch_size=job.inputs["view1"].shape[2])
+    recipe = replace(options_from(Recipe, cfg, cfg.adapt), batch_size=job.inputs["view1"].shape[2])
     plain = Logits(both[0, :, 0], torch.zeros_like(positions), positions)
     torch.set_default_dtype(torch.float64)
     learner = InOrder("", plain, positions, recipe)

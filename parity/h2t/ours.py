@@ -38,7 +38,7 @@ def compare_stage(case: Case, job: Job) -> list[Row]:
     draws = torch.Generator().manual_seed(case["stage"])
     if isinstance(method, Mixup):
         drawn = zip(original["shares"].tolist(), original["orders"], strict=True)
-        method.draw = lambda _: next(drawn)  # type: ignore[method-assign,assignment]
+        method.draw = lambda _: next(drawn)  # type: ignore[assignment]
     with mock.patch.object(h2t, "generator", lambda *_: draws):  # one stream for all steps, as theirs
         losses, rates, figures["gradients"] = three_epochs(cfg, method, job, with_prefix(original, "gradient."))
     figures["loss"] = error(losses[0], original["losses"][0])
@@ -100,7 +100,9 @@ def compare_loss(case: Case, job: Job) -> list[Row]:
     _, method = build(case, case["our_options"])
     logits = job.inputs[f"logits.{case['data']}"][:, : case["experts"]].clone().requires_grad_()
     batch = {"label": job.inputs[f"labels.{case['data']}"], "weight": torch.ones(SAMPLES).double()}
-    loss_sum, weight = method.loss(logits, batch)
+    with mock.patch.object(method.model, "logits", lambda features: features):
+        head_logits = method.head_logits(logits)  # as the method changes the logits of its heads
+    loss_sum, weight = method.loss(head_logits, batch)
     loss = loss_sum / weight
     loss.backward()
     assert logits.grad is not None

@@ -286,7 +286,7 @@ def test_several_processes_stop_at_the_same_step(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"WORLD_SIZE": "x"}, "WORLD_SIZE 'x'"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x'"),
         ({"WORLD_SIZE": "2"}, "no RANK"),
         ({"LOCAL_RANK": "0", "RANK": "0"}, "no WORLD_SIZE"),
     ],

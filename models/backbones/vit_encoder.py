@@ -242,7 +242,7 @@ class ViTEncoder(Encoder):
         for name, weight in self._frozen_parameters():
             full = self._full_precision_weights.pop(name, weight.data)
             if compute.itemsize < full.dtype.itemsize:
-                self._full_precision_weights[name] = full.cpu()
+                self._full_precision_weights[name] = full if full.is_meta else full.cpu()
             weight.data = full.to(weight.device, compute)
         for index, block in enumerate(self.net.blocks):
             sites = {site: [module for blocks in self.sites for module in blocks[index][site]] for site in SITES}

@@ -191,6 +191,7 @@ WILD: Mapping[Callable[[Any], Any], Texts] = {
     values.as_ints: st.lists(st.integers(-1, 10**10), max_size=3).map(str),
     values.as_factors: st.dictionaries(st.sampled_from(["tuner", "head", "x"]), st.floats() | st.integers()).map(str),
     values.as_triple: st.lists(st.floats(0, 2), min_size=2, max_size=4).map(str),
+    values.as_pair: st.lists(st.floats(0, 1), min_size=1, max_size=3).map(str),
 }
 """Parser → text of its kind, sensible or not."""
 MODEST: Mapping[Callable[[Any], Any], Texts] = {

@@ -47,7 +47,7 @@ class Mixup(Wrapper):
     def forward(self, batch: Batch) -> Step:
         if not self.training:
             return super().forward(batch)
-        share, order = self._draw(len(batch["label"]))
+        share, order = self.draw(len(batch["label"]))
         order = moved(order, batch["label"].device)
         logits = self.expert_logits(mixed(self.model.normalised(batch["image"]), share, order))
         batch = {**batch, "weight": batch["weight"] * batch["weight"][order]}
@@ -57,7 +57,7 @@ class Mixup(Wrapper):
             share * loss_sum + (1 - share) * other_sum, share * weight + (1 - share) * other_weight, logits
         )
 
-    def _draw(self, count: int) -> tuple[float, Tensor]:
+    def draw(self, count: int) -> tuple[float, Tensor]:
         """λ and the order of the second images [B]. λ is NumPy's: torch draws Beta from its global generator only."""
         draws, alpha = self.draws("mixup"), self.options.alpha
         order = torch.randperm(count, generator=draws, device="cpu")

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # Python starts with this file's folder on its path;
 from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
 from tailtune.models.tuners.table import TUNERS
-from tailtune.trainers.evaluation.adaptation import ADAPTS
+from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.target_prior import TARGETS
 from tailtune.trainers.methods import METHODS

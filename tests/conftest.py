@@ -91,7 +91,8 @@ def offline(**environment: str) -> dict[str, str]:
     return {**os.environ, **own, **environment}
 
 
-LONGEST = ("test_demo.py", "test_core.py", "test_resume.py")
+LONGEST = ("test_core.py", "test_resume.py", "test_ensembles.py", "test_cli.py", "test_options.py", "test_contract.py")
+LONGEST += ("test_bad_input.py", "test_composition.py", "test_literal.py", "test_resnet.py", "test_demo.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

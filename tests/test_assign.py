@@ -220,12 +220,12 @@ def test_shares() -> None:
     logits = some_logits()
     assert expert_usage(logits) == pytest.approx([37.5, 37.5, 25])
     assert expert_usage(torch.randn(4, 3, 10)) == [0, 0, 100]
-    assert is_finite(logits, routes=True) and not is_finite(logits, routes=False)
+    assert is_finite(logits, asks_every_expert=False) and not is_finite(logits, asks_every_expert=True)
     logits[0, 0, 3] = torch.nan
-    assert not is_finite(logits, routes=True)
+    assert not is_finite(logits, asks_every_expert=False)
     logits = some_logits()
     logits[4, 0] = torch.nan
-    assert not is_finite(logits, routes=True), "the first expert is always asked"
+    assert not is_finite(logits, asks_every_expert=False), "the first expert is always asked"
 
 
 def test_cost_of_one_to_three_experts(config: Config) -> None:

@@ -79,13 +79,6 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def tuner_pairs() -> list[tuple[object, ...]]:
-    pairs = [(a, b) for a in TUNERS for b in TUNERS if a < b and {a, b} != {"vpt_shallow", "vpt_deep"}]
-    on_vit = [(a, True, b, True) for a, b in pairs if "bn_tuning" not in (a, b)]
-    on_convnet = [(*CONVNET, a, True, b, True) for a, b in pairs if {a, b} <= set(ON_CONVNET)]
-    return [*on_vit, *on_convnet]
-
-
 ALL_AT_ONCE = [name for name in TUNERS if name not in ("bn_tuning", "vpt_shallow")]
 """Tuners that one ViT can have together; `make test-slow` goes through every pair."""
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from tiers import slow_except
 from yacs.config import CfgNode
 
 from tailtune.configs import FOLDER
@@ -336,8 +337,10 @@ def test_persistent_workers_follow_the_sampler() -> None:
     assert [i for batch in loader for i in batch["index"].tolist()] == orders[0][48:]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("world", "batch_size"), [(1, 16), (3, 4), (7, 16)])
+LOADERS = [(workers, *shards) for shards in ((1, 16), (3, 4), (7, 16)) for workers in (0, 2)]
+
+
+@pytest.mark.parametrize(("workers", "world", "batch_size"), slow_except([(2, 3, 4), (0, 7, 16)], LOADERS))
 def test_evaluation_sees_each_image_once(workers: int, world: int, batch_size: int) -> None:
     test = build_data(fake()).test
     shards = [list(eval_loader(test, batch_size, workers, rank, world)) for rank in range(world)]

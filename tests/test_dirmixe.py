@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiers import slow_except
 from torch import Tensor, nn
 from trajectories import killed_after, trained
 from yacs.config import CfgNode
@@ -272,7 +273,7 @@ def test_who_resumes_repeats_the_shuffles() -> None:
     assert torch.equal(at(later, 11, 3).priors, epochs[3][1].priors)
 
 
-@pytest.mark.parametrize("pool", ["fresh", "recycled"])
+@pytest.mark.parametrize("pool", slow_except(["recycled"], ["fresh", "recycled"]))
 def test_killed_and_resumed(pool: str, config: Config, tmp_path: Path) -> None:
     """Bitwise the run that was not killed; the semi-variance is on in the second epoch."""
     words = "num_epochs 2 max_steps 8 batch_size 32 save_every 3 max_test_images 8 test_dists None adapt None"

@@ -8,6 +8,7 @@ import torch
 from conftest import Cli
 from safetensors.torch import load_file
 from test_bad_input import one_line
+from tiers import slow_except
 from trajectories import killed_after
 from yacs.config import CfgNode
 
@@ -33,7 +34,7 @@ def weights(run: str) -> dict[str, torch.Tensor]:
     return load_file(Path("output") / run / "checkpoint" / "tensors.safetensors")
 
 
-@pytest.mark.parametrize("teacher", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("teacher", slow_except([OTHERS["another network"]], OTHERS.values()), ids=OTHERS)
 def test_a_killed_student_finds_its_teacher_again(teacher: str, launch: Cli) -> None:
     words = f"{STUDENT} method distill {TEACHER} {teacher}"
     for name in ("whole", "killed"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Cli
 from safetensors.torch import load_file
+from tiers import slow_except
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -174,9 +175,10 @@ def test_wise_after_an_earlier_run_and_of_another_run(launch: Cli) -> None:
 # --- of logits -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "experts", ["num_experts 1", "num_experts 2 expert_split 2 lora True method sade loss_type CE"]
-)
+OF_TWO = "num_experts 2 expert_split 2 lora True method sade loss_type CE"
+
+
+@pytest.mark.parametrize("experts", slow_except([OF_TWO], ["num_experts 1", OF_TWO]))
 def test_logits_of_each_expert_and_zero_shot(experts: str, launch: Cli) -> None:
     words = f"{PEFT} {experts}"
     done(launch, words, "output_dir run")

@@ -370,8 +370,8 @@ def test_a_tuner_of_peft_merges_beside_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "host, names",
-    slow_except(  # test_literal.py has a CLIP's ViT
-        [(resnet, "ssf_attn")], [(timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")]
+    slow_except(  # test_literal.py has a CLIP's ViT, test_experts.py one of ImageNet
+        [], [(timm_vit, "vpt_deep adaptformer mask ssf_attn"), (resnet, "ssf_attn")]
     ),
     ids=lambda each: getattr(each, "__name__", each),
 )
@@ -431,7 +431,7 @@ def test_every_head_has_a_formula() -> None:
     "backbone, resolution, name",
     [
         ("CLIP-ViT-B/16", 224, "vit_base_patch16_clip_quickgelu_224"),
-        ("CLIP-ViT-L/14@336px", 336, "vit_large_patch14_clip_quickgelu_224"),
+        pytest.param("CLIP-ViT-L/14@336px", 336, "vit_large_patch14_clip_quickgelu_224", marks=pytest.mark.slow),
         ("open_clip:ViT-B-32", 224, "vit_base_patch32_clip_224"),
         ("IN21K-ViT-B/16@384px", 384, "vit_base_patch16_384"),
         ("CLIP-RN50", 224, "RN50-quickgelu"),

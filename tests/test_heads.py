@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from small import head_context, head_with
+from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -226,7 +227,7 @@ def test_tuners_have_no_part_in_it(name: str, config: Config) -> None:
     assert torch.allclose(plain, tuned, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", HEAD_INITS)
+@pytest.mark.parametrize("name", slow_except(["class_mean", "linear_probe", "text_feat"], HEAD_INITS))
 @pytest.mark.usefixtures("few_iterations")
 def test_every_process_has_the_head_that_one_would_have(name: str, config: Config) -> None:
     """An odd number of images on two processes, one of them with padding."""
@@ -283,7 +284,10 @@ STRINGS = {
 }
 
 
-@pytest.mark.parametrize("prompt", [*PROMPTS, "a photo of {} | art of a {}."])
+SEVERAL = "a photo of {} | art of a {}."
+
+
+@pytest.mark.parametrize("prompt", slow_except(["default", SEVERAL], [*PROMPTS, SEVERAL]))
 @torch.no_grad()
 def test_text_features_go_back_through_the_projection(config: Config, prompt: str, tmp_path: Path) -> None:
     """w = normalise(P·t), t the mean of the normalised features of a class's sentences, however many each has."""

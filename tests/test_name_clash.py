@@ -11,7 +11,7 @@ OTHERS = {"datasets": "class Dataset: ...\nclass IterableDataset: ...\nMINE = 1\
 """Packages of other people: of Hugging Face's `datasets` what Accelerate imports from it."""
 
 
-@pytest.mark.parametrize("where", ["main.py", "a module of ours", "python -c"])
+@pytest.mark.parametrize("where", ["main.py", "a module of ours", pytest.param("python -c", marks=pytest.mark.slow)])
 def test_other_packages_of_these_names_are_found(where: str, tmp_path: Path) -> None:
     packages, code = tmp_path / "packages", "import datasets, models; print(datasets.MINE + models.MINE)"
     for name, text in OTHERS.items():

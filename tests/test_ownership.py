@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 from conftest import Cli
 from test_bad_input import FAKE, RUN, SHORT, data, one_line, refuses, signal_after  # noqa: F401
 from test_bad_input import OWN as OWN_DATA
+from tiers import slow_except
 
 from tailtune.trainers.storage.manifest import LOCK, MARKER, Manifest
 
@@ -31,10 +33,12 @@ def put(folder: Path, name: str) -> None:
         path.write_text("years")
 
 
-@pytest.mark.parametrize(
-    "name", [*NAMES, "splits", "stage1", "notes.txt", "logits.safetensors", ".lock", LOCK + ".old"]
-)
-@pytest.mark.parametrize("words", ["", "resume False", "loss_type LAX", "test_only True"])
+OTHERS = [*NAMES, "splits", "stage1", "notes.txt", "logits.safetensors", ".lock", LOCK + ".old"]
+COMMANDS = ["", "resume False", "loss_type LAX", "test_only True"]
+EITHER = [(name, words) for name, words in product(OTHERS, COMMANDS) if name == "notes.txt" or not words]
+
+
+@pytest.mark.parametrize(("name", "words"), slow_except(EITHER, product(OTHERS, COMMANDS)))
 def test_a_folder_of_others_is_refused(launch: Cli, name: str, words: str) -> None:
     put(RUN, name)
     before = everything(RUN)

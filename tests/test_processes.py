@@ -81,7 +81,7 @@ def test_a_worker_killed_while_training(launch: Cli) -> None:
     assert "resuming after step" in done.stdout
 
 
-@pytest.mark.parametrize("dims", [4, 5], ids=["evaluating", "adapting"])
+@pytest.mark.parametrize("dims", [4, pytest.param(5, marks=pytest.mark.slow)], ids=["evaluating", "adapting"])
 def test_a_worker_killed_while_evaluating(launch: Cli, monkeypatch: pytest.MonkeyPatch, dims: int) -> None:
     killed: list[int] = []
 

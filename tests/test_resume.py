@@ -11,29 +11,33 @@ import torch
 from conftest import ROOT, Cli, offline
 from safetensors.torch import load_file
 
-COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none save_every 1 batch_size 8 num_epochs 4 output_dir"
-STEPS = 80  # four epochs of twenty
+COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none save_every 1 batch_size 8 num_epochs {epochs} output_dir {name}"
+STEPS = 20  # of an epoch
 
 TWICE = (
-    (36, signal.SIGKILL),  # within the second epoch
-    (50, signal.SIGTERM),
+    (5, signal.SIGKILL),
+    (24, signal.SIGTERM),  # the last epoch has begun
 )
 OFTEN = (
     (1, signal.SIGKILL),  # the first state is there
-    *TWICE,
+    (36, signal.SIGKILL),  # within the second epoch
+    (50, signal.SIGTERM),
     (61, signal.SIGKILL),  # the last epoch has begun
 )
 
 
-@pytest.mark.parametrize("kills", [TWICE, pytest.param(OFTEN, marks=pytest.mark.slow)], ids=["twice", "often"])
+@pytest.mark.parametrize(
+    ("epochs", "kills"), [(2, TWICE), pytest.param(4, OFTEN, marks=pytest.mark.slow)], ids=["twice", "often"]
+)
 def test_killed_run_equals_undisturbed_run_bitwise(
-    kills: tuple[tuple[int, signal.Signals], ...], launch: Cli, tmp_path: Path
+    epochs: int, kills: tuple[tuple[int, signal.Signals], ...], launch: Cli, tmp_path: Path
 ) -> None:
-    assert launch(COMMAND, "whole").returncode == 0
+    assert launch(COMMAND.format(epochs=epochs, name="whole")).returncode == 0
+    command = COMMAND.format(epochs=epochs, name="killed")
     for step, number in kills:
-        reached = run_until(step, number, tmp_path)
-        assert step <= reached < STEPS, "the run was over before it could be killed"
-    done = launch(COMMAND, "killed")
+        reached = run_until(command, step, number, tmp_path)
+        assert step <= reached < epochs * STEPS, "the run was over before it could be killed"
+    done = launch(command)
     assert done.returncode == 0
     assert "resuming after step" in done.stdout
     whole, killed = (checkpoint(tmp_path / "output" / name) for name in ("whole", "killed"))
@@ -41,13 +45,13 @@ def test_killed_run_equals_undisturbed_run_bitwise(
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-def run_until(step: int, number: signal.Signals, folder: Path) -> int:
+def run_until(words: str, step: int, number: signal.Signals, folder: Path) -> int:
     """Start or continue the run in a process of its own, signal it when the state of a step is there.
 
     Returns:
         The newest step that was saved.
     """
-    command = [sys.executable, str(ROOT / "main.py"), *COMMAND.split(), "killed"]
+    command = [sys.executable, str(ROOT / "main.py"), *words.split()]
     with (folder / "stderr").open("w+") as errors:
         process = subprocess.Popen(
             command, cwd=folder, env=offline(), stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True

@@ -353,7 +353,10 @@ def test_what_is_no_run_is_left_out_and_counted(grid: Callable[[str], str], scri
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", ["reproduce.py --list", "reproduce.py small.yaml --print", "collect.py output/run"])
+PIPES = ["reproduce.py --list", "reproduce.py small.yaml --print", "collect.py output/run"]
+
+
+@pytest.mark.parametrize("words", slow_except(["collect.py output/run"], PIPES))
 def test_a_closed_pipe_is_no_traceback(words: str, grid: Callable[[str], str]) -> None:
     """As in `scripts/reproduce.py --list | head`."""
     grid(SMALL)

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.trainers import micro_batch_probe as autosize
 from tailtune.trainers.methods import Method
 from tailtune.trainers.run import run
 
@@ -67,7 +65,11 @@ def test_auto_micro_batch_halves_until_it_fits(config: Config, tmp_path: Path, m
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
 
 
-def test_not_even_one_image_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autosize, "_fits", lambda *_: False)
+def test_not_even_one_image_fits(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Method, batch: dict[str, Any]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Method, "forward", forward)
     with pytest.raises(UserError, match="not even one image"):
-        autosize.largest_micro_batch(torch.nn.Linear(1, 1), Accelerator(cpu=True), 4, 32)  # type: ignore[arg-type]
+        run(config("fake_lt", "tiny_clip_peft", "pretrained", "none", "max_steps", 1, "micro_batch_size", "auto"))

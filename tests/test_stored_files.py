@@ -44,7 +44,7 @@ def own_run(whole_run: Path, tmp_path: Path) -> Path:
     return tmp_path / RUN
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("how", ["flipped", pytest.param("cut", marks=pytest.mark.slow), "gone"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_changes_no_number(launch: Cli, own_run: Path, name: str, how: str) -> None:
     """The command that trained the run, and one that answers from what it stored."""

@@ -23,9 +23,9 @@ ROOMS = {
     "datasets": {
         "images": set(),
         "sources": {"images", "long_tail"},
-        "splits": {"images", "sources", "long_tail", "options"},
+        "splits": {"images", "sources", "long_tail", "data_settings"},
         "loading": {"data_bundle"},
-        "test_distributions": {"data_bundle", "sources", "long_tail", "options"},
+        "test_distributions": {"data_bundle", "sources", "long_tail", "data_settings"},
     },
     "models": {"backbones": set(), "heads": {"backbones"}, "tuners": {"backbones"}},
     "trainers": {
@@ -52,7 +52,7 @@ TRAPS = {
     r"weights_only=False": "a weights file could run code",
 }
 EXCEPTIONS = {"trainers/export/lift_format.py": "LIFT reads nothing but a pickle; it is one of plain tensors"}
-NAMESAKES = {("expert_weights.py", "sade")}
+NAMESAKES = {("adaptation_table.py", "sade")}
 """Entries of other tables of trainers/ that are called like a method: SADE has both."""
 
 
@@ -94,8 +94,12 @@ def test_imports_between_rooms_point_one_way() -> None:
 
 
 def test_only_the_builder_of_the_data_sees_the_config() -> None:
-    """The builder takes the config, and `of` of the option classes reads it; no other module of datasets/ does."""
-    allowed = {"datasets/__init__.py", "datasets/options.py", "datasets/test_distributions/options.py"}
+    """The builder takes the config, and `of` of the settings reads it; no other module of datasets/ does."""
+    allowed = {
+        "datasets/__init__.py",
+        "datasets/data_settings.py",
+        "datasets/test_distributions/settings.py",
+    }
     files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
     assert {name for name, text in files.items() if name.startswith("datasets/") and "CfgNode" in text} == allowed
 
@@ -134,8 +138,10 @@ def test_the_trainers_name_no_method() -> None:
 
 SEES_THE_CONFIG = {
     **dict.fromkeys(("run.py", "dry_run.py", "validation.py"), "an entry: it calls the builders"),
+    "dry_run_report.py": "it prints what a config says",
     "methods/__init__.py": "build_method, a builder",
     "optim.py": "Plan.of and the checks of its options",
+    "micro_batch_size.py": "it is computed from three options and the number of processes",
     "runs/load_run.py": "it builds the models of finished runs",
     "runs/run_folder.py": "it writes config.yaml and compares a command with it",
     "export/run_command.py": "it writes a config as a command",
@@ -173,3 +179,29 @@ def _without_docstrings(path: Path) -> str:
 
 CODE = {path: _without_docstrings(path) for path in FILES}
 """File → its code, without docstrings and comments."""
+
+
+def private_names() -> set[str]:
+    """Names with an underscore that our packages define: functions, classes, constants, attributes of an object."""
+    found = set()
+    for node in (node for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in found if re.match(r"_[a-zA-Z]", name)}
+
+
+def test_no_test_reads_a_private_name() -> None:
+    """What cannot be seen by public names may change without a test. Names of other packages are not ours."""
+    ours = private_names()
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert node.attr not in ours or own, f"{path.name}:{node.lineno}: {node.attr}"
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tailtune"):
+                names = {alias.name for alias in node.names}
+                assert not names & ours, f"{path.name}:{node.lineno}: {names & ours}"
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tailtune."):
+                assert node.value.rpartition(".")[2] not in ours, f"{path.name}:{node.lineno}: {node.value}"

@@ -12,7 +12,7 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.distributed import world_size
 from tailtune.trainers.evaluation.expert_usage import GIGA, flops_by_experts
 from tailtune.trainers.methods import Method
-from tailtune.trainers.optim import micro_batch_size
+from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.validation import outline
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.methods.base import Method
-from tailtune.trainers.optim import halve
+from tailtune.trainers.micro_batch_size import halve
 
 log = logging.getLogger("tailtune")
 

@@ -1,9 +1,8 @@
-"""Optimizer, learning-rate schedule and batch sizes: what the loop needs to know in numbers."""
+"""OPTIMIZERS and SCHEDULES, and the plan: what the training loop needs to know in numbers."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.option import NoOptions, key_names, option
 from tailtune.configs.value_parsers import as_ints, as_pair
 from tailtune.datasets.loading.samplers import SAMPLERS
+from tailtune.trainers.weight_decay import DECAY_RULES, Groups
 
 LEAST_FP16 = 2**-24
 """The smallest number above 0 that fp16 has."""
@@ -112,37 +112,6 @@ def refuse_unread_options(cfg: CfgNode, kind: str, chosen: str, tables: Mapping[
                 )
 
 
-def micro_batch_size(cfg: CfgNode, world: int) -> int:
-    """Images that one process holds at once; `auto` starts from its whole share.
-
-    Raises:
-        UserError: the share of a process is no multiple of an explicit `micro_batch_size`.
-    """
-    share = math.ceil(cfg.batch_size / world)
-    asked = cfg.micro_batch_size
-    if asked in (None, "auto") or (asked > share and not cfg.micro_explicit):
-        return share
-    if share % asked:
-        per = f" ({share} of batch_size {cfg.batch_size} for each of {world} processes)" if world > 1 else ""
-        raise UserError(
-            f"micro_batch_size {asked} does not divide batch_size {share}{per}; try {_divisor(share, asked)}"
-        )
-    return int(asked)
-
-
-def halve(size: int) -> int:
-    """The largest divisor of `size` that is at most half of it."""
-    return _divisor(size, max(1, size // 2))
-
-
-def _divisor(size: int, at_most: int) -> int:
-    return next(each for each in range(min(size, at_most), 0, -1) if size % each == 0)
-
-
-Groups = list[dict[str, Any]]
-"""Parameter groups of torch: `name`, `params`, and settings of their own such as `weight_decay`."""
-
-
 def _sgd(groups: Groups, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay, nesterov=plan.nesterov
@@ -199,29 +168,6 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sgd": OptimizerEntry(_sgd, SgdOptions, "all", copies=1),
     "adamw": OptimizerEntry(_adamw, AdamWOptions, "matrices", copies=2),
 }
-
-
-def decay_all(groups: Groups) -> Groups:
-    """Weight decay on everything that trains, as LIFT."""
-    return groups
-
-
-def decay_matrices(groups: Groups) -> Groups:
-    """No weight decay on biases, the weights of norms and other parameters of less than two dimensions.
-
-    Each group becomes two of the same name, so that `lr_factors` holds for both.
-    """
-    split: Groups = []
-    for group in groups:
-        matrices = [parameter for parameter in group["params"] if parameter.ndim > 1]
-        rest = [parameter for parameter in group["params"] if parameter.ndim <= 1]
-        split += [{**group, "params": matrices}] if matrices else []
-        split += [{**group, "params": rest, "weight_decay": 0.0}] if rest else []
-    return split
-
-
-DECAY_RULES: dict[str, Callable[[Groups], Groups]] = {"all": decay_all, "matrices": decay_matrices}
-"""Parameter groups → those in which the parameters without weight decay stand apart."""
 
 
 def build_optimizer(groups: Groups, plan: Plan) -> torch.optim.Optimizer:

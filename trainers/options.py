@@ -20,7 +20,7 @@ from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
 from tailtune.models.tuners.peft_table import PEFTS, uses_dropout
 from tailtune.models.tuners.table import TUNERS
-from tailtune.trainers.evaluation.adaptation import ADAPTS, AdaptOptions
+from tailtune.trainers.evaluation.adaptation_table import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions

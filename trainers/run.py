@@ -23,7 +23,8 @@ from tailtune.trainers.export import export
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
-from tailtune.trainers.optim import Plan, micro_batch_size
+from tailtune.trainers.micro_batch_size import micro_batch_size
+from tailtune.trainers.optim import Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
 from tailtune.trainers.runs.load_run import (

@@ -15,14 +15,15 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.trainers.distributed import world_size
-from tailtune.trainers.evaluation.adaptation import check_adapt
+from tailtune.trainers.evaluation.adaptation_table import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
 from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
 from tailtune.trainers.export import EXPORTS
 from tailtune.trainers.methods import Method
-from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors, micro_batch_size
+from tailtune.trainers.micro_batch_size import micro_batch_size
+from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors
 from tailtune.trainers.runs.load_run import make_method, subject_of
 
 

@@ -17,21 +17,21 @@ Results = dict[str, dict[str, Any]]
 SUMMARISED = ("accuracy", "mean_acc", *SHOT_GROUPS)
 
 
-def plain_results(found: Logits, shifts: Sequence[TestDistribution], groups: Mapping[str, Tensor]) -> Results:
+def plain_results(found: Logits, distributions: Sequence[TestDistribution], groups: Mapping[str, Tensor]) -> Results:
     """Every distribution by the mean of the experts, as `distributions` of metrics.json holds it."""
-    if not shifts:
+    if not distributions:
         return {}
     logits = combine(found.logits)
     classes = evaluate(logits, found.labels, groups)["per_class_acc"]
     results: Results = {}
-    for shift in shifts:
-        rows = rows_of(found, shift.positions)
+    for distribution in distributions:
+        rows = rows_of(found, distribution.positions)
         if not len(rows):  # few images, cut by max_test_images
             continue
-        results[shift.name] = {
+        results[distribution.name] = {
             "n": len(rows),
-            "origin": shift.origin,
-            "expected_accuracy": expected_accuracy(classes, shift.counts.tolist()),
+            "origin": distribution.origin,
+            "expected_accuracy": expected_accuracy(classes, distribution.counts.tolist()),
             "predictors": {"plain": evaluate(logits[rows], found.labels[rows], groups)},
         }
     return results

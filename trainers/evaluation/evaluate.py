@@ -13,7 +13,8 @@ from tailtune.datasets import DataBundle, DataInfo
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
-from tailtune.trainers.evaluation.adaptation import ADAPTS, UnlabelledTest
+from tailtune.trainers.evaluation.adaptation import UnlabelledTest
+from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
@@ -75,10 +76,10 @@ class Evaluation:
             return False
         if self.accelerator.is_main_process:
             info = self.build.info()
-            shifts = self._asked(self.build.distributions(info, found.labels))
+            distributions = self._asked(self.build.distributions(info, found.labels))
             self._keep(found, val)
-            measured = plain_results(found, shifts, info.groups)
-            self._aim(found, val, shifts, info, measured)
+            measured = plain_results(found, distributions, info.groups)
+            self._aim(found, val, distributions, info, measured)
             every = self.build.outline().asks_every_expert
             self._finish(self.trained_result(), found, val, info.groups, measured, every)
         return True
@@ -107,7 +108,7 @@ class Evaluation:
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
         """Run the method over the images; `result` is metrics.json so far."""
         test_time.prepare(method, self.plan.test_prec)
-        shifts = self._asked(data.test_distributions)
+        distributions = self._asked(data.test_distributions)
         found, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
         wants_val = found is None or self.plan.needs_val
         if found is None:
@@ -117,22 +118,22 @@ class Evaluation:
         found = found if self.accelerator.is_main_process else None  # stored ones are read by all
         if found is not None:
             self._keep(found, val)
-        measured = {} if found is None else plain_results(found, shifts, data.info.groups)
+        measured = {} if found is None else plain_results(found, distributions, data.info.groups)
         if self.plan.adapts:
-            self._adapt(method, data, found, shifts, measured)
+            self._adapt(method, data, found, distributions, measured)
 
         def aim() -> None:
             if found is not None:
-                self._aim(found, val, shifts, data.info, measured)
+                self._aim(found, val, distributions, data.info, measured)
 
         on_main(self.accelerator, aim)
         if found is not None:
             self._finish(result, found, val, data.info.groups, measured, method.asks_every_expert)
 
-    def _asked(self, shifts: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
+    def _asked(self, distributions: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
         """The label distributions of the test images, none where the training images are evaluated."""
         if not self.plan.test_train:
-            return shifts
+            return distributions
         if self.plan.asked:
             self.note(f"test_train: {', '.join(self.plan.asked)}: of test images, and left out")
         return ()
@@ -142,7 +143,7 @@ class Evaluation:
         method: Method,
         data: DataBundle,
         plain: Logits | None,
-        shifts: Sequence[TestDistribution],
+        distributions: Sequence[TestDistribution],
         measured: Results,
     ) -> None:
         """Add what `adapt` makes of each distribution to `measured`, on the first process."""
@@ -153,7 +154,7 @@ class Evaluation:
             log.info("views of the test images, pass %d", number + 1)
             return infer(predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number)
 
-        distributions = [distribution for distribution in shifts if distribution.name in measured]
+        distributions = [each for each in distributions if each.name in measured]
         test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
         adapted = ADAPTS[plan.adapt].run(test, plan.adapt_options)
         if plain is None:
@@ -166,7 +167,12 @@ class Evaluation:
             predictors[plan.adapt] = {**metrics, "gain": gain, **predictions.facts}
 
     def _aim(
-        self, found: Logits, val: Logits | None, shifts: Sequence[TestDistribution], info: DataInfo, measured: Results
+        self,
+        found: Logits,
+        val: Logits | None,
+        distributions: Sequence[TestDistribution],
+        info: DataInfo,
+        measured: Results,
     ) -> None:
         """Add what `target_prior` makes of each distribution to `measured`."""
         if self.plan.target is None or self.plan.test_train:
@@ -175,7 +181,7 @@ class Evaluation:
         method = self.build.trained_outline()
         if self.folder.foreign is None and facts.exists():  # without the lists, the data's names may be placeholders
             info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
-        for text in add_target_results(self.plan.target, method, found, val, shifts, info, measured):
+        for text in add_target_results(self.plan.target, method, found, val, distributions, info, measured):
             self.note(text, warn=True)
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:

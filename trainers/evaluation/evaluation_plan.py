@@ -13,7 +13,7 @@ from tailtune.datasets import DataInfo, build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
-from tailtune.trainers.evaluation.adaptation import ADAPTS
+from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.target_prior import TargetPlan
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import Method

@@ -206,7 +206,7 @@ def adapt(
     kind: type[Learner],
     recipe: Recipe,
     plain: Logits | None,
-    shifts: Sequence[TestDistribution],
+    distributions: Sequence[TestDistribution],
     passes: Callable[[int], Logits | None],
     accelerator: Accelerator,
 ) -> dict[str, Learner]:
@@ -221,7 +221,9 @@ def adapt(
     """
     learners: dict[str, Learner] = {}
     if plain is not None:
-        learners = {each.name: kind(each.name, plain, each.positions, recipe, each.learn_positions) for each in shifts}
+        learners = {
+            each.name: kind(each.name, plain, each.positions, recipe, each.learn_positions) for each in distributions
+        }
     number = 0
     while on_main(accelerator, lambda: any(each.running for each in learners.values())):
         _one_pass(learners, passes(number))

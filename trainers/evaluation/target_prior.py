@@ -4,7 +4,6 @@ With p the class prior of which softmax(z/T) is the posterior (`Method.assumed_p
 training prior off already) and q the one that is aimed at, z' = z/T + log q − log p. T comes from the validation split.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,12 @@ from tailtune.configs.seeding import generator
 from tailtune.configs.value_parsers import as_path
 from tailtune.datasets.data_bundle import DataInfo, TestDistribution
 from tailtune.datasets.data_settings import DataFolders
-from tailtune.datasets.sources.image_list import first_file
-from tailtune.datasets.sources.text_files import read_json
 from tailtune.datasets.test_distributions.class_order import class_order
 from tailtune.datasets.test_distributions.frequency_rules import frequency_rule
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.distributions import Results
 from tailtune.trainers.evaluation.ensembles import ensemble_named
+from tailtune.trainers.evaluation.frequency_file import read_class_frequencies
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
 from tailtune.trainers.evaluation.metrics import evaluate
@@ -35,10 +33,6 @@ from tailtune.trainers.methods.base import Method, combine
 
 ENTRY = "target_prior"
 """Its name among the predictors of a distribution."""
-TOLERANCE = 0.01
-"""How far the sum of frequencies may be from 1, as it is where each is rounded."""
-LARGEST = 1e15
-"""Of a number in a file of frequencies or counts; sums of such are exact enough."""
 NEVER = 1e-12
 """What a class that never comes counts as, so that every logarithm is finite."""
 
@@ -204,7 +198,7 @@ def target_of(plan: TargetPlan, info: DataInfo, names: Sequence[str] | None = No
     if name in TARGETS:
         return TARGETS[name]
     if name.endswith(".json"):
-        prior = _read_prior(plan, info.num_classes, names)
+        prior = read_class_frequencies(name, plan.folders, info.num_classes, names)
     else:
         try:
             rule = frequency_rule(name, plan.factors, "target_prior")
@@ -216,35 +210,6 @@ def target_of(plan: TargetPlan, info: DataInfo, names: Sequence[str] | None = No
         images = rule(1e6, info.num_classes)  # so many that rounding down does not matter
         prior[torch.from_numpy(plan.class_order(info).copy())] = torch.tensor(images, dtype=torch.float64)
     return lambda case: _fixed(prior / prior.sum())
-
-
-def _read_prior(plan: TargetPlan, num_classes: int, names: Sequence[str] | None) -> Tensor:
-    """Class frequencies of a JSON file, of which whole numbers are counted images, [C]."""
-    name = plan.name
-    file = first_file(str(Path(name).expanduser()), [Path(), *plan.folders])
-    if file is None:
-        raise UserError(f"target_prior: no file '{name}'")
-    content = read_json(file, "target_prior")
-    if isinstance(content, dict):
-        for strange in content.keys() - set(names or content):
-            raise unknown(f"class of target_prior in {file}", strange, names or ())
-        missing = next((each for each in names or () if each not in content), None)
-        if missing is not None:
-            raise UserError(f"target_prior: {file} has no number for class '{missing}'")
-        content = [content[each] for each in names or content]
-    if not isinstance(content, list) or len(content) != num_classes:
-        size = f", not {len(content)}" if isinstance(content, list) else ""
-        raise UserError(f"target_prior: {file} must hold a number for each of the {num_classes} classes{size}")
-    good = all(type(each) in (int, float) and 0 <= each <= LARGEST for each in content)
-    if not good or not sum(content):
-        raise UserError(f"target_prior: {file} must hold numbers from 0 on, not all of them 0")
-    total = math.fsum(content)
-    if abs(total - 1) > TOLERANCE and not all(type(each) is int for each in content):
-        raise UserError(
-            f"target_prior: the class frequencies in {file} sum to {total:.6g}, not to 1; give frequencies that do, or "
-            "numbers of images, as whole numbers"
-        )
-    return torch.tensor(content, dtype=torch.float64) / total
 
 
 def check_target(plan: TargetPlan | None, info: DataInfo) -> None:
@@ -261,7 +226,7 @@ def add_target_results(
     method: Method,
     found: Logits,
     val: Logits | None,
-    shifts: Sequence[TestDistribution],
+    distributions: Sequence[TestDistribution],
     info: DataInfo,
     results: Results,
 ) -> list[str]:
@@ -286,10 +251,10 @@ def add_target_results(
         notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
     scores = combine(found.logits) / hot - prior.float()
     common = (method.log_prior.exp().cpu(), validation, plan.batch_size, plan.seed)
-    for shift in (each for each in shifts if each.name in results):
-        rows = rows_of(found, shift.positions)
-        case = Case(shift.name, scores[rows], found.labels[rows], *common)
-        predictors, answer = results[shift.name]["predictors"], target(case)
+    for distribution in (each for each in distributions if each.name in results):
+        rows = rows_of(found, distribution.positions)
+        case = Case(distribution.name, scores[rows], found.labels[rows], *common)
+        predictors, answer = results[distribution.name]["predictors"], target(case)
         metrics = evaluate(case.scores + answer.used.clamp_min(NEVER).log().float(), case.labels, info.groups)
         predictors[ENTRY] = {
             **metrics,

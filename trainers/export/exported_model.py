@@ -13,10 +13,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import key_names
 from tailtune.models.backbones.backbone_types import PublishedWeights
 from tailtune.models.backbones.vit_layers import apply_tuners
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import (
+    Classifier,
     CosineClassifier,
     L2NormedClassifier,
     LayerNormedClassifier,
@@ -115,8 +117,8 @@ class ExportedModel:
     def describe(self) -> dict[str, Any]:
         """What `facts.json` of every format says about the model."""
         head: dict[str, Any] = {"type": type(self.head).__name__, "apply": FORMULAS.get(type(self.head))}
-        if isinstance(self.head, CosineClassifier):
-            head["scale"] = self.head.scale
+        if isinstance(self.head, Classifier):
+            head |= {name: getattr(self.head, name) for name in key_names(self.head.Options)}
         return {**self.facts, "head": head, "class_names": list(self.class_names)}
 
 

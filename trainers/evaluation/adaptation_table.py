@@ -1,0 +1,71 @@
+"""ADAPTS: the test-time adaptations, and the option that chooses one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_str
+from tailtune.trainers.evaluation.adaptation import Adaptation, AdaptedPredictions, UnlabelledTest
+from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner, adapt, of_predictions
+from tailtune.trainers.methods import Method
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """Whether predictions are adapted to the test images, and from which views."""
+
+    adapt: str | None = option(
+        None,
+        "Test-time adaptation: how predictions are improved from test images without labels. None means not at all.",
+        as_str,
+        cls="test",
+        logits=False,
+        table="ADAPTS",
+    )
+    adapt_views: str = of_predictions(
+        "sade_imagenet", "Random transform that makes the two views of an image for `adapt`.", table="AUGMENTS"
+    )
+
+
+def needs_experts(method: Method, name: str) -> str:
+    """Why the experts of a method cannot be weighed; an empty text if they can."""
+    if method.model.num_experts == 1:
+        return "weighs experts, and this run has one; set num_experts, or adapt none"
+    if not method.asks_every_expert:
+        return (
+            f"weighs all experts, and method {name} asks only some of them about an image; set adapt none, or adapt "
+            "the run that this one started from"
+        )
+    return ""
+
+
+def expert_weights(kind: type[Learner]) -> Adaptation:
+    """The adaptation that learns a weight for each expert, by a class of `expert_weights.py`."""
+
+    def run(test: UnlabelledTest, recipe: Recipe) -> dict[str, AdaptedPredictions]:
+        learners = adapt(kind, recipe, test.plain, test.distributions, test.views, test.accelerator)
+        return {name: AdaptedPredictions(*learner.predictions(), learner.facts()) for name, learner in learners.items()}
+
+    return Adaptation(run, kind.Options, needs_experts)
+
+
+ADAPTS: Mapping[str, Adaptation] = {
+    "sade": expert_weights(Learner),
+    "sade_online": expert_weights(StreamLearner),
+}
+
+
+def check_adapt(adapt: str | None, method: Method, name: str) -> None:
+    """Refuse what cannot be adapted, without images or weights.
+
+    Args:
+        adapt: the option; None passes.
+        method: what predicts, on the meta device.
+        name: name of the method, for the message.
+
+    Raises:
+        UserError: an unknown entry, or a method that it does not fit.
+    """
+    if adapt is not None and (reason := lookup(ADAPTS, adapt, "adapt").check(method, name)):
+        raise UserError(f"adapt {adapt} {reason}")

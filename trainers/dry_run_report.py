@@ -11,7 +11,7 @@ from tailtune.trainers.distributed import world_size
 from tailtune.trainers.memory_estimate import TrainingMemory, as_on_a_gpu, training_memory
 from tailtune.trainers.methods import Earlier, Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.optim import Plan
+from tailtune.trainers.optim import OPTIMIZERS
 from tailtune.trainers.precision import RESIDUAL
 from tailtune.trainers.runs.run_folder import folder_of
 from tailtune.trainers.storage.checkpoint import trained_state
@@ -117,5 +117,4 @@ def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
     if before:
         method.after(Earlier(True, lambda: trained_state(before[-1]), lend))
     method = as_on_a_gpu(method, cfg.prec, RESIDUAL[cfg.residual_dtype])
-    states = 1 if Plan.of(cfg, 1).momentum else 0
-    return training_memory(method, cfg.resolution, states, beside)
+    return training_memory(method, cfg.resolution, OPTIMIZERS[cfg.optimizer].copies, beside)

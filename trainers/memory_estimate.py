@@ -68,18 +68,18 @@ def as_on_a_gpu(method: Method, prec: str, residual: torch.dtype | None) -> Meth
     return method.train()
 
 
-def training_memory(method: Method, resolution: int, states: int, beside: Sequence[nn.Module] = ()) -> TrainingMemory:
+def training_memory(method: Method, resolution: int, copies: int, beside: Sequence[nn.Module] = ()) -> TrainingMemory:
     """The memory of training a method that lies on the meta device in the arithmetic of training.
 
     Args:
         resolution: side of the images, in pixels.
-        states: numbers that the optimizer keeps for each weight.
+        copies: numbers that the optimizer keeps for each weight.
         beside: modules that the method keeps outside itself, such as a teacher.
     """
     weights = [weight for module in (method, *beside) for weight in module.parameters()]
     trained = 4 * sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
     parameters = sum(weight.numel() * weight.element_size() for weight in weights)
-    return TrainingMemory(parameters, trained, states * trained, _of_image(method, resolution) if trained else 0)
+    return TrainingMemory(parameters, trained, copies * trained, _of_image(method, resolution) if trained else 0)
 
 
 def _of_image(method: Method, resolution: int) -> int | None:

@@ -1,52 +1,105 @@
-"""The examples of docs/adding.md run as they stand there."""
+"""The examples of docs/contributing.md run as they stand there: in a copy of the project, one after another."""
 
-import importlib.util
 import json
-import re
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from yacs.config import CfgNode
+from guide import ROOT, Example, examples
 
-from tailtune.configs import load_configs
-from tailtune.trainers.methods import METHODS
-from tailtune.trainers.options import declared
-from tailtune.trainers.run import run
-
-Config = Callable[..., CfgNode]
-PAGE = (Path(__file__).parent.parent / "docs" / "adding.md").read_text(encoding="utf-8")
 MOST_LINES = 40
+"""Of the example of a method, with its line in the table and its config."""
+CONTRACTS = ("test_contract.py", "test_options.py", "test_shipped_configs.py")
+"""Test files that run over the tables; the default tier runs wholly after the last example."""
+KINDS = {each.kind: each for each in examples()}
+RUNS = {
+    "loss": "loss_type Poly poly.epsilon 2",
+    "tuner": "scale_norm1 True",
+    "head": "classifier PoweredClassifier poweredclassifier.tau 0.7 init_head none",
+    "sampler": "sampler square_root",
+    "test-time adaptation": "adapt tent tent.lr 0.01 test_dists uniform,backward5",
+    "target prior": "target_prior square_root test_dists uniform,backward5",
+}
+"""Part → options with which a run uses it. The method has a config of its own, and the data set needs a download."""
 
 
-def example(path: str) -> str:
-    """The code block that begins with a comment of this path."""
-    found = re.search(rf"^```\w+\n# {re.escape(path)}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    assert found, path
-    return found[1]
+def test_every_kind_has_an_example() -> None:
+    assert KINDS.keys() == {*RUNS, "method", "data set"}
 
 
-def test_an_expert_method_is_short_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole example, trained for two steps on images of 32 pixels: its file, its line, its config, its result."""
-    parts = ("trainers/methods/spread.py", "trainers/methods/__init__.py", "configs/model/resnet32_spread.yaml")
-    code, _, config = map(example, parts)
-    assert sum(len(example(each).splitlines()) for each in parts) <= MOST_LINES
-    file = tmp_path / "spread.py"
-    file.write_text(code)
-    spec = importlib.util.spec_from_file_location("spread", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(METHODS, "spread", module.Spread)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_example_touches_the_files_that_the_page_names(kind: str) -> None:
+    example = KINDS[kind]
+    assert {block["file"] for block in example.blocks} == set(example.files)
+    most = {"loss": 1, "tuner": 2, "sampler": 1, "target prior": 1}.get(kind, 2)
+    assert len([file for file in example.files if not file.startswith("configs/")]) <= most
 
-    options = yaml.safe_load(config)
-    options["test_dists"] = "uniform,backward5"
-    quick = {"prec": "fp32", "max_steps": 2, "batch_size": 16, "num_workers": 0, "adapt_epochs": 1}
-    options |= {"max_test_images": 30, "spread.strongest": 1.5, "output_dir": str(tmp_path / "run"), **quick}
-    pairs = [str(word) for pair in options.items() for word in pair]
-    cfg = load_configs("fake_lt", "resnet32_ce", pairs, declared())[-1]
-    assert cfg.spread.strongest == 1.5
-    result = json.loads((run(cfg) / "metrics.json").read_text())
-    assert result["train"]["steps"] == 2
-    assert len(result["distributions"]["backward5"]["predictors"]["sade"]["weights"]) == 3
+
+def test_the_example_of_a_method_is_short() -> None:
+    assert sum(len(block["code"].splitlines()) for block in KINDS["method"].blocks) <= MOST_LINES
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the project's files, without what git ignores."""
+    root = tmp_path_factory.mktemp("guide") / "tailtune"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for file in files.splitlines():
+        if (ROOT / file).is_file():
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, root / file)
+    yield root
+    shutil.rmtree(root)
+
+
+def python(root: Path, *arguments: str) -> str:
+    """Run Python in a copy; returns its output. The test fails with the output where the program does."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout[-6000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def trained(root: Path, model: str, options: str) -> dict[str, object]:
+    """Train for two steps in a copy; returns metrics.json."""
+    quick = "max_steps 2 batch_size 16 micro_batch_size 16 num_workers 0 max_test_images 30 output_dir run"
+    python(root, "main.py", "-d", "fake_lt", "-m", model, *options.split(), *quick.split())
+    result: dict[str, object] = json.loads((root / "output" / "run" / "metrics.json").read_text())
+    shutil.rmtree(root / "output" / "run")
+    return result
+
+
+def apply(root: Path, example: Example) -> None:
+    """Add a part to a copy as a contributor does; nothing but the files that the page names changes."""
+    example.apply(root)
+    for script in ("make_options.py", "make_composition.py"):  # what `make docs` runs
+        python(root, f"scripts/{script}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_example_taken_literally(copy: Path, kind: str) -> None:
+    """Each part in turn, beside those before it; the tests over the tables pass with it, and a run uses it."""
+    apply(copy, KINDS[kind])
+    python(copy, "-m", "pytest", "-q", *(f"tests/{name}" for name in CONTRACTS))
+    if kind in RUNS:
+        result = trained(copy, "tiny_clip_peft", RUNS[kind])
+        assert result["train"]["steps"] == 2  # type: ignore[index]
+    elif kind == "method":
+        options = "spread.strongest 1.5 test_dists uniform,backward5 adapt_epochs 1 prec fp32"
+        found = trained(copy, "resnet32_spread", options)["distributions"]
+        assert len(found["backward5"]["predictors"]["sade"]["weights"]) == 3  # type: ignore[index]
+    else:
+        assert "10" in python(copy, "main.py", "-d", "fashion_mnist_ir100", "-m", "tiny_clip_peft", "--dry-run")
+
+
+@pytest.mark.slow
+def test_the_default_tests_pass_with_all_of_them(copy: Path) -> None:
+    """The whole default tier, in the copy with every example."""
+    python(copy, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")

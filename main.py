@@ -9,12 +9,16 @@ if __name__ == "__main__":  # first of all, so that Ctrl-C during the imports en
 
     end_at_signals()
 
+import os
+import sys
+
+if __name__ == "__mp_main__":  # a process that multiprocessing has spawned: its path is ours, without the checkout
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import argparse
 import json
 import logging
-import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn

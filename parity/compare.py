@@ -12,7 +12,7 @@ subject's part of docs/parity.json. Exits with 1 if an error is above the tolera
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # Python starts with this file's folder on its path; the one above it holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune import main as tailtune

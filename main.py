@@ -141,7 +141,7 @@ def run_command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     # torchmetrics imports matplotlib, which would log a message about its font cache on a new machine.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from tailtune.trainers.options import declared  # torch and timm load here, after --help and --list
+    from tailtune.trainers.option_schema import declared  # torch and timm load here, after --help and --list
 
     stages = load_configs(args.data, args.model, pairs, declared())
     return dry_run(stages, args.all) if args.dry_run else run_all(stages)
@@ -164,8 +164,8 @@ def dry_run(stages: list[CfgNode], all_options: bool) -> int:
         The exit code 0.
     """
     from tailtune.trainers import dry_run as dryrun
+    from tailtune.trainers.config_checks import validate
     from tailtune.trainers.dry_run_report import report
-    from tailtune.trainers.validation import validate
 
     methods = validate(stages)
     result, derived = dryrun.dry_run(stages[-1], methods[-1])
@@ -182,9 +182,9 @@ def run_all(stages: list[CfgNode]) -> int:
     Returns:
         The exit code 0.
     """
+    from tailtune.trainers.config_checks import validate
     from tailtune.trainers.run import run
     from tailtune.trainers.runs.run_folder import RunFolder
-    from tailtune.trainers.validation import validate
 
     folder = None
     last = stages[-1]

@@ -42,7 +42,7 @@ from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.evaluation.tta import plain, separate
 from tailtune.trainers.methods import Method
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import make_method
 from tailtune.trainers.runs.report import hardware
 from tailtune.trainers.storage.atomic_io import write_json

@@ -25,8 +25,8 @@ from tailtune.configs import load_configs
 from tailtune.datasets import build_info
 from tailtune.models import build_model, resolve
 from tailtune.trainers.methods import build_method
-from tailtune.trainers.optim import Plan, build_optimizer
-from tailtune.trainers.options import declared
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.runs.report import hardware
 

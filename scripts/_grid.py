@@ -157,7 +157,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
 def config(words: Sequence[str]) -> CfgNode:
     """The resolved config of a command, from its words behind `python main.py`."""
     from tailtune.models import resolve
-    from tailtune.trainers.options import declared
+    from tailtune.trainers.option_schema import declared
 
     flags, pairs = split_arguments(words)
     return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
@@ -165,8 +165,8 @@ def config(words: Sequence[str]) -> CfgNode:
 
 def result(words: Sequence[str]) -> Path | None:
     """The metrics.json that a command has written; None if it has not finished."""
+    from tailtune.trainers.runs.resume_decision import still_true
     from tailtune.trainers.runs.run_folder import RunFolder
-    from tailtune.trainers.runs.stored_results import still_true
 
     folder = RunFolder(config(words))
     path = folder.target() / "metrics.json"

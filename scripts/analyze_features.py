@@ -20,7 +20,7 @@ from tailtune.main import Parser, exit_code_of, split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.feature_analysis import heat_map, histograms, split_features, summary
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.processes.console_log import start_console
 from tailtune.trainers.runs.load_run import trained_method
 from tailtune.trainers.runs.run_folder import RunFolder

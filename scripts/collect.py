@@ -101,7 +101,7 @@ def _identity(folder: Path, contents: Result) -> str:
     """All options of a run and of its evaluation, without the seed and the checkpoint."""
     from tailtune.configs import load_resolved, values_of
     from tailtune.configs.key import TRAIN
-    from tailtune.trainers.options import declared
+    from tailtune.trainers.option_schema import declared
 
     trained = values_of(load_resolved(_run_folder(folder) / "config.yaml", declared()), TRAIN)
     tested = {key: value for key, value in contents.get("evaluation", {}).items() if key not in ("checkpoint", "of")}

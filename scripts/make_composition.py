@@ -21,12 +21,12 @@ if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; 
 from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
 from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.config_checks import validate
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.target_prior import TARGETS
 from tailtune.trainers.methods import METHODS
-from tailtune.trainers.options import declared
-from tailtune.trainers.validation import validate
+from tailtune.trainers.option_schema import declared
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, ARRAY = ROOT / "docs" / "composition.md", ROOT / "docs" / "composition.json"

@@ -15,7 +15,7 @@ if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; 
 from tailtune.configs import Schema
 from tailtune.configs import value_parsers as values
 from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, plain
-from tailtune.trainers.options import choices_of, declared
+from tailtune.trainers.option_schema import choices_of, declared
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "options.md"

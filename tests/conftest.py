@@ -17,7 +17,7 @@ from tailtune import main
 from tailtune.configs import load_configs
 from tailtune.datasets.sources.fake import fake_sources
 from tailtune.models import resolve
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., subprocess.CompletedProcess[str]]

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.trainers.config_checks import outline
 from tailtune.trainers.evaluation.expert_weights import (
     LEAST,
     Learner,
@@ -27,7 +28,6 @@ from tailtune.trainers.evaluation.expert_weights import (
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.methods import METHODS, Method
 from tailtune.trainers.methods.base import combine
-from tailtune.trainers.validation import outline
 
 E, B, C = 3, 4, 10
 ROWS = {

@@ -20,6 +20,7 @@ from tailtune.configs import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.evaluation.expert_usage import (
     expert_usage,
@@ -34,7 +35,6 @@ from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
 from tailtune.trainers.runs.report import usage_line
 from tailtune.trainers.storage.resume_states import ResumeStates
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 RESNET = ("pretrained", "none", "init_head", "none", "reduce_dimension", True, "resolution", "none")

@@ -22,15 +22,15 @@ from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, tokenize
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.processes.interrupts import Agreement, Interrupted
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 CONVNET = "timm:test_resnet.r160_in1k"

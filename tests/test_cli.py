@@ -23,9 +23,9 @@ from tailtune.configs import config_hash, load_configs, load_resolved, names
 from tailtune.datasets import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run
-from tailtune.trainers.options import declared
-from tailtune.trainers.validation import check
+from tailtune.trainers.option_schema import declared
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none"
 SHORT = f"{FAKE} num_epochs 2 output_dir run"

@@ -36,11 +36,11 @@ from tailtune.trainers.evaluation.evaluate import Evaluation
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Earlier
-from tailtune.trainers.optim import Plan, build_optimizer
-from tailtune.trainers.options import declared
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import FinishedRun, make_method
+from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
-from tailtune.trainers.runs.stored_results import Decision
 from tailtune.trainers.storage.checkpoint import (
     copy_state,
     fingerprint,

@@ -21,7 +21,7 @@ from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Earlier, Method, build_method
-from tailtune.trainers.optim import Plan, build_optimizer
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.storage.checkpoint import fingerprint, load_checkpoint, save_checkpoint, trained_state
 

@@ -32,7 +32,7 @@ from tailtune.datasets.sources.image_sources import BadImage
 from tailtune.datasets.sources.inaturalist import taxon_labels
 from tailtune.datasets.sources.published_lists import PUBLISHED, published_at
 from tailtune.datasets.splits.unreadable_images import UnreadableImages
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 """A folder that may hold unpacked local data (`cifar10_jpeg`, `lt_lists`); what is absent is skipped."""

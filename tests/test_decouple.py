@@ -16,11 +16,11 @@ from tailtune.configs import UserError
 from tailtune.datasets import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.storage.checkpoint import trained_state
 from tailtune.trainers.storage.resume_states import ResumeStates
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 LINEAR = ("classifier", "LinearClassifier")

@@ -14,7 +14,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from tailtune.configs import load_configs
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
 
 pytestmark = pytest.mark.xdist_group("demo")  # its runs are shared

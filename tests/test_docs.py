@@ -13,8 +13,8 @@ from tailtune.configs import load_configs, names
 from tailtune.datasets import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
-from tailtune.trainers.options import declared
-from tailtune.trainers.validation import check
+from tailtune.trainers.config_checks import check
+from tailtune.trainers.option_schema import declared
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/tiny_clip/README.md"]

@@ -15,12 +15,12 @@ from yacs.config import CfgNode
 
 from tailtune.datasets import build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.trainers.config_checks import outline
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.zero_shot_ensembles import WithZeroShot, pretraining_prior, zero_shot_of
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.runs.load_run import make_method
-from tailtune.trainers.validation import outline
 
 Config = Callable[..., CfgNode]
 PEFT = "-d fake_lt -m tiny_clip_peft max_steps 2 batch_size 32 max_test_images 30"

@@ -526,6 +526,6 @@ def test_a_zero_shot_model_is_exported(launch: Cli) -> None:
 
 
 def test_the_formats_are_those_of_the_option() -> None:
-    from tailtune.trainers.options import declared
+    from tailtune.trainers.option_schema import declared
 
     assert set(declared()["export"].choices) == EXPORTS.keys() and CosineClassifier in FORMULAS

@@ -16,13 +16,13 @@ from yacs.config import CfgNode
 from tailtune.configs import load_configs, names, values_of
 from tailtune.datasets import build_info
 from tailtune.models import build_model, resolve
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import Earlier, Method, build_method
-from tailtune.trainers.optim import Plan, build_optimizer, set_lr
-from tailtune.trainers.options import declared
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import trained_state
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 KINDS = ("_ride", "_sade", "_dirmixe", "_batchformer", "_ce", "_ldam_drw", "_bs", "_crt", "_lws", "_tau_norm")

@@ -19,16 +19,16 @@ from tailtune.configs import UserError, load_configs
 from tailtune.configs.seeding import generator
 from tailtune.datasets import build_info
 from tailtune.models import build_model
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.losses import LOSSES, Prior, log_prior
 from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.methods.base import Objective
 from tailtune.trainers.methods.h2t import channels, fused
 from tailtune.trainers.methods.reslt import ResLT
 from tailtune.trainers.methods.ride import Ride
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.checkpoint import load_checkpoint, save_checkpoint, trained_state
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])

@@ -32,9 +32,9 @@ from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.prompts import PROMPTS, fill
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import build_method
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 

@@ -36,10 +36,10 @@ from tailtune.configs.value_parsers import (
     as_str,
 )
 from tailtune.models.heads.head_init import HEAD_INITS, HeadContext
+from tailtune.trainers.config_checks import outline
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import METHODS
-from tailtune.trainers.options import declared
-from tailtune.trainers.validation import outline
+from tailtune.trainers.option_schema import declared
 
 SCHEMA = declared()
 KEYS = {key: SCHEMA[key] for key in SCHEMA.settable()}
@@ -200,7 +200,7 @@ def test_patterns_and_numbers_for_peft(value: str, told: Told, monkeypatch: pyte
 
 def test_a_model_that_this_machine_cannot_hold(launch: Cli, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run may be of another machine's work."""
-    monkeypatch.setattr("tailtune.trainers.validation.memory", lambda: 10**6)
+    monkeypatch.setattr("tailtune.trainers.config_checks.memory", lambda: 10**6)
     assert told("adapter_dim", 4096) == ""
     one_line(launch(f"{FAKE} adapter_dim 4096"), "parameters", "GB", "adapter_dim", "num_classes")
     assert not Path("output").exists()

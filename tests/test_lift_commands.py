@@ -17,9 +17,9 @@ from tiers import slow_except
 from tailtune.configs import CfgNode, load_configs, values_of
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.scripts import _grid
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run
-from tailtune.trainers.options import declared
-from tailtune.trainers.validation import check
+from tailtune.trainers.option_schema import declared
 
 SCHEMA = declared()
 

@@ -36,11 +36,11 @@ from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.tuners.peft_wrapper import add_peft
+from tailtune.trainers.config_checks import outline
 from tailtune.trainers.export import EXPORTS, ExportedModel, export
 from tailtune.trainers.export.loading_code import how_to_prepare, preprocessing
 from tailtune.trainers.export.run_command import command_of
 from tailtune.trainers.methods import Method
-from tailtune.trainers.validation import outline
 
 Config = Callable[..., CfgNode]
 RUN = Path("output/run")

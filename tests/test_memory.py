@@ -17,7 +17,7 @@ from tailtune.trainers.dry_run_report import memory_of
 from tailtune.trainers.memory_estimate import SavedBytes
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import outline
 
 LIMIT = 16 * 2**30

@@ -12,8 +12,8 @@ from tailtune.configs import CfgNode, load_configs
 from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.scripts._grid import names
-from tailtune.trainers.options import declared
-from tailtune.trainers.validation import check
+from tailtune.trainers.config_checks import check
+from tailtune.trainers.option_schema import declared
 
 TEXT = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 ORIGINAL = {

@@ -15,10 +15,10 @@ from trajectories import killed_after, trained
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.trainers.optim import OPTIMIZERS, Plan, build_optimizer, learning_rate, set_lr
+from tailtune.trainers.config_checks import check
+from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 ADAMW = ("optimizer", "adamw")

@@ -47,8 +47,8 @@ from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
-from tailtune.trainers.optim import Plan, build_optimizer, set_lr
-from tailtune.trainers.options import TABLES, declared
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
+from tailtune.trainers.option_schema import TABLES, declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_options import TrainingOptions

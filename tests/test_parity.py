@@ -18,7 +18,7 @@ from tailtune.parity.compare import SUBJECTS, main
 from tailtune.parity.errors import error, largest_error, number_error
 from tailtune.parity.job import Case, Job, Tensors, chosen
 from tailtune.trainers.losses import LOSSES
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 PARITY = json.loads((Path(__file__).parent.parent / "docs" / "parity.json").read_text())
 CASES: list[dict[str, Any]] = PARITY["cases"]

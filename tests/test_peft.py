@@ -25,11 +25,11 @@ from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.tuners.peft_adapter import AdaLora, PeftAdapter, export_adapter, merge_adapter
 from tailtune.models.tuners.peft_table import PEFTS, REFUSED_TYPES, find_peft_type
 from tailtune.models.tuners.peft_wrapper import add_peft
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import forward_flops
 from tailtune.trainers.methods import Method, build_method
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.storage.checkpoint import copy_state, fingerprint, trained_state
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 FIT: dict[str, dict[str, Any]] = {

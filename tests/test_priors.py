@@ -20,6 +20,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.samplers import SAMPLERS
+from tailtune.trainers.config_checks import outline
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
@@ -27,7 +28,6 @@ from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, TargetPlan
 from tailtune.trainers.losses import LOSSES, Prior, effective_weights, log_prior
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.base import Objective
-from tailtune.trainers.validation import outline
 
 Config = Callable[..., CfgNode]
 COUNTS = torch.tensor([80, 40, 10, 4])

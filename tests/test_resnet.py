@@ -24,13 +24,13 @@ from tailtune.models.backbones.resnet_encoder import ResNetEncoder
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import heads_of
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run, forward_flops
 from tailtune.trainers.export import export
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.runs.load_run import subject_of
 from tailtune.trainers.storage.checkpoint import trained_state
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 TINY, TINY_CIFAR = ResNetDesign((1, 1, 1, 1), bottleneck=True), ResNetDesign((1, 1, 1), cifar=True)

@@ -12,9 +12,9 @@ from trajectories import killed_after, trained
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.trainers.optim import SCHEDULES, Plan, build_optimizer, check_factors, set_lr
+from tailtune.trainers.config_checks import check
+from tailtune.trainers.optimizers_and_schedules import SCHEDULES, Plan, build_optimizer, check_factors, set_lr
 from tailtune.trainers.run import run
-from tailtune.trainers.validation import check
 
 Config = Callable[..., CfgNode]
 RIDE = ("schedule", "multistep", "num_epochs", 200, "lr", 0.1, "lr_steps", "[160,180]", "lr_gamma", 0.01)

@@ -24,8 +24,8 @@ from tailtune.configs.key import TEST, TRAIN
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts import _grid, collect, reproduce
 from tailtune.scripts._table import number
+from tailtune.trainers.config_checks import check
 from tailtune.trainers.evaluation.metrics import evaluate
-from tailtune.trainers.validation import check
 
 TINY = "pretrained none max_steps 4 batch_size 8 max_test_images 20"
 SMALL = f"""# Two losses on gratings

@@ -23,7 +23,7 @@ from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
 from tailtune.datasets.test_distributions.published_order import introsort_argsort
 from tailtune.datasets.test_distributions.settings import DistributionSettings
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 DEFAULTS = declared().defaults

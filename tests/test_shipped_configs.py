@@ -14,7 +14,7 @@ from tailtune.configs.key import TRAIN
 from tailtune.datasets import build_info
 from tailtune.models import BACKBONES
 from tailtune.trainers.dry_run import dry_run
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]

@@ -137,10 +137,10 @@ def test_the_trainers_name_no_method() -> None:
 
 
 SEES_THE_CONFIG = {
-    **dict.fromkeys(("run.py", "dry_run.py", "validation.py"), "an entry: it calls the builders"),
+    **dict.fromkeys(("run.py", "dry_run.py", "config_checks.py"), "an entry: it calls the builders"),
     "dry_run_report.py": "it prints what a config says",
     "methods/__init__.py": "build_method, a builder",
-    "optim.py": "Plan.of and the checks of its options",
+    "optimizers_and_schedules.py": "Plan.of and the checks of its options",
     "micro_batch_size.py": "it is computed from three options and the number of processes",
     "runs/load_run.py": "it builds the models of finished runs",
     "runs/run_folder.py": "it writes config.yaml and compares a command with it",

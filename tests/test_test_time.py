@@ -17,7 +17,7 @@ from tailtune.datasets.loading.data_loader import collate
 from tailtune.models import build_model
 from tailtune.trainers.evaluation.tta import AT_ONCE, TEST_TIME, averaged, plain
 from tailtune.trainers.methods import Method, build_method
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
 
 Config = Callable[..., CfgNode]

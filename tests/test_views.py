@@ -16,7 +16,7 @@ from tailtune.configs.seeding import seeded
 from tailtune.datasets import build_data, build_info
 from tailtune.datasets.images import transforms
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 Config = Callable[..., CfgNode]
 DEFAULTS = declared().defaults

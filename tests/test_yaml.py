@@ -11,7 +11,7 @@ from tailtune.configs import UserError, load_configs, load_resolved
 from tailtune.configs.value_parsers import as_mapping
 from tailtune.configs.yaml_reader import MAX_LENGTH, MAX_VALUES, parse_yaml, read_yaml
 from tailtune.datasets.sources.text_files import read_json
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(8)

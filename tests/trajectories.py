@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tailtune.configs import load_configs
 from tailtune.trainers.methods import Method
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
 
 STEPS = 10  # two epochs of five steps; the last step of an epoch is partial

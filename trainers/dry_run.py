@@ -9,11 +9,11 @@ from tailtune.configs.option import key_names
 from tailtune.models import ClassificationModel, resolve, tuner_options
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.models.tuners.table import TUNERS
+from tailtune.trainers.config_checks import outline
 from tailtune.trainers.distributed import world_size
 from tailtune.trainers.evaluation.expert_usage import GIGA, flops_by_experts
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.validation import outline
 
 
 def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,7 @@ from tailtune.trainers.distributed import world_size
 from tailtune.trainers.memory_estimate import TrainingMemory, as_on_a_gpu, training_memory
 from tailtune.trainers.methods import Earlier, Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.optim import OPTIMIZERS
+from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS
 from tailtune.trainers.precision import RESIDUAL
 from tailtune.trainers.runs.run_folder import folder_of
 from tailtune.trainers.storage.checkpoint import trained_state

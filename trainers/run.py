@@ -15,6 +15,7 @@ from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
+from tailtune.trainers.config_checks import validate
 from tailtune.trainers.distributed import Devices, launched_alone, make_accelerator, on_main, uses_cuda
 from tailtune.trainers.evaluation.ensembles import ensemble_named, ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
@@ -24,7 +25,7 @@ from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
 from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.optim import Plan
+from tailtune.trainers.optimizers_and_schedules import Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
 from tailtune.trainers.runs.load_run import (
@@ -36,14 +37,13 @@ from tailtune.trainers.runs.load_run import (
     trained_method,
 )
 from tailtune.trainers.runs.report import RunLabel, TrainReport, headline, read_result, summary, table
+from tailtune.trainers.runs.resume_decision import Command, Decision, decide, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder, kept_splits
-from tailtune.trainers.runs.stored_results import Command, Decision, decide, trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.trainer import Trainer
-from tailtune.trainers.validation import validate
 
 log = logging.getLogger("tailtune")
 

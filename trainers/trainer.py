@@ -19,7 +19,7 @@ from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.distributed import share_statistics, to_device
 from tailtune.trainers.methods.base import Batch, Method, Step
-from tailtune.trainers.optim import Plan, build_optimizer, learning_rate, set_lr
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Progress

@@ -12,7 +12,7 @@ from tailtune.datasets import build_info
 from tailtune.models import resolve
 from tailtune.parity.experts.cases import STEPS
 from tailtune.parity.job import Case, Tensors
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 CONFIGS = {
     "cifar10_ir100": ("cifar10.json", "resnet32_dirmixe", 8, 32),

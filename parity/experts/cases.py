@@ -10,7 +10,7 @@ from tailtune.configs import load_configs
 from tailtune.datasets import build_info
 from tailtune.models import resolve
 from tailtune.parity.job import Case, Tensors
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 STEPS = 3
 SIZES = {"resnet32": (8, 32), "resnet10": (4, 224)}

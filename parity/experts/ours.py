@@ -22,8 +22,8 @@ from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.foreign_checkpoints import ride
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.methods.dirmixe import Draws
-from tailtune.trainers.optim import Plan, build_optimizer, set_lr
-from tailtune.trainers.options import declared
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FIGURES = ("logits", "loss", "gradients", "after_3_steps", "rates", "value")

@@ -11,7 +11,7 @@ from tailtune.datasets import build_info
 from tailtune.models import resolve
 from tailtune.parity.experts.cases import STEPS
 from tailtune.parity.job import Case, Tensors
-from tailtune.trainers.options import declared
+from tailtune.trainers.option_schema import declared
 
 RATIOS = {"cifar100_ir100": "001", "cifar100_ir50": "002", "cifar100_ir200": "0005"}
 """Our data config → the imbalance in the names of their configs."""

@@ -20,7 +20,7 @@ from tailtune.parity.subject import Row
 from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.methods import Method, h2t
 from tailtune.trainers.methods.mixup import Mixup
-from tailtune.trainers.optim import Plan, build_optimizer, set_lr
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
 
 GROUPS = {"many": torch.arange(36), "med": torch.arange(36, 71), "few": torch.arange(71, 100)}
 """Classes of the groups in their configs."""

@@ -26,8 +26,8 @@ from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.foreign_checkpoints import lift
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.methods import Method, build_method
-from tailtune.trainers.optim import Plan, build_optimizer, set_lr
-from tailtune.trainers.options import declared
+from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps", "float64", "value")

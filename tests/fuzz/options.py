@@ -10,7 +10,7 @@ from hypothesis.strategies import SearchStrategy
 
 from tailtune.configs import value_parsers as values
 from tailtune.configs.key import Key
-from tailtune.trainers.options import choices_of, declared
+from tailtune.trainers.option_schema import choices_of, declared
 
 Texts = SearchStrategy[str]
 

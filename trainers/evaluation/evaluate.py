@@ -32,10 +32,10 @@ from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
 from tailtune.trainers.progress import write_test_scalars
-from tailtune.trainers.runs.report import circumstances, read_result, table
+from tailtune.trainers.runs.report import circumstances, read_result, table, write_metrics
+from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
-from tailtune.trainers.runs.stored_results import Decision
-from tailtune.trainers.storage.atomic_io import Damaged, write_json
+from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
 
 log = logging.getLogger("tailtune")
@@ -242,8 +242,7 @@ class Evaluation:
         target = self.decision.target
         if distributions or target == self.folder.path:
             write_test_scalars(target / "tensorboard", result["test"], distributions)
-        path = target / "metrics.json"
-        self.folder.seal({path: write_json(path, result)})
+        self.folder.seal(write_metrics(target, result))
         log.info("%s\nrun folder %s", table(result), target)
 
     def _key(self, name: str) -> dict[str, Any]:

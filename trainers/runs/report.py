@@ -1,4 +1,4 @@
-"""metrics.json and the table in the terminal."""
+"""The report of a run: metrics.json, which is written and read here, and the table in the terminal."""
 
 import platform
 import subprocess
@@ -14,7 +14,7 @@ from tailtune.datasets import DataBundle, DataInfo
 from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.trainers.distributed import uses_cuda, world_size
 from tailtune.trainers.methods.base import Method
-from tailtune.trainers.storage.atomic_io import Damaged
+from tailtune.trainers.storage.atomic_io import Damaged, Digest, write_json
 from tailtune.trainers.storage.checkpoint import package_versions
 from tailtune.trainers.storage.manifest import read_json
 
@@ -93,6 +93,20 @@ def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport 
 def circumstances() -> dict[str, Any]:
     """With what it was computed."""
     return {"commit": commit(), "packages": package_versions(), "hardware": hardware()}
+
+
+def write_metrics(folder: Path, result: dict[str, Any]) -> dict[Path, Digest]:
+    """Write metrics.json.
+
+    Args:
+        folder: of the run, or of another evaluation of it.
+        result: its content.
+
+    Returns:
+        The file → its digest.
+    """
+    path = folder / "metrics.json"
+    return {path: write_json(path, result)}
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.options import MethodOptions
-from tailtune.trainers.optim import OPTIMIZERS, SCHEDULES
+from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, SCHEDULES
 from tailtune.trainers.training_options import RunOptions, TrainingOptions
 
 TABLES: Mapping[str, Mapping[str, Any]] = {

@@ -23,7 +23,7 @@ from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
 from tailtune.trainers.export import EXPORTS
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.optim import OPTIMIZERS, Plan, check_factors
+from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan, check_factors
 from tailtune.trainers.runs.load_run import make_method, subject_of
 
 

@@ -4,8 +4,8 @@
     class SmoothingOptions:
         strength: float = option(0.1, "Share of a label that the loss spreads over all classes.", least=0.0, most=1.0)
 
-The dataclass belongs to an entry of a table (a loss, a tuner, a method …), which names it. `trainers/option_schema.py` makes
-the schema of all options from the tables.
+The dataclass belongs to an entry of a table (a loss, a tuner, a method …), which names it. `trainers/option_schema.py`
+makes the schema of all options from the tables.
 """
 
 from collections.abc import Callable, Iterator

@@ -96,7 +96,9 @@ def _harmed(
     if outlived:
         return Finding("c", f"{what}: processes outlive it", outcome.command, outcome.stderr[-1500:])
     if "launcher" in what or "rank" in what:
-        return _last_line(_settled(running, outcome), what, line)
+        # A signal may come when the processes have just ended well; only the launcher has something to say then.
+        finished = (folder / "output/run/metrics.json").exists()
+        return _last_line(_settled(running, outcome), what, "" if finished else line)
     return broken(outcome, what, codes=(0, 2 if line == "error: " else 130))
 
 

@@ -1,4 +1,4 @@
-"""The core: the batch is the batch, and order and augmentation are pure functions (docs/design.md, "One training step").
+"""The core: the batch is the batch, and order and augmentation are pure functions (docs/design.md: a training step).
 
 {1, 2 processes} × {0, 2 workers} × {8, 32 images at once} × {killed and resumed, not} give one fp64 loss trajectory;
 within a layout, killed equals unkilled bitwise. By default the plainest layout and those with workers and cut batches;

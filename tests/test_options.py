@@ -41,13 +41,17 @@ from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.tuners.table import TUNERS
 from tailtune.scripts.make_options import FILE, render
 from tailtune.trainers.distributed import Devices, make_accelerator
+from tailtune.trainers.evaluation.adaptation_table import ADAPTS
+from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.head_preparation import prepare_head
+from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
-from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
+from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, SCHEDULES, Plan, build_optimizer, set_lr
 from tailtune.trainers.option_schema import TABLES, declared
 from tailtune.trainers.run import run
 from tailtune.trainers.storage.resume_states import ResumeStates
@@ -466,6 +470,11 @@ def weights_path(cfg: CfgNode) -> Any:
     return result(cfg)["distributions"]["test"]["predictors"]["sade"]["path"]
 
 
+def adapted(cfg: CfgNode) -> Any:
+    """How likely adapted predictions find the labels."""
+    return result(cfg)["distributions"]["test"]["predictors"][cfg.adapt]["nll"]
+
+
 def aimed(cfg: CfgNode) -> Any:
     """The test set as it is, predicted for a target."""
     found = result(cfg)["distributions"]["test"]["predictors"]["target_prior"]
@@ -606,6 +615,35 @@ PROBES: dict[str, Probe] = {
     "save_every": Probe("none", 1, states, ("max_steps", 2, "batch_size", 16, "max_test_images", 20)),
     "test_batch_size": Probe(64, 7, batches("expert_logits"), SHORT),
 }
+
+
+CHOSEN: tuple[tuple[Any, Callable[[CfgNode], Any], Callable[[str], Words]], ...] = (
+    (LOSSES, loss, lambda name: ("loss_type", name)),
+    (TUNERS, trains_where, lambda name: (name, True)),
+    (HEADS, trained, lambda name: (*ONE, "classifier", name)),
+    (OPTIMIZERS, two_updates, lambda name: ("optimizer", name)),
+    (SCHEDULES, two_updates, lambda name: ("schedule", name)),
+    (ADAPTS, adapted, lambda name: (*ADAPTED, "adapt_batch_size", 8, "adapt", name)),
+    (ENSEMBLES, ensemble_logits, lambda name: (*OF_RUN, "ensemble", name)),
+)
+"""Table, what shows an option of its entries, name of an entry → the words that choose it."""
+
+
+def probe_of_entry(key: str) -> Probe:
+    """A probe of a number or flag that an entry of a table owns, so that a new entry needs no line here."""
+    (entry,) = SCHEMA.entries[key]
+    see, words = next((see, words) for table, see, words in CHOSEN if entry in table)
+    default = SCHEMA[key].default
+    assert isinstance(default, bool | int | float), f"{key}: give it a probe"
+    other = (
+        not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default * 2 or 0.5
+    )
+    if not isinstance(other, bool) and SCHEMA[key].beyond(other):
+        other = default / 2
+    return Probe(default, other, see, words(entry))
+
+
+PROBES.update({key: probe_of_entry(key) for key in KEYS if key not in PROBES and SCHEMA.entries[key]})
 
 
 def probed(key: str, value: object) -> CfgNode:

@@ -8,19 +8,44 @@ table is `adaptation_table.py`.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tailtune.configs.option import NoOptions
+from tailtune.configs.option import NoOptions, option
 from tailtune.datasets import View
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.trainers.distributed import to_device
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.methods import Method
+
+of_predictions = partial(option, cls="test", logits=False)
+"""An option that affects only what is computed from stored logits, so the logits stay valid."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Options of an adaptation that goes through the test images in batches; its own are fields of a derived class."""
+
+    batch_size: int = of_predictions(
+        128,
+        "Number of images in one step of `adapt`, and in one batch of target_prior estimate_online. The original SADE "
+        "takes 64 online.",
+        key="adapt_batch_size",
+        least=1,
+        most=10**6,
+    )
+    seed: int = of_predictions(
+        0,
+        "Random seed of the views and their order in `adapt`, and of the order in target_prior estimate_online.",
+        key="adapt_seed",
+        least=0,
+        most=2**63 - 1,
+    )
 
 
 class UnlabelledBatch(NamedTuple):

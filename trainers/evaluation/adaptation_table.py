@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.option import option
 from tailtune.configs.value_parsers import as_str
-from tailtune.trainers.evaluation.adaptation import Adaptation, AdaptedPredictions, UnlabelledTest
-from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner, adapt, of_predictions
+from tailtune.trainers.evaluation.adaptation import Adaptation, AdaptedPredictions, UnlabelledTest, of_predictions
+from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner, adapt
 from tailtune.trainers.methods import Method
 
 

@@ -7,17 +7,16 @@ computed once, for all test sets that share the images.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.configs.option import option
 from tailtune.configs.seeding import generator
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
+from tailtune.trainers.evaluation.adaptation import BatchOptions, of_predictions
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.methods.base import combine
 
@@ -27,12 +26,8 @@ AT_ONCE = 4096
 """Images whose logits are combined together, so that no copy of all logits is made."""
 
 
-of_predictions = partial(option, cls="test", logits=False)
-"""An option that changes what is made of the experts' logits, not the logits."""
-
-
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(BatchOptions):
     """How weights are learnt. A learner with more options derives its `Options` from this class."""
 
     epochs: int = of_predictions(
@@ -44,21 +39,6 @@ class Recipe:
     )
     entropy: float = of_predictions(
         0.0, "Factor on the entropy of the predictions in the objective of `adapt`.", key="adapt_entropy"
-    )
-    batch_size: int = of_predictions(
-        128,
-        "Number of images in one step of `adapt`, and in one batch of target_prior estimate_online. The original SADE "
-        "takes 64 online.",
-        key="adapt_batch_size",
-        least=1,
-        most=10**6,
-    )
-    seed: int = of_predictions(
-        0,
-        "Random seed of the views and their order in `adapt`, and of the order in target_prior estimate_online.",
-        key="adapt_seed",
-        least=0,
-        most=2**63 - 1,
     )
 
 

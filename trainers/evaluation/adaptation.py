@@ -27,7 +27,7 @@ of_predictions = partial(option, cls="test", logits=False)
 """An option that affects only what is computed from stored logits, so the logits stay valid."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchOptions:
     """Options of an adaptation that goes through the test images in batches; its own are fields of a derived class."""
 

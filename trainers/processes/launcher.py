@@ -159,16 +159,16 @@ def _end_when_asked() -> None:
 
 def _wait_for_signals(reads: int) -> None:
     """End this process after a signal if Python's own signal handlers have not done so."""
-    asked: list[float] = []
+    signal_times: list[float] = []
     while True:
         numbers = os.read(reads, 4096) if select.select([reads], [], [], 0.5)[0] else b""
         now = time.monotonic()
-        if {signal.SIGINT, signal.SIGTERM} & set(numbers) and (not asked or now - asked[-1] > IMPATIENT):
-            asked.append(now)
-        if not asked:
+        if {signal.SIGINT, signal.SIGTERM} & set(numbers) and (not signal_times or now - signal_times[-1] > IMPATIENT):
+            signal_times.append(now)
+        if not signal_times:
             continue
-        lost = now - asked[0] > NOTICE and one_is_lost()
-        if lost or now - asked[0] > GRACE or (len(asked) > 1 and now - asked[1] > IMPATIENT):
+        lost = now - signal_times[0] > NOTICE and one_is_lost()
+        if lost or now - signal_times[0] > GRACE or (len(signal_times) > 1 and now - signal_times[1] > IMPATIENT):
             line = LOST if lost else "interrupted"
             if not print_after_launcher(line):
                 write_to_stderr(line)

@@ -44,7 +44,7 @@ class OwnedFolder:
             UserError: another process holds the lock, the folder does not belong to a run, or it cannot be created.
         """
         try:
-            self._marker()  # first: no lock file may be written into a folder of others
+            self._marker()  # first: no lock may be written into the folder of another program
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()

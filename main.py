@@ -1,6 +1,6 @@
-"""TailTune's command line: `python main.py -d DATA -m MODEL [KEY VALUE ...]`."""
+"""The command line of TailTune: `python main.py -d DATA -m MODEL [KEY VALUE ...]`."""
 
-if __name__ == "__main__":  # first of all, so that Ctrl-C during the imports ends the process properly
+if __name__ == "__main__":  # before all other imports, so that Ctrl-C during the imports ends the process properly
     import _signal  # built in; importing `signal` would take longer
     import os
 
@@ -12,7 +12,7 @@ if __name__ == "__main__":  # first of all, so that Ctrl-C during the imports en
 import os
 import sys
 
-if __name__ == "__mp_main__":  # a process that multiprocessing has spawned: its path is ours, without the checkout
+if __name__ == "__mp_main__":  # a process spawned by multiprocessing, whose module path lacks this folder
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None: those of this process.
 
     Returns:
-        The exit code: 0 done, 2 wrong input, 130 interrupted.
+        The exit code: 0 for success, 2 for wrong input, 130 for an interruption.
     """
     with libraries_on_stdout():
         return exit_code_of(run_command, argv)
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_code_of(
     command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None, interrupted: str = "interrupted"
 ) -> int:
-    """Run a command of this file or of a script, and turn wrong input and interruptions into a line and an exit code.
+    """Run a command of this file or of a script. Convert wrong input and interruptions to a message and an exit code.
 
     Args:
-        command: takes the arguments and returns an exit code.
+        command: function that takes the arguments and returns an exit code.
         argv: the arguments; None: those of this process.
         interrupted: the line that is printed after Ctrl-C.
 
@@ -102,26 +102,26 @@ def run_this_process() -> int:
 
 
 def exit_code_and_line(error: BaseException, interrupted: str = "interrupted") -> tuple[int, str] | None:
-    """How a command ends after an exception.
+    """Determine how a command ends after an exception.
 
     Args:
         error: the exception.
-        interrupted: the line for Ctrl-C.
+        interrupted: the line that is printed after Ctrl-C.
 
     Returns:
-        The exit code, and the line for standard error; None if the exception is a bug of ours.
+        The exit code, and the line for standard error; None if the exception is a bug in TailTune.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130, interrupted
     if isinstance(error, Interrupted):
         return 130, "interrupted; the same command continues"
-    if isinstance(error, RuntimeError) and one_is_lost(seconds=2):  # a process ends shortly after its connections do
+    if isinstance(error, RuntimeError) and one_is_lost(seconds=2):  # connections end shortly before their process
         return 2, LOST
     return (2, f"error: {' '.join(str(error).split())}") if isinstance(error, UserError) else None
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Parse the arguments, and list configs, check a run, or train and evaluate.
+    """Parse the arguments. Then list the configs, check a run, or train and evaluate.
 
     Args:
         argv: the arguments.
@@ -139,26 +139,26 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
-    # torchmetrics imports matplotlib, which would log a message about its font cache on a new machine.
+    # torchmetrics imports matplotlib. On a new machine, matplotlib would log a message about its font cache.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from tailtune.trainers.option_schema import declared  # torch and timm load here, after --help and --list
+    from tailtune.trainers.option_schema import declared  # imports torch and timm; --help and --list do not need them
 
     stages = load_configs(args.data, args.model, pairs, declared())
     return dry_run(stages, args.all) if args.dry_run else run_all(stages)
 
 
 def print_text(text: str) -> None:
-    """Print on standard output, unless its reader has closed it, as in `main.py --list | head`."""
+    """Print on standard output. Ignore a closed pipe, as in `main.py --list | head`."""
     with suppress(BrokenPipeError):
         print(text)
 
 
 def dry_run(stages: list[CfgNode], all_options: bool) -> int:
-    """Check a run without training, and print what it would do and cost.
+    """Check a run without training. Print its settings and its estimated cost.
 
     Args:
         stages: the configs of all stages.
-        all_options: print every option, not only those that differ from their defaults.
+        all_options: print every option, not only the options that differ from their defaults.
 
     Returns:
         The exit code 0.
@@ -174,7 +174,7 @@ def dry_run(stages: list[CfgNode], all_options: bool) -> int:
 
 
 def run_all(stages: list[CfgNode]) -> int:
-    """Run the stages one after another, without those that are finished already.
+    """Run the stages one after another. Stages that are already finished are skipped.
 
     Args:
         stages: the configs of all stages.
@@ -190,8 +190,8 @@ def run_all(stages: list[CfgNode]) -> int:
     last = stages[-1]
     finished = last.resume and RunFolder(last).finished()
     if last.test_only or finished:
-        stages = [last]  # the earlier stages need no training any more
-    if not finished:  # else `run` validates what it has to evaluate; a stored result is shown without the data
+        stages = [last]  # the earlier stages need no training
+    if not finished:  # for a finished run, `run` validates the evaluation; a stored result needs no data
         validate(stages, trains=not last.test_only, here=True)
     for cfg in stages:
         RunFolder(cfg).check_owner()
@@ -201,7 +201,7 @@ def run_all(stages: list[CfgNode]) -> int:
 
 
 def make_parser() -> Parser:
-    """The parser of the flags; `KEY VALUE` pairs are taken out before."""
+    """Create the parser of the flags. `KEY VALUE` pairs are removed before parsing."""
     parser = Parser(
         prog="main.py",
         description="Fine-tune a foundation model on long-tailed images.",
@@ -230,7 +230,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         argv: the arguments.
 
     Returns:
-        The flags with their values, for argparse; and the words of the pairs.
+        The flags with their values, for argparse; and the words of the `KEY VALUE` pairs.
     """
     flags: list[str] = []
     pairs: list[str] = []
@@ -256,8 +256,8 @@ def list_of_configs() -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # because workers are forked after the tokenizer has run
-    for library in ("TRANSFORMERS", "HF_HUB"):  # they print warnings on standard error themselves
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked after the tokenizer has run
+    for library in ("TRANSFORMERS", "HF_HUB"):  # these libraries print their warnings on standard error
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     show_any_text()
     run_as_process(run_this_process, exit_code_and_line)

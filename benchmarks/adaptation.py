@@ -1,13 +1,15 @@
-"""Measures what it costs to evaluate test distributions with adapted expert weights, by us and as SADE does it.
+"""Compares the time of TailTune and of SADE's original procedure for test distributions with adapted expert weights.
 
     python benchmarks/adaptation.py                                    200 digits, ResNet-32 of three experts, minutes
     python benchmarks/adaptation.py -d cifar100_ir100 --images 10000 --workers 8 --json adaptation.json
 
-Ours: one pass over the test images, and for each epoch one pass over their views. Every distribution is evaluated, and
-learns its weights, from these logits. SADE's: for each distribution passes over its own views, in which gradients of
-the network are computed although only the weights are updated, and a pass to evaluate it. The networks have random
-weights. On a CPU without workers the time is that of this process on the processor, so other processes do not count;
-else it is wall time.
+TailTune makes one pass over the test images, and one pass over their views in each epoch. From the logits of these
+passes, the expert weights of all distributions are learnt, and all distributions are evaluated. SADE makes separate
+passes over the views of each distribution, and one more pass to evaluate the distribution. SADE also computes gradients
+of the network, although it updates only the expert weights.
+
+The networks have random weights. On a CPU without workers, the processor time of this process is measured, which other
+processes do not change. Otherwise the wall time is measured.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import load_configs
@@ -51,10 +53,10 @@ EVALUATION = ["pretrained", "none", "test_dists", "all", "adapt", "sade"]
 
 
 class Clock:
-    """Seconds spent in each kind of work.
+    """Measures the time of each kind of work, in seconds.
 
     Args:
-        wall: measure wall time, or else the time of this process on the processor.
+        wall: True for wall time, False for the processor time of this process.
     """
 
     def __init__(self, wall: bool) -> None:
@@ -62,7 +64,12 @@ class Clock:
         self.now = time.perf_counter if wall else time.process_time
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do some work, add its seconds to those of its kind, and return its result."""
+        """Call a function, add its time to the total of its kind, and return its result.
+
+        Args:
+            name: kind of the work.
+            work: the function.
+        """
         start = self.now()
         outcome = work()
         if torch.cuda.is_available():
@@ -79,7 +86,7 @@ def ours(
     accelerator: Accelerator,
     clock: Clock,
 ) -> None:
-    """Evaluate and adapt to all distributions; the clock counts `images`, `views` and `all`."""
+    """Run TailTune's procedure for all distributions. The clock measures `images`, `views` and `all`."""
     groups = data.info.groups
 
     def one_pass(predict: Any, view: Any, epoch: int = 0) -> Logits | None:
@@ -101,7 +108,7 @@ def ours(
 
 
 def original(cfg: CfgNode, method: Method, data: DataBundle, shift: TestDistribution, device: torch.device) -> None:
-    """Adapt to one distribution and evaluate it, as SADE's test_training_cifar.py does it."""
+    """Run the procedure of SADE's test_training_cifar.py for one distribution."""
     views, images = (view.take(shift.positions.numpy()) for view in (data.test_views, data.test))
     options: dict[str, Any] = {"num_workers": cfg.num_workers, "collate_fn": collate}
     weights = torch.full((cfg.num_experts,), 1 / cfg.num_experts, device=device, requires_grad=True)
@@ -126,7 +133,7 @@ def original(cfg: CfgNode, method: Method, data: DataBundle, shift: TestDistribu
 
 
 def _mixed(logits: Tensor, weights: Tensor) -> Tensor:
-    """Logits [B, C] of the experts' logits [B, E, C], by the softmax of the weights [E]."""
+    """Combine the experts' logits [B, E, C] to logits [B, C], weighted by the softmax of the weights [E]."""
     return (weights.softmax(0).view(1, -1, 1) * logits).sum(1)
 
 
@@ -140,7 +147,7 @@ def main() -> None:
     clock = Clock(wall=accelerator.device.type == "cuda" or args.workers > 0)
     plain(method)(next(iter(eval_loader(data.test, 8, 0)))["image"].to(accelerator.device))  # warm-up
     ours(cfg, method, data, data.test_distributions, accelerator, clock)
-    method.requires_grad_(True)  # as the original leaves it
+    method.requires_grad_(True)  # as in the original code
     for shift in data.test_distributions:
         clock("original", partial(original, cfg, method, data, shift, accelerator.device))
     figures = {

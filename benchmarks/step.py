@@ -1,11 +1,11 @@
-"""Measures time and memory of a training step, of the fast path and of the plain formulation, in turns.
+"""Measures the time and memory of a training step. Alternates between the fast path and the plain formulation.
 
     python benchmarks/step.py -d imagenet_lt -m clip_vit_b16_peft --batch 8 --prec fp32 bf16
     python benchmarks/step.py adaptformer False ssf_attn True -m clip_vit_b16_peft
 
-With random weights and synthetic images, without a data loader. On a CPU the time is that of this process on the
-processor, so other processes do not count; on a GPU it is wall time after a synchronisation. Prints the median and the
-least time of the rounds, and the ratio plain / fast.
+The weights are random, the images are synthetic, and there is no data loader. On a CPU, the processor time of this
+process is measured, which other processes do not change. On a GPU, the wall time after a synchronisation is measured.
+The output is the median and the minimum of the times of all rounds, and the ratio plain / fast.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import load_configs
@@ -34,14 +34,14 @@ MIB = 2**20
 
 
 def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fast: bool) -> Callable[[], None]:
-    """One optimizer step of a config as a function.
+    """Create a function that runs one optimizer step of a config.
 
     Args:
         cfg: resolved config.
-        prec: a precision of `PRECISIONS`.
-        batch_size: images of a step.
-        device: where to compute.
-        fast: with the fast path, or else the plain formulation.
+        prec: name of a precision in `PRECISIONS`.
+        batch_size: number of images in a step.
+        device: device of the computation.
+        fast: True for the fast path, False for the plain formulation.
     """
     info = build_info(cfg)
     method = build_method(cfg, build_model(cfg, info.class_names, fast=fast), info).to(device).train()
@@ -66,7 +66,7 @@ def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fa
 
 
 def measure(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step: processor time on a CPU, wall time on a GPU."""
+    """The time of one step in seconds: processor time on a CPU, wall time on a GPU."""
     if device.type != "cuda":
         start = time.process_time()
         step()
@@ -79,7 +79,7 @@ def measure(step: Callable[[], None], device: torch.device) -> float:
 
 
 def peak(step: Callable[[], None], device: torch.device) -> str:
-    """The most GPU memory that is allocated during a step, as text."""
+    """The largest amount of GPU memory that is allocated during a step, in MiB, as text."""
     if device.type != "cuda":
         return "n/a"
     torch.cuda.reset_peak_memory_stats()
@@ -88,7 +88,7 @@ def peak(step: Callable[[], None], device: torch.device) -> str:
 
 
 def main() -> None:
-    """Measure, and print a line for each precision and formulation."""
+    """Measure, and print one line for each precision and formulation."""
     args = _parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = resolve(load_configs(args.data, args.model, ["pretrained", "none", *args.pairs], declared())[-1])
@@ -98,14 +98,14 @@ def main() -> None:
 
 
 def compare(cfg: CfgNode, prec: str, batch: int, rounds: int, device: torch.device) -> None:
-    """Time both formulations in turns, and print their times of an image and the ratio.
+    """Measure both formulations alternately. Print their times for one image and the ratio.
 
     Args:
         cfg: resolved config.
-        prec: a precision of `PRECISIONS`.
-        batch: images of a step.
-        rounds: number of times that each is measured.
-        device: where to compute.
+        prec: name of a precision in `PRECISIONS`.
+        batch: number of images in a step.
+        rounds: number of measurements of each formulation.
+        device: device of the computation.
     """
     steps = {name: make_step(cfg, prec, batch, device, fast) for name, fast in (("fast", True), ("plain", False))}
     for step in steps.values():

@@ -1,7 +1,7 @@
-"""From names and `KEY VALUE` pairs to frozen configs, one for each stage of a run.
+"""Builds frozen configs, one for each stage of a run, from config names and `KEY VALUE` pairs.
 
-Merge order: defaults < data YAML < model YAML < the model YAML's `by_dataset` entries whose pattern fits the data
-name (most specific last) < pairs. Every value is parsed by the type that the schema declares for its key.
+Merge order: defaults < data YAML < model YAML < the model YAML's `by_dataset` entries whose pattern matches the data
+name (most specific last) < pairs. Every value is parsed to the type that the schema declares for its key.
 """
 
 import os
@@ -35,7 +35,7 @@ __all__ = [
 
 FOLDER = Path(__file__).resolve().parent
 AFTER = "after."
-"""Before the name of an option: it is of the stage before."""
+"""Prefix of an option's name that assigns the option to the previous stage."""
 Values = dict[str, Any]
 
 
@@ -50,25 +50,29 @@ def describe(path: Path) -> str:
 
 
 def load_configs(data: str, model: str, pairs: Sequence[str], schema: Schema) -> list[CfgNode]:
-    """The frozen configs of all stages; the last one is the run that was asked for.
+    """Build the frozen configs of all stages. The last one is the config of the requested run.
 
     Args:
         data: name of a file in configs/data, or the path of a YAML.
         model: name of a file in configs/model.
-        pairs: `KEY VALUE KEY VALUE …`; `after.KEY` sets an option of the stage before.
+        pairs: `KEY VALUE KEY VALUE …`; `after.KEY` sets an option of the previous stage.
         schema: all options.
 
     Raises:
-        UserError: unknown name or key, wrong type, odd number of words, unreadable YAML.
+        UserError: a name or key is unknown, a value has the wrong type, a key has no value, or a YAML is unreadable.
     """
     return _stages(data, model, _pair_up(pairs, schema), schema, depth=0)
 
 
 def load_resolved(path: Path, schema: Schema) -> CfgNode:
-    """The frozen config of a run from its `config.yaml`; runtime keys that are not in it have their defaults.
+    """Load the frozen config of a run from its `config.yaml`. Missing runtime options get their defaults.
+
+    Args:
+        path: the file.
+        schema: all options.
 
     Raises:
-        UserError: the file is unreadable, or holds what is no option of this version.
+        UserError: the file is unreadable, or contains an option that this version does not have.
     """
     values = schema.defaults
     stored = _read_yaml(path, schema)
@@ -80,14 +84,14 @@ def load_resolved(path: Path, schema: Schema) -> CfgNode:
 
 
 def _pair_up(words: Sequence[str], schema: Schema) -> list[tuple[str, str]]:
-    """(name of the option, text of its value), also of options of the stages before."""
+    """Pairs (name of the option, text of its value), also for options of previous stages."""
     if len(words) % 2:
         raise UserError(f"options come as KEY VALUE pairs, but '{printable(words[-1])}' has no value")
     return [(_full_name(word, schema), value) for word, value in zip(words[::2], words[1::2], strict=True)]
 
 
 def _full_name(word: str, schema: Schema) -> str:
-    """The name that an alias stands for, behind any number of `after.`."""
+    """Replace an alias by the name of its option, after any number of prefixes `after.`."""
     name = word.removeprefix(AFTER)
     return schema.name(word) if name == word else AFTER + _full_name(name, schema)
 
@@ -120,7 +124,7 @@ def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: Schema,
 
 
 def _coupled_micro(values: Values, schema: Schema) -> int | None:
-    """The micro-batch size where the result depends on it, else None."""
+    """The micro-batch size, in images, if the result depends on it; otherwise None."""
     size = values["micro_batch_size"]
     if not schema.couples(values) or size is None:
         return None
@@ -130,9 +134,10 @@ def _coupled_micro(values: Values, schema: Schema) -> int | None:
 
 
 def _inherited(pairs: list[tuple[str, str]], output_dir: str | None, schema: Schema) -> list[tuple[str, str]]:
-    """What of the command line reaches the stage before: options of every stage, and `after.KEY`.
+    """The options of the command line that apply to the previous stage: options of every stage, and `after.KEY`.
 
-    Not `resume`: the stage before is an ordinary run, reused when it is finished; `after.resume False` repeats it.
+    `resume` is not among them. The previous stage is an ordinary run, which is reused if it is finished.
+    `after.resume False` repeats it.
     """
     passed = [(key, value) for key, value in pairs if key in schema and schema[key].every_stage]
     if output_dir:
@@ -141,7 +146,7 @@ def _inherited(pairs: list[tuple[str, str]], output_dir: str | None, schema: Sch
 
 
 def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Values]]:
-    """(where it stands, values) in merge order, the loader's own keys first."""
+    """Pairs (source, values) in merge order. The first one holds the internal keys of the loader."""
     data_path, model_path = _find("data", data), _find("model", model)
     body = _read_yaml(model_path, schema)
     by_dataset = body.pop("by_dataset", {})
@@ -162,14 +167,14 @@ def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Value
 
 
 def _specificity(pattern: str) -> tuple[bool, int]:
-    """Sorts patterns so that the most specific comes last: names without wildcards, then the longest."""
+    """Sort key for patterns. Longer patterns come later, and names without wildcards come last."""
     return (not any(char in pattern for char in "*?["), len(pattern))
 
 
 def _find(kind: str, name: str) -> Path:
-    """A shipped config by name; a data config also by path."""
+    """Find a shipped config by its name. A data config may also be given by its path."""
     if kind == "data" and (name.endswith((".yaml", ".yml")) or "/" in name):
-        if not os.path.isfile(name):  # `Path.is_file` raises where a name is too long to be one
+        if not os.path.isfile(name):  # `Path.is_file` raises an error if the name is too long
             raise UserError(f"data config '{printable(name)}' does not exist")
         try:
             check_text(Path(name).name)
@@ -197,7 +202,7 @@ def _merge(layers: list[tuple[str, Values]], schema: Schema) -> Values:
 
 
 def _parse(key: str, value: Any, schema: Schema, where: str) -> Any:
-    """`value` as the type declared for `key`."""
+    """Parse and check a value with the type and limits that the schema declares for `key`."""
     if key not in schema or schema[key].internal:
         raise UserError(f"{where}: {unknown('option', key, schema.settable(), KNOWN_AS)}")
     entry = schema[key]

@@ -1,4 +1,4 @@
-"""How the toolkit refuses wrong input: one exception type, and helpers that word its messages."""
+"""Defines the exception for wrong input, and helpers that formulate its messages."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,23 +8,23 @@ from typing import TypeVar
 
 Entry = TypeVar("Entry")
 MAX_LISTED_NAMES = 60
-"""A message lists all choices up to this number, and only the nearest ones beyond it."""
+"""A message lists all choices up to this number. If there are more, it lists only the most similar ones."""
 MAX_SHOWN_CHARACTERS = 120
 """A message shows at most this many characters of a value."""
 
 
 class UserError(Exception):
-    """Wrong input. The message is one line that names the culprit and the remedy; `main.py` exits with code 2."""
+    """Wrong input. The message is one line that names the wrong value and the remedy; `main.py` exits with code 2."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], known_as: Mapping[str, str] | None = None) -> UserError:
-    """The error for a name that is in no table: it suggests the nearest entry and lists the choices.
+    """Create the error for an unknown name. It suggests the most similar choice and lists the choices.
 
     Args:
         kind: what the name should be, for example "loss_type".
         name: the unknown name.
-        choices: the names that exist. Of more than `MAX_LISTED_NAMES` only the nearest are listed.
-        known_as: name in other projects → name here. Such a name is suggested before similar names.
+        choices: the names that exist. If there are more than `MAX_LISTED_NAMES`, only the most similar are listed.
+        known_as: name in other projects → name in TailTune. It is suggested before similar names.
 
     Returns:
         The error, for the caller to raise.
@@ -46,7 +46,7 @@ def nearest(name: str, choices: Sequence[str], count: int, least: float = 0.55) 
     Args:
         name: the name to compare with.
         choices: the names to choose from.
-        count: how many to return at most.
+        count: largest number of names to return.
         least: the smallest similarity, from 0 to 1. With less than 0.55, `learning_rate` would match `calibrate`.
 
     Returns:
@@ -73,7 +73,7 @@ def printable(value: object) -> str:
 
 @contextmanager
 def prefix_errors(key: str) -> Iterator[None]:
-    """Let every `UserError` that leaves the block name an option.
+    """Within the block, make sure that the message of every `UserError` names an option.
 
     Args:
         key: the option. It is put before messages that do not contain it as a word.
@@ -87,7 +87,7 @@ def prefix_errors(key: str) -> Iterator[None]:
 
 
 def lookup(table: Mapping[str, Entry], name: str, kind: str) -> Entry:
-    """The entry of a table.
+    """Look up an entry of a table.
 
     Args:
         table: name → entry.

@@ -1,4 +1,4 @@
-"""What an option is: the entry of the schema."""
+"""Defines `Key`, the description of one option in the schema."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,52 +11,54 @@ Holder = Literal["", "encoder", "head"]
 
 @dataclass(frozen=True)
 class Key:
-    """Everything that is known of an option: what it takes, what it means and what it may do."""
+    """The properties of an option: its allowed values, its meaning and its effects."""
 
     parse: Callable[[Any], Any]
-    """Text or a YAML value → the typed value; raises ValueError with what was expected."""
+    """Converts text or a YAML value to the typed value. Raises ValueError with a description of the expected value."""
     default: Any
     doc: str
-    """A sentence that stands alone, with the unit of a number."""
+    """One sentence about the meaning of the option, with the unit of a number."""
     cls: Class = "train"
-    """What a changed value makes: another trained model (`train`), another evaluation of the same model (`test`), or
-    the same numbers in another way (`runtime`)."""
+    """The effect of a changed value: another trained model (`train`), another evaluation of the same model (`test`), or
+    the same results computed in another way (`runtime`)."""
     choices: tuple[str, ...] = ()
     table: str = ""
-    """Name of the table whose entries are values, such as LOSSES. The code that reads the option looks them up."""
+    """Name of the table whose entries are the allowed values, such as LOSSES. The schema does not check the value; the
+    code that reads the option does."""
     least: float | None = None
-    """The smallest value allowed, also for each number of a list or mapping."""
+    """The smallest allowed value, also for each number in a list or mapping."""
     most: float | None = None
-    """The largest value allowed."""
+    """The largest allowed value, also for each number in a list or mapping."""
     optional: bool = False
-    """None is a value although the default is another one."""
+    """None is allowed although it is not the default."""
     internal: bool = False
-    """The loader sets it; neither a YAML nor the command line may."""
+    """Only the loader may set the option; a YAML and the command line may not."""
     logits: bool = True
-    """The value changes the logits. False for `test` options that only change what is computed from stored logits."""
+    """The value changes the logits. False for `test` options that only change computations with stored logits."""
     data_wins: bool = False
-    """A data config's value beats the model config's: digits must not be flipped, whatever the model prefers."""
+    """The data config's value overrides the model config's. For example, digits must not be flipped for any model."""
     stages: Literal["all", "last"] | None = None
-    """The stages of a chain that the command line reaches. None: all for `runtime` options, the last for others."""
+    """The stages for which the command line sets the option. None: all for `runtime` options, the last for others."""
     recorded: Recorded = ""
-    """For `runtime` options: where the value is written down, so that a run can be told and repeated elsewhere. Either
-    in the run's config.yaml, or there and in the command that an export names."""
+    """For `runtime` options: where the value is recorded, so that the run can be identified and repeated elsewhere.
+    `config`: in the run's config.yaml. `command`: also in the command that an export contains."""
     held_with: Holder = ""
-    """The part of the model whose later stages need the same value, because no tensor of that part tells it."""
+    """The part of the model that the option changes without a change of its tensors. A later stage that continues this
+    part needs the same value, because the checkpoint does not show it."""
     zero_shot: bool = True
-    """The zero-shot classifier has it too. False for what a run adds to its backbone, and for how it trains."""
+    """The option also applies to the zero-shot classifier. False for additions to the backbone and training options."""
     holds_out: bool = False
-    """The value takes images out of the training split."""
+    """The option removes images from the training split."""
     method: str = ""
-    """The method that owns it. The value is then part of the config hash exactly when that method is in use."""
+    """The method that owns the option. The value is part of the config hash only if that method is in use."""
 
     @property
     def every_stage(self) -> bool:
-        """Whether the command line sets it for every stage of a chain."""
+        """Whether the command line sets the option for every stage of a chain."""
         return self.cls == RUNTIME if self.stages is None else self.stages == "all"
 
     def beyond(self, value: Any) -> str | None:
-        """What a typed value should have been, such as `at most 64, not 65`; None where it is within the bounds."""
+        """A description of the allowed values, such as `at most 64, not 65`; None if the value is within the bounds."""
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         for number in (item for item in inside if isinstance(item, (int, float))):
             if self.least is not None and number < self.least:
@@ -67,7 +69,7 @@ class Key:
 
 
 def plain(number: float) -> str:
-    """A number as a user writes it: whole ones in full."""
+    """A number as text. Whole numbers are written with all digits."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 

@@ -1,4 +1,4 @@
-"""What other projects call an option."""
+"""Names that other projects use for options of TailTune."""
 
 KNOWN_AS = {
     **dict.fromkeys(("learning_rate", "base_lr", "init_lr", "blr"), "lr"),
@@ -45,4 +45,4 @@ KNOWN_AS = {
     **dict.fromkeys(("tta", "test_time_augmentation"), "tte"),
     **dict.fromkeys(("random_seed", "manual_seed"), "seed"),
 }
-"""Name in other projects → our name, which an error about an unknown option proposes. Nothing reads a value by them."""
+"""Name in other projects → name in TailTune. Only the error for an unknown option uses this table."""

@@ -1,4 +1,4 @@
-"""Checks of the environment that a command is started in: the working directory and the variables of a launcher."""
+"""Checks the environment in which a command is started: the working directory and the variables of a launcher."""
 
 import os
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse an environment in which leftovers of another program look like a launch of several processes.
+    """Check that variables of another program do not look like a launch of several processes.
 
     Args:
-        environment: variable → value.
+        environment: name of an environment variable → value.
 
     Raises:
-        UserError: the working directory is gone, a launcher's variable is no number, or only some of the
+        UserError: the working directory has been deleted, a launcher's variable is not a number, or only some of the
             launcher's variables are set.
     """
     try:

@@ -1,4 +1,4 @@
-"""Sends warnings and log messages of libraries to standard output, so that standard error has only our own errors."""
+"""Sends warnings and log messages of libraries to standard output. Standard error contains only TailTune's errors."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 
 class _StandardOutputHandler(logging.Handler):
-    """Prints each log record as one line on what is standard output at that moment."""
+    """Prints each log record as one line on the current standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _print_line(f"{record.name}: {record.getMessage()}")
@@ -18,8 +18,8 @@ class _StandardOutputHandler(logging.Handler):
 def libraries_on_stdout() -> Iterator[None]:
     """Within the block, print warnings and log messages of libraries on standard output, one line each.
 
-    Libraries with a log handler of their own, such as transformers, are not caught here. `main.py` tells them to
-    report errors only (`TRANSFORMERS_VERBOSITY`).
+    Messages of libraries that have their own log handler, such as transformers, are not redirected. `main.py` sets
+    these libraries to report only errors (`TRANSFORMERS_VERBOSITY`).
     """
     handler = _StandardOutputHandler(logging.WARNING)
     root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""What the loader writes into a config beside the options that a user sets."""
+"""Declares the internal options that the config loader sets, besides the options of the user."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from tailtune.configs.value_parsers import as_micro
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """Names and identities. All of them are internal."""
+    """Names and identifiers. All of these options are internal."""
 
     data: str = option("", "Name of the data config.", internal=True)
     model: str = option("", "Name of the model config.", internal=True)

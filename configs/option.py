@@ -1,11 +1,11 @@
-"""How an option is declared: as a field of a small frozen dataclass, beside the code that reads it.
+"""Declares options. An option is a field of a small frozen dataclass, next to the code that reads it.
 
     @dataclass(frozen=True)
     class SmoothingOptions:
         strength: float = option(0.1, "Share of a label that the loss spreads over all classes.", least=0.0, most=1.0)
 
-The dataclass belongs to an entry of a table (a loss, a tuner, a method …), which names it. `trainers/option_schema.py`
-makes the schema of all options from the tables.
+The dataclass belongs to an entry of a table (a loss, a tuner, a method …), which refers to it.
+`trainers/option_schema.py` builds the schema of all options from the tables.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from tailtune.configs.value_parsers import as_bool, as_float, as_int, as_str
 
 Options = TypeVar("Options")
 PARSERS: dict[type, Callable[[Any], Any]] = {bool: as_bool, int: as_int, float: as_float, str: as_str}
-"""Type of a default → the parser of its option, where the declaration names no other."""
+"""Type of a default → parser of the option, unless the declaration gives another parser."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Declaration:
-    """A key of the schema and where it comes from."""
+    """A key of the schema, and its origin."""
 
     name: str
     key: Key
     section: str
-    """Heading under which the documentation lists it."""
+    """Heading under which the documentation lists the option."""
     field: str
-    """Its field in the options of the code that reads it."""
+    """Name of its field in the options dataclass."""
     entry: str = ""
-    """The table entry that reads it, if it belongs to one."""
+    """Name of the table entry that reads the option; empty if no entry does."""
     aliases: tuple[str, ...] = ()
-    """Other names that are accepted for it."""
+    """Other accepted names of the option."""
 
 
 def option(
@@ -53,15 +53,15 @@ def option(
     cls: Class = "train",
     **rules: Any,
 ) -> Any:
-    """A dataclass field that is an option.
+    """Create a dataclass field that declares an option.
 
     Args:
-        default: the value where nobody gives one.
-        doc: a sentence that stands alone, with the unit of a number.
-        parse: parser of a value; None: the one of the default's type.
-        key: name of the option; empty: `<entry>.<field>` for a table entry, else the field.
-        aliases: other names that are accepted.
-        cls: what a changed value makes: another training, another evaluation, or neither (`Key.cls`).
+        default: the value if the user does not set the option.
+        doc: one sentence about the meaning of the option, with the unit of a number.
+        parse: parser of a value; None: the parser for the type of the default.
+        key: name of the option; empty: `<entry>.<field>` for a table entry, otherwise the name of the field.
+        aliases: other accepted names.
+        cls: effect of a changed value: another training, another evaluation, or neither (`Key.cls`).
         rules: further fields of `Key`, such as `choices`, `least` and `most`.
     """
     entry = Key(parse or PARSERS[type(default)], default, doc, cls, **rules)
@@ -80,14 +80,14 @@ def key_names(options: Any, entry: str = "", separator: str = ".") -> dict[str, 
 def declarations(
     options: type, section: str, entry: str = "", separator: str = ".", method: str = ""
 ) -> Iterator[Declaration]:
-    """The options of a dataclass.
+    """The declarations of all options of a dataclass.
 
     Args:
-        options: the dataclass, each field of which was made by `option`.
-        section: heading of the documentation.
-        entry: the table entry that owns it. `<entry>.<field>` is then accepted for every option, whatever its name.
-        separator: between entry and field in names that are not given.
-        method: the method that owns it, see `Key.method`.
+        options: the dataclass; each of its fields was created by `option`.
+        section: heading in the documentation.
+        entry: the table entry that owns the options; `<entry>.<field>` is then an accepted name of every option.
+        separator: text between entry and field in the default names.
+        method: the method that owns the options, see `Key.method`.
     """
     names = key_names(options, entry, separator)
     for item in fields(options):
@@ -100,11 +100,18 @@ def declarations(
 
 
 def options_from(options: type[Options], cfg: CfgNode, entry: str = "", separator: str = ".") -> Options:
-    """The options of a table entry, as a config sets them."""
+    """Read the options of a table entry from a config.
+
+    Args:
+        options: the options dataclass.
+        cfg: the config of a stage.
+        entry: name of the table entry.
+        separator: text between entry and field in the default names.
+    """
     return options(**{name: value_of(cfg, key) for name, key in key_names(options, entry, separator).items()})
 
 
 def value_of(cfg: CfgNode, key: str) -> Any:
-    """The value of an option by its name, `lr` or `ride.diversity`."""
+    """The value of an option with a given name, such as `lr` or `ride.diversity`."""
     group, _, name = key.rpartition(".")
     return cfg[group][name] if group else cfg[key]

@@ -1,4 +1,4 @@
-"""Names of run folders and evaluations, and config hashes; all are computed from the options."""
+"""Computes names of run folders, names of evaluations, and config hashes from the options."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from tailtune.configs.schema import Schema, schema_of
 
 Values = Mapping[str, Any]
 MAX_NAME_CHARACTERS = 120
-"""A longer name is cut and gets a digest."""
+"""A longer name is shortened, and a digest is appended."""
 
 
 def values_of(cfg: CfgNode, *classes: str) -> dict[str, Any]:
@@ -36,10 +36,10 @@ def values_of(cfg: CfgNode, *classes: str) -> dict[str, Any]:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """A digest of everything that decides which model is trained.
+    """A digest of all options that determine the trained model.
 
-    It covers the options of class `train` that differ from their defaults, and all options of the methods in use. So
-    adding an option or a method to the toolkit does not change the hashes of runs that exist already.
+    The digest covers the options of class `train` that differ from their defaults, and all options of the methods in
+    use. Therefore, a new option or method in TailTune does not change the hashes of existing runs.
 
     Args:
         cfg: the config of a stage.
@@ -64,12 +64,13 @@ def run_name(schema: Schema, chosen: Values, base: Values, earlier: Mapping[str,
     """The name of a run's folder: `<data>_<model>_<changed train options>`, sorted, of limited length.
 
     Args:
+        schema: all options.
         chosen: the options of the run.
-        base: the options as the data and model configs set them, without the command line.
-        earlier: what the command line sets for the stage before: `after.KEY` → value.
+        base: the options of the data and model configs, without the command line.
+        earlier: options of the previous stage on the command line: `after.KEY` → value.
 
     Returns:
-        A name of letters, digits and `.,@_-`.
+        A name that consists of letters, digits and `.,@_-`.
     """
     changed = _changed(schema, chosen, base, TRAIN)
     if chosen["coupled_micro"] != base["coupled_micro"]:
@@ -82,12 +83,13 @@ def run_name(schema: Schema, chosen: Values, base: Values, earlier: Mapping[str,
 def test_key(schema: Schema, chosen: Values, base: Values) -> str:
     """The name of an evaluation: its changed `test` options, or `default` if there are none.
 
-    It begins with `train` if the training images are evaluated, and ends with `of_…` if the checkpoint is another
-    run's.
+    The name begins with `train` if the training images are evaluated. It ends with `of_…` if the checkpoint belongs to
+    another run.
 
     Args:
+        schema: all options.
         chosen: the options of the run.
-        base: the options as the data and model configs set them, without the command line.
+        base: the options of the data and model configs, without the command line.
     """
     parts = _changed(schema, {**chosen, "test_train": base["test_train"]}, base, TEST)
     parts = ["train", *parts] if chosen["test_train"] else parts
@@ -112,7 +114,7 @@ def _join(parts: list[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as part of a file name. It gets a digest where characters had to be replaced."""
+    """A value as part of a file name. A digest is appended if characters had to be replaced."""
     if isinstance(value, list):
         return "-".join(map(_text, value))
     text = str(value)

@@ -1,4 +1,4 @@
-"""The schema: every option of the toolkit by its name, put together from the options of all tables."""
+"""Defines the schema, which maps the name of every option to its description. It is built from all tables."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,20 +13,20 @@ class Schema(Mapping[str, Key]):
     """Name of an option → `Key`.
 
     Args:
-        declarations: all options, in the order of the documentation. Entries of tables may share an option; then both
+        declarations: all options, in the order of the documentation. Table entries may share an option; they then
             declare the same `Key`.
-        coupled: option → whether a value makes the result depend on the images that a process holds at once.
+        coupled: option → function that says whether a value makes the result depend on the micro-batch size.
 
     Raises:
-        ValueError: two different options have one name, or a group has the name of an option.
+        ValueError: two different options have the same name, or a group has the name of an option.
     """
 
     def __init__(self, declarations: Iterable[Declaration], coupled: Mapping[str, Callable[[Any], bool]]) -> None:
         self._keys: dict[str, Key] = {}
         self.sections: dict[str, list[str]] = {}
-        """Heading → its options."""
+        """Heading → names of its options."""
         self.entries: dict[str, list[str]] = {}
-        """Option → the table entries that read it."""
+        """Name of an option → names of the table entries that read it."""
         self.coupled = coupled
         self.declarations = tuple(declarations)
         wanted: dict[str, set[str]] = {}
@@ -47,7 +47,7 @@ class Schema(Mapping[str, Key]):
             for alias, names in wanted.items()
             if len(names) == 1 and alias not in self._keys and alias.partition(".")[0] not in methods
         }
-        """Other name → name. Left out are names that would mean two options, and those in the group of a method."""
+        """Alias → name. Ambiguous aliases and aliases in the group of a method are left out."""
 
     def __getitem__(self, name: str) -> Key:
         return self._keys[name]
@@ -59,7 +59,7 @@ class Schema(Mapping[str, Key]):
         return len(self._keys)
 
     def __deepcopy__(self, memo: Any) -> "Schema":
-        return self  # copies of a config share it
+        return self  # copies of a config share the schema
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -71,16 +71,16 @@ class Schema(Mapping[str, Key]):
         return [name for name, key in self._keys.items() if not key.internal]
 
     def name(self, word: str) -> str:
-        """The name of the option that a word means; words that are no alias stay as they are."""
+        """Replace an alias by the name of its option; other words are returned unchanged."""
         return self.aliases.get(word, word)
 
     def couples(self, values: Mapping[str, Any]) -> bool:
-        """Whether the result depends on the micro-batch size with these values."""
+        """Whether the result depends on the micro-batch size if the options have these values."""
         return any(couples(values[key]) for key, couples in self.coupled.items())
 
 
 class Config(CfgNode):
-    """The config of a stage, which knows the schema that it was read by."""
+    """The config of a stage. It contains the schema that was used to read it."""
 
     def __init__(self, schema: Schema) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Config(CfgNode):
 
 
 def schema_of(cfg: CfgNode) -> Schema:
-    """The schema that a config was read by."""
+    """The schema that was used to read a config."""
     schema = cfg.__dict__["schema"]
     assert isinstance(schema, Schema)
     return schema

@@ -1,4 +1,4 @@
-"""Seeds and random generators for one purpose each, so that no random draw changes another one."""
+"""Creates seeds and random generators for one purpose each, so that one random draw does not change another."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits for one purpose; different purposes get unrelated seeds.
+    """Compute a seed of 63 bits for one purpose. Different purposes get unrelated seeds.
 
     Args:
-        parts: what the seed is for, such as `derive_seed(seed, "order", epoch)`.
+        parts: describe the purpose, as in `derive_seed(seed, "order", epoch)`.
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A new CPU generator for one purpose.
+    """Create a CPU generator for one purpose.
 
     Args:
-        parts: what it is for, as in `derive_seed`.
+        parts: describe the purpose, as in `derive_seed`.
     """
     return torch.Generator().manual_seed(derive_seed(*parts))
 
@@ -30,11 +30,11 @@ def generator(*parts: int | str) -> torch.Generator:
 def seeded(*parts: int | str) -> Iterator[None]:
     """Within the block, seed torch's global CPU generator; afterwards restore its state.
 
-    For code that can only draw from the global generator, such as torchvision's transforms and the initialisers of
-    modules. The generators of Python and NumPy are not covered; this project never draws from them.
+    This is for code that can only draw from the global generator, such as torchvision's transforms and the initialisers
+    of modules. The generators of Python and NumPy are not seeded, because TailTune never draws from them.
 
     Args:
-        parts: what the draws are for, as in `derive_seed`.
+        parts: describe the purpose, as in `derive_seed`.
     """
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(derive_seed(*parts))

@@ -1,4 +1,4 @@
-"""A time limit for code of libraries that works on input of a user."""
+"""Limits the time of library code that processes input of a user."""
 
 import signal
 import threading
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Stop the block after a number of seconds. A regular expression such as `(.*)*x` would never end by itself.
+    """Stop the block after a number of seconds. For example, a search for the pattern `(.*)*x` may never end.
 
-    A signal stops the block. Python's own regular expressions react to it; compiled code of other libraries may not.
-    There is no limit where Python cannot receive the signal: on Windows, and in threads other than the main one.
+    A signal stops the block. Python's regular expressions react to it; compiled code of other libraries may not.
+    The limit has no effect if Python cannot receive the signal: on Windows, and outside the main thread.
 
     Args:
-        seconds: the limit.
+        seconds: the limit, in seconds.
         what: the subject of the message, such as "a pattern of layers".
 
     Raises:

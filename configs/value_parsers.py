@@ -1,8 +1,7 @@
-"""Parsers of option values: from the command line (always text) or YAML (typed) to the declared type.
+"""Parses values of options, from the command line (always text) or from YAML (typed), to the declared type.
 
-Each parser `as_…` takes the value of an option, as text or as YAML gives it, and returns it in its type. It raises a
-ValueError that says what was expected, such as "a whole number". `check_text` is called before a parser, for values of
-every type.
+Each parser `as_…` takes the value of an option and returns it in the declared type. It raises a ValueError that
+describes the expected value, such as "a whole number". `check_text` is called before every parser.
 """
 
 from typing import Any
@@ -11,29 +10,29 @@ from unicodedata import category
 from tailtune.configs.yaml_reader import parse_yaml
 
 MAX_FLOAT = 3.4e38
-"""Largest absolute value of a number: about the largest that single precision can hold."""
+"""Largest absolute value of a number. It is about the largest value of single precision."""
 INTEGER_BOUND = 2**63
-"""Whole numbers have 64 bits: they are at least the negative of this number, and less than it."""
+"""Whole numbers have 64 bits: at least −INTEGER_BOUND, and less than INTEGER_BOUND."""
 MAX_TEXT_CHARACTERS = 20_000
-"""For comparison: the templates of CLIP's prompt ensemble have 3,000 characters in all."""
+"""Largest length of a text. For comparison, all templates of CLIP's prompt ensemble together have 3,000 characters."""
 MAX_NAME_BYTES = 255
-"""Longest name of one file or folder on the usual file systems."""
+"""Largest length of a file or folder name on common file systems, in bytes."""
 MAX_PATH_BYTES = 3000
-"""Longest path. Linux allows 4,096 bytes, but names of files inside a folder are appended to its path."""
+"""Largest length of a path, in bytes. Linux allows 4,096, but names of files in a folder are appended to its path."""
 
 
 def check_text(value: Any) -> None:
-    """Refuse text that cannot be used as a name, as a path or in a log.
+    """Check that text can be used as a name, as a path and in a log.
 
     Args:
         value: a value of an option. Lists and mappings are searched for text.
 
     Raises:
-        ValueError: a text is not UTF-8, or holds control characters or line breaks.
+        ValueError: a text is not UTF-8, or contains control characters or line breaks.
     """
     if isinstance(value, str):
         kinds = set(map(category, value))
-        if "Cs" in kinds:  # a lone surrogate: Python's replacement of a byte that is not UTF-8
+        if "Cs" in kinds:  # a lone surrogate, by which Python replaces a byte that is not UTF-8
             raise ValueError("text in UTF-8")
         if kinds & {"Cc", "Zl", "Zp"}:
             raise ValueError("one line of text without control characters")
@@ -58,7 +57,7 @@ def as_str(value: Any) -> str:
 def as_path(value: Any) -> str:
     """Text that may be the path of a file or folder."""
     text = as_str(value)
-    if not text:  # for example an unset variable of the shell; as a path it would mean the working directory
+    if not text:  # such as an unset shell variable; an empty path would be the working directory
         raise ValueError("a path")
     if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
         raise ValueError(f"a path of at most {MAX_PATH_BYTES} bytes, {MAX_NAME_BYTES} in a name")
@@ -66,7 +65,7 @@ def as_path(value: Any) -> str:
 
 
 def as_folder(value: Any) -> str:
-    """A folder below output/, which must not lead out of it; an absolute path is taken as it is."""
+    """A folder inside output/, or an absolute path. The path must not contain `..`."""
     text = as_path(value)
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
@@ -100,7 +99,7 @@ def as_int(value: Any) -> int:
 
 
 def as_float(value: Any) -> float:
-    """A finite number that single precision can hold."""
+    """A finite number in the range of single precision."""
     try:
         number = float("" if isinstance(value, bool) else value)
     except (ValueError, TypeError):
@@ -192,7 +191,7 @@ def as_pair(value: Any) -> list[float]:
 
 
 def _numbers(value: Any, count: int, expected: str) -> list[float]:
-    """A list of so many numbers."""
+    """A list of `count` numbers."""
     try:
         numbers = [as_float(number) for number in _structure(value)]
     except (ValueError, TypeError):
@@ -203,12 +202,12 @@ def _numbers(value: Any, count: int, expected: str) -> list[float]:
 
 
 def _structure(value: Any) -> Any:
-    """Parse text from the command line as YAML (None if it is not YAML); return any other value unchanged."""
+    """Parse text from the command line as YAML (None if the text is not YAML). Return any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
         parsed = parse_yaml(value)
     except ValueError:
         return None
-    check_text(parsed)  # again, because an escape such as "\0" is a control character only now
+    check_text(parsed)  # again, because parsing turns an escape such as "\0" into a control character
     return parsed

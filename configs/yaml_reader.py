@@ -1,8 +1,8 @@
 """Reads all YAML: data and model configs, the configs of runs, values of options, and grids.
 
-The text may come from anybody, so its length, its depth and its number of values (with aliases counted wherever they
-are used) are limited before values are built from it. Only text, numbers, truth values, lists and mappings are
-accepted; a tag of any other type is refused.
+The text may come from an untrusted source. Therefore its length, its depth and its number of values are limited before
+values are created; an alias counts at each use. Only text, numbers, booleans, lists and mappings are accepted. Tags of
+other types are refused.
 """
 
 from pathlib import Path
@@ -13,24 +13,24 @@ import yaml
 from tailtune.configs.errors import UserError
 
 MAX_LENGTH = 2**18
-"""Bytes of a file, or characters of a text. The longest shipped YAML has a few thousand bytes."""
+"""Largest length: bytes of a file, or characters of a text. The longest shipped YAML has a few thousand bytes."""
 MAX_DEPTH = 20
-"""Levels of lists and mappings inside each other."""
+"""Largest number of nested levels of lists and mappings."""
 MAX_VALUES = 20_000
-"""Number of values; those behind an alias are counted wherever the alias is used."""
+"""Largest number of values. The values of an alias are counted at each use."""
 MAX_DIGITS = 4000
-"""Digits of a number. Python refuses more than 4,300, and no option takes more than 19."""
+"""Largest number of digits. Python refuses more than 4,300; the value of an option has at most 19."""
 
 STANDARD = "tag:yaml.org,2002:"
 ACCEPTED_TAGS = tuple(
     f"{STANDARD}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "value")
 )
 DATE = f"{STANDARD}timestamp"
-"""A date stays text: no option is a date, and `output_dir: 2024-01-01` is a name."""
+"""Tag of dates. A date is read as text, because no option is a date, and `output_dir: 2024-01-01` is a name."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the limits above. It refuses a mapping in which a key occurs twice."""
+    """PyYAML's safe loader with the limits above. It refuses a mapping that contains a key twice."""
 
     yaml_implicit_resolvers = {
         first_character: [(tag, pattern) for tag, pattern in resolvers if tag != DATE]
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = self._count = 0
         self._sizes: dict[int, int] = {}
-        """id of a complete node → number of values in it."""
+        """Python id of a complete node → number of values in the node."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node as PyYAML does, while counting depth and values."""
@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
             raise _error_at(event, f"more than {MAX_VALUES:,} values, with aliases counted wherever they are used")
 
     def _check(self, node: yaml.Node | None) -> None:
-        """Refuse a tag that does not fit its text, before PyYAML builds the value, and a key that occurs twice."""
+        """Refuse a tag that does not match its text, before PyYAML creates the value. Refuse duplicate keys."""
         if node is None:
             return
         kind = node.tag.removeprefix(STANDARD)
@@ -100,11 +100,11 @@ def parse_yaml(text: str) -> Any:
         text: at most `MAX_LENGTH` characters.
 
     Returns:
-        None, text, a number, a truth value, or a list or mapping of those.
+        None, text, a number, a boolean, or a list or mapping of these.
 
     Raises:
-        ValueError: the text is not YAML, or beyond the limits of this file. `args` are the reason, and the number of
-            the line (from 1) or None.
+        ValueError: the text is not YAML, or exceeds the limits of this module. Its `args` are the reason, and the line
+            number (from 1) or None.
     """
     if len(text) > MAX_LENGTH:
         raise ValueError(f"longer than {MAX_LENGTH:,} characters", None)
@@ -126,11 +126,11 @@ def read_yaml(path: Path) -> Any:
         path: the file.
 
     Returns:
-        As `parse_yaml`.
+        The same as `parse_yaml`.
 
     Raises:
-        UserError: the file cannot be read, is not a regular file, not UTF-8, not YAML, or beyond the limits of this
-            module.
+        UserError: the file cannot be read, is not a regular file, is not UTF-8, is not YAML, or exceeds the limits of
+            this module.
     """
     text = read_text(path, MAX_LENGTH, kind="YAML")
     try:
@@ -142,7 +142,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_text(path: Path, max_bytes: int, key: str = "", kind: str = "text") -> str:
-    """The whole content of a text file.
+    """Read the whole content of a text file.
 
     Args:
         path: the file.
@@ -151,7 +151,7 @@ def read_text(path: Path, max_bytes: int, key: str = "", kind: str = "text") -> 
         kind: what the file should hold, for messages.
 
     Raises:
-        UserError: the file cannot be read, is not a regular file (a pipe could block), too large, or not UTF-8.
+        UserError: the file cannot be read, is not a regular file (a pipe could block), is too large, or is not UTF-8.
     """
     named = f"{key}: {path}" if key else str(path)
     try:

@@ -1,7 +1,7 @@
 """Long-tailed subsets, held-out images and shot groups, as pure functions of labels and counts.
 
 The subsets are the published CIFAR-LT ones (Cui et al. 2019, LDAM, SADE, LIFT). They are made by NumPy's legacy shuffle
-with seed 0, and do not depend on the seed of the run. So runs with different seeds train on the same images.
+with seed 0, and do not depend on the seed of the run. Therefore, runs with different seeds train on the same images.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tailtune.configs.errors import UserError
 SUBSET_SEED = 0
 """Seed of the published subsets."""
 SHOT_GROUPS = {"many_acc": "many", "med_acc": "med", "few_acc": "few"}
-"""Metric → the shot group whose mean class accuracy it is. The groups are the keys of `shot_groups`."""
+"""Metric name → shot group; the metric is that group's mean class accuracy. `shot_groups` returns the groups."""
 
 
 def longtail_counts(n_max: float, num_classes: int, imb_factor: float) -> list[int]:
@@ -41,7 +41,7 @@ def capped_counts(available: Sequence[int], imb_factor: float | None, key: str =
 
     Args:
         available: images of each class, [C].
-        imb_factor: smallest class / largest class; None leaves the counts unchanged.
+        imb_factor: images of the smallest class / images of the largest class; None leaves the counts unchanged.
         key: the option that sets `imb_factor`, for messages.
 
     Returns:
@@ -65,7 +65,7 @@ def subsample(labels: np.ndarray, counts: Sequence[int], seed: int = SUBSET_SEED
     the same size, a subset with smaller counts is contained in one with larger counts.
 
     Args:
-        labels: int64 [N].
+        labels: label of each image, int64 [N].
         counts: images to keep of each class, [C].
         seed: seed of the shuffles.
 
@@ -80,13 +80,14 @@ def hold_out(labels: np.ndarray, per_class: int, class_names: Sequence[str], key
     """Hold out the same number of random images of every class.
 
     Args:
-        labels: int64 [N].
+        labels: label of each image, int64 [N].
         per_class: images to hold out of each class.
         class_names: C names, for messages.
         key: the option that sets `per_class`, for messages.
 
     Returns:
-        The positions that are held out, sorted by class, int64 [C · per_class]; and the others, ascending.
+        The positions of the held-out images, sorted by class, int64 [C · per_class]; and the positions of all other
+        images, ascending, int64 [N − C · per_class].
 
     Raises:
         UserError: a class would keep no image.
@@ -116,7 +117,7 @@ def check_hold_out(counts: Sequence[int] | np.ndarray, per_class: int, class_nam
 
 
 def random_positions(length: int, limit: int | None) -> np.ndarray:
-    """Positions of a random part of a split, always the same ones for the same arguments.
+    """Choose random positions in a split. The same arguments always give the same positions.
 
     Args:
         length: number of images of the split.
@@ -131,15 +132,15 @@ def random_positions(length: int, limit: int | None) -> np.ndarray:
 
 
 def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[str, torch.Tensor]:
-    """Group the classes by their number n of training images, as Liu et al. 2019 (OLTR).
+    """Group the classes by their number n of training images, as in OLTR (Liu et al. 2019).
 
     Args:
         counts: training images per class, [C].
         many_above: classes with n > many_above are many-shot.
-        few_below: of the others, classes with n < few_below are few-shot, and the rest medium-shot.
+        few_below: of the remaining classes, those with n < few_below are few-shot, and all others are medium-shot.
 
     Returns:
-        `many`, `med`, `few` → class indices, int64.
+        `many`, `med`, `few` → indices of the classes in the group, int64 [number of classes in the group].
     """
     n = torch.tensor(counts, dtype=torch.int64)  # [C]
     many, few = n > many_above, n < few_below
@@ -148,7 +149,7 @@ def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[
 
 
 def _shuffled(labels: np.ndarray, num_classes: int, seed: int = SUBSET_SEED) -> list[np.ndarray]:
-    """The positions of each class in random order. Only NumPy's legacy generator gives the published order."""
+    """The positions of each class in random order. Only NumPy's legacy random generator gives the published order."""
     random = np.random.RandomState(seed % 2**32)
     ends = np.bincount(labels, minlength=num_classes).cumsum()
     by_class = np.split(labels.argsort(kind="stable"), ends[:-1])

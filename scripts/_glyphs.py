@@ -1,7 +1,7 @@
-"""Rendered characters for pretrain_tiny_clip.py: a bank of glyphs, and their augmentation.
+"""Renders characters for pretrain_tiny_clip.py: creates a bank of glyphs, and augments them.
 
-Glyphs of 36 classes (ten digits, 26 letters, both cases of a letter in one class): the outlines of matplotlib's fonts,
-their skeletons, and for the digits pen strokes designed by hand.
+There are 36 classes: ten digits and 26 letters; both cases of a letter are one class. The glyphs are outlines of
+matplotlib's fonts, skeletons of these outlines, and pen strokes of the digits that were designed by hand.
 """
 
 import string
@@ -47,13 +47,13 @@ class Bank:
     """Rendered glyphs."""
 
     images: Tensor  # uint8 [N, CANVAS, CANVAS]
-    classes: Tensor  # [N]
-    weights: Tensor  # how often each is drawn [N]
-    is_line: Tensor  # one pixel wide (skeletons and strokes), to be thickened [N]
+    classes: Tensor  # int64 [N]
+    weights: Tensor  # relative frequency with which each glyph is drawn, float64 [N]
+    is_line: Tensor  # True for lines of one pixel (skeletons and strokes), which are thickened, bool [N]
 
 
 def fit_glyph(image: Image.Image) -> np.ndarray:
-    """Crop a drawing to its ink, scale it (keeping its aspect) to GLYPH pixels and centre it on the canvas."""
+    """Crop a drawing to its ink, scale it to GLYPH pixels with its aspect ratio, and centre it on the canvas."""
     box = image.getbbox()
     if box is None:
         raise ValueError("an empty glyph was rendered")
@@ -66,7 +66,11 @@ def fit_glyph(image: Image.Image) -> np.ndarray:
 
 
 def render_fonts(names: tuple[str, ...]) -> tuple[np.ndarray, list[int]]:
-    """Render every digit and letter of both cases in the named fonts; returns images and classes."""
+    """Render every digit and letter, in both cases, with the named fonts.
+
+    Returns:
+        Images, uint8 [N, CANVAS, CANVAS]; and their N classes.
+    """
     images, classes = [], []
     for name in names:
         path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
@@ -92,7 +96,7 @@ def round_off(points: np.ndarray) -> np.ndarray:
 def draw_strokes(drawing: str, rng: np.random.RandomState) -> np.ndarray:
     """Draw one jittered pen-stroke digit with lines one pixel wide."""
     jitter = rng.uniform(0, 0.55)
-    offset: dict[str, np.ndarray] = {}  # the same point of a drawing moves the same way in every stroke
+    offset: dict[str, np.ndarray] = {}  # a point that belongs to several strokes moves equally in all of them
     image = Image.new("L", (CANVAS, CANVAS))
     lines = []
     for stroke in drawing.split("|"):
@@ -154,7 +158,7 @@ def warp(images: Tensor, rng: torch.Generator) -> Tensor:
     """Random rotation, shear, squeeze, scale, shift and elastic noise, from the canvas to a frame of FRAME pixels."""
     n = len(images)
     angle, shear = uniform(-0.3, 0.3, n, rng).flatten(), uniform(-0.35, 0.35, n, rng).flatten()
-    height = uniform(0.7, 1.06, n, rng).flatten()  # of the glyph, as a share of the frame
+    height = uniform(0.7, 1.06, n, rng).flatten()  # height of the glyph / height of the frame
     squeeze = torch.exp(uniform(-0.35, 0.35, n, rng)).flatten()
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)
     stretch = torch.stack([1 / squeeze, shear, torch.zeros(n), torch.ones(n)], 1).view(n, 2, 2)

@@ -1,4 +1,4 @@
-"""Grids: a YAML with the rows and axes of a table, from which all its commands follow. For reproduce.py and collect.py.
+"""Reads grids for reproduce.py and collect.py. A grid is a YAML that defines all commands of a table by rows and axes.
 
 The format, by example:
 
@@ -40,17 +40,17 @@ ALL_METRICS = (
     *METRICS,
     *("error_rate", "macro_f1", "mean_acc", "worst_case_acc", "hmean_acc", "gmean_acc", "ece", "nll", "bad_images"),
 )
-"""The single numbers of a metrics.json.
+"""The metrics of metrics.json that are single numbers.
 
-On a test distribution: `backward50.accuracy`, by the run's adapted weights if it has some; or of a named predictor,
-`backward50.plain.accuracy`.
+For a test distribution, a metric is `backward50.accuracy`. It uses the adapted weights of the run if there are any. A
+metric of a named predictor is `backward50.plain.accuracy`.
 """
 
 MOST = 10_000
-"""The largest number of commands of a row; more are a mistake in the axes."""
+"""Largest number of commands of a row. A larger number is taken for a mistake in the axes."""
 
 Axes = Mapping[str, list[dict[str, str]]]
-"""Axis → its values; a value is the placeholders that it sets, with their words."""
+"""Axis → its values. A value is a mapping from each placeholder that it sets to the words that replace it."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Cell:
 
     row: str
     words: tuple[str, ...]
-    """The words behind `python main.py`: `-d DATA -m MODEL KEY VALUE …`."""
+    """The words after `python main.py`: `-d DATA -m MODEL KEY VALUE …`."""
     published: Mapping[str, str]
-    """Metric → the paper's number, as text."""
+    """Metric → number in the paper, as text."""
 
     @property
     def facts(self) -> dict[str, str]:
-        """What `--where` can ask for: data, model, row and the options in the command."""
+        """The facts that `--where` can select by: data, model, row and the options in the command."""
         options = dict(zip(self.words[4::2], self.words[5::2], strict=True))
         return {"data": self.words[1], "model": self.words[3], "row": self.row, **options}
 
@@ -74,7 +74,10 @@ class Cell:
         return [*self.words, *extra, *_seed(seed)]
 
     def commands(self, seed: int, extra: Sequence[str] = ()) -> list[list[str]]:
-        """The command; before one that only tests, the command that trains, which has the words before `test_only`."""
+        """The commands of this cell. A `test_only` command is preceded by the command that trains its model.
+
+        The training command consists of the words before `test_only`.
+        """
         if "test_only" not in self.words:
             return [self.command(seed, extra)]
         training = self.words[: self.words.index("test_only")]
@@ -91,10 +94,10 @@ class Grid:
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
-    """Sorted by data set; those of a data set are in the order of the rows."""
+    """The cells are sorted by data set; cells of the same data set are in the order of the rows."""
 
     def where(self, facts: Mapping[str, str]) -> "Grid":
-        """The cells that have these facts.
+        """Select the cells that have these facts.
 
         Raises:
             UserError: no cell has them.
@@ -118,7 +121,7 @@ def read(name: str) -> Grid:
         name: name of a shipped grid, or path of a YAML.
 
     Raises:
-        UserError: there is no such grid, or the file is none.
+        UserError: there is no grid of this name, or the file is not a grid.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else lookup(names(), name, "grid")
     body = read_yaml(path)
@@ -135,7 +138,7 @@ def read(name: str) -> Grid:
         raise UserError(f"{path} is no grid ({error}); scripts/_grid.py describes the format") from error
     if not (cells and seeds):
         raise UserError(f"{path} has no {'seeds' if cells else 'rows'}; scripts/_grid.py describes the format")
-    check_metrics(metrics)  # before the runs, which may take nights
+    check_metrics(metrics)  # before the runs, which may take many hours
     order = list(dict.fromkeys(cell.words[1] for cell in cells))
     cells.sort(key=lambda cell: order.index(cell.words[1]))
     known_as = name if name in names() else path.stem
@@ -146,7 +149,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
     """Check the names of metrics.
 
     Raises:
-        UserError: a name is no single number of a metrics.json.
+        UserError: a name is not in ALL_METRICS.
     """
     for metric in metrics:
         *place, name = metric.split(".")
@@ -155,7 +158,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 def config(words: Sequence[str]) -> CfgNode:
-    """The resolved config of a command, from its words behind `python main.py`."""
+    """The resolved config of a command, given by its words after `python main.py`."""
     from tailtune.models import resolve
     from tailtune.trainers.option_schema import declared
 
@@ -164,7 +167,7 @@ def config(words: Sequence[str]) -> CfgNode:
 
 
 def result(words: Sequence[str]) -> Path | None:
-    """The metrics.json that a command has written; None if it has not finished."""
+    """Path of the metrics.json that a command has written; None if the command has not finished."""
     from tailtune.trainers.runs.resume_decision import still_true
     from tailtune.trainers.runs.run_folder import RunFolder
 
@@ -174,31 +177,31 @@ def result(words: Sequence[str]) -> Path | None:
 
 
 def runs(cell: Cell, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[int]:
-    """The seeds that a cell is run with. Of zero-shot it is one, since a seed changes nothing of it."""
+    """The seeds with which a cell is run. A zero-shot command has only one, because no seed changes its result."""
     return list(seeds[:1] if config(cell.command(seeds[0], extra)).zero_shot else seeds)
 
 
 def split_extra(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words before `--`, and the `KEY VALUE` words behind it."""
+    """Split a command line into the words before `--` and the `KEY VALUE` words after it."""
     cut = list(argv).index("--") if "--" in argv else len(argv)
     return list(argv[:cut]), list(argv[cut + 1 :])
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that choose commands of a grid."""
+    """Add the arguments that select commands of a grid."""
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds of the runs; default: the grid's")
     where = "only the commands with this data, model, row or option; can be repeated"
     parser.add_argument("--where", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help=where)
 
 
 def select(args: argparse.Namespace) -> tuple[Grid, list[int]]:
-    """The chosen part of a grid, and the seeds."""
+    """The selected part of a grid, and the seeds."""
     grid = read(args.grid)
     return grid.where(dict(args.where)) if args.where else grid, list(args.seeds or grid.seeds)
 
 
 def _seed(seed: int) -> list[str]:
-    """The words for a seed; none for the default seed, so that a command reads like the original's."""
+    """The words that set a seed; empty for the default seed, so that the command has no superfluous words."""
     return [] if seed == TrainingOptions().seed else ["seed", str(seed)]
 
 

@@ -1,4 +1,4 @@
-"""A table of results: its rows, and the formats that it is written in. For reproduce.py and collect.py."""
+"""Formats tables of results for reproduce.py and collect.py."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from tailtune.configs.errors import lookup
 TITLES = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few", "worst_case_acc": "worst"}
 MEMORY = "A number in brackets is from memory, not verified against the paper."
 Result = dict[str, Any]
-"""Contents of a metrics.json, schema 2."""
+"""Content of a metrics.json, schema 2."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Row:
     data: str
     name: str
     wanted: int
-    """Number of runs that there should be."""
+    """Number of planned runs."""
     results: list[Result]
     """Results of the finished runs."""
     published: Mapping[str, str] = field(default_factory=dict)
-    """Metric → the paper's number, as text."""
+    """Metric → number in the paper, as text."""
 
     def values(self, metric: str) -> list[float]:
-        """A metric of every run that has measured it."""
+        """The values of a metric, of all runs that have measured it."""
         values = (number(result, metric) for result in self.results)
         return [value for value in values if value is not None]
 
@@ -44,26 +44,26 @@ class Row:
 
     @property
     def runs(self) -> str:
-        """The number of finished runs, and of those that there should be."""
+        """Number of finished runs. If some are missing, also the number of planned runs."""
         done = len(self.results)
         return str(done) if done == self.wanted else f"{done} of {self.wanted}"
 
     @property
     def trained(self) -> str:
-        """Number of trained parameters, those of tuners and head."""
+        """Number of trained parameters, of the tuners and the head, as text."""
         return f"{self.results[0]['params']['trainable']:,}" if self.results else ""
 
 
 def number(result: Result, metric: str) -> float | None:
-    """A single number of a result.
+    """Read a single number of a result.
 
     Args:
         result: contents of a metrics.json.
-        metric: `accuracy` of the test set; `backward50.accuracy` of a test distribution, by the adapted predictor if
-            there is one; `backward50.plain.accuracy` by a named predictor.
+        metric: such as `accuracy` on the test set; `backward50.accuracy` on a test distribution, with the adapted
+            predictor if there is one; or `backward50.plain.accuracy` with a named predictor.
 
     Returns:
-        The number; None if it was not measured, or if there is nothing to measure.
+        The number; None if the number was not measured or is undefined.
 
     Raises:
         UserError: there is no such metric.
@@ -122,7 +122,7 @@ def as_latex(rows: Sequence[Row], metrics: Sequence[str], paper: str | None = No
 
 
 def as_csv(rows: Sequence[Row], metrics: Sequence[str], paper: str | None = None) -> str:
-    """CSV for programs: mean and standard deviation in columns of their own, not rounded, empty if not measured."""
+    """A CSV table for programs. Mean and standard deviation have separate columns and are not rounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     titles = [f"{metric}_{kind}" for metric in metrics for kind in ("published", "mean", "std")]
@@ -144,16 +144,16 @@ FACTS: dict[str, Callable[[Result], str]] = {
     "hardware": lambda result: str(result.get("hardware")),
     "torch": lambda result: str(result.get("packages", {}).get("torch")),
 }
-"""What a table says about its runs → that of one result."""
+"""Fact about the runs in the footnotes of a table → function that reads the fact from one result."""
 
 
 def _facts(results: Sequence[Result], fact: str) -> list[str]:
-    """The different values of a fact."""
+    """The different values of a fact in several results."""
     return list(dict.fromkeys(FACTS[fact](result) for result in results))
 
 
 def _footnotes(rows: Sequence[Row], paper: str | None) -> list[str]:
-    """How the numbers were made, where the published ones are from, and the notes of single runs."""
+    """Footnotes: how the numbers were computed, the source of the published numbers, and notes of single runs."""
     results = [result for row in rows for result in row.results]
     lines = []
     if results:

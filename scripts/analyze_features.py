@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from filelock import FileLock
@@ -46,22 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        argv: its words; None for those of the process.
+        argv: the arguments; None: those of this process.
 
     Returns:
-        The exit code: 2 for bad input, 130 when interrupted.
+        The exit code: 0 for success, 2 for wrong input, 130 for an interruption.
     """
     return exit_code_of(_command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its message about a new font cache
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # hides its message about a new font cache
     analyze(configured(argv))
     return 0
 
 
 def configured(argv: Sequence[str]) -> CfgNode:
-    """The config of the run, without the crops of test-time ensembles, because an image has one feature."""
+    """The resolved config of the run. The option `tte` is disabled, because each image needs exactly one feature."""
     parser = Parser(
         prog="scripts/analyze_features.py",
         description=__doc__.partition("\n")[0],
@@ -82,16 +82,16 @@ def configured(argv: Sequence[str]) -> CfgNode:
 
 
 def analyze(cfg: CfgNode) -> Path:
-    """Write two pictures and their means.
+    """Write two figures, and the means of both.
 
     Args:
         cfg: config of a finished run.
 
     Returns:
-        The folder that they are in.
+        The folder with the files.
 
     Raises:
-        UserError: the run has trained nothing, or `trained_method` cannot load it.
+        UserError: the run has no checkpoint, or `trained_method` cannot load it.
     """
     folder = RunFolder(cfg)
     if not cfg.zero_shot and folder.checkpoint_id() is None:
@@ -106,7 +106,7 @@ def analyze(cfg: CfgNode) -> Path:
 
 
 def _written(cfg: CfgNode, folder: RunFolder) -> Path:
-    """Write the pictures and their means; this process holds the run folder."""
+    """Write the figures and their means. This process must hold the lock of the run folder."""
     accelerator = make_accelerator(Devices.of(cfg))
     data = build_data(cfg, folder.kept(), folder.class_counts())
     method = trained_method(cfg, folder.evaluated, data, accelerator)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs.errors import UserError
@@ -36,11 +36,11 @@ from tailtune.trainers.processes.exit import run_as_process
 
 
 def grid_rows(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[Row]:
-    """The rows of a grid, run or not.
+    """The rows of a grid, including rows whose commands were not run.
 
     Args:
         grid: the rows of a table.
-        seeds: with which every command should have been run.
+        seeds: seeds with which every command should have been run.
         extra: `KEY VALUE` words that were added to every command.
     """
     rows = []
@@ -53,7 +53,7 @@ def grid_rows(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> li
 
 
 def folder_rows(folders: Sequence[Path]) -> list[Row]:
-    """A row for all runs that differ in nothing but their seed.
+    """Create one row for all runs that differ only in their seed.
 
     Args:
         folders: finished run folders, or folders `tests/KEY` within them.
@@ -66,13 +66,13 @@ def folder_rows(folders: Sequence[Path]) -> list[Row]:
 
 
 def with_result(names: Sequence[str]) -> list[Path]:
-    """The folders that hold the result of a run. How many others there are is said on standard error.
+    """Select the folders that contain the result of a run. Report the number of other paths on standard error.
 
     Args:
-        names: paths, among which may be anything that `output/*` stands for.
+        names: paths, such as all that the shell expands from `output/*`.
 
     Raises:
-        UserError: a path does not exist, or no folder holds a result.
+        UserError: a path does not exist, or no folder contains a result.
     """
     for name in names:
         if not Path(name).exists():
@@ -88,17 +88,17 @@ def with_result(names: Sequence[str]) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder holds the result of a run and, itself or as `tests/KEY` of a run folder, the run's config."""
+    """Whether a folder contains a result and is a run folder, or a folder `tests/KEY` in a run folder."""
     return (folder / "metrics.json").is_file() and (_run_folder(folder) / "config.yaml").is_file()
 
 
 def _run_folder(folder: Path) -> Path:
-    """The run folder that a folder is, or of which it is `tests/KEY`."""
+    """The run folder: `folder` itself, or the folder that contains `folder` as `tests/KEY`."""
     return folder if (folder / "config.yaml").is_file() else folder.parent.parent
 
 
 def _identity(folder: Path, contents: Result) -> str:
-    """All options of a run and of its evaluation, without the seed and the checkpoint."""
+    """All options of a run and of its evaluation, without the seed and the checkpoint, as text for comparison."""
     from tailtune.configs import load_resolved, values_of
     from tailtune.configs.key import TRAIN
     from tailtune.trainers.option_schema import declared
@@ -109,7 +109,7 @@ def _identity(folder: Path, contents: Result) -> str:
 
 
 def _group_row(group: list[tuple[Path, Result]]) -> Row:
-    """The row of runs that differ in nothing but their seed."""
+    """The row of runs that differ only in their seed."""
     folder, first = group[0]
     home = folder.parent.parent if folder.parent.name == "tests" else folder
     name = folder.relative_to(home.parent).as_posix()
@@ -127,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        argv: its words; None for those of the process.
+        argv: the arguments; None: those of this process.
 
     Returns:
-        The exit code: 2 for bad input.
+        The exit code: 0 for success, 2 for wrong input.
     """
     return exit_code_of(_command, argv)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import load_configs
@@ -31,7 +31,7 @@ from tailtune.trainers.option_schema import declared
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, ARRAY = ROOT / "docs" / "composition.md", ROOT / "docs" / "composition.json"
 Choice = dict[str, str]
-"""Axis → entry."""
+"""Axis → chosen entry."""
 
 LOSS = "loss_type CE"
 OF_METHOD = {
@@ -63,18 +63,18 @@ AXES: Mapping[str, Mapping[str, str]] = {
         **{name: f"ensemble {name} {OF_TEST.get(name, '')}" for name in ENSEMBLES},
     },
 }
-"""Axis → its entries, each with its words of a command line, on the config of the embedded CLIP."""
+"""Axis → its entries. Each entry has the words of a command line that select it, with the model config `tiny_clip`."""
 COMMON = "pretrained none test_only True val_per_class 1"
 USUAL = {
     "backbone": AXES["backbone"],
     "tuner": ("head only", "full_tuning", "bn_tuning"),
     "method": ("sade", "classify"),
 }
-"""The entries of the other axes that a pair is tried with, in this order; of an axis that is not here the first one."""
+"""Entries of the other axes that are tried with a pair, in this order. For an axis that is missing: its first entry."""
 
 
 def words(choice: Choice) -> list[str]:
-    """The `KEY VALUE` words of a choice. In a chain the earlier run has the same model and the method classify."""
+    """The `KEY VALUE` words of a choice. In a chain, the earlier run has the same model and the method `classify`."""
     parts = f"{AXES['backbone'][choice['backbone']]} {AXES['tuner'][choice['tuner']]}".split()
     pairs = [*COMMON.split(), *parts, *AXES["method"][choice["method"]].split(), *AXES["test"][choice["test"]].split()]
     if METHODS[choice["method"]].continues_from_earlier_run:
@@ -84,7 +84,7 @@ def words(choice: Choice) -> list[str]:
 
 
 def refusal(choice: Choice) -> str | None:
-    """The error message of a configuration; None if it is not refused."""
+    """The error message for a configuration; None if the configuration is accepted."""
     try:
         validate(load_configs("fake_lt", "tiny_clip", words(choice), declared()))
     except UserError as error:
@@ -93,7 +93,7 @@ def refusal(choice: Choice) -> str | None:
 
 
 def tried(first: tuple[str, str], second: tuple[str, str]) -> Iterator[Choice]:
-    """Configurations with a pair of (axis, entry) and usual entries of the other axes."""
+    """Configurations that contain two pairs (axis, entry), with usual entries of the other axes."""
     fixed = dict((first, second))
     free = [axis for axis in AXES if axis not in fixed]
     for entries in product(*(USUAL.get(axis, list(AXES[axis])[:1]) for axis in free)):
@@ -132,10 +132,10 @@ def refused_pairs(why: Callable[[Choice], str | None] = refusal) -> dict[Pair, s
 
 
 def covering(refused: Sequence[Pair], why: Callable[[Choice], str | None] = refusal) -> list[Choice]:
-    """Few configurations in which every pair that is not refused occurs; each is filled greedily.
+    """Find a small number of configurations that contain every pair that is not refused, with a greedy search.
 
     Args:
-        refused: the pairs that do not go together.
+        refused: the pairs that cannot be combined.
         why: configuration → reason for refusing it, None if it is accepted.
     """
     open_pairs = [pair for pair in every_pair() if pair not in refused]
@@ -157,7 +157,7 @@ def _pairs_of(row: Choice) -> Iterator[Pair]:
 
 
 def _filled(pair: Pair, left: set[Pair], bad: set[Pair], at_most: int = 12) -> Iterator[Choice]:
-    """Configurations with a pair and without a refused pair; those that cover most of the pairs left come first."""
+    """Configurations with `pair` and without refused pairs. Those with most pairs in `left` come first."""
     free = [axis for axis in AXES if axis not in dict(pair)]
     rows = []
     for entries in product(*(AXES[axis] for axis in free)):
@@ -193,7 +193,7 @@ def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
 
 
 def _grouped(refused: Mapping[Pair, str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Reason and entries of both sides, of all pairs with the same reason together. `it` is the second side's entry."""
+    """Group the pairs by reason: yields the reason and the entries of both sides. `it` replaces the second entry."""
     seconds: dict[tuple[str, str], list[str]] = {}
     for ((_, one), (_, other)), reason in refused.items():
         general = reason

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import Schema
@@ -58,7 +58,7 @@ This file is made by `python scripts/make_options.py`, and by `make docs`.
 
 
 def render() -> str:
-    """The text of the file."""
+    """The text of docs/options.md."""
     schema = declared()
     aliases = " ".join(
         f"`{other}` is another name of `{key}`." for other, key in schema.aliases.items() if "." not in other
@@ -71,7 +71,7 @@ def render() -> str:
 
 
 def table(schema: Schema, keys: list[str]) -> str:
-    """The options of a section, a row each."""
+    """The table of the options of a section, with one row for each option."""
     entries = {key: [] if schema[key].method else schema.entries[key] for key in keys}
     columns = ["key", *(["of"] if any(entries.values()) else []), "type", "default", "class", "meaning", "choices"]
     rows = [columns]
@@ -100,7 +100,7 @@ def _meaning(entry: Key) -> str:
 
 
 def main() -> None:
-    """Write the file."""
+    """Write docs/options.md."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(render(), encoding="utf-8")
     print(f"wrote {FILE.relative_to(ROOT)}")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -82,7 +82,11 @@ def contrastive_loss(model: CLIP, images: Tensor, captions: Tensor, classes: Ten
 
 
 def batches(bank: Bank, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (images, captions, classes) of freshly augmented, freshly captioned glyphs."""
+    """Yield batches of glyphs with new augmentations and captions.
+
+    Yields:
+        Images [B, 3, SIZE, SIZE], tokens of the captions [B, L], classes int64 [B].
+    """
     rng, tokenize = torch.Generator().manual_seed(seed), open_clip.get_tokenizer(MODEL_NAME)
     tokens = [tokenize([text.format(name) for text in TEMPLATES for name in names]) for names in NAMES]
     for _ in range(steps):
@@ -99,8 +103,8 @@ def train(bank: Bank, samples: int, seed: int, log: list[str]) -> CLIP:
     Args:
         bank: the glyphs to draw images from.
         samples: number of images to train on.
-        seed: of the first weights and of all draws.
-        log: lines about the loss are added to it.
+        seed: seed of the initial weights and of all random draws.
+        log: receives lines about the loss.
 
     Returns:
         The model with the moving average of its weights, in evaluation mode.
@@ -134,14 +138,14 @@ def train(bank: Bank, samples: int, seed: int, log: list[str]) -> CLIP:
 
 @torch.no_grad()
 def predict(model: CLIP, images: Tensor, names: list[str]) -> Tensor:
-    """Zero-shot class index of each image, among the given class names."""
+    """The zero-shot prediction for each image, as an index in `names`, int64 [N]."""
     tokens = open_clip.get_tokenizer(MODEL_NAME)([ZERO_SHOT_TEMPLATE.format(name) for name in names])
     text = model.encode_text(tokens, normalize=True)
     return torch.cat([(model.encode_image(chunk, normalize=True) @ text.T).argmax(1) for chunk in images.split(500)])
 
 
 def digit_accuracy(model: CLIP, images: Tensor, target: Tensor) -> list[str]:
-    """Zero-shot accuracy among the ten digits, for every kind of name."""
+    """Zero-shot accuracy (%) among the ten digits, one line for each kind of class name."""
     lines = []
     for i, kind in enumerate(DIGIT_NAMES):
         right = (predict(model, images, [names[i] for names in NAMES[:10]]) == target).float()
@@ -199,7 +203,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Pre-train, save, reload what was saved, measure it and write the log."""
+    """Pre-train and save the model, load and measure the saved model, and write the log."""
     args = parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # the path has this file's folder; the one above holds tailtune.py
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune import main as tailtune
@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        argv: its words; None for those of the process.
+        argv: the arguments; None: those of this process.
 
     Returns:
-        The exit code: that of the first run that fails, 130 when interrupted, 2 for bad input.
+        The exit code: that of the first failed run, 130 for an interruption, 2 for wrong input, otherwise 0.
     """
     return tailtune.exit_code_of(_command, argv, interrupted=CONTINUES)
 
@@ -66,12 +66,12 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def _summary(grid: Grid) -> str:
-    """A grid as a line of the list."""
+    """The line about a grid in the output of --list."""
     return f"{grid.name:<28}  {len(grid.cells):>4} commands  {grid.title}"
 
 
 def _mark(words: Sequence[str]) -> str:
-    """What stands behind a command that has been run."""
+    """The mark that --print puts after a finished command; empty for other commands."""
     return "" if result(words) is None else "  # finished"
 
 
@@ -80,11 +80,11 @@ def plan(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[li
 
     Args:
         grid: the rows of a table.
-        seeds: a command is run with each of them.
+        seeds: seeds with which each command is run.
         extra: `KEY VALUE` words that are added to every command.
 
     Returns:
-        The words of each command behind `python main.py`.
+        The words of each command after `python main.py`.
     """
 
     def with_repetitions() -> Iterator[list[str]]:
@@ -96,11 +96,11 @@ def plan(grid: Grid, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[li
 
 
 def run_all(todo: Sequence[Sequence[str]], keep_going: bool = False) -> int:
-    """Run commands one after another; a finished one only shows its result.
+    """Run commands one after another. A finished command only shows its result.
 
     Args:
         todo: the words of each command.
-        keep_going: go on to the next command when one fails.
+        keep_going: whether to continue with the next command after a failure.
 
     Returns:
         The exit code of the first run that failed, 0 if none did.
@@ -111,7 +111,7 @@ def run_all(todo: Sequence[Sequence[str]], keep_going: bool = False) -> int:
             print(f"[{number}/{len(todo)}] python main.py", shlex.join(words), flush=True)
         try:
             code = tailtune.main(list(words))
-        except Exception:  # one run out of memory must not end a night's work
+        except Exception:  # one failed run, for example without memory, must not end all others
             if not keep_going:
                 raise
             traceback.print_exc()
@@ -133,7 +133,7 @@ def write(grid: Grid, seeds: Sequence[int], extra: Sequence[str]) -> None:
 
 
 def first_process() -> bool:
-    """Whether this is the only process, or of several processes of a launch the one that prints."""
+    """Whether this is the only process, or the first process of a launch, which prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -154,6 +154,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes fork after the tokenizer ran
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked after the tokenizer has run
     end_at_signals(CONTINUES)
     run_as_process(main, tailtune.exit_code_and_line)

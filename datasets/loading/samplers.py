@@ -1,6 +1,6 @@
-"""Samplers: which training images an epoch has and in which order, divided into steps, ranks and micro-batches.
+"""Samplers choose and order the training images of an epoch, and divide them into steps, ranks and micro-batches.
 
-The order is a pure function of labels, seed and epoch.
+The order is a pure function of the labels, the seed and the epoch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +13,25 @@ from torch.utils.data import Sampler
 from tailtune.configs.seeding import derive_seed, generator
 
 Key = tuple[int, ...]
-"""What a `View` needs to augment an image reproducibly: (index in the split, epoch, how often the image came before in
-this epoch). A pair appends the index and the number of its second image."""
+"""Identifies one augmentation of an image, so that a `View` can repeat it.
+
+A key is (index in the split, epoch, repetition number). The repetition number is the number of times that the image
+occurred before in this epoch. In a pair, the key continues with the second image's index and its repetition number.
+"""
 Order = Callable[[Tensor, int, int], Tensor]
-"""Labels of the split [N], seed, epoch → the images of the epoch as indices in the split, int64 [N]."""
+"""Takes the labels of the split (int64 [N]), the seed and the epoch.
+
+Returns the images of the epoch in their order, as indices in the split, int64 [N].
+"""
 
 
 def shuffle(labels: Tensor, seed: int, epoch: int) -> Tensor:
-    """Every image once, in random order.
+    """Use every image once, in random order.
 
     Args:
-        labels: of the split, int64 [N].
+        labels: labels of the split, int64 [N].
         seed: the seed of the run.
-        epoch: the first is 0.
+        epoch: index of the epoch, from 0.
 
     Returns:
         Indices in the split, int64 [N].
@@ -40,9 +46,9 @@ def balanced(labels: Tensor, seed: int, epoch: int) -> Tensor:
     This is the sampler of decoupled training (Kang et al. 2020, §4.1) and of RIDE's expert assignment.
 
     Args:
-        labels: of the split, int64 [N].
+        labels: labels of the split, int64 [N].
         seed: the seed of the run.
-        epoch: the first is 0.
+        epoch: index of the epoch, from 0.
 
     Returns:
         Indices in the split, int64 [N].
@@ -55,9 +61,9 @@ def reverse(labels: Tensor, seed: int, epoch: int) -> Tensor:
     """Reversed sampling: as `balanced`, but a class has probability p_c ∝ 1 / n_c (BBN, Zhou et al. 2020, §4.2).
 
     Args:
-        labels: of the split, int64 [N].
+        labels: labels of the split, int64 [N].
         seed: the seed of the run.
-        epoch: the first is 0.
+        epoch: index of the epoch, from 0.
 
     Returns:
         Indices in the split, int64 [N].
@@ -69,12 +75,12 @@ def reverse(labels: Tensor, seed: int, epoch: int) -> Tensor:
 
 
 def _images_of(drawn: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
-    """One image for each drawn class; the images of a class are taken in turn.
+    """Choose one image for each drawn class; the images of a class are taken one after another.
 
     Args:
         drawn: classes as positions among the sorted labels that occur, int64 [N].
-        labels: of the split, int64 [N].
-        random: for the order of the images of a class.
+        labels: labels of the split, int64 [N].
+        random: generator that shuffles the images of each class.
 
     Returns:
         Indices in the split, int64 [N].
@@ -94,9 +100,12 @@ class ImageOrder:
     """An entry of SAMPLERS."""
 
     order: Order
-    """Which images an epoch has."""
+    """Which images, and in which order."""
     frequencies: Callable[[Tensor], Tensor]
-    """Images per class [C], of a floating type → how likely an image of each class is drawn, [C]."""
+    """Takes the number of images of each class, floating point [C].
+
+    Returns the probability of each class for a drawn image, [C].
+    """
 
 
 SAMPLERS: dict[str, ImageOrder] = {
@@ -109,23 +118,26 @@ SAMPLERS: dict[str, ImageOrder] = {
 class StepSampler(Sampler[list[Key]]):
     """Batch sampler of one rank.
 
-    The global batch of an optimizer step is a slice of the epoch's order. It is the same for any number of processes.
+    The global batch of an optimizer step is a slice of the epoch's order. It does not depend on the number of ranks.
     Each rank takes a contiguous part of the global batch, in micro-batches of at most `micro_batch_size` images. The
-    last batch of an epoch may be smaller. Iterating gives the micro-batches from the current position to the end of
+    last batch of an epoch may be smaller. Iteration yields the micro-batches from the current position to the end of
     the epoch, as lists of `Key`.
 
-    If the last batch is so small that a rank gets no image of it, the rank still has to take part in the reduction of
-    gradients. It gets an image that another rank has, with weight 0; `is_padding` is true then.
+    The last batch may be so small that a rank has no image. The rank still has to take part in the gradient reduction.
+    It therefore gets an image of another rank with weight 0, and `is_padding` returns True.
 
     Args:
-        labels: of the split, int64 [N].
-        batch_size: images in an optimizer step, over all ranks.
-        micro_batch_size: images that a rank holds at once.
-        seed: of the order.
-        rank: index of this process.
+        labels: labels of the split, int64 [N].
+        batch_size: number of images in an optimizer step, over all ranks.
+        micro_batch_size: largest number of images that a rank processes at once.
+        seed: seed of the order.
+        rank: index of this process, from 0.
         world: number of processes.
-        order: the images of an epoch, an entry of `SAMPLERS`.
-        pair: the second images of pairs, an entry of `SAMPLERS`; None for no pairs.
+        order: chooses the images of an epoch; `ImageOrder.order` of an entry of `SAMPLERS`.
+        pair: chooses the second images of pairs in the same way; None for no pairs.
+
+    Raises:
+        ValueError: a size is less than 1, or `rank` is not below `world`.
     """
 
     def __init__(
@@ -147,14 +159,14 @@ class StepSampler(Sampler[list[Key]]):
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, step: int) -> None:
-        """Go to a step of an epoch.
+        """Move to a step of an epoch, so that iteration starts there.
 
         Args:
-            epoch: the first is 0.
-            step: from 0 to `steps`, which is the end of the epoch.
+            epoch: index of the epoch, from 0.
+            step: index of the step, from 0 to `steps`; `steps` is the end of the epoch.
 
         Raises:
-            ValueError: another step.
+            ValueError: `step` is outside this range.
         """
         if not 0 <= step <= self.steps:
             raise ValueError(f"step {step} of an epoch of {self.steps}")
@@ -164,7 +176,7 @@ class StepSampler(Sampler[list[Key]]):
         keys: Sequence[Key] = [(index, epoch, number) for index, number in _numbered(order)]
         if self.pair is not None:
             partners = _numbered(self.pair(self.labels, derive_seed(self.seed, "pair"), epoch))
-            # Negative numbers give the second image of a pair another augmentation than the same image as the first.
+            # Second images have negative repetition numbers: an image gets different augmentations as first and second.
             keys = [(*key, index, -1 - number) for key, (index, number) in zip(keys, partners, strict=True)]
         self._keys = keys
 
@@ -172,7 +184,7 @@ class StepSampler(Sampler[list[Key]]):
         """The micro-batches of this rank in a step of the current epoch.
 
         Args:
-            step: the first of the epoch is 0.
+            step: index of the step, from 0.
 
         Returns:
             One or more lists of indices in the split.
@@ -180,10 +192,10 @@ class StepSampler(Sampler[list[Key]]):
         return [self._order[chunk.start : chunk.stop] for chunk in self._chunks(step)]
 
     def is_padding(self, step: int) -> bool:
-        """Whether this rank only has an image of weight 0 in a step of the current epoch.
+        """Whether this rank has only an image of weight 0 in a step of the current epoch.
 
         Args:
-            step: the first of the epoch is 0.
+            step: index of the step, from 0.
         """
         return not self._part(step)
 
@@ -191,7 +203,7 @@ class StepSampler(Sampler[list[Key]]):
         """Number of micro-batches of this rank in a step of the current epoch.
 
         Args:
-            step: the first of the epoch is 0.
+            step: index of the step, from 0.
         """
         return max(1, -(-len(self._part(step)) // self.micro_batch_size))
 
@@ -217,7 +229,7 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def _numbered(order: Tensor) -> Iterator[tuple[int, int]]:
-    """Each image with the number of times it came before; repetitions get new augmentations by this number."""
+    """Pairs (image, repetition number). The repetition number selects a new augmentation for each repetition."""
     ascending, positions = order.sort(stable=True)
     times_before = torch.empty_like(order)
     times_before[positions] = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)

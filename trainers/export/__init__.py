@@ -1,4 +1,4 @@
-"""EXPORTS: the formats to which a finished run can be exported; `export NAME` on the run's command."""
+"""Exports finished runs to the formats in EXPORTS. The option `export NAME` of a run's command starts an export."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ __all__ = ["EXPORTS", "Export", "ExportedModel", "export"]
 
 @dataclass(frozen=True)
 class Export:
-    """A format.
+    """An export format.
 
     Args:
-        check: raises a `UserError` for a model that the format cannot hold; the model may be on the meta device.
-        write: fills a folder, and returns facts about it for `facts.json`, at least `how_to_load`; docs/exports.md
-            lists the fields.
+        check: raises a `UserError` if the format cannot hold the model. The model may be on the meta device.
+        write: writes files into a folder. Returns facts for `facts.json`, at least `how_to_load`; docs/exports.md lists
+            the fields.
     """
 
     check: Callable[[ExportedModel], None]
@@ -38,7 +38,7 @@ EXPORTS: dict[str, Export] = {
 
 
 def export(exported: ExportedModel, name: str, path: Path) -> str:
-    """Write a model in a format. The folder appears complete or not at all.
+    """Export a model. The folder is written completely or not at all.
 
     Args:
         exported: the model.

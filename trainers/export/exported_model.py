@@ -1,4 +1,4 @@
-"""What is exported: a trained model and the facts that another program needs to use it."""
+"""Holds the model that is exported, and the facts that another program needs in order to use the model."""
 
 import copy
 from collections.abc import Sequence
@@ -36,26 +36,26 @@ FORMULAS: dict[type[nn.Module], str] = {
         "logits = F.layer_norm(features, features.shape[-1:], eps=1e-12) @ F.normalize(weight, dim=-1).T"
     ),
 }
-"""Head → how it is applied, as Python code with torch.nn.functional as F."""
+"""Class of a head → Python code that applies the head, with torch.nn.functional imported as F."""
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A trained model on the CPU, in fp32 and eval mode, and what another program needs to know about it.
+    """A trained model on the CPU, in fp32 and eval mode, with the facts that another program needs.
 
     Args:
         method: the method with its model.
-        tuners: names of the tuners of TUNERS that are on.
-        partial: the option.
-        class_names: names of the C classes.
-        resolution: side R of the images, in pixels.
-        zero_shot: whether it is a zero-shot model, which nothing has trained.
-        arch: open_clip's name of the backbone; None: it is not from open_clip.
-        base: where others find the pre-trained weights; None: nowhere.
-        resize: length in pixels to which the shorter side of a test image is resized before its centre is cut out;
-            None: `resolution`.
-        interpolation: how test images are resized.
-        command: words of the command that trained it.
+        tuners: names of the tuners of TUNERS that are enabled.
+        partial: value of the option `partial`.
+        class_names: names of the C classes, in label order.
+        resolution: side length R of the images, in pixels.
+        zero_shot: whether the model is a zero-shot classifier, which is not trained.
+        arch: open_clip's name of the backbone; None: the backbone is not from open_clip.
+        base: where the pre-trained weights are published; None: they are not published.
+        resize: length in pixels to which the shorter side of a test image is resized before the centre crop; None:
+            `resolution`.
+        interpolation: interpolation mode for resizing test images.
+        command: words of the command that trained the model.
         facts: where the model comes from, for `facts.json` of every format.
     """
 
@@ -88,9 +88,13 @@ class ExportedModel:
         return self.method.model.num_experts
 
     def refuse_experts(self, name: str) -> None:
-        """Raise a `UserError` where there are several, for a format that holds one network with one head.
+        """Check that the model is one network with one head, for formats that can hold nothing else.
 
-        Likewise where a method makes something else of the head's logits.
+        Args:
+            name: name of the format.
+
+        Raises:
+            UserError: the model has several experts, or the method changes the logits of the head.
         """
         if self.experts > 1:
             raise UserError(
@@ -115,7 +119,7 @@ class ExportedModel:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     def describe(self) -> dict[str, Any]:
-        """What `facts.json` of every format says about the model."""
+        """The facts about the model that `facts.json` contains in every format."""
         head: dict[str, Any] = {"type": type(self.head).__name__, "apply": FORMULAS.get(type(self.head))}
         if isinstance(self.head, Classifier):
             head |= {name: getattr(self.head, name) for name in key_names(self.head.Options)}
@@ -123,7 +127,7 @@ class ExportedModel:
 
 
 def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
-    """The head as one linear layer, `weight` [C, D] and `bias` [C]; None where it is not linear in the features."""
+    """The head as one linear layer, `weight` [C, D] and `bias` [C]; None if it is not linear in the features."""
     weight = head.get_parameter("weight").detach().float()
     if type(head) is LinearClassifier:
         return {"weight": weight, "bias": head.bias.detach().float()}
@@ -133,7 +137,7 @@ def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
 
 
 def before_head(exported: ExportedModel) -> list[str]:
-    """Lines of Python code that change the features of the plain network before the head gets them."""
+    """Lines of Python code that transform the features of the plain network before the head is applied."""
     lines = ["features = features * head['feature_scale'] + head['feature_shift']"] if feature_affine(exported) else []
     if exported.encoder.projection is not None:
         lines.append("features = features @ head['projection'].T")
@@ -141,10 +145,10 @@ def before_head(exported: ExportedModel) -> list[str]:
 
 
 def feature_affine(exported: ExportedModel) -> tuple[Tensor, Tensor] | None:
-    """What the tuners on the feature do, as a scale and a shift of each entry.
+    """The effect of the tuners on the feature, as a scale and a shift of each entry.
 
     Returns:
-        Scale and shift [D]; None if there are no such tuners, or if the layer before the feature can absorb them.
+        Scale and shift, each [D]; None if there are no such tuners, or if they can be merged into the layer before.
     """
     encoder = exported.encoder
     if (
@@ -157,7 +161,7 @@ def feature_affine(exported: ExportedModel) -> tuple[Tensor, Tensor] | None:
 
 
 def affine_of(encoder: WholeNetworkEncoder) -> tuple[Tensor, Tensor]:
-    """The scale and the shift [D], fp64, that all tuners on the feature amount to."""
+    """The combined scale and shift of all tuners on the feature, each fp64 [D]."""
     modules = [copy.deepcopy(module).double() for module in encoder.tuners.values()]
     ones = torch.ones(encoder.feature_dim, dtype=torch.float64)
     shift = apply_tuners(modules, 0 * ones, ones)
@@ -165,7 +169,7 @@ def affine_of(encoder: WholeNetworkEncoder) -> tuple[Tensor, Tensor]:
 
 
 def save_head(exported: ExportedModel, folder: Path) -> None:
-    """Write `head.safetensors`: the tensors of the head, and those that the code of `before_head` uses."""
+    """Write `head.safetensors` with the tensors of the head and the tensors that the code of `before_head` uses."""
     state = dict(exported.head.state_dict())
     if exported.encoder.projection is not None:
         state["projection"] = exported.encoder.projection
@@ -175,7 +179,7 @@ def save_head(exported: ExportedModel, folder: Path) -> None:
 
 
 def save_state(state: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file in fp32, with the metadata `format` that transformers and timm look for."""
+    """Write a safetensors file in fp32, with the metadata entry `format` that transformers and timm expect."""
     copies = {
         name: (tensor.float() if tensor.is_floating_point() else tensor)
         .detach()

@@ -1,4 +1,4 @@
-"""Code with which timm or open_clip makes the plain network that exported weights fit."""
+"""Finds the code with which timm or open_clip creates the plain network for the exported weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -17,21 +17,21 @@ from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.export.exported_model import ExportedModel
 
 NO_LIBRARY = UserError("export: no other library has this network, so nobody could load its weights; use `export onnx`")
-"""Raised for a network that neither timm nor open_clip can make."""
+"""Error for a network that neither timm nor open_clip can create."""
 TIMM_SIZES = {384: "small", 768: "base", 1024: "large", 1280: "huge"}
-"""Width of a ViT → the word for it in timm's names."""
+"""Width of a ViT → the word for this width in timm's model names."""
 
 
 def network(exported: ExportedModel, num_classes: int = 0) -> dict[str, Any]:
-    """How to make the plain network, for `facts.json`.
+    """Describe, for `facts.json`, how to create the plain network.
 
     Args:
         exported: the model.
-        num_classes: outputs of a classifier `head` within a ViT; 0: the network gives features.
+        num_classes: number of outputs of a classifier `head` inside a ViT; 0: the network returns features.
 
     Returns:
-        `create`: the function that makes it; `kwargs` and `norm_layer`: its arguments; `then`: code that follows the
-        call; `code`: all of it as Python code; `prefix`: how the names of the weights begin.
+        `create`: name of the function that creates the network; `kwargs` and `norm_layer`: its arguments; `then`: code
+        after the call; `code`: the whole Python code; `prefix`: prefix of the names of the weights.
 
     Raises:
         UserError: neither timm nor open_clip has this network.
@@ -70,23 +70,23 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
     kwargs = {"model_name": exported.arch}
     if exported.resolution != clip_resolution(exported):
         kwargs["force_image_size"] = exported.resolution
-    # CoCa's image encoders give tokens as well, for captions.
+    # CoCa's image encoders also return tokens, for captions.
     then = ".visual" + ("\nnet.output_tokens = False" if hasattr(net, "output_tokens") else "")
     return {"create": "open_clip.create_model", "kwargs": kwargs, "then": then, "prefix": "visual."}
 
 
 def clip_resolution(exported: ExportedModel) -> int:
-    """Side of the images that open_clip's network of that name takes, in pixels."""
+    """Side length in pixels of the input images of the open_clip network `exported.arch`."""
     return int(open_clip.get_model_config(exported.arch)["vision_cfg"]["image_size"])
 
 
 def timm_name(net: Any) -> str | None:
-    """timm's name of a network that timm has made; None for any other network."""
+    """timm's name of a network that timm has created; None for any other network."""
     return getattr(net, "pretrained_cfg", {}).get("architecture")
 
 
 def _timm_vit_names(net: Any) -> Iterator[str]:
-    """Names under which timm may have a ViT: the name it was made by, and the name of a CLIP of this shape."""
+    """Possible names of a ViT in timm: the name that created it, and the name of a CLIP ViT of this shape."""
     if name := timm_name(net):
         yield name
     patch, quick = net.patch_embed.patch_size[0], isinstance(net.blocks[0].mlp.act, QuickGELU)
@@ -95,21 +95,21 @@ def _timm_vit_names(net: Any) -> Iterator[str]:
 
 
 def _same(make: Callable[[], Any], encoder: ViTEncoder) -> bool:
-    """Whether `make` makes the network that is in the encoder, up to its weights."""
+    """Whether `make` creates the same network as the encoder's; the values of the weights may differ."""
     with torch.device("meta"):
         candidate = make()
 
     def signature(net: Any, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
         block = net.blocks[0]
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        act = block.mlp.act(torch.linspace(-3, 3, 64, device="cpu")).tolist()  # several classes compute the same
+        act = block.mlp.act(torch.linspace(-3, 3, 64, device="cpu")).tolist()  # several classes compute the same values
         return shapes, getattr(net.norm, "eps", None), act, block.attn.num_heads, net.global_pool
 
     return signature(candidate, candidate.state_dict()) == signature(encoder.net, encoder.pretrained_state())
 
 
 def _vit_arguments(net: Any, num_classes: int) -> dict[str, Any]:
-    """Arguments of timm's class for an image encoder of a CLIP that timm has no name for."""
+    """Arguments of timm's class `VisionTransformer`, for an image encoder of CLIP that has no name in timm."""
     block = net.blocks[0]
     kwargs = {
         "img_size": list(net.patch_embed.img_size),

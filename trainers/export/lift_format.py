@@ -1,4 +1,4 @@
-"""`lift`: the checkpoint file that LIFT's own code loads."""
+"""Export format `lift`: the checkpoint file that LIFT's own code loads."""
 
 import shlex
 from io import BytesIO
@@ -16,7 +16,7 @@ from tailtune.trainers.storage.atomic_io import write_bytes
 
 
 def check(exported: ExportedModel) -> None:
-    """Raise a `UserError` for a model that LIFT's code cannot load."""
+    """Raise a `UserError` if LIFT's code cannot load the model."""
     exported.refuse_experts("lift")
     if exported.zero_shot or exported.peft:
         raise UserError(
@@ -29,14 +29,22 @@ def check(exported: ExportedModel) -> None:
 
 
 def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
-    """Write LIFT's checkpoint. LIFT reads pickles only, so this file is one; it holds nothing but plain tensors."""
+    """Write LIFT's checkpoint. LIFT reads only pickles, so the file is a pickle that contains only plain tensors.
+
+    Args:
+        exported: the model.
+        folder: the folder to write into.
+
+    Returns:
+        Facts for `facts.json`.
+    """
     targets = layout(exported.method.model, exported.tuners, exported.partial)
     content: dict[str, dict[str, Tensor]] = {"tuner": {}, "head": {}}
     for key, target in targets.items():
         part, name = key.split(".", 1)
         content[part][name] = target.read().cpu().clone()
     for index, sites in exported.encoder.tuners["adaptformer"].items() if "adaptformer" in exported.tuners else ():
-        if isinstance(sites["mlp"].scale, float):  # LIFT always has a learnt scale
+        if isinstance(sites["mlp"].scale, float):  # in LIFT the scale is always learnt, so it is in the file
             content["tuner"][f"adaptformer_list.{index}.scale"] = torch.tensor([sites["mlp"].scale])
     buffer = BytesIO()
     torch.save(content, buffer)

@@ -1,4 +1,7 @@
-"""Python code for `facts.json` that runs in the exported folder: `prepare` an image, `predict` logits."""
+"""Generates Python code for `facts.json`: `prepare` converts an image, and `predict` computes logits.
+
+The code has to run in the exported folder.
+"""
 
 from typing import Any
 
@@ -11,11 +14,11 @@ APPLY_WITHIN = "logits = net(images): it is part of the network"
 
 
 def preprocessing(exported: ExportedModel, inside: bool = False) -> dict[str, Any]:
-    """What happens to an image between its file and the network, for `facts.json`.
+    """Describe, for `facts.json`, the preprocessing of an image before the network.
 
     Args:
         exported: the model.
-        inside: whether the exported network takes uint8 images and normalises them itself.
+        inside: True if the exported network takes uint8 images and normalises them itself.
     """
     model = exported.method.model
     mean, std = (stats.flatten().tolist() for stats in (model.mean, model.std))
@@ -35,10 +38,10 @@ def preprocessing(exported: ExportedModel, inside: bool = False) -> dict[str, An
 
 
 def how_to_prepare(steps: dict[str, Any]) -> str:
-    """Code of `prepare`, which turns an image of Pillow into a tensor [3, R, R].
+    """Code of the function `prepare`, which converts an image of Pillow to a tensor [3, R, R].
 
     Args:
-        steps: what `preprocessing` has returned.
+        steps: return value of `preprocessing`.
     """
     mode = f"InterpolationMode.{steps['interpolation'].upper()}"
     resize = f"v2.Resize({steps['resize_shorter_side']}, interpolation={mode}, antialias={steps['antialias']})"
@@ -58,11 +61,11 @@ def how_to_prepare(steps: dict[str, Any]) -> str:
 
 
 def how_to_load(network: str, head: list[str]) -> str:
-    """Code of `predict`, which turns prepared images [B, 3, R, R] into logits [B, C].
+    """Code of the function `predict`, which computes logits [B, C] from prepared images [B, 3, R, R].
 
     Args:
-        network: code that makes the network `net` and loads its weights.
-        head: the lines that follow: those of `separate_head`, or `HEAD_WITHIN`.
+        network: code that creates the network `net` and loads its weights.
+        head: the lines of code after that: return value of `separate_head`, or `HEAD_WITHIN`.
     """
     used = [module for module in MODULES if f"{module}." in network]
     lines = [f"import {', '.join([*used, 'torch'])}", "import torch.nn.functional as F"]
@@ -70,11 +73,11 @@ def how_to_load(network: str, head: list[str]) -> str:
 
 
 HEAD_WITHIN = ["@torch.no_grad()", "def predict(images):", "    return net(images)"]
-"""The lines where the head is a layer of the network."""
+"""Lines of code for a head that is a layer of the network."""
 
 
 def separate_head(exported: ExportedModel) -> list[str]:
-    """The lines that read the head from a file of its own and apply it."""
+    """Lines of code that read the head from a separate file and apply it."""
     head = exported.head
     tensors = ["weight", *(["bias"] if isinstance(head, LinearClassifier) else [])]
     lines = [f"head = load_file({HEAD!r})", *(f"{name} = head[{name!r}]" for name in tensors)]

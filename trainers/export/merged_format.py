@@ -1,4 +1,4 @@
-"""`merged`: plain weights for the network of the library; every tuner that is affine is merged into them."""
+"""Export format `merged`: weights of a plain timm or open_clip network, with affine tuners merged into them."""
 
 import copy
 from itertools import product
@@ -19,12 +19,12 @@ from tailtune.trainers.export.library_network import network
 from tailtune.trainers.export.loading_code import APPLY_WITHIN, HEAD_WITHIN, how_to_load, separate_head
 
 NORM_BEFORE = {"qkv": "norm1", "fc1": "norm2"}
-"""Linear layer of a block → the site of the norm before it."""
+"""Linear layer of a block → the site of the normalisation layer before it."""
 State = dict[str, Tensor]
 
 
 def check(exported: ExportedModel) -> None:
-    """Raise a `UserError` for a model whose tuners cannot be merged into the weights of a plain network."""
+    """Raise a `UserError` if the tuners of the model cannot be merged into the weights of a plain network."""
     exported.refuse_experts("merged")
     encoder = exported.encoder
     unmergeable = set(SITES) - {*NORM_BEFORE.values(), *LAYERS, *("q", "k", "v")}
@@ -45,7 +45,15 @@ def _inserted(encoder: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
-    """Write the merged weights; a head that is not linear gets a file of its own."""
+    """Write the merged weights. A head that is not linear is written to a separate file.
+
+    Args:
+        exported: the model.
+        folder: the folder to write into.
+
+    Returns:
+        Facts for `facts.json`.
+    """
     encoder, linear = exported.encoder, linear_head(exported.head)
     within = isinstance(encoder, ViTEncoder) and encoder.projection is None
     about = network(exported, len(exported.class_names) if linear and within else 0)
@@ -65,7 +73,7 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
 
 
 def merged(exported: ExportedModel) -> State:
-    """State dict of the plain network with all tuners merged into it; ours are merged in fp64."""
+    """State dict of the plain network with all tuners merged into it. TailTune's own tuners are merged in fp64."""
     encoder, peft = exported.encoder, exported.peft
     state = dict(merge_adapter(encoder, peft) if peft else encoder.pretrained_state())
     if isinstance(encoder, ViTEncoder):
@@ -77,16 +85,18 @@ def merged(exported: ExportedModel) -> State:
 
 
 def _merged_layer(sites: Sites, name: str, path: str, state: State) -> State:
-    """Weight and bias of a linear layer with the tuners around it merged into them; empty if there are no tuners.
+    """Merge the tuners around a linear layer into its weight and bias.
 
-    Layer and tuners together are an affine function, so its values at zero and at the unit vectors determine it,
-    whichever tuners there are.
+    The layer and its tuners together are an affine function. Its values at zero and at the unit vectors determine it.
 
     Args:
         sites: tuners of the block.
-        name: the layer, as in LAYERS.
-        path: the layer's name in the state dict.
+        name: name of the layer in LAYERS.
+        path: name of the layer in the state dict.
         state: state dict of the plain network.
+
+    Returns:
+        Name in the state dict → merged tensor; empty if there are no tuners.
     """
     outputs = ("q", "k", "v") if name == "qkv" else (name,)
     norm, weights = NORM_BEFORE.get(name, "none"), f"{name}.weights"
@@ -113,7 +123,7 @@ def _merged_layer(sites: Sites, name: str, path: str, state: State) -> State:
 
 
 def _scaled_feature(encoder: Any, name: str, state: State) -> State:
-    """Weight and bias of the layer whose output is the feature, with the tuners on the feature merged into them."""
+    """Merge the tuners on the feature into the weight and bias of the layer whose output is the feature."""
     scale, shift = affine_of(encoder)
     weight, bias = (state[f"{name}.{suffix}"].double() for suffix in ("weight", "bias"))
     return {f"{name}.weight": weight * scale.unsqueeze(1), f"{name}.bias": bias * scale + shift}

@@ -1,4 +1,4 @@
-"""`onnx`: uint8 images → logits, and those of each expert; the file is compared with the model at once."""
+"""Export format `onnx`: a graph from uint8 images to logits, also of each expert. It is compared with the model."""
 
 import contextlib
 import io
@@ -16,9 +16,9 @@ from tailtune.trainers.export.exported_model import ExportedModel
 
 OPSET = 20
 TOLERANCE = 1e-4
-"""Largest difference that is allowed between the file's and the model's logits, relative to the largest logit."""
+"""Largest allowed difference between the logits of the file and of the model, relative to the largest logit."""
 LARGEST_FILE = 1.8e9
-"""Bytes of weights in one file. A larger model gets a second file for them, because protobuf ends at 2 GB."""
+"""Largest size in bytes of the weights in one file. protobuf allows 2 GB, so larger weights go to a second file."""
 FILE = "model.onnx"
 OUTPUTS = ("logits", "expert_logits")
 LOAD = f"""import numpy
@@ -29,7 +29,7 @@ def predict(images):
 
 
 class _Predict(nn.Module):
-    """Images [B, 3, R, R] → logits [B, C], and with several experts also the logits of each [B, E, C]."""
+    """Images [B, 3, R, R] → logits [B, C]. With several experts, also the logits of each expert [B, E, C]."""
 
     def __init__(self, exported: ExportedModel) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Predict(nn.Module):
 
 
 def check(exported: ExportedModel) -> None:
-    """Raise a `UserError` for a method that asks other experts about every image; a graph is fixed."""
+    """Raise a `UserError` if the method selects experts for each image, because an exported graph is fixed."""
     if not exported.method.asks_every_expert:
         raise UserError(
             "export onnx: the method asks other experts about every image, which a graph cannot; export the run before "
@@ -52,7 +52,18 @@ def check(exported: ExportedModel) -> None:
 
 @torch.no_grad()
 def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
-    """Write the model and compare it."""
+    """Write the model, and compare the logits of the file with those of the model.
+
+    Args:
+        exported: the model.
+        folder: the folder to write into.
+
+    Returns:
+        Facts for `facts.json`.
+
+    Raises:
+        UserError: the logits differ by more than TOLERANCE.
+    """
     model = _Predict(exported).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with _quiet():
@@ -80,7 +91,7 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
 
 
 def _compare(exported: ExportedModel, model: nn.Module, path: Path) -> dict[str, float]:
-    """Compare the file with the model, on other batch sizes than it was made with.
+    """Compare the file with the model. The batch sizes differ from the batch size of the export.
 
     Raises:
         UserError: their logits differ by more than TOLERANCE.
@@ -101,7 +112,7 @@ def _compare(exported: ExportedModel, model: nn.Module, path: Path) -> dict[str,
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's progress reports and warnings about its internals; errors still come through."""
+    """Within the block, hide progress reports and internal warnings of the exporter. Errors are still raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""`peft`: an adapter folder of the peft library, with our LoRA or with a tuner of that library."""
+"""Export format `peft`: an adapter folder of the peft library, with TailTune's LoRA or a tuner of that library."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,16 +17,16 @@ from tailtune.trainers.export.library_network import clip_resolution, network, t
 from tailtune.trainers.export.loading_code import how_to_load, separate_head
 
 CONVERTED = ("lora", "lora_mlp")
-"""Tuners of ours that peft's format can hold."""
+"""TailTune's own tuners that the format of peft can hold."""
 BASE = "base.safetensors"
-"""File for the pre-trained weights if no library has them under a name."""
+"""File for the pre-trained weights if they are not published under a name."""
 
 Adapter = tuple[str, Tensor, Tensor, int]
-"""Name of a layer, A [r, in], B [out, r] and alpha; (alpha / r) · B A x is added to the layer's output."""
+"""Name of a layer, A [r, in], B [out, r] and alpha. The adapter adds (alpha / r) · B A x to the layer's output."""
 
 
 def check(exported: ExportedModel) -> None:
-    """Raise a `UserError` for a model that is not a network with one adapter and one head."""
+    """Raise a `UserError` if the model is not one network with one adapter and one head."""
     exported.refuse_experts("peft")
     others = [name for name in exported.tuners if name not in CONVERTED]
     if others:
@@ -39,7 +39,7 @@ def check(exported: ExportedModel) -> None:
 
 
 def _other_formats(exported: ExportedModel) -> str:
-    """The formats that can hold the model instead, in words."""
+    """Other formats that can hold the model, in words."""
     try:
         merged_format.check(exported)
     except UserError:
@@ -49,7 +49,15 @@ def _other_formats(exported: ExportedModel) -> str:
 
 @torch.no_grad()
 def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
-    """Write the adapter, the head, and the pre-trained weights if no library has them under a name."""
+    """Write the adapter, the head, and the pre-trained weights if they are not published under a name.
+
+    Args:
+        exported: the model.
+        folder: the folder to write into.
+
+    Returns:
+        Facts for `facts.json`.
+    """
     about = network(exported)
     base, code = base_of(exported, about)
     if base == BASE:
@@ -64,14 +72,14 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
 
 
 def base_of(exported: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str]:
-    """The pre-trained network below the adapter.
+    """The pre-trained network to which the adapter is added.
 
     Args:
         exported: the model.
-        about: what `network` says about it.
+        about: return value of `network`.
 
     Returns:
-        Its name, or `BASE` if it has to be written to a file; and code that makes it.
+        Published name of the network, or `BASE` if its weights have to be written to a file; and code that creates it.
     """
     published, net = exported.base, exported.encoder.net
     if published is not None and published.library == "timm":
@@ -92,10 +100,10 @@ def base_of(exported: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str
 
 
 def _adapters(exported: ExportedModel) -> Iterator[Adapter]:
-    """Our LoRA layers in peft's form.
+    """TailTune's LoRA layers in the form of peft.
 
-    Query and value share one packed layer, so their two updates of rank r become one of rank 2r, whose B is made of
-    blocks.
+    Query and value are parts of one packed layer. Their two updates of rank r become one update of rank 2r, whose
+    matrix B consists of blocks.
     """
     tuners = exported.encoder.tuners
     for index, sites in tuners["lora"].items() if "lora" in exported.tuners else ():

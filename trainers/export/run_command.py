@@ -1,4 +1,4 @@
-"""The command that made a run, from its config."""
+"""Reconstructs the command of a run from its config."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,14 @@ from tailtune.models import resolve
 
 
 def command_of(cfg: CfgNode) -> list[str]:
-    """Words behind `python main.py` that give a resolved config again, so far as results depend on it."""
+    """The command of a run, without options that do not change its results.
+
+    Args:
+        cfg: resolved config of the run.
+
+    Returns:
+        The words after `python main.py`.
+    """
     data = next((str(path) for path in _data_config_paths(cfg) if path.is_file()), cfg.data)
     schema = schema_of(cfg)
     usual = values_of(resolve(load_configs(data, cfg.model, [], schema)[-1]))
@@ -21,7 +28,7 @@ def command_of(cfg: CfgNode) -> list[str]:
 
 
 def _data_config_paths(cfg: CfgNode) -> list[Path]:
-    """Where a data config that the user has written may be."""
+    """Possible paths of a data config that the user has written."""
     return [Path(cfg.data_dir, f"{cfg.data}.{suffix}") for suffix in ("yaml", "yml")] if cfg.data_dir else []
 
 

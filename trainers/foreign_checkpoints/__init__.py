@@ -1,4 +1,4 @@
-"""Checkpoints that the code of other projects has written: LIFT, PEL, RIDE, SADE, BatchFormer."""
+"""Loads checkpoints of other projects: LIFT, PEL, RIDE, SADE and BatchFormer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,20 +12,20 @@ from tailtune.trainers.methods import Method
 def load_foreign_checkpoint(
     file: ForeignCheckpoint, method: Method, tuners: Sequence[str], partial: Any, numbering: Numbering | None = None
 ) -> str:
-    """Fill a method from a checkpoint file of another project; every tensor must fit.
+    """Load a checkpoint file of another project into a method. Every tensor must have the right name and shape.
 
     Args:
         file: the file.
         method: the method to fill.
-        tuners: names of the tuners of TUNERS that are on.
-        partial: the option.
-        numbering: how the data number their classes, if other projects may number them differently.
+        tuners: names of the tuners of TUNERS that are enabled.
+        partial: value of the option `partial`.
+        numbering: class numbering of the data; None if all projects number the classes in the same way.
 
     Returns:
         A report in words.
 
     Raises:
-        UserError: the file cannot be read, or does not fit.
+        UserError: the file cannot be read, or does not fit the method.
     """
     if ride.is_ride(file):
         return ride.load(file, method, numbering)

@@ -1,6 +1,6 @@
-"""A checkpoint file that another project's code has written, opened without running code that it may contain.
+"""Opens checkpoint files of other projects. Code that a file may contain is not executed.
 
-LIFT, and PEL, its first version, save `tuner` and `head`. RIDE, SADE and BatchFormer save a `state_dict`.
+LIFT and its first version PEL save `tuner` and `head`. RIDE, SADE and BatchFormer save a `state_dict`.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from tailtune.models.backbones.safe_torch_load import (
 )
 
 LIFT_FILE = "checkpoint.pth.tar"
-"""LIFT's name for its checkpoint."""
+"""Name of LIFT's checkpoint file."""
 BACKBONE = "backbone."
-"""Prefix of all tensors in checkpoints of RIDE and SADE."""
+"""Prefix of the names of all tensors in checkpoints of RIDE and SADE."""
 PARALLEL = "module."
-"""Prefix that DataParallel adds."""
+"""Prefix that DataParallel adds to names."""
 
 TUNER_AND_HEAD_OF_SAVED = "{part: s[part] for part in ('tuner', 'head')}"
-"""Python expression for what is needed of LIFT's saved object `s`."""
+"""Python expression that selects the needed parts of LIFT's saved object `s`."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class ForeignCheckpoint:
 
     @cached_property
     def digest(self) -> str:
-        """First 16 digits of the SHA-256 of the file."""
+        """First 16 hexadecimal digits of the SHA-256 of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     @property
     def kind(self) -> str:
-        """`lift` for a file with LIFT's name, else `file`."""
+        """`lift` if the file has the name of LIFT's checkpoint, otherwise `file`."""
         return "lift" if self.path.name == LIFT_FILE else "file"
 
     @cached_property
@@ -58,7 +58,7 @@ class ForeignCheckpoint:
         """Name → tensor: `tuner.…` and `head.…`, or `backbone.…`, without DataParallel's `module.`.
 
         Raises:
-            UserError: the file cannot be opened, or holds something else than tensors.
+            UserError: the file cannot be opened, or does not contain only tensors.
         """
         try:
             content = safe_torch_load(self.path)

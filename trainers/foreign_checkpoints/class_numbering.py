@@ -1,6 +1,6 @@
-"""Which class is which in checkpoints of other projects for iNaturalist, whose species they number differently.
+"""Reorders the classes of iNaturalist, because other projects number its species differently.
 
-RIDE, SADE, BatchFormer and DirMixE keep the category ids of the lists; LIFT and PEL rank the species by name.
+RIDE, SADE, BatchFormer and DirMixE use the category ids of the lists. LIFT and PEL sort the species by name.
 """
 
 from collections.abc import Sequence
@@ -19,27 +19,27 @@ ID, NAME = "id", "name"
 
 @dataclass(frozen=True)
 class Numbering:
-    """How the data at hand number the species of iNaturalist.
+    """The class numbering of iNaturalist in the present data.
 
     Args:
-        field: the option `label_field`.
-        folders: folders in which categories.json may be.
+        field: value of the option `label_field`.
+        folders: folders that are searched for categories.json.
     """
 
     field: str
     folders: Sequence[Path]
 
     def order(self, theirs: str) -> Tensor | None:
-        """The order of a checkpoint's classes.
+        """The label of each class in a checkpoint.
 
         Args:
-            theirs: the `label_field` with which the checkpoint was trained.
+            theirs: the value of `label_field` with which the checkpoint was trained.
 
         Returns:
-            For each label of the data the label of the checkpoint, int64 [C]; None if they are the same.
+            For each label of the data, the label in the checkpoint, int64 [C]; None if all labels are the same.
 
         Raises:
-            UserError: there is no categories.json, or one class of the one corresponds to several of the other.
+            UserError: categories.json is missing, or a class on one side corresponds to several on the other side.
         """
         if theirs == self.field:
             return None
@@ -57,6 +57,6 @@ class Numbering:
         return order
 
     def report(self, theirs: str) -> str:
-        """A sentence about the reordering, for the report of a checkpoint with `label_field` `theirs`."""
+        """A sentence about the reordering, for a checkpoint that was trained with `label_field` equal to `theirs`."""
         by = "category id" if theirs == ID else theirs
         return f"its classes, numbered by {by}, are put into the order of label_field {self.field}"

@@ -1,7 +1,7 @@
-"""LIFT's and PEL's `checkpoint.pth.tar`: one table from its keys to our tensors serves loading and exporting.
+"""Maps the keys of `checkpoint.pth.tar` of LIFT and PEL to TailTune's tensors, for loading and exporting.
 
 The file is {"tuner": …, "head": …}. The keys of inserted modules are `<list>.<block>.<name>`. The keys of the network's
-own weights are positions in LIFT's `named_parameters()`, whose order and names differ from timm's for CLIP.
+own weights are positions in LIFT's `named_parameters()`. For CLIP, the order and the names there differ from timm's.
 """
 
 from collections import Counter
@@ -31,11 +31,11 @@ LISTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
     "ssf_mlp": ("ssf_mlp_list", {"mlp_in.": ["fc1"], "mlp_out.": ["fc2"]}),
     "ssf_ln": ("ssf_ln_list", {"ln_1.": ["norm1"], "ln_2.": ["norm2"]}),
 }
-"""Tuner → LIFT's list of modules, and LIFT's modules → our sites. One module may hold the tensors of several sites,
-concatenated."""
+"""Tuner → name of LIFT's list of modules, and a mapping from LIFT's modules to TailTune's sites. A module of LIFT may
+contain the concatenated tensors of several sites."""
 
 LIFT_MASKS = {"qkv": "attn_in", "proj": "attn_out", "fc1": "mlp_in", "fc2": "mlp_out"}
-"""Linear layer of a block → LIFT's name for its mask."""
+"""Linear layer of a block → name of its mask in LIFT."""
 
 CLIP_TO_TIMM = {
     "attn.in_proj_weight": "attn.qkv.weight",
@@ -51,30 +51,30 @@ CLIP_TO_TIMM = {
     "ln_2.weight": "norm2.weight",
     "ln_2.bias": "norm2.bias",
 }
-"""Parameters of a block of OpenAI's CLIP, in its order → timm's names."""
+"""Name of a parameter in a block of OpenAI's CLIP → timm's name. The order is that of OpenAI's CLIP."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The tensors of a model that one tensor of the file corresponds to.
+    """The tensors of a model that correspond to one tensor of the file.
 
     Args:
-        tensors: one tensor, or several whose concatenation is in the file.
-        entries: indices of the entries of a single tensor that are in the file; None: all.
+        tensors: one tensor, or several tensors whose concatenation is in the file.
+        entries: boolean mask of the entries of a single tensor that are in the file; None: all entries.
     """
 
     tensors: Sequence[Tensor]
     entries: Tensor | None = None
 
     def read(self) -> Tensor:
-        """The value for the file."""
+        """The value of the tensor in the file."""
         first = self.tensors[0].detach()
         if self.entries is not None:
             return first[self.entries]
         return first if len(self.tensors) == 1 else torch.cat([tensor.detach() for tensor in self.tensors])
 
     def write(self, value: Tensor) -> None:
-        """Put the value from the file into the model."""
+        """Copy the value from the file into the model."""
         if self.entries is not None:
             self.tensors[0].detach()[self.entries] = value.to(self.tensors[0])
             return
@@ -84,19 +84,22 @@ class Target:
 
 
 NamedTargets = Iterator[tuple[str, Target]]
-"""LIFT's keys and what they correspond to."""
+"""Pairs of a key of LIFT and the tensors that correspond to it."""
 
 
 def layout(model: ClassificationModel, tuners: Sequence[str], partial: Any = None) -> dict[str, Target]:
-    """LIFT's keys, `tuner.…` and `head.…`, and the tensors of a model that they correspond to.
+    """Map LIFT's keys to the corresponding tensors of a model.
 
     Args:
         model: the model.
-        tuners: names of the tuners of TUNERS that are on.
-        partial: the option.
+        tuners: names of the tuners of TUNERS that are enabled.
+        partial: value of the option `partial`.
+
+    Returns:
+        Key (`tuner.…` or `head.…`) → tensors.
 
     Raises:
-        UserError: LIFT has no such backbone or tuner.
+        UserError: LIFT does not have this backbone or tuner.
     """
     encoder = model.encoder
     named = _vit(encoder, tuners, partial) if isinstance(encoder, ViTEncoder) else _resnet(encoder, tuners)
@@ -117,11 +120,11 @@ def _vit(encoder: ViTEncoder, tuners: Sequence[str], partial: Any) -> NamedTarge
                     (f"block_tuned.{index}.{name}", Target([blocks[index].get_parameter(timm_name)]))
                     for name, timm_name in names.items()
                 )
-        elif tuner == "bias_tuning":  # of all blocks, whatever `partial` says
+        elif tuner == "bias_tuning":  # in LIFT it applies to all blocks and ignores `partial`
             bias_names = [name for name in names.values() if name.endswith("bias")]
             biases = (block.get_parameter(name) for block in blocks for name in bias_names)
             yield from ((f"bias_tuned.{index}", Target([bias])) for index, bias in enumerate(biases))
-        elif tuner == "ln_tuning":  # of all blocks too
+        elif tuner == "ln_tuning":  # likewise for all blocks
             norms = (norm for block in blocks for norm in (block.norm1, block.norm2))
             yield from _listed("ln_tuned", norms)
         elif tuner == "mask":
@@ -136,9 +139,9 @@ def _modules(blocks: Any, list_name: str, sites_of: Mapping[str, Sequence[str]])
     """The keys of modules that a tuner has inserted.
 
     Args:
-        blocks: pairs of the index of a block and its site → module.
-        list_name: LIFT's list of modules.
-        sites_of: LIFT's module → our sites.
+        blocks: pairs of the index of a block and a mapping site → module.
+        list_name: name of LIFT's list of modules.
+        sites_of: name of LIFT's module → TailTune's sites.
     """
     for index, modules in blocks:
         for lift_module, sites in sites_of.items():
@@ -148,7 +151,7 @@ def _modules(blocks: Any, list_name: str, sites_of: Mapping[str, Sequence[str]])
 
 
 def _masks(encoder: ViTEncoder, blocks: Any) -> NamedTargets:
-    """The keys of masks. As in LIFT, weight and bias are separate, and values are in the order of their positions."""
+    """The keys of masks. As in LIFT, weights and biases are separate, and values are ordered by position."""
     for index, masks in blocks:
         for layer, lift_name in LIFT_MASKS.items():
             width: Any = encoder.layers(int(index))[layer].in_features
@@ -191,15 +194,15 @@ def load(
     partial: Any = None,
     numbering: Numbering | None = None,
 ) -> str:
-    """Fill a model from a file of LIFT or PEL; every tensor must fit.
+    """Load a file of LIFT or PEL into a model. Every tensor must have the right name and shape.
 
     Args:
         file: the file.
         model: the model to fill.
-        tuners: names of the tuners of TUNERS that are on.
-        partial: the option.
-        numbering: how the data number iNaturalist's classes. LIFT and PEL number species, or taxa, by the rank of
-            their names.
+        tuners: names of the tuners of TUNERS that are enabled.
+        partial: value of the option `partial`.
+        numbering: class numbering of iNaturalist in the data. LIFT and PEL number the species, or taxa, in the order
+            of their names.
 
     Returns:
         A report in words.
@@ -216,7 +219,7 @@ def load(
     order = numbering.order(theirs) if numbering else None
     for name, target in targets.items():
         target.write(tensors[name] if order is None or not name.startswith("head.") else tensors[name][order])
-    model.set_precision()  # again, because it derives tensors from weights that may have changed
+    model.set_precision()  # again, because some of its tensors are computed from the weights
     heads = sum(name.startswith("head.") for name in tensors)
     report = f"read {file.path}: {len(tensors)} tensors"
     report += f", of the tuner {tuner_lists}, of the head {heads}; none is left out"

@@ -1,4 +1,4 @@
-"""Checkpoints of RIDE, SADE and BatchFormer's version of RIDE, whose networks are our ResNets under other names."""
+"""Loads checkpoints of RIDE, SADE and BatchFormer. Their networks are TailTune's ResNets with other parameter names."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,17 +22,17 @@ NAMES = (
     (r"expert_help_pred_fc\.", "output."),
     (r"", "model.encoder.net."),
 )
-"""Beginning of a name below `backbone.`, as a pattern → the beginning of ours. The first pattern that fits is used."""
+"""Pattern for the beginning of a name, without `backbone.` → the replacement. The first matching pattern is used."""
 EXPERT_ASSIGNMENT = "expert_help_pred_"
-"""Prefix of the tensors of RIDE's expert assignment."""
+"""Prefix of the names of tensors of RIDE's expert assignment."""
 LEFT_OUT = {
     "encoder_layers.": "its encoder across the batch, which is for training only, is left out",
     EXPERT_ASSIGNMENT: "its expert assignment is left out, so all experts are asked (method ride_ea uses it)",
 }
-"""Prefix of tensors that may be left out → what the report says about it."""
+"""Prefix of the names of tensors that may be left out → note for the report."""
 HEAD = "model.head."
 SCALE = 30
-"""RIDE's factor on cosine logits, which its checkpoints do not contain."""
+"""Scale of RIDE's cosine logits. RIDE's checkpoints do not contain it."""
 
 
 def is_ride(file: ForeignCheckpoint) -> bool:
@@ -42,12 +42,12 @@ def is_ride(file: ForeignCheckpoint) -> bool:
 
 @torch.no_grad()
 def load(file: ForeignCheckpoint, method: Method, numbering: Numbering | None = None) -> str:
-    """Fill a method's model from a file; every tensor must fit.
+    """Load a file into a method. Every tensor must have the right name and shape.
 
     Args:
         file: the file.
         method: the method to fill.
-        numbering: how the data number iNaturalist's classes. These projects use the category ids.
+        numbering: class numbering of iNaturalist in the data. These projects use the category ids.
 
     Returns:
         A report in words.
@@ -73,7 +73,7 @@ def load(file: ForeignCheckpoint, method: Method, numbering: Numbering | None = 
         target.copy_(tensors[name] if order is None or not name.startswith(HEAD) else tensors[name][order])
     if numbering and order is not None:
         notes.append(numbering.report(ID))
-    method.model.set_precision()  # again, because it derives tensors from weights that may have changed
+    method.model.set_precision()  # again, because some of its tensors are computed from the weights
     if cosine and heads[0].scale != SCALE:
         notes.append(f"its cosine logits are times {heads[0].scale:g} (scale), and {SCALE} in the original")
     model = method.model
@@ -85,12 +85,12 @@ def load(file: ForeignCheckpoint, method: Method, numbering: Numbering | None = 
 
 
 def our_name(name: str) -> str:
-    """Our name of a tensor that RIDE calls `backbone.<name>`."""
+    """TailTune's name of the tensor that RIDE calls `backbone.<name>`."""
     return next(re.sub(f"^{old}", new, name, count=1) for old, new in NAMES if re.match(old, name))
 
 
 def _renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file under our names. RIDE stores the weight of a cosine head as [D, C]."""
+    """Pairs of TailTune's name and tensor of a file. RIDE stores the weight of a cosine head as [D, C]."""
     cosine = _is_cosine(state)
     for name, tensor in state.items():
         transposed = cosine and name.startswith("linear") and tensor.ndim == 2
@@ -103,7 +103,7 @@ def _is_cosine(state: Mapping[str, Tensor]) -> bool:
 
 
 def _tensors_to_fill(method: Method) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a file has to contain: the model, and the layers of the expert assignment."""
+    """The tensors that a file has to contain: those of the model and of the layers of the expert assignment."""
     yield from ((f"model.{name}", tensor) for name, tensor in method.model.state_dict().items())
     if not method.asks_every_expert:
         for layer in ("hidden", "output"):

@@ -1,1 +1,1 @@
-"""The processes of a run: console, signals, the launcher that started them, and how each process ends."""
+"""Handles the processes of a run: console, signals, the launcher that started them, and how each process ends."""

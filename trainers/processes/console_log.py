@@ -1,4 +1,4 @@
-"""The log of a run: lines on the console, and in `log.txt` as soon as the run has a folder."""
+"""Writes the log of a run to the console, and to `log.txt` as soon as the run has a folder."""
 
 import codecs
 import io
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MOST_KEPT = 1000
-"""How many lines are kept for a file that may be opened later."""
+"""Largest number of lines that are kept for a log file that may be opened later."""
 ASCII_OF = str.maketrans({"─": "-", "±": "+/-", "×": "x", "·": "-", "…": "...", "–": "-", "→": "->", "∞": "inf"})
-"""Sign → what a terminal shows if its encoding does not have the sign."""
+"""Character → its ASCII replacement, for a terminal whose encoding lacks the character."""
 REPLACE = "tailtune.plain"
-"""Name under which Python knows `_replace_signs`."""
+"""Name under which `_replace_signs` is registered as an error handler of Python's codecs."""
 NO_FILE = "warning: cannot write %s (%s): the run goes on without it"
+"""Message for a log file that cannot be written, with its path and the reason."""
 
 Kind = TypeVar("Kind", bound=logging.Handler)
 
@@ -32,7 +33,7 @@ def start_console(main: bool) -> None:
         _drop(handler)
     log.propagate = False
     log.setLevel(logging.INFO if main else logging.ERROR)
-    logging.raiseExceptions = False  # errors of other handlers, such as tqdm's while there is a bar
+    logging.raiseExceptions = False  # hides errors of other handlers, such as tqdm's handler for progress bars
     show_any_text()
     if sys.stdout is not None:
         log.addHandler(_Console(sys.stdout))
@@ -41,10 +42,10 @@ def start_console(main: bool) -> None:
 
 
 def attach_file(path: Path) -> None:
-    """Write log lines into a file as well, first those that were kept since the start or since the last file.
+    """Write log lines into a file too. The lines kept since the start, or since the previous file, are written first.
 
     Args:
-        path: the file; a file that exists already is continued.
+        path: the file; lines are appended to an existing file.
     """
     kept = [record for handler in _handlers(_Kept) for record in handler.records]
     detach_file()
@@ -61,14 +62,14 @@ def attach_file(path: Path) -> None:
 
 
 def detach_file() -> None:
-    """Close the file. Lines from now on are kept for the next one."""
+    """Close the log file. From now on, lines are kept for the next log file."""
     for handler in _handlers(_File):
         _drop(handler)
         log.addHandler(_Kept())
 
 
 def show_any_text() -> None:
-    """Let the console replace signs that its encoding does not have, by ASCII or by `?`, instead of failing."""
+    """Let the console replace characters that its encoding lacks by ASCII or by `?`, instead of raising an error."""
     codecs.register_error(REPLACE, _replace_signs)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -76,6 +77,7 @@ def show_any_text() -> None:
 
 
 def _replace_signs(error: UnicodeError) -> tuple[str, int]:
+    """Error handler for codecs: returns the replacement text, and the position at which encoding continues."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(ASCII_OF)
@@ -88,7 +90,7 @@ class _Console(logging.StreamHandler):
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore a console that was closed, as by `main.py … | head`. The log file has the rest."""
+        """Ignore a closed console, as in `main.py … | head`. The log file receives the remaining lines."""
         if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
             raise
 
@@ -99,7 +101,7 @@ class _File(logging.FileHandler):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Warn once, on the console, that the disk is full. Results do not depend on this file."""
+        """Warn once on the console that writing failed, for example on a full disk. Results do not need this file."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             raise
@@ -108,7 +110,7 @@ class _File(logging.FileHandler):
 
 
 class _Kept(logging.Handler):
-    """Keeps the lines for a file that may be opened later."""
+    """Keeps log records for a file that may be opened later."""
 
     def __init__(self) -> None:
         super().__init__()

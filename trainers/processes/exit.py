@@ -1,6 +1,6 @@
-"""How a process ends: with one line on standard error and an exit code, and without later output of libraries.
+"""Ends a process with one line on standard error and an exit code, without later output of libraries.
 
-`main.py` imports this module first, so it imports little itself.
+`main.py` imports this module first, so this module imports little itself.
 """
 
 import os
@@ -16,21 +16,22 @@ from tailtune.trainers.processes import launcher
 from tailtune.trainers.processes.interrupts import handled_signals
 
 Verdict = Callable[[BaseException], tuple[int, str] | None]
-"""Exception → exit code and message; None for a bug, which gets a traceback."""
+"""Takes an exception; returns the exit code and the message. None: the exception is a bug and needs a traceback."""
 
 
 def end_at_signals(line: str = "interrupted") -> None:
-    """From now on let signals end this process at once; no library can catch that or print about it.
+    """From now on, let signals end this process immediately. No library can catch the signal or print a message.
 
-    Do not use it in a process that runs other programs' code too: there Ctrl-C should stay a `KeyboardInterrupt`.
+    Do not call this function in a process that also runs code of other programs. There, Ctrl-C should raise
+    `KeyboardInterrupt`.
 
     Args:
-        line: the message that is printed at the end.
+        line: the message that is printed when a signal ends the process.
     """
     process = os.getpid()
 
     def stop(number: int, _: FrameType | None) -> None:
-        if os.getpid() == process:  # not in a worker that was forked a moment ago
+        if os.getpid() == process:  # a worker that has just been forked has inherited this handler, and must not run it
             lost = number == signal.SIGTERM and launcher.one_is_lost()
             _finish(130, launcher.LOST if lost else line)
 
@@ -40,18 +41,19 @@ def end_at_signals(line: str = "interrupted") -> None:
 
 
 def run_as_process(main: Callable[[], int], verdict: Verdict) -> NoReturn:
-    """Run a function, and end the process with the exit code that it returns.
+    """Run a function, and end the process with the exit code that the function returns.
 
     Args:
         main: the function.
-        verdict: exit code and message for an exception that it raises.
+        verdict: takes an exception that `main` raises; returns the exit code and the message.
     """
     try:
         code = main()
     except SystemExit as stopped:  # argparse, after --help
         code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException as error:
-        # Finish within this clause, while the frames exist: data loaders in them would wait for their processes.
+        # End the process inside this clause. Later, Python would delete the data loaders of the frames, which would
+        # wait for their worker processes.
         ending = verdict(error)
         if ending is None:
             traceback.print_exc()
@@ -61,7 +63,7 @@ def run_as_process(main: Callable[[], int], verdict: Verdict) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print the message with which a process ends; with a launcher, after the launcher's own pages.
+    """Print the last message of a process. With a launcher, it is printed after the launcher's own output.
 
     Args:
         line: the message.
@@ -72,12 +74,15 @@ def say(line: str) -> None:
 
 
 def _finish(code: int, line: str) -> NoReturn:
-    """End the process at once. Python and libraries would take a second, and print messages if Ctrl-C came then."""
+    """End the process immediately.
+
+    A normal exit of Python and its libraries takes about a second, and prints messages if Ctrl-C is pressed meanwhile.
+    """
     for number in handled_signals():
         signal.signal(number, signal.SIG_IGN)
     _flush()
     if line and not launcher.print_after_launcher(line):
-        launcher.write_to_stderr(line)  # a signal may have interrupted print
+        launcher.write_to_stderr(line)  # without Python's print, which a signal may have interrupted
     if sys.gettrace() or sys.getprofile():  # a debugger or profiler writes its report at exit
         sys.exit(code)
     os._exit(code)
@@ -85,5 +90,5 @@ def _finish(code: int, line: str) -> NoReturn:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError, RuntimeError):  # none, closed, or in use
+        with suppress(AttributeError, OSError, ValueError, RuntimeError):  # the stream is missing, closed or in use
             stream.flush()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop training after the current step, with its state saved."""
+"""Lets Ctrl-C and SIGTERM stop the training after the current step, with the state saved."""
 
 import signal
 import time
@@ -9,21 +9,24 @@ from typing import Any
 from tailtune.trainers.processes.launcher import IMPATIENT
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, a request to end, a terminal that was closed."""
+"""Signals of Ctrl-C, of a request to end the process, and of a closed terminal."""
 
 ASK_AFTER, MOST_STEPS = 2.0, 50
-"""Several processes ask each other whether to stop: about every `ASK_AFTER` seconds, at least every `MOST_STEPS` steps.
+"""Several processes exchange whether to stop: about every `ASK_AFTER` seconds, and at least every `MOST_STEPS` steps.
 
-A launcher passes a signal on, and kills its processes 30 seconds later.
+The interval has to be short: a launcher forwards a signal to its processes, and kills them 30 seconds later.
 """
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has stopped with its state saved; `main.py` then exits with 130."""
+    """A signal has stopped the run, and its state is saved. `main.py` then exits with code 130."""
 
 
 class Interrupt:
-    """Within its `with` block the first signal only sets `requested`; a later one acts as it would outside."""
+    """Context manager for signals. In its block, the first signal only sets `requested`.
+
+    A second signal, at least `IMPATIENT` seconds later, has the same effect as outside the block.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -46,15 +49,15 @@ class Interrupt:
 
 
 class Agreement:
-    """Lets several processes decide together whether to stop, because they can only stop at the same step.
+    """Lets several processes decide together whether to stop, because all have to stop after the same step.
 
-    They ask each other about every `ASK_AFTER` seconds. The next step at which they ask follows from the mean of
-    their times, so it is the same for all.
+    The processes exchange their requests about every `ASK_AFTER` seconds. The step of the next exchange is computed
+    from the mean of their times, so it is the same for all processes.
 
     Args:
         processes: number of processes.
-        step: number of steps that are done.
-        total: sums numbers over the processes. It waits for the device, so it is not called at every step.
+        step: number of finished steps.
+        total: sums numbers over the processes. It waits for the device, so it is not called after every step.
     """
 
     def __init__(self, processes: int, step: int, total: Callable[[list[float]], list[float]]) -> None:
@@ -65,8 +68,8 @@ class Agreement:
         """Whether all processes stop after this step.
 
         Args:
-            requested: whether this process was asked to stop.
-            step: number of steps that are done.
+            requested: whether this process has received a signal.
+            step: number of finished steps.
         """
         if self.processes == 1:
             return requested
@@ -81,5 +84,5 @@ class Agreement:
 
 
 def handled_signals() -> list[signal.Signals]:
-    """The signals that we handle: not SIGHUP if `nohup` has set that it is ignored."""
+    """The signals that TailTune handles. SIGHUP is left out if `nohup` has set it to be ignored."""
     return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]

@@ -1,8 +1,8 @@
-"""What the processes of one `accelerate launch` (or torchrun) know about their launcher and each other.
+"""Detects the launcher of a process (`accelerate launch` or torchrun), and coordinates the processes of one launch.
 
-A launcher prints pages of text when one of its processes fails. Therefore the first process that ends with a message,
-and so knows the cause, starts a program (`last_line.py`) that prints the message after the launcher has ended. The
-other processes end silently. This works on Linux only; elsewhere each process prints its own message at once.
+A launcher prints pages of text when one of its processes fails. The first process that ends with a message knows the
+cause. It starts a program (`last_line.py`) that prints this message after the launcher has ended. The other processes
+print nothing. This works on Linux only; on other systems each process prints its own message immediately.
 """
 
 import os
@@ -17,14 +17,17 @@ from pathlib import Path
 
 LOST = "error: a process of this launch was killed or lost (out of memory?); the same command continues"
 GRACE = 25.0
-"""Seconds from a signal to the end of a process: fewer than the 30 after which a launcher kills it."""
+"""Longest time in seconds between a signal and the end of a process. A launcher kills the process after 30 seconds."""
 NOTICE = 3.0
-"""Seconds after a signal until a process that waits for a lost one ends."""
+"""Time in seconds between a signal and the end of a process that waits for a lost process."""
 IMPATIENT = 1.0
-"""Seconds after which a second signal ends a process at once. A launcher and a scheduler may both send the first."""
+"""A second signal ends a process immediately if it arrives more than this many seconds after the first one.
+
+A signal that arrives sooner counts as a copy of the first one: a launcher and a scheduler may both send it.
+"""
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 MODULES = ("accelerate.commands", "torch.distributed")
-"""Names of programs, and beginnings of modules for `python -m`, that are launchers."""
+"""Launchers: names of programs (`LAUNCHERS`), and prefixes of modules for `python -m` (`MODULES`)."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class Launch:
     """The launcher of this process."""
 
     pid: int
-    """Its process id."""
+    """Process id of the launcher."""
     address: str
     """Name of a socket. The process that binds it first prints its message; the others stay silent."""
     processes: int
-    """How many processes it has started on this machine."""
+    """Number of processes that the launcher has started on this machine."""
 
 
 _launches: list[Launch] = []
@@ -44,12 +47,12 @@ _launches: list[Launch] = []
 
 
 def detect_launcher() -> None:
-    """Find out whether a launcher has started this process, and if so, end when the launcher ends."""
+    """Detect whether a launcher has started this process. If so, this process ends when the launcher ends."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _end_when_asked()
     if sys.platform != "linux" or not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         return
-    import psutil  # Accelerate needs it too; imported here because most processes do not
+    import psutil  # imported here, because most processes do not need it
 
     try:
         parent = psutil.Process(os.getppid())
@@ -72,7 +75,7 @@ def one_is_lost(seconds: float = 0) -> bool:
     """Whether a process of the launch has died.
 
     Args:
-        seconds: how long to look for that before the answer is no.
+        seconds: how long to keep checking before the function returns False.
     """
     if not _launches:
         return False
@@ -87,7 +90,7 @@ def one_is_lost(seconds: float = 0) -> bool:
 
 
 def _children(process: int) -> int | None:
-    """How many children of a process are alive; None if the process itself is not."""
+    """Number of living children of a process; None if the process itself has ended."""
     import psutil
 
     alive = 0
@@ -104,13 +107,13 @@ def _children(process: int) -> int | None:
 
 
 def print_after_launcher(line: str) -> bool:
-    """Print a line after the launcher has ended, unless another process has already left one.
+    """Print a line after the launcher has ended, unless another process has already arranged to print one.
 
     Args:
         line: the message.
 
     Returns:
-        False without a launcher; the caller then has to print the line itself.
+        False if there is no launcher; the caller then has to print the line itself.
     """
     if not _launches:
         return False
@@ -120,10 +123,10 @@ def print_after_launcher(line: str) -> bool:
     launch = _launches[0]
     taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        taken.bind(launch.address)  # stays bound until the program below ends, which inherits the socket
+        taken.bind(launch.address)  # the program below inherits the socket, which stays bound until that program ends
     except OSError:
         return True
-    if launch.pid == 1 or "SLURM_JOB_ID" in os.environ:  # when such a launcher ends, all other programs are ended too
+    if launch.pid == 1 or "SLURM_JOB_ID" in os.environ:  # the program below would be killed with such a launcher
         write_to_stderr(line)
     program = Path(__file__).with_name("last_line.py")
     command = [sys.executable, "-I", "-S", str(program), str(launch.pid), line]
@@ -133,21 +136,21 @@ def print_after_launcher(line: str) -> bool:
 
 
 def write_to_stderr(line: str) -> None:
-    """Print a line without Python's buffers, which may be in use when a signal handler runs."""
+    """Print a line without Python's output buffers, which may be in use when a signal handler runs."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     with suppress(OSError):  # the terminal may be gone
         os.write(2, f"{line}\n".encode(encoding, "backslashreplace"))
 
 
 def _end_with_launcher(launcher: int) -> None:
-    """Wait until the launcher has ended, then send this process SIGTERM."""
+    """Wait until the launcher has ended, then send SIGTERM to this process."""
     while os.getppid() == launcher:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end_when_asked() -> None:
-    """Start a thread that ends this process after a signal, also while a library waits for a lost process."""
+    """Start a thread that ends this process after a signal, even while a library waits for a lost process."""
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
@@ -156,16 +159,16 @@ def _end_when_asked() -> None:
 
 def _wait_for_signals(reads: int) -> None:
     """End this process after a signal if Python's own signal handlers have not done so."""
-    asked: list[float] = []
+    signal_times: list[float] = []
     while True:
         numbers = os.read(reads, 4096) if select.select([reads], [], [], 0.5)[0] else b""
         now = time.monotonic()
-        if {signal.SIGINT, signal.SIGTERM} & set(numbers) and (not asked or now - asked[-1] > IMPATIENT):
-            asked.append(now)
-        if not asked:
+        if {signal.SIGINT, signal.SIGTERM} & set(numbers) and (not signal_times or now - signal_times[-1] > IMPATIENT):
+            signal_times.append(now)
+        if not signal_times:
             continue
-        lost = now - asked[0] > NOTICE and one_is_lost()
-        if lost or now - asked[0] > GRACE or (len(asked) > 1 and now - asked[1] > IMPATIENT):
+        lost = now - signal_times[0] > NOTICE and one_is_lost()
+        if lost or now - signal_times[0] > GRACE or (len(signal_times) > 1 and now - signal_times[1] > IMPATIENT):
             line = LOST if lost else "interrupted"
             if not print_after_launcher(line):
                 write_to_stderr(line)

@@ -1,6 +1,6 @@
-"""A finished run's model, loaded again: to evaluate, to export, to look at.
+"""Loads the model of a finished run, in order to evaluate it, export it or analyse its features.
 
-It builds models from configs, as `run` does, so it sees them whole; what it calls does not.
+The functions of this module build models, so they take a whole config. The functions that they call take single values.
 """
 
 import logging
@@ -38,28 +38,33 @@ class FinishedRun:
     """A run whose checkpoint has been loaded, on every process."""
 
     cfg: CfgNode
-    """Whole, because an ensemble builds other models from it."""
+    """The whole config, because an ensemble builds further models from it."""
     folder: RunFolder
     method: Method
     data: DataBundle
     accelerator: Accelerator
     base: str
-    """`fingerprint` of its encoder."""
+    """`fingerprint` of the pre-trained model."""
 
 
 class FreshMethod(NamedTuple):
-    """A method on its device, of which nothing has been trained or loaded yet."""
+    """A method on its device, before anything is trained or loaded."""
 
     method: Method
     base: str
-    """`fingerprint` of its pre-trained model, taken before anything could change it."""
+    """`fingerprint` of the pre-trained model, computed before training or loading changes it."""
 
 
 def fresh_method(cfg: CfgNode, info: DataInfo, device: torch.device) -> FreshMethod:
-    """Model and method of a resolved config, with pre-trained weights.
+    """Build the model with its pre-trained weights, and the method.
+
+    Args:
+        cfg: resolved config.
+        info: facts about the data.
+        device: device to which the method is moved.
 
     Raises:
-        UserError: what `build_model` and `build_method` refuse.
+        UserError: `build_model` or `build_method` refuses the config.
     """
     method = make_method(cfg, info)
     base = fingerprint(method.model)
@@ -69,19 +74,25 @@ def fresh_method(cfg: CfgNode, info: DataInfo, device: torch.device) -> FreshMet
 def load_trained(
     fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accelerator: Accelerator
 ) -> Method:
-    """Fill a fresh method with what its run has trained, and let go of the text encoder; zero-shot has trained nothing.
+    """Load the trained tensors of a run into a fresh method. The text encoder is released afterwards.
+
+    For `zero_shot`, the head is computed from text, because no checkpoint holds it.
 
     Args:
-        cfg: of that run.
+        fresh: the untrained method.
+        cfg: resolved config of the run that was trained.
+        checkpoint: where the trained tensors are.
+        data: the data; their class names have to be those of the checkpoint.
+        accelerator: computes the head for `zero_shot`.
 
     Returns:
         The same method, in eval mode.
 
     Raises:
-        UserError: the checkpoint is damaged or of another model.
+        UserError: the checkpoint is damaged or belongs to another model.
     """
     method = fresh.method
-    if cfg.zero_shot:  # its head is made of text anew; no checkpoint holds it
+    if cfg.zero_shot:  # the head is computed from text; no checkpoint holds it
         prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
     elif checkpoint.foreign is not None:
         log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), cfg.partial, _numbering(cfg)))
@@ -92,7 +103,16 @@ def load_trained(
 
 
 def trained_method(cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accelerator: Accelerator) -> Method:
-    """The method of a finished run as it was trained: on the device and in eval mode.
+    """Build the method of a finished run and load its trained tensors.
+
+    Args:
+        cfg: resolved config of the run.
+        checkpoint: where the trained tensors are.
+        data: the data.
+        accelerator: gives the device.
+
+    Returns:
+        The method, on the device and in eval mode.
 
     Raises:
         UserError: as `fresh_method` and `load_trained`.
@@ -101,20 +121,27 @@ def trained_method(cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accel
 
 
 def make_method(cfg: CfgNode, info: DataInfo) -> Method:
-    """Model and method of a resolved config, untrained."""
+    """Build the untrained method of a resolved config, with its model."""
     model = build_model(cfg, info.class_names, descriptors=info.descriptors, pixel_stats=(info.mean, info.std))
     return build_method(cfg, model, info)
 
 
 def outline(cfg: CfgNode) -> Method:
-    """The method of a resolved config on the meta device, without weights."""
+    """Build the method of a resolved config on the meta device, without weights."""
     info = build_info(cfg)
     with torch.device("meta"):
         return make_method(cfg, info)
 
 
 def stored_config(home: Path, here: CfgNode) -> CfgNode:
-    """The resolved config of the run in a folder; of data that have moved since, where this command finds them."""
+    """The resolved config of the run in a folder.
+
+    The data may have been moved since the run. If both configs use the same data set, paths are taken from `here`.
+
+    Args:
+        home: folder of the run.
+        here: config of the present command.
+    """
     cfg = _config_of(home, here)
     if cfg.data == here.data:
         cfg.defrost()
@@ -124,19 +151,34 @@ def stored_config(home: Path, here: CfgNode) -> CfgNode:
 
 
 def _config_of(home: Path, here: CfgNode) -> CfgNode:
-    """The config that the run in a folder wrote, read with the options that this command's config knows."""
+    """The config that the run in folder `home` has stored, read with the schema of the present config `here`."""
     check_file(home / "config.yaml")
     return load_resolved(home / "config.yaml", schema_of(here))
 
 
 def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
-    """The method, without weights, of the run whose checkpoint a command evaluates."""
-    own = folder.foreign is None and (folder.source / "config.yaml").exists()
-    return trained_outline(folder.source, stored_config(folder.source, cfg) if own else cfg)
+    """The method, without weights, of the run whose checkpoint a command evaluates.
+
+    Args:
+        folder: run folder of the command.
+        cfg: config of the command.
+    """
+    has_config = folder.foreign is None and (folder.source / "config.yaml").exists()
+    return trained_outline(folder.source, stored_config(folder.source, cfg) if has_config else cfg)
 
 
 def trained_outline(home: Path, cfg: CfgNode) -> Method:
-    """The method, without weights, that has made the logits of the run in a folder, which has this config."""
+    """The method, without weights, that computed the stored logits of a run.
+
+    Some methods predict with the model of the earlier run (`after`). For these, the earlier run's method is returned.
+
+    Args:
+        home: folder of the run.
+        cfg: config of the run.
+
+    Raises:
+        UserError: the folder of the earlier run is missing.
+    """
     cfg = resolve(cfg)
     info = build_info(cfg, counts_of(home))
     with torch.device("meta"):
@@ -155,19 +197,23 @@ def trained_outline(home: Path, cfg: CfgNode) -> Method:
 def earlier_run(
     folder: Path, data: DataBundle, accelerator: Accelerator, base: str, here: CfgNode, fresh: bool
 ) -> Earlier:
-    """The finished run in a folder, as the method of the run after it sees it.
+    """Give the method of the present run access to a finished earlier run (`after`).
 
     Args:
-        base: `fingerprint` of the encoder of the run at hand.
-        here: resolved config of the run at hand.
+        folder: folder of the earlier run.
+        data: the data of the present run.
+        accelerator: gives the device.
+        base: `fingerprint` of the pre-trained model of the present run.
+        here: resolved config of the present run.
+        fresh: True if the present run starts; False if it resumes.
     """
     checkpoint = folder / "checkpoint"
 
     def tensors() -> dict[str, Tensor]:
-        found, facts = read_folder(checkpoint)
+        tensors_by_name, facts = read_folder(checkpoint)
         check_base(checkpoint, facts, base)
         check_classes(checkpoint, facts, data.info.class_names)
-        return found
+        return tensors_by_name
 
     def method() -> Method:
         cfg = resolve(_config_of(folder, here))
@@ -182,20 +228,25 @@ def earlier_run(
 
 
 def _numbering(cfg: CfgNode) -> Numbering | None:
-    """None for data whose labels are those of their lists or folders, which everybody numbers alike."""
+    """The class numbering of iNaturalist; None for other data, whose classes all projects number in the same way."""
     return Numbering(cfg.label_field, DataFolders.of(cfg).for_lists()) if cfg.label_field else None
 
 
 def tuners_of(cfg: CfgNode) -> tuple[str, ...]:
-    """Names of our tuners that are on."""
+    """Names of the tuners of TUNERS that are enabled."""
     return tuple(name for name in TUNERS if cfg[name])
 
 
 def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], source: str = "") -> ExportedModel:
-    """What an export is made of; on the meta device it can be checked.
+    """Collect the model and the facts that an export needs.
+
+    A method on the meta device is enough to check whether the export is possible.
 
     Args:
-        source: where the weights come from.
+        cfg: resolved config of the run.
+        method: the method with its model.
+        class_names: names of the classes, in label order.
+        source: where the weights come from, in words.
     """
     spec = find_backbone(cfg.backbone)
     keys = ("data", "model", "backbone", "pretrained", "interpolation", "classifier", "zero_shot")

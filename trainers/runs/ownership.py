@@ -1,4 +1,4 @@
-"""A folder that a run may change: one that says so itself (`tailtune.json`), or that is new."""
+"""Decides whether a folder belongs to a run: it is new, or its marker file `tailtune.json` says so."""
 
 import logging
 import os
@@ -16,30 +16,35 @@ log = logging.getLogger("tailtune")
 
 
 class OwnedFolder:
-    """Whose a folder is, and what of it the run may change: what its marker lists, nothing else.
+    """A folder that belongs to a run. The run may change only the entries that the marker file lists.
 
     Args:
         path: the folder; it need not exist.
     """
 
     adopts = False
-    """A run may begin beside files of others, as in a folder with LIFT's checkpoint."""
+    """A run may start in a folder that holds files of other programs, such as the folder of LIFT's checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._manifest: Manifest | None = None
         self._created = self._begun = False
         self._aside: Path | None = None
-        """Where this launch has moved the run that was here."""
+        """Folder into which this launch has moved the earlier run; None if it has moved none."""
 
     def hold(self, lock: FileLock) -> None:
-        """Keep a second launch out of the folder; the system drops the lock with the process. Nothing else is written.
+        """Lock the folder, so that a second launch cannot use it. Nothing else is written.
+
+        The operating system releases the lock when the process ends.
+
+        Args:
+            lock: the lock of the folder, not yet acquired.
 
         Raises:
-            UserError: another process holds it, the folder is not a run's, or it cannot be made.
+            UserError: another process holds the lock, the folder does not belong to a run, or it cannot be created.
         """
         try:
-            self._marker()  # before a lock is put into a folder of somebody else
+            self._marker()  # first: no lock may be written into the folder of another program
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -49,52 +54,80 @@ class OwnedFolder:
             ) from None
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
-        self._manifest = None  # read again: another launch may have ended meanwhile
+        self._manifest = None  # read the file again: another launch may have ended in the meantime
 
     def check_owner(self) -> None:
-        """Raise a `UserError` if the folder is not a run's; before the run before it trains for hours."""
+        """Check that the folder belongs to a run or is free.
+
+        All stages of a chain are checked before the first one trains for hours.
+
+        Raises:
+            UserError: the folder holds files of another program.
+        """
         self._marker()
 
     @property
     def manifest(self) -> Manifest:
-        """The run's marker, new where no run has begun here."""
+        """The content of the marker file; a new one if no run has started in the folder."""
         if self._manifest is None:
             self._manifest = self._marker() or Manifest.new(self.path)
         return self._manifest
 
     def _marker(self) -> Manifest | None:
-        """The run's marker; None where no run has begun here. Raises `UserError` where something else is."""
-        found = Manifest.read(self.path)
-        if found is None and self.path.is_dir() and not self.adopts:
-            strange = sorted(each.name for each in self.path.iterdir() if not self._harmless(each))
+        """Read the marker file.
+
+        Returns:
+            Its content; None if no run has started in the folder.
+
+        Raises:
+            UserError: the folder holds files of another program.
+        """
+        manifest = Manifest.read(self.path)
+        if manifest is None and self.path.is_dir() and not self.adopts:
+            strange = sorted(entry.name for entry in self.path.iterdir() if not self._harmless(entry))
             if strange:
                 older = " (a run of an earlier version can be evaluated: `test_only True model_dir …`)"
                 raise UserError(
                     f"{self.path} holds {', '.join(strange[:3])} and no {MARKER}, so nothing in it is known to be a "
                     f"run's; choose another output_dir, or move it away{older if 'config.yaml' in strange else ''}"
                 )
-        return found
+        return manifest
 
     @staticmethod
     def _harmless(entry: Path) -> bool:
-        """What may stand in a folder before a run begins: the lock, a write that was cut off, other runs."""
+        """Whether an entry may exist before a run starts: a lock, an interrupted write, or folders of other runs."""
         if entry.name == LOCK or temporary_pattern(MARKER).fullmatch(entry.name):
             return True
         if not entry.is_dir() or entry.is_symlink():
             return False
-        return is_run(entry) or all(map(OwnedFolder._harmless, entry.iterdir()))  # or the start of one
+        # A folder without a marker file may be a run that was interrupted before it wrote the marker.
+        return is_run(entry) or all(map(OwnedFolder._harmless, entry.iterdir()))
 
     def check_free(self, *names: str) -> None:
-        """Refuse to write over what this run has not made; before anything is written."""
+        """Check, before anything is written, that no file of somebody else would be overwritten.
+
+        Args:
+            names: entries of the folder that the run will write.
+
+        Raises:
+            UserError: an entry exists, and this run did not create it.
+        """
         self.manifest.check_free(*names)
 
     def own(self, *names: str) -> None:
-        """Say that these entries are about to be made by this run."""
+        """Record in the marker file that this run is about to create some entries.
+
+        Args:
+            names: the entries of the folder.
+
+        Raises:
+            UserError: an entry exists, and this run did not create it.
+        """
         self._begun = self._begun or not (self.path / MARKER).exists()
         self.manifest.own(*names)
 
     def log_file(self) -> Path:
-        """Where the log goes; LIFT's own folders have a `log.txt` of theirs."""
+        """Path of the log file. It is in `tests/` if the folder has a `log.txt` of another program, such as LIFT."""
         log_file = self.path / "log.txt"
         if log_file.exists() and log_file.name not in self.manifest.made:
             return self.path / "tests" / "log.txt"
@@ -102,11 +135,11 @@ class OwnedFolder:
         return log_file
 
     def empty(self) -> bool:
-        """Whether nothing is here that cost anything."""
+        """Whether the folder holds no result that took time to compute."""
         raise NotImplementedError
 
     def withdraw(self) -> None:
-        """Take away what a refused launch has begun, where it is worth nothing, and put back what it has moved."""
+        """Undo a launch that was refused: remove its entries if they hold no result, and restore the earlier run."""
         if self._begun and self.empty():
             for name in (*self.manifest.made, MARKER):
                 entry = self.path / name
@@ -124,7 +157,10 @@ class OwnedFolder:
                 self.path.rmdir()
 
     def move_aside(self) -> None:
-        """Move what the run has made to `<name>.previous-<n>`, its marker last; what others put here stays."""
+        """Move the entries of the run to `<name>.previous-<n>`, the marker file last.
+
+        Entries that the run did not create stay in the folder.
+        """
         number = 1
         while os.path.lexists(aside := self.path.with_name(f"{self.path.name}.previous-{number}")):
             number += 1
@@ -137,5 +173,10 @@ class OwnedFolder:
         self._manifest = Manifest.new(self.path)
 
     def seal(self, digests: dict[Path, Digest], gone: Sequence[Path] = ()) -> None:
-        """Take down the checksums of files that have been written; those below `gone` are about to be removed."""
+        """Record the checksums of files that have been written.
+
+        Args:
+            digests: file → digest.
+            gone: files and folders that are about to be removed; their digests are forgotten.
+        """
         self.manifest.seal(digests, gone)

@@ -1,4 +1,4 @@
-"""The report of a run: metrics.json, which is written and read here, and the table in the terminal."""
+"""Writes and reads metrics.json, the result of a run, and formats the result as a table for the terminal."""
 
 import platform
 import subprocess
@@ -19,7 +19,7 @@ from tailtune.trainers.storage.checkpoint import package_versions
 from tailtune.trainers.storage.manifest import read_json
 
 SCHEMA_VERSION = 2
-"""Of metrics.json: which entries it has, and where they stand."""
+"""Version of the layout of metrics.json: which entries the file has, and at which place."""
 
 COLUMNS = {
     "accuracy": "all",
@@ -31,32 +31,39 @@ COLUMNS = {
     "macro_f1": "macro F1",
     "ece": "ECE",
 }
+"""Metric in metrics.json → heading of its column in the terminal."""
 
 
 @dataclass
 class TrainReport:
-    """What training took; survives an interruption."""
+    """Counters and measurements of a training. They are stored with the state, so they survive an interruption."""
 
     epochs: int = 0
+    """Number of finished epochs."""
     steps: int = 0
+    """Number of optimizer steps."""
     seconds: float = 0.0
+    """Wall time of the training, in seconds."""
     images: int = 0
+    """Number of images that were trained on; an image counts again in every epoch."""
     bad_images: int = 0
+    """Number of times that an image could not be read."""
     skipped_steps: int = 0
-    """Updates that loss scaling left out because a gradient overflowed."""
+    """Number of optimizer steps that loss scaling skipped because a gradient overflowed."""
     peak_memory_bytes: int | None = None
+    """Largest amount of allocated GPU memory, in bytes; None on a CPU."""
 
 
 @dataclass(frozen=True)
 class RunLabel:
-    """What a run is called by."""
+    """The names and numbers that identify a run in its report."""
 
     data: str
     model: str
     backbone: str
     seed: int
     epochs: int
-    """That it trains for."""
+    """Number of training epochs."""
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "RunLabel":
@@ -64,7 +71,13 @@ class RunLabel:
 
 
 def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
-    """What is about to run, in two lines."""
+    """Two lines that describe the run before it starts: its images, and its trained parameters.
+
+    Args:
+        label: identifies the run.
+        data: the data of the run.
+        method: the method of the run.
+    """
     counts, params = data.info.class_counts, method.counts()
     sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max()} … {counts.min()} each)"
     trains = f"{params['tuner']:,} parameters of tuners and {params['trainable'] - params['tuner']:,} of the head"
@@ -75,7 +88,15 @@ def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
 
 
 def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:
-    """metrics.json of a trained run, without its evaluation and notes."""
+    """The content of metrics.json that describes the training; the evaluation and the notes are added later.
+
+    Args:
+        label: identifies the run.
+        info: facts about the data.
+        method: the trained method.
+        train: report of the training; None if the command trained nothing.
+        prec_used: the precision that was used, an entry of PRECISIONS.
+    """
     return {
         "schema": SCHEMA_VERSION,
         "data": label.data,
@@ -91,7 +112,7 @@ def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport 
 
 
 def circumstances() -> dict[str, Any]:
-    """With what it was computed."""
+    """Commit, package versions and hardware of this computation."""
     return {"commit": commit(), "packages": package_versions(), "hardware": hardware()}
 
 
@@ -99,21 +120,27 @@ def write_metrics(folder: Path, result: dict[str, Any]) -> dict[Path, Digest]:
     """Write metrics.json.
 
     Args:
-        folder: of the run, or of another evaluation of it.
-        result: its content.
+        folder: the run folder, or the folder of a further evaluation.
+        result: the content of the file.
 
     Returns:
-        The file → its digest.
+        Path of the file → its digest.
     """
     path = folder / "metrics.json"
     return {path: write_json(path, result)}
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A metrics.json, of this version or an earlier one.
+    """Read a metrics.json that this version or an earlier version of TailTune has written.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The content, in the layout of the present schema.
 
     Raises:
-        UserError: it is torn, or something else.
+        Damaged: the file is missing or damaged, or is not the result of a run.
     """
     result = read_json(path)
     if not {"data", "model", "seed", "test"} <= result.keys():
@@ -122,10 +149,13 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def upgraded(result: dict[str, Any]) -> dict[str, Any]:
-    """A result of any schema in the form of schema 2.
+    """Convert the content of a metrics.json to schema 2.
 
-    In schema 1 the predictors of a distribution (`plain`, `sade`, `target_prior` …) stood beside its facts; schema 2
-    has them in one mapping, `predictors`, in `distributions` and in `dirichlet`.
+    In schema 1, an entry of `distributions` or `dirichlet` held its predictors (`plain`, `sade`, `target_prior` …) and
+    its other facts side by side. In schema 2 the predictors are in a mapping of their own, `predictors`.
+
+    Args:
+        result: content of a metrics.json of any schema.
     """
     if result.get("schema", 1) >= SCHEMA_VERSION:
         return result
@@ -138,13 +168,14 @@ def upgraded(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_predictors(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of schema 1 in the form of schema 2; a predictor is what has an accuracy."""
+    """Convert an entry of schema 1 to schema 2. A mapping with the key `accuracy` is a predictor."""
     predictors = {name: value for name, value in entry.items() if isinstance(value, dict) and "accuracy" in value}
     facts = {name: value for name, value in entry.items() if name not in predictors}
     return {**facts, "predictors": predictors}
 
 
 def train_facts(train: TrainReport) -> dict[str, Any]:
+    """The entry `train` of metrics.json."""
     return {
         "epochs": train.epochs,
         "steps": train.steps,
@@ -157,7 +188,7 @@ def train_facts(train: TrainReport) -> dict[str, Any]:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The result, a line for each evaluated split."""
+    """Format a metrics.json for the terminal: one line for each evaluated split, then the test distributions."""
     split = "train" if metrics.get("evaluation", {}).get("test_train") else "test"
     rows = {title: metrics[name] for title, name in ((split, "test"), ("val", "val")) if name in metrics}
     width = max(len(name) for name in COLUMNS.values()) + 1
@@ -173,7 +204,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def usage_line(used: Mapping[str, Any]) -> str:
-    """The report for people, in one line."""
+    """One line that says how often each expert was used (%), and how many operations that saved."""
     shares = ", ".join(f"{number}: {share:.1f} %" for number, share in enumerate(used["all"], start=1))
     return (
         f"experts asked about an image  {shares}; {used['gflops_per_image']:.3f} of "
@@ -182,7 +213,13 @@ def usage_line(used: Mapping[str, Any]) -> str:
 
 
 def distribution_lines(distributions: dict[str, Any]) -> list[str]:
-    """A table of the test distributions: by the mean of the experts, by adapted weights and for `target_prior`."""
+    """Lines of the table of test distributions, with one row for each distribution.
+
+    The columns hold the accuracy (%) of the unweighted experts, of adapted expert weights, and of `target_prior`.
+
+    Args:
+        distributions: the entry `distributions` of metrics.json: name → result.
+    """
     if not distributions:
         return []
     every = [result["predictors"] for result in distributions.values()]
@@ -192,7 +229,7 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
     columns = ["all", "many", "medium", "few", "expected", *(text for name in adapts for text in (name, "gain"))]
     aims = [predictors["target_prior"]["kind"] for predictors in every if "target_prior" in predictors]
     columns += [f"for {Path(aims[0]).stem}", "gain", "KL"] if aims else []
-    head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{each:>{max(9, len(each) + 2)}}" for each in columns)
+    head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in columns)
     head += "   weights of the experts" if weighs else ""
     lines = ["", head, "─" * len(head)]
     for (title, result), predictors in zip(distributions.items(), every, strict=True):
@@ -207,14 +244,20 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
 
 
 def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
-    """A table of the drawn test distributions: mean ± deviation over the draws of each component, and over all."""
+    """Lines of the table of test distributions that were drawn from Dirichlet distributions.
+
+    Each cell is the mean ± standard deviation over the draws: of one component, or of all components.
+
+    Args:
+        summary: the entry `dirichlet` of metrics.json: component → result.
+    """
     if not summary:
         return []
     titles = {name: COLUMNS[name] for name in ("accuracy", *SHOT_GROUPS)}
     wide = max(len(name) for part in summary.values() for name in ("draws", *part["predictors"])) + 2
-    head = f"{'mean ± std':<12}{'draws':>5}  {'':<{wide}}" + "".join(f"{each:>15}" for each in titles.values())
+    head = f"{'mean ± std':<12}{'draws':>5}  {'':<{wide}}" + "".join(f"{title:>15}" for title in titles.values())
     lines = ["", head, "─" * len(head)]
-    single = len(summary) == 2  # then "all" says the same
+    single = len(summary) == 2  # then the entry "all" equals the entry of the only component
     for component, part in list(summary.items())[: 1 if single else None]:
         first = f"{component:<12}{part['draws']:>5}"
         for name, values in part["predictors"].items():
@@ -225,23 +268,23 @@ def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def number(value: float | None, decimals: int = 2) -> str:
-    """For people: two decimals, `n/a` for what could not be measured."""
+    """A number as text with a fixed number of decimals; `n/a` for None, a value that could not be measured."""
     return "n/a" if value is None else f"{value:.{decimals}f}"
 
 
 def commit() -> str | None:
-    """The toolkit's git commit, `-dirty` with local changes; None outside a checkout."""
+    """The git commit of TailTune, with the suffix `-dirty` if files have changed; None outside a git checkout."""
     here = Path(__file__).parent
     try:
-        described = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
-        found = subprocess.run(described, capture_output=True, text=True, timeout=10, check=True)
+        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return completed.stdout.strip() or None
 
 
 def hardware() -> str:
-    """What it ran on, in words."""
+    """The devices of this computation, in words: number and name of the GPUs, or the CPU and its threads."""
     times = f"{world_size()} × " if world_size() > 1 else ""
     if uses_cuda():
         return f"{times}{torch.cuda.get_device_name()}"

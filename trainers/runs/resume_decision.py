@@ -1,4 +1,4 @@
-"""What of a command is done already, and whether the data are still those that it was done with."""
+"""Decides which parts of a command are already finished, and whether the data have changed since."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,50 +17,70 @@ from tailtune.trainers.storage.manifest import read_json
 
 @dataclass(frozen=True)
 class Command:
-    """What of a command decides whether it is done already."""
+    """The parts of a command that decide what still has to be computed."""
 
     test_only: bool
+    """The command evaluates a trained checkpoint and does not train."""
     zero_shot: bool
+    """The command evaluates the zero-shot classifier, which needs no checkpoint."""
     resume: bool
+    """The command continues or reuses the run that is already in the folder."""
     held_out: str | None
-    """The option that holds images out of the training split, if one is given."""
+    """Name of the option that holds images out of the training split; None if no such option is set."""
     records: Callable[[StoredSplits], tuple[dict[str, Record], ChosenSplits | None]]
-    """Splits that a run has written down → the splits of the data at hand."""
+    """Takes the splits recorded by an earlier run; returns the splits of the present data.
+
+    The second returned value holds the images that were chosen for each split; it is None for built-in data.
+    """
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "Command":
+        """Read the command from a config.
+
+        Args:
+            cfg: resolved config of the run.
+        """
         held_out = next((key for key, entry in schema_of(cfg).items() if entry.holds_out and cfg[key]), None)
         return cls(cfg.test_only, cfg.zero_shot, cfg.resume, held_out, lambda kept: build_records(cfg, kept))
 
     @property
     def starts_over(self) -> bool:
-        """Whether a run that is there is moved aside."""
+        """Whether the command trains from the beginning; an existing run in the folder is then moved aside."""
         return not self.resume and not self.test_only
 
 
 @dataclass
 class Decision:
-    """What a command has to do in its run folder."""
+    """The work that a command still has to do in its run folder."""
 
     trains: bool
+    """The command has to train, from the beginning or from a saved state."""
     target: Path
-    """Folder that the evaluation goes to."""
+    """Folder into which the evaluation writes its result."""
     stored: Path | None = None
-    """A metrics.json that answers the command."""
+    """Existing metrics.json with the result of this command; None if the evaluation has to run."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of the splits: at hand, or where the data are not there, when the run was trained."""
+    """Fingerprint of each split: of the present data; if these are missing, the one recorded at training."""
     notes: list[str] = field(default_factory=list)
-    """What has changed since the run was trained."""
+    """One sentence for each change since the run was trained."""
 
 
 def decide(command: Command, folder: RunFolder, kept: StoredSplits | None) -> Decision:
-    """Compare a command with what its run folder holds; reads lists, folders and sizes of files, and writes nothing.
+    """Compare a command with the content of its run folder.
+
+    The function reads image lists, folders and file sizes. It writes nothing.
 
     Args:
-        kept: splits that the run has written down.
+        command: the command.
+        folder: its run folder.
+        kept: splits recorded by the run; None if the run has not recorded any.
+
+    Returns:
+        The work that is still to do.
 
     Raises:
-        UserError: the folder holds another run, or the run was trained on images that have changed.
+        UserError: the folder holds another run, there is no checkpoint to evaluate, or the training images have
+            changed since the run was trained.
     """
     folder.check()
     if command.test_only and not command.zero_shot and folder.checkpoint_id() is None:
@@ -84,7 +104,13 @@ def decide(command: Command, folder: RunFolder, kept: StoredSplits | None) -> De
 
 
 def _check_hold_out(command: Command, folder: RunFolder, kept: StoredSplits | None) -> None:
-    """Refuse to draw anew what an earlier version has held out and not written down."""
+    """Refuse if an older version of TailTune held images out without recording which.
+
+    Drawing again could pick training images.
+
+    Raises:
+        UserError: the images that were held out are unknown.
+    """
     evaluates = command.test_only and not command.zero_shot
     if evaluates and kept is None and folder.foreign is None and command.held_out:
         raise UserError(
@@ -95,12 +121,22 @@ def _check_hold_out(command: Command, folder: RunFolder, kept: StoredSplits | No
 
 
 def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Decision) -> str:
-    """Say what has changed since the run wrote its splits down, or refuse.
+    """Compare the present data with the splits recorded by the run.
+
+    Args:
+        command: the command.
+        folder: its run folder.
+        kept: splits recorded by the run.
+        plan: receives the fingerprints of the splits and a note for each change.
 
     Returns:
-        The fingerprint of the test images if they are others now, else nothing.
+        The fingerprint of the test images if they have changed and the command does not train; otherwise an empty text.
+
+    Raises:
+        MissingData: the data are missing, and the command has to train.
+        UserError: the training or validation images have changed, and the command is not `test_only`.
     """
-    plan.fingerprints = {name: each.fingerprint for name, each in kept.records.items()}
+    plan.fingerprints = {name: record.fingerprint for name, record in kept.records.items()}
     try:
         now, chosen = command.records(kept)
     except MissingData as error:
@@ -108,7 +144,7 @@ def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Deci
             raise
         plan.notes.append(f"the data are not there to be compared with those of the run ({error})")
         return ""
-    plan.fingerprints = {name: each.fingerprint for name, each in now.items()}
+    plan.fingerprints = {name: record.fingerprint for name, record in now.items()}
     if not _same_data(kept, now):
         return ""
     for name in ("train", "val"):
@@ -119,21 +155,34 @@ def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Deci
     if not described:
         return ""
     root, before = chosen.root if chosen else Path(), kept.records.get("test")
-    seen = [path for each in trained_on(folder, kept) for path in seen_in_training(now["test"], each, root, before)]
+    seen = [
+        path for training in trained_on(folder, kept) for path in seen_in_training(now["test"], training, root, before)
+    ]
     plan.notes.append(f"{described}; {f'{len(seen)} of them were' if seen else 'none of them was'} trained on")
     return "" if plan.trains else now["test"].fingerprint
 
 
 def _same_data(kept: StoredSplits, now: dict[str, Record]) -> bool:
-    """Whether any image is the same; else `model_dir` has named a run on other data."""
+    """Whether at least one image is in both data sets; otherwise `model_dir` names a run on other data."""
     return any(
-        set(each.paths) & set(now[name].paths) or each.fingerprint == now[name].fingerprint
-        for name, each in kept.records.items()
+        set(recorded.paths) & set(now[name].paths) or recorded.fingerprint == now[name].fingerprint
+        for name, recorded in kept.records.items()
         if name in now
     )
 
 
 def _difference(kept: StoredSplits, now: dict[str, Record], name: str, what: str) -> str:
+    """Describe how a split has changed, in words.
+
+    Args:
+        kept: splits recorded by the run.
+        now: split name → its present images.
+        name: name of the split.
+        what: adjective for its images, such as "training".
+
+    Returns:
+        The description; empty if the split has not changed, or if it is missing on one side.
+    """
     before, after = kept.records.get(name), now.get(name)
     if before is None or after is None or before.fingerprint == after.fingerprint:
         return ""
@@ -141,7 +190,17 @@ def _difference(kept: StoredSplits, now: dict[str, Record], name: str, what: str
 
 
 def _train_changed(command: Command, folder: RunFolder, plan: Decision, described: str) -> None:
-    """The images that the run was trained on are no longer the same."""
+    """React to changed training or validation images: add a note for `test_only`, otherwise refuse.
+
+    Args:
+        command: the command.
+        folder: its run folder.
+        plan: receives the note.
+        described: description of the change.
+
+    Raises:
+        UserError: the command is not `test_only`.
+    """
     if command.test_only:
         plan.notes.append(
             f"since the run was trained, {described}; groups and class priors stay those of the images that it was "
@@ -160,6 +219,7 @@ def _train_changed(command: Command, folder: RunFolder, plan: Decision, describe
 
 
 def _new_images(chosen: ChosenSplits | None) -> list[str]:
+    """A note about images that were added after the run recorded its splits; an empty list if there are none."""
     if chosen is None or not chosen.new:
         return []
     count = f"{len(chosen.new):,} images are" if len(chosen.new) > 1 else "1 image is"
@@ -170,21 +230,32 @@ def _new_images(chosen: ChosenSplits | None) -> list[str]:
 
 
 def trained_on(folder: RunFolder, kept: StoredSplits | None) -> list[Record]:
-    """The training images of every run that the evaluated model comes from, as far as they are written down."""
+    """The training images of every run that contributed to the evaluated model.
+
+    These are the run itself, the runs that `ensemble_runs` names, and the earlier runs that each of them continued.
+
+    Args:
+        folder: run folder of the command.
+        kept: splits recorded by the run; None if the run has not recorded any.
+
+    Returns:
+        The different training splits. Runs that have not recorded their splits are missing.
+    """
     homes = [folder.source, *folder.soup] if folder.foreign is None else []
-    found = [kept] if kept is not None else []
+    recorded = [kept] if kept is not None else []
     for home in homes:
-        found += [each for each in (_kept_or_none(home),) if each is not None]
-        for _ in range(5):  # the runs before it
+        recorded += [splits for splits in (_kept_or_none(home),) if splits is not None]
+        for _ in range(5):  # follow `after` back, at most five runs
             earlier = _earlier(home)
             if earlier is None:
                 break
             home = earlier
-            found += [each for each in (_kept_or_none(home),) if each is not None]
-    return list({each.records["train"].fingerprint: each.records["train"] for each in found}.values())
+            recorded += [splits for splits in (_kept_or_none(home),) if splits is not None]
+    return list({splits.records["train"].fingerprint: splits.records["train"] for splits in recorded}.values())
 
 
 def _kept_or_none(home: Path) -> StoredSplits | None:
+    """The splits recorded by the run in a folder; None if they are missing or damaged."""
     try:
         return kept_splits(home)
     except Damaged:
@@ -192,14 +263,23 @@ def _kept_or_none(home: Path) -> StoredSplits | None:
 
 
 def _earlier(home: Path) -> Path | None:
-    """The run that the one in a folder began from."""
+    """Folder of the run that the run in a folder continued (option `after`); None if it continued no run."""
     facts = home / FACTS
     after = read_json(facts).get("after") if facts.exists() else None
     return Path(after) if after else None
 
 
 def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -> bool:
-    """Whether a stored result is whole, and of the checkpoint, images and files beside it that are there now."""
+    """Whether a stored result is undamaged and was computed from the present inputs.
+
+    Args:
+        metrics: the metrics.json of the result.
+        folder: run folder of the command.
+        fingerprints: fingerprint of each split of the present data.
+
+    Returns:
+        True if the checkpoint, the images and the other files read are the same as in the stored result.
+    """
     try:
         about = read_json(metrics).get("evaluation")
     except Damaged:
@@ -207,6 +287,6 @@ def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -
     if not isinstance(about, dict) or about.get("checkpoint") != folder.checkpoint_id():
         return False
     stored = about.get("images", {})
-    if any(stored.get(name, each) != each for name, each in fingerprints.items()):
+    if any(stored.get(name, fingerprint) != fingerprint for name, fingerprint in fingerprints.items()):
         return False
     return bool(about.get("files", {}) == folder.files_read())

@@ -1,4 +1,4 @@
-"""The run folder: `output/<name>/`, whose it is, its lock, its config, and what of it is finished."""
+"""The run folder `output/<name>/`: its paths, its stored config and splits, and whether its run is finished."""
 
 import hashlib
 import logging
@@ -26,32 +26,36 @@ from tailtune.trainers.storage.manifest import MARKER, Manifest, read_bytes, rea
 OUTPUT = Path("output")
 FACTS = Path("checkpoint") / FACTS_FILE
 TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorboard")
-"""What training makes in its folder."""
+"""Entries of the run folder that training creates."""
 RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors")
+"""Entries of the run folder that the evaluation creates."""
 
 log = logging.getLogger("tailtune")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where what a run has trained lies."""
+    """The place of the tensors that a run has trained."""
 
     home: Path
     """Folder of the run."""
     foreign: ForeignCheckpoint | None = None
-    """A file of other people's code, in place of the run's own checkpoint."""
+    """A checkpoint file of another project; None: the checkpoint of the run itself."""
 
 
 def folder_of(cfg: CfgNode) -> Path:
-    """The folder of a run."""
+    """Path of the run folder of a config."""
     return OUTPUT / (cfg.output_dir or cfg.run_name)
 
 
 class RunFolder(OwnedFolder):
-    """Paths of a run and the decisions that depend on what they hold.
+    """The paths of a run, and decisions that depend on the content of its folder.
 
-    The whole config is its subject: it writes `config.yaml`, and compares a command with the one that is there. The
-    folder is a run's if `tailtune.json` says so (`manifest.py`). Only what that file lists is ever changed.
+    The class takes a whole config, because it writes `config.yaml` and compares a command with a stored config. A
+    folder belongs to a run if `tailtune.json` says so (`manifest.py`). Only the entries listed there are ever changed.
+
+    Args:
+        cfg: resolved config of the command.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -63,26 +67,26 @@ class RunFolder(OwnedFolder):
         self.states = self.path / "state"
         self.splits = self.path / "splits"
         self.events = self.path / "tensorboard"
-        found = self._own() if cfg.model_dir is None else _existing(cfg.model_dir)
-        self.source, self.foreign = found
-        """Whose checkpoint is evaluated; the file, if it is of other people's code."""
+        source_and_file = self._own() if cfg.model_dir is None else _existing(cfg.model_dir)
+        self.source, self.foreign = source_and_file
+        """Folder of the run whose checkpoint is evaluated; the checkpoint file, if another project has written it."""
         self.adopts = self.foreign is not None
 
     def _own(self) -> tuple[Path, ForeignCheckpoint | None]:
-        """A command that tests what LIFT has trained under the same name finds it here."""
+        """This folder as the source. It may hold a checkpoint of LIFT, which a `test_only` command then evaluates."""
         lift = self.cfg.test_only and not self.checkpoint.exists() and (self.path / LIFT_FILE).is_file()
         return self.path, ForeignCheckpoint(self.path / LIFT_FILE) if lift else None
 
     @cached_property
     def soup(self) -> tuple[Path, ...]:
-        """The runs that `ensemble_runs` names."""
-        found = [_existing(name, "ensemble_runs") for name in self.cfg.ensemble_runs or ()]
-        for _, foreign in found:
+        """Folders of the runs that `ensemble_runs` names."""
+        sources = [_existing(name, "ensemble_runs") for name in self.cfg.ensemble_runs or ()]
+        for _, foreign in sources:
             if foreign is not None:
                 raise UserError(f"ensemble_runs: {foreign.path} is of other people's code; name runs of our own")
-        paths = [path for path, _ in found]
+        paths = [path for path, _ in sources]
         for number, path in enumerate(paths):
-            if path.resolve() in [each.resolve() for each in (self.source, *paths[:number])]:
+            if path.resolve() in [other.resolve() for other in (self.source, *paths[:number])]:
                 raise UserError(f"ensemble_runs: {path} is there twice; name other runs than the one that is evaluated")
         return tuple(paths)
 
@@ -93,19 +97,19 @@ class RunFolder(OwnedFolder):
 
     @property
     def origin(self) -> str:
-        """Where the checkpoint is, in words."""
+        """Path of the evaluated checkpoint, as text."""
         return str(self.foreign.path if self.foreign else self.source)
 
-    # --- a run that begins ---------------------------------------------------------------------------------------
+    # --- start of a run ------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse what the folder holds, if this command does not belong to it; writes nothing.
+        """Check that the command fits the content of the folder. Nothing is written.
 
         Raises:
-            UserError: it holds a run with other options, or files that this run has not made.
+            UserError: the folder holds a run with other options, or files that the run did not create.
         """
         starts_over = not self.cfg.resume and not self.cfg.test_only
-        trained = any(each.exists() for each in (self.config, self.states, self.checkpoint, self.metrics))
+        trained = any(path.exists() for path in (self.config, self.states, self.checkpoint, self.metrics))
         if trained and not self.empty() and not starts_over:
             self._compare()
         self.check_free(*(("tests",) if self.cfg.test_only else (*TRAINING, *RESULTS)))
@@ -113,41 +117,44 @@ class RunFolder(OwnedFolder):
             self.check_free("export")
 
     def claim(self, trains: bool) -> None:
-        """Make the folder this run's: move a run that is started over aside, write the config of one that trains."""
+        """Take possession of the folder, and write `config.yaml` if the command trains.
+
+        With `resume False`, an earlier run in the folder is moved aside first.
+        """
         if not self.cfg.resume and not self.cfg.test_only and not self.empty():
             self.move_aside()
         self.own(*((*TRAINING, *RESULTS) if trains else ("tests",)))
         if trains or (self.metrics.exists() and not self.manifest.intact(self.config)):
             recorded = (key for key, entry in schema_of(self.cfg).items() if entry.recorded)
             values = values_of(self.cfg, TRAIN, TEST) | {key: self.cfg[key] for key in recorded}
-            # An unfinished run is evaluated as the last command says.
+            # The evaluation of an unfinished run uses the options of the latest command.
             self.seal({self.config: write_bytes(self.config, yaml.safe_dump(values, sort_keys=False).encode())})
 
     def keep_splits(self, records: Mapping[str, Record], chosen: ChosenSplits) -> None:
-        """Write down which images each split has."""
+        """Write the images of each split, and the unused and unreadable images, into the folder."""
         files = split_files(records, chosen.unused, chosen.unreadable)
         digests = {self.splits / name: write_bytes(self.splits / name, content) for name, content in files.items()}
         self.seal(digests)
 
     def empty(self) -> bool:
-        """Whether nothing is here that cost anything: neither a state nor a result."""
-        return not any(each.exists() for each in (self.states, self.checkpoint, self.metrics, self.path / "tests"))
+        """Whether the folder holds neither a saved state nor a checkpoint nor a result."""
+        return not any(path.exists() for path in (self.states, self.checkpoint, self.metrics, self.path / "tests"))
 
-    # --- what it holds -------------------------------------------------------------------------------------------
+    # --- content of the folder -----------------------------------------------------------------------------------
 
     def kept(self) -> StoredSplits | None:
-        """The splits of the run whose checkpoint is evaluated or continued; None if it has not written them down.
+        """The splits recorded by the run whose checkpoint is evaluated or continued; None if there are none.
 
         Raises:
-            UserError: they are damaged.
+            UserError: the stored splits are damaged.
         """
         return kept_splits(self.source) if self.foreign is None else None
 
     def target(self, other_test: str = "") -> Path:
-        """Where this command's evaluation goes: the run's own folder, or `tests/<key>/`.
+        """The folder for the result of this command's evaluation: the run folder itself, or `tests/<key>/` in it.
 
         Args:
-            other_test: fingerprint of the test images, where they are not those that the run was trained beside.
+            other_test: fingerprint of the test images if they have changed since the training; otherwise empty.
         """
         if self.cfg.test_only or other_test or (self.finished() and not self._same_test()):
             suffix = f"_test_{other_test.partition(':')[2][:8]}" if other_test else ""
@@ -155,24 +162,27 @@ class RunFolder(OwnedFolder):
         return self.path
 
     def checkpoint_id(self) -> str | None:
-        """Digests of what was trained and of its base model, also by `ensemble_runs`; None if nothing was.
+        """Digests of the trained tensors and of the base model, also of `ensemble_runs`; None without a checkpoint.
 
-        Other people's files do not say what they are of, so there it is the options that the file is read with.
+        A file of another project does not record its base model. Its identifier holds the config hash instead.
         """
         if self.foreign is not None:
             return f"{self.foreign.digest}-{self.foreign.kind}-{config_hash(self.cfg)}"
-        found = [self.source, *self.soup]
+        homes = [self.source, *self.soup]
         if not (self.source / FACTS).exists():
             return None
-        stored = [read_json(each / FACTS) for each in found]
-        return "+".join(f"{str(each.get('sha256'))[:16]}-{each.get('base')}" for each in stored)
+        stored = [read_json(home / FACTS) for home in homes]
+        return "+".join(f"{str(facts.get('sha256'))[:16]}-{facts.get('base')}" for facts in stored)
 
     def class_counts(self) -> list[int] | None:
-        """Training images per class of the run whose checkpoint is evaluated, as far as it says."""
+        """Number of training images of each class, [C], of the evaluated run; None if it is not recorded."""
         return counts_of(self.source) if self.foreign is None else None
 
     def files_read(self) -> dict[str, str]:
-        """Digests of the files that say what a result is of, besides images and checkpoint; of those that are there."""
+        """The files, besides images and checkpoint, that a result depends on: name → 16 digits of the SHA-256.
+
+        Files that do not exist are left out.
+        """
         cfg = self.cfg
         names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
         if cfg.shift_files:
@@ -180,15 +190,15 @@ class RunFolder(OwnedFolder):
                 cfg.shift_files.replace("{name}", shift) for shift in distribution_names(DistributionSettings.of(cfg))
             ]
         folders = [Path(), *DataFolders.of(cfg).for_lists()]
-        found = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items() if path}
+        paths = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path}
 
     def finished(self) -> bool:
-        """Whether the run has ended, and its result and checkpoint are what it wrote."""
+        """Whether the run has ended, and its result and checkpoint are undamaged."""
         return self.metrics.exists() and not self.damage()
 
     def damage(self) -> str:
-        """What of a finished run is not as the run wrote it, in words; empty if all is."""
+        """The first damaged file of a finished run, in words; empty if there is no damage."""
         marker = Manifest.read(self.path)
         if marker is None:
             return f"{self.path} has no {MARKER}"
@@ -202,16 +212,16 @@ class RunFolder(OwnedFolder):
         return ""
 
     def _compare(self) -> None:
-        """Refuse to go on with another run."""
+        """Raise a `UserError` if the stored config is damaged or has other training options than the command."""
         try:
             stored = values_of(load_resolved(self.config, schema_of(self.cfg)))
             read_bytes(self.config)
         except UserError as error:
             if self._same_hash():
-                return  # the config is what this command says, and is written again
+                return  # the options are the same, so the config can be written again
             raise UserError(f"{error}; start over with `resume False`, or choose another output_dir") from error
         home = stored.get("data_dir")
-        if home and home != self.cfg.data_dir and Path(home).is_dir():  # else the data have moved
+        if home and home != self.cfg.data_dir and Path(home).is_dir():  # otherwise the data have been moved
             raise UserError(
                 f"{self.path} holds a run on '{self.cfg.data}' of {home}, another data config of that name; choose "
                 "another output_dir"
@@ -224,7 +234,7 @@ class RunFolder(OwnedFolder):
                 )
 
     def _same_hash(self) -> bool:
-        """Whether what was trained is of this command's options, where the config file is damaged."""
+        """Whether the checkpoint or a state was trained with the options of this command (for a damaged config)."""
         for path in (self.path / FACTS, *self.states.glob(f"*/{FACTS_FILE}")):
             try:
                 facts = read_json(path)
@@ -234,22 +244,22 @@ class RunFolder(OwnedFolder):
         return False
 
     def _same_test(self) -> bool:
-        """Whether the run was evaluated as this command asks."""
+        """Whether the run was evaluated with the evaluation options of this command."""
         stored = read_json(self.metrics).get("evaluation", {})
         schema = schema_of(self.cfg)
         return all(stored.get(key, schema[key].default) == value for key, value in values_of(self.cfg, TEST).items())
 
 
 def counts_of(home: Path) -> list[int] | None:
-    """Training images per class of the run in a folder, as far as its checkpoint says."""
+    """Number of training images of each class, [C], of the run in folder `home`; None if it is not recorded."""
     return read_json(home / FACTS).get("class_counts") if (home / FACTS).is_file() else None
 
 
 def kept_splits(home: Path) -> StoredSplits | None:
-    """The splits that the run in a folder has written down; None if it has not.
+    """The splits recorded by the run in folder `home`; None if there are none.
 
     Raises:
-        UserError: they are damaged.
+        UserError: the stored splits are damaged.
     """
     marker = Manifest.read(home)
     names = [name for name in marker.files if name.startswith("splits/")] if marker else []
@@ -262,7 +272,18 @@ def kept_splits(home: Path) -> StoredSplits | None:
 
 
 def _existing(model_dir: str, key: str = "model_dir") -> tuple[Path, ForeignCheckpoint | None]:
-    """The folder of a run by its path, or by its name below output/; or other people's file of a checkpoint."""
+    """Find a checkpoint.
+
+    Args:
+        model_dir: path of a run folder or of a checkpoint file, or name of a run folder in output/.
+        key: the option that names it, for the message.
+
+    Returns:
+        Folder of the run; the checkpoint file, if another project has written it.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
     for path in (Path(model_dir).expanduser(), OUTPUT / model_dir):
         if path.is_file():
             return path.parent, ForeignCheckpoint(path)

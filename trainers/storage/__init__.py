@@ -1,1 +1,1 @@
-"""The files of a run: they are written whole or not at all, and read only if they are what was written."""
+"""Writes and reads the files of a run. A file is written completely or not at all, and checked before it is read."""

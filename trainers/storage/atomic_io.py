@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all: safetensors for tensors, JSON for everything else, no pickle."""
+"""Writes files and folders completely or not at all: tensors as safetensors, everything else as JSON, no pickle."""
 
 import glob
 import hashlib
@@ -21,7 +21,7 @@ TENSORS, FACTS = "tensors.safetensors", "facts.json"
 
 
 class Damaged(UserError):
-    """A file is missing, or is not what was written.
+    """A file is missing, or its content has changed since it was written.
 
     Args:
         path: the file.
@@ -47,8 +47,11 @@ class Digest(NamedTuple):
     def check(self, path: Path) -> None:
         """Check that a file still has this digest. The size is compared first, before the file is read.
 
+        Args:
+            path: the file.
+
         Raises:
-            Damaged: it does not, or it cannot be read.
+            Damaged: the digest differs, or the file cannot be read.
         """
         try:
             size = path.stat().st_size
@@ -66,14 +69,14 @@ def write_bytes(path: Path, content: bytes) -> Digest:
     """Write a file: under a temporary name first, then fsync, then rename.
 
     Args:
-        path: the file; its folder is made where it is missing.
-        content: what to write.
+        path: the file; a missing folder is created.
+        content: the bytes to write.
 
     Returns:
         The digest of the file.
 
     Raises:
-        UserError: the file system refuses; what was at `path` before stays as it was.
+        UserError: the file system refuses to write; an existing file at `path` is then unchanged.
     """
     temporary = _temporary(path)
     try:
@@ -91,12 +94,12 @@ def write_bytes(path: Path, content: bytes) -> Digest:
 
 
 def write_json(path: Path, content: Any) -> Digest:
-    """Write a JSON file, see `write_bytes`; NaN and infinity are refused (ValueError)."""
+    """Write a JSON file as `write_bytes` does. Raises ValueError if `content` holds NaN or infinity."""
     return write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> Digest:
-    """Write a safetensors file, see `write_bytes`.
+    """Write a safetensors file as `write_bytes` does.
 
     Args:
         path: the file.
@@ -110,12 +113,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | Non
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill, which then appears at `path` whole or not at all.
+    """Within the block, provide a temporary folder; at the end of the block it is renamed to `path`.
 
-    Files of an earlier folder at `path` are replaced; files that only the earlier folder has are kept.
+    Files of an earlier folder at `path` are replaced. Files that only the earlier folder has are kept.
+
+    Args:
+        path: the folder to write.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system refuses to write.
     """
     temporary, replaced = _temporary(path, "new"), _temporary(path, "old")
     try:
@@ -137,7 +146,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _keep_other_files(path: Path, replaced: Path) -> None:
-    """Remove the replaced folder, but move files that the new one does not have there: they may be the user's."""
+    """Remove the replaced folder. First move files that the new folder lacks into it: they may belong to the user."""
     for entry in replaced.iterdir():
         if not os.path.lexists(path / entry.name):
             entry.replace(path / entry.name)
@@ -145,12 +154,12 @@ def _keep_other_files(path: Path, replaced: Path) -> None:
 
 
 def _temporary(path: Path, kind: str = "") -> Path:
-    """A temporary path in the same folder, which does not exist yet."""
+    """A new temporary path in the same folder; nothing exists at this path."""
     return path.with_name(".".join(["", path.name, uuid.uuid4().hex[:8], *([kind] if kind else []), "tmp"]))
 
 
 def temporary_pattern(name: str, kind: str = "") -> re.Pattern[str]:
-    """Pattern of the temporary names that a process may leave behind when it is killed.
+    """Regular expression for the temporary names that a killed process may leave behind.
 
     Args:
         name: name of the file or folder that was to be written.
@@ -161,7 +170,7 @@ def temporary_pattern(name: str, kind: str = "") -> re.Pattern[str]:
 
 
 def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[Path, Digest]:
-    """Write a folder with `tensors.safetensors` and `facts.json`, see `new_folder`.
+    """Write a folder with `tensors.safetensors` and `facts.json` as `new_folder` does.
 
     Args:
         path: the folder.
@@ -180,7 +189,7 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any
 
 
 def remove_folder(path: Path) -> None:
-    """Remove what `write_folder` wrote. If the folder holds other files, it stays with these."""
+    """Remove the files that `write_folder` wrote. The folder itself stays if it holds other files."""
     for name in (TENSORS, FACTS):
         (path / name).unlink(missing_ok=True)
     if not any(path.iterdir()):

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run has trained, and the checks before it is loaded into a model."""
+"""Writes and loads checkpoints, which hold the trained tensors of a run. Checks them before they are loaded."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ def trained_state(module: StagedModule) -> dict[str, Tensor]:
         module: a method, or a model.
 
     Returns:
-        Name → tensor: parameters that train or that an earlier run trained, and buffers of the model, except for
-        those that belong to the pre-trained network and never change.
+        Name → tensor: the parameters that are trained or that an earlier run trained, and the buffers of the model.
+        Buffers of the pre-trained network that never change are left out.
     """
     parameters = {
         name: parameter
@@ -45,20 +45,20 @@ def trained_state(module: StagedModule) -> dict[str, Tensor]:
 
 
 def fingerprint(model: ClassificationModel) -> str:
-    """An identifier of the base model, which is stored with every checkpoint. Take it before anything trains.
+    """An identifier of the base model, which is stored with every checkpoint. Compute it before training starts.
 
     Args:
         model: the model, as it was built.
 
     Returns:
-        A digest of the pre-trained encoder. Where the head is made from text, a dot and a digest of the text encoder
+        A digest of the pre-trained encoder. If the head is computed from text, a dot and a digest of the text encoder
         and the projection follow.
     """
     encoder_digest = _digest(model.encoder.pretrained_state())
     if model.text_encoder is None:
         return encoder_digest
     projection = model.text_encoder.projection
-    if projection is None:  # then the encoder has the projection, or one within its network
+    if projection is None:  # the image encoder, or its network, has the projection
         projection = model.encoder.projection
     state = {**model.text_encoder.weights(), **({} if projection is None else {"projection": projection})}
     return f"{encoder_digest}.{_digest(state)}"
@@ -78,12 +78,12 @@ def package_versions() -> dict[str, str]:
 
 
 def save_checkpoint(folder: Path, method: StagedModule, facts: dict[str, Any]) -> dict[Path, Digest]:
-    """Write what a run has trained.
+    """Write the trained tensors of a run.
 
     Args:
         folder: the folder to write.
         method: the trained method.
-        facts: what `facts.json` says about it besides the versions of packages.
+        facts: the content of `facts.json` besides the package versions.
 
     Returns:
         The digests of the files.
@@ -97,8 +97,8 @@ def load_checkpoint(folder: Path, method: StagedModule, class_names: Sequence[st
     Args:
         folder: the folder of the checkpoint.
         method: the method, as it was built.
-        class_names: names of the classes in the data at hand, in label order.
-        base: `fingerprint` of the model at hand.
+        class_names: names of the classes in the present data, in label order.
+        base: `fingerprint` of the present model.
 
     Raises:
         UserError: the checkpoint is damaged, or belongs to another base model, tuner, head or set of classes; the
@@ -111,15 +111,15 @@ def load_checkpoint(folder: Path, method: StagedModule, class_names: Sequence[st
 
 
 def check_base(folder: Path, facts: dict[str, Any], base: str) -> None:
-    """Check that a checkpoint was trained on the base model at hand.
+    """Check that a checkpoint was trained on the present base model.
 
-    Text encoders are compared only if both sides have one: some heads are made without it, and older checkpoints do
-    not record it.
+    Text encoders are compared only if both fingerprints contain one. Some heads need no text encoder, and older
+    checkpoints do not record it.
 
     Args:
         folder: the folder of the checkpoint.
-        facts: its `facts.json`.
-        base: `fingerprint` of the model at hand.
+        facts: content of its `facts.json`.
+        base: `fingerprint` of the present model.
 
     Raises:
         UserError: the base models differ.
@@ -140,15 +140,15 @@ def check_base(folder: Path, facts: dict[str, Any], base: str) -> None:
 
 
 def check_classes(folder: Path, facts: dict[str, Any], class_names: Sequence[str]) -> None:
-    """Check that a checkpoint was trained on the classes at hand, in the same order.
+    """Check that a checkpoint was trained on the present classes, in the same order.
 
     Args:
         folder: the folder of the checkpoint.
-        facts: its `facts.json`.
-        class_names: names of the classes in the data at hand, in label order.
+        facts: content of its `facts.json`.
+        class_names: names of the classes in the present data, in label order.
 
     Raises:
-        UserError: names the first class that differs.
+        UserError: the classes differ; the message names the first difference.
     """
     for stored, current in zip_longest(facts["class_names"], class_names):
         if stored != current:
@@ -158,13 +158,13 @@ def check_classes(folder: Path, facts: dict[str, Any], class_names: Sequence[str
 
 @torch.no_grad()
 def copy_state(method: StagedModule, tensors: dict[str, Tensor], where: str, remedy: str) -> None:
-    """Copy tensors into everything that a method trains or has trained.
+    """Copy tensors into all trained parameters and buffers of a method.
 
     Args:
         method: the method to fill.
         tensors: name → tensor, as `trained_state` names them.
-        where: the source, in messages.
-        remedy: what the user can do, in messages.
+        where: the source of the tensors, for messages.
+        remedy: what the user can do, for messages.
 
     Raises:
         UserError: tensors are missing, unexpected or of another shape.
@@ -176,16 +176,16 @@ def copy_state(method: StagedModule, tensors: dict[str, Tensor], where: str, rem
 
 
 def check_fit(current: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, remedy: str) -> None:
-    """Check that tensors have the names and shapes of a model's.
+    """Check that tensors have the same names and shapes as the tensors of a model.
 
     Args:
         current: name → tensor of the model.
         tensors: name → tensor to load.
-        where: the source, in messages.
-        remedy: what the user can do, in messages.
+        where: the source of the tensors, for messages.
+        remedy: what the user can do, for messages.
 
     Raises:
-        UserError: names tensors that are missing, unexpected or of another shape.
+        UserError: names the tensors that are missing, unexpected or of another shape.
     """
     shared = current.keys() & tensors.keys()
     problems = [
@@ -202,5 +202,5 @@ def check_fit(current: Mapping[str, Tensor], tensors: Mapping[str, Tensor], wher
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, under the rest of their names."""
+    """The tensors whose names begin with a prefix; the prefix is removed from their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

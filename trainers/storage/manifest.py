@@ -1,4 +1,4 @@
-"""`tailtune.json`: which entries of a folder a run has made, and checksums of the files that later commands read.
+"""Reads and writes `tailtune.json`: the entries of a folder that a run has created, and checksums of its files.
 
 Only this file shows that a folder belongs to a run. Names do not: any program may write a `config.yaml` or a
 `checkpoint/`.
@@ -24,7 +24,7 @@ MARKER = "tailtune.json"
 LOCK = ".tailtune.lock"
 FORMAT = "tailtune run"
 DEEPEST = 3
-"""Most folders between a run's folder and a file in it: `tests/<key>/tensorboard/`."""
+"""Largest number of folders between a run's folder and a file in it, as in `tests/<key>/tensorboard/`."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Manifest:
     Attributes:
         home: the run's folder.
         run: identifier of the run.
-        made: names of entries in the folder that the run has made or is about to make.
+        made: names of entries in the folder that the run has created or is about to create.
         files: path below the folder → checksum and size, for files that are read again.
     """
 
@@ -47,11 +47,14 @@ class Manifest:
     def read(cls, home: Path) -> "Manifest | None":
         """Read the manifest of a folder.
 
+        Args:
+            home: the folder.
+
         Returns:
-            None if there is none, or if another program's file has that name.
+            The manifest; None if the file is missing or another program has written it.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the manifest is damaged.
         """
         path = home / MARKER
         if path.exists() and not path.is_file():  # reading a pipe would block
@@ -82,10 +85,13 @@ class Manifest:
         return cls(home, uuid.uuid4().hex)
 
     def own(self, *names: str) -> None:
-        """Record that entries of the folder belong to this run, before they are made.
+        """Record that entries of the folder belong to this run, before they are created.
+
+        Args:
+            names: names of the entries.
 
         Raises:
-            UserError: one of them exists already, and this run has not made it.
+            UserError: an entry exists already, and this run did not create it.
         """
         self.check_free(*names)
         new = [name for name in names if name not in self.made]
@@ -96,8 +102,11 @@ class Manifest:
     def check_free(self, *names: str) -> None:
         """Check that entries of the folder do not exist, or belong to this run.
 
+        Args:
+            names: names of the entries.
+
         Raises:
-            UserError: names the first other one.
+            UserError: an entry exists and does not belong to this run; the message names the first one.
         """
         for name in names:
             if name not in self.made and os.path.lexists(self.home / name):
@@ -124,14 +133,14 @@ class Manifest:
         self._write()
 
     def check(self, path: Path) -> None:
-        """Raise `Damaged` if a file is not what the run wrote."""
+        """Raise `Damaged` if a file is missing or has changed since the run wrote it."""
         digest = self.files.get(path.relative_to(self.home).as_posix())
         if digest is None:
             raise Damaged(path, "the run did not finish writing it")
         digest.check(path)
 
     def intact(self, path: Path) -> bool:
-        """Whether a file exists and is what the run wrote."""
+        """Whether a file exists and has not changed since the run wrote it."""
         try:
             self.check(path)
         except Damaged:
@@ -154,7 +163,7 @@ def manifest_of(path: Path) -> Manifest | None:
 
 
 def is_in_manifest(folder: Path) -> bool:
-    """Whether a run has recorded files of a folder; True for a folder that is in no run's folder."""
+    """Whether a run has recorded files of a folder; True if the folder does not belong to any run."""
     manifest = manifest_of(folder / FACTS)
     if manifest is None:
         return True
@@ -163,10 +172,13 @@ def is_in_manifest(folder: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Check that a file in a run's folder is what the run wrote; files elsewhere are not checked.
+    """Check that a file in a run's folder has not changed since the run wrote it. Other files are not checked.
+
+    Args:
+        path: the file.
 
     Raises:
-        Damaged: it is not.
+        Damaged: the file is missing or has changed.
     """
     manifest = manifest_of(path)
     if manifest is not None:
@@ -174,10 +186,13 @@ def check_file(path: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file, after its checksum was compared if a run wrote it.
+    """Read a file. If a run wrote it, its checksum is compared first.
+
+    Args:
+        path: the file.
 
     Raises:
-        Damaged: the file is missing, or is not what was written.
+        Damaged: the file is missing, or has changed since it was written.
         UserError: the run's manifest is damaged.
     """
     check_file(path)
@@ -188,10 +203,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, see `read_bytes`.
+    """Read a file as `read_bytes` does, and parse it as a JSON object.
+
+    Args:
+        path: the file.
 
     Raises:
-        Damaged: the file is missing, is not what was written, or holds something else than a JSON object.
+        Damaged: the file is missing, has changed since it was written, or does not hold a JSON object.
     """
     try:
         content = json.loads(read_bytes(path).decode())

@@ -1,4 +1,4 @@
-"""The state of any optimizer of torch as named tensors and numbers, without pickle."""
+"""Converts the state of any torch optimizer to named tensors and numbers, without pickle, and back."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 PREFIX = "optimizer."
-"""How the names of an optimizer's tensors begin: `optimizer.<group>.<parameter>.<name>`."""
+"""Prefix of the names of an optimizer's tensors, `optimizer.<group>.<parameter>.<name>`."""
 OLD_PREFIX = "momentum."
-"""How earlier versions named SGD's momentum, the only state that they saved: `momentum.<group>.<parameter>`."""
+"""Prefix that earlier versions gave to SGD's momentum, `momentum.<group>.<parameter>`. They saved no other state."""
 MOMENTUM = "momentum_buffer"
 
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that an optimizer needs to continue exactly where it was stopped.
+    """Collect the values that an optimizer needs in order to continue exactly from the present step.
 
     Args:
         optimizer: an optimizer of torch, or Accelerate's wrapper of one.
 
     Returns:
-        Its tensors, by `optimizer.<group>.<parameter>.<name>`; and for JSON the other values of parameters
-        (`numbers`, by `<group>.<parameter>.<name>`) and the settings of each group (`groups`).
+        First: the tensors, with keys `optimizer.<group>.<parameter>.<name>`. Second: values for JSON. `numbers` holds
+        the other values of parameters, with keys `<group>.<parameter>.<name>`; `groups` holds the settings of groups.
     """
     stored = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -30,7 +30,7 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, value in stored["state"].get(index, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{PREFIX}{position}.{name}"] = value
-            elif value is not None:  # torch writes None where a value has not been made yet
+            elif value is not None:  # torch stores None for a value that does not exist yet
                 numbers[f"{position}.{name}"] = value
     groups = [{name: value for name, value in group.items() if name != "params"} for group in stored["param_groups"]]
     return tensors, {"numbers": numbers, "groups": groups}
@@ -39,11 +39,11 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None
 ) -> None:
-    """Set an optimizer to what `optimizer_state` returned.
+    """Restore the state of an optimizer that `optimizer_state` returned.
 
     Args:
-        optimizer: an optimizer over the same groups of parameters.
-        tensors: name → tensor of a whole state; tensors that are not the optimizer's are ignored.
+        optimizer: an optimizer with the same groups of parameters.
+        tensors: name → tensor of a saved state; other tensors than those of the optimizer are ignored.
         values: the second part of what `optimizer_state` returned; None: the state was saved by an earlier version.
     """
     stored = optimizer.state_dict()
@@ -63,7 +63,7 @@ def restore_optimizer(
 
 
 def _positions(groups: list[dict[str, Any]]) -> Iterator[tuple[str, int]]:
-    """`<group>.<parameter>` and torch's own index of every parameter."""
+    """For every parameter, its position `<group>.<parameter>` and its index in torch's state."""
     for group_index, group in enumerate(groups):
         for parameter_index, index in enumerate(group["params"]):
             yield f"{group_index}.{parameter_index}", index

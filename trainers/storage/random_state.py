@@ -1,4 +1,4 @@
-"""The state of all random generators of a process, as tensors."""
+"""Converts the state of all random generators of a process to tensors, and back."""
 
 import random
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def random_state(rank: int) -> dict[str, Tensor]:
     """The state of the generators of torch, Python and NumPy in this process.
 
-    Our own code never draws from them, but a method or a library may.
+    TailTune never draws from these generators, but a method or a library may.
 
     Args:
         rank: index of this process.
@@ -34,10 +34,10 @@ def random_state(rank: int) -> dict[str, Tensor]:
 
 
 def restore_random_state(tensors: dict[str, Tensor], rank: int) -> None:
-    """Set the generators to what `random_state` has saved.
+    """Restore the state of the generators that `random_state` returned.
 
     Args:
-        tensors: name → tensor of a whole state; other tensors are ignored.
+        tensors: name → tensor of a saved state; other tensors are ignored.
         rank: index of this process.
     """
     state = {name.split(".", 2)[2]: tensor for name, tensor in tensors.items() if name.startswith(f"rng.{rank}.")}

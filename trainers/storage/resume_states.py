@@ -1,4 +1,4 @@
-"""The states of an unfinished run: everything that resuming needs, in `state/<step>/`."""
+"""Saves and loads the states of an unfinished run in `state/<step>/`, so that the run can be resumed."""
 
 import logging
 import shutil
@@ -13,10 +13,10 @@ from tailtune.trainers.storage.atomic_io import Digest, remove_folder, temporary
 from tailtune.trainers.storage.manifest import is_in_manifest, read_folder
 
 KEEP = 2
-"""How many states are kept, because the newest may be damaged."""
+"""Number of states that are kept. There are several because the newest may be damaged."""
 
 RecordFiles = Callable[[dict[Path, Digest], Sequence[Path]], None]
-"""Records the digests of files that were written, and forgets the folders that are about to be removed."""
+"""Records the digests of written files (file → digest), and forgets those of folders that are about to be removed."""
 
 log = logging.getLogger("tailtune")
 
@@ -25,10 +25,10 @@ class ResumeStates:
     """The states of an unfinished run.
 
     Args:
-        folder: the folder that they are in.
-        identity: what must be equal for a state to belong to this run: config hash, base model, number of processes,
+        folder: the folder with the states.
+        identity: values that have to be equal in a state of this run: config hash, base model, number of processes,
             data.
-        record: records what is written and removed.
+        record: records the files that are written and removed.
     """
 
     def __init__(
@@ -40,17 +40,18 @@ class ResumeStates:
         """Write the state after a step, and remove all but the last two.
 
         Args:
-            step: number of steps that are done.
+            step: number of finished steps.
             tensors: name → tensor.
-            facts: everything else, as JSON.
+            facts: all other values, for JSON.
 
         Raises:
-            UserError: it cannot be written; the earlier states stay whole.
+            UserError: the state cannot be written; the earlier states are then unchanged.
         """
         new = self.folder / f"{step:08d}"
         digests = write_folder(new, tensors, {**facts, "identity": self.identity})
         earlier = [path for path in self._complete() if path < new][1 - KEEP :]
-        removed = [path for path in self._complete() if path not in (*earlier, new)]  # later ones were damaged
+        # States after this step are damaged: the run restarted from an older one.
+        removed = [path for path in self._complete() if path not in (*earlier, new)]
         self.record(digests, removed)
         for path in removed:
             remove_folder(path)
@@ -59,14 +60,17 @@ class ResumeStates:
                 shutil.rmtree(entry)
 
     def begun(self) -> bool:
-        """Whether there is any state, whole or damaged."""
+        """Whether there is any state, damaged or not."""
         return bool(self._complete())
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest state that is whole, as tensors and facts; None if no run was begun.
+        """Load the newest undamaged state.
+
+        Returns:
+            The tensors and the facts that were saved; None if there is no state.
 
         Raises:
-            UserError: every state is damaged, or the newest whole one belongs to another run.
+            UserError: every state is damaged, or the newest undamaged state belongs to another run.
         """
         paths = self._complete()
         for path in reversed(paths):
@@ -90,5 +94,5 @@ class ResumeStates:
                 )
 
     def _complete(self) -> list[Path]:
-        """Folders of states that were written and recorded, oldest first; a killed process may leave others."""
+        """Folders of the completely written and recorded states, oldest first. A killed process may leave others."""
         return sorted(path for path in self.folder.glob("[0-9]*") if path.is_dir() and is_in_manifest(path))

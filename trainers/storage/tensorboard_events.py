@@ -1,6 +1,6 @@
-"""Event files for TensorBoard, written in the calling thread.
+"""Writes event files for TensorBoard in the calling thread.
 
-torch's `SummaryWriter` writes in a thread of its own, where a full disk ends in a traceback.
+torch's `SummaryWriter` writes in a separate thread, in which a full disk causes a traceback.
 """
 
 import itertools
@@ -17,15 +17,15 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 log = logging.getLogger("tailtune")
 _file_numbers = itertools.count()
-"""Numbers for the names of files, because a process may begin two files in the same second."""
+"""Numbers for file names, because a process may create two files in the same second."""
 
 
 class Events:
-    """One file of scalars. If the disk refuses to write, a warning says so once, and the run goes on without it.
+    """One file of scalars. If writing fails, one warning is logged, and the run continues without the file.
 
     Args:
         folder: folder of the file.
-        purge_step: TensorBoard hides this and later steps of earlier files; None: it hides nothing.
+        purge_step: TensorBoard hides this step and all later steps of earlier files; None: it hides nothing.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:

@@ -56,7 +56,7 @@ class RunLabel:
     backbone: str
     seed: int
     epochs: int
-    """That it trains for."""
+    """Number of training epochs."""
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "RunLabel":

@@ -1,6 +1,6 @@
-"""`validate`: every refusal that needs neither images nor weights, once per command and before anything is written.
+"""`validate`: all checks of a command that need neither images nor weights, before any file is written.
 
-A run is built on the meta device, so that every option is checked and nothing is read but lists and folders.
+The run is built on the meta device, which checks every option. Only image lists and folders are read.
 """
 
 import os
@@ -30,14 +30,15 @@ from tailtune.trainers.runs.load_run import make_method, subject_of
 def validate(
     stages: Sequence[CfgNode], *, counts: Sequence[int] | None = None, trains: bool = True, here: bool = False
 ) -> list[Method]:
-    """Refuse what can be refused without images and weights, before the first stage trains for hours.
+    """Check everything that can be checked without images and weights, before the first stage trains for hours.
 
     Args:
-        stages: configs of the runs in their order; each continues the one before.
-        counts: training images per class of the finished run that is evaluated, as far as it says; none: those of
-            the data at hand.
-        trains: the stages train; False: the command evaluates a finished run, and options of training are not read.
-        here: the stages run on this machine, so its memory must hold them.
+        stages: configs of the runs in their order; each run continues the one before.
+        counts: number of training images of each class of the finished run that is evaluated, if it is known. None:
+            the numbers are taken from the data of the config.
+        trains: whether the stages train. If False, the command evaluates a finished run, and training options are not
+            checked.
+        here: whether the stages run on this machine, so that its memory is checked too.
 
     Returns:
         The method of each stage, on the meta device.
@@ -65,6 +66,7 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
     """The method of one stage on the meta device, after the checks of `validate` that concern this stage alone.
 
     Args:
+        cfg: config of the stage.
         counts, trains: as in `validate`.
     """
     cfg = resolve(cfg)
@@ -88,37 +90,41 @@ def check(cfg: CfgNode) -> ClassificationModel:
 
 
 def check_memory(method: Method, copies: int) -> None:
-    """Refuse a model whose parameters alone, with what training keeps of each, exceed this machine's memory.
+    """Raise a `UserError` if parameters, gradients and optimizer state exceed the main memory of this machine.
 
-    A wide head of very many classes, or a rank of a million, would end in an allocator's error, or in swapping.
+    A head for very many classes, or a rank of a million, would otherwise end in an error of the allocator or in
+    swapping.
 
     Args:
-        copies: tensors that the optimizer keeps for each parameter that trains, besides its gradient.
+        method: the method, on the meta device.
+        copies: number of state tensors that the optimizer keeps for each trainable parameter.
     """
     parameters = list(method.parameters())
-    needed = sum(4 * each.numel() * (2 + copies if each.requires_grad else 1) for each in parameters)
+    needed = sum(4 * weight.numel() * (2 + copies if weight.requires_grad else 1) for weight in parameters)
     if needed > memory():
         raise UserError(
-            f"the model has {sum(each.numel() for each in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "
+            f"the model has {sum(p.numel() for p in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "
             f"to train, and this machine has {memory() / 1e9:,.1f}; choose a smaller backbone, num_classes, "
             "num_experts, adapter_dim, vpt_len or peft_args"
         )
 
 
 def memory() -> int:
-    """Bytes of this machine's main memory, where every model is built; without limit where the system does not say."""
+    """Size of this machine's main memory in bytes; `sys.maxsize` if the system does not report it."""
     known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
 
 
 def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -> None:
-    """Refuse an ensemble that cannot be, without images or weights.
+    """Check that the ensemble is possible for this run. This needs neither images nor weights.
 
     Args:
-        method: of the run; meta tensors will do.
+        cfg: the resolved config.
+        method: method of the run; it may lie on the meta device.
+        class_names: names of the classes.
 
     Raises:
-        UserError: an unknown entry, an option that it does not read, a run without what it needs.
+        UserError: an unknown ensemble, an option that it does not read, or a run that lacks what it needs.
     """
     entry, name, alpha = ensemble_named(cfg.ensemble), cfg.ensemble, cfg.ensemble_alpha
     moved = alpha != AlphaOptions().alpha
@@ -145,7 +151,7 @@ def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -
 
 
 def _keeps_start(method: Method) -> bool:
-    """Whether the run's classifier begins where that of the earlier run ended."""
+    """Whether the classifier of the run is initialised with that of the earlier run."""
     return method.starts_where_earlier_run_ended and not method.discards("model.head.")
 
 
@@ -154,7 +160,7 @@ def _who(key: str) -> str:
 
 
 def _check_text(cfg: CfgNode, class_names: tuple[str, ...]) -> None:
-    """Refuse a backbone without text encoder, as zero-shot itself does."""
+    """Raise a `UserError` if the backbone has no text encoder, as for `zero_shot`."""
     try:
         with torch.device("meta"):
             build_model(zero_shot_of(cfg), class_names)

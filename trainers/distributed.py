@@ -1,4 +1,4 @@
-"""Processes and devices of a run: what Accelerate is asked for."""
+"""Processes and devices of a run, which Accelerate manages."""
 
 import logging
 import os
@@ -31,7 +31,14 @@ Decision = TypeVar("Decision")
 
 
 def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
-    """What the first process decides, on all of them; a `UserError` too, so that none is left waiting."""
+    """Call `decide` on the first process and return its result on all processes.
+
+    A `UserError` is raised on all processes too, so that no process waits for ever.
+
+    Args:
+        accelerator: the processes. All must call this together.
+        decide: computes the result, which must be picklable.
+    """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -46,49 +53,54 @@ def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decisio
 
 
 def uses_cuda() -> bool:
-    """Whether this run computes on a GPU; `accelerate launch --cpu` says no where there is one."""
+    """Whether this run computes on a GPU. `accelerate launch --cpu` turns this off."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
 
 
 PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-"""What a launcher tells each process of its place, besides where the first one is to be found."""
+"""Environment variables by which a launcher tells each process its rank and the number of processes."""
 
 
 def world_size() -> int:
-    """Processes of this launch, known before Accelerate is asked; `check_environment` has looked at it."""
+    """Number of processes of this launch, from the environment; `check_environment` has checked the variable."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launched_alone() -> bool:
-    """Whether `accelerate launch` was asked for several processes and started one, as it does without GPUs."""
+    """Whether `accelerate launch` started one process although several were requested, as it does without GPUs."""
     return "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 PATIENCE = timedelta(hours=3)
-"""How long processes wait for the first one, which alone computes what is made of all logits."""
+"""How long processes wait for the first process, which alone computes metrics and adaptations from the logits."""
 LATE = 30.0
-"""Seconds after which a process says that it waits for others."""
+"""Seconds after which a process logs that it waits for other processes."""
 
 log = logging.getLogger("tailtune")
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What a run asks of its devices and processes."""
+    """The settings of devices and arithmetic of a run, read from the config."""
 
     prec: str
     seed: int
     deterministic: bool
     gpu: int | None = None
-    """CUDA device of a single process; None: the first."""
+    """Number of the CUDA device of a single process; None: the first device."""
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "Devices":
+        """Read the settings from a config."""
         return cls(cfg.prec, cfg.seed, cfg.deterministic, cfg.gpu)
 
 
 def make_accelerator(asked: Devices) -> Accelerator:
-    """Devices, processes and loss scaling. Autocast stays off: encoders hold their own arithmetic."""
+    """Set up devices, processes, loss scaling and random seeds. Autocast is off, because encoders set their own dtype.
+
+    Raises:
+        UserError: the CUDA device does not exist.
+    """
     cuda = uses_cuda()
     if asked.gpu is not None and cuda and world_size() == 1:
         if asked.gpu >= torch.cuda.device_count():
@@ -100,7 +112,7 @@ def make_accelerator(asked: Devices) -> Accelerator:
         accelerator = _accelerator(asked.prec, cuda)
     torch.backends.cudnn.deterministic = asked.deterministic
     torch.backends.cudnn.benchmark = not asked.deterministic
-    # Dropout draws from the global generators, in each process for images of its own; nothing else of ours does.
+    # Only dropout draws from the global generators. Each process has a seed of its own, because its images differ.
     set_seed(asked.seed % 2**31, device_specific=True)
     return accelerator
 
@@ -120,7 +132,7 @@ def _accelerator(prec: str, cuda: bool) -> Accelerator:
 
 @contextmanager
 def _said_when_late() -> Iterator[None]:
-    """Say what is waited for, where the other processes of the launch do not come."""
+    """Log a warning if the other processes of the launch do not connect within `LATE` seconds."""
     count, where = world_size(), ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     text = f"warning: waiting for the other processes of {count} (WORLD_SIZE) at {where}; unset {', '.join(PLACES)} "
     late = threading.Timer(LATE, log.warning, [f"{text}if there are none"])
@@ -135,10 +147,11 @@ def _said_when_late() -> Iterator[None]:
 
 @torch.no_grad()
 def share_statistics(accelerator: Accelerator, module: nn.Module) -> None:
-    """The mean over processes of the running statistics that each has gathered on its own images.
+    """Replace the running statistics of trained batch norms by their mean over the processes, in place.
 
-    Training does not read them, so they may differ until something is saved or evaluated (DDP broadcasts no buffers).
-    A run that resumes from a saved state has the same statistics as one that goes on.
+    Each process gathers the statistics on its own images, and DDP broadcasts no buffers here. Training does not read
+    the statistics, so they may differ until a state is saved or evaluated. A run that resumes from a saved state has
+    the same statistics as an uninterrupted run.
     """
     if accelerator.num_processes == 1:
         return
@@ -149,9 +162,9 @@ def share_statistics(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch; `image` may be a list of images of different sizes."""
+    """Move the tensors of a batch to a device. `image` may be a list of images of different sizes."""
 
     def move(value: Any) -> Any:
-        return [move(each) for each in value] if isinstance(value, list) else value.to(device, non_blocking=True)
+        return [move(item) for item in value] if isinstance(value, list) else value.to(device, non_blocking=True)
 
     return {name: move(value) for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a command would do, from a model on the meta device; nothing is trained or read."""
+"""`--dry-run`: reports what a command would do, from a model on the meta device. Nothing is trained."""
 
 from typing import Any
 
@@ -17,13 +17,17 @@ from tailtune.trainers.micro_batch_size import micro_batch_size
 
 
 def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The resolved config, parameter counts and cost of a run; and the values behind options that are none.
+    """Report config, parameter counts and cost of a run.
 
     Args:
-        method: what `validate` has returned for this run; none: it is validated here.
+        cfg: the config.
+        method: the method that `validate` returned for this run; None: the run is validated here.
+
+    Returns:
+        The report, and the values that replace options that are none.
 
     Raises:
-        UserError: whatever a real run would refuse before it touches images or weights.
+        UserError: any error that a real run would raise before it reads images or weights.
     """
     given, cfg = cfg, resolve(cfg)
     method = method or outline(cfg)
@@ -40,5 +44,5 @@ def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any],
 
 
 def forward_flops(model: ClassificationModel, resolution: int) -> int:
-    """FLOPs of one image through the model in eval, all experts included."""
+    """FLOPs of one image through the model in eval mode, with all experts. `resolution` is its side in pixels."""
     return flops_by_experts(model, resolution)[-1]

@@ -52,7 +52,7 @@ def report(
 
 
 def table(rows: dict[str, str]) -> list[str]:
-    """Name and right-aligned number, a line each."""
+    """One line for each row, with the name and the right-aligned number."""
     names, numbers = max(map(len, rows)), max(map(len, rows.values()))
     return [f"  {name:<{names}}  {number:>{numbers}}" for name, number in rows.items()]
 
@@ -72,7 +72,7 @@ def _length(cfg: CfgNode, images: int) -> str:
 
 
 def _options(config: dict[str, Any], cfg: CfgNode, derived: dict[str, Any], every: bool) -> list[str]:
-    """The options and what stands behind those that are none."""
+    """The options, and the values that replace those that are none."""
     schema = schema_of(cfg)
     shown = [key for key in schema.settable() if every or config[key] != schema[key].default]
     width = max(map(len, shown))
@@ -111,7 +111,7 @@ def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
     beside: list[Method] = []
 
     def lend() -> Method:
-        beside.append(before[-1].to("meta"))  # what was made on no device, such as the mean of the pixels
+        beside.append(before[-1].to("meta"))  # some tensors are made outside the meta device, such as pixel means
         return beside[0]
 
     if before:

@@ -1,4 +1,4 @@
-"""Initialises the head of a new method: its initialisation gets the training images as features."""
+"""Initialises the head of a new method, from the features of the training images if the initialisation needs them."""
 
 import logging
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
             real = batch["weight"] > 0
             index = batch["index"][real]
             shared = encoder.trunk(method.model.normalised(batch["image"]))
-            features = encoder.branch(shared, 0)[real]  # without tuners all experts of pre-trained weights are equal
+            features = encoder.branch(shared, 0)[real]  # without tuners, all experts have the same pre-trained weights
             yield features, index if positions is None else positions[index]
 
     context = HeadContext(

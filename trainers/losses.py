@@ -1,7 +1,7 @@
-"""LOSSES: sums over the samples of a micro-batch, never means.
+"""LOSSES: every loss returns sums over the samples of a micro-batch, never means.
 
-A loss returns (Σ w_i ℓ_i, Σ w_i): the trainer adds both up over micro-batches and processes and divides once, so the
-value does not depend on how a batch is cut, except where an entry `couples` the samples.
+A loss returns (Σ w_i ℓ_i, Σ w_i). The trainer adds up the two sums over micro-batches and processes and divides once.
+The value therefore does not depend on how a batch is split, except for entries with `couples` set.
 """
 
 import math
@@ -18,16 +18,16 @@ from tailtune.configs.seeding import generator
 from tailtune.models.heads.classifiers import ScaleOptions
 
 CLOUD = 0.5
-"""Of GCL: how far its noise moves a cosine at most, as its authors' code for CIFAR."""
+"""GCL: the largest change of a cosine by the noise, as in the authors' code for CIFAR."""
 
 
 class Prior(NamedTuple):
-    """What losses know of the training distribution."""
+    """The training distribution, as the losses read it."""
 
     log_prior: Tensor  # [C] log of the class frequencies
-    counts: Tensor  # [C] training images a class
+    counts: Tensor  # [C] number of training images of each class
     draws: Callable[[str], torch.Generator] = generator
-    """What for → a CPU generator for one draw."""
+    """Purpose of a random draw → a CPU generator for this one draw."""
 
 
 Sums = tuple[Tensor, Tensor]
@@ -35,7 +35,10 @@ Sums = tuple[Tensor, Tensor]
 
 
 def as_drawn(drawn: Tensor, prior: Prior, options: Any) -> Tensor:
-    """The prior of a loss that takes nothing off the class frequencies."""
+    """For losses without logit adjustment: the logits assume the class frequencies as sampled.
+
+    The arguments and the result are those of `Loss.assumes`.
+    """
     return drawn
 
 
@@ -44,29 +47,32 @@ class Loss:
     """An entry of LOSSES, with its options. Called with (logits [B, C], labels [B], sample weights [B], prior)."""
 
     function: Callable[..., Sums]
-    """(logits, labels, sample weights, prior) and the options, if it has some → sums."""
+    """(logits, labels, sample weights, prior[, options]) → sums. A loss without options gets no fifth argument."""
     assumes: Callable[[Tensor, Prior, Any], Tensor]
-    """(log class frequencies of the samples as they are drawn and weighted [C], prior, options) → log class prior [C],
-    up to a constant, of which softmax of the logits is the posterior at the loss's least. `target_prior` needs it."""
+    """The class prior for which softmax(logits) is the correct posterior once the loss is minimised.
+
+    Arguments: log class frequencies of the samples as they are drawn and weighted [C]; the prior; the options.
+    Result: the log class prior [C], up to an additive constant. `target_prior` reads it.
+    """
     options: Any = None
-    """Its options, with their defaults in the table: an instance of a dataclass of `option`s, or None."""
+    """An instance of the loss's dataclass of `option`s, or None. In the table it holds the defaults."""
     couples: bool = False
-    """The value depends on which samples share a micro-batch."""
+    """Whether the value depends on which samples share a micro-batch."""
     adjusts: bool = False
-    """It adjusts the logits by the class frequencies."""
+    """Whether the loss adjusts the logits by the class frequencies."""
 
     def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-        given = () if self.options is None else (self.options,)
-        return self.function(logits, labels, weights, prior, *given)
+        options = () if self.options is None else (self.options,)
+        return self.function(logits, labels, weights, prior, *options)
 
 
 def log_prior(class_counts: Tensor) -> Tensor:
-    """log(n_c / Σ n) in fp64, [C]."""
+    """log(n_c / Σ n) in fp64 [C], from the numbers n of training images [C]."""
     return (class_counts.double() / class_counts.sum()).log()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-    """ℓ = −log softmax(z)_y."""
+    """Cross-entropy: ℓ = −log softmax(z)_y."""
     losses = F.cross_entropy(present(logits, weights), labels, reduction="none")
     return (losses * weights).sum(), weights.sum()
 
@@ -79,25 +85,28 @@ class AdjustmentOptions:
 
 
 def logit_adjusted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior, options: AdjustmentOptions) -> Sums:
-    """ℓ = −log softmax(z + τ log π)_y (Menon et al. 2021, eq. 10)."""
+    """Logit adjustment: ℓ = −log softmax(z + τ log π)_y (Menon et al. 2021, eq. 10)."""
     return cross_entropy(logits + options.tau * prior.log_prior.to(logits.dtype), labels, weights, prior)
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-    """ℓ = −log softmax(z + log π)_y (Ren et al. 2020): logit adjustment with τ = 1, whatever `tau` is."""
+    """Balanced softmax: ℓ = −log softmax(z + log π)_y (Ren et al. 2020).
+
+    This is logit adjustment with τ = 1; the option `tau` has no effect on it.
+    """
     return logit_adjusted(logits, labels, weights, prior, AdjustmentOptions(tau=1.0))
 
 
 def focal(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-    """(1 − p_y)² · CE (Lin et al. 2017, eq. 4, γ = 2)."""
+    """Focal loss: ℓ = (1 − p_y)² · CE (Lin et al. 2017, eq. 4, γ = 2)."""
     losses = F.cross_entropy(present(logits, weights), labels, reduction="none")
     return ((1 - (-losses).exp()) ** 2 * losses * weights).sum(), weights.sum()
 
 
 def ldam(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior, options: ScaleOptions) -> Sums:
-    """CE with z_y − s·m_y, m_c = ½ n_c^(−1/4) / max_k n_k^(−1/4) (Cao et al. 2019).
+    """LDAM: CE with z_y replaced by z_y − s·m_y, m_c = ½ n_c^(−1/4) / max_k n_k^(−1/4) (Cao et al. 2019).
 
-    The logits are scaled already, so `scale` multiplies the margin only.
+    The classifier has already scaled the logits by s = `scale`, so here s multiplies only the margin.
     """
     margins = prior.counts.to(logits.dtype) ** -0.25
     margins = 0.5 * options.scale * margins / margins.max()  # [C]
@@ -106,15 +115,15 @@ def ldam(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior, options:
 
 
 def class_balanced(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-    """Mean of CE weighted by w_y, the inverse effective number of the class (Cui et al. 2019)."""
-    of_class = effective_weights(prior.counts.float())  # as LIFT; fp64 differs in the fifth digit
-    return cross_entropy(logits, labels, weights * of_class[labels], prior)
+    """Weighted mean of CE, where w_y is the inverse effective number of images of class y (Cui et al. 2019)."""
+    class_weights = effective_weights(prior.counts.float())  # fp32 as in LIFT; fp64 differs in the fifth digit
+    return cross_entropy(logits, labels, weights * class_weights[labels], prior)
 
 
 def reweighted(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-    """Mean of CE weighted by w_y ∝ 1/π_y (generalised re-weighting of Zhang et al. 2021 with ρ = 1)."""
-    of_class = 1 / prior.counts.to(logits.dtype)
-    return cross_entropy(logits, labels, weights * (of_class / of_class.mean())[labels], prior)
+    """Weighted mean of CE, where w_y ∝ 1/π_y (generalised re-weighting of Zhang et al. 2021 with ρ = 1)."""
+    class_weights = 1 / prior.counts.to(logits.dtype)
+    return cross_entropy(logits, labels, weights * (class_weights / class_weights.mean())[labels], prior)
 
 
 @dataclass(frozen=True)
@@ -140,101 +149,126 @@ class SmoothingOptions:
 def label_aware_smoothed(
     logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior, options: SmoothingOptions
 ) -> Sums:
-    """(1 − ε_y) CE + ε_y · mean_c(−log softmax(z)_c), more smoothing of frequent classes (MisLAS, Zhong et al. 2021).
+    """Label-aware smoothing of MisLAS (Zhong et al. 2021): ℓ = (1 − ε_y) CE + ε_y · mean_c(−log softmax(z)_c).
 
-    ε_c = ε_tail + (ε_head − ε_tail) sin(π/2 · (n_c − min n) / (max n − min n)), the concave one.
+    Labels of frequent classes are smoothed more. Of the paper's variants this is the concave one:
+    ε_c = ε_tail + (ε_head − ε_tail) sin(π/2 · (n_c − min n) / (max n − min n)).
     """
     counts = prior.counts.double()
-    place = (counts - counts.min()) / (counts.max() - counts.min()).clamp_min(1)
+    frequency = (counts - counts.min()) / (counts.max() - counts.min()).clamp_min(1)  # 0: rarest, 1: most frequent
     head, tail = options.smooth_head, options.smooth_tail
-    smooth = tail + (head - tail) * (place * math.pi / 2).sin()  # ε [C]
-    of_sample = smooth.to(logits.dtype)[labels]  # [B]
-    logs = present(logits, weights).log_softmax(1)
-    losses = F.nll_loss(logs, labels, reduction="none") * (1 - of_sample) - of_sample * logs.mean(1)
+    smoothing = tail + (head - tail) * (frequency * math.pi / 2).sin()  # ε [C]
+    sample_smoothing = smoothing.to(logits.dtype)[labels]  # [B]
+    log_probs = present(logits, weights).log_softmax(1)
+    losses = F.nll_loss(log_probs, labels, reduction="none") * (1 - sample_smoothing)
+    losses = losses - sample_smoothing * log_probs.mean(1)
     return (losses * weights).sum(), weights.sum()
 
 
 def gaussian_clouded(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior, options: ScaleOptions) -> Sums:
-    """CE of s (cos_c − ½ |ε_c| m_c), m_c = (log max n − log n_c) / max_k of it (GCL, Li et al., CVPR 2022).
+    """GCL (Li et al., CVPR 2022): CE of s (cos_c − ½ |ε_c| m_c), m_c = (log max n − log n_c) / (log max n − log min n).
 
-    ε ~ N(0, 1/3²) within ±1, new for every logit; |ε| and the ½ are the authors' code's. The logits are scaled
-    already, so `scale` multiplies what is taken from them.
+    ε ~ N(0, 1/3²), clamped to ±1, is drawn anew for every logit. |ε| and the factor ½ follow the authors' code. The
+    classifier has already scaled the logits by s = `scale`, so here s multiplies only the term that is subtracted.
     """
     noise = torch.randn(logits.shape, generator=prior.draws("gcl"), device="cpu").div(3).abs().clamp(max=1)
-    clouded = logits - moved(noise, logits.device).to(logits.dtype) * _clouds(prior, options).to(logits.dtype)
-    return cross_entropy(clouded, labels, weights, prior)
+    noisy = logits - moved(noise, logits.device).to(logits.dtype) * _clouds(prior, options).to(logits.dtype)
+    return cross_entropy(noisy, labels, weights, prior)
 
 
 def _clouds(prior: Prior, options: ScaleOptions) -> Tensor:
-    """What GCL takes from each class's logit at most, ½ s m_c [C] in fp64."""
-    logs = prior.counts.double().log()
-    gaps = logs.max() - logs
+    """The largest amount that GCL subtracts from the logit of each class: ½ s m_c [C] in fp64."""
+    log_counts = prior.counts.double().log()
+    gaps = log_counts.max() - log_counts
     return options.scale * CLOUD * gaps / gaps.max().clamp_min(1e-12)
 
 
 def lade(logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-    """Balanced softmax + 0.1·E, E = −Σ_c π_c (T1_c − T2_c − 0.1·T2_c²) (Hong et al. 2021).
+    """LADE (Hong et al. 2021): balanced softmax + 0.1·E, E = −Σ_c π_c (T1_c − T2_c − 0.1·T2_c²).
 
-    T1_c = mean of z_c over the samples of class c; T2_c = log mean over all samples of exp(z_c − log π_c − log C).
+    T1_c is the mean of z_c over the samples of class c. T2_c is the log of the mean of exp(z_c − log π_c − log C) over
+    all samples.
 
-    E is a statistic of the samples that are here together, where one of weight 2 counts as two. It is multiplied by
-    their weight, so that over the micro-batches and processes of a step E becomes the weighted mean of their own
-    estimates. Smaller shares are another, noisier objective (log is not linear, and a class that is absent has no T1).
+    E is a statistic of the samples of one micro-batch; a sample of weight 2 counts as two samples. The returned sum
+    contains 0.1·E times the total weight of the micro-batch. The loss of a step then contains the weighted mean of
+    the estimates E of its micro-batches and processes. With smaller micro-batches, E is a different and noisier
+    objective, because log is not linear and a class that is absent has no T1.
     """
     loss_sum, weight = balanced_softmax(logits, labels, weights, prior)
     logits = present(logits, weights)
     counts = prior.counts.to(logits.dtype)
     frequencies = counts / counts.sum()  # π [C]
-    here = F.one_hot(labels, len(counts)).to(logits.dtype) * weights.unsqueeze(1)  # [B, C]
-    first = (here * logits).sum(0) / (here.sum(0) + 1e-8)  # T1 [C]
-    # Nobody may be here, on a rank without a share: the term is 0 then, and its logarithms must be finite.
-    nobody = weight == 0
-    log_weights = torch.where(nobody, 0.0, weights.log()).unsqueeze(1)
+    one_hot = F.one_hot(labels, len(counts)).to(logits.dtype) * weights.unsqueeze(1)  # weighted, [B, C]
+    first = (one_hot * logits).sum(0) / (one_hot.sum(0) + 1e-8)  # T1 [C]
+    # On a rank without a share of the batch all weights are 0. The term is 0 then, and its logarithms must be finite.
+    is_empty = weight == 0
+    log_weights = torch.where(is_empty, 0.0, weights.log()).unsqueeze(1)
     ratio = logits - (frequencies + 1e-9).log() + math.log(1 / len(counts) + 1e-9)
-    second = (ratio + log_weights).logsumexp(0) - torch.where(nobody, 1.0, weight).log()  # T2 [C]
+    second = (ratio + log_weights).logsumexp(0) - torch.where(is_empty, 1.0, weight).log()  # T2 [C]
     estimate = -(frequencies * (first - second - 0.1 * second**2)).sum()
     return loss_sum + 0.1 * weight * estimate, weight
 
 
 def effective_weights(counts: Tensor) -> Tensor:
-    """(1 − β) / (1 − β^n_c), β = 0.9999, scaled to mean 1, in the precision of `counts` [C] (Cui et al. 2019)."""
+    """Class weights (1 − β) / (1 − β^n_c) with β = 0.9999, scaled to mean 1 (Cui et al. 2019).
+
+    Args:
+        counts: number n of training images of each class [C], in a floating-point dtype.
+
+    Returns:
+        Weights [C] in the dtype of `counts`.
+    """
     weights = 1 / (1 - 0.9999**counts)
     return weights / weights.mean()
 
 
 def divergence(logits: Tensor, target: Tensor, weights: Tensor, temperature: Tensor) -> Tensor:
-    """Mean over samples of τ̄² KL(softmax(target/τ) ‖ softmax(logits/τ)), a scalar (Hinton et al. 2015).
+    """Weighted mean over the samples of τ̄² KL(softmax(target/τ) ‖ softmax(logits/τ)) (Hinton et al. 2015).
 
     Args:
-        logits, target: [B, C]; the target gets no gradient.
-        weights: [B], 0: left out.
-        temperature: τ, a scalar or one for each class [C]; τ̄ is its mean.
+        logits: logits that get the gradient [B, C].
+        target: logits of the target distribution [B, C]; they get no gradient.
+        weights: weight of each sample [B]; a sample of weight 0 is left out.
+        temperature: τ, a scalar or one value for each class [C]; τ̄ is its mean.
+
+    Returns:
+        A scalar.
     """
     logits, target = present(logits, weights), present(target.detach().to(logits.dtype), weights)
-    own, other = ((each / temperature).log_softmax(1) for each in (logits, target))
-    each = F.kl_div(own, other, reduction="none", log_target=True).sum(1)  # [B]
-    return temperature.mean() ** 2 * (each * weights).sum() / weights.sum().clamp_min(1e-12)
+    log_probs, target_log_probs = ((values / temperature).log_softmax(1) for values in (logits, target))
+    divergences = F.kl_div(log_probs, target_log_probs, reduction="none", log_target=True).sum(1)  # [B]
+    return temperature.mean() ** 2 * (divergences * weights).sum() / weights.sum().clamp_min(1e-12)
 
 
 def present(logits: Tensor, weights: Tensor) -> Tensor:
-    """Zeros for a left-out sample, of logits [B, …]: they may be anything, and 0 · NaN is not 0."""
+    """Replace the logits of samples of weight 0 by zeros.
+
+    Such logits may be NaN or infinite, and multiplying them by 0 would give NaN.
+
+    Args:
+        logits: [B, …].
+        weights: weight of each sample [B].
+    """
     return torch.where(weights.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, 0.0)
 
 
 def moved(drawn: Tensor, device: torch.device) -> Tensor:
-    """What was drawn on the CPU, on the device, without waiting for what a GPU is still at."""
+    """Copy a tensor from the CPU to the device, without waiting for kernels still queued on the GPU."""
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def without_prior(drawn: Tensor, prior: Prior, options: Any) -> Tensor:
-    """The prior of a loss that takes the training prior off."""
+    """For losses that compensate for the training prior: the logits assume the sampled over the training frequencies.
+
+    The arguments and the result are those of `Loss.assumes`.
+    """
     return drawn - prior.log_prior
 
 
 LOSSES: dict[str, Loss] = {
     "CE": Loss(cross_entropy, as_drawn),
-    "Focal": Loss(focal, as_drawn),  # nearly: its least is not at the posterior itself, but flatter
-    # Nearly: a margin is of the sample's own class, which no prior can say; rare classes have larger ones.
+    "Focal": Loss(focal, as_drawn),  # approximate: the minimum is a flatter distribution than the posterior
+    # Approximate: the margin depends on the label of the sample, so no class prior can express it.
     "LDAM": Loss(ldam, as_drawn, ScaleOptions()),
     "CB": Loss(class_balanced, lambda drawn, prior, _: drawn + effective_weights(prior.counts).log()),
     "GRW": Loss(reweighted, without_prior),
@@ -245,9 +279,10 @@ LOSSES: dict[str, Loss] = {
         AdjustmentOptions(),
         adjusts=True,
     ),
-    "LADE": Loss(lade, without_prior, couples=True, adjusts=True),  # nearly: its second term has a small say
-    "LAS": Loss(label_aware_smoothed, as_drawn, SmoothingOptions()),  # nearly: smoothing makes predictions flatter
-    # Nearly: the prior is with the mean of the noise. Which noise a sample gets depends on its place in a micro-batch.
+    "LADE": Loss(lade, without_prior, couples=True, adjusts=True),  # approximate: this neglects the term 0.1·E
+    "LAS": Loss(label_aware_smoothed, as_drawn, SmoothingOptions()),  # approximate: smoothing flattens predictions
+    # Approximate: the prior is computed with the mean of the noise. It couples the samples because the noise of a
+    # sample depends on its position in the micro-batch.
     "GCL": Loss(
         gaussian_clouded,
         lambda drawn, prior, options: drawn + (2 / math.pi) ** 0.5 / 3 * _clouds(prior, options),

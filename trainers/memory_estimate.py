@@ -1,4 +1,4 @@
-"""How much memory training takes, from the outline of a run: on the meta device, without images, weights or a GPU."""
+"""Estimate of the memory of training, from a method on the meta device, without images, weights or a GPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tailtune.trainers.methods import Method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FEW, MANY = 2, 4
-"""Images of two steps. Their difference is what images add."""
+"""Numbers of images of two steps. The difference of their memory gives the memory of one image."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class TrainingMemory:
     """Activations that the backward pass needs of one image; None where they cannot be counted without numbers."""
 
     def total(self, micro_batch_size: int) -> int:
-        """All of them, with so many images at once."""
+        """Bytes in all, with `micro_batch_size` images at once."""
         return self.parameters + self.gradients + self.optimizer + (self.image or 0) * micro_batch_size
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd keeps: unique storages, weights and buffers left out."""
+    """Counts the bytes that autograd saves for the backward pass: unique storages, without weights and buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         known = {_storage(tensor) for tensor in [*module.parameters(), *module.buffers()]}
@@ -51,14 +51,15 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _storage(tensor: Tensor) -> int:
-    """What tells storages apart where they have no addresses."""
+    """An identity of a tensor's storage that also works on the meta device, where storages have no addresses."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def as_on_a_gpu(method: Method, prec: str, residual: torch.dtype | None) -> Method:
-    """A method on the meta device, in the arithmetic of training on a GPU.
+    """Move a method to the meta device, in the arithmetic of training on a GPU.
 
-    Autocast does not know the meta device. So a network that runs as a whole is counted in fp32, which is more.
+    Autocast does not support the meta device. A network that runs as a whole is therefore counted in fp32, which
+    overestimates its memory.
     """
     precision = PRECISIONS["fp32" if isinstance(method.model.encoder, WholeNetworkEncoder) else prec]
     with torch.device("meta"):
@@ -69,12 +70,13 @@ def as_on_a_gpu(method: Method, prec: str, residual: torch.dtype | None) -> Meth
 
 
 def training_memory(method: Method, resolution: int, copies: int, beside: Sequence[nn.Module] = ()) -> TrainingMemory:
-    """The memory of training a method that lies on the meta device in the arithmetic of training.
+    """The memory of training a method.
 
     Args:
+        method: the method on the meta device, as `as_on_a_gpu` returns it.
         resolution: side of the images, in pixels.
-        copies: numbers that the optimizer keeps for each weight.
-        beside: modules that the method keeps outside itself, such as a teacher.
+        copies: number of state tensors that the optimizer keeps for each parameter.
+        beside: modules that the method uses but that are not submodules, such as a teacher.
     """
     weights = [weight for module in (method, *beside) for weight in module.parameters()]
     trained = 4 * sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
@@ -85,13 +87,13 @@ def training_memory(method: Method, resolution: int, copies: int, beside: Sequen
 def _of_image(method: Method, resolution: int) -> int | None:
     try:
         few, many = (saved(method, resolution, count) for count in (FEW, MANY))
-    except (NotImplementedError, AssertionError, RuntimeError):  # what depends on numbers, such as some tuners of peft
+    except (NotImplementedError, AssertionError, RuntimeError):  # some tuners of peft need values
         return None
     return (many - few) // (MANY - FEW)
 
 
 def saved(method: Method, resolution: int, count: int) -> int:
-    """Bytes that a step of so many images keeps for its backward pass."""
+    """Bytes that a step of `count` images saves for its backward pass."""
     keeps = SavedBytes(method)
     with torch.device("meta"):
         batch: dict[str, Any] = {name: torch.empty(count, dtype=torch.int64) for name in ("label", "index")}

@@ -1,4 +1,4 @@
-"""`micro_batch_size auto`: the largest number of images that a process can hold, found once before training."""
+"""`micro_batch_size auto`: finds the largest number of images that fit into memory, once before training."""
 
 import copy
 import logging
@@ -15,19 +15,19 @@ log = logging.getLogger("tailtune")
 
 
 def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, resolution: int) -> int:
-    """Halve a number of images until forward and backward of a blank batch fit into memory.
+    """Reduce the number of images until forward and backward pass of a blank batch fit into memory.
 
     Args:
-        method: the method; its statistics of batch norms stay as they are.
+        method: the method; its running statistics of batch norms are restored.
         accelerator: device and processes.
         size: number of images to begin with.
         resolution: side of the images, in pixels.
 
     Returns:
-        The smallest number that the processes have found.
+        The number that fits on every process.
 
     Raises:
-        UserError: not even one image fits.
+        UserError: a single image does not fit.
     """
     norms = trained_batch_norms(method)
     before = [copy.deepcopy(norm.state_dict()) for norm in norms]  # the statistics of blank images must not stay

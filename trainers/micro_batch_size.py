@@ -1,4 +1,4 @@
-"""How many images a process holds at once, and what smaller size follows where they do not fit."""
+"""The micro-batch size: how many images a process computes at once, and the next smaller size if they do not fit."""
 
 import math
 
@@ -7,10 +7,14 @@ from tailtune.configs.errors import UserError
 
 
 def micro_batch_size(cfg: CfgNode, world: int) -> int:
-    """Images that one process holds at once; `auto` starts from its whole share.
+    """Number of images that one process computes at once. For `auto` this is the start value, its whole share.
+
+    Args:
+        cfg: the resolved config.
+        world: number of processes.
 
     Raises:
-        UserError: the share of a process is no multiple of an explicit `micro_batch_size`.
+        UserError: the share of a process is not a multiple of an explicit `micro_batch_size`.
     """
     share = math.ceil(cfg.batch_size / world)
     asked = cfg.micro_batch_size
@@ -30,4 +34,4 @@ def halve(size: int) -> int:
 
 
 def _divisor(size: int, at_most: int) -> int:
-    return next(each for each in range(min(size, at_most), 0, -1) if size % each == 0)
+    return next(number for number in range(min(size, at_most), 0, -1) if size % number == 0)

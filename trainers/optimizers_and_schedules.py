@@ -1,4 +1,4 @@
-"""OPTIMIZERS and SCHEDULES, and the plan: what the training loop needs to know in numbers."""
+"""OPTIMIZERS, SCHEDULES, and `Plan`, the training settings that the training loop reads."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.trainers.weight_decay import DECAY_RULES, Groups
 
 LEAST_FP16 = 2**-24
-"""The smallest number above 0 that fp16 has."""
+"""The smallest positive number that fp16 can represent."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the loop does, without the how."""
+    """The training settings, read from the config."""
 
     epochs: int
     max_steps: int | None
@@ -48,14 +48,18 @@ class Plan:
 
     @classmethod
     def of(cls, cfg: CfgNode, micro_batch_size: int) -> "Plan":
-        """The numbers of a config.
+        """Read and check the training settings of a config.
+
+        Args:
+            cfg: the resolved config.
+            micro_batch_size: number of images that a process computes at once.
 
         Raises:
-            UserError: no such optimizer, schedule or sampler, or an option beside them that would do nothing.
+            UserError: an unknown optimizer, schedule or sampler, or an option that the chosen one does not read.
         """
-        own = {"epochs": cfg.num_epochs, "micro_batch_size": micro_batch_size}
+        renamed = {"epochs": cfg.num_epochs, "micro_batch_size": micro_batch_size}
         _check(cfg)
-        return cls(**own, **{name: cfg[name] for name in cls.__dataclass_fields__ if name not in own})
+        return cls(**renamed, **{name: cfg[name] for name in cls.__dataclass_fields__ if name not in renamed})
 
 
 def _check(cfg: CfgNode) -> None:
@@ -75,7 +79,7 @@ def _check(cfg: CfgNode) -> None:
 
 
 def _check_optimizer(cfg: CfgNode) -> None:
-    """Refuse options that the chosen optimizer does not read, and values that it cannot work with."""
+    """Refuse options that the chosen optimizer does not read, and values that are invalid for it."""
     lookup(OPTIMIZERS, cfg.optimizer, "optimizer")
     refuse_unread_options(cfg, "optimizer", cfg.optimizer, {name: entry.Options for name, entry in OPTIMIZERS.items()})
     if cfg.nesterov and cfg.momentum == 0:
@@ -90,16 +94,16 @@ def _check_optimizer(cfg: CfgNode) -> None:
 
 
 def refuse_unread_options(cfg: CfgNode, kind: str, chosen: str, tables: Mapping[str, type]) -> None:
-    """Refuse options that belong to other entries of a table than the chosen one and differ from their defaults.
+    """Refuse options that only other entries of a table read, if they differ from their defaults.
 
     Args:
         cfg: the config.
-        kind: option that chooses the entry, such as `schedule`.
-        chosen: name of the entry.
-        tables: entry → dataclass of its options.
+        kind: name of the option that chooses the entry, such as `schedule`.
+        chosen: name of the chosen entry.
+        tables: name of an entry → dataclass of its options.
 
     Raises:
-        UserError: an option that nothing would read.
+        UserError: an option that the chosen entry does not read has been set.
     """
     read = set(key_names(tables[chosen], chosen).values())
     for name, options in tables.items():
@@ -157,11 +161,11 @@ class OptimizerEntry:
 
     build: Callable[[Groups, Plan], torch.optim.Optimizer]
     Options: type
-    """Dataclass of the options that it reads besides those that all optimizers read."""
+    """Dataclass of the options that only this optimizer reads."""
     decay_rule: str
-    """Entry of DECAY_RULES where `decay_rule` is none."""
+    """Entry of DECAY_RULES that is used if the option `decay_rule` is none."""
     copies: int
-    """Tensors that it keeps for each parameter, of the parameter's size."""
+    """Number of state tensors that the optimizer keeps for each parameter, each of the parameter's size."""
 
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
@@ -174,10 +178,11 @@ def build_optimizer(groups: Groups, plan: Plan) -> torch.optim.Optimizer:
     """The optimizer of a plan.
 
     Args:
-        groups: what trains, as `Method.param_groups` returns it.
+        groups: groups of trainable parameters, as `Method.param_groups` returns them.
+        plan: the training settings.
 
     Raises:
-        UserError: `lr_factors` names a group that there is not.
+        UserError: `lr_factors` names a group that does not exist.
     """
     check_factors(groups, plan)
     entry = OPTIMIZERS[plan.optimizer]
@@ -185,10 +190,10 @@ def build_optimizer(groups: Groups, plan: Plan) -> torch.optim.Optimizer:
 
 
 def check_factors(groups: Groups, plan: Plan) -> None:
-    """Raise a `UserError` if `lr_factors` names what is no group."""
-    there = {group["name"]: group for group in groups}
+    """Raise a `UserError` if `lr_factors` names a parameter group that does not exist."""
+    by_name = {group["name"]: group for group in groups}
     for name in plan.lr_factors or {}:
-        lookup(there, name, "parameter group in lr_factors")
+        lookup(by_name, name, "parameter group in lr_factors")
 
 
 @dataclass(frozen=True)
@@ -208,20 +213,22 @@ class MultistepOptions:
 
 
 def multistep(plan: Plan, epoch: int) -> float:
-    """γ to the number of `lr_steps` that have come."""
+    """γ^k, where k is the number of `lr_steps` that are at most `epoch`."""
     return plan.lr_gamma ** sum(epoch >= step for step in plan.lr_steps or ())
 
 
 def cosine(plan: Plan, epoch: int) -> float:
-    """½(1 + cos(π e/E)), as LIFT (Loshchilov & Hutter 2017, eq. 5, without restarts).
+    """½(1 + cos(π e/E)), as in LIFT (Loshchilov & Hutter 2017, eq. 5, without restarts).
 
-    Both are counted from the last epoch of the warm-up, which has the full rate, as BatchFormer does.
+    As in BatchFormer, the epoch e and the number of epochs E are counted from the last epoch of the warm-up. That epoch
+    has the full learning rate.
     """
     start = max(plan.warmup_epochs - 1, 0)
     return 0.5 * (1 + math.cos(math.pi * max(epoch - start, 0) / max(plan.epochs - start, 1)))
 
 
 def constant(plan: Plan, epoch: int) -> float:
+    """1 in every epoch."""
     return 1.0
 
 
@@ -230,9 +237,9 @@ class Schedule:
     """An entry of SCHEDULES."""
 
     factor: Callable[[Plan, int], float]
-    """Plan, epoch (the first is 0) → factor on the learning rate, constant within an epoch."""
+    """(plan, epoch, counted from 0) → factor on the learning rate during that epoch."""
     Options: type = NoOptions
-    """Dataclass of its options."""
+    """Dataclass of the options that only this schedule reads."""
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -243,28 +250,34 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def learning_rate(plan: Plan, epoch: int, step: int) -> float:
-    """The learning rate of a parameter group without a factor of its own.
+    """The learning rate of a parameter group that `lr_factors` does not name.
 
-    Both warm-ups are linear and multiply the schedule: by (epoch + 1) / `warmup_epochs`, or by step / `warmup_steps`,
-    until that is 1.
+    A warm-up is linear. It multiplies the schedule by (epoch + 1) / `warmup_epochs` or by step / `warmup_steps`, until
+    that factor reaches 1.
 
     Args:
-        epoch: the first is 0.
-        step: of the optimizer, over the whole run; the first is 1.
+        plan: the training settings.
+        epoch: number of the epoch, counted from 0.
+        step: number of the optimizer step, counted from 1 over the whole run.
     """
-    rising = 1.0
+    warmup = 1.0
     if plan.warmup_epochs:
-        rising = min(1.0, (epoch + 1) / plan.warmup_epochs)
+        warmup = min(1.0, (epoch + 1) / plan.warmup_epochs)
     if plan.warmup_steps:
-        rising = min(1.0, step / plan.warmup_steps)
-    return plan.lr * rising * SCHEDULES[plan.schedule].factor(plan, epoch)
+        warmup = min(1.0, step / plan.warmup_steps)
+    return plan.lr * warmup * SCHEDULES[plan.schedule].factor(plan, epoch)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, plan: Plan, epoch: int, step: int = 1) -> float:
-    """Give every group its learning rate at a step; returns that of a group without a factor of its own.
+    """Set the learning rate of every parameter group for one step.
 
     Args:
+        optimizer: its groups have names.
+        plan: the training settings.
         epoch, step: as in `learning_rate`.
+
+    Returns:
+        The learning rate of a group that `lr_factors` does not name.
     """
     lr = learning_rate(plan, epoch, step)
     for group in optimizer.param_groups:

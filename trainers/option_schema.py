@@ -1,4 +1,4 @@
-"""`declared`: the schema of all options, put together from the tables of the code. Nothing else lists them."""
+"""`declared`: the schema of all options, collected from the option classes and the tables. There is no other list."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -47,7 +47,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "SCHEDULES": SCHEDULES,
     "TARGETS": TARGETS,
 }
-"""What `Key.table` names: the entries are values of the option."""
+"""Name in `Key.table` → table whose entries are the values of the option."""
 
 
 def declared() -> Schema:
@@ -104,5 +104,5 @@ def _coupled() -> dict[str, Callable[[Any], bool]]:
 
 
 def choices_of(key: str, entry: Key) -> tuple[str, ...]:
-    """The values that an option is chosen among, or the names that it knows; empty where it takes any."""
+    """The values from which an option is chosen, or the names that it knows; empty if every value is accepted."""
     return tuple(names("model")) if key == "after" else entry.choices or tuple(TABLES.get(entry.table, ()))

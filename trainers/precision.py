@@ -43,7 +43,7 @@ def precision_used(prec: str, cuda: bool) -> str:
 
 
 def check_frozen(module: nn.Module) -> None:
-    """Check that all frozen weights are finite. No step has changed them, so they were loaded like this.
+    """Check that all frozen weights are finite. If not, the loaded weights are faulty, since no step changes them.
 
     Raises:
         UserError: names the first weight that is not.

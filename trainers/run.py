@@ -1,4 +1,4 @@
-"""`run`: one config → one run folder. Trains what is unfinished, evaluates what is asked, repeats nothing."""
+"""`run`: trains and evaluates one config in one run folder. Results that exist already are not computed again."""
 
 import logging
 from dataclasses import dataclass
@@ -49,13 +49,13 @@ log = logging.getLogger("tailtune")
 
 
 def run(cfg: CfgNode, previous: Path | None = None) -> Path:
-    """Do what a config asks for, as far as it is not done; returns the run's folder.
+    """Train, evaluate and export as the config says, as far as it is not done already; returns the run folder.
 
     Args:
-        previous: folder of the finished run that this one starts from (`after`).
+        previous: folder of the finished run that this run continues (`after`).
 
     Raises:
-        UserError: bad input. Interrupted: stopped by a signal, with the state saved.
+        UserError: invalid input. Interrupted: a signal requested a stop; the state has been saved.
     """
     cfg = resolve(cfg)
     accelerator = make_accelerator(Devices.of(cfg))
@@ -71,12 +71,12 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
                 log.warning("warning: %s", note)
             log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
         else:
-            if cfg.resume and folder.finished():  # what was not was validated with all its stages
+            if cfg.resume and folder.finished():  # an unfinished run has been validated with all its stages
                 on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
             _Run(cfg, folder, accelerator, plan, kept, previous).go()
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
-        accelerator.wait_for_everyone()  # before the lock goes
+        accelerator.wait_for_everyone()  # before the lock is released
         return folder.path
     except UserError as error:
         if accelerator.is_main_process and isinstance(error, UnreadableImages):
@@ -91,22 +91,22 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
 
 
 def _validate_evaluation(cfg: CfgNode, folder: RunFolder) -> None:
-    """Refuse what cannot be made of a finished run, by the class counts that it was trained with."""
+    """Check that a finished run can be evaluated as the config says, with the class counts of its training."""
     validate([cfg], counts=folder.class_counts(), trains=False)
 
 
 def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[StoredSplits | None, Decision]:
-    """The splits to go on with, and what is to be done. Only the main process asks."""
+    """The stored splits that the run must use, and the decision what to compute. Only the main process calls this."""
     starts_over = not cfg.resume and not cfg.test_only
     kept = None if starts_over else folder.kept()
     plan = decide(Command.of(cfg), folder, kept)
-    if kept is None and previous is not None:  # what the run before has held out stays held out
+    if kept is None and previous is not None:  # images that the earlier run held out stay held out
         kept = kept_splits(previous)
     return kept, plan
 
 
 def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
-    """The error, with a file of all unreadable images where they are more than a message names."""
+    """The error. If it has more unreadable images than a message names, they are also written to a file."""
     if len(error.problems) <= MAX_NAMED_IMAGES:
         return error
     lines = [f"{where}\t{why}\n" for where, why in error.problems.items()]
@@ -116,7 +116,7 @@ def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
 
 
 def _export(cfg: CfgNode, folder: RunFolder, target: Path, accelerator: Accelerator) -> None:
-    """Write the finished run's model in another format; of another run's, beside its evaluation."""
+    """Write the model of the finished run in another format. A run of `model_dir` is exported into `target`."""
     data = build_data(cfg, folder.kept(), folder.class_counts())
     method = trained_method(cfg, folder.evaluated, data, accelerator).to("cpu")
     if cfg.model_dir is None:
@@ -128,7 +128,7 @@ def _export(cfg: CfgNode, folder: RunFolder, target: Path, accelerator: Accelera
 
 @dataclass
 class _Run:
-    """One run that has something to do."""
+    """One run for which something must be computed."""
 
     cfg: CfgNode
     folder: RunFolder
@@ -153,12 +153,12 @@ class _Run:
             self._claim()
             if self.evaluation.from_stored_logits():
                 return
-        with self.accelerator.local_main_process_first():  # who may download
+        with self.accelerator.local_main_process_first():  # it may download files
             data = build_data(cfg, self.kept, None if trains else self.folder.class_counts())
             fresh = fresh_method(cfg, data.info, self.accelerator.device)
         method, self.base = fresh
         log.info(headline(label, data, method))
-        self.plan.fingerprints = {name: each.fingerprint for name, each in data.records.items()}
+        self.plan.fingerprints = {name: record.fingerprint for name, record in data.records.items()}
         self._warn(method.model, data)
         if trains:
             train = self._train(method, data)
@@ -172,7 +172,7 @@ class _Run:
         self.evaluation.from_images(method, data, result)
 
     def _warn(self, model: ClassificationModel, data: DataBundle) -> None:
-        """What makes a result mean less than it seems."""
+        """Warn about conditions under which the result is misleading."""
         cfg, names = self.cfg, data.info.class_names
         if model.random_base:
             text = f"{cfg.backbone} has RANDOM weights (pretrained none): results mean nothing"
@@ -186,7 +186,9 @@ class _Run:
             if split in data.records and not cfg.test_train:
                 tested = data.records[split]
                 apart = self.kept.records.get(split) if self.kept else None
-                seen = {path for each in trained for path in seen_in_training(tested, each, data.splits.root, apart)}
+                seen = {
+                    path for record in trained for path in seen_in_training(tested, record, data.splits.root, apart)
+                }
                 if seen:
                     text = (
                         f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"
@@ -194,7 +196,7 @@ class _Run:
                     self.evaluation.note(text, warn=True)
 
     def _claim(self, data: DataBundle | None = None) -> None:
-        """The first moment at which anything is written into the run folder."""
+        """Claim the run folder, store the splits and start the log file. Nothing is written into the folder before."""
 
         def claim() -> None:
             self.folder.claim(self.plan.trains)

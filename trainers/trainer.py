@@ -1,4 +1,4 @@
-"""The one training loop. It never names a method."""
+"""The training loop, which is the same for all methods."""
 
 import logging
 import time
@@ -39,7 +39,7 @@ log = logging.getLogger("tailtune")
 
 @dataclass
 class _Run:
-    """The moving parts of one `fit`."""
+    """The objects that change during one `fit`."""
 
     method: Method
     wrapped: Any
@@ -49,19 +49,19 @@ class _Run:
     report: TrainReport
     progress: Progress
     images: Tensor
-    """[seen, left out as unreadable] since the last state, over all ranks, on the device."""
+    """Numbers of images [used, left out as unreadable] since the last saved state, over all ranks, on the device."""
     finite: Tensor
     """Whether every loss so far was finite, on the device."""
     agreement: Agreement
 
 
 class Trainer:
-    """Runs a plan with Accelerate.
+    """Trains a method with Accelerate.
 
     Args:
-        accelerator: made with `gradient_accumulation_steps=1`; accumulation is done here, over sums.
-        plan: the numbers.
-        states: where to save and resume.
+        accelerator: made with `gradient_accumulation_steps=1`, because the trainer accumulates sums itself.
+        plan: the training settings.
+        states: saves the states of the run and loads them to resume it.
         events: folder of TensorBoard files; None on processes that show nothing.
     """
 
@@ -69,11 +69,11 @@ class Trainer:
         self.accelerator, self.plan, self.states, self.events = accelerator, plan, states, events
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
-        """Train `method` in place, from the newest state if there is one.
+        """Train `method` in place. Continue from the newest saved state, if one exists.
 
         Raises:
-            UserError: the loss is not finite, or a state cannot be used or written.
-            Interrupted: asked to stop by a signal; the state is saved.
+            UserError: the loss is not finite, or a state cannot be read or written.
+            Interrupted: a signal requested a stop; the state has been saved.
         """
         cuda = self.accelerator.device.type == "cuda"
         if cuda:
@@ -101,17 +101,18 @@ class Trainer:
         return run.report
 
     def total_steps(self, steps_per_epoch: int) -> int:
+        """Number of optimizer steps of the whole run."""
         steps = self.plan.epochs * steps_per_epoch
         return steps if self.plan.max_steps is None else min(steps, self.plan.max_steps)
 
     def _rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate that is shown for a step, counted from 1 over the whole run."""
+        """The learning rate that the log shows for a step, which is counted from 1 over the whole run."""
         return learning_rate(self.plan, (step - 1) // steps_per_epoch, step)
 
     # --- one optimizer step ------------------------------------------------------------------------------------
 
     def _step(self, run: _Run, batches: Iterator[Batch], step: int) -> None:
-        """Forward and backward over this rank's micro-batches, one update with the global mean gradient."""
+        """Forward and backward passes over this rank's micro-batches, then one update with the global mean gradient."""
         run.method.before_step(run.report.steps + 1)
         count, padding = run.sampler.counts(step), run.sampler.is_padding(step)
         totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
@@ -121,8 +122,8 @@ class Trainer:
             run.progress.waited += time.perf_counter() - waiting
             if padding:
                 batch["weight"] = torch.zeros_like(batch["weight"])
-            alone = index < count - 1  # only the last micro-batch of a step talks to the other ranks
-            with self.accelerator.no_sync(run.wrapped) if alone else nullcontext():
+            is_local = index < count - 1  # gradients are synchronised only in the last micro-batch of a step
+            with self.accelerator.no_sync(run.wrapped) if is_local else nullcontext():
                 outcome = run.wrapped(batch)
                 self.accelerator.backward(outcome.loss_sum / self.plan.batch_size)
             totals += self._count(run, batch, outcome, padding)
@@ -141,12 +142,18 @@ class Trainer:
         hits = ((outcome.logits.argmax(-1) == batch["label"]) & real).sum()
         run.meters.add(outcome.logits, batch["label"], batch["weight"])
         bad = torch.zeros_like(hits) if padding else (~real).sum()
-        return torch.stack([each.double() for each in (outcome.weight, outcome.loss_sum, hits, real.sum(), bad)])
+        return torch.stack([value.double() for value in (outcome.weight, outcome.loss_sum, hits, real.sum(), bad)])
 
     def _update(self, run: _Run, weight: Tensor) -> None:
-        """One optimizer step. Gradients are of sums / batch_size (under DDP the mean of that over ranks) until here.
+        """Scale the gradients to those of the mean loss, and take one optimizer step.
 
-        The constant keeps fp16 gradients small. A step in which no image could be read has no gradient.
+        Before this, they are gradients of the loss sum / batch_size; under DDP, the mean of these over the ranks. The
+        division by the constant batch_size keeps fp16 gradients small. If no image of a step could be read, its
+        gradients are set to 0.
+
+        Args:
+            run: the objects of the run.
+            weight: sum of the weights over all micro-batches and ranks, a scalar.
         """
         self.accelerator.unscale_gradients(run.optimizer)
         grads = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -175,11 +182,11 @@ class Trainer:
             raise Interrupted
 
     def _check_finite(self, run: _Run, weights: bool) -> None:
-        """The loss of every step so far, and before a state is written also what would be in it."""
+        """Raise a `UserError` if the loss of a step so far or, with `weights`, a trainable weight is not finite."""
         finite = run.finite
         if weights:
-            trains = (each for each in run.method.parameters() if each.requires_grad)
-            finite = finite & torch.stack([each.isfinite().all() for each in trains]).all()
+            trainable = (weight for weight in run.method.parameters() if weight.requires_grad)
+            finite = finite & torch.stack([weight.isfinite().all() for weight in trainable]).all()
         if not bool(finite):
             check_frozen(run.method)
             raise UserError(
@@ -215,7 +222,7 @@ class Trainer:
         return _Run(method, wrapped, prepared, sampler, meters, report, progress, images, finite, agreement)
 
     def _save(self, run: _Run) -> None:
-        """The whole state; every rank contributes its own random state and counters."""
+        """Save the state of the run, with the random state and the counters of every rank."""
         run.report.epochs = run.report.steps // run.sampler.steps
         images, bad_images = map(int, run.images.tolist())
         run.report.images += images
@@ -228,13 +235,13 @@ class Trainer:
             )
         share_statistics(self.accelerator, run.method)
         rank = self.accelerator.process_index
-        meters = {f"meters.{rank}.{name}": each for name, each in run.meters.state().items()}
-        own = {name: each.cpu() for name, each in {**random_state(rank), **meters}.items()}
-        everyone: dict[str, Tensor] = {}
-        for each in gather_object([own]):
-            everyone.update(each)
+        meters = {f"meters.{rank}.{name}": tensor for name, tensor in run.meters.state().items()}
+        rank_state = {name: tensor.cpu() for name, tensor in {**random_state(rank), **meters}.items()}
+        all_ranks: dict[str, Tensor] = {}
+        for state in gather_object([rank_state]):
+            all_ranks.update(state)
         if self.accelerator.is_main_process:
-            trained = {f"method.{name}": each for name, each in trained_state(run.method).items()}
+            trained = {f"method.{name}": tensor for name, tensor in trained_state(run.method).items()}
             of_optimizer, values = optimizer_state(run.optimizer)
             scaler = self.accelerator.scaler
             facts = {
@@ -243,14 +250,14 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "optimizer": values,
             }
-            self.states.save(run.report.steps, {**trained, **of_optimizer, **everyone}, facts)
+            self.states.save(run.report.steps, {**trained, **of_optimizer, **all_ranks}, facts)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: TrainingMeters) -> TrainReport:
-        found = self.states.load()
-        if found is None:
+        state = self.states.load()
+        if state is None:
             return TrainReport()
-        tensors, facts = found
+        tensors, facts = state
         if facts["threads"] != torch.get_num_threads():
             log.info("using %d threads, as the run did before (results depend on it)", facts["threads"])
             torch.set_num_threads(facts["threads"])

@@ -1,4 +1,4 @@
-"""Running loss and accuracy: counted on the device, and read only when a line is printed, so steps need not wait."""
+"""Running loss and accuracy. They are counted on the device and read only for a log line, so that no step waits."""
 
 from collections.abc import Mapping
 from typing import Any

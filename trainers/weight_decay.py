@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 Groups = list[dict[str, Any]]
-"""Parameter groups of torch: `name`, `params`, and settings of their own such as `weight_decay`."""
+"""Parameter groups of torch: `name`, `params`, and settings for this group only, such as `weight_decay`."""
 
 
 def decay_all(groups: Groups) -> Groups:
-    """Weight decay on everything that trains, as LIFT."""
+    """Weight decay on all trainable parameters, as in LIFT."""
     return groups
 
 
@@ -27,4 +27,4 @@ def decay_matrices(groups: Groups) -> Groups:
 
 
 DECAY_RULES: dict[str, Callable[[Groups], Groups]] = {"all": decay_all, "matrices": decay_matrices}
-"""Parameter groups → those in which the parameters without weight decay stand apart."""
+"""Parameter groups → groups in which parameters without weight decay are in separate groups."""

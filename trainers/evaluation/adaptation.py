@@ -1,8 +1,8 @@
-"""What a test-time adaptation is: it predicts test images better by looking at them without their labels.
+"""Interface of test-time adaptations, which improve predictions with the unlabelled test images themselves.
 
 An adaptation gets the trained method and the unlabelled test images (`UnlabelledTest`) and returns its predictions for
-each test distribution. It may learn from stored logits, as the weights of experts do, or update the network itself. The
-table is `adaptation_table.py`.
+each test distribution. It may learn from the logits alone, as `expert_weights.py` does, or update the network itself.
+The adaptations are listed in `adaptation_table.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ class UnlabelledBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class UnlabelledTest:
-    """What an adaptation gets. It holds no labels but those in `plain`, which only metrics may read."""
+    """The input of an adaptation. The only labels in it are those in `plain`; only metrics may read them."""
 
     method: Method
     """The trained method, on the device and in eval mode."""
@@ -65,17 +65,18 @@ class UnlabelledTest:
     plain: Logits | None
     """Logits of all test images; None on processes other than the first."""
     views: Callable[[int], Logits | None]
-    """Number of a pass → logits of two random views of each test image. All processes must call it together."""
+    """Number of a pass → logits of two random views of each test image [N, 2, E, C]; None on processes other than the
+    first. All processes must call it together."""
     accelerator: Accelerator
     images: View
     num_workers: int = 0
 
     def batches(self, positions: Tensor, batch_size: int) -> Iterator[UnlabelledBatch]:
-        """Test images, the same on every process; images that cannot be read are left out.
+        """Read test images in batches, the same batches on every process. Unreadable images are left out.
 
         Args:
-            positions: of the images in the test split, in the wanted order [n].
-            batch_size: images of a batch.
+            positions: positions of the images in the test split, in the order in which they are read [n].
+            batch_size: number of images in a batch.
         """
         for batch in eval_loader(self.images.take(positions.numpy()), batch_size, self.num_workers):
             batch = to_device(batch, self.accelerator.device)
@@ -90,7 +91,7 @@ class AdaptedPredictions(NamedTuple):
     logits: Tensor  # [n, C]
     positions: Tensor  # [n], of the images in the test split
     facts: Mapping[str, Any]
-    """What metrics.json records besides the metrics, such as the weights of the experts."""
+    """Entries of metrics.json in addition to the metrics, such as the weights of the experts."""
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,24 @@ class Adaptation:
     """An entry of ADAPTS."""
 
     run: Callable[[UnlabelledTest, Any], dict[str, AdaptedPredictions]]
-    """Test images and options → name of a distribution → predictions. All processes call it; the first one's count."""
+    """(test images, options) → {name of a distribution: predictions}. All processes must call it together; only the
+    result of the first process is used."""
     Options: type = NoOptions
-    """Dataclass of its options."""
+    """Dataclass of the options of this adaptation."""
     check: Callable[[Method, str], str] = field(default=lambda method, name: "")
-    """The method on the meta device and its name → why it cannot be adapted; an empty text if it can."""
+    """(method on the meta device, its name) → the reason why it cannot be adapted; an empty text if it can."""
 
 
 @contextmanager
 def restored_after(method: Method, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the block these parameters ask for gradients; after it the method is as it was, to the bit.
+    """Context manager in which only some parameters require gradients; on exit the method is restored bit for bit.
 
     Args:
-        method: its parameters, buffers and modes are restored.
-        parameters: what the block trains, in place.
+        method: the method. Its parameters, buffers and training modes are restored.
+        parameters: parameters of the method that the block trains in place.
     """
     state = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    asked = [parameter.requires_grad for parameter in method.parameters()]
+    required = [parameter.requires_grad for parameter in method.parameters()]
     modes = [module.training for module in method.modules()]
     for parameter in method.parameters():
         parameter.requires_grad_(False)
@@ -125,7 +127,7 @@ def restored_after(method: Method, parameters: Sequence[nn.Parameter]) -> Iterat
             yield
     finally:
         method.load_state_dict(state)
-        for parameter, before in zip(method.parameters(), asked, strict=True):
+        for parameter, before in zip(method.parameters(), required, strict=True):
             parameter.requires_grad_(before)
             parameter.grad = None
         for module, mode in zip(method.modules(), modes, strict=True):

@@ -1,4 +1,4 @@
-"""ADAPTS: the test-time adaptations, and the option that chooses one."""
+"""ADAPTS: the table of test-time adaptations, and the option that chooses one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tailtune.trainers.methods import Method
 
 @dataclass(frozen=True)
 class AdaptOptions:
-    """Whether predictions are adapted to the test images, and from which views."""
+    """The choice of a test-time adaptation, and the views of the test images from which it learns."""
 
     adapt: str | None = option(
         None,
@@ -29,7 +29,7 @@ class AdaptOptions:
 
 
 def needs_experts(method: Method, name: str) -> str:
-    """Why the experts of a method cannot be weighed; an empty text if they can."""
+    """The reason why the experts of a method cannot be weighted, as the end of an error message; empty if they can."""
     if method.model.num_experts == 1:
         return "weighs experts, and this run has one; set num_experts, or adapt none"
     if not method.asks_every_expert:
@@ -41,7 +41,7 @@ def needs_experts(method: Method, name: str) -> str:
 
 
 def expert_weights(kind: type[Learner]) -> Adaptation:
-    """The adaptation that learns a weight for each expert, by a class of `expert_weights.py`."""
+    """The adaptation that learns a weight for each expert with the given learner class of `expert_weights.py`."""
 
     def run(test: UnlabelledTest, recipe: Recipe) -> dict[str, AdaptedPredictions]:
         learners = adapt(kind, recipe, test.plain, test.distributions, test.views, test.accelerator)
@@ -57,15 +57,15 @@ ADAPTS: Mapping[str, Adaptation] = {
 
 
 def check_adapt(adapt: str | None, method: Method, name: str) -> None:
-    """Refuse what cannot be adapted, without images or weights.
+    """Check that a method can be adapted. This needs neither images nor weights.
 
     Args:
-        adapt: the option; None passes.
-        method: what predicts, on the meta device.
-        name: name of the method, for the message.
+        adapt: the option `adapt`; None is always valid.
+        method: the method that predicts, on the meta device.
+        name: name of the method, for the error message.
 
     Raises:
-        UserError: an unknown entry, or a method that it does not fit.
+        UserError: an unknown adaptation, or a method for which the adaptation is not possible.
     """
     if adapt is not None and (reason := lookup(ADAPTS, adapt, "adapt").check(method, name)):
         raise UserError(f"adapt {adapt} {reason}")

@@ -1,4 +1,4 @@
-"""A test set of any class frequencies, from the logits of the one pass over the balanced test set."""
+"""Results on test sets with other class frequencies, computed from the logits of one pass over all test images."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
@@ -18,36 +18,46 @@ SUMMARISED = ("accuracy", "mean_acc", *SHOT_GROUPS)
 
 
 def plain_results(found: Logits, distributions: Sequence[TestDistribution], groups: Mapping[str, Tensor]) -> Results:
-    """Every distribution by the mean of the experts, as `distributions` of metrics.json holds it."""
+    """Evaluate the mean of the experts' logits on every test distribution.
+
+    Args:
+        found: logits of all test images.
+        distributions: the test distributions, as positions of images in the test split.
+        groups: `many`, `med`, `few` → class indices.
+
+    Returns:
+        The entry `distributions` of metrics.json; a distribution without readable images is left out.
+    """
     if not distributions:
         return {}
     logits = combine(found.logits)
-    classes = evaluate(logits, found.labels, groups)["per_class_acc"]
+    class_accuracies = evaluate(logits, found.labels, groups)["per_class_acc"]
     results: Results = {}
     for distribution in distributions:
         rows = rows_of(found, distribution.positions)
-        if not len(rows):  # few images, cut by max_test_images
+        if not len(rows):  # max_test_images can leave none of its images
             continue
         results[distribution.name] = {
             "n": len(rows),
             "origin": distribution.origin,
-            "expected_accuracy": expected_accuracy(classes, distribution.counts.tolist()),
+            "expected_accuracy": expected_accuracy(class_accuracies, distribution.counts.tolist()),
             "predictors": {"plain": evaluate(logits[rows], found.labels[rows], groups)},
         }
     return results
 
 
 def dirichlet_summary(results: Results) -> dict[str, Any]:
-    """Mean and deviation over the drawn test sets of each component and over all, as `dirichlet` of metrics.json.
+    """The entry `dirichlet` of metrics.json: statistics over the test sets drawn from each Dirichlet component.
 
-    The original leaves these to its reader; the deviation here is the sample's (n − 1).
+    The statistics are the mean and the sample standard deviation (n − 1). The original code does not compute them.
 
     Args:
-        results: of all distributions.
+        results: results of all test distributions.
 
     Returns:
-        Component or `all` → `draws`, and `predictors`: predictor (`plain`, entry of ADAPTS, `target_prior`) →
-        metric → {mean, std}; null where a draw has no value, std also with one draw; nothing without drawn test sets.
+        Component or `all` → `draws` (number of test sets) and `predictors`. `predictors` maps a predictor (`plain`, an
+        entry of ADAPTS, `target_prior`) to metric → {mean, std}. Both are None if a draw has no value; std is also None
+        with one draw. The result is empty without drawn test sets.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, result in results.items():
@@ -59,7 +69,7 @@ def dirichlet_summary(results: Results) -> dict[str, Any]:
 
 
 def _spread(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation of each predictor that all draws have; `group` has the predictors of each draw."""
+    """Mean and deviation of each predictor that occurs in all draws; `group` has the predictors of each draw."""
     spread = {}
     for name in group[0]:
         if all(name in predictors for predictors in group):
@@ -69,21 +79,24 @@ def _spread(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [each for each in values if each is not None]
+    known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {"mean": None, "std": None}
     return {"mean": fmean(known), "std": stdev(known) if len(known) > 1 else None}
 
 
 def expected_accuracy(classes: Sequence[float | None], counts: Sequence[int]) -> float | None:
-    """Σ_k n_k · accuracy_k / Σ_k n_k: what a draw of n_k images of each class from the whole test set gives on average.
+    """Expected accuracy of a test set with n_k random images of each class: Σ_k n_k · accuracy_k / Σ_k n_k.
 
     Args:
-        classes: accuracy of each class on the whole test set; None where it has no image.
-        counts: n_k.
+        classes: accuracy of each class on the whole test set, in %; None for a class without images.
+        counts: number n_k of images of each class.
+
+    Returns:
+        Accuracy in %; None if the accuracy of a class with n_k > 0 is not known, or if all n_k are 0.
     """
-    pairs = [(each, count) for each, count in zip(classes, counts, strict=True) if count]
-    known = [(each, count) for each, count in pairs if each is not None]
+    pairs = [(accuracy, count) for accuracy, count in zip(classes, counts, strict=True) if count]
+    known = [(accuracy, count) for accuracy, count in pairs if accuracy is not None]
     if not known or len(known) < len(pairs):
         return None
-    return sum(each * count for each, count in known) / sum(count for _, count in known)
+    return sum(accuracy * count for accuracy, count in known) / sum(count for _, count in known)

@@ -1,7 +1,7 @@
-"""ENSEMBLES: how a trained method becomes the predictor that is evaluated: with its start, other runs, zero-shot CLIP.
+"""ENSEMBLES: combinations of a trained method with its initial weights, other runs or the zero-shot classifier of CLIP.
 
-The first two mix trained tensors, and what is evaluated costs no more; the last two add up logits, and the zero-shot
-classifier runs beside the trained one.
+`wise` and `soup` average weights; the result needs no more computation than one model. `logits` and `gla` add up
+logits, so the zero-shot classifier runs in addition to the trained one.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from tailtune.trainers.runs.load_run import FinishedRun
 
 @dataclass(frozen=True)
 class EnsembleOptions:
-    """What is evaluated together with the finished run."""
+    """The option that chooses an ensemble."""
 
     ensemble: str | None = option(
         None,
@@ -36,7 +36,7 @@ class EnsembleOptions:
 
 @dataclass(frozen=True)
 class AlphaOptions:
-    """Share of the trained run."""
+    """Weight of the trained run in an ensemble."""
 
     alpha: float = option(
         0.5,
@@ -50,7 +50,7 @@ class AlphaOptions:
 
 @dataclass(frozen=True)
 class RunsOptions:
-    """Other runs."""
+    """The other runs of an ensemble."""
 
     runs: list[str] | None = option(
         None,
@@ -66,19 +66,22 @@ class Ensemble:
     """An entry of ENSEMBLES."""
 
     make: Callable[[FinishedRun], tuple[Method, dict[str, Any]]]
-    """The predictor, and what metrics.json says of it."""
+    """Finished run → the method that predicts, and entries of metrics.json about it."""
     Options: type = NoOptions
-    """Dataclass of the options that it reads."""
+    """Dataclass of the options that this ensemble reads."""
     start: bool = False
-    """It needs what the run began with."""
+    """Whether the ensemble needs the initial weights of the run."""
     text: bool = False
-    """It runs the zero-shot classifier."""
+    """Whether the ensemble runs the zero-shot classifier."""
     assumes: Callable[[Tensor, float], Tensor] = lambda prior, _: prior
-    """Log prior that the trained logits assume [E, C], α → that of its own logits; of zero-shot ones nothing is known,
-    which counts as uniform."""
+    """(log class prior that the trained logits assume [E, C], α) → log class prior that the ensemble's logits assume.
+
+    The prior of zero-shot logits is unknown; it is treated as uniform.
+    """
 
 
 def as_trained(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
+    """No ensemble: the trained method alone."""
     return run.method, {}
 
 
@@ -92,19 +95,27 @@ ENSEMBLES: Mapping[str, Ensemble] = {
 
 
 def reads(entry: Ensemble, key: str) -> bool:
-    """Whether an ensemble has an option."""
+    """Whether an ensemble reads the option `key`."""
     return key in key_names(entry.Options).values()
 
 
 def ensemble_named(name: str | None) -> Ensemble:
-    """The entry of a name; None: the trained method alone."""
+    """The ensemble of this name; None means the trained method alone.
+
+    Raises:
+        UserError: no ensemble has this name.
+    """
     return NONE if name is None else lookup(ENSEMBLES, name, "ensemble")
 
 
 def ensembled(run: FinishedRun, name: str | None) -> tuple[Method, dict[str, Any]]:
-    """The predictor that an ensemble makes of a run, and what metrics.json says of it.
+    """Build an ensemble.
 
     Args:
-        name: as in `ensemble_named`.
+        run: the finished run.
+        name: name of the ensemble, as in `ensemble_named`.
+
+    Returns:
+        The method that predicts, and entries of metrics.json about it.
     """
     return ensemble_named(name).make(run)

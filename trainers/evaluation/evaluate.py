@@ -1,4 +1,4 @@
-"""Evaluations of a run: which logits, from images or from an earlier evaluation, and the files they end in."""
+"""Evaluation of a run: gets logits from images or from an earlier evaluation, and writes logits, metrics and notes."""
 
 import logging
 from collections.abc import Sequence
@@ -41,12 +41,15 @@ from tailtune.trainers.storage.manifest import read_json
 log = logging.getLogger("tailtune")
 
 OUTCOMES = ("test", "val", "distributions", "dirichlet", "evaluation")
-"""Entries of metrics.json that are of one evaluation."""
+"""Entries of metrics.json that belong to one evaluation, not to training."""
 
 
 @dataclass
 class Evaluation:
-    """One evaluation, into the decision's `target`: the run's own folder or a `tests/<key>/`."""
+    """One evaluation of a run.
+
+    Its files are written into `decision.target`, which is the run's own folder or a folder `tests/<key>/`.
+    """
 
     plan: EvaluationPlan
     build: Builders
@@ -54,49 +57,55 @@ class Evaluation:
     folder: RunFolder
     decision: Decision
     notes: list[str] = field(default_factory=list)
-    """What a reader of the result has to know."""
+    """Notes and warnings that metrics.json records."""
 
     def __post_init__(self) -> None:
         for text in (*self.decision.notes, *self.plan.warnings):
             self.note(text, warn=True)
 
     def note(self, text: str, warn: bool = False) -> None:
-        """Keep it for metrics.json, and say it."""
+        """Record a note for metrics.json; with `warn` also log it as a warning."""
         self.notes.append(text)
         if warn:
             log.warning("warning: %s", text)
 
     def from_stored_logits(self) -> bool:
-        """Answer from logits that an earlier evaluation saved, if they are enough; needs neither model nor images."""
-        found, val = None if self.plan.adapts else self._stored(LOGITS), self._stored(VAL_LOGITS)
+        """Evaluate from the logits that an earlier evaluation saved, if these are sufficient.
+
+        This needs neither the model nor the images.
+
+        Returns:
+            Whether the evaluation is done; if not, `from_images` must be called.
+        """
+        test_logits, val = None if self.plan.adapts else self._stored(LOGITS), self._stored(VAL_LOGITS)
         shifted = {"test_dists", "target_prior"} & set(self.plan.asked)
-        if found is None or (found.bad_images and shifted):  # then the labels of all images are needed
+        if test_logits is None or (test_logits.bad_images and shifted):  # `shifted` needs the labels of all images
             return False
         if val is None and self.plan.needs_val and "val" in read_json(self.folder.metrics):  # saved by older versions
             return False
         if self.accelerator.is_main_process:
             info = self.build.info()
-            distributions = self._asked(self.build.distributions(info, found.labels))
-            self._keep(found, val)
-            measured = plain_results(found, distributions, info.groups)
-            self._aim(found, val, distributions, info, measured)
+            distributions = self._asked(self.build.distributions(info, test_logits.labels))
+            self._keep(test_logits, val)
+            measured = plain_results(test_logits, distributions, info.groups)
+            self._aim(test_logits, val, distributions, info, measured)
             every = self.build.outline().asks_every_expert
-            self._finish(self.trained_result(), found, val, info.groups, measured, every)
+            self._finish(self.trained_result(), test_logits, val, info.groups, measured, every)
         return True
 
     def _stored(self, name: str) -> Logits | None:
-        """What an earlier evaluation in this run's folder saved and this one would compute again."""
+        """Logits that an earlier evaluation of this run saved and that this evaluation would compute again, or None."""
         if self.folder.source != self.folder.path or not self.folder.finished():
             return None
-        found = stored_logits(self.folder.path, self._key(name), name)
-        if found is None or name != LOGITS:
-            return found and found[1]
-        log.info("using the logits of %s", found[0])
-        self.note(f"from the logits of {found[0]}")
-        return found[1]
+        stored = stored_logits(self.folder.path, self._key(name), name)
+        if stored is None or name != LOGITS:
+            return stored and stored[1]
+        log.info("using the logits of %s", stored[0])
+        self.note(f"from the logits of {stored[0]}")
+        return stored[1]
 
     def trained_result(self) -> dict[str, Any]:
-        """metrics.json of the run whose checkpoint is evaluated, without its own evaluation; empty if it has none."""
+        """The entries about training in the metrics.json of the run that is evaluated; empty without that file."""
         path = self.folder.source / "metrics.json"
         try:
             result = read_result(path) if path.exists() and self.folder.foreign is None else {}
@@ -106,32 +115,38 @@ class Evaluation:
         return {key: value for key, value in result.items() if key not in OUTCOMES}
 
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
-        """Run the method over the images; `result` is metrics.json so far."""
+        """Evaluate from images. All processes must call this together.
+
+        Args:
+            method: the trained method.
+            data: the data of the run.
+            result: the entries of metrics.json so far.
+        """
         test_time.prepare(method, self.plan.test_prec)
         distributions = self._asked(data.test_distributions)
-        found, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
-        wants_val = found is None or self.plan.needs_val
-        if found is None:
-            found = self._infer(method, data, "train" if self.plan.test_train else "test")
+        test_logits, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
+        wants_val = test_logits is None or self.plan.needs_val
+        if test_logits is None:
+            test_logits = self._infer(method, data, "train" if self.plan.test_train else "test")
         if val is None and data.val is not None and not self.plan.test_train and wants_val:
             val = self._infer(method, data, "val")
-        found = found if self.accelerator.is_main_process else None  # stored ones are read by all
-        if found is not None:
-            self._keep(found, val)
-        measured = {} if found is None else plain_results(found, distributions, data.info.groups)
+        test_logits = test_logits if self.accelerator.is_main_process else None  # every process has read stored logits
+        if test_logits is not None:
+            self._keep(test_logits, val)
+        measured = {} if test_logits is None else plain_results(test_logits, distributions, data.info.groups)
         if self.plan.adapts:
-            self._adapt(method, data, found, distributions, measured)
+            self._adapt(method, data, test_logits, distributions, measured)
 
         def aim() -> None:
-            if found is not None:
-                self._aim(found, val, distributions, data.info, measured)
+            if test_logits is not None:
+                self._aim(test_logits, val, distributions, data.info, measured)
 
         on_main(self.accelerator, aim)
-        if found is not None:
-            self._finish(result, found, val, data.info.groups, measured, method.asks_every_expert)
+        if test_logits is not None:
+            self._finish(result, test_logits, val, data.info.groups, measured, method.asks_every_expert)
 
     def _asked(self, distributions: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
-        """The label distributions of the test images, none where the training images are evaluated."""
+        """The test distributions; empty if the training images are evaluated."""
         if not self.plan.test_train:
             return distributions
         if self.plan.asked:
@@ -146,7 +161,7 @@ class Evaluation:
         distributions: Sequence[TestDistribution],
         measured: Results,
     ) -> None:
-        """Add what `adapt` makes of each distribution to `measured`, on the first process."""
+        """Add the results of `adapt` on each distribution to `measured`, on the first process."""
         plan, predict = self.plan, test_time.separate(method)
         assert plan.adapt is not None
 
@@ -154,7 +169,7 @@ class Evaluation:
             log.info("views of the test images, pass %d", number + 1)
             return infer(predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number)
 
-        distributions = [each for each in distributions if each.name in measured]
+        distributions = [candidate for candidate in distributions if candidate.name in measured]
         test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
         adapted = ADAPTS[plan.adapt].run(test, plan.adapt_options)
         if plain is None:
@@ -168,47 +183,47 @@ class Evaluation:
 
     def _aim(
         self,
-        found: Logits,
+        test_logits: Logits,
         val: Logits | None,
         distributions: Sequence[TestDistribution],
         info: DataInfo,
         measured: Results,
     ) -> None:
-        """Add what `target_prior` makes of each distribution to `measured`."""
+        """Add the results of `target_prior` on each distribution to `measured`."""
         if self.plan.target is None or self.plan.test_train:
             return
         facts = self.folder.source / FACTS
         method = self.build.trained_outline()
-        if self.folder.foreign is None and facts.exists():  # without the lists, the data's names may be placeholders
+        if self.folder.foreign is None and facts.exists():  # without image lists, `info` may hold placeholder names
             info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
-        for text in add_target_results(self.plan.target, method, found, val, distributions, info, measured):
+        for text in add_target_results(self.plan.target, method, test_logits, val, distributions, info, measured):
             self.note(text, warn=True)
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
-        """Logits of a split, on the first process."""
+        """Compute the logits of a split; None on every process but the first."""
         plan, view = self.plan, {"train": data.train_as_test, "test": data.test, "val": data.val}[split]
         assert view is not None
         mode = plan.tte_mode
         predict = test_time.averaged(method, mode, plan.resolution) if mode else test_time.plain(method)
-        found = infer(predict, view, self.accelerator, plan.batch_size, plan.num_workers)
-        if found is None:
+        logits = infer(predict, view, self.accelerator, plan.batch_size, plan.num_workers)
+        if logits is None:
             return None
-        if len(found.labels) == 0:
+        if len(logits.labels) == 0:
             raise UserError(f"none of the {len(view)} images could be read; check root")
-        if found.bad_images:
-            self.note(f"{found.bad_images} of {len(view)} images could not be read and are left out", warn=True)
+        if logits.bad_images:
+            self.note(f"{logits.bad_images} of {len(view)} images could not be read and are left out", warn=True)
         if len(view) == plan.max_images:
             self.note(f"max_test_images {plan.max_images}: not all images")
-        if not is_finite(found.logits, method.asks_every_expert):
+        if not is_finite(logits.logits, method.asks_every_expert):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
             )
-        return replace(found, left_out=data.splits.left_out if split == "train" else 0)
+        return replace(logits, left_out=data.splits.left_out if split == "train" else 0)
 
-    def _keep(self, found: Logits, val: Logits | None) -> None:
-        """Save the logits, before anything is made of them that may be refused."""
-        for name, logits in ((LOGITS, found), (VAL_LOGITS, val)):
+    def _keep(self, test_logits: Logits, val: Logits | None) -> None:
+        """Save the logits. This comes before every computation on them that may raise a `UserError`."""
+        for name, logits in ((LOGITS, test_logits), (VAL_LOGITS, val)):
             if logits is not None:
                 path = self.decision.target / name
                 self.folder.seal({path: save_logits(path, logits, self._key(name))})
@@ -216,21 +231,24 @@ class Evaluation:
     def _finish(
         self,
         result: dict[str, Any],
-        found: Logits,
+        test_logits: Logits,
         val: Logits | None,
         groups: dict[str, Tensor],
         distributions: Results,
         asks_every_expert: bool,
     ) -> None:
-        """Metrics, metrics.json (last, because it says that the rest is there), the table."""
+        """Compute the metrics, write them and log the table.
+
+        metrics.json is written last, because its existence means that all other files are complete.
+        """
         notes = [*result.get("notes", []), *self.notes]
         about = {**self.plan.options, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
-        for split, logits in (("test", found), ("val", val)):
+        for split, logits in (("test", test_logits), ("val", val)):
             if logits is not None:
                 metrics = evaluate(combine(logits.logits), logits.labels, groups)
-                if not asks_every_expert and not self.plan.tte_mode:  # of one forward, not of several views
+                if not asks_every_expert and not self.plan.tte_mode:  # usage is defined for one view only
                     model = self.build.outline().model
                     used = usage_report(logits.logits, logits.labels, groups, model, self.plan.resolution)
                     metrics["experts_used"] = used
@@ -246,7 +264,7 @@ class Evaluation:
         log.info("%s\nrun folder %s", table(result), target)
 
     def _key(self, name: str) -> dict[str, Any]:
-        """What the logits in the file of that name depend on."""
+        """Everything on which the logits in the file `name` depend."""
         split = "val" if name == VAL_LOGITS else "train" if self.plan.test_train else "test"
         images = self.decision.fingerprints.get(split)
         return {"checkpoint": self.folder.checkpoint_id(), "images": images, **self.plan.options_of_logits}

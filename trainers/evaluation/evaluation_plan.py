@@ -1,4 +1,4 @@
-"""What an evaluation needs of a config: its numbers, and what it builds where it has no model or images at hand."""
+"""The settings of an evaluation, and functions that build data and models when only stored logits are available."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,37 +21,37 @@ from tailtune.trainers.runs.load_run import outline, outline_of
 from tailtune.trainers.runs.run_folder import RunFolder
 
 OF_TEST_IMAGES = ("test_dists", "adapt", "target_prior")
-"""Options that make something of the test images, and nothing of training images."""
+"""Options that apply to test images only; they are ignored when training images are evaluated."""
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """The numbers of an evaluation."""
+    """The settings of an evaluation, read from the config."""
 
     options: dict[str, Any]
     """All options of evaluations, as metrics.json records them."""
     options_of_logits: dict[str, Any]
-    """Those of them that change the logits."""
+    """The subset of `options` that changes the logits."""
     asked: tuple[str, ...]
-    """Which of `OF_TEST_IMAGES` are given."""
+    """The options of `OF_TEST_IMAGES` that are set."""
     test_train: bool
     adapt: str | None
     adapt_options: Any
-    """Options of the adaptation; None without one."""
+    """Options of the adaptation; None without an adaptation."""
     target: TargetPlan | None
     tte_mode: str | None
-    """Entry of TEST_TIME; None: one view of an image."""
+    """Entry of TEST_TIME; None: one view of each image."""
     test_prec: str
     resolution: int
     batch_size: int
     num_workers: int
     max_images: int | None
     warnings: tuple[str, ...]
-    """What a reader of the result has to know before anything is computed."""
+    """Warnings about the options; they are shown before anything is computed."""
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "EvaluationPlan":
-        """The numbers of a resolved config."""
+        """Read the settings from a resolved config."""
         options, schema = values_of(cfg, TEST), schema_of(cfg)
         warnings = warnings_of(cfg.tte_mode, cfg.resolution, cfg.expand, cfg.augment) if cfg.tte else ()
         return cls(
@@ -78,29 +78,32 @@ class EvaluationPlan:
 
     @property
     def needs_val(self) -> bool:
-        """Whether logits of the validation images are needed besides their metrics."""
+        """Whether the logits of the validation images are needed, not only their metrics."""
         return self.target is not None and self.target.reads_val and not self.test_train
 
 
 @dataclass(frozen=True)
 class Builders:
-    """What an evaluation builds from the config where stored logits are all that it has."""
+    """Functions that build from the config what an evaluation needs when only stored logits are available."""
 
     info: Callable[[], DataInfo]
-    """Facts of the data that the evaluated run was trained on."""
+    """→ properties of the data on which the evaluated run was trained."""
     distributions: Callable[[DataInfo, Tensor], tuple[TestDistribution, ...]]
-    """Facts and the labels of the test images → the test distributions."""
+    """(properties of the data, labels of the test images [N]) → the test distributions."""
     outline: Callable[[], Method]
-    """The method of this command, on the meta device."""
+    """→ the method of this command, on the meta device."""
     trained_outline: Callable[[], Method]
-    """The method that made the logits, on the meta device; of a run with other options it is that run's."""
+    """→ the method that computed the logits, on the meta device. If a run with other options is evaluated, this is the
+    method of that run."""
 
     @classmethod
     def of(cls, cfg: CfgNode, folder: RunFolder, trains: bool) -> "Builders":
-        """For a resolved config.
+        """The functions for a resolved config.
 
         Args:
-            trains: the command trains the run that it evaluates.
+            cfg: the resolved config.
+            folder: folder of the run that is evaluated.
+            trains: whether the command trains the run that it evaluates.
         """
         return cls(
             info=lambda: build_info(cfg, None if trains else folder.class_counts()),

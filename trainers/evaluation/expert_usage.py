@@ -1,4 +1,4 @@
-"""How many experts were asked about each image, by a method that asks only some, and what that saves."""
+"""How many experts computed each image, for methods that skip experts, and how many FLOPs that saves."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +13,18 @@ GIGA = 1e9
 
 
 def asked(logits: Tensor) -> Tensor:
-    """[N, E, C] → whether an expert was asked about an image, bool [N, E]; logits of one that was not are NaN."""
+    """Whether each expert computed each image: logits [N, E, C] → bool [N, E]. Logits of a skipped expert are NaN."""
     return ~logits.isnan().all(-1)
 
 
 def is_finite(logits: Tensor, asks_every_expert: bool) -> bool:
-    """Whether the logits [N, E, C] are numbers; where not every expert is asked, those of the experts that were."""
+    """Whether all logits are finite.
+
+    Args:
+        logits: [N, E, C].
+        asks_every_expert: whether every expert computed every image. If not, logits of skipped experts may be NaN, but
+            the first expert must have computed every image.
+    """
     if asks_every_expert:
         return bool(logits.isfinite().all())
     used = asked(logits)
@@ -26,44 +32,52 @@ def is_finite(logits: Tensor, asks_every_expert: bool) -> bool:
 
 
 def expert_usage(logits: Tensor) -> list[float]:
-    """Percentage of the images [N, E, C] about which exactly 1, …, E experts were asked."""
-    numbers = asked(logits).sum(1)
-    found = torch.bincount(numbers, minlength=logits.shape[1] + 1)[1:]
-    return (100 * found.double() / len(logits)).tolist()
+    """Percentages of the images that exactly 1, …, E experts computed, from logits [N, E, C]."""
+    experts_used = asked(logits).sum(1)  # [N]
+    images = torch.bincount(experts_used, minlength=logits.shape[1] + 1)[1:]  # [E]
+    return (100 * images.double() / len(logits)).tolist()
 
 
 def flops_by_experts(model: ClassificationModel, resolution: int) -> list[int]:
-    """FLOPs of one image in eval when 1, …, E experts are asked: convolutions, matrix products, attention products.
+    """FLOPs of one image in eval mode with 1, …, E experts: convolutions, matrix products and attention products.
 
-    The model is moved to the meta device.
+    Args:
+        model: the model; it is moved to the meta device.
+        resolution: side of the image, in pixels.
     """
     model = model.eval().to("meta")
     images = torch.empty(1, 3, resolution, resolution, device="meta")
     try:
         return _count(model, images)
-    except (NotImplementedError, AssertionError):  # some tuners of peft do not run without numbers, or uncounted
+    except (NotImplementedError, AssertionError):  # some tuners of peft do not run on the meta device, or uncounted
         with model.encoder.untuned():
             return _count(model, images)
 
 
 @torch.no_grad()
 def _count(model: ClassificationModel, images: Tensor) -> list[int]:
-    found = []
+    flops = []
     with FlopCounterMode(display=False) as counter:
         shared = model.trunk(images)
         for expert in range(model.num_experts):
             model.expert(shared, expert)
-            found.append(int(counter.get_total_flops()))
-    return found
+            flops.append(int(counter.get_total_flops()))
+    return flops
 
 
 def mean_flops(model: ClassificationModel, resolution: int, shares: Sequence[float]) -> dict[str, float]:
-    """What an image costs where a percentage `shares[i]` of them asks i + 1 experts: Σ_i p_i · FLOPs(i + 1).
+    """Mean cost of an image, Σ_i p_i · FLOPs(i + 1), without the few operations that decide which experts are used.
 
-    Without the few operations that decide who is asked. The model is moved to the meta device.
+    Args:
+        model: the model; it is moved to the meta device.
+        resolution: side of the image, in pixels.
+        shares: p in %: `shares[i]` is the percentage of the images that i + 1 experts compute.
+
+    Returns:
+        The mean cost and the cost of all experts in GFLOPs, and the saving in %.
     """
     flops = flops_by_experts(model, resolution)
-    mean = sum(share / 100 * each for share, each in zip(shares, flops, strict=True))
+    mean = sum(share / 100 * count for share, count in zip(shares, flops, strict=True))
     return {
         "gflops_per_image": mean / GIGA,
         "gflops_all_experts": flops[-1] / GIGA,
@@ -74,8 +88,16 @@ def mean_flops(model: ClassificationModel, resolution: int, shares: Sequence[flo
 def usage_report(
     logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor], model: ClassificationModel, resolution: int
 ) -> dict[str, Any]:
-    """`experts_used` of metrics.json: shares of all images and of each group's (None: it has none), and the cost."""
-    chosen = {name: torch.isin(labels, classes) for name, classes in groups.items()}
-    shares = {name: expert_usage(logits[each]) if each.any() else None for name, each in chosen.items()}
-    every = expert_usage(logits)
-    return {"all": every, **shares, **mean_flops(model, resolution, every)}
+    """The entry `experts_used` of metrics.json: `expert_usage` of all images and of each group, and the cost.
+
+    Args:
+        logits: [N, E, C].
+        labels: [N].
+        groups: `many`, `med`, `few` → class indices; the usage of a group without images is None.
+        model: the model; it is moved to the meta device.
+        resolution: side of the images, in pixels.
+    """
+    masks = {name: torch.isin(labels, classes) for name, classes in groups.items()}  # each [N]
+    shares = {name: expert_usage(logits[mask]) if mask.any() else None for name, mask in masks.items()}
+    overall = expert_usage(logits)
+    return {"all": overall, **shares, **mean_flops(model, resolution, overall)}

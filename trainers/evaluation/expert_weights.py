@@ -1,8 +1,8 @@
-"""Weights of the experts for a test set of unknown class frequencies, learnt without its labels: for `ADAPTS`.
+"""SADE's test-time adaptation: weights of the experts for a test set, learnt without its labels (for `ADAPTS`).
 
-SADE (Zhang et al. 2022, section 4.2): of experts that were trained for different class frequencies, those that fit the
-test set change their prediction least between two views of an image. The network stays as it is and its logits are
-computed once, for all test sets that share the images.
+Method of Zhang et al. (2022, section 4.2). The experts were trained for different class frequencies. An expert that
+fits the test set predicts two views of an image most alike, so the weights maximise that similarity. The network is
+not changed. Its logits are computed once, for all test sets that share the images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +21,14 @@ from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.methods.base import combine
 
 LEAST = 0.05
-"""A weight below this, rounded to hundredths, ends the learning: that expert has as good as no say."""
+"""Learning stops once a weight, rounded to hundredths, is below this: that expert hardly contributes any more."""
 AT_ONCE = 4096
-"""Images whose logits are combined together, so that no copy of all logits is made."""
+"""Number of images whose logits are combined at a time, so that no copy of all logits is made."""
 
 
 @dataclass(frozen=True)
 class Recipe(BatchOptions):
-    """How weights are learnt. A learner with more options derives its `Options` from this class."""
+    """The hyper-parameters of learning. A learner with more options derives its `Options` from this class."""
 
     epochs: int = of_predictions(
         5, "Number of passes of `adapt` over the views of the test images.", key="adapt_epochs", least=1, most=1000
@@ -43,15 +43,19 @@ class Recipe(BatchOptions):
 
 
 def objective(views: Tensor, weights: Tensor, factor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(−S − factor · H, S) for p = softmax(Σ_e a_e z_e), both scalars.
+    """The objective −S − factor · H, with p = softmax(Σ_e a_e z_e), and the similarity S.
 
-    S = mean_b cos(p_b(v₁), p_b(v₂)); H = −Σ_v mean_{b,c} p log p, as in the original the mean over classes too. Written
-    so that a step costs little more than reading the logits (`F.cosine_similarity` takes twice as long). The original
-    bounds |p| from below by 1e-6, which it never comes near: |p| ≥ 1/√C.
+    S = mean_b cos(p_b(v₁), p_b(v₂)). H = −Σ_v mean_{b,c} p log p; as in the original, H is a mean over classes too.
+    This form takes little more time than reading the logits; `F.cosine_similarity` takes twice as long. The original
+    clamps |p| to at least 1e-6; that never takes effect, because |p| ≥ 1/√C.
 
     Args:
-        views: logits of two views [B, 2, E, C].
-        weights: a [E].
+        views: logits of two views of each image [B, 2, E, C].
+        weights: weight a of each expert [E].
+        factor: factor on the entropy H.
+
+    Returns:
+        The objective and S, both scalars.
     """
     z = (weights @ views.permute(2, 0, 1, 3).flatten(1)).view(len(views), 2, -1)  # [B, 2, C]
     p = z.softmax(-1)
@@ -64,14 +68,14 @@ def objective(views: Tensor, weights: Tensor, factor: float = 0.0) -> tuple[Tens
 
 
 class Learner:
-    """Weights for one test set, over several passes: SADE.
+    """SADE: learns the expert weights for one test set in several passes over its images.
 
     Args:
-        name: of the test set; its order is a function of it, the seed and the pass, whatever else is evaluated.
-        plain: logits of the images as they are.
-        positions: of the test set's images in the split, [n].
-        recipe: how to learn.
-        learn: positions of the images that the weights are learnt from, [l]; None: the test set's own.
+        name: name of the test set. The order of the images depends only on this name, the seed and the pass.
+        plain: logits of the images without random transforms.
+        positions: positions of the test set's images in the split, [n].
+        recipe: the hyper-parameters.
+        learn: positions of the images from which the weights are learnt, [l]; None: the images of the test set.
     """
 
     Options: type[Recipe] = Recipe
@@ -89,13 +93,13 @@ class Learner:
             [self.w], recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
         )
         self.path: list[list[float]] = []
-        """Weights on the way."""
+        """Weights of the experts in the course of learning, one list [E] a point."""
         self.similarity: list[float] = []
-        """Mean S of each pass, of every image before the step that it is part of."""
+        """Mean S of each pass. S of an image is computed with the weights before the step that uses the image."""
 
     @property
     def weights(self) -> Tensor:
-        """a = softmax(w), [E]."""
+        """Weights of the experts, a = softmax(w) [E]; they sum to 1."""
         return self.w.detach().softmax(0)
 
     @property
@@ -105,10 +109,11 @@ class Learner:
 
     @property
     def lowest(self) -> float:
-        return min(round(each, 2) for each in self.weights.tolist())
+        """The smallest weight, rounded to hundredths."""
+        return min(round(weight, 2) for weight in self.weights.tolist())
 
     def learn(self, views: Logits) -> None:
-        """One pass, in batches of a shuffled order.
+        """One pass over the images, in batches of shuffled images.
 
         Args:
             views: logits of two views of every image of the split, [N, 2, E, C].
@@ -117,19 +122,26 @@ class Learner:
         similarity = torch.zeros((), dtype=self.w.dtype)
         for number, batch in enumerate(batches, 1):
             rows = rows_of(views, batch)
-            if len(rows):  # none, where images have become unreadable since the plain pass
+            if len(rows):  # empty if the images have become unreadable since the plain pass
                 similarity += len(batch) * self.step(views.logits.index_select(0, rows))
             self.after_step(batch, number, len(batches))
         self.similarity.append(float(similarity) / len(self.learns))
         self.epoch += 1
 
     def batches(self) -> Sequence[Tensor]:
-        """Positions of the images of each step; the last batch may be smaller."""
+        """Positions in the split of the images of each step; the last batch may be smaller."""
         draws = generator(self.recipe.seed, "adapt", self.name, self.epoch)
         return self.learns[torch.randperm(len(self.learns), generator=draws)].split(self.recipe.batch_size)
 
     def step(self, views: Tensor) -> Tensor:
-        """Minimise −S − factor · H by one step on views [B, 2, E, C]; returns S."""
+        """Take one optimizer step on the objective −S − factor · H.
+
+        Args:
+            views: logits of two views of each image of the batch [B, 2, E, C].
+
+        Returns:
+            S before the step, a scalar.
+        """
         loss, similarity = objective(views, self.w.softmax(0), self.recipe.entropy)
         self.optimizer.zero_grad()
         loss.backward()
@@ -137,31 +149,37 @@ class Learner:
         return similarity.detach()
 
     def after_step(self, batch: Tensor, number: int, of: int) -> None:
-        """Here the path has a point a pass."""
+        """Record the weights at the end of each pass.
+
+        Args:
+            batch: positions in the split of the images of the step.
+            number: number of the step in its pass, counted from 1.
+            of: number of steps in a pass.
+        """
         if number == of:
             self.path.append(self.weights.tolist())
 
     def predictions(self) -> tuple[Tensor, Tensor]:
-        """Combined logits [n, C] and the positions of their images in the split [n]."""
+        """Combined logits [n, C] of the test set, and the positions of their images in the split [n]."""
         return self.combined(self.positions)
 
     def combined(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """As `predictions`, for images at some positions [n]."""
+        """As `predictions`, for the images at the given positions in the split [n]."""
         rows = rows_of(self.plain, positions)
         logits = [combine(self.plain.logits[part], self.weights) for part in rows.split(AT_ONCE)]
         return torch.cat(logits), self.plain.index[rows]
 
     def facts(self) -> dict[str, Any]:
-        """For metrics.json."""
+        """The entries that metrics.json gets besides the metrics."""
         learnt = {"weights": self.weights.tolist(), "path": self.path, "similarity": self.similarity}
         return {**learnt, "learnt_from": len(self.learns)}
 
 
 class StreamLearner(Learner):
-    """Weights while the test images come in, each of them seen once: SADE's online version.
+    """SADE's online version: the test images arrive as a stream, and each image is seen once.
 
-    A batch is predicted right after the step on its views, and that prediction counts; so it learns from the test set
-    itself, whatever images are set apart to learn from.
+    A batch is predicted right after the step on its views, and this prediction is evaluated. The weights are therefore
+    always learnt from the test set itself; `learn` is ignored.
     """
 
     def __init__(
@@ -172,7 +190,7 @@ class StreamLearner(Learner):
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def after_step(self, batch: Tensor, number: int, of: int) -> None:
-        """The path has a point each tenth of the stream."""
+        """Predict the batch, and record the weights after each tenth of the stream."""
         self.seen.append(self.combined(batch))
         if 10 * number // of > 10 * (number - 1) // of:
             self.path.append(self.weights.tolist())
@@ -190,29 +208,34 @@ def adapt(
     passes: Callable[[int], Logits | None],
     accelerator: Accelerator,
 ) -> dict[str, Learner]:
-    """Learn the weights of all test sets together.
+    """Learn the weights of all test sets in the same passes over the images. All processes must call this together.
 
     Args:
-        plain: logits of the images as they are; None on processes that are not the first.
-        passes: number of a pass → logits of its views, of every image of the split; asked only while a test set learns.
+        kind: class of the learners.
+        recipe: the hyper-parameters.
+        plain: logits of the images without random transforms; None on every process but the first.
+        distributions: the test sets.
+        passes: number of a pass → logits of two views of every image of the split [N, 2, E, C]. It is called only
+            while a learner needs another pass.
+        accelerator: the processes.
 
     Returns:
-        Name → weights that are learnt; nothing on the other processes.
+        Name of a test set → its learner, after learning; empty on every process but the first.
     """
     learners: dict[str, Learner] = {}
     if plain is not None:
         learners = {
-            each.name: kind(each.name, plain, each.positions, recipe, each.learn_positions) for each in distributions
+            test.name: kind(test.name, plain, test.positions, recipe, test.learn_positions) for test in distributions
         }
     number = 0
-    while on_main(accelerator, lambda: any(each.running for each in learners.values())):
+    while on_main(accelerator, lambda: any(learner.running for learner in learners.values())):
         _one_pass(learners, passes(number))
         number += 1
     return learners
 
 
 def _one_pass(learners: Mapping[str, Learner], views: Logits | None) -> None:
-    """Of its own so that the logits of one pass are gone before the next one begins."""
-    for each in learners.values():
-        if each.running and views is not None:
-            each.learn(views)
+    """A separate function, so that one pass's logits are freed before the next is computed."""
+    for learner in learners.values():
+        if learner.running and views is not None:
+            learner.learn(views)

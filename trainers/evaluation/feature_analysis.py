@@ -1,4 +1,4 @@
-"""Where a model puts images: class means, and how far images are from the mean of their class (LIFT, figures 3–5)."""
+"""Analysis of features: class means, and distances of images from the mean of their class (LIFT, figures 3–5)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tailtune.trainers.methods import Method
 GROUPS = {"many": "head: many-shot", "med": "medium-shot", "few": "tail: few-shot"}
 COLOURS = {"train": "#1f6fb4", "test": "#e8710a"}
 NAMED = 25
-"""Most classes that a heat map names one by one."""
+"""Largest number of classes for which a heat map shows the class names."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,22 @@ class SplitFeatures:
     """The features of a split's images, on the CPU."""
 
     features: Tensor
-    """[N, D], unit rows; of E experts with features of their own [N, E·D], each expert's part of length 1/√E."""
+    """Features scaled to length 1 [N, D]. If E experts have separate features: [N, E·D], where the part of each expert
+    has length 1/√E."""
     labels: Tensor
-    """[N]."""
+    """Label of each image [N]."""
     means: Tensor
-    """[C, D] of the raw features of each class, unit rows, or [C, E·D] as above; NaN for a class without images."""
+    """Mean of the unscaled features of each class, then scaled as `features`: [C, D] or [C, E·D]. NaN for a class
+    without images."""
 
     @cached_property
     def distances(self) -> Tensor:
-        """1 − cos(μ_c, f_i) of each image to the mean of its class in this split, [N]; the mean over experts."""
+        """1 − cos(μ_c, f_i), from each image to the mean of its class in this split [N]; a mean over the experts."""
         return 1 - (self.features * self.means[self.labels]).sum(-1)
 
     @cached_property
     def similarity(self) -> Tensor:
-        """cos(μ_i, μ_j), [C, C]; the mean over experts."""
+        """cos(μ_i, μ_j) of all pairs of class means [C, C]; a mean over the experts."""
         return self.means @ self.means.T
 
 
@@ -47,7 +49,16 @@ class SplitFeatures:
 def split_features(
     method: Method, view: View, num_classes: int, device: torch.device, batch_size: int, num_workers: int
 ) -> SplitFeatures:
-    """Run the encoder over a view; images that could not be read are left out."""
+    """Compute the features of all images of a view. Images that could not be read are left out.
+
+    Args:
+        method: the trained method, in eval mode.
+        view: the images and their transform.
+        num_classes: number C of classes.
+        device: device of the method.
+        batch_size: number of images that are computed at once.
+        num_workers: number of processes that decode images.
+    """
     features, labels = [], []
     for batch in eval_loader(view, batch_size, num_workers):
         batch = to_device(batch, device)
@@ -61,25 +72,31 @@ def split_features(
 
 
 def _rows(features: Tensor) -> Tensor:
-    """[N, D] → unit rows; [N, E, D] → [N, E·D], in which products of rows are means of the experts' cosines.
+    """Scale features so that the dot product of two rows is a cosine: [N, D] → [N, D], or [N, E, D] → [N, E·D].
 
-    Experts with parts of their own have no common space in which their features could be averaged.
+    With separate features of E experts, the dot product is the mean of the cosines of the experts. The features
+    themselves cannot be averaged, because the experts have no common feature space.
     """
     unit = F.normalize(features, dim=-1)
     return unit if unit.ndim == 2 else unit.flatten(1) / unit.shape[1] ** 0.5
 
 
 def summary(splits: Mapping[str, SplitFeatures], groups: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Mean distances by split and group, and the mean cosine between the means of different classes."""
-    found: dict[str, Any] = {}
+    """Mean distances by split and group, and the mean cosine between the means of different classes.
+
+    Args:
+        splits: name of a split → its features.
+        groups: `many`, `med`, `few` → class indices.
+    """
+    statistics: dict[str, Any] = {}
     for name, split in splits.items():
         similarity = split.similarity
         others = similarity[~torch.eye(len(similarity), dtype=torch.bool)]
-        found[name] = {"mean_cosine_between_classes": _number(others[others.isfinite()])}
+        statistics[name] = {"mean_cosine_between_classes": _number(others[others.isfinite()])}
         for group in GROUPS:
-            chosen = _of(split, groups[group])
-            found[name][group] = {"images": len(chosen), "mean_distance": _number(chosen)}
-    return found
+            distances = _of(split, groups[group])
+            statistics[name][group] = {"images": len(distances), "mean_distance": _number(distances)}
+    return statistics
 
 
 def _of(split: SplitFeatures, classes: Tensor) -> Tensor:
@@ -92,7 +109,14 @@ def _number(values: Tensor) -> float | None:
 
 
 def heat_map(splits: Mapping[str, SplitFeatures], counts: Tensor, names: tuple[str, ...], title: str) -> Figure:
-    """Cosines between class means, classes sorted by training images, one panel a split."""
+    """Draw the cosines between class means, one panel for each split. Classes are sorted by `counts`, largest first.
+
+    Args:
+        splits: name of a split → its features.
+        counts: number of training images of each class [C].
+        names: names of the classes.
+        title: title of the figure.
+    """
     order = counts.argsort(descending=True, stable=True)
     figure = Figure(figsize=(5.6 * len(splits) + 1.2, 6.8 if len(order) <= NAMED else 5.8), layout="constrained")
     axes = figure.subplots(1, len(splits), squeeze=False)[0]
@@ -101,7 +125,7 @@ def heat_map(splits: Mapping[str, SplitFeatures], counts: Tensor, names: tuple[s
         image = panel.imshow(shown, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         panel.set_title(f"{name} images", fontsize=12, pad=10)
         if len(order) <= NAMED:
-            labels = [f"{names[each]} ({counts[each]})" for each in order.tolist()]
+            labels = [f"{names[label]} ({counts[label]})" for label in order.tolist()]
             panel.set_xticks(range(len(order)), labels, rotation=90, fontsize=9)
             panel.set_yticks(range(len(order)), labels if panel is axes[0] else [], fontsize=9)
         panel.set_xlabel("classes by training images, head → tail", labelpad=8)
@@ -111,7 +135,13 @@ def heat_map(splits: Mapping[str, SplitFeatures], counts: Tensor, names: tuple[s
 
 
 def histograms(splits: Mapping[str, SplitFeatures], groups: Mapping[str, Tensor], title: str) -> Figure:
-    """Distances to the class mean by group, one panel each; medium-shot where there is any."""
+    """Draw histograms of the distances to the class mean, one panel for each group that has classes.
+
+    Args:
+        splits: name of a split → its features.
+        groups: `many`, `med`, `few` → class indices.
+        title: title of the figure.
+    """
     shown = [group for group in GROUPS if group != "med" or len(groups[group])]
     figure = Figure(figsize=(4.6 * len(shown), 4.0), layout="constrained")
     axes = figure.subplots(1, len(shown), sharex=True, squeeze=False)[0]

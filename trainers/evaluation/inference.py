@@ -1,4 +1,4 @@
-"""One pass over the images → the logits of every expert, from which everything else is computed."""
+"""Inference: one pass over the images gives the logits of every expert. All results are computed from these logits."""
 
 import json
 from collections.abc import Callable
@@ -19,78 +19,102 @@ from tailtune.trainers.storage.manifest import check_file
 
 @dataclass(frozen=True)
 class Logits:
-    """Of the images that could be read, in the order of the split."""
+    """Logits of the images that could be read, in the order of the split."""
 
     logits: Tensor
-    """[N, E, C] fp32, or of several views [N, V, E, C]."""
+    """Logits of each expert [N, E, C], or of each of several views [N, V, E, C]; fp32."""
     labels: Tensor
-    """[N]."""
+    """Label of each image [N]."""
     index: Tensor
-    """[N] position in the split."""
+    """Position of each image in the split [N], ascending."""
     bad_images: int = 0
-    """Images of the split that could not be read when their turn came."""
+    """Number of images of the split that could not be read in this pass."""
     left_out: int = 0
-    """Images that were known to be unreadable before, and that the split is without."""
+    """Number of images that were known to be unreadable before, so that the split does not contain them."""
 
 
 Predict = Callable[[Tensor | list[Tensor]], Tensor]
-"""Images of a batch → expert logits [B, E, C], or [B, V, E, C] of several views."""
+"""Images of a batch → expert logits [B, E, C], or [B, V, E, C] for several views."""
 
 
 @torch.no_grad()
 def infer(
     predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int, epoch: int = 0
 ) -> Logits | None:
-    """Run `predict` over a view, each image once whatever the number of processes.
+    """Run `predict` on every image of a view once. The images are divided among the processes.
 
     Args:
-        epoch: which draws of a transform that is random.
+        predict: computes the logits of a batch.
+        view: the images and their transform.
+        accelerator: device and processes.
+        batch_size: number of images that a process computes at once.
+        num_workers: number of processes that decode images, for each process of the run.
+        epoch: number that selects the random draws, if the transform is random.
 
     Returns:
-        The logits on the first process, which alone holds them; None on the others.
+        The logits, on the CPU of the first process; None on the other processes.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = eval_loader(view, batch_size, num_workers, rank, world, epoch)
     count = len(view)
     logits: Tensor | None = None
     labels = torch.zeros(count, dtype=torch.int64)
-    found = torch.zeros(count, dtype=torch.bool)
+    readable = torch.zeros(count, dtype=torch.bool)
     for batch in loader:
         batch = to_device(batch, accelerator.device)
         out = predict(batch["image"]).float()
         gathered = accelerator.gather((out, batch["label"], batch["index"], batch["weight"]))
         if not accelerator.is_main_process:
             continue
-        out, label, index, weight = (each.cpu() for each in gathered)
+        out, label, index, weight = (tensor.cpu() for tensor in gathered)
         if logits is None:
             logits = torch.zeros(count, *out.shape[1:])
         real = (index >= 0) & (weight > 0)
         logits[index[real]], labels[index[real]] = out[real], label[real]
-        found[index[real]] = True
+        readable[index[real]] = True
     if logits is None:
         return None
-    if found.all():  # the usual case: no copy
+    if readable.all():  # the usual case; it needs no copy
         return Logits(logits, labels, torch.arange(count))
-    index = found.nonzero().squeeze(1)
+    index = readable.nonzero().squeeze(1)
     return Logits(logits[index], labels[index], index, bad_images=count - len(index))
 
 
 def rows_of(found: Logits, positions: Tensor) -> Tensor:
-    """Where in `found` the images at these positions of the split are; those that could not be read are left out."""
+    """The rows of `found` that hold the images at some positions in the split.
+
+    Args:
+        found: logits of the images that could be read.
+        positions: positions in the split [n].
+
+    Returns:
+        Row numbers, in the order of `positions`, at most n. Images that could not be read are left out.
+    """
     rows = torch.searchsorted(found.index, positions).clamp_max(len(found.index) - 1)
     return rows[found.index[rows] == positions]
 
 
 LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
-"""Files of the test and of the validation images."""
+"""Names of the files with the logits of the test images and of the validation images."""
 
 
 def save_logits(path: Path, found: Logits, key: dict[str, object]) -> Digest:
-    """[N, E, C] as fp16 below the row maximum, which is kept in fp32; `key` says what they are logits of."""
-    top = found.logits.amax(-1, keepdim=True)
+    """Write logits [N, E, C] to a file.
+
+    The maximum of each row is stored in fp32, and the differences from the maximum in fp16.
+
+    Args:
+        path: the file.
+        found: the logits.
+        key: everything on which the logits depend, such as checkpoint, images and options.
+
+    Returns:
+        Digest of the file.
+    """
+    row_max = found.logits.amax(-1, keepdim=True)
     tensors = {
-        "logits": (found.logits - top).clamp_min(torch.finfo(torch.float16).min).half(),
-        "row_max": top.squeeze(-1),
+        "logits": (found.logits - row_max).clamp_min(torch.finfo(torch.float16).min).half(),
+        "row_max": row_max.squeeze(-1),
         "labels": found.labels,
         "index": found.index,
     }
@@ -100,7 +124,16 @@ def save_logits(path: Path, found: Logits, key: dict[str, object]) -> Digest:
 
 
 def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) -> tuple[Path, Logits] | None:
-    """Logits that an earlier evaluation in this run's folder saved under the same key, in a file of that name."""
+    """Read the logits that an earlier evaluation of a run has saved under the same key.
+
+    Args:
+        run_folder: folder of the run; its subfolders are searched too.
+        key: as in `save_logits`.
+        name: name of the file.
+
+    Returns:
+        The file and its logits; None if no undamaged file has this key.
+    """
     for path in sorted(run_folder.glob(f"**/{name}")):
         try:
             check_file(path)
@@ -112,5 +145,5 @@ def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) 
                 labels, index = file.get_tensor("labels"), file.get_tensor("index")
                 return path, Logits(logits, labels, index, about["bad_images"], about["left_out"])
         except (Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged file is as good as none: the images are still there
+            continue  # a damaged file is ignored, because the logits can be computed from the images again
     return None

@@ -1,7 +1,8 @@
-"""Class frequencies of unlabelled images, found from a classifier that was made for other ones.
+"""Label shift: estimates class frequencies of unlabelled images, from a classifier trained for other frequencies.
 
-Everything here takes scores s = z/T − log p [n, C], p being the class prior of which softmax(z/T) is the posterior: the
-log likelihood of each class up to a constant of the image. The posterior under a prior q is softmax(s + log q).
+The functions take scores s = z/T − log p [n, C], where p is the class prior for which softmax(z/T) is the correct
+posterior. A score is the log likelihood of a class, up to a constant that depends only on the image. The posterior
+under a class prior q is softmax(s + log q).
 """
 
 from collections.abc import Sequence
@@ -11,27 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PSEUDO = 0.5
-"""Images of each class that a count begins with (Krichevsky and Trofimov 1981): few images say little about a class."""
+"""Pseudo-count added to the number of images of each class (Krichevsky and Trofimov 1981): no estimate becomes 0."""
 MOST, TOLERANCE = 500, 1e-5
-"""Iterations at most, and the change (sum over classes) that ends them."""
+"""Largest number of iterations; iterations stop earlier when the change, summed over classes, is below TOLERANCE."""
 INNER = 4
-"""Iterations on a batch of a stream."""
+"""Number of iterations on each batch of a stream."""
 HOTTEST = 20.0
-"""Bound of temperatures, and its inverse."""
+"""Largest temperature; the smallest one is 1 / HOTTEST."""
 
 
 def frequencies(counts: Tensor) -> Tensor:
-    """Counts [C], which need not be whole → class frequencies [C] in fp64, none of them 0."""
+    """Class frequencies [C] in fp64, all above 0, from counts of images of each class [C], which may be fractions."""
     counts = counts.double() + PSEUDO
     return counts / counts.sum()
 
 
 def maximum_likelihood(scores: Tensor) -> Tensor:
-    """argmax_q Π_i Σ_c q_c exp s_ic · Π_c q_c^½ by expectation maximisation, [C].
+    """Estimate q = argmax_q Π_i Σ_c q_c exp s_ic · Π_c q_c^½ by expectation maximisation.
 
-    q ← mean of the posteriors under q (Saerens et al. 2002; with calibrated posteriors Alexandari et al. 2020), in
-    matrix–vector products alone. The problem is concave, so the start does not matter. Every two iterations are
-    extrapolated (SQUAREM, Varadhan and Roland 2008, scheme 3) where that is the better q.
+    An iteration sets q to the mean of the posteriors under q (Saerens et al. 2002; with calibrated posteriors
+    Alexandari et al. 2020). It needs only matrix–vector products. The problem is concave, so the start value does not
+    matter. After every two iterations q is extrapolated (SQUAREM, Varadhan and Roland 2008, scheme 3), if the
+    extrapolated q has a higher objective.
+
+    Args:
+        scores: s [n, C].
+
+    Returns:
+        Class frequencies [C] in fp64.
     """
     ratios = _ratios(scores)
     prior = torch.full_like(ratios[0], 1 / ratios.shape[1])
@@ -62,52 +70,69 @@ def _log_posterior(ratios: Tensor, prior: Tensor) -> Tensor:
 
 
 def stream(scores: Tensor, batches: Sequence[Tensor]) -> Tensor:
-    """The estimate after each batch of rows [steps, C]: running sums of posteriors.
+    """Estimate class frequencies while images arrive in batches, from running sums of the posteriors.
 
-    A batch is added with the posteriors under the estimate that it leads to itself; those of earlier batches stay.
+    The posteriors of a batch are computed under the estimate that includes this batch, by fixed-point iterations. The
+    posteriors of earlier batches are not recomputed.
+
+    Args:
+        scores: s [n, C].
+        batches: rows of `scores` in each batch.
+
+    Returns:
+        The estimate after each batch, [number of batches, C] in fp64.
     """
     counts = scores.new_full((scores.shape[1],), PSEUDO)
-    found = []
+    estimates = []
     for rows in batches:
         ratios, total = _ratios(scores[rows]), counts
         for _ in range(INNER):
             total = counts + total * (ratios.T @ (1 / (ratios @ total)))
         counts = total
-        found.append(counts / counts.sum())
-    return torch.stack(found).double()
+        estimates.append(counts / counts.sum())
+    return torch.stack(estimates).double()
 
 
 def black_box(scores: Tensor, val_scores: Tensor, val_labels: Tensor) -> Tensor:
-    """q of M q = μ, where M_cy is the mean softmax(s)_c of validation images of class y, μ_c that of test images, [C].
+    """Black box shift estimation with a soft confusion matrix (Lipton et al. 2018).
 
-    Black box shift estimation with a soft confusion matrix (Lipton et al. 2018): least squares, cut at 0. The
-    validation split has images of every class.
+    It solves M q = μ by least squares and clamps q to at least 0. M_cy is the mean of softmax(s)_c over the validation
+    images of class y; μ_c is its mean over the test images.
+
+    Args:
+        scores: s of the test images [n, C].
+        val_scores: s of the validation images [m, C].
+        val_labels: labels of the validation images [m]; every class must occur.
+
+    Returns:
+        Class frequencies [C] in fp64.
     """
     classes = scores.shape[1]
-    of_class = F.one_hot(val_labels, classes).to(scores.dtype)  # [m, C]
-    confusion = val_scores.softmax(1).T @ (of_class / of_class.sum(0))  # M [C, C]
+    one_hot = F.one_hot(val_labels, classes).to(scores.dtype)  # [m, C]
+    confusion = val_scores.softmax(1).T @ (one_hot / one_hot.sum(0))  # M [C, C]
     mean = scores.softmax(1).mean(0)
-    found = torch.linalg.lstsq(confusion.double(), mean.double().unsqueeze(1), driver="gelsd").solution.squeeze(1)
-    found = found.clamp_min(0)
-    return frequencies(len(scores) * found / found.sum())
+    solution = torch.linalg.lstsq(confusion.double(), mean.double().unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    solution = solution.clamp_min(0)
+    return frequencies(len(scores) * solution / solution.sum())
 
 
 def temperature(logits: Tensor, shift: Tensor, labels: Tensor) -> float:
-    """T > 0 with the least mean of −log softmax(z/T + b)_y (Guo et al. 2017), which is convex in 1/T.
+    """Temperature scaling: the T > 0 that minimises the mean of −log softmax(z/T + b)_y (Guo et al. 2017).
 
-    Newton's method between bounds that close in.
+    The objective is convex in 1/T. It is minimised by Newton's method, safeguarded by bisection of shrinking bounds.
 
     Args:
-        logits: z [n, C]; labels: y [n].
-        shift: b [C], log of the labels' class frequencies over those that the logits assume.
+        logits: z [n, C].
+        shift: b [C], log of (class frequencies of the labels / class frequencies that the logits assume).
+        labels: y [n].
     """
     logits = (logits - logits.amax(1, keepdim=True)).double()
-    own = logits.gather(1, labels.unsqueeze(1)).mean()
+    label_logit = logits.gather(1, labels.unsqueeze(1)).mean()
     low, high, inverse = 1 / HOTTEST, HOTTEST, 1.0
     for _ in range(60):
         posterior = (inverse * logits + shift).softmax(1)
         mean = (posterior * logits).sum(1)
-        slope = float(mean.mean() - own)
+        slope = float(mean.mean() - label_logit)
         curve = float(((posterior * logits.square()).sum(1) - mean.square()).mean())
         low, high = (low, inverse) if slope > 0 else (inverse, high)
         new = inverse - slope / max(curve, 1e-12)
@@ -119,5 +144,5 @@ def temperature(logits: Tensor, shift: Tensor, labels: Tensor) -> float:
 
 
 def kl(true: Tensor, found: Tensor) -> float:
-    """KL(true ‖ found) of two class frequencies [C]."""
+    """KL(true ‖ found) in nats, of true and estimated class frequencies [C]."""
     return float(torch.xlogy(true, true / found).sum())

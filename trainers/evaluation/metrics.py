@@ -1,4 +1,4 @@
-"""Metrics of a long-tailed test, from fp32 logits; percentages 0–100, None where there is nothing to measure."""
+"""Metrics of a long-tailed test, from fp32 logits. Percentages are 0–100; None means that no image was available."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,23 +13,27 @@ from tailtune.datasets.long_tail import SHOT_GROUPS
 Metrics = dict[str, Any]
 
 FLOOR = 1e-3
-"""In the harmonic mean a class accuracy (%) below this counts as this, as in LIFT; else one zero would hide all."""
+"""Lower bound of a class accuracy (%) in the harmonic mean, as in LIFT. Without it one class at 0 would make it 0."""
 
 
 def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Metrics:
-    """All metrics of one test set.
+    """Compute all metrics of one test set.
 
     Args:
-        logits: [N, C] fp32.
-        labels: [N].
-        groups: `many`, `med`, `few` → class indices. A group's accuracy is the mean over its classes in the test set.
+        logits: logits of the images [N, C], fp32.
+        labels: labels of the images [N].
+        groups: `many`, `med`, `few` → class indices. The accuracy of a group is the mean of the accuracies of those of
+            its classes that occur in the test set.
+
+    Returns:
+        Name of a metric → value. `nll` is in nats; `calibration` is a dictionary, see the function of that name.
     """
     count = logits.shape[1]
     logits, predictions = logits.float(), logits.argmax(-1)
     stats = multiclass_stat_scores(predictions, labels, count, average=None).double()  # [C, 5]
     true_positive, false_positive, _, false_negative, support = stats.unbind(1)
     present = support > 0
-    recall = 100 * true_positive / support  # NaN for an absent class, which nothing below reads
+    recall = 100 * true_positive / support  # NaN for an absent class; the code below reads only present classes
     f1 = 200 * true_positive / (2 * true_positive + false_positive + false_negative)
     accuracy = float(100 * true_positive.sum() / support.sum())
     confidence = logits.softmax(-1).amax(-1), predictions == labels
@@ -45,45 +49,54 @@ def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Me
         "ece": 100 * calibration_error(*confidence),
         "calibration": calibration(*confidence),
         "nll": float(F.cross_entropy(logits, labels)),
-        "per_class_acc": [float(each) if there else None for each, there in zip(recall, present, strict=True)],
+        "per_class_acc": [float(value) if known else None for value, known in zip(recall, present, strict=True)],
     }
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 10) -> float:
-    """Σ_b n_b/N · |accuracy_b − confidence_b| over equal bins (a, b], the first one with 0, as LIFT.
+    """Expected calibration error Σ_b n_b/N · |accuracy_b − confidence_b| over bins of equal width, as in LIFT.
 
-    torchmetrics' bins are [a, b): there a confidence on an edge counts in the bin above, and one of exactly 1, which a
-    scale of 100 makes common, in a bin of its own.
+    A bin is the interval (a, b]; the first bin also contains 0. The bins of torchmetrics are [a, b) instead: a
+    confidence on an edge belongs to the bin above, and a confidence of exactly 1 to an extra bin. Confidences of
+    exactly 1 are common with logits that are scaled by 100.
 
     Args:
-        confidence: [N] in 0 … 1.
-        correct: [N] bool.
+        confidence: probability of the predicted class [N], 0 to 1.
+        correct: whether the prediction is correct [N], bool.
+        bins: number of bins.
+
+    Returns:
+        The error, 0 to 1.
     """
     _, hits, confidences = _binned(confidence, correct, bins)
     return float((hits - confidences).abs().sum()) / len(confidence)
 
 
 def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> Metrics:
-    """The reliability diagram of MisLAS and H2T, and its expected and largest gap; None for a bin without samples.
+    """The reliability diagram of MisLAS and H2T, with its expected (`ece`) and maximum (`mce`) calibration error in %.
 
     Args:
-        confidence, correct: as of `calibration_error`.
+        confidence, correct, bins: as in `calibration_error`.
+
+    Returns:
+        Both errors, and for each bin the number of samples, the accuracy and the mean confidence in %. The last two are
+        None for a bin without samples.
     """
     counts, hits, confidences = _binned(confidence, correct, bins)
     gaps = 100 * (hits - confidences).abs()
-    there = counts > 0
+    filled = counts > 0
     return {
         "bins": bins,
         "ece": float(gaps.sum() / len(confidence)),
-        "mce": float((gaps[there] / counts[there]).max()),
-        "counts": [int(each) for each in counts],
+        "mce": float((gaps[filled] / counts[filled]).max()),
+        "counts": [int(count) for count in counts],
         "accuracy": _percent(hits, counts),
         "confidence": _percent(confidences, counts),
     }
 
 
 def _binned(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, sum of hits and sum of confidences of the samples in each of equal bins (a, b], fp64 [bins]."""
+    """Number, sum of hits and sum of confidences of the samples in each bin (a, b] of equal width, fp64 [bins]."""
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
     index = (torch.bucketize(confidence.double(), edges) - 1).clamp(0, bins - 1)
     sums = torch.zeros(3, bins, dtype=torch.float64, device=confidence.device)
@@ -93,9 +106,9 @@ def _binned(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Ten
 
 
 def _percent(sums: Tensor, counts: Tensor) -> list[float | None]:
-    return [float(100 * each / count) if count else None for each, count in zip(sums, counts, strict=True)]
+    return [float(100 * value / count) if count else None for value, count in zip(sums, counts, strict=True)]
 
 
 def _mean(values: Tensor, classes: Tensor, present: Tensor) -> float | None:
-    chosen = values[classes][present[classes]]
-    return float(chosen.mean()) if len(chosen) else None
+    of_group = values[classes][present[classes]]
+    return float(of_group.mean()) if len(of_group) else None

@@ -1,7 +1,8 @@
-"""TARGETS: predictions for a test set of any class frequencies, from the logits of one model.
+"""TARGETS: adjusts the logits of one model to the class frequencies of a test set, which are given or estimated.
 
-With p the class prior of which softmax(z/T) is the posterior (`Method.assumed_prior`: the loss may have taken the
-training prior off already) and q the one that is aimed at, z' = z/T + log q − log p. T comes from the validation split.
+The adjusted logits are z' = z/T + log q − log p. p is the class prior for which softmax(z/T) is the correct posterior
+(`Method.assumed_prior`; it depends on the loss). q is the target prior. The temperature T is fitted on the validation
+split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,14 +33,14 @@ from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods.base import Method, combine
 
 ENTRY = "target_prior"
-"""Its name among the predictors of a distribution."""
+"""Key of these results among the predictors of a distribution in metrics.json."""
 NEVER = 1e-12
-"""What a class that never comes counts as, so that every logarithm is finite."""
+"""Lower bound of a class frequency, so that its logarithm is finite."""
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Class frequencies that predictions are made for."""
+    """The choice of the target prior."""
 
     target_prior: str | None = option(
         None,
@@ -61,29 +62,34 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class Case:
-    """A test distribution, and what its class frequencies may be found from."""
+    """A test distribution, and the data from which its class frequencies may be estimated."""
 
     name: str
     scores: Tensor
     """z/T − log p of its images, [n, C]."""
     labels: Tensor
-    """[n], for the oracle alone."""
+    """Labels of its images [n]; only the metrics and the oracle `known` may read them."""
     train: Tensor
     """Class frequencies of the training images, [C]."""
     val: tuple[Tensor, Tensor] | None
-    """Scores and labels of the validation images."""
+    """Scores [m, C] and labels [m] of the validation images; None without validation images."""
     batch_size: int
+    """Number of images in a batch of an online estimate."""
     seed: int
+    """Random seed of the order of the images in an online estimate."""
 
 
 class Found(NamedTuple):
-    """Class frequencies: the ones found in the end [C], and those that each image is predicted by, [n, C] or [1, C]."""
+    """A target prior."""
 
     prior: Tensor
+    """The final class frequencies [C]."""
     used: Tensor
+    """The class frequencies with which each image is predicted [n, C], or [1, C] if they are equal for all images."""
 
 
 Target = Callable[[Case], Found]
+"""A test distribution → its target prior."""
 
 
 def _fixed(prior: Tensor) -> Found:
@@ -121,7 +127,7 @@ def _estimate_bbse(case: Case) -> Found:
 
 
 def _estimate_online(case: Case) -> Found:
-    """Each image by what is known right after its batch, as adapt's streams."""
+    """Predict each image with the estimate after its own batch, as `adapt sade_online` does."""
     draws = generator(case.seed, ENTRY, case.name)
     batches = torch.randperm(len(case.scores), generator=draws).split(case.batch_size)
     priors = stream(case.scores, batches)
@@ -143,20 +149,20 @@ TARGETS: Mapping[str, Target] = {
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """What `target_prior` asks for."""
+    """The settings of `target_prior`, read from the config."""
 
     name: str
     """Entry of TARGETS, a distribution such as `forward50`, or a JSON file."""
     calibrate: bool
     batch_size: int
-    """Images of a step of an online estimate."""
+    """Number of images in a batch of an online estimate."""
     seed: int
     factors: Mapping[str, float]
     """The option `shift_factors`."""
     folders: Sequence[Path]
-    """Where a file may lie."""
+    """Folders in which a JSON file is searched."""
     class_order: Callable[[DataInfo], np.ndarray]
-    """Facts of the data → classes, the most frequent first, [C]."""
+    """Properties of the data → class indices, the most frequent class first [C]."""
     assumes: Callable[[Tensor], Tensor]
     """Log prior that the method assumes [E, C] → that of the logits, which an ensemble may have changed."""
     may_have_val: bool
@@ -164,7 +170,7 @@ class TargetPlan:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "TargetPlan | None":
-        """Of a resolved config; None where it aims at nothing."""
+        """Read the settings from a resolved config; None if `target_prior` is none."""
         if cfg.target_prior is None:
             return None
         return cls(
@@ -186,10 +192,12 @@ class TargetPlan:
 
 
 def target_of(plan: TargetPlan, info: DataInfo, names: Sequence[str] | None = None) -> Target:
-    """The target of a plan; reads a file where it names one.
+    """The function that finds the target prior; reads the JSON file if the plan names one.
 
     Args:
-        names: of the classes, as a file may name them; None: they are not known yet.
+        plan: the settings.
+        info: properties of the data.
+        names: names of the classes, which a file may use as keys; None: not known yet.
 
     Raises:
         UserError: an unknown name, or a file that does not fit the classes.
@@ -213,7 +221,7 @@ def target_of(plan: TargetPlan, info: DataInfo, names: Sequence[str] | None = No
 
 
 def check_target(plan: TargetPlan | None, info: DataInfo) -> None:
-    """Refuse a `target_prior` that cannot be, without images or weights."""
+    """Raise a `UserError` if `target_prior` is not possible for this run. This needs neither images nor weights."""
     if plan is None:
         return
     target_of(plan, info)
@@ -230,28 +238,28 @@ def add_target_results(
     info: DataInfo,
     results: Results,
 ) -> list[str]:
-    """Add what `target_prior` makes of each distribution to `results`; returns what a reader has to know.
+    """Add the results of `target_prior` to the predictors of each distribution in `results`; returns warnings.
 
     Args:
-        method: of the trained run; meta tensors will do.
-        found, val: logits of test and validation images.
+        method: method of the trained run; it may lie on the meta device.
+        found, val: logits of the test and of the validation images.
     """
     target = target_of(plan, info, info.class_names)
     assumed = plan.assumes(method.assumed_prior().cpu())
-    prior, hot, notes = assumed.mean(0).log_softmax(0), 1.0, []  # log p [C] of the mean of the experts
+    prior, hot, notes = assumed.mean(0).log_softmax(0), 1.0, []  # log p [C] of the mean of the experts; T
     validation = None
     if val is not None:
-        own = combine(val.logits)
-        have = frequencies(torch.bincount(val.labels, minlength=own.shape[1]))
-        hot = temperature(own, have.log() - prior, val.labels) if plan.calibrate else 1.0
-        validation = (own / hot - prior.float(), val.labels)
+        val_logits = combine(val.logits)
+        val_frequencies = frequencies(torch.bincount(val.labels, minlength=val_logits.shape[1]))
+        hot = temperature(val_logits, val_frequencies.log() - prior, val.labels) if plan.calibrate else 1.0
+        validation = (val_logits / hot - prior.float(), val.labels)
     elif plan.calibrate:
         notes.append("target_prior: uncalibrated, for the run kept no validation images (train with val_per_class)")
     if plan.name == "known":
         notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
     scores = combine(found.logits) / hot - prior.float()
     common = (method.log_prior.exp().cpu(), validation, plan.batch_size, plan.seed)
-    for distribution in (each for each in distributions if each.name in results):
+    for distribution in (candidate for candidate in distributions if candidate.name in results):
         rows = rows_of(found, distribution.positions)
         case = Case(distribution.name, scores[rows], found.labels[rows], *common)
         predictors, answer = results[distribution.name]["predictors"], target(case)
@@ -268,6 +276,6 @@ def add_target_results(
 
 
 def _counted(case: Case) -> Tensor:
-    """Class frequencies of the labels, [C]."""
+    """Class frequencies of the labels of a test distribution, [C] in fp64."""
     counts = torch.bincount(case.labels, minlength=len(case.train)).double()
     return counts / counts.sum()

@@ -1,6 +1,7 @@
-"""TEST_TIME: from the images of a batch to the views whose logits are averaged; and predict functions of a method.
+"""TEST_TIME: test-time augmentation, which averages the logits of several views of each test image.
 
-The transform that feeds each of them is chosen by `datasets.build_data`.
+The module also makes the predict functions of a method. `datasets.build_data` chooses the image transform that fits the
+mode.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,22 +19,29 @@ from tailtune.trainers.methods.base import Method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 Cut = Callable[[Tensor | list[Tensor], int], Tensor]
-"""Images of a batch, side of the crops → views [V, B, 3, R, R], uint8 on the device."""
+"""(images of a batch, side R of the crops in pixels) → views [V, B, 3, R, R], uint8 on the device."""
 
 AT_ONCE = 5
-"""Views of an image in one forward, so that memory does not grow with their number."""
+"""Number of views of an image in one forward pass. It bounds the memory, however many views there are."""
 
 
 NARROW = 0.8
-"""Side of a crop over side of the image, below which it is worth saying. LIFT has 0.9 at 224 pixels, 0.82 at least."""
+"""If the side of a crop is less than this share of the image's side, a warning is given. In LIFT the share is 0.9 at
+224 pixels and never below 0.82."""
 
 
 def warnings_of(mode: str, resolution: int, expand: int, augment: str) -> Iterator[str]:
-    """What a reader of a result of `tte` has to know: views that do not look like the images that it was trained on.
+    """Warnings about views of `tte` that look different from the training images.
 
-    1.5 patches, the default of `expand`, are little of 224 pixels and much of 32. Small images are mostly drawn or cut
-    so that the object fills the frame, and a corner of one shows another digit, or none: the embedded CLIP on digits_lt
-    loses 16 points with expand 12, 1.4 with 6, and 0.4 with 3.
+    The default of `expand`, 1.5 patches, is a small margin for images of 224 pixels and a large one for 32 pixels. In
+    small images the object often fills the frame, so that a corner crop cuts it off. On digits_lt, the embedded CLIP
+    loses 16 percentage points of accuracy with expand 12, 1.4 with 6, and 0.4 with 3.
+
+    Args:
+        mode: entry of TEST_TIME.
+        resolution: side of the crops, in pixels.
+        expand: number of pixels by which the image is larger than its crops.
+        augment: name of the training transform.
     """
     share = resolution / (resolution + expand)
     if mode != "randaug" and share < NARROW:
@@ -47,7 +55,7 @@ def warnings_of(mode: str, resolution: int, expand: int, augment: str) -> Iterat
 
 
 def drawn(images: Tensor | list[Tensor], size: int) -> Tensor:
-    """Training crops, which the loader drew, [B, V, 3, R, R]."""
+    """Random training crops, which the loader has already made: [B, V, 3, R, R] → [V, B, 3, R, R]."""
     assert isinstance(images, Tensor)
     return images.transpose(0, 1)
 
@@ -55,7 +63,7 @@ def drawn(images: Tensor | list[Tensor], size: int) -> Tensor:
 TEST_TIME: dict[str, Cut] = {
     "fivecrop": five_crop,
     "tencrop": ten_crop,
-    "randaug": drawn,  # LIFT's name; draws of the run's own `augment`, not RandAugment (Cubuk et al. 2020)
+    "randaug": drawn,  # LIFT's name. The crops are made by the run's `augment`, not by RandAugment (Cubuk et al. 2020)
 }
 
 
@@ -88,7 +96,7 @@ class TestTimeOptions:
 
 
 def prepare(method: Method, test_prec: str) -> None:
-    """Eval mode, in the arithmetic of `test_prec`."""
+    """Put a method into eval mode and into the arithmetic of `test_prec`, an entry of PRECISIONS."""
     precision = PRECISIONS[test_prec]
     method.eval()
     method.model.set_precision(precision.compute)
@@ -97,7 +105,7 @@ def prepare(method: Method, test_prec: str) -> None:
 
 
 def plain(method: Method) -> Predict:
-    """One centre crop, as the loader cut it."""
+    """Predict one centre crop of each image, which the loader has made: [B, 3, R, R] → [B, E, C]."""
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         assert isinstance(images, Tensor)
@@ -107,12 +115,12 @@ def plain(method: Method) -> Predict:
 
 
 def logits_of_views(method: Method, views: Tensor) -> Tensor:
-    """[A, B, 3, R, R] → [A, B, E, C]."""
+    """Expert logits of views [A, B, 3, R, R], computed as one batch: [A, B, E, C]."""
     return method.expert_logits(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
 def separate(method: Method) -> Predict:
-    """Every view of an image on its own: [B, V, 3, R, R] → [B, V, E, C]."""
+    """Predict every view of an image separately: [B, V, 3, R, R] → [B, V, E, C]."""
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         assert isinstance(images, Tensor)
@@ -122,12 +130,18 @@ def separate(method: Method) -> Predict:
 
 
 def averaged(method: Method, mode: str, size: int) -> Predict:
-    """Mean of the logits over the views of `mode`, an entry of TEST_TIME."""
+    """Predict the mean of the expert logits over the views of an image: images of a batch → [B, E, C].
+
+    Args:
+        method: the trained method, in eval mode.
+        mode: entry of TEST_TIME.
+        size: side R of the crops, in pixels.
+    """
     cut = lookup(TEST_TIME, mode, "tte_mode")
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
         views = cut(images, size)  # [V, B, 3, R, R]
-        logits = [logits_of_views(method, some) for some in views.split(AT_ONCE)]
-        return torch.cat(logits).nanmean(0)  # of [V, B, E, C]; a view has asked some experts, or all
+        logits = [logits_of_views(method, part) for part in views.split(AT_ONCE)]
+        return torch.cat(logits).nanmean(0)  # of [V, B, E, C]; NaN where an expert did not predict a view
 
     return predict

@@ -1,4 +1,4 @@
-"""Trained tensors mixed with each other: a run's start with its end, several runs (for `ensemble` wise and soup)."""
+"""Averages of weights: of a run's initial and final weights, or of several runs (`ensemble` wise and soup)."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,10 @@ log = logging.getLogger("tailtune")
 
 
 def wise(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
-    """θ = (1 − α) θ₀ + α θ₁, from the run's start to its end (WiSE-FT: Wortsman et al., CVPR 2022, section 3)."""
+    """WiSE-FT (Wortsman et al., CVPR 2022, section 3): θ = (1 − α) θ₀ + α θ₁, α = `ensemble_alpha`.
+
+    θ₀ are the initial and θ₁ the final weights of the run.
+    """
     alpha, first, last = run.cfg.ensemble_alpha, beginning(run), trained_state(run.method)
     mix(run.method, lambda name: torch.lerp(first[name].to(last[name]), last[name], alpha), [first])
     log.info("wise: %g of the way from the run's start to its end", alpha)
@@ -39,42 +42,50 @@ def wise(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
 
 
 def soup(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
-    """θ = mean of θ_r over this run and those of `ensemble_runs` (uniform soup: Wortsman et al., ICML 2022)."""
-    own = copied(run.method)
+    """Uniform soup (Wortsman et al., ICML 2022): the mean of the weights of this run and those of `ensemble_runs`."""
+    weights = copied(run.method)
     others = []
     for folder in run.folder.soup:
         load_checkpoint(folder / "checkpoint", run.method, run.data.info.class_names, run.base)
         others.append(copied(run.method))
-    copy_state(run.method, own, "", "")
-    mix(run.method, lambda name: torch.stack([each[name].double() for each in (own, *others)]).mean(0), others)
+    copy_state(run.method, weights, "", "")
+    mix(run.method, lambda name: torch.stack([state[name].double() for state in (weights, *others)]).mean(0), others)
     log.info("a soup of %d runs", 1 + len(others))
     return run.method, {}
 
 
 @torch.no_grad()
 def mix(method: Method, value: Callable[[str], Tensor], others: Sequence[Mapping[str, Tensor]]) -> None:
-    """Put mixed values into the floating-point tensors of a checkpoint; its whole numbers stay as they are.
+    """Replace the trained floating-point tensors of a method in place. Integer tensors are not changed.
+
+    Args:
+        method: the method.
+        value: name of a tensor → its new value.
+        others: trained tensors of the other runs. Their integer tensors must equal those of `method`.
 
     Raises:
-        UserError: the others train weights at other positions (`mask`), so that their values do not belong together.
+        UserError: an integer tensor differs. For `mask`, the runs then train weights at different positions, and their
+            weights cannot be averaged.
     """
-    own = trained_state(method)
-    for name, each in own.items():
-        if each.is_floating_point():
-            each.copy_(value(name))
-        elif not name.endswith("num_batches_tracked") and any((other[name] != each).any() for other in others):
+    for name, tensor in trained_state(method).items():
+        if tensor.is_floating_point():
+            tensor.copy_(value(name))
+        elif not name.endswith("num_batches_tracked") and any((other[name] != tensor).any() for other in others):
             raise UserError(f"ensemble: {name} differs between the runs; it takes runs of one mask_seed and mask_ratio")
 
 
 def copied(method: Method) -> dict[str, Tensor]:
-    return {name: each.clone() for name, each in trained_state(method).items()}
+    """Copies of the trained tensors of a method, by name."""
+    return {name: tensor.clone() for name, tensor in trained_state(method).items()}
 
 
 def beginning(run: FinishedRun) -> dict[str, Tensor]:
-    """What the run trained, as it was before the first step: made anew from its own config and seed.
+    """The trained tensors of a run as they were before its first step, by name.
+
+    They are computed again from the config and the seed of the run.
 
     Raises:
-        UserError: its head began at random, or where it began cannot be told.
+        UserError: the head was initialised at random, or the initial weights cannot be reproduced.
     """
     if run.folder.foreign is not None:
         raise UserError(f"ensemble wise: {run.folder.origin} does not tell where its training began")
@@ -85,7 +96,7 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
     method, base = fresh_method(cfg, data.info, run.accelerator.device)
     check_base(run.folder.source, read_json(run.folder.source / FACTS), base)
     prepare_head(method, data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
-    fresh = [each.clone() for each in method.model.head.parameters()]
+    fresh = [parameter.clone() for parameter in method.model.head.parameters()]
     if cfg.after is not None:
         facts = read_json(run.folder.source / FACTS)
         earlier = facts.get("after", "")

@@ -1,4 +1,4 @@
-"""The zero-shot classifier beside a trained one: their logits together (for `ensemble` logits and gla)."""
+"""Ensembles of a trained method and the zero-shot classifier, which add up their logits (`ensemble` logits and gla)."""
 
 import logging
 from collections.abc import Callable
@@ -19,15 +19,17 @@ from tailtune.trainers.storage.checkpoint import check_base
 from tailtune.trainers.storage.manifest import read_json
 
 SOME = 512
-"""Images that are in double precision together."""
+"""Number of images whose probabilities are converted to fp64 at a time."""
 log = logging.getLogger("tailtune")
 
 
 class WithZeroShot(Method):
-    """A trained method, every expert of which is joined with the zero-shot classifier of the same CLIP.
+    """A trained method in which the logits of every expert are combined with those of the zero-shot classifier.
 
     Args:
-        join: expert logits z [B, E, C], zero-shot logits z_zs [B, 1, C] → [B, E, C].
+        trained: the trained method.
+        zero_shot: the zero-shot classifier of the same CLIP model.
+        join: (expert logits z [B, E, C], zero-shot logits z_zs [B, 1, C]) → combined logits [B, E, C].
     """
 
     def __init__(self, trained: Method, zero_shot: Method, join: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -48,23 +50,24 @@ class WithZeroShot(Method):
 
 
 def logits(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
-    """α z + (1 − α) z_zs."""
+    """Weighted sum α z + (1 − α) z_zs of trained and zero-shot logits, with α = `ensemble_alpha`."""
     alpha = run.cfg.ensemble_alpha
     return WithZeroShot(run.method, zero_shot(run), lambda z, other: alpha * z + (1 - alpha) * other), {}
 
 
 def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
-    """(z − log p) + (z_zs − log π), p the prior that each expert's z assumes, π that of the pre-training.
+    """Generalized Logit Adjustment (Zhu et al., NeurIPS 2023, section 4): (z − log p) + (z_zs − log π).
 
-    Generalized Logit Adjustment (Zhu et al., NeurIPS 2023, section 4): both are freed from the class frequencies that
-    they saw, and then count alike. π comes from the run's training images, which the zero-shot classifier has not seen.
+    p is the class prior that the trained logits z of an expert assume. π is the class prior that the zero-shot logits
+    z_zs assume from pre-training. Both logits are corrected for their prior and then added with equal weight. π is
+    estimated from the run's training images, on which the zero-shot classifier was not trained.
     """
     method, accelerator = zero_shot(run), run.accelerator
     log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.train_unaugmented))
-    found = infer(
+    train_logits = infer(
         test_time.plain(method), run.data.train_unaugmented, accelerator, run.cfg.test_batch_size, run.cfg.num_workers
     )
-    prior = on_main(accelerator, lambda: _prior_of(found))
+    prior = on_main(accelerator, lambda: _prior_of(train_logits))
     bias = outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior  # [E, C]
     bias = bias.float().to(accelerator.device)
     return WithZeroShot(run.method, method, lambda z, other: z + other - bias), {
@@ -78,10 +81,10 @@ def _prior_of(found: Logits | None) -> Tensor:
 
 
 def zero_shot(run: FinishedRun) -> Method:
-    """The zero-shot classifier of the run's backbone and prompt, ready to predict.
+    """Load the zero-shot classifier of the run's backbone and prompt, ready to predict.
 
     Raises:
-        UserError: its text encoder is not the one that made the run's head.
+        UserError: the pre-trained weights are not those from which the run started.
     """
     cfg, home = zero_shot_of(run.cfg), run.folder.source
     fresh = fresh_method(cfg, run.data.info, run.accelerator.device)
@@ -93,7 +96,7 @@ def zero_shot(run: FinishedRun) -> Method:
 
 
 def zero_shot_of(cfg: CfgNode) -> CfgNode:
-    """The config of that classifier: what a run adds to its backbone is left out."""
+    """The config of the zero-shot classifier of a run: options of what the run adds to the backbone get defaults."""
     cfg = cfg.clone()
     cfg.defrost()
     left_out = {key: entry.default for key, entry in schema_of(cfg).items() if not entry.zero_shot}
@@ -103,20 +106,25 @@ def zero_shot_of(cfg: CfgNode) -> CfgNode:
 
 
 def pretraining_prior(logits: Tensor, labels: Tensor) -> Tensor:
-    """log π = argmin over log q of the class-balanced risk of CE(z − log q, y), fp64 [C] (Zhu et al. 2023, section 4).
+    """Estimate the class prior of pre-training (Zhu et al. 2023, section 4).
 
-    Logits z of p(y | x) under the prior π become those of a uniform one where log π is taken off, which is what the
-    balanced risk rewards. In log q it is convex, and a constant changes nothing: so the simplex, for which the
-    authors' code has multipliers and 1000 steps of SGD, needs a log-softmax at the end. The minimum is finite, since
-    every class that is there would lose without bound. A class without images gets the mean of log q.
+    log π is the log q that minimises the class-balanced risk of CE(z − log q, y). If z are the logits of p(y | x) under
+    the prior π, then z − log π are the logits under a uniform prior, which minimise the balanced risk.
+
+    The risk is convex in log q and does not change when a constant is added to log q. A log-softmax at the end
+    therefore gives a q that sums to 1; the authors' code uses Lagrange multipliers and 1000 steps of SGD instead. The
+    minimum is finite, because the risk grows without bound when the log q of any class with images does.
 
     Args:
-        logits: [N, C], of a model that has not learnt from these images.
-        labels: [N].
+        logits: z [N, C], of a model that was not trained on these images.
+        labels: y [N].
+
+    Returns:
+        log π [C] in fp64. A class without images gets the mean of log q over the other classes.
     """
     counts = labels.bincount(minlength=logits.shape[1])
     seen = (counts > 0).nonzero().squeeze(1)
-    weights = 1 / (len(seen) * counts.double())  # of an image of each class
+    weights = 1 / (len(seen) * counts.double())  # weight of an image of each class [C]
     pairs = zip(logits.split(SOME), labels.split(SOME), strict=True)
     chunks = [(z[:, seen].softmax(1), weights[y]) for z, y in pairs]
     bias = torch.zeros(len(seen), dtype=torch.float64)  # b = −log q
@@ -124,7 +132,7 @@ def pretraining_prior(logits: Tensor, labels: Tensor) -> Tensor:
     optimizer = exact([bias], max_iter=500, history_size=20)
 
     def risk() -> Tensor:
-        """Σ_i w_i (log Σ_c p_ic e^{b_c} − b_y), which is the risk of z + b up to a constant, and its slope."""
+        """Σ_i w_i (log Σ_c p_ic e^{b_c} − b_y), the risk of z + b up to a constant; also sets the gradient of b."""
         factors, value, slope = bias.exp(), -bias.mean(), torch.full_like(bias, -1 / len(seen))
         for p, w in chunks:
             p = p.double()

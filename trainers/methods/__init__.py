@@ -1,4 +1,4 @@
-"""METHODS: name → method. A method is one file here and one line in the table."""
+"""METHODS: name → training method. Each method has its own file in this folder and one line in the table."""
 
 from dataclasses import replace
 
@@ -41,7 +41,16 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(cfg: CfgNode, model: ClassificationModel, info: DataInfo) -> Method:
-    """The method of a config around a model."""
+    """Build the method of a config around a model.
+
+    Args:
+        cfg: the resolved config.
+        model: the model that the method trains.
+        info: properties of the training data.
+
+    Raises:
+        UserError: an unknown method or loss, or options that do not fit the method.
+    """
     objective = Objective(
         class_counts=info.class_counts,
         loss=_loss(cfg),
@@ -71,7 +80,7 @@ def _loss(cfg: CfgNode) -> Loss:
 
 
 def _epochs(cfg: CfgNode, images: int) -> int:
-    """Epochs that a run on so many training images trains in, the last one in part where `max_steps` ends it."""
+    """Number of epochs that a run on `images` training images begins; `max_steps` can end the last one early."""
     per_epoch = -(-images // cfg.batch_size)
     begun = cfg.num_epochs if cfg.max_steps is None else -(-cfg.max_steps // per_epoch)
     return 0 if cfg.zero_shot else min(cfg.num_epochs, begun)
@@ -80,7 +89,7 @@ def _epochs(cfg: CfgNode, images: int) -> int:
 def _make(
     cfg: CfgNode, name: str, key: str, model: ClassificationModel, objective: Objective, around: tuple[str, ...] = ()
 ) -> Method:
-    """A method, and the one that it wraps, around the same model; `around` names those that wrap it."""
+    """Build a method and the inner method that it wraps, around one model; `around` names the methods that wrap it."""
     kind = lookup(METHODS, name, key)
     if name in around:
         raise UserError(f"{key} {name}: method {name} would wrap itself; name another")

@@ -1,4 +1,4 @@
-"""What a method is: model + objective in one module, which is what Accelerate wraps."""
+"""`Method`, the base class of training methods: a module that holds model and objective, and that Accelerate wraps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,27 +21,27 @@ __all__ = ["Batch", "Earlier", "Method", "NoOptions", "Objective", "Step", "comb
 
 @dataclass(frozen=True)
 class Earlier:
-    """The finished run that `after` names, for the method of the run that follows."""
+    """The finished run that the option `after` names, as the method of the following run sees it."""
 
     fresh: bool
-    """This run has just begun; else it resumes, and has what it took over already."""
+    """Whether the following run has just begun. If False it resumes, and its state already holds what it took over."""
     tensors: Callable[[], dict[str, Tensor]]
-    """The tensors that it trained, by name; raises a `UserError` for another base model or other classes than here."""
+    """→ tensors that the earlier run trained, by name. Raises a `UserError` if its base model or classes differ."""
     method: Callable[[], "Method"]
-    """The trained method of that run: frozen, in eval mode, on the device."""
+    """→ the trained method of the earlier run: frozen, in eval mode, on the device."""
 
 
 class Method(StagedModule):
-    """Base of all methods; on its own it trains a classifier with one loss on the mean of its experts' logits.
+    """Base class of all methods. By itself it trains a classifier with one loss on the mean of the experts' logits.
 
-    A new method usually overrides `loss`, which takes the experts' logits. One that needs more than logits overrides
-    `forward`. Other code asks a method what it is by the properties below, never by its class; a subclass answers
-    with a class attribute or a property of that name. Two facts are asked of the class, before a model is built.
+    A new method usually overrides `loss`, which gets the experts' logits. A method whose loss needs more than logits
+    overrides `forward`. Other code reads the properties below and never tests for a class; a subclass overrides them
+    by a property or a class attribute. Two of them are class attributes, since they are read before a model is built.
 
     Class attributes:
-        Options: dataclass; its fields are the options `<method>.<field>`, texts in `metadata["doc"]`.
-        depends_on_batch: the loss of an image depends on the images that share its micro-batch.
-        continues_from_earlier_run: the method needs a finished run, which `after` names.
+        Options: dataclass; its fields are the options `<method>.<field>`, with their texts in `metadata["doc"]`.
+        depends_on_batch: whether the loss of an image depends on the other images of its micro-batch.
+        continues_from_earlier_run: whether the method needs a finished run, which `after` names.
     """
 
     Options: type = NoOptions
@@ -66,55 +66,56 @@ class Method(StagedModule):
 
     @property
     def asks_every_expert(self) -> bool:
-        """Whether every expert predicts every image; if not, `expert_logits` holds NaN for the others."""
+        """Whether every expert computes every image. If not, `expert_logits` holds NaN for skipped experts."""
         return True
 
     @property
     def changes_head_logits(self) -> bool:
-        """Whether `head_logits` returns something else than the logits of the heads."""
+        """Whether `head_logits` changes the logits of the heads."""
         return False
 
     @property
     def loss_needs_images(self) -> bool:
-        """Whether `loss` reads the images of the batch, not their logits alone."""
+        """Whether `loss` reads the images of the batch in addition to their logits."""
         return False
 
     @property
     def takes_image_pairs(self) -> bool:
-        """Whether a batch needs a second image beside each, `partner`, which `pair_sampler` chooses."""
+        """Whether a batch needs a second image for each image, `partner`, which `pair_sampler` chooses."""
         return False
 
     @property
     def can_be_wrapped(self) -> bool:
-        """Whether `loss`, `head_logits` and `aggregate` are all of it, so that a `Wrapper` may run the model itself.
+        """Whether `loss`, `head_logits` and `aggregate` define the method, so that a `Wrapper` may run the model.
 
-        A method that overrides `forward` or `expert_logits` says False.
+        This must be False in a method that overrides `forward` or `expert_logits`.
         """
         return True
 
     @property
     def starts_where_earlier_run_ended(self) -> bool:
-        """Whether the run that `after` names, if any, gives the weights to start from; a teacher does not."""
+        """Whether the weights of the run that `after` names are the initial weights; False if that run is a teacher."""
         return True
 
     def discards(self, name: str) -> bool:
-        """Whether this method has no use for a tensor, by its name, that the earlier run has trained."""
+        """Whether this method does not take over the tensor `name`, which the earlier run has trained."""
         return False
 
     @property
     def predicts_as_earlier_run(self) -> bool:
-        """Whether the logits are those of the earlier run, whatever this run trains beside them."""
+        """Whether the logits equal those of the earlier run, because this run trains other parts only."""
         return False
 
     @property
     def batch_coupled(self) -> bool:
-        """Whether another micro-batch size is another objective, by the method, its loss or its model."""
+        """Whether the objective depends on the micro-batch size, because of the method, its loss or its model."""
         return self.depends_on_batch or self.objective.loss.couples or self.model.batch_coupled
 
     # --- what it computes ----------------------------------------------------------------------------------------
 
     @property
     def prior(self) -> Prior:
+        """The training distribution, for the loss."""
         return Prior(self.log_prior, self.class_counts, self.draws)
 
     def forward(self, batch: Batch) -> Step:
@@ -126,31 +127,31 @@ class Method(StagedModule):
         return self.loss_of(self.aggregate(logits), batch)
 
     def loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The configured loss of one classifier's logits [B, C], as `loss`."""
+        """The configured loss of one classifier's logits [B, C]; returns the same two sums as `loss`."""
         return self.objective.loss(logits, batch["label"], self.sample_weights(batch), self.prior)
 
     def loss_of_each(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The configured loss of every expert's logits [B, E, C] for itself, added up; the weight is that of one."""
-        terms = [self.loss_of(of_expert, batch) for of_expert in logits.unbind(1)]
+        """The sum over experts of the configured loss of each expert's logits [B, E, C]; the weight of one expert."""
+        terms = [self.loss_of(expert_logits, batch) for expert_logits in logits.unbind(1)]
         return torch.stack([loss_sum for loss_sum, _ in terms]).sum(), terms[0][1]
 
     def step(self, loss_sum: Tensor, weight: Tensor, logits: Tensor) -> Step:
-        """What `forward` returns, for expert logits [B, E, C]; adds what the tuners ask for."""
+        """The result of `forward`, for expert logits [B, E, C]. It adds the penalty of the tuners to the loss."""
         penalty = self.model.penalty()
-        if penalty is not None:  # of the mean loss, here multiplied by the weight that the trainer divides by
+        if penalty is not None:  # a term of the mean loss: the trainer divides the sum by the weight
             loss_sum = loss_sum + weight * penalty
         return Step(loss_sum, weight, self.aggregate(logits))
 
     @property
     def deferred(self) -> bool:
-        """Whether `drw_epoch` has come."""
+        """Whether the current epoch is `drw_epoch` or a later one."""
         return self.objective.drw_epoch is not None and self.epoch >= self.objective.drw_epoch
 
     def sample_weights(self, batch: Batch) -> Tensor:
-        """What each sample counts in the loss, [B]: its own weight and, once `drw_epoch` has come, its class's.
+        """Weight of each sample in the loss [B]: its weight in the batch, times its class weight from `drw_epoch` on.
 
-        Deferred re-weighting (Cao et al. 2019) for any loss; a method with a `forward` takes its weights from here.
-        The batch stays as it is: the trainer counts by it.
+        This is deferred re-weighting (Cao et al. 2019), for any loss. A method that overrides `forward` must use these
+        weights. The weights in the batch are not changed, because the trainer counts the images by them.
         """
         weights: Tensor = batch["weight"]
         if not self.deferred:
@@ -162,25 +163,26 @@ class Method(StagedModule):
         return self.model.logits(features)
 
     def expert_logits(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] → [B, E, C]."""
+        """uint8 images [B, 3, H, W] → logits of each expert [B, E, C]."""
         return self.head_logits(self.model.features(images))
 
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[B, E, C] → [B, C], by the weights [E] or the mean."""
+        """Combine expert logits: [B, E, C] → [B, C], the sum with weights [E], or the mean without weights."""
         return combine(logits, weights)
 
     def predict(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] → logits [B, C]."""
         return self.aggregate(self.expert_logits(images))
 
     def assumed_prior(self) -> Tensor:
-        """log p [E, C] in fp64: the class prior of which the logits of each expert are the posterior.
+        """log p [E, C] in fp64: the class prior for which softmax of each expert's logits is the correct posterior.
 
         Logits for another prior q are z + log q − log p. A method that changes logits before the loss overrides this.
         """
         return self.objective.assumed().expand(self.model.num_experts, -1)
 
     def counts(self) -> dict[str, int]:
-        """Numbers of parameters: the model's, and those of the method itself, which count as a tuner's."""
+        """Numbers of parameters. Parameters of the method outside the model are counted as parameters of tuners."""
         of_model, counts = {id(parameter) for parameter in self.model.parameters()}, self.model.counts()
         rest = [parameter for parameter in self.parameters() if id(parameter) not in of_model]
         trains = sum(parameter.numel() for parameter in rest if parameter.requires_grad)
@@ -188,7 +190,7 @@ class Method(StagedModule):
         return {name: count + more.get(name, 0) for name, count in counts.items()}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of what trains, in a stable order, which is what a saved optimizer state goes by."""
+        """Groups of the trainable parameters. Their order must be stable: a saved optimizer state relies on it."""
         head = {id(parameter) for parameter in self.model.head.parameters()}
         trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = {
@@ -198,16 +200,16 @@ class Method(StagedModule):
         return [{"name": name, "params": params} for name, params in groups.items() if params]
 
     def prepare(self, context: HeadContext) -> None:
-        """Once, before the first step of a fresh run."""
+        """Initialise the head. Called once, before the first step of a fresh run."""
         self.model.init_head(context)
 
     def after(self, earlier: Earlier) -> None:
-        """Take what is needed of the run that `after` names; once a launch that trains, before its first step."""
+        """Take over what is needed of the run that `after` names. Called in each launch that trains, before a step."""
         if earlier.fresh:
             self.start_from(earlier.tensors())
 
     def freeze_trained(self, *parts: nn.Module, batch_norms_follow: bool = False) -> None:
-        """Freeze what trains in parts of this method; a checkpoint still holds it.
+        """Freeze the trainable parameters in parts of this method. A checkpoint still contains them.
 
         Args:
             parts: modules of this method, such as its encoder.
@@ -223,10 +225,10 @@ class Method(StagedModule):
                 parameter.requires_grad_(False)
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Copy what an earlier run trained, to begin where it ended.
+        """Copy the tensors that an earlier run trained, by name, into this method.
 
         Raises:
-            UserError: as `taken_over`.
+            UserError: as in `taken_over`.
         """
         state = trained_state(self)
         with torch.no_grad():
@@ -234,14 +236,14 @@ class Method(StagedModule):
                 state[name].copy_(tensor)
 
     def fits(self, earlier: "Method") -> None:
-        """Raise a `UserError` if this run cannot continue the one of an `earlier` method, which is not trained yet."""
+        """Raise a `UserError` if this run cannot continue the run of the method `earlier`, which may be untrained."""
         self.taken_over(trained_state(earlier))
 
     def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What an earlier run trained, without what this one has no use for.
+        """The tensors that an earlier run trained, by name, without those that this method `discards`.
 
         Raises:
-            UserError: the earlier run trained what this one does not, which would be lost, or not what this one keeps.
+            UserError: this run does not train such a tensor, or it keeps a tensor that the earlier run did not train.
         """
         state = trained_state(self)
         tensors = {name: tensor for name, tensor in tensors.items() if not self.discards(name)}
@@ -259,30 +261,30 @@ class Method(StagedModule):
         return tensors
 
     def before_training(self, steps: int, per_epoch: int) -> None:
-        """Once a launch, before the first step, also when it resumes.
+        """Called in each launch before the first step, also when a run resumes.
 
         Args:
-            steps: of the whole run.
-            per_epoch: of an epoch, as many as it would have without `max_steps`.
+            steps: number of optimizer steps of the whole run.
+            per_epoch: number of steps of a full epoch, regardless of `max_steps`.
         """
         if not self.model.encoder.is_frozen:
             self.model.before_training(steps)
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
-        """Before each epoch, and before the rest of a resumed one. A method that overrides it calls `super`'s too."""
+        """Called before each epoch, and when an epoch is resumed. An override must call the method of `super()`."""
         self.epoch = epoch
 
     def before_step(self, step: int) -> None:
-        """Before the micro-batches of each optimizer step, counted from 1 over the whole run."""
+        """Called before the micro-batches of each optimizer step, which is counted from 1 over the whole run."""
         self.at_step, self._drawn = step, 0
 
     def draws(self, purpose: str) -> torch.Generator:
-        """A CPU generator for one draw: a function of the run's seed, the optimizer step and how many draws of this
-        step came before, so that a resumed run draws as one that was not killed, and all processes draw alike."""
+        """A CPU generator for one random draw. It depends on the run's seed, the purpose, the optimizer step and the
+        number of earlier draws in that step. A resumed run and all processes therefore draw the same numbers."""
         self._drawn += 1
         return generator(self.objective.seed, purpose, self.at_step, self._drawn)
 
     def after_step(self, step: int) -> None:
-        """After each optimizer step, counted from 1 over the whole run, while its gradients are still there."""
+        """Called after each optimizer step, counted from 1 over the whole run, before its gradients are cleared."""
         if not self.model.encoder.is_frozen:
             self.model.after_step(step)

@@ -6,26 +6,26 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 
 BATCH_MIXER = "mixer."
-"""How the names of its tensors begin in a run with BatchFormer; a method that continues such a run discards them."""
+"""Prefix of the names of its tensors in a run with BatchFormer. A method that continues such a run discards them."""
 
 
 class BatchMixer(nn.Module):
-    """Features [B, D] or [B, E, D] → the same shape; the samples of the batch are the tokens of a sequence.
+    """A transformer encoder in which the samples of a batch are the tokens: [B, D] or [B, E, D] → the same shape.
 
-    One encoder for all experts, whose features do not attend to one another.
+    All experts share one encoder. Features of different experts do not attend to each other.
 
     Args:
-        dim: D, also the width of the feed-forward part.
-        layers: post-norm encoder layers with ReLU.
-        heads: 0: 4 where D > 128, else 1.
-        dropout: of attention, feed-forward part and residual branches.
-        chunks: parts of the batch that attend separately, as the GPUs of `DataParallel` do: of ⌈B / chunks⌉ samples,
-            the last one of what is left.
-        kaiming: feed-forward part and output projection start Kaiming-normal, as the original's CIFAR networks
-            initialise every linear layer; else as torch does.
+        dim: feature size D, also the width of the feed-forward part.
+        layers: number of encoder layers (post-norm, with ReLU).
+        heads: number of attention heads; 0 means 4 for D > 128, else 1.
+        dropout: dropout rate of attention, feed-forward part and residual branches.
+        chunks: number of parts of the batch. Samples attend only to samples of their part, as if each part were on a
+            GPU of its own under `DataParallel`. A part has ⌈B / chunks⌉ samples; the last one has the rest.
+        kaiming: initialise the feed-forward part and the output projection by Kaiming's normal initialisation, as the
+            original does for all linear layers of its CIFAR networks. Otherwise torch's defaults are used.
 
     Raises:
-        UserError: D is no multiple of the heads, or `dropout` is no share below 1.
+        UserError: D is not a multiple of the number of heads, or `dropout` is not in [0, 1).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BatchMixer(nn.Module):
             raise UserError(f"batchformer.dropout {dropout} must be at least 0 and below 1")
         heads = heads or (4 if dim > 128 else 1)
         if dim % heads:
-            divisors = [each for each in range(1, heads) if dim % each == 0]
+            divisors = [number for number in range(1, heads) if dim % number == 0]
             raise UserError(
                 f"batchformer.heads {heads} do not divide the {dim} numbers of a feature; try {divisors[-1]}"
             )
@@ -60,16 +60,24 @@ class BatchMixer(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, features: Tensor, present: Tensor) -> Tensor:
-        """Features [B, D] or [B, E, D] in any dtype; `present` [B] is False for a sample that nobody attends to."""
+        """Mix features across the batch.
+
+        Args:
+            features: [B, D] or [B, E, D], in any dtype.
+            present: [B]; other samples do not attend to a sample with False.
+
+        Returns:
+            Features in the same shape, in the dtype of the weights.
+        """
         x = features.to(self.dtype)
         x = x.unsqueeze(0) if x.ndim == 2 else x.transpose(0, 1)  # [E, B, D]
-        x = x.masked_fill(~present.view(1, -1, 1), 0)  # whatever stands there: 0 · NaN is not 0
+        x = x.masked_fill(~present.view(1, -1, 1), 0)  # absent samples may hold NaN, and 0 · NaN is NaN
         parts = zip(x.chunk(self.chunks, 1), present.chunk(self.chunks), strict=True)
-        x = torch.cat([self._attend(part, here) for part, here in parts], 1)
+        x = torch.cat([self._attend(part, mask) for part, mask in parts], 1)
         return x.squeeze(0) if features.ndim == 2 else x.transpose(0, 1)
 
     def _attend(self, x: Tensor, present: Tensor) -> Tensor:
-        """One part [E, S, D], of which some samples [S] are present; where none is, all are."""
+        """Mix one part [E, S, D]; `present` is [S]. If no sample is present, all are treated as present."""
         absent = ~present & present.any()
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=absent.expand(len(x), -1))

@@ -31,7 +31,7 @@ class Options:
     )
     chunks: int = option(
         1,
-        "Number of parts of a micro-batch. Images attend only to images of their part, as on as many GPUs.",
+        "Number of parts of a micro-batch. Images attend only to images of their part, as if each part were on a GPU of its own.",
         least=1,
         most=10**4,
     )
@@ -41,12 +41,16 @@ class Options:
 
 
 class BatchFormer(Wrapper):
-    """Features pass a transformer across the batch on their way to the classifiers; at test time they do not.
+    """While training, features pass through a transformer across the batch before the classifiers; not at test time.
 
-    All experts share the one encoder. Modes: `replace` trains the classifiers on mixed features alone (the RIDE
-    version); `sum` and `mean` train them on mixed and raw features (shared classifier): L_mixed + L_raw,
-    or their mean, that of a batch of twice the size (the generic version, where `lr_factors {mixer: 0.1}` was used).
-    Logits of a step are those of the raw features where these are trained on.
+    All experts share one transformer. Modes:
+
+    - `replace` trains the classifiers on mixed features alone (the authors' version for RIDE).
+    - `sum` and `mean` train the classifiers on mixed and on raw features (the authors' generic version, which used
+      `lr_factors {mixer: 0.1}`). `sum` is L_mixed + L_raw. `mean` is half of it: the mean loss of a batch of twice
+      the size.
+
+    The returned logits of a step are those of the raw features in the modes `sum` and `mean`.
     """
 
     Options = Options
@@ -55,10 +59,10 @@ class BatchFormer(Wrapper):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
-        own = self.options
+        opts = self.options
         with seeded(objective.seed, "mixer"):
             self.mixer = BatchMixer(
-                model.encoder.feature_dim, own.layers, own.heads, own.dropout, own.chunks, own.kaiming
+                model.encoder.feature_dim, opts.layers, opts.heads, opts.dropout, opts.chunks, opts.kaiming
             )
 
     def forward(self, batch: Batch) -> Step:
@@ -74,9 +78,9 @@ class BatchFormer(Wrapper):
         return self.step(loss_sum + raw_sum, weight + raw_weight if self.options.mode == "mean" else weight, raw)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """With the encoder across the batch as a group of its own, `mixer`."""
-        own = list(self.mixer.parameters())
-        ids = {id(each) for each in own}
-        found = super().param_groups()
-        others = [{**group, "params": [each for each in group["params"] if id(each) not in ids]} for group in found]
-        return [group for group in [*others, {"name": "mixer", "params": own}] if group["params"]]
+        """As `Method.param_groups`, with the transformer across the batch as a separate group `mixer`."""
+        mixer = list(self.mixer.parameters())
+        ids = {id(weight) for weight in mixer}
+        groups = super().param_groups()
+        others = [{**group, "params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
+        return [group for group in [*others, {"name": "mixer", "params": mixer}] if group["params"]]

@@ -1,7 +1,7 @@
-"""Classifiers made after the representation has been learnt (Kang et al., ICLR 2020, section 4).
+"""Decoupled training: new classifiers for a representation that an earlier run has learnt (Kang et al., ICLR 2020).
 
-What is held is the earlier run's. Their classifiers are linear, and cRT and LWS draw the classes equally often
-(`sampler balanced`).
+The methods are those of section 4. The frozen weights are those of the earlier run. In the paper the classifiers are
+linear, and cRT and LWS sample all classes equally often (`sampler balanced`).
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
 
 
 class Retrained(Method):
-    """cRT: a fresh classifier on the encoder of the earlier run."""
+    """cRT: trains a new classifier on the frozen encoder of the earlier run."""
 
     continues_from_earlier_run = True
 
@@ -34,9 +34,9 @@ class Retrained(Method):
 
 
 class WeightScaling(Method):
-    """LWS: w̃_c = f_c w_c, of the earlier run's classifier only the scales f [E, C] are learnt.
+    """LWS: w̃_c = f_c w_c. Only the scales f [E, C] are trained; the earlier run's model is frozen.
 
-    As in the authors' code f_c multiplies the logit, and so the bias too.
+    As in the authors' code, f_c multiplies the logit and therefore also the bias.
     """
 
     continues_from_earlier_run = True
@@ -52,7 +52,7 @@ class WeightScaling(Method):
         return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
-        """The heads are the earlier run's."""
+        """Do nothing: the heads are those of the earlier run."""
 
     def head_logits(self, features: Tensor) -> Tensor:
         return super().head_logits(features) * self.scales
@@ -68,7 +68,7 @@ class Options:
 
 
 class Normalised(Method):
-    """τ-normalisation: w̃_c = w_c / |w_c|^τ without bias, in the earlier run's model; nothing is trained."""
+    """τ-normalisation: w̃_c = w_c / |w_c|^τ without bias, in the model of the earlier run. Nothing is trained."""
 
     Options = Options
     continues_from_earlier_run = True
@@ -86,10 +86,10 @@ class Normalised(Method):
         return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
-        """The heads are the earlier run's."""
+        """Do nothing: the heads are those of the earlier run."""
 
     def assumed_prior(self) -> Tensor:
-        """Taken as uniform: rows of equal length are the authors' remedy for the prior, not its exact inverse."""
+        """Uniform, as an approximation: normalised rows reduce the effect of the prior but do not invert it exactly."""
         return torch.zeros_like(super().assumed_prior()).log_softmax(1)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from tailtune.trainers.methods.sade import reversed_prior
 
 POOLS = ("fresh", "recycled", "recycled_cifar")
 POOL_SEED = 0
-"""Of the recycled pool, whatever the run's: the original's data set sets NumPy's stream to it."""
+"""Seed of the recycled pool, independent of the run's seed: the original's data set seeds NumPy with it."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,21 @@ class Options:
 
 
 class Draws(NamedTuple):
-    """Test priors of one step."""
+    """The pairs of expert and test prior that are drawn for one step."""
 
-    experts: Tensor  # k [M], int64
-    priors: Tensor  # w [M, C]
+    experts: Tensor  # index k of the expert of each draw [M], int64
+    priors: Tensor  # test prior w of each draw [M, C]
 
 
 class DirMixE(Method):
-    """mean_m ℓ_m + λ V₊, with ℓ_m the CE of expert k_m, adjusted for the test prior w_m: z − log((w/π)^p + 1e-9).
+    """Loss: mean_m ℓ_m + λ V₊, where ℓ_m is the CE of the adjusted logits z − log((w_m/π)^p + 1e-9) of expert k_m.
 
-    Each step draws M pairs: k evenly, w ~ Dir(A b_k). b is π for the first expert, uniform for the middle one, π̃ (the
-    reversed prior) for the last; others stand evenly between, at t from 0 to 2: b_t ∝ π^(1−t) up to 1, then π̃^(t−1).
-    One expert is the uniform one. V₊ is the `semi_variance` over the draws, from the epochs after `warm` on.
-    All micro-batches and processes of a step share its draws.
+    Each step draws M pairs (k, w): k uniformly and w ~ Dir(A b_k). All micro-batches and processes of a step share the
+    draws. The base prior b is π for the first expert, uniform for the middle one and the reversed prior π̃ for the last
+    one. Other experts are placed evenly between them at t from 0 to 2, with b_t ∝ π^(1−t) for t ≤ 1 and
+    b_t ∝ π̃^(t−1) for t > 1. A single expert has the uniform prior.
+
+    V₊ is the `semi_variance` of ℓ over the draws. It is added only in the epochs after the share `warm`.
     """
 
     Options = Options
@@ -65,7 +67,7 @@ class DirMixE(Method):
         if self.options.concentration <= 0:
             raise UserError(f"dirmixe.concentration {self.options.concentration:g}: it must be above 0, such as 10000")
         self.final = False
-        """Whether V₊ counts."""
+        """Whether V₊ is added to the loss in the current epoch."""
         self.recycled_draws: RecycledDraws | None = None
         self._last: tuple[tuple[int, int], Draws] | None = None
 
@@ -82,26 +84,29 @@ class DirMixE(Method):
         logits, weights = present(logits, batch["weight"]), self.sample_weights(batch)
         experts, priors = self.drawn(logits.device)
         ratios = (priors.double() / self.log_prior.exp()) ** self.options.power + 1e-9  # 1e-9 as the original
-        each = adjusted_losses(logits, batch["label"], experts, ratios.to(logits.dtype))  # [B, M]
+        losses = adjusted_losses(logits, batch["label"], experts, ratios.to(logits.dtype))  # [B, M]
         weight = weights.sum()
-        means = (each * weights.unsqueeze(1)).sum(0) / weight.clamp_min(1e-12)  # ℓ [M]
+        means = (losses * weights.unsqueeze(1)).sum(0) / weight.clamp_min(1e-12)  # ℓ [M]
         value = means.mean()
         if self.final:
             value = value + self.options.variance * semi_variance(means)
         return weight * value, weight
 
     def drawn(self, device: torch.device) -> Draws:
-        """The draws of this step, the same for all its micro-batches."""
+        """The draws of the current step, on `device`; they are the same for all its micro-batches."""
         step = self.epoch, self.at_step
         if self._last is None or self._last[0] != step:
-            found = (
+            draws = (
                 self._fresh() if self.recycled_draws is None else self.recycled_draws.at(self.epoch, self.at_step - 1)
             )
-            self._last = step, Draws(*(moved(each, device) for each in found))
+            self._last = step, Draws(*(moved(tensor, device) for tensor in draws))
         return self._last[1]
 
     def assumed_prior(self) -> Tensor:
-        """log of π (b_e/π)^p: what CE assumes is assumed of the adjusted logits, here for the middle of the draws."""
+        """log of π (b_e/π)^p for each expert [E, C], from the prior that CE assumes for the adjusted logits.
+
+        The test prior is taken at b_e, the mean of the distribution from which it is drawn.
+        """
         adjustments = self.options.power * (self._bases.log() - log_prior(self.objective.class_counts))
         return (super().assumed_prior() + adjustments).log_softmax(1)
 
@@ -117,6 +122,7 @@ class DirMixE(Method):
         return Draws(torch.from_numpy(experts), torch.from_numpy(priors))
 
     def make_recycled_draws(self, per_epoch: int) -> "RecycledDraws":
+        """Draw the pool of one epoch with `per_epoch` steps, with the random numbers of the original code."""
         counts, stream = self.objective.class_counts, np.random.RandomState(POOL_SEED)
         if self.options.pool == "recycled_cifar":
             for _ in counts:
@@ -126,13 +132,15 @@ class DirMixE(Method):
 
 
 class RecycledDraws:
-    """The original's draws: those of an epoch, shuffled for each epoch. On the CPU, M · steps an epoch · C numbers.
+    """The draws of the original code: one pool of draws for an epoch, shuffled anew for each epoch.
+
+    The pool is kept on the CPU and has M · (steps of an epoch) · C numbers.
 
     Args:
-        alphas: of each component [E, C], float32 as the original computes them.
-        draws: M.
-        per_epoch: steps of an epoch.
-        stream: NumPy's legacy numbers, which nothing else may draw from.
+        alphas: parameters of the Dirichlet distribution of each expert [E, C], in fp32 as in the original.
+        draws: number M of draws in a step.
+        per_epoch: number of steps in an epoch.
+        stream: NumPy's legacy generator. No other code may draw from it.
     """
 
     def __init__(self, alphas: np.ndarray, draws: int, per_epoch: int, stream: np.random.RandomState) -> None:
@@ -145,7 +153,7 @@ class RecycledDraws:
         self.order, self.shuffled = np.arange(size), 0
 
     def at(self, epoch: int, step: int) -> Draws:
-        """Draws of a step, counted from 0 over the whole run; who resumes repeats the shuffles of earlier epochs."""
+        """The draws of a step, counted from 0 over the whole run. A resumed run repeats the shuffles of past epochs."""
         while self.shuffled <= epoch:
             self.stream.shuffle(self.order)
             self.shuffled += 1
@@ -155,39 +163,57 @@ class RecycledDraws:
 
 
 def base_priors(counts: Tensor, experts: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """b [E, C]. In fp32 those of three experts are bitwise the original's, which divides by the sum twice."""
+    """The base prior b of each expert, see `DirMixE`.
+
+    With three experts and fp32 the result is bitwise that of the original, which divides by the sum twice.
+
+    Args:
+        counts: number of training images of each class [C].
+        experts: number E of experts.
+        dtype: dtype of the computation and of the result.
+
+    Returns:
+        b [E, C]; each row sums to 1.
+    """
     counts = counts.to(dtype)
     prior = counts / counts.sum()
     corners = prior, torch.full_like(prior, 1 / len(prior)), reversed_prior(prior)
-    found = []
+    bases = []
     for expert in range(experts):
         place = 2 * expert / (experts - 1) if experts > 1 else 1.0  # t
         first = min(int(place), 1)
         between = corners[first] ** (first + 1 - place) * corners[first + 1] ** (place - first)
-        found.append(between / between.sum())
-    return torch.stack(found)
+        bases.append(between / between.sum())
+    return torch.stack(bases)
 
 
 def adjusted_losses(logits: Tensor, labels: Tensor, experts: Tensor, ratios: Tensor) -> Tensor:
-    """−log softmax(z_k − log r)_y for every draw, [B, M], without a tensor [B, M, C].
+    """Compute −log softmax(z_k − log r)_y for every sample and draw, without a tensor of size [B, M, C].
 
-    log Σ_c e^(z_c − log r_c) is a product of e^z and 1/r. Experts are chosen by a product too, since the gradient of
-    an index adds up in any order on a GPU.
+    Σ_c e^(z_c − log r_c) is computed as a matrix product of e^z and 1/r. The expert of a draw is selected by a product
+    with a one-hot matrix, because the gradient of indexing is summed in a random order on a GPU.
 
     Args:
         logits: z of every expert [B, E, C].
         labels: y [B].
-        experts: k [M].
-        ratios: r [M, C].
+        experts: index k of the expert of each draw [M].
+        ratios: r of each draw [M, C].
+
+    Returns:
+        Losses [B, M].
     """
     top = logits.detach().amax(2, keepdim=True)  # [B, E, 1]
     sums = torch.einsum("bec,mc->bem", (logits - top).exp(), 1 / ratios)
-    own = logits.gather(2, labels.view(-1, 1, 1).expand(-1, logits.shape[1], 1))  # [B, E, 1]
+    label_logits = logits.gather(2, labels.view(-1, 1, 1).expand(-1, logits.shape[1], 1))  # [B, E, 1]
     chosen = torch.nn.functional.one_hot(experts, logits.shape[1]).T.to(logits.dtype)  # [E, M]
-    return ((sums.log() + top - own) * chosen).sum(1) + ratios.log()[:, labels].T
+    return ((sums.log() + top - label_logits) * chosen).sum(1) + ratios.log()[:, labels].T
 
 
 def semi_variance(losses: Tensor) -> Tensor:
-    """V₊ = Σ (ℓ_m − ℓ̄)² over the draws with ℓ_m > ℓ̄, divided by their number − 1 (at least 1); losses [M]."""
+    """V₊ = Σ (ℓ_m − ℓ̄)² / max(n − 1, 1), where the sum is over the n draws with ℓ_m > ℓ̄.
+
+    Args:
+        losses: ℓ [M].
+    """
     above = (losses - losses.mean()).clamp_min(0)
     return above.square().sum() / ((above > 0).sum() - 1).clamp_min(1)

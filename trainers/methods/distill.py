@@ -1,4 +1,4 @@
-"""Distillation of an earlier run into the one at hand; RIDE's own is of six experts into three (Wang et al. 2021)."""
+"""Distillation: the earlier run is the teacher of this run. RIDE distils six experts into three (Wang et al. 2021)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,11 @@ class Options:
 
 
 class Distill(Wrapper):
-    """Inner loss + w T² KL(softmax(z̄_teacher/T) ‖ softmax(z̄/T)), of the mean logits alone (Hinton et al. 2015).
+    """Loss: inner loss + w T² KL(softmax(z̄_teacher/T) ‖ softmax(z̄/T)), with mean logits z̄ (Hinton et al. 2015).
 
-    The teacher is the run that `after` names: any backbone and number of experts, the same classes. It is in eval
-    mode (the original leaves its batch norms in training mode) and no checkpoint of the student holds it.
-    As RIDE's, the divergence is a mean over samples, whatever weights the loss has.
+    The teacher is the run that `after` names. It has the same classes and may have any backbone and number of experts.
+    It is in eval mode; in the original its batch norms stay in training mode. Checkpoints of the student do not contain
+    the teacher. As in RIDE, the divergence is averaged by the weights of the batch and ignores class weights.
     """
 
     Options = Options
@@ -46,13 +46,13 @@ class Distill(Wrapper):
         if inner.continues_from_earlier_run:
             raise UserError(f"distill.inner {name} continues an earlier run, but `after` names the teacher; try ride")
         self.teacher: tuple[Method, ...] = ()
-        """In a tuple, so that it is no part of this module."""
+        """The teacher, in a tuple so that torch does not register it as a submodule; empty before `after` is called."""
 
     def after(self, earlier: Earlier) -> None:
         self.teacher = (earlier.method(),)
 
     def fits(self, earlier: Method) -> None:
-        """Any model teaches."""
+        """Do nothing: any model can be the teacher."""
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         options, logits = self.options, present(logits, batch["weight"])
@@ -60,6 +60,6 @@ class Distill(Wrapper):
         with torch.no_grad():
             target = self.teacher[0].predict(batch["image"])
         temperature = logits.new_full((), options.temperature)
-        apart = divergence(self.aggregate(logits), target, batch["weight"], temperature)
-        loss_sum = loss_sum + weight * options.weight * apart
+        teacher_divergence = divergence(self.aggregate(logits), target, batch["weight"], temperature)
+        loss_sum = loss_sum + weight * options.weight * teacher_divergence
         return (logits.shape[1] if options.times_experts else 1) * loss_sum, weight

@@ -1,4 +1,7 @@
-"""H2T: a classifier retrained on features into which those of frequent classes are mixed (Li et al., AAAI 2024)."""
+"""H2T: retrains a classifier on features that are mixed with features of other images (Li et al., AAAI 2024).
+
+The other images are mostly of frequent classes.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,14 +36,15 @@ class Options:
 
 
 class H2T(Wrapper):
-    """L(h(f̃), y), f̃ the features of x in which ρ of the channels are those of x′, while training.
+    """Loss while training: L(h(f̃), y). f̃ are the features of x, with a share ρ of the channels taken from those of x′.
 
-    The encoder is the earlier run's and is held; its classifiers go on training. y is the label of x, which the
-    sampler draws `balanced`, x′ the pair sampler's image, of any class. Which channels is drawn for each step, one
-    choice for all its samples and, of several experts, another for each. L is the inner method's.
+    L is the loss of the inner method and h its classifier. The encoder of the earlier run is frozen; its classifiers
+    are trained further. x has label y and is sampled by `sampler`, in the paper `balanced`. x′ is sampled by
+    `pair_sampler` and may have any class. The replaced channels are drawn anew for each step. They are the same for all
+    samples of a step, and different for each expert.
 
-    The original overwrites channels of the map before it is pooled. Pooling takes the mean of each channel by itself,
-    so channels of the pooled feature are the same thing, and any backbone's feature has channels.
+    The original replaces channels of the feature map before pooling. Pooling averages each channel separately, so that
+    replacing channels of the pooled feature gives the same result. It is also possible with every backbone.
     """
 
     Options = Options
@@ -49,15 +53,15 @@ class H2T(Wrapper):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:
         super().__init__(model, objective, options, inner)
-        own = self.options
+        opts = self.options
         if inner.continues_from_earlier_run:
-            raise UserError(f"h2t.inner {own.inner} continues an earlier run in a way of its own; try classify")
-        if own.shift_bn and not model.encoder.trained_batch_norms:
+            raise UserError(f"h2t.inner {opts.inner} continues an earlier run in a way of its own; try classify")
+        if opts.shift_bn and not model.encoder.trained_batch_norms:
             raise UserError("h2t.shift_bn True: no batch norm of this model was trained; set h2t.shift_bn False")
         self.scales = (
-            nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts))) if own.weight_scaling else None
+            nn.Parameter(torch.ones(model.num_experts, len(objective.class_counts))) if opts.weight_scaling else None
         )
-        self.freeze_trained(model.encoder, batch_norms_follow=own.shift_bn)
+        self.freeze_trained(model.encoder, batch_norms_follow=opts.shift_bn)
 
     @property
     def takes_image_pairs(self) -> bool:
@@ -71,35 +75,36 @@ class H2T(Wrapper):
         return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
-        """The heads are the earlier run's."""
+        """Do nothing: the heads are those of the earlier run."""
 
     def forward(self, batch: Batch) -> Step:
         if not self.training or not self.takes_image_pairs:
             return super().forward(batch)
         with torch.no_grad():
             first, second = (self.model.features(batch[name]) for name in ("image", "partner"))
-        draws = generator(self.objective.seed, "h2t", self.at_step)  # one choice, however the batch is cut
+        draws = generator(self.objective.seed, "h2t", self.at_step)  # the same channels for all micro-batches
         features = fused(first, second, self.options.ratio, self.model.num_experts, draws)
         logits = self.head_logits(features)
         return self.step(*self.loss(logits, batch), logits)
 
     def head_logits(self, features: Tensor) -> Tensor:
-        """The inner method's logits [B, E, C], times the learnt factors of classes where there are some."""
+        """The inner method's logits [B, E, C]; with `weight_scaling`, times the trained class factors [E, C]."""
         logits = super().head_logits(features)
         return logits if self.scales is None else logits * self.scales
 
 
 def fused(first: Tensor, second: Tensor, ratio: float, experts: int, draws: torch.Generator) -> Tensor:
-    """Features of which some channels are another image's, the same ones for all samples.
+    """Replace random channels of features by the channels of other images. The choice is the same for all samples.
 
     Args:
-        first, second: [B, D], or [B, E, D] of experts with features of their own.
-        ratio: share of the channels.
-        experts: how many have a choice of channels for themselves.
-        draws: on the CPU.
+        first: features of the images [B, D], or [B, E, D] if the experts have separate features.
+        second: features of the other images, in the same shape.
+        ratio: share ρ of the channels that are replaced, 0 to 1.
+        experts: number E of experts; the channels are drawn separately for each expert.
+        draws: random generator on the CPU.
 
     Returns:
-        [B, D] of one expert, else [B, E, D].
+        Features [B, D] with one expert, else [B, E, D].
     """
     width = first.shape[-1]
     mask = torch.zeros(experts, width, dtype=torch.bool, device="cpu")
@@ -108,11 +113,11 @@ def fused(first: Tensor, second: Tensor, ratio: float, experts: int, draws: torc
     mask = moved(mask, first.device)
     if experts == 1:
         return torch.where(mask[0], second, first)
-    if first.ndim == 2:  # they share the feature, but not the choice
+    if first.ndim == 2:  # the experts share the feature, but not the choice of channels
         first, second = first.unsqueeze(1), second.unsqueeze(1)
     return torch.where(mask, second, first)
 
 
 def channels(width: int, ratio: float, draws: torch.Generator) -> Tensor:
-    """The ⌊ρ D⌋ channels that are overwritten."""
+    """Draw the ⌊ρ D⌋ channels that are replaced, for ρ = `ratio` and D = `width`."""
     return torch.randperm(width, generator=draws, device="cpu")[: int(ratio * width)]

@@ -1,4 +1,4 @@
-"""mixup: images and losses of two samples at once (Zhang et al., ICLR 2018, arXiv 1710.09412)."""
+"""mixup: trains on weighted means of two images (Zhang et al., ICLR 2018, arXiv 1710.09412)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +26,11 @@ class Options:
 
 
 class Mixup(Wrapper):
-    """λ L(z̃, y) + (1 − λ) L(z̃, y′), z̃ of the images λ x + (1 − λ) x′, while training; L is the inner method's.
+    """Loss while training: λ L(z̃, y) + (1 − λ) L(z̃, y′), where z̃ are the logits of the images λ x + (1 − λ) x′.
 
-    x′, y′ are another order of the micro-batch, λ ~ Beta(α, α) is one for all of it. A sample counts where both its
-    images could be read. Logits of a step are those of the mixed images; the accuracy that is shown is against y.
+    L is the loss of the inner method. x′ and y′ are a permutation of the micro-batch. λ ~ Beta(α, α) is the same for
+    all samples of the micro-batch. A sample counts only if both of its images could be read. The returned logits are
+    z̃, so the accuracy in the log compares z̃ with y.
     """
 
     Options = Options
@@ -58,7 +59,13 @@ class Mixup(Wrapper):
         )
 
     def draw(self, count: int) -> tuple[float, Tensor]:
-        """λ and the order of the second images [B]. λ is NumPy's: torch draws Beta from its global generator only."""
+        """Draw λ and the order of the second images, for a micro-batch of `count` samples.
+
+        λ is drawn by NumPy, because torch can draw from a Beta distribution only with its global generator.
+
+        Returns:
+            λ, and the order as positions in the micro-batch [B].
+        """
         draws, alpha = self.draws("mixup"), self.options.alpha
         order = torch.randperm(count, generator=draws, device="cpu")
         seed = int(torch.randint(2**63 - 1, (), generator=draws, device="cpu"))
@@ -66,5 +73,11 @@ class Mixup(Wrapper):
 
 
 def mixed(images: Tensor, share: float, order: Tensor) -> Tensor:
-    """λ x + (1 − λ) x′ of normalised images [B, …], x′ being theirs in another order [B]."""
+    """Mix images: λ x + (1 − λ) x′.
+
+    Args:
+        images: normalised images x [B, …].
+        share: λ, 0 to 1.
+        order: position in the batch of the second image x′ of each sample [B].
+    """
     return share * images + (1 - share) * images[order]

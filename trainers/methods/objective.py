@@ -1,4 +1,4 @@
-"""What methods take and give: batches, steps, what they are told of the run, the mean of experts."""
+"""Inputs and outputs of methods: batches, the objective, the result of a step, and the combination of experts."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,38 +13,42 @@ from tailtune.trainers.losses import Loss, Prior, effective_weights, log_prior
 __all__ = ["Batch", "NoOptions", "Objective", "Step", "combine"]
 
 Batch = dict[str, Any]
-"""`image` uint8 [B, 3, H, W], `label` [B], `weight` [B] (0: left out), `index` [B]; `partner` as image, see `pairs`."""
+"""`image` uint8 [B, 3, H, W], `label` [B], `weight` [B] (0: left out), `index` [B] (position in the split).
+
+With `pair_sampler` a batch also has `partner`, the second images, in the format of `image`.
+"""
 
 
 class Step(NamedTuple):
-    """The outcome of one micro-batch. Sums, not means."""
+    """The result of one micro-batch: sums, not means."""
 
-    loss_sum: Tensor
-    weight: Tensor
-    logits: Tensor  # [B, C]
+    loss_sum: Tensor  # weighted sum of the samples' losses, a scalar
+    weight: Tensor  # sum of the weights, a scalar
+    logits: Tensor  # predictions [B, C]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method is told of the data, the loss and the run."""
+    """The data, the loss and the settings of the run, as far as a method needs them."""
 
-    class_counts: Tensor  # [C]
+    class_counts: Tensor  # number of training images of each class [C]
     loss: Loss
     """The entry of LOSSES, with the run's options."""
     drw_epoch: int | None = None
-    """From this epoch on (the first is 0) a sample's weight is multiplied by its class's `effective_weights`."""
+    """From this epoch on, counted from 0, the weight of a sample is multiplied by the `effective_weights` of its class.
+    None: never."""
     sampler: str = "shuffle"
-    """Entry of SAMPLERS that training draws its images by."""
+    """Entry of SAMPLERS that chooses the training images of an epoch."""
     epochs: int = 1
-    """That the run trains for, or begins; 0: it trains nothing."""
+    """Number of training epochs that the run begins; 0: nothing is trained."""
     seed: int = 0
-    """Of the initial weights of what a method has beside its model, and of what it draws while it trains."""
+    """Random seed of the initial weights of the method's own modules, and of its random draws during training."""
 
     def assumed(self) -> Tensor:
-        """log p [C] in fp64: the class prior of which the logits are the posterior once the loss is at its least.
+        """log p [C] in fp64: the class prior for which softmax(logits) is the correct posterior after training.
 
-        That of the samples as they are drawn and weighted, less what the loss itself takes off; uniform where nothing
-        is trained: class means and text features prefer no class.
+        p depends on the sampler, the class weights and the loss. It is uniform if nothing is trained, because class
+        means and text features prefer no class.
         """
         counts = self.class_counts.double()
         if not self.epochs:
@@ -56,5 +60,13 @@ class Objective:
 
 
 def combine(logits: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Logits of experts [B, E, C] → [B, C], by the weights [E], or the mean of those that were asked (not NaN)."""
+    """Combine the logits of the experts.
+
+    Args:
+        logits: [B, E, C]; NaN for experts that did not compute an image.
+        weights: weight of each expert [E]; None: the mean over the experts whose logits are not NaN.
+
+    Returns:
+        Logits [B, C].
+    """
     return logits.nanmean(1) if weights is None else (logits * weights.view(1, -1, 1)).sum(1)

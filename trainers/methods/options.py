@@ -1,4 +1,4 @@
-"""Options of what is trained. Those of single methods stand beside the methods, those of losses beside the losses."""
+"""Options that choose method, loss and sampler. Options of one method or one loss are declared in its own file."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from tailtune.configs.value_parsers import as_int, as_str
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What is trained, and what it starts from."""
+    """The choice of method, loss, sampler and initial weights."""
 
     method: str = option(
         "classify", "Training method: how the loss is made of the experts' logits.", table="METHODS", zero_shot=False

@@ -1,4 +1,7 @@
-"""ResLT: experts for all classes, the less frequent and the rare ones (Cui et al., TPAMI 2022, arXiv 2101.10633)."""
+"""ResLT: three experts, for all, for medium- and few-shot, and for few-shot classes (Cui et al., TPAMI 2022).
+
+arXiv 2101.10633.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +32,16 @@ class Options:
 
 
 class ResLT(Method):
-    """(1 − β) L(Σ_e z_e) + β (Σ_e Σ_{i in group e} L(z_e)_i) / (Σ_e |group e|); the prediction is the sum Σ_e z_e.
+    """Loss: (1 − β) L(Σ_e z_e) + β (Σ_e Σ_{i in group e} L(z_e)_i) / (Σ_e |group e|). Prediction: Σ_e z_e.
 
-    `head_logits` returns E·z_e for the logits z_e of the E heads, so that the mean over experts, which everything else
-    takes for the prediction, is that sum.
-    The groups of the experts lie in each other: all classes, those from `medium_from` on, those from `few_from` on.
-    L is the configured loss, in the paper CE. The second term is a mean over members of the groups that are here, so
-    a step of several micro-batches has the weighted mean of their own.
+    `head_logits` returns E·z_e for the logits z_e of the E heads. The mean over experts, which all other code uses as
+    the prediction, then equals the sum Σ_e z_e.
+
+    The classes are sorted by frequency. Group 1 has all classes, group 2 those from the share `medium_from` on, and
+    group 3 those from the share `few_from` on. L is the configured loss; the paper uses CE.
+
+    The second term is a mean over the group members in one micro-batch. A step of several micro-batches therefore has
+    the weighted mean of the terms of its micro-batches.
     """
 
     Options = Options
@@ -45,18 +51,18 @@ class ResLT(Method):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
-        own, counts = self.options, objective.class_counts
+        opts, counts = self.options, objective.class_counts
         if model.num_experts != 3:
             raise UserError(
                 f"method reslt has an expert for each of three groups of classes: set num_experts 3, not "
                 f"{model.num_experts}"
             )
-        starts = [round(share * len(counts)) for share in (0.0, own.medium_from, own.few_from)]
+        starts = [round(share * len(counts)) for share in (0.0, opts.medium_from, opts.few_from)]
         if not 0 <= starts[1] <= starts[2] <= len(counts):
             raise UserError(
-                f"reslt.medium_from {own.medium_from:g} and reslt.few_from {own.few_from:g} must rise within 0 to 1"
+                f"reslt.medium_from {opts.medium_from:g} and reslt.few_from {opts.few_from:g} must rise within 0 to 1"
             )
-        rank = counts.argsort(descending=True, stable=True).argsort()  # of each class, the most frequent is 0
+        rank = counts.argsort(descending=True, stable=True).argsort()  # rank of each class; the most frequent has 0
         self.register_buffer("members", torch.stack([rank >= start for start in starts]), persistent=False)  # [E, C]
 
     def head_logits(self, features: Tensor) -> Tensor:
@@ -64,17 +70,20 @@ class ResLT(Method):
         return self.model.num_experts * super().head_logits(features)
 
     def assumed_prior(self) -> Tensor:
-        """Nearly: where the groups' share β prevails they have balanced the sum, so uniform; else that of the sum."""
-        found = super().assumed_prior()
-        return found if self.options.beta <= 0.5 else torch.zeros_like(found).log_softmax(1)
+        """An approximation: the prior of the configured loss for β ≤ ½, else uniform.
+
+        With a large β the losses of the groups dominate, and they balance the sum of the logits.
+        """
+        log_prior = super().assumed_prior()
+        return log_prior if self.options.beta <= 0.5 else torch.zeros_like(log_prior).log_softmax(1)
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        together, weight = self.loss_of(self.aggregate(logits), batch)
-        inside = self.members[:, batch["label"]].to(batch["weight"].dtype)  # [E, B]
-        apart = [
-            self.loss_of(own, {**batch, "weight": batch["weight"] * member})
-            for own, member in zip((logits / logits.shape[1]).unbind(1), inside, strict=True)
+        joint_loss, weight = self.loss_of(self.aggregate(logits), batch)
+        in_group = self.members[:, batch["label"]].to(batch["weight"].dtype)  # [E, B]
+        expert_sums = [
+            self.loss_of(expert_logits, {**batch, "weight": batch["weight"] * member})
+            for expert_logits, member in zip((logits / logits.shape[1]).unbind(1), in_group, strict=True)
         ]
-        losses, weights = (torch.stack(each).sum() for each in zip(*apart, strict=True))
+        losses, weights = (torch.stack(values).sum() for values in zip(*expert_sums, strict=True))
         beta = self.options.beta
-        return (1 - beta) * together + beta * weight * losses / weights.clamp_min(1e-12), weight
+        return (1 - beta) * joint_loss + beta * weight * losses / weights.clamp_min(1e-12), weight

@@ -1,4 +1,4 @@
-"""RIDE: experts that learn the same task and are rewarded for disagreeing (Wang et al., ICLR 2021)."""
+"""RIDE: experts learn the same task, and a loss term rewards different predictions (Wang et al., ICLR 2021)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +25,15 @@ class Options:
 
 
 class Ride(Method):
-    """Σ_e ( loss of z_e + λ τ̄² KL(softmax(z̄/τ) ‖ softmax(z_e/τ)) ), eq. 2 to 4, z̄ the mean, λ = `diversity` < 0.
+    """Loss: Σ_e (L(z_e) + λ τ̄² KL(softmax(z̄/τ) ‖ softmax(z_e/τ))), eq. 2 to 4, with λ = `diversity` < 0.
 
-    The loss is the configured one, in the paper LDAM with `drw_epoch`. τ is 1; from `drw_epoch` on it is a number for
-    each class, τ_c = ω_c / max ω with ω_c = C π_c ρ + 1 − ρ, and τ̄ their mean: rare classes are made to differ more.
-    With λ = 0 experts learn together: E times the loss of z̄.
+    z̄ is the mean of the experts' logits. L is the configured loss; the paper uses LDAM with `drw_epoch`. τ is 1 before
+    `drw_epoch`. From then on each class has a temperature τ_c = ω_c / max ω with ω_c = C π_c ρ + 1 − ρ, and τ̄ is their
+    mean. Rare classes have lower temperatures, so that the experts differ more on them. With λ = 0 the loss is E L(z̄).
 
-    The divergence is a mean over samples while the loss is a mean by `sample_weights`. A `Step` has one weight, so
-    where the two differ a step of several micro-batches has the mean of their divergences by those weights.
+    In one micro-batch the divergence is averaged by the weights of the batch, and L by `sample_weights`. A `Step` has
+    only one weight. If the two weights differ, a step of several micro-batches therefore averages the divergences of
+    its micro-batches by `sample_weights`.
     """
 
     Options = Options
@@ -55,5 +56,5 @@ class Ride(Method):
             return logits.shape[1] * loss_sum, weight
         temperature = self.temperatures.to(logits.dtype) if self.deferred else logits.new_ones(())
         loss_sum, weight = self.loss_of_each(logits, batch)
-        apart = [divergence(each, mean, batch["weight"], temperature) for each in logits.unbind(1)]
-        return loss_sum + weight * diversity * torch.stack(apart).sum(), weight
+        divergences = [divergence(expert, mean, batch["weight"], temperature) for expert in logits.unbind(1)]
+        return loss_sum + weight * diversity * torch.stack(divergences).sum(), weight

@@ -1,4 +1,4 @@
-"""RIDE's second stage: who decides how many experts an image needs (Wang et al., ICLR 2021)."""
+"""RIDE's second stage: a small network decides how many experts each image needs (Wang et al., ICLR 2021)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -37,14 +37,14 @@ class Options:
 
 
 class ExpertAssignment(Method):
-    """Experts are asked one after the other until a small classifier says that the next ones would not help.
+    """The experts compute an image one after the other, until a binary classifier predicts that more do not help.
 
-    After expert i: q_i = w · [t, ReLU(W_i f/|f|)] with its feature f and the largest logits t, in order, of the mean of
-    the experts so far; the next expert is asked where sigmoid(q_i) > ½. w is shared by all i. What an earlier run
-    trained is held.
+    After expert i the classifier computes q_i = w · [t, ReLU(W_i f/|f|)]. f is the feature of expert i; t are the
+    largest logits, sorted, of the mean of the experts up to i. The next expert is used if sigmoid(q_i) > ½. The
+    weights w are shared by all i. The weights of the earlier run are frozen.
 
-    It learns from y_i = 1 where the mean up to i is wrong and one up to a later expert is right, by the mean over i of
-    the binary cross-entropy with weight `pos_weight` for y = 1.
+    The target y_i is 1 if the mean of the experts up to i is wrong and the mean up to a later expert is right. The loss
+    is the mean over i of the binary cross-entropy, with weight `pos_weight` for y_i = 1.
     """
 
     Options = Options
@@ -69,7 +69,7 @@ class ExpertAssignment(Method):
         return name.startswith(BATCH_MIXER)
 
     def prepare(self, context: HeadContext) -> None:
-        """The heads are the earlier run's."""
+        """Do nothing: the heads are those of the earlier run."""
 
     def forward(self, batch: Batch) -> Step:
         with torch.no_grad():
@@ -78,43 +78,61 @@ class ExpertAssignment(Method):
         return self.step(*self.assignment_loss(features, logits, batch), logits)
 
     def assignment_loss(self, features: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features [B, D] or [B, E, D] and logits [B, E, C] → (weighted sum, sum of the weights)."""
+        """The loss of the binary classifiers.
+
+        Args:
+            features: [B, D] or [B, E, D].
+            logits: of the experts [B, E, C].
+            batch: labels and weights of the samples.
+
+        Returns:
+            (weighted sum of the samples' losses, sum of the weights), both scalars.
+        """
         weights = self.sample_weights(batch)
         logits, features = present(logits, weights), present(features, weights)
         before = logits.cumsum(1)
-        right = before.argmax(2) == batch["label"].unsqueeze(1)  # of the mean of the experts up to this one, [B, E]
+        right = before.argmax(2) == batch["label"].unsqueeze(1)  # is the mean up to each expert correct? [B, E]
         losses = []
         for i in range(len(self.hidden)):
             target = ~right[:, i] & right[:, i + 1 :].any(1)
-            asks = self.asks(i, features if features.ndim == 2 else features[:, i], before[:, i] / (i + 1))
-            weight = asks.new_tensor(self.options.pos_weight)
+            q = self.asks(i, features if features.ndim == 2 else features[:, i], before[:, i] / (i + 1))
+            weight = q.new_tensor(self.options.pos_weight)
             losses.append(
-                F.binary_cross_entropy_with_logits(asks, target.to(asks.dtype), pos_weight=weight, reduction="none")
+                F.binary_cross_entropy_with_logits(q, target.to(q.dtype), pos_weight=weight, reduction="none")
             )
         return (torch.stack(losses).mean(0) * weights).sum(), weights.sum()
 
     def asks(self, expert: int, features: Tensor, logits: Tensor) -> Tensor:
-        """q [B] after an expert, whose features are [B, D]; `logits` [B, C] are the mean of the experts so far."""
-        own = self.output.weight.dtype
-        wide = torch.promote_types(own, torch.float32)  # fp16 has neither normalize's ε nor the sum of the losses
-        hidden = F.relu(self.hidden[expert](F.normalize(features.to(wide), dim=1).to(own)))
-        top = logits.to(own).topk(self.top, dim=1).values
+        """The output q of the binary classifier after an expert.
+
+        Args:
+            expert: index i of the expert, from 0.
+            features: features of this expert [B, D].
+            logits: mean of the logits of the experts up to this one [B, C].
+
+        Returns:
+            q [B], in at least fp32.
+        """
+        dtype = self.output.weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # fp16 can hold neither the ε of `normalize` nor loss sums
+        hidden = F.relu(self.hidden[expert](F.normalize(features.to(wide), dim=1).to(dtype)))
+        top = logits.to(dtype).topk(self.top, dim=1).values
         return self.output(torch.cat([top, hidden], 1)).squeeze(1).to(wide)
 
     def expert_logits(self, images: Tensor) -> Tensor:
-        """[B, E, C]; NaN of the experts that were not asked, and nothing of them was computed."""
+        """Logits of each expert [B, E, C]. Logits of a skipped expert are NaN; it does not compute the image at all."""
         shared = self.model.trunk(images)
-        going = torch.arange(len(shared), device=shared.device)
-        found: Tensor | None = None
+        active = torch.arange(len(shared), device=shared.device)  # images that need the next expert
+        all_logits: Tensor | None = None
         for expert in range(self.model.num_experts):
-            features, logits = self.model.expert(shared[going], expert)
-            if found is None:
-                found = logits.new_full((len(shared), self.model.num_experts, logits.shape[1]), torch.nan)
-            found[going, expert] = logits
+            features, logits = self.model.expert(shared[active], expert)
+            if all_logits is None:
+                all_logits = logits.new_full((len(shared), self.model.num_experts, logits.shape[1]), torch.nan)
+            all_logits[active, expert] = logits
             if expert < len(self.hidden):
-                asks = self.asks(expert, features, found[going, : expert + 1].mean(1))
-                going = going[asks.sigmoid() > 0.5]
-            if not len(going):
+                q = self.asks(expert, features, all_logits[active, : expert + 1].mean(1))
+                active = active[q.sigmoid() > 0.5]
+            if not len(active):
                 break
-        assert found is not None
-        return found
+        assert all_logits is not None
+        return all_logits

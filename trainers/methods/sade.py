@@ -21,12 +21,16 @@ class Options:
 
 
 class Sade(Method):
-    """Σ_e of the loss at z_e + a_e: each expert is the best one for a test distribution of its own (eq. 2 to 4).
+    """Loss: Σ_e L(z_e + a_e), where each expert is trained for a different test distribution (eq. 2 to 4).
 
-    a = 0 (softmax: a test split as long-tailed as the training), log π (balanced softmax: a uniform one) and
-    log π − τ log π̃ (a reversed one). The loss is the configured one, in the paper CE. Other numbers of experts stand
-    evenly between these three, at t from 0 to 2: a_t = t log π up to 1, then log π − (t − 1) τ log π̃. One expert is
-    the first.
+    L is the configured loss; the paper uses CE. The three experts of the paper have these adjustments:
+
+    - a = 0 (softmax), for test data that is as long-tailed as the training data;
+    - a = log π (balanced softmax), for uniform test data;
+    - a = log π − τ log π̃, for test data with reversed class frequencies.
+
+    Other numbers of experts are placed evenly between these three at t from 0 to 2: a_t = t log π for t ≤ 1, and
+    a_t = log π − (t − 1) τ log π̃ for t > 1. A single expert has a = 0.
     """
 
     Options = Options
@@ -48,15 +52,21 @@ class Sade(Method):
         return self.loss_of_each(logits + self.adjustments.to(logits.dtype), batch)
 
     def assumed_prior(self) -> Tensor:
-        """What the loss assumes is assumed of z_e + a_e."""
+        """The prior that the loss assumes for z_e + a_e, minus the adjustment a_e, in logarithms [E, C]."""
         return (super().assumed_prior() - self.adjustments.cpu()).log_softmax(1)
 
 
 def reversed_prior(prior: Tensor) -> Tensor:
-    """π̃ [C]: the k-th most frequent class gets the k-th smallest frequency (not 1/π).
+    """The reversed prior π̃: the k-th most frequent class gets the k-th smallest frequency. This is not 1/π.
 
-    Of classes with equal counts the earlier label is the rarer one. The original's sort is not stable and leaves
-    that open.
+    Of two classes with equal counts, the one with the smaller label is treated as the rarer one. The original uses an
+    unstable sort, so that the order of such classes is not defined there.
+
+    Args:
+        prior: class frequencies π [C].
+
+    Returns:
+        π̃ [C].
     """
     ascending, order = prior.sort(stable=True)
     rank = order.argsort()

@@ -1,4 +1,4 @@
-"""What wraps another method: the same model, the other's objective, and something of its own."""
+"""Base class of methods that add something to another method and share its model and loss."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from tailtune.trainers.methods.base import Batch, Earlier, Method, Objective
 
 
 class Wrapper(Method):
-    """Base of methods that act around an inner one, which their option `inner` names.
+    """Base class of methods that wrap an inner method, which their option `inner` names.
 
-    Both hold the one model. Its weights keep the names that they have without the wrapper, so that runs with and
-    without it can continue each other.
+    The wrapper and the inner method share one model. The weights of the model have the same names with and without a
+    wrapper, so that a run with a wrapper can continue a run without one, and the reverse.
     """
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:

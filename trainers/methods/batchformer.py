@@ -31,7 +31,8 @@ class Options:
     )
     chunks: int = option(
         1,
-        "Number of parts of a micro-batch. Images attend only to images of their part, as if each part were on a GPU of its own.",
+        "Number of parts of a micro-batch. Images attend only to images of their part, as if each part had its own "
+        "GPU.",
         least=1,
         most=10**4,
     )

@@ -1,7 +1,7 @@
 """A ViT of the fixture of LIFT specification §13.6 and a plain formulation of its block to compare the host with."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tailtune.configs.key import Key
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.heads import classifiers
 from tailtune.models.heads.head_init import HeadContext
@@ -41,10 +42,28 @@ def put_tuners(host: Any, names: Sequence[str], sizes: Sizes, partial: Any = Non
     add_tuners(host, {name: sizes.of(name) for name in names}, partial, seed)
 
 
+LIFT_TUNERS = (
+    *("full_tuning", "bias_tuning", "ln_tuning", "bn_tuning", "mask", "vpt_shallow", "vpt_deep", "lora", "lora_mlp"),
+    *("ssf_attn", "ssf_mlp", "ssf_ln", "adapter", "adaptformer"),
+)
+"""The tuners of LIFT, of which the tests have a plain formulation and published counts; others may be added."""
+
+
+def other_value(key: Key) -> object:
+    """Another value of an option that is a flag or a number."""
+    default = key.default
+    assert isinstance(default, bool | int | float), "choose a value by hand"
+    if isinstance(default, bool):
+        return not default
+    larger = default + 1 if isinstance(default, int) else default * 2 or 0.5
+    return default / 2 if key.beyond(larger) else larger
+
+
 def head_with(name: str, dim: int, classes: int, scale: float = 25.0) -> nn.Module:
     """A head, with this scale if it has one."""
     kind = classifiers.HEADS[name]
-    return kind(dim, classes, **({"scale": scale} if kind.Options is classifiers.ScaleOptions else {}))
+    options = asdict(kind.Options())
+    return kind(dim, classes, **{**options, **({"scale": scale} if "scale" in options else {})})
 
 
 def loss_with(name: str, **values: float) -> Loss:

@@ -16,7 +16,7 @@ import torch
 from conftest import Cli
 from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
-from small import SIDE, Sizes, filled, fixture_net, head_with, put_tuners, small_net
+from small import LIFT_TUNERS, SIDE, Sizes, filled, fixture_net, head_with, put_tuners, small_net
 from tiers import slow_except
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import HEADS, CosineClassifier
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.export import EXPORTS, ExportedModel, export, onnx_format
 from tailtune.trainers.export.exported_model import FORMULAS, linear_head
 from tailtune.trainers.export.library_network import network
@@ -41,7 +40,7 @@ from tailtune.trainers.methods.base import Objective
 
 CLASSES = 5
 SIZES = Sizes(bottleneck=3, prompts=2, mask_ratio=0.1, mask_seed=4)
-OF_VIT = [name for name, tuner in TUNERS.items() if not tuner.on_batch]
+OF_VIT = [name for name in LIFT_TUNERS if name != "bn_tuning"]
 OF_RESNET = ["full_tuning", "bias_tuning", "bn_tuning", "ssf_attn"]
 NOT_AFFINE = ("vpt_shallow", "vpt_deep", "adapter", "adaptformer")
 MERGED = [name for name in OF_VIT if name not in NOT_AFFINE]
@@ -289,7 +288,7 @@ def test_heads_beside_and_within(name: str, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["head"] == {
         "type": name,
-        **({"scale": 20.0} if name == "CosineClassifier" else {}),
+        **{**asdict(HEADS[name].Options()), **({"scale": 20.0} if name == "CosineClassifier" else {})},
         "apply": FORMULAS[HEADS[name]] if linear_head(made.head) is None else APPLY_WITHIN,
     }
     _, predict = literal(tmp_path)

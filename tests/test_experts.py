@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Cli
-from small import SIDE, Sizes, head_context, head_with, plain_features, put_tuners, small_net
+from small import LIFT_TUNERS, SIDE, Sizes, head_context, head_with, plain_features, put_tuners, small_net
 from test_exchange import clip_vit
 from tiers import slow_except
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from tailtune.trainers.storage.checkpoint import trained_state
 
 DEPTH, CLASSES = 4, 5
 SIZES = Sizes(bottleneck=3, prompts=2, mask_ratio=0.1, mask_seed=4)
-INSERTED = [name for name, tuner in TUNERS.items() if tuner.insert]
+INSERTED = [name for name in LIFT_TUNERS if TUNERS[name].insert]
 SELECTED = [name for name, tuner in TUNERS.items() if tuner.select and not tuner.on_batch]
 Make = Callable[..., CfgNode]
 

@@ -61,7 +61,7 @@ def mean(name: str, logits: Tensor, labels: Tensor, given: Prior, **options: flo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", FIXTURE)
 def test_values_are_those_of_the_original(name: str, dtype: torch.dtype) -> None:
     logits, labels = fixture()
     found = mean(name, logits.to(dtype), labels, prior())

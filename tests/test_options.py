@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small import other_value
 from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
@@ -633,14 +634,7 @@ def probe_of_entry(key: str) -> Probe:
     """A probe of a number or flag that an entry of a table owns, so that a new entry needs no line here."""
     (entry,) = SCHEMA.entries[key]
     see, words = next((see, words) for table, see, words in CHOSEN if entry in table)
-    default = SCHEMA[key].default
-    assert isinstance(default, bool | int | float), f"{key}: give it a probe"
-    other = (
-        not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default * 2 or 0.5
-    )
-    if not isinstance(other, bool) and SCHEMA[key].beyond(other):
-        other = default / 2
-    return Probe(default, other, see, words(entry))
+    return Probe(SCHEMA[key].default, other_value(SCHEMA[key]), see, words(entry))
 
 
 PROBES.update({key: probe_of_entry(key) for key in KEYS if key not in PROBES and SCHEMA.entries[key]})

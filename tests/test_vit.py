@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small import SIDE, WIDTH, Sizes, filled, fixture_net, plain_features, put_tuners, small_net, tuned
+from small import LIFT_TUNERS, SIDE, WIDTH, Sizes, filled, fixture_net, plain_features, put_tuners, small_net, tuned
 from timm.layers import DiffAttention, RmsNorm, SwiGLUPacked
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
@@ -17,7 +17,6 @@ from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.vit_compatibility import unsupported_part
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.heads.classifiers import CosineClassifier
-from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.tuner_options import bottleneck_dim, mask_ratio
 from tailtune.trainers.losses import LOSSES, Prior, log_prior
 from tailtune.trainers.storage.checkpoint import copy_state, trained_state
@@ -34,7 +33,7 @@ FIXTURES = {  # LIFT specification §13.6: feature[0:4], sum, L2 norm
     ("ssf_ln",): ([0.23438, 0.00548, -1.05545, -0.54124], -1.6078, 7.93473),
     ("lora", "ssf_attn", "ssf_ln"): ([0.09645, 0.17029, -0.91551, -0.52794], -1.6259, 7.92000),
 }
-OF_VIT = [name for name in TUNERS if name != "bn_tuning"]
+OF_VIT = [name for name in LIFT_TUNERS if name != "bn_tuning"]
 ALONE = [(name,) for name in OF_VIT]
 TOGETHER = [
     ("adaptformer", "adapter", "lora", "vpt_deep"),

@@ -36,7 +36,7 @@ FORMULAS: dict[type[nn.Module], str] = {
         "logits = F.layer_norm(features, features.shape[-1:], eps=1e-12) @ F.normalize(weight, dim=-1).T"
     ),
 }
-"""Class of a head → Python code that applies the head, with torch.nn.functional imported as F."""
+"""Class of a head → Python code that applies the head. F is torch.nn.functional; options of the head are variables."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,18 @@ class ExportedModel:
 
     def describe(self) -> dict[str, Any]:
         """The facts about the model that `facts.json` contains in every format."""
-        head: dict[str, Any] = {"type": type(self.head).__name__, "apply": FORMULAS.get(type(self.head))}
-        if isinstance(self.head, Classifier):
-            head |= {name: getattr(self.head, name) for name in key_names(self.head.Options)}
+        head = {
+            "type": type(self.head).__name__,
+            "apply": FORMULAS.get(type(self.head)),
+            **options_of_head(self.head),
+        }
         return {**self.facts, "head": head, "class_names": list(self.class_names)}
+
+
+def options_of_head(head: nn.Module) -> dict[str, Any]:
+    """The values that the formula of a head reads besides its weights, such as `scale`."""
+    names = key_names(head.Options) if isinstance(head, Classifier) else ()
+    return {name: getattr(head, name) for name in names}
 
 
 def linear_head(head: nn.Module) -> dict[str, Tensor] | None:

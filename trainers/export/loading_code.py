@@ -6,7 +6,7 @@ The code has to run in the exported folder.
 from typing import Any
 
 from tailtune.models.heads.classifiers import LinearClassifier
-from tailtune.trainers.export.exported_model import FORMULAS, ExportedModel, before_head
+from tailtune.trainers.export.exported_model import FORMULAS, ExportedModel, before_head, options_of_head
 
 MODULES = ("functools", "open_clip", "peft", "timm")
 HEAD = "head.safetensors"
@@ -81,7 +81,6 @@ def separate_head(exported: ExportedModel) -> list[str]:
     head = exported.head
     tensors = ["weight", *(["bias"] if isinstance(head, LinearClassifier) else [])]
     lines = [f"head = load_file({HEAD!r})", *(f"{name} = head[{name!r}]" for name in tensors)]
-    if "scale *" in FORMULAS[type(head)]:
-        lines.append(f"scale = {head.scale!r}")
+    lines += [f"{name} = {value!r}" for name, value in options_of_head(head).items()]
     body = ["features = net(images)", *before_head(exported), FORMULAS[type(head)], "return logits"]
     return [*lines, "@torch.no_grad()", "def predict(images):", *(f"    {line}" for line in body)]

@@ -137,7 +137,7 @@ def test_every_option_of_a_line_is_in_the_config_and_in_the_names(name: str) -> 
             assert (f"_{key}_{text}" in cfg.run_name) == (changed and SCHEMA[key].cls == TRAIN), (words, key)
             shown = "train" if key == "test_train" else f"{key}_{text}"
             assert (shown in cfg.test_key) == (changed and SCHEMA[key].cls == TEST), (words, key)
-        assert (cfg.test_key == "default") == values_of(cfg, TEST) == values_of(base, TEST)
+        assert (cfg.test_key == "default") == (values_of(cfg, TEST) == values_of(base, TEST))
 
 
 @few_lines

@@ -35,10 +35,10 @@ def test_no_host_sync_between_prints(config: Config, tmp_path: Path, monkeypatch
     """A longer epoch costs not one wait more."""
     monkeypatch.chdir(tmp_path)
     counts = []
-    for steps in (10, 19):  # every shot group has been seen, and the epoch has not ended
-        words = ("pretrained", "none", "num_epochs", 1, "batch_size", 8, "max_steps", steps, "print_freq", 1000)
+    for steps in (20, 40):  # long enough that every shot group has been seen
+        words = ("pretrained", "none", "num_epochs", 1, "batch_size", 4, "max_steps", steps, "print_freq", 1000)
         # The transforms read values too, so they run in another process.
-        cfg = config("fake_lt", "tiny_clip_peft", *words, "micro_batch_size", 4, "num_workers", 1)
+        cfg = config("fake_lt", "tiny_clip_peft", *words, "micro_batch_size", 2, "num_workers", 1)
         with CountSyncs() as syncs:
             run(cfg)
         counts.append(syncs.count)

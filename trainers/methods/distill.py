@@ -9,8 +9,9 @@ from torch import Tensor
 from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
-from tailtune.trainers.losses import divergence, present
+from tailtune.trainers.losses import present
 from tailtune.trainers.methods.base import Batch, Earlier, Method, Objective
+from tailtune.trainers.methods.divergence import divergence
 from tailtune.trainers.methods.wrapper import Wrapper
 
 

@@ -95,14 +95,6 @@ class View(Dataset[Batch]):
         """Labels of the images in the order of the view, int64 [N]."""
         return torch.from_numpy(self.source.labels[self.indices])
 
-    def with_transform(self, transform: Transform) -> "View":
-        """The same images through another transform.
-
-        Args:
-            transform: PIL image → uint8 [3, H, W].
-        """
-        return View(self.source, self.indices, transform, self.seed, self.skip_bad)
-
     def limited(self, count: int | None) -> "View":
         """At most `count` images of the view, chosen at random because the view may be sorted by class.
 

@@ -77,7 +77,7 @@ def _dirichlet_test_sets(
         largest_class=split.largest_class(),
         train_images=int(info.class_counts.max()) + options.val_per_class if draws_training_images else None,
     )
-    return draw_test_sets(options, images, origin)
+    return draw_test_sets(options.dirichlet, options.shift_seed, images, origin)
 
 
 def _distribution(name: str, test_set: DrawnTestSet, split: EvaluatedSplit) -> TestDistribution:

@@ -17,7 +17,8 @@ import numpy as np
 from tailtune.configs.errors import UserError, printable
 from tailtune.datasets.long_tail import longtail_counts
 from tailtune.datasets.sources.published_lists import is_published
-from tailtune.datasets.test_distributions.settings import DirichletSettings, DistributionSettings
+from tailtune.datasets.test_distributions.options import DirichletOptions
+from tailtune.datasets.test_distributions.settings import DistributionSettings
 
 DIRICHLET = "dirichlet"
 COMPONENTS = ("uniform", "forward", "backward")
@@ -98,7 +99,7 @@ def component_of(name: str) -> str | None:
     return _without_number(name).removeprefix(f"{DIRICHLET}-") if name.startswith(f"{DIRICHLET}-") else None
 
 
-def check_dirichlet(options: DirichletSettings, dataset: str) -> None:
+def check_dirichlet(options: DirichletOptions, dataset: str) -> None:
     """Check options that do not depend on the images.
 
     Args:
@@ -110,15 +111,16 @@ def check_dirichlet(options: DirichletSettings, dataset: str) -> None:
     """
     if options.concentration is not None and options.concentration <= 0:
         raise UserError(f"dirichlet_concentration {options.concentration:g} must be above 0, for example 10000")
-    if options.list_file and dataset != "ImageList":
-        raise UserError(f"dirichlet_list {options.list_file}: it needs dataset ImageList; set it to none")
+    if options.list and dataset != "ImageList":
+        raise UserError(f"dirichlet_list {options.list}: it needs dataset ImageList; set it to none")
 
 
-def draw_test_sets(options: DistributionSettings, images: ImagesByClass, origin: str) -> dict[str, DrawnTestSet]:
+def draw_test_sets(options: DirichletOptions, seed: int, images: ImagesByClass, origin: str) -> dict[str, DrawnTestSet]:
     """Draw the test sets of all components.
 
     Args:
         options: the options.
+        seed: the option `shift_seed`.
         images: the images to draw from.
         origin: how the images are chosen, for reports.
 
@@ -128,21 +130,21 @@ def draw_test_sets(options: DistributionSettings, images: ImagesByClass, origin:
     Raises:
         UserError: the concentration is too small to draw class frequencies.
     """
-    random = np.random.RandomState(options.shift_seed % 2**32)
+    random = np.random.RandomState(seed % 2**32)
     test_sets: dict[str, DrawnTestSet] = {}
-    for name in dirichlet_names(DIRICHLET, options.dirichlet.trials):
+    for name in dirichlet_names(DIRICHLET, options.trials):
         if images.train_images is not None:
             train_positions = [np.arange(images.train_images)] * len(images.classes)
-            counts = draw_counts(random, *_count_arguments(options.dirichlet, name, images, images.train_images))
+            counts = draw_counts(random, *_count_arguments(options, name, images, images.train_images))
             draw_images(random, counts, train_positions)
         draws = []
         for _ in ("to learn from", "to evaluate"):
-            counts = draw_counts(random, *_count_arguments(options.dirichlet, name, images, images.largest_class))
+            counts = draw_counts(random, *_count_arguments(options, name, images, images.largest_class))
             draws.append(draw_images(random, counts, images.positions))
         wanted = np.zeros(len(images.classes), dtype=np.int64)
         wanted[images.classes] = counts
-        positions, learn_positions = _divide(options.dirichlet.learn, *draws)
-        test_sets[name] = DrawnTestSet(wanted, positions, origin + LEARN[options.dirichlet.learn], learn_positions)
+        positions, learn_positions = _divide(options.learn, *draws)
+        test_sets[name] = DrawnTestSet(wanted, positions, origin + LEARN[options.learn], learn_positions)
     return test_sets
 
 
@@ -170,7 +172,7 @@ def describe_origin(options: DistributionSettings, path: Path | None, is_whole: 
     same_draws = dirichlet.trials == PUBLISHED_TRIALS and options.shift_seed == 0
     if is_published_setting and is_whole and same_draws:
         return "the published construction"
-    note = f", without the list {dirichlet.list_file}" if dirichlet.list_file and path is None else ""
+    note = f", without the list {dirichlet.list}" if dirichlet.list and path is None else ""
     return f"drawn with seed {options.shift_seed}{note}"
 
 
@@ -227,7 +229,7 @@ def draw_images(
 
 
 def _count_arguments(
-    options: DirichletSettings, name: str, images: ImagesByClass, largest: float
+    options: DirichletOptions, name: str, images: ImagesByClass, largest: float
 ) -> tuple[list[int], float, float, int]:
     """Arguments of `draw_counts` after the generator."""
     component = component_of(name)

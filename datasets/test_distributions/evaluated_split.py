@@ -85,7 +85,7 @@ class EvaluatedSplit:
             UserError: the list file does not fit the test split.
         """
         options, positions = self.options, np.arange(len(self.labels))
-        list_file = options.dirichlet.list_file
+        list_file = options.dirichlet.list
         name = (list_file or options.test_list) if options.dataset == "ImageList" else None
         path = first_file(name, options.folders.for_lists()) if name else None
         if list_file and path:

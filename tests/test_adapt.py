@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from conftest import Cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.config_checks import outline
+from tailtune.trainers.evaluation.adaptation import restored_after
 from tailtune.trainers.evaluation.expert_weights import (
     LEAST,
     Learner,
@@ -304,3 +305,23 @@ def test_training_images_are_not_adapted_to(launch: Cli) -> None:
     assert launch(RUN, DISTS, "adapt sade test_train True").returncode == 0
     found = metrics("run")
     assert "distributions" not in found and any("test_train" in note for note in found["notes"])
+
+
+def test_a_network_that_an_adaptation_updates_is_restored_to_the_bit() -> None:
+    """Weights, statistics, modes and what trains: one distribution must not see what another one has changed."""
+    method: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)).eval()
+    method[0].requires_grad_(False)
+    norm, images = method[1], torch.randn(8, 3, 3, 3)
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    asked = [parameter.requires_grad for parameter in method.parameters()]
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt), restored_after(method, list(norm.parameters())):
+        norm.train()
+        method(images).square().sum().backward()
+        assert method[3].weight.grad is None and norm.weight.grad is not None, "only the norm trains"
+        with torch.no_grad():
+            norm.weight.sub_(norm.weight.grad)
+        assert not torch.equal(norm.running_mean, before["1.running_mean"])
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
+    assert [parameter.requires_grad for parameter in method.parameters()] == asked
+    assert not any(module.training for module in method.modules()) and norm.weight.grad is None

@@ -16,7 +16,7 @@ from tailtune.models.backbones.encoder import Encoder, StagedModule
 from tailtune.trainers.storage.atomic_io import Digest, write_folder
 from tailtune.trainers.storage.manifest import read_folder
 
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors")
 """Packages whose versions are recorded with every checkpoint."""
 
 

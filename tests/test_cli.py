@@ -20,7 +20,7 @@ from tiers import slow_except
 
 from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.config_checks import check

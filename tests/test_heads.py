@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.models import BACKBONES, build_model

@@ -12,9 +12,9 @@ import torch
 
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_info
+from tailtune.configs.launch_environment import world_size
+from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
-from tailtune.trainers.distributed import world_size
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target

@@ -23,6 +23,7 @@ from torch import nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
+from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.data_bundle import Batch
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
@@ -59,11 +60,6 @@ def uses_cuda() -> bool:
 
 PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 """Environment variables by which a launcher tells each process its rank and the number of processes."""
-
-
-def world_size() -> int:
-    """Number of processes of this launch, from the environment; `check_environment` has checked the variable."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launched_alone() -> bool:

@@ -179,7 +179,7 @@ def run_all(stages: list[CfgNode]) -> int:
         The exit code 0.
     """
     from tailtune.trainers.runs.run_folder import RunFolder
-    from tailtune.trainers.runs.stored_result import shown_again
+    from tailtune.trainers.stored_result import shown_again
 
     last = stages[-1]
     if shown_again(last):

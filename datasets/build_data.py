@@ -15,6 +15,7 @@ from tailtune.datasets.data_bundle import DataBundle, DataInfo, View
 from tailtune.datasets.data_settings import DataFolders, DataSettings, SplitSettings
 from tailtune.datasets.images.transforms import (
     Transform,
+    check_augment,
     eval_transform,
     repeated,
     resize_for_crops,
@@ -48,7 +49,7 @@ def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
         UserError: an unknown data set or augmentation, a missing list, or options that do not fit the data.
     """
     for key in ("augment", "adapt_views"):  # only to refuse unknown names, which a dry run reports, too
-        train_transform(cfg[key], cfg.resolution, cfg.interpolation, key)
+        check_augment(cfg[key], cfg.interpolation, key)
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(DataSettings.of(cfg)), counts)
 
 

@@ -66,6 +66,7 @@ def original(seed: int = 0) -> open_clip.CLIP:
 
 
 def tokens(sentences: list[str]) -> Tensor:
+    open_clip.add_model_config(BACKBONES["TinyCLIP"].config)
     return open_clip.get_tokenizer("tailtune-tiny")(sentences)
 
 

@@ -25,7 +25,7 @@ SOURCES = ("configs", "datasets", "models", "trainers")
 
 
 def cached_schema() -> Schema:
-    """The schema that `option_schema.declared` builds. It is read from a file if that was written from these sources."""
+    """The schema that `option_schema.declared` builds; read from a file if the sources have not changed since."""
     path, stamp = Path(cache_from_source(__file__)).with_suffix(".json"), _stamp()
     stored = _read(path)
     if stored.get("stamp") == stamp and stored.get("sha256") == _digest(stored.get("schema")):

@@ -40,11 +40,11 @@ from tailtune.trainers.runs.load_run import (
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
 from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
-from tailtune.trainers.runs.stored_result import show, splits_and_decision
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
 from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.stored_result import show, splits_and_decision
 from tailtune.trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")

@@ -1,4 +1,4 @@
-"""Options that choose method, loss and sampler. Options of one entry are declared in its own file, or in one it imports."""
+"""Options that choose method, loss and sampler. Options of one entry are declared in its own file or its imports."""
 
 from dataclasses import dataclass
 

@@ -273,10 +273,15 @@ def number(value: float | None, decimals: int = 2) -> str:
 
 
 def commit() -> str | None:
-    """The git commit of TailTune, with the suffix `-dirty` if files have changed; None outside a git checkout."""
-    here = Path(__file__).parent
+    """The git commit of TailTune, with the suffix `-dirty` if files have changed; None outside a git checkout.
+
+    An installed package may lie in a folder of another project's repository. So the root has to hold `.git` itself.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
         completed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

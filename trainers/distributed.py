@@ -2,11 +2,13 @@
 
 import logging
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -143,6 +145,22 @@ def _said_when_late() -> Iterator[None]:
         yield
     finally:
         late.cancel()
+
+
+def hardware() -> str:
+    """The devices of this computation, in words: number and name of the GPUs, or the CPU and its threads."""
+    times = f"{world_size()} × " if world_size() > 1 else ""
+    if uses_cuda():
+        return f"{times}{torch.cuda.get_device_name()}"
+    return f"{times}CPU ({_cpu()}, {torch.get_num_threads()} threads)"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 @torch.no_grad()

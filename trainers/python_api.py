@@ -97,8 +97,7 @@ def build_model(
 
     Args:
         model: name of a model config.
-        data: name of a data config, or the path of your YAML: it gives the class names, and the options that the model
-            config has for these data.
+        data: name of a data config, or the path of your YAML. It gives class names and options of the model.
         class_names: names of the C classes, instead of `data`.
         num_classes: number of classes, instead of `data`, for a classifier that reads no texts. Together with `data`,
             it is the option of this name.

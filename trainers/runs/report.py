@@ -1,18 +1,15 @@
 """Writes and reads metrics.json, the result of a run, and formats the result as a table for the terminal."""
 
-import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tailtune.configs import CfgNode
 from tailtune.datasets import DataBundle, DataInfo
 from tailtune.datasets.long_tail import SHOT_GROUPS
-from tailtune.trainers.distributed import uses_cuda, world_size
+from tailtune.trainers.distributed import hardware
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.storage.atomic_io import Damaged, Digest, write_json
 from tailtune.trainers.storage.checkpoint import package_versions
@@ -273,12 +270,9 @@ def number(value: float | None, decimals: int = 2) -> str:
 
 
 def commit() -> str | None:
-    """The git commit of TailTune, with the suffix `-dirty` if files have changed; None outside a git checkout.
-
-    An installed package may lie in a folder of another project's repository. So the root has to hold `.git` itself.
-    """
+    """The git commit of TailTune, with the suffix `-dirty` if files have changed; None outside a git checkout."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (root / ".git").exists():  # an installed package may lie inside the repository of another project
         return None
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
@@ -286,19 +280,3 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return completed.stdout.strip() or None
-
-
-def hardware() -> str:
-    """The devices of this computation, in words: number and name of the GPUs, or the CPU and its threads."""
-    times = f"{world_size()} × " if world_size() > 1 else ""
-    if uses_cuda():
-        return f"{times}{torch.cuda.get_device_name()}"
-    return f"{times}CPU ({_cpu()}, {torch.get_num_threads()} threads)"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -123,20 +123,24 @@ def load(run_folder: str | Path, device: str | torch.device | None = None) -> Tr
     home, foreign = find_checkpoint(str(run_folder), "load:", "name the folder of a finished run")
     if foreign is not None:
         raise UserError(
-            f"load: {foreign.path} is a checkpoint of another project, which does not say with which "
-            "options it was trained; evaluate it on the command line with `test_only True model_dir …`"
+            f"load: {foreign.path} is a checkpoint of another project, which does not say with which options it was "
+            "trained; evaluate it on the command line with `test_only True model_dir …`"
         )
+    return _loaded(home, place)
+
+
+def _loaded(home: Path, device: torch.device) -> TrainedModel:
+    """The model of the run in folder `home`, which has a checkpoint."""
     cfg = resolve(config_of(home, declared()))
-    facts = read_json(home / FACTS)
-    info = with_descriptors(cfg, _info_of(cfg, facts)) if cfg.zero_shot else _info_of(cfg, facts)
-    method = trained_method(cfg, Checkpoint(home), info, place).requires_grad_(False)
+    info = _info_of(cfg, read_json(home / FACTS))
+    method = trained_method(cfg, Checkpoint(home), info, device).requires_grad_(False)
     prepare(method, cfg.test_prec)
     return TrainedModel(
         folder=home,
         class_names=info.class_names,
         class_counts=tuple(info.class_counts.tolist()),
         resolution=cfg.resolution,
-        device=place,
+        device=device,
         preprocess=_preprocess(cfg, method.model),
         config=cfg,
         method=method,
@@ -144,9 +148,10 @@ def load(run_folder: str | Path, device: str | torch.device | None = None) -> Tr
 
 
 def _info_of(cfg: CfgNode, facts: Mapping[str, Any]) -> DataInfo:
-    """Facts about the data of a finished run. Checkpoints of early versions record no class counts."""
-    counts = facts.get("class_counts")
-    return build_info(cfg) if counts is None else stored_info(cfg, facts["class_names"], counts)
+    """Facts about the data of a finished run, from its checkpoint. Only zero-shot reads the texts of `descriptors`."""
+    counts = facts.get("class_counts")  # early versions recorded none
+    info = build_info(cfg) if counts is None else stored_info(cfg, facts["class_names"], counts)
+    return with_descriptors(cfg, info) if cfg.zero_shot else info
 
 
 def _preprocess(cfg: CfgNode, model: ClassificationModel) -> v2.Compose:

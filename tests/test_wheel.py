@@ -78,6 +78,14 @@ def test_a_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path
     assert names_in(wheel_of(unpacked, tmp_path)) == names_in(wheel)
 
 
+def test_an_editable_installation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be a copy of the files that does not follow the checkout."""
+    with pytest.raises(SystemExit):
+        next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["editable"]))
+    assert "an editable installation is not possible: run python main.py in the checkout" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_the_package_says_about_itself(installed: Path) -> None:
     found = Distribution.at(next(installed.glob("*.dist-info")))
     about = email.message_from_string(found.read_text("METADATA") or "")

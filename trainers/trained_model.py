@@ -41,7 +41,8 @@ class TrainedModel:
     """Where the model computes."""
     preprocess: Callable[[Image.Image], Tensor] = field(repr=False)
     """A torchvision transform: PIL image of any size and mode → float32 [3, R, R], normalised. It is the transform of
-    the run's evaluation with one centre crop, also if the run was evaluated with several crops (`tte`)."""
+    the run's evaluation with one centre crop, also if the run was evaluated with several crops (`tte`). An image whose
+    EXIF data say that it is turned is rotated in place."""
     config: CfgNode = field(repr=False)
     """All options of the run, frozen: `config.backbone`, `config.lr` …"""
     method: Method = field(repr=False)
@@ -94,9 +95,10 @@ class TrainedModel:
 
 
 def load(run_folder: str | Path, device: str | torch.device | None = None) -> TrainedModel:
-    """Load the model of a finished run. Neither its data nor a network connection are needed.
+    """Load the model of a finished run. The images that it was trained on are not needed.
 
-    The pre-trained weights of the backbone have to be where the run found them: a checkpoint holds what was trained.
+    A checkpoint holds only what was trained. So the backbone's pre-trained weights are read as the run read them: from
+    the package, a local file, or the cache of downloads.
 
     Args:
         run_folder: path of the run folder, or its name in output/.

@@ -1,8 +1,9 @@
 # Everything runs in .venv, made on first use from requirements.txt. Needs python3 (3.11 or newer) and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two workers suit two cores. A file stays on one worker; tests/conftest.py puts the longest first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two workers suit two cores. A file stays on one worker; tests/conftest.py puts the longest first. Compiled modules are
+# kept, because the tests start many processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 CODE := __main__.py main.py benchmarks configs datasets models parity scripts trainers
 

@@ -17,7 +17,6 @@ if __name__ == "__mp_main__":  # a process spawned by multiprocessing, whose mod
 
 import argparse
 import json
-import logging
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
 from tailtune.configs.program import launch_target, program
 from tailtune.configs.shipped_configs import KINDS, list_of_configs, list_of_kind
+from tailtune.trainers.cached_schema import cached_schema
 from tailtune.trainers.processes.console_log import show_any_text
 from tailtune.trainers.processes.exit import run_as_process, say
 from tailtune.trainers.processes.interrupts import Interrupted
@@ -145,11 +145,7 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
-    # torchmetrics imports matplotlib. On a new machine, matplotlib would log a message about its font cache.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from tailtune.trainers.option_schema import declared  # imports torch and timm; --help and --list do not need them
-
-    stages = load_configs(args.data, args.model, pairs, declared())
+    stages = load_configs(args.data, args.model, pairs, cached_schema())
     return dry_run(stages, args.all) if args.dry_run else run_all(stages)
 
 
@@ -188,7 +184,11 @@ def run_all(stages: list[CfgNode]) -> int:
     Returns:
         The exit code 0.
     """
-    from tailtune.trainers.stages import run_stages
+    from tailtune.trainers.stored_result import shown_again
+
+    if shown_again(stages[-1]):
+        return 0
+    from tailtune.trainers.stages import run_stages  # imports torch and timm
 
     run_stages(stages)
     return 0

@@ -33,8 +33,8 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 from tailtune.configs import load_configs
 from tailtune.configs.option import options_from
-from tailtune.datasets import DataBundle, build_data
-from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.build_data import build_data
+from tailtune.datasets.data_bundle import DataBundle, TestDistribution
 from tailtune.datasets.loading.data_loader import collate, eval_loader
 from tailtune.models import resolve
 from tailtune.trainers.distributed import Devices, make_accelerator, to_device
@@ -46,7 +46,7 @@ from tailtune.trainers.evaluation.tta import plain, separate
 from tailtune.trainers.methods import Method
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import make_method
-from tailtune.trainers.runs.report import hardware
+from tailtune.trainers.runs.metrics_file import hardware
 from tailtune.trainers.storage.atomic_io import write_json
 
 EVALUATION = ["pretrained", "none", "test_dists", "all", "adapt", "sade"]

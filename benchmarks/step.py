@@ -22,13 +22,13 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tailtune.configs import load_configs
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model, resolve
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
-from tailtune.trainers.runs.report import hardware
+from tailtune.trainers.runs.metrics_file import hardware
 
 MIB = 2**20
 

@@ -10,6 +10,11 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 """A launcher sets all of these for each process."""
 
 
+def world_size() -> int:
+    """Number of processes of this launch, from the environment; `check_environment` has checked the variable."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     """Check that variables of another program do not look like a launch of several processes.
 

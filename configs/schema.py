@@ -1,6 +1,6 @@
 """Defines the schema, which maps the name of every option to its description. It is built from all tables."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from yacs.config import CfgNode
@@ -9,19 +9,28 @@ from tailtune.configs.key import Key
 from tailtune.configs.option import Declaration
 
 
+def uses_dropout(peft_args: Mapping[str, Any] | None) -> bool:
+    """Whether training with these `peft_args` uses dropout, so that results depend on how a batch is cut."""
+    return any("dropout" in name and bool(value) for name, value in (peft_args or {}).items())
+
+
+COUPLING_RULES: Mapping[str, Callable[[Any], bool]] = {"set": bool, "dropout": uses_dropout}
+"""Name of a rule → function that says whether a value makes the result depend on the micro-batch size."""
+
+
 class Schema(Mapping[str, Key]):
     """Name of an option → `Key`.
 
     Args:
         declarations: all options, in the order of the documentation. Table entries may share an option; they then
             declare the same `Key`.
-        coupled: option → function that says whether a value makes the result depend on the micro-batch size.
+        coupled: option → the values that make the result depend on the micro-batch size, or a name of COUPLING_RULES.
 
     Raises:
         ValueError: two different options have the same name, or a group has the name of an option.
     """
 
-    def __init__(self, declarations: Iterable[Declaration], coupled: Mapping[str, Callable[[Any], bool]]) -> None:
+    def __init__(self, declarations: Iterable[Declaration], coupled: Mapping[str, Collection[str]]) -> None:
         self._keys: dict[str, Key] = {}
         self.sections: dict[str, list[str]] = {}
         """Heading → names of its options."""
@@ -76,7 +85,10 @@ class Schema(Mapping[str, Key]):
 
     def couples(self, values: Mapping[str, Any]) -> bool:
         """Whether the result depends on the micro-batch size if the options have these values."""
-        return any(couples(values[key]) for key, couples in self.coupled.items())
+        return any(
+            COUPLING_RULES[coupled](values[key]) if isinstance(coupled, str) else values[key] in coupled
+            for key, coupled in self.coupled.items()
+        )
 
 
 class Config(CfgNode):

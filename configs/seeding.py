@@ -1,10 +1,15 @@
-"""Creates seeds and random generators for one purpose each, so that one random draw does not change another."""
+"""Creates seeds and random generators for one purpose each, so that one random draw does not change another.
+
+torch is imported by the functions that need it: `derive_seed` is also called before torch is loaded.
+"""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -17,12 +22,14 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
+def generator(*parts: int | str) -> "torch.Generator":
     """Create a CPU generator for one purpose.
 
     Args:
         parts: describe the purpose, as in `derive_seed`.
     """
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
@@ -36,6 +43,8 @@ def seeded(*parts: int | str) -> Iterator[None]:
     Args:
         parts: describe the purpose, as in `derive_seed`.
     """
+    import torch
+
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(derive_seed(*parts))
     try:

@@ -1,4 +1,4 @@
-"""Long-tailed subsets, held-out images and shot groups, as pure functions of labels and counts.
+"""Long-tailed subsets and held-out images, as pure functions of labels and counts.
 
 The subsets are the published CIFAR-LT ones (Cui et al. 2019, LDAM, SADE, LIFT). They are made by NumPy's legacy shuffle
 with seed 0, and do not depend on the seed of the run. Therefore, runs with different seeds train on the same images.
@@ -7,14 +7,13 @@ with seed 0, and do not depend on the seed of the run. Therefore, runs with diff
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from tailtune.configs.errors import UserError
 
 SUBSET_SEED = 0
 """Seed of the published subsets."""
 SHOT_GROUPS = {"many_acc": "many", "med_acc": "med", "few_acc": "few"}
-"""Metric name → shot group; the metric is that group's mean class accuracy. `shot_groups` returns the groups."""
+"""Metric name → shot group; the metric is that group's mean class accuracy. `shot_groups.py` makes the groups."""
 
 
 def longtail_counts(n_max: float, num_classes: int, imb_factor: float) -> list[int]:
@@ -129,23 +128,6 @@ def random_positions(length: int, limit: int | None) -> np.ndarray:
     if limit is None or limit >= length:
         return np.arange(length)
     return np.sort(np.random.RandomState(SUBSET_SEED).permutation(length)[:limit])
-
-
-def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[str, torch.Tensor]:
-    """Group the classes by their number n of training images, as in OLTR (Liu et al. 2019).
-
-    Args:
-        counts: training images per class, [C].
-        many_above: classes with n > many_above are many-shot.
-        few_below: of the remaining classes, those with n < few_below are few-shot, and all others are medium-shot.
-
-    Returns:
-        `many`, `med`, `few` → indices of the classes in the group, int64 [number of classes in the group].
-    """
-    n = torch.tensor(counts, dtype=torch.int64)  # [C]
-    many, few = n > many_above, n < few_below
-    masks = {"many": many, "med": ~(many | few), "few": few & ~many}
-    return {name: mask.nonzero().flatten() for name, mask in masks.items()}
 
 
 def _shuffled(labels: np.ndarray, num_classes: int, seed: int = SUBSET_SEED) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tailtune.configs.errors import UserError
-from tailtune.trainers.runs.report import circumstances
+from tailtune.trainers.runs.metrics_file import circumstances
 
 PARITY = Path(__file__).resolve().parent.parent / "docs" / "parity.json"
 TOP = "lift"

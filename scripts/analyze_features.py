@@ -15,7 +15,7 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 from filelock import FileLock
 
 from tailtune.configs import CfgNode, UserError, load_configs
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.main import Parser, exit_code_of, split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.distributed import Devices, make_accelerator

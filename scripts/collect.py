@@ -118,7 +118,7 @@ def _group_row(group: list[tuple[Path, Result]]) -> Row:
 
 
 def _read(path: Path) -> Result:
-    from tailtune.trainers.runs.report import read_result
+    from tailtune.trainers.runs.result_table import read_result
 
     return read_result(path)
 

@@ -86,9 +86,9 @@ def free_port() -> int:
 
 
 def offline(**environment: str) -> dict[str, str]:
-    """An environment without network and without anybody's caches."""
+    """An environment without network and without anybody's caches, in which Python keeps compiled modules."""
     own = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **own, **environment}
+    return {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "", **environment}
 
 
 LONGEST = ("test_core.py", "test_resume.py", "test_ensembles.py", "test_cli.py", "test_options.py", "test_contract.py")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import Cli
 from torch import Tensor, nn
 
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.models import build_model
 from tailtune.scripts import analyze_features
 from tailtune.trainers.evaluation.feature_analysis import SplitFeatures, heat_map, histograms, split_features, summary

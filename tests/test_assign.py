@@ -17,7 +17,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.config_checks import check
@@ -33,7 +33,7 @@ from tailtune.trainers.evaluation.inference import Logits, save_logits, stored_l
 from tailtune.trainers.evaluation.tta import averaged
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
-from tailtune.trainers.runs.report import usage_line
+from tailtune.trainers.runs.result_table import usage_line
 from tailtune.trainers.storage.resume_states import ResumeStates
 
 Config = Callable[..., CfgNode]

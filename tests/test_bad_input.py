@@ -23,8 +23,9 @@ from torch import nn
 
 from tailtune import main
 from tailtune.trainers.methods.base import Method
-from tailtune.trainers.storage.atomic_io import Digest, write_folder
-from tailtune.trainers.storage.manifest import LOCK, Manifest, read_folder
+from tailtune.trainers.storage.atomic_io import Digest
+from tailtune.trainers.storage.manifest import LOCK, Manifest
+from tailtune.trainers.storage.tensor_files import read_folder, write_folder
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none max_test_images 20"
 SHORT = f"{FAKE} batch_size 32 max_steps 4 save_every 1 output_dir run"  # 10 steps would be two epochs

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from tailtune.configs import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.dry_run import dry_run

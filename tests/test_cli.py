@@ -21,7 +21,7 @@ from tiers import slow_except
 from tailtune import configs, main
 from tailtune.configs import config_hash, load_configs, load_resolved, names, values_of
 from tailtune.configs.shipped_configs import KINDS, SMALL_TUNERS, configs_of, kind_of
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.models.tuners.table import TUNERS

@@ -17,7 +17,8 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs import load_configs
-from tailtune.datasets import DataBundle, build_data
+from tailtune.datasets.build_data import build_data
+from tailtune.datasets.data_bundle import DataBundle
 from tailtune.models import resolve
 from tailtune.scripts.make_composition import (
     ARRAY,

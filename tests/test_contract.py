@@ -13,7 +13,7 @@ from small import head_context, other_value
 from yacs.config import CfgNode
 
 from tailtune.configs.option import declarations
-from tailtune.datasets import build_data, build_info
+from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.images.transforms import AUGMENTS
 from tailtune.models import build_model
 from tailtune.models.backbones.prompts import PROMPTS

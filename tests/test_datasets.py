@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs import FOLDER
 from tailtune.configs.errors import UserError
-from tailtune.datasets import DATASETS, build_data, build_info
+from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import clean_worker_error, collate, eval_loader, train_loader
 from tailtune.datasets.loading.samplers import StepSampler
@@ -32,6 +32,7 @@ from tailtune.datasets.sources.image_sources import BadImage
 from tailtune.datasets.sources.inaturalist import taxon_labels
 from tailtune.datasets.sources.published_lists import PUBLISHED, published_at
 from tailtune.datasets.splits.unreadable_images import UnreadableImages
+from tailtune.datasets.table import DATASETS
 from tailtune.trainers.option_schema import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.config_checks import check

@@ -15,7 +15,7 @@ from test_shifts import by_name, check, config, distributions, facts, names_of, 
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.long_tail import longtail_counts
 from tailtune.datasets.sources.inaturalist import taxon_labels
@@ -30,7 +30,7 @@ from tailtune.datasets.test_distributions.dirichlet import (
 from tailtune.trainers.evaluation.distributions import dirichlet_summary
 from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner
 from tailtune.trainers.evaluation.inference import Logits
-from tailtune.trainers.runs.report import dirichlet_lines
+from tailtune.trainers.runs.result_table import dirichlet_lines
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
 KINDS = ("uniform", "forward", "backward")

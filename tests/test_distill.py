@@ -12,7 +12,7 @@ from tiers import slow_except
 from trajectories import killed_after
 from yacs.config import CfgNode
 
-from tailtune.datasets import build_data, build_info
+from tailtune.datasets.build_data import build_data, build_info
 from tailtune.models import build_model
 from tailtune.trainers.methods import Earlier, build_method
 from tailtune.trainers.methods.distill import Distill

@@ -11,7 +11,7 @@ from conftest import Cli
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
@@ -19,7 +19,7 @@ from tailtune.trainers.evaluation.distributions import dirichlet_summary, expect
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods.base import combine
-from tailtune.trainers.runs.report import distribution_lines, read_result, table, upgraded
+from tailtune.trainers.runs.result_table import distribution_lines, read_result, table, upgraded
 
 GROUPS = {"many": torch.tensor([0]), "med": torch.tensor([1]), "few": torch.tensor([2])}
 RUN = "-d fake_lt -m tiny_clip pretrained none max_steps 2 batch_size 16 num_workers 0 output_dir run"

@@ -10,7 +10,7 @@ from PIL import Image
 from tiers import slow_except
 
 from tailtune.configs import load_configs, names
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.trainers.config_checks import check

@@ -16,7 +16,7 @@ from conftest import Cli
 from safetensors.torch import load_file
 
 from tailtune.scripts.collect import main as collect
-from tailtune.trainers.runs.report import read_result
+from tailtune.trainers.runs.result_table import read_result
 
 STORED = Path(__file__).parent / "stored" / "run_cac7ef2"
 SHORT = "max_steps 6 batch_size 16 num_workers 0 max_test_images 30"

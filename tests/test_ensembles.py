@@ -13,7 +13,7 @@ from tiers import slow_except
 from torch import Tensor
 from yacs.config import CfgNode
 
-from tailtune.datasets import build_data, build_info
+from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.trainers.config_checks import outline
 from tailtune.trainers.distributed import Devices, make_accelerator

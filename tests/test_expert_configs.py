@@ -14,7 +14,7 @@ from tiers import slow_except
 from yacs.config import CfgNode
 
 from tailtune.configs import load_configs, names, values_of
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model, resolve
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.trainers.export import export
-from tailtune.trainers.foreign_checkpoints import load_foreign_checkpoint
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
+from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_checkpoint
 from tailtune.trainers.foreign_checkpoints.ride import our_name
 from tailtune.trainers.methods import Method, build_method
 

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs import UserError, load_configs
 from tailtune.configs.seeding import generator
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.losses import LOSSES, Prior, log_prior

@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.models import BACKBONES, build_model
@@ -66,6 +66,7 @@ def original(seed: int = 0) -> open_clip.CLIP:
 
 
 def tokens(sentences: list[str]) -> Tensor:
+    open_clip.add_model_config(BACKBONES["TinyCLIP"].config)
     return open_clip.get_tokenizer("tailtune-tiny")(sentences)
 
 

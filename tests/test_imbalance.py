@@ -11,9 +11,9 @@ from tailtune.datasets.long_tail import (
     hold_out,
     longtail_counts,
     random_positions,
-    shot_groups,
     subsample,
 )
+from tailtune.datasets.shot_groups import shot_groups
 
 CYCLE = np.arange(50_000) % 100
 """Synthetic labels, image i in class i mod 100: the position within its class is i // 100."""

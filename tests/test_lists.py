@@ -13,7 +13,7 @@ import pytest
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.datasets.sources.image_list import (
     MAX_LABEL,
     find_list,

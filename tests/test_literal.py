@@ -26,7 +26,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.datasets.images.transforms import AUGMENTS, INTERPOLATIONS, eval_side, eval_transform
 from tailtune.models import ClassificationModel, find_backbone
 from tailtune.models.backbones.encoder import Encoder

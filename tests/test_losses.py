@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from tailtune.configs import config_hash
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models import build_model
 from tailtune.trainers.losses import (

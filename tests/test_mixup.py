@@ -11,7 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.mixup import Mixup, mixed

@@ -14,7 +14,7 @@ OTHERS = {"datasets": "class Dataset: ...\nclass IterableDataset: ...\nMINE = 1\
 
 BEFORE = {
     "main.py": "import runpy; runpy.run_path('main.py', run_name='main')",
-    "a module of ours": "from tailtune.datasets import build_data",
+    "a module of ours": "from tailtune.datasets.build_data import build_data",
     "tailtune": "import tailtune",
 }
 """What is imported of ours → the code, which runs in the checkout, so that our folders would be found first."""

@@ -35,7 +35,8 @@ from tailtune.configs.key import RUNTIME, TEST, TRAIN
 from tailtune.configs.option import declarations, option
 from tailtune.configs.schema import Schema
 from tailtune.configs.seeding import seeded
-from tailtune.datasets import DataInfo, build_data, build_info
+from tailtune.datasets.build_data import build_data, build_info
+from tailtune.datasets.data_bundle import DataInfo
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.test_distributions.build import build_distributions

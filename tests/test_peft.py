@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder

@@ -17,7 +17,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.trainers.config_checks import outline

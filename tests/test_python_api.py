@@ -22,7 +22,7 @@ from test_bad_input import signal_after
 
 import tailtune
 from tailtune import TrainedModel, TrainedRun, UserError, main
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.models import ClassificationModel
 
 QUICK: dict[str, Any] = {"max_steps": 2, "num_workers": 0, "max_test_images": 60}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import BACKBONES, ClassificationModel, build_model
 from tailtune.models.backbones.backbone_types import ExpertSplit
 from tailtune.models.backbones.resnet import PaddingShortcut, ResNetDesign, make_resnet

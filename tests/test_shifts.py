@@ -15,9 +15,10 @@ from yacs.config import CfgNode
 
 from tailtune.configs import FOLDER, load_configs
 from tailtune.configs.errors import UserError
-from tailtune.datasets import DataInfo, build_data, build_info
-from tailtune.datasets.data_bundle import TestDistribution
-from tailtune.datasets.long_tail import longtail_counts, random_positions, shot_groups
+from tailtune.datasets.build_data import build_data, build_info
+from tailtune.datasets.data_bundle import DataInfo, TestDistribution
+from tailtune.datasets.long_tail import longtail_counts, random_positions
+from tailtune.datasets.shot_groups import shot_groups
 from tailtune.datasets.sources.published_lists import PUBLISHED, is_published
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names

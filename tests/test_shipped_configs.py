@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs import load_configs, names, values_of
 from tailtune.configs.key import TRAIN
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import BACKBONES
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.option_schema import declared

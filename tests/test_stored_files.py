@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import RUN, SHORT, one_line, signal_after, states
 
 from tailtune import main
-from tailtune.trainers.storage.atomic_io import Damaged, new_folder, write_folder
-from tailtune.trainers.storage.manifest import MARKER, Manifest, read_folder, read_json
+from tailtune.trainers.storage.atomic_io import Damaged, new_folder
+from tailtune.trainers.storage.manifest import MARKER, Manifest, read_json
+from tailtune.trainers.storage.tensor_files import read_folder, write_folder
 
 FILES = (
     *("config.yaml", "metrics.json", "logits.safetensors", "splits/splits.json"),

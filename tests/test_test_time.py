@@ -11,7 +11,7 @@ from torchvision import transforms as v1
 from yacs.config import CfgNode
 
 from tailtune.configs.seeding import seeded
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.datasets.images.transforms import eval_transform, resize_for_crops, train_transform
 from tailtune.datasets.loading.data_loader import collate
 from tailtune.models import build_model

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.datasets import build_data, build_info
+from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.images import transforms
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.trainers.option_schema import declared

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import tailtune
 from tailtune.configs import program
-from tailtune.trainers.runs import report
+from tailtune.trainers.runs import metrics_file
 
 PACKAGES = ("configs", "datasets", "models", "trainers")
 MOST_BYTES = 12_000_000
@@ -128,7 +128,7 @@ def test_the_installed_package_runs_beside_other_packages(installed: Path, tmp_p
 
 def test_a_checkout_has_a_commit() -> None:
     if (ROOT / ".git").exists():
-        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", report.commit() or "")
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", metrics_file.commit() or "")
 
 
 def test_importing_the_package_leaves_other_folders_on_the_path(installed: Path) -> None:

@@ -2,13 +2,11 @@
 
 import logging
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +23,7 @@ from torch import nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
+from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.data_bundle import Batch
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
@@ -61,11 +60,6 @@ def uses_cuda() -> bool:
 
 PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 """Environment variables by which a launcher tells each process its rank and the number of processes."""
-
-
-def world_size() -> int:
-    """Number of processes of this launch, from the environment; `check_environment` has checked the variable."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launched_alone() -> bool:
@@ -145,22 +139,6 @@ def _said_when_late() -> Iterator[None]:
         yield
     finally:
         late.cancel()
-
-
-def hardware() -> str:
-    """The devices of this computation, in words: number and name of the GPUs, or the CPU and its threads."""
-    times = f"{world_size()} × " if world_size() > 1 else ""
-    if uses_cuda():
-        return f"{times}{torch.cuda.get_device_name()}"
-    return f"{times}CPU ({_cpu()}, {torch.get_num_threads()} threads)"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @torch.no_grad()

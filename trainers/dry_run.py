@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from tailtune.configs import CfgNode, values_of
+from tailtune.configs.launch_environment import world_size
 from tailtune.configs.option import key_names
 from tailtune.models import ClassificationModel, resolve, tuner_options
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.config_checks import outline
-from tailtune.trainers.distributed import world_size
 from tailtune.trainers.evaluation.expert_usage import GIGA, flops_by_experts
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size

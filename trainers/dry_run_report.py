@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tailtune.configs import CfgNode, schema_of
-from tailtune.datasets import build_info
+from tailtune.configs.launch_environment import world_size
+from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
-from tailtune.trainers.distributed import world_size
 from tailtune.trainers.memory_estimate import TrainingMemory, as_on_a_gpu, training_memory
 from tailtune.trainers.methods import Earlier, Method
 from tailtune.trainers.micro_batch_size import micro_batch_size

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.datasets import DataBundle
+from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext

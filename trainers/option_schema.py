@@ -1,6 +1,6 @@
 """`declared`: the schema of all options, collected from the option classes and the tables. There is no other list."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tailtune.configs import Schema, names
@@ -8,17 +8,17 @@ from tailtune.configs.key import Key
 from tailtune.configs.loader_options import LoaderOptions
 from tailtune.configs.option import Declaration, declarations
 from tailtune.configs.value_parsers import as_bool
-from tailtune.datasets import DATASETS
 from tailtune.datasets.images.transforms import AUGMENTS
 from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.datasets.options import DataOptions, EvaluatedImageOptions
+from tailtune.datasets.table import DATASETS
 from tailtune.datasets.test_distributions.options import DirichletOptions, ShiftOptions
 from tailtune.models import BACKBONES
 from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
-from tailtune.models.tuners.peft_table import PEFTS, uses_dropout
+from tailtune.models.tuners.peft_table import PEFTS
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
@@ -92,14 +92,15 @@ def _declarations() -> Iterator[Declaration]:
         yield from declarations(method.Options, f"Method {name}", name, method=name)
 
 
-def _coupled() -> dict[str, Callable[[Any], bool]]:
-    """Option → whether a value makes the result depend on the images that a process holds at once."""
+def _coupled() -> dict[str, Collection[str]]:
+    """Option → the values that make the result depend on the images that a process holds at once, or a rule's name."""
+    methods = [name for name, method in METHODS.items() if method.depends_on_batch]
     return {
-        "method": lambda name: name in METHODS and METHODS[name].depends_on_batch,
-        "loss_type": lambda name: name in LOSSES and LOSSES[name].couples,
-        "h2t.inner": lambda name: name in METHODS and METHODS[name].depends_on_batch,
-        "peft_args": uses_dropout,
-        **{name: bool for name, tuner in TUNERS.items() if tuner.on_batch},
+        "method": methods,
+        "loss_type": [name for name, loss in LOSSES.items() if loss.couples],
+        "h2t.inner": methods,
+        "peft_args": "dropout",
+        **{name: "set" for name, tuner in TUNERS.items() if tuner.on_batch},
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tailtune.trainers.runs.report import number
+from tailtune.trainers.runs.result_table import number
 from tailtune.trainers.storage.tensorboard_events import Events
 
 log = logging.getLogger("tailtune")

@@ -13,14 +13,15 @@ from tailtune import models
 from tailtune.configs import CfgNode, UserError, load_configs
 from tailtune.configs.errors import printable
 from tailtune.configs.launch_environment import check_environment
-from tailtune.datasets import DataInfo, build_info, stored_info, with_descriptors
+from tailtune.datasets.build_data import build_info, stored_info, with_descriptors
+from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.processes.console_log import console_restored
 from tailtune.trainers.processes.interrupts import Interrupted
-from tailtune.trainers.runs.report import read_result
+from tailtune.trainers.runs.result_table import read_result
 from tailtune.trainers.stages import run_stages
 from tailtune.trainers.trained_model import TrainedModel, load
 

@@ -10,7 +10,8 @@ from filelock import FileLock
 from tailtune.configs import CfgNode, config_hash
 from tailtune.configs.errors import UserError
 from tailtune.configs.program import launch_target
-from tailtune.datasets import DataBundle, build_data
+from tailtune.datasets.build_data import build_data
+from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.splits.compare_records import first_few, seen_in_training
 from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
@@ -37,13 +38,14 @@ from tailtune.trainers.runs.load_run import (
     subject_of,
     trained_method,
 )
-from tailtune.trainers.runs.report import RunLabel, TrainReport, headline, read_result, summary, table
-from tailtune.trainers.runs.resume_decision import Command, Decision, decide, trained_on
-from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder, kept_splits
+from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
+from tailtune.trainers.runs.resume_decision import Decision, trained_on
+from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
 from tailtune.trainers.storage.resume_states import ResumeStates
+from tailtune.trainers.stored_result import show, splits_and_decision
 from tailtune.trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")
@@ -82,12 +84,9 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
     start_console(accelerator.is_main_process)
     try:
         on_main(accelerator, lambda: folder.hold(lock))
-        kept, plan = on_main(accelerator, lambda: _decide(cfg, folder, previous))
-        if plan.stored is not None:
-            on_main(accelerator, lambda: attach_file(folder.log_file()))
-            for note in plan.notes:
-                log.warning("warning: %s", note)
-            log.info("finished before; the result of %s\n%s", plan.stored, table(read_result(plan.stored)))
+        kept, plan = on_main(accelerator, lambda: splits_and_decision(cfg, folder, previous))
+        if (stored := plan.stored) is not None:
+            on_main(accelerator, lambda: show(stored, plan, folder))
         else:
             if cfg.resume and folder.finished():  # an unfinished run has been validated with all its stages
                 on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
@@ -111,16 +110,6 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
 def _validate_evaluation(cfg: CfgNode, folder: RunFolder) -> None:
     """Check that a finished run can be evaluated as the config says, with the class counts of its training."""
     validate([cfg], counts=folder.class_counts(), trains=False)
-
-
-def _decide(cfg: CfgNode, folder: RunFolder, previous: Path | None) -> tuple[StoredSplits | None, Decision]:
-    """The stored splits that the run must use, and the decision what to compute. Only the main process calls this."""
-    starts_over = not cfg.resume and not cfg.test_only
-    kept = None if starts_over else folder.kept()
-    plan = decide(Command.of(cfg), folder, kept)
-    if kept is None and previous is not None:  # images that the earlier run held out stay held out
-        kept = kept_splits(previous)
-    return kept, plan
 
 
 def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:

@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 
 from tailtune.configs import CfgNode, UserError
 from tailtune.configs.errors import printable
-from tailtune.datasets import DataInfo, build_info, stored_info, with_descriptors
+from tailtune.datasets.build_data import build_info, stored_info, with_descriptors
+from tailtune.datasets.data_bundle import DataInfo
 from tailtune.datasets.images.image_files import upright_rgb
 from tailtune.datasets.images.transforms import eval_transform
 from tailtune.models import ClassificationModel, resolve

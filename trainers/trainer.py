@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import DataBundle
+from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.distributed import share_statistics, to_device
@@ -23,7 +23,7 @@ from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, le
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Progress
-from tailtune.trainers.runs.report import TrainReport
+from tailtune.trainers.runs.metrics_file import TrainReport
 from tailtune.trainers.storage.checkpoint import (
     copy_state,
     trained_state,

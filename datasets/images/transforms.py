@@ -8,20 +8,22 @@ as the v1 transforms that LIFT, SADE and RIDE use. All random draws come from to
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from PIL import Image, ImageFilter
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional
 
-from tailtune.configs.errors import lookup
+from tailtune.configs.errors import lookup, unknown
+from tailtune.configs.lazy_module import lazy_module
+
+v2 = lazy_module("torchvision.transforms.v2")
 
 Transform = Callable[..., torch.Tensor]
 """PIL image → uint8 [3, H, W], or uint8 [T, 3, H, W] for T draws."""
 
 Step = Callable[..., Image.Image]
 
-INTERPOLATIONS = MappingProxyType({"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC})
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 FULL_FRAME = ("cifar", "cifar_crop", "digits", "sade_cifar")
 """Augmentations of small images whose object fills the frame. Their test transform does not crop."""
@@ -123,6 +125,25 @@ def train_transform(augment: str, resolution: int, interpolation: str, key: str 
     return lookup(AUGMENTS, augment, key)(resolution, interpolation)
 
 
+def check_augment(augment: str, interpolation: str, key: str = "augment") -> None:
+    """Check the names that `train_transform` takes, without the import of torchvision.
+
+    Args:
+        augment, interpolation, key: as in `train_transform`.
+
+    Raises:
+        UserError: an unknown augmentation or interpolation.
+    """
+    lookup(AUGMENTS, augment, key)
+    check_interpolation(interpolation)
+
+
+def check_interpolation(interpolation: str) -> None:
+    """Raise a `UserError` if a word is not an entry of `INTERPOLATIONS`."""
+    if interpolation not in INTERPOLATIONS:
+        raise unknown("interpolation", interpolation, INTERPOLATIONS)
+
+
 def five_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
     """Crops at the top left, top right, bottom left, bottom right and centre, as torchvision's FiveCrop.
 
@@ -133,7 +154,7 @@ def five_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch
     Returns:
         [5, B, 3, size, size].
     """
-    return _crop_batch(functional.five_crop, images, size)
+    return _crop_batch(v2.functional.five_crop, images, size)
 
 
 def ten_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
@@ -146,7 +167,7 @@ def ten_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.
     Returns:
         [10, B, 3, size, size].
     """
-    return _crop_batch(functional.ten_crop, images, size)
+    return _crop_batch(v2.functional.ten_crop, images, size)
 
 
 def _crop_batch(
@@ -187,7 +208,7 @@ def _cifar_crop(resolution: int, interpolation: str) -> Transform:
 
 def _digits(resolution: int, interpolation: str) -> Transform:
     """A slight rotation, shift and scaling; never a flip, which would change a digit."""
-    affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=INTERPOLATIONS["bilinear"])
+    affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=_mode("bilinear"))
     return _compose(_resize(resolution, interpolation), v2.CenterCrop(resolution), affine)
 
 
@@ -253,11 +274,16 @@ def _resized_centre(resolution: int, side: int, interpolation: str) -> Transform
     return _compose(_resize(side, interpolation), v2.CenterCrop(resolution))
 
 
-def _resize(side: int, interpolation: str) -> v2.Transform:
-    return v2.Resize(side, interpolation=lookup(INTERPOLATIONS, interpolation, "interpolation"))
+def _resize(side: int, interpolation: str) -> Step:
+    return v2.Resize(side, interpolation=_mode(interpolation))
 
 
-def _random_crop(resolution: int, interpolation: str, smallest_area: float = 0.08) -> v2.Transform:
+def _random_crop(resolution: int, interpolation: str, smallest_area: float = 0.08) -> Step:
     """A crop of a random area, between the share `smallest_area` of the image and the whole image."""
-    mode = lookup(INTERPOLATIONS, interpolation, "interpolation")
-    return v2.RandomResizedCrop(resolution, scale=(smallest_area, 1.0), interpolation=mode)
+    return v2.RandomResizedCrop(resolution, scale=(smallest_area, 1.0), interpolation=_mode(interpolation))
+
+
+def _mode(interpolation: str) -> Any:
+    """torchvision's member for an interpolation, the value of which is the same word."""
+    check_interpolation(interpolation)
+    return v2.InterpolationMode(interpolation)

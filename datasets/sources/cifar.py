@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torchvision
-
 from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.image_sources import ArraySource
 
@@ -39,6 +37,8 @@ def load_cifar(name: str, root: Path) -> tuple[ArraySource, ArraySource]:
     Raises:
         UserError: the archive is missing and cannot be downloaded.
     """
+    import torchvision  # takes a second
+
     dataset = {"CIFAR10": torchvision.datasets.CIFAR10, "CIFAR100": torchvision.datasets.CIFAR100}[name]
     try:
         train, test = dataset(root, train=True, download=True), dataset(root, train=False)

@@ -9,16 +9,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from huggingface_hub.errors import HfHubHTTPError
-from open_clip.model import CLIPVisionCfg, resize_pos_embed
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from tailtune.configs.errors import UserError, lookup, prefix_errors, unknown
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.configs.seeding import seeded
+from tailtune.models.backbones import openai_clip
 from tailtune.models.backbones.backbone_types import (
     NO_SPLIT,
     Backbone,
@@ -28,13 +25,11 @@ from tailtune.models.backbones.backbone_types import (
     PublishedWeights,
 )
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
+from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import split_experts
-from tailtune.models.backbones.open_clip_image_encoders import (
-    extract_image_encoder,
-    is_openai_vit,
-    meta_image_encoder,
-    vision_config,
-)
+from tailtune.models.backbones.open_clip_files import tokenizer
+from tailtune.models.backbones.open_clip_image_encoders import embedding_encoder, meta_image_encoder, vision_config
+from tailtune.models.backbones.plain_vit import OPENAI_VIT_DEFAULTS, is_openai_vit
 from tailtune.models.backbones.pretrained_weights import (
     download_open_clip_weights,
     hub_or_cache,
@@ -46,11 +41,9 @@ from tailtune.models.backbones.pretrained_weights import (
 )
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 
+open_clip = lazy_module("open_clip")
+hub_errors = lazy_module("huggingface_hub.errors")
 log = logging.getLogger("tailtune")
-
-
-_register_config = cache(open_clip.add_model_config)
-"""Makes a config file known to open_clip. Cached, because open_clip then reads all its configs again."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +69,13 @@ class OpenClipBackbone:
 
     def inputs(self, pretrained: str | None = None) -> InputSpec:
         """The images that the image encoder takes, from open_clip's config and its list of weights."""
-        vision = CLIPVisionCfg(**self._config()["vision_cfg"])
+        vision = {**OPENAI_VIT_DEFAULTS, **self._config()["vision_cfg"]}
         interpolation = self.interpolation or self._preprocessing(pretrained)["interpolation"]
-        if vision.timm_model_name:
-            patch_size = TimmBackbone(vision.timm_model_name).inputs().patch_size
+        if name := vision.get("timm_model_name"):
+            patch_size = TimmBackbone(name).inputs().patch_size
         else:
-            patch_size = None if isinstance(vision.layers, (list, tuple)) else vision.patch_size
-        return InputSpec(int(vision.image_size), interpolation, patch_size)
+            patch_size = None if isinstance(vision["layers"], (list, tuple)) else vision["patch_size"]
+        return InputSpec(int(vision["image_size"]), interpolation, patch_size)
 
     def published(self, pretrained: str | None) -> PublishedWeights | None:
         """The name and tag of weights that open_clip downloads."""
@@ -107,41 +100,62 @@ class OpenClipBackbone:
             UserError: unknown tag, no such file, no network, a file of another model, QuickGELU mismatch.
         """
         config = self._config()
-        embed_dim, vision = config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"])
-        if isinstance(vision.layers, (list, tuple)) and resolution != vision.image_size:
+        embed_dim, vision = config["embed_dim"], {**OPENAI_VIT_DEFAULTS, **config["vision_cfg"]}
+        if isinstance(vision["layers"], (list, tuple)) and resolution != vision["image_size"]:
             raise UserError(
-                f"resolution {resolution}: {self.arch} takes {vision.image_size} only, its attention pooling has "
+                f"resolution {resolution}: {self.arch} takes {vision['image_size']} only, its attention pooling has "
                 "positions for that"
             )
-        preprocessing = self._preprocessing(pretrained)
-        pixel_stats = self.pixel_stats or (tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+        pixel_stats = self.pixel_stats or self._pixel_stats(pretrained)
         source = self._source(pretrained, config)
         if torch.get_default_device().type == "meta":
-            encoder = meta_image_encoder(config, resolution, project, fast)
+            if is_openai_vit(config):
+                encoder: Encoder = openai_clip.meta_image_encoder(config, resolution, project, fast)
+            else:
+                encoder = meta_image_encoder(config, resolution, fast)
             split_experts(encoder, split, self.arch)
             return Backbone(encoder, pixel_stats, embed_dim=embed_dim)
         path = None if pretrained is None else self._file(pretrained, source, config)
-        clip = self._clip(config, resolution, seed)
-        if path is not None:
-            with prefix_errors("pretrained"):
-                state = to_open_clip_layout(clip, read_state(path))
-                if resolution != vision.image_size and not is_openai_vit(config):
-                    resize_pos_embed(state, clip)
-                load_strict(clip, state, self.arch, path)
-        encoder, projection = extract_image_encoder(clip, config, resolution, project, fast)
-        del clip.visual
+        clip: Any = self._clip(config, resolution, seed, path) if "file" not in source else None
+        state = read_state(Path(source["file"])) if clip is None else clip.state_dict()
+        projection: Tensor | None = None
+        if is_openai_vit(config):
+            encoder, projection = openai_clip.image_encoder(state, config, resolution, project, fast)
+        else:
+            encoder = embedding_encoder(clip.visual, embed_dim, resolution, fast)
         split_experts(encoder, split, self.arch)
-        text_encoder = ClipTextEncoder(clip, partial(tokenize, self.arch), None if project else projection)
+        text_encoder = self._text_encoder(clip, state, config, None if project else projection)
         return Backbone(encoder, pixel_stats, embed_dim, text_encoder, random_base=path is None)
+
+    def _text_encoder(
+        self, clip: Any, state: dict[str, Tensor], config: dict[str, Any], projection: Tensor | None
+    ) -> ClipTextEncoder:
+        """The text encoder: that of open_clip's model, or of the state dict where there is no such model."""
+        text: Any = openai_clip.TextModel.of(state, config) if clip is None else clip
+        if clip is not None:
+            del clip.visual
+        context_length = config["text_cfg"].get("context_length")
+        tokens: Any = tokenizer(context_length) if self.config is not None else partial(tokenize, self.arch)
+        return ClipTextEncoder(text, tokens, projection)
 
     def _config(self) -> dict[str, Any]:
         """open_clip's config of the model."""
         if self.config is not None:
-            _register_config(self.config)
             return json.loads(self.config.read_text())
         return open_clip.get_model_config(self.arch)
 
-    def _clip(self, config: dict[str, Any], resolution: int, seed: int) -> Any:
+    def _clip(self, config: dict[str, Any], resolution: int, seed: int, path: Path | None) -> Any:
+        """open_clip's model with the weights of a file, or with random weights if `path` is None."""
+        clip = self._random_clip(config, resolution, seed)
+        if path is not None:
+            with prefix_errors("pretrained"):
+                state = to_open_clip_layout(clip, read_state(path))
+                if resolution != config["vision_cfg"]["image_size"] and not is_openai_vit(config):
+                    open_clip.model.resize_pos_embed(state, clip)
+                load_strict(clip, state, self.arch, path)
+        return clip
+
+    def _random_clip(self, config: dict[str, Any], resolution: int, seed: int) -> Any:
         """open_clip's model with random weights, of the class that its own factory would choose."""
         text = config["text_cfg"]
         model_class = (
@@ -154,7 +168,7 @@ class OpenClipBackbone:
         try:
             with seeded(seed, "backbone"), hub_or_cache() if "hf_model_name" in text else nullcontext():
                 return model_class(**{**arguments, "vision_cfg": vision_config(config, resolution)})
-        except (OSError, HfHubHTTPError) as error:
+        except (OSError, hub_errors.HfHubHTTPError) as error:
             raise UserError(
                 f"the text encoder of {self.arch} ({text['hf_model_name']}) is described on the Hugging Face hub, "
                 "which cannot be reached; choose another backbone, or go online once"
@@ -168,11 +182,13 @@ class OpenClipBackbone:
             return None
         if pretrained != "default":
             return pretrained
-        tags = list_pretrained_tags_by_model(self.arch)
-        if self.tag is None and len(tags) != 1:
+        if self.tag is not None:
+            return self.tag
+        tags = open_clip.list_pretrained_tags_by_model(self.arch)
+        if len(tags) != 1:
             choices = f"choose one: {', '.join(tags)}" if tags else "name a file with `pretrained /path/to/file`"
             raise UserError(f"pretrained default: open_clip lists {len(tags)} weights of {self.arch}; {choices}")
-        return self.tag or tags[0]
+        return tags[0]
 
     def _source(self, pretrained: str | None, config: dict[str, Any]) -> dict[str, Any]:
         """Where open_clip says that the weights are; empty for a file or random weights. Reads nothing."""
@@ -181,9 +197,9 @@ class OpenClipBackbone:
             return {}
         if self.files:
             return {"file": lookup(self.files, tag, f"pretrained tag of {self.arch}")}
-        source = get_pretrained_cfg(self.arch, tag)
+        source = open_clip.get_pretrained_cfg(self.arch, tag)
         if not source:
-            raise unknown(f"pretrained tag of {self.arch}", tag, list_pretrained_tags_by_model(self.arch))
+            raise unknown(f"pretrained tag of {self.arch}", tag, open_clip.list_pretrained_tags_by_model(self.arch))
         if source.get("quick_gelu", False) != config.get("quick_gelu", False):
             with_or_without = "with" if source.get("quick_gelu") else "without"
             quickgelu_arch = f"{self.arch}-quickgelu"
@@ -204,10 +220,16 @@ class OpenClipBackbone:
             return Path(source["file"])
         return download_open_clip_weights(self.arch, str(self._tag(pretrained)), source)
 
+    def _pixel_stats(self, pretrained: str | None) -> PixelStats:
+        """Mean and deviation of the images that the weights were trained on."""
+        preprocessing = self._preprocessing(pretrained)
+        return tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+
     def _preprocessing(self, pretrained: str | None) -> Mapping[str, Any]:
         """mean, std and interpolation of a tag; for a file those of the first tag listed, or open_clip's defaults."""
-        tags = [self._tag(pretrained) or "", *list_pretrained_tags_by_model(self.arch)]
-        return next(filter(None, (get_pretrained_cfg(self.arch, tag) for tag in tags)), asdict(PreprocessCfg()))
+        tags = [self._tag(pretrained) or "", *open_clip.list_pretrained_tags_by_model(self.arch)]
+        listed = filter(None, (open_clip.get_pretrained_cfg(self.arch, tag) for tag in tags))
+        return next(listed, asdict(open_clip.transform.PreprocessCfg()))
 
 
 def find_open_clip_backbone(name: str) -> OpenClipBackbone:
@@ -243,7 +265,7 @@ def _tokenizer(arch: str) -> Any:
     try:
         with hub_or_cache() if online else nullcontext():
             return open_clip.get_tokenizer(arch)
-    except (OSError, ImportError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ImportError, ValueError, hub_errors.HfHubHTTPError) as error:
         reason = str(error).strip().split("\n", 1)[0][:120]
         raise UserError(
             f"the tokenizer of {arch} cannot be loaded ({reason}); go online once, or choose init_head class_mean, "

@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
-from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.pretrained import _PRETRAINED, download_pretrained
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.models.backbones.safe_torch_load import (
     READ_ERRORS,
     State,
@@ -30,6 +26,9 @@ from tailtune.models.backbones.safe_torch_load import (
     refuse_bad_tensors,
     safe_torch_load,
 )
+
+hub = lazy_module("huggingface_hub")
+open_clip = lazy_module("open_clip")
 
 WRAPPERS = ("state_dict", "model")
 """Keys under which timm, open_clip and others save the state dict."""
@@ -72,12 +71,12 @@ def hub_or_cache() -> Iterator[None]:
 
     Otherwise the client would retry for a minute and print a line each time.
     """
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _is_reachable(constants.ENDPOINT)
+    before = hub.constants.HF_HUB_OFFLINE
+    hub.constants.HF_HUB_OFFLINE = before or not _is_reachable(hub.constants.ENDPOINT)
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        hub.constants.HF_HUB_OFFLINE = before
 
 
 def download_open_clip_weights(arch: str, tag: str, source: dict[str, Any]) -> Path:
@@ -94,8 +93,8 @@ def download_open_clip_weights(arch: str, tag: str, source: dict[str, Any]) -> P
     for from_hub in (True, False):
         try:
             with hub_or_cache() if from_hub else nullcontext():
-                file = download_pretrained(source, prefer_hf_hub=from_hub)
-        except (OSError, HfHubHTTPError, RuntimeError):
+                file = open_clip.pretrained.download_pretrained(source, prefer_hf_hub=from_hub)
+        except (OSError, hub.errors.HfHubHTTPError, RuntimeError):
             continue  # offline, or not on this server: try the next one
         if file:
             return Path(file)
@@ -159,9 +158,9 @@ def to_open_clip_layout(clip: Any, state: State) -> State:
         clip: open_clip's model, which the file is for.
         state: the file's state dict.
     """
-    state = dict(convert_state_dict(clip, state))
+    state = dict(open_clip.convert.convert_state_dict(clip, state))
     if not hasattr(clip, "positional_embedding"):  # the text encoder is a submodule of its own
-        state = convert_to_custom_text_state_dict(state)
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
     current = clip.state_dict()
     for name in {"logit_scale", "logit_bias"} & state.keys() & current.keys():  # some files save these as [1]
         if state[name].numel() == current[name].numel():
@@ -219,7 +218,7 @@ def _read_openai_archive(path: Path) -> State:
     """The state dict of a TorchScript archive, if OpenAI published it."""
     published = {
         tags["openai"]["url"].split("/")[-2]  # open_clip's URLs contain the SHA-256
-        for tags in _PRETRAINED.values()
+        for tags in open_clip.pretrained._PRETRAINED.values()
         if "openaipublic" in tags.get("openai", {}).get("url", "")
     }
     with path.open("rb") as file:

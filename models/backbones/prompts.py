@@ -1,23 +1,22 @@
 """PROMPTS: templates that turn a class name into the sentences whose text features stand for the class."""
 
-from collections.abc import Sequence
-
-from open_clip import OPENAI_IMAGENET_TEMPLATES
+from collections.abc import Callable, Sequence
 
 from tailtune.configs.errors import UserError, unknown
+from tailtune.models.backbones.open_clip_files import imagenet_templates
 
 Sentences = Sequence[Sequence[str]]
 """The sentences of C classes; each class has one or more."""
 
 DESCRIPTOR = "descriptor"
 
-PROMPTS: dict[str, tuple[str, ...]] = {
-    "classname": ("{}",),
-    "default": ("a photo of a {}.",),
-    "ensemble": tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
-    DESCRIPTOR: (),  # its sentences come from the option `descriptors`
+PROMPTS: dict[str, Callable[[], tuple[str, ...]]] = {
+    "classname": lambda: ("{}",),
+    "default": lambda: ("a photo of a {}.",),
+    "ensemble": imagenet_templates,
+    DESCRIPTOR: lambda: (),  # its sentences come from the option `descriptors`
 }
-"""Name → templates, in which {} stands for the class name."""
+"""Name → function that returns the templates, in which {} stands for the class name."""
 
 
 def templates_of(prompt: str) -> tuple[str, ...]:
@@ -30,7 +29,7 @@ def templates_of(prompt: str) -> tuple[str, ...]:
         UserError: it is no entry, and not every part contains {}.
     """
     if prompt in PROMPTS:
-        return PROMPTS[prompt]
+        return PROMPTS[prompt]()
     templates = tuple(template.strip() for template in prompt.split("|"))
     if not all("{}" in template for template in templates):
         raise UserError(f"{unknown('prompt', prompt, PROMPTS)}, or a sentence with {{}} in the class name's place")

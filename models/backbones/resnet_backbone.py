@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from tailtune.configs.errors import UserError, prefix_errors
 from tailtune.configs.seeding import seeded
@@ -19,6 +18,8 @@ DEFAULT_BRANCH_STAGES = 2
 """How many of the last stages each expert has for itself unless `expert_split` says otherwise; as in RIDE."""
 BRANCH = re.compile(r"^branches\.\d+\.")
 """Beginning of the name of a tensor that one branch has for itself."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Pixel statistics of ImageNet."""
 CLASSIFIER, COUNTER = "fc.", "num_batches_tracked"
 """Tensors that a file may hold and that are not loaded: the classifier of the pre-training classes, and how many
 batches a norm has seen (networks converted from Caffe do not have these). Any other tensor must fit."""
@@ -72,7 +73,7 @@ class ResNetBackbone:
                 load_into_branches(net, state, self.name, path)
         # Weights for CIFAR are always the user's own, trained on images with the statistics of the data at hand.
         from_data = pretrained is None or self.design.cifar
-        pixel_stats = None if from_data else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        pixel_stats = None if from_data else (IMAGENET_MEAN, IMAGENET_STD)
         timm_name = self.weights.partition(".")[0] if self.weights and not (split.reduced or branches) else None
         return Backbone(ResNetEncoder(net, timm_name), pixel_stats)
 

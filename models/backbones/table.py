@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import open_clip
-import timm
-
 from tailtune.configs.errors import prefix_errors, unknown
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.models.backbones.backbone_types import BackboneSpec
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, find_open_clip_backbone
 from tailtune.models.backbones.resnet import ResNetDesign
 from tailtune.models.backbones.resnet_backbone import ResNetBackbone
 from tailtune.models.backbones.timm_backbone import TimmBackbone, find_timm_backbone
 
+open_clip = lazy_module("open_clip")
+timm = lazy_module("timm")
 TINY_CLIP = Path(__file__).parent.parent / "tiny_clip"
 HALF = (0.5, 0.5, 0.5)
 

@@ -6,16 +6,11 @@ from functools import cache
 from pickle import UnpicklingError
 from typing import Any
 
-import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from timm.layers import PatchEmbed
-from timm.models import PretrainedCfg, split_model_name_tag
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from tailtune.configs.errors import UserError, prefix_errors, unknown
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import NO_SPLIT, Backbone, ExpertSplit, InputSpec, PublishedWeights
 from tailtune.models.backbones.encoder import Encoder
@@ -32,6 +27,11 @@ from tailtune.models.backbones.safe_torch_load import refuse_bad_tensors
 from tailtune.models.backbones.vit_compatibility import unsupported_part
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.models.meta_device import on_meta_device
+
+hub_errors = lazy_module("huggingface_hub.errors")
+timm = lazy_module("timm")
+vit = lazy_module("timm.models.vision_transformer")
 
 DAMAGED = (SafetensorError, UnpicklingError, EOFError)
 """What timm raises for a file in its cache that was not downloaded completely."""
@@ -97,7 +97,7 @@ class TimmBackbone:
         assert config is not None, "names are checked where they are looked up"
         return config
 
-    def _check(self, pretrained: str | None, project: bool, config: PretrainedCfg) -> None:
+    def _check(self, pretrained: str | None, project: bool, config: Any) -> None:
         """Raise a `UserError` for options that the network cannot fulfil."""
         if project:
             raise UserError(f"zero_shot needs a text encoder, and {self.name} has none; choose a CLIP backbone")
@@ -123,7 +123,7 @@ class TimmBackbone:
                 f"the weights of {self.name} in the cache of timm cannot be read ({error}); remove them from there, so "
                 "that they are downloaded again"
             ) from error
-        except (OSError, HfHubHTTPError) as error:
+        except (OSError, hub_errors.HfHubHTTPError) as error:
             config = self._config()
             url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             raise UserError(
@@ -141,7 +141,7 @@ def find_timm_backbone(name: str) -> TimmBackbone:
     Raises:
         UserError: timm does not know the name or the tag.
     """
-    arch, tag = split_model_name_tag(name)
+    arch, tag = timm.models.split_model_name_tag(name)
     if arch not in timm.list_models():  # `timm.is_model` also accepts old names, for which timm lists no weights
         raise unknown("timm model", arch, timm.list_models())
     tags = [model.partition(".")[2] for model in timm.list_models(f"{arch}.*", pretrained=True)]
@@ -192,21 +192,24 @@ def _patch_size(name: str) -> int | None:
 
     timm knows this of a built network only, so one is built on the meta device.
     """
-    with torch.device("meta"), torch.no_grad():
+    with on_meta_device(), torch.no_grad():
         net: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
         if unsupported_part(net) is not None:
             side = net.pretrained_cfg["input_size"][-1]
             shape = tuple(net(torch.empty(1, 3, side, side)).shape)
             if shape != (1, net.head_hidden_size):
                 raise UserError(f"timm's {name} gives no feature vector of an image (but {shape}); choose another")
-    has_one_grid = isinstance(net, (VisionTransformer, Eva)) and type(net.patch_embed) is PatchEmbed
+    has_one_grid = (
+        isinstance(net, (vit.VisionTransformer, timm.models.eva.Eva))
+        and type(net.patch_embed) is timm.layers.PatchEmbed
+    )
     return int(net.patch_embed.patch_size[0]) if has_one_grid else None
 
 
-def _without_classifier(state: State, net: Any, config: PretrainedCfg) -> State:
+def _without_classifier(state: State, net: Any, config: Any) -> State:
     """A state dict in timm's layout without the classifier of the pre-training classes, at the network's resolution."""
     names = config.classifier if isinstance(config.classifier, (tuple, list)) else (config.classifier,)
     classifier = {f"{name}.{suffix}" for name in names for suffix in ("weight", "bias")}
     state = {name: tensor for name, tensor in state.items() if name not in classifier}
-    resizable = isinstance(net, VisionTransformer) and state.keys() >= RESIZED
-    return checkpoint_filter_fn(state, net) if resizable else state
+    resizable = isinstance(net, vit.VisionTransformer) and state.keys() >= RESIZED
+    return vit.checkpoint_filter_fn(state, net) if resizable else state

@@ -1,8 +1,8 @@
 """The encoder for all plain ViTs: timm's weights, and a forward of our own with named sites where tuners act.
 
-The network is timm's `VisionTransformer`, which only holds the weights (`qkv`, `proj`, `fc1`, `fc2`, …). The forward
-is written here because tuners act inside the blocks, and because three facts make a training step with a frozen
-network cheaper. All three are exact up to rounding:
+The network is timm's `VisionTransformer` or our `PlainViT`, which only hold the weights (`qkv`, `proj`, `fc1`, `fc2`,
+…). The forward is written here because tuners act inside the blocks, and because three facts make a training step with
+a frozen network cheaper. All three are exact up to rounding:
 
 * Where only the class token is read, the last block computes query, projection and MLP for that token alone.
 * QuickGELU(x) = silu(1.702 x) / 1.702, and both constants can be folded into frozen weights of fc1 and fc2.
@@ -25,12 +25,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import QuickGELU
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.plain_vit import PlainViT, is_quick_gelu
 from tailtune.models.backbones.vit_compatibility import unsupported_part
 from tailtune.models.backbones.vit_layers import apply_tuners, layer_scale, linear, norm, project_qkv
 
@@ -47,7 +46,7 @@ Sites = dict[str, list[nn.Module]]
 
 
 class ViTEncoder(Encoder):
-    """A timm ViT with tuners → the pooled feature after the last norm, projected if a projection is given.
+    """A plain ViT with tuners → the pooled feature after the last norm, projected if a projection is given.
 
     Class and register tokens, layer scale, normed queries and keys, and all of timm's poolings are supported. The
     class token attends to tokens that a prompt tuner has added; pooling never includes them.
@@ -67,7 +66,7 @@ class ViTEncoder(Encoder):
         ValueError: the network has parts that this forward would leave out, see `unsupported_part`.
     """
 
-    def __init__(self, net: VisionTransformer, projection: Tensor | None = None, fast: bool = True) -> None:
+    def __init__(self, net: Any, projection: Tensor | None = None, fast: bool = True) -> None:
         super().__init__(net)
         reason = unsupported_part(net)
         if reason is not None:
@@ -179,7 +178,8 @@ class ViTEncoder(Encoder):
             stream [B, N, D] before these blocks, prompts included.
         """
         net: Any = self.net
-        x = norm(net._pos_embed(net.patch_embed(images.to(self.compute_dtype))), net.norm_pre)  # [B, N, D]
+        add_positions = net.add_positions if isinstance(net, PlainViT) else net._pos_embed
+        x = norm(add_positions(net.patch_embed(images.to(self.compute_dtype))), net.norm_pre)  # [B, N, D]
         x = x.to(self.residual_dtype or x.dtype)
         x = self._run_blocks(x, range(self.depth - self.num_expert_blocks), self.sites[0])
         return x if self.num_expert_blocks else self._pool(x)
@@ -269,7 +269,7 @@ class ViTEncoder(Encoder):
             parameter.requires_grad or prefix + name in self.frozen_trained
             for name, parameter in mlp.named_parameters()
         )
-        if not (self.fast and untuned and plain_linear and frozen and isinstance(mlp.act, QuickGELU)):
+        if not (self.fast and untuned and plain_linear and frozen and is_quick_gelu(mlp.act)):
             return
         for name, weight, factor in (
             ("fc1_folded", "fc1.weight", QUICK_GELU_FACTOR),

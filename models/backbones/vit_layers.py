@@ -6,7 +6,6 @@ Every function computes in the dtype of its input and casts weights to that dtyp
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import LayerScale
 from torch import Tensor, nn
 
 
@@ -35,7 +34,7 @@ def norm(x: Tensor, layer: Any) -> Tensor:
 
 def layer_scale(x: Tensor, scale: Any) -> Tensor:
     """Multiply x [B, N, D] by the layer scale [D], if the network has one here."""
-    return x * scale.gamma.to(x.dtype) if isinstance(scale, LayerScale) else x
+    return x if isinstance(scale, nn.Identity) else x * scale.gamma.to(x.dtype)
 
 
 def _cast(parameter: Tensor | None, x: Tensor) -> Tensor | None:

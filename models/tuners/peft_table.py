@@ -98,11 +98,6 @@ LORA_INITS = (True, False, None, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that neither change the pre-trained weights nor read data."""
 
 
-def uses_dropout(args: Mapping[str, Any] | None) -> bool:
-    """Whether training with these `peft_args` uses dropout, so that results depend on how a batch is cut."""
-    return any("dropout" in key and bool(value) for key, value in (args or {}).items())
-
-
 def find_peft_type(name: str) -> PeftType:
     """The entry of PEFTS.
 

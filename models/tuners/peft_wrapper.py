@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tailtune.configs.errors import UserError, unknown
+from tailtune.configs.schema import uses_dropout
 from tailtune.configs.seeding import seeded
 from tailtune.configs.time_limit import time_limit
 from tailtune.models.backbones.encoder import Encoder, named_tensors
@@ -28,7 +29,6 @@ from tailtune.models.tuners.peft_table import (
     REFUSED_FIELDS,
     PeftType,
     find_peft_type,
-    uses_dropout,
 )
 
 if TYPE_CHECKING:  # importing peft takes more than a second, so only runs that use it do so

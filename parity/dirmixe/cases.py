@@ -8,7 +8,7 @@ import torch
 from yacs.config import CfgNode
 
 from tailtune.configs import load_configs
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
 from tailtune.parity.experts.cases import STEPS
 from tailtune.parity.job import Case, Tensors

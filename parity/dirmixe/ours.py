@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs import CfgNode
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.models import build_model

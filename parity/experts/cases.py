@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tailtune.configs import load_configs
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
 from tailtune.parity.job import Case, Tensors
 from tailtune.trainers.option_schema import declared

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode, load_configs
 from tailtune.configs.option import options_from
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model, resolve
 from tailtune.parity.errors import error, largest_error, number_error, with_prefix
 from tailtune.parity.experts.cases import STEPS

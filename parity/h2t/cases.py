@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tailtune.configs import CfgNode, load_configs
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
 from tailtune.parity.experts.cases import STEPS
 from tailtune.parity.job import Case, Tensors

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs import CfgNode
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.datasets.long_tail import subsample
 from tailtune.parity.errors import error, number_error, with_prefix

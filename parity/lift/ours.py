@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs import CfgNode, load_configs
-from tailtune.datasets import build_info
+from tailtune.datasets.build_data import build_info
 from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone

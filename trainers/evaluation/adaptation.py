@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tailtune.configs.option import NoOptions, option
-from tailtune.datasets import View
-from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.data_bundle import TestDistribution, View
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.trainers.distributed import to_device
 from tailtune.trainers.evaluation.inference import Logits

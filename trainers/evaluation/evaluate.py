@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import DataBundle, DataInfo
-from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.data_bundle import DataBundle, DataInfo, TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.adaptation import UnlabelledTest
@@ -32,7 +31,8 @@ from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
 from tailtune.trainers.progress import write_test_scalars
-from tailtune.trainers.runs.report import circumstances, read_result, table, write_metrics
+from tailtune.trainers.runs.metrics_file import circumstances, write_metrics
+from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.storage.atomic_io import Damaged

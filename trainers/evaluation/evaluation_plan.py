@@ -9,8 +9,8 @@ from torch import Tensor
 from tailtune.configs import CfgNode, schema_of, values_of
 from tailtune.configs.key import TEST
 from tailtune.configs.option import options_from
-from tailtune.datasets import DataInfo, build_info
-from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.datasets.build_data import build_info
+from tailtune.datasets.data_bundle import DataInfo, TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.models import ClassificationModel
 
+flop_counter = lazy_module("torch.utils.flop_counter")  # it imports triton
 GIGA = 1e9
 
 
@@ -57,7 +58,7 @@ def flops_by_experts(model: ClassificationModel, resolution: int) -> list[int]:
 @torch.no_grad()
 def _count(model: ClassificationModel, images: Tensor) -> list[int]:
     flops = []
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         shared = model.trunk(images)
         for expert in range(model.num_experts):
             model.expert(shared, expert)

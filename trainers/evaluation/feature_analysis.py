@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tailtune.datasets import View
+from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.trainers.distributed import to_device
 from tailtune.trainers.methods import Method

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tailtune.datasets import View
+from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.trainers.distributed import to_device
-from tailtune.trainers.storage.atomic_io import Damaged, Digest, write_tensors
+from tailtune.trainers.storage.atomic_io import Damaged, Digest
 from tailtune.trainers.storage.manifest import check_file
+from tailtune.trainers.storage.tensor_files import write_tensors
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_data
+from tailtune.datasets.build_data import build_data
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, stored_config

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.configs.option import key_names
 from tailtune.models.backbones.backbone_types import PublishedWeights
 from tailtune.models.backbones.vit_layers import apply_tuners
@@ -27,6 +27,8 @@ from tailtune.models.heads.classifiers import (
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.trainers.methods import Method
 from tailtune.trainers.storage.atomic_io import write_bytes
+
+open_clip = lazy_module("open_clip")
 
 FORMULAS: dict[type[nn.Module], str] = {
     CosineClassifier: "logits = scale * F.normalize(features, dim=-1) @ F.normalize(weight, dim=-1).T",
@@ -162,7 +164,7 @@ def feature_affine(exported: ExportedModel) -> tuple[Tensor, Tensor] | None:
     if (
         not isinstance(encoder, WholeNetworkEncoder)
         or not len(encoder.tuners)
-        or isinstance(encoder.net, ModifiedResNet)
+        or isinstance(encoder.net, open_clip.modified_resnet.ModifiedResNet)
     ):
         return None
     return affine_of(encoder)

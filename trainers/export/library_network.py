@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import open_clip
-import timm
 import torch
-from timm.layers import QuickGELU
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.lazy_module import lazy_module
+from tailtune.models.backbones.plain_vit import is_quick_gelu
 from tailtune.models.backbones.resnet_encoder import ResNetEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.export.exported_model import ExportedModel
 
+open_clip = lazy_module("open_clip")
+timm = lazy_module("timm")
 NO_LIBRARY = UserError("export: no other library has this network, so nobody could load its weights; use `export onnx`")
 """Error for a network that neither timm nor open_clip can create."""
 TIMM_SIZES = {384: "small", 768: "base", 1024: "large", 1280: "huge"}
@@ -52,9 +52,8 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
             if timm.is_model(model_name) and _same(partial(timm.create_model, **{**kwargs, "num_classes": 0}), encoder):
                 return {"create": "timm.create_model", "kwargs": kwargs, "prefix": ""}
         arguments, norm_layer = _vit_arguments(net, num_classes), partial(nn.LayerNorm, eps=net.norm.eps)
-        if not _same(
-            partial(VisionTransformer, **{**arguments["kwargs"], "num_classes": 0}, norm_layer=norm_layer), encoder
-        ):
+        plain = {**arguments["kwargs"], "num_classes": 0, "norm_layer": norm_layer}
+        if not _same(partial(timm.models.VisionTransformer, **plain), encoder):
             raise NO_LIBRARY
         return {"create": "timm.models.VisionTransformer", **arguments, "prefix": ""}
     if isinstance(encoder, ResNetEncoder):
@@ -89,7 +88,7 @@ def _timm_vit_names(net: Any) -> Iterator[str]:
     """Possible names of a ViT in timm: the name that created it, and the name of a CLIP ViT of this shape."""
     if name := timm_name(net):
         yield name
-    patch, quick = net.patch_embed.patch_size[0], isinstance(net.blocks[0].mlp.act, QuickGELU)
+    patch, quick = net.patch_embed.patch_size[0], is_quick_gelu(net.blocks[0].mlp.act)
     if net.embed_dim in TIMM_SIZES:
         yield f"vit_{TIMM_SIZES[net.embed_dim]}_patch{patch}_clip_{'quickgelu_' if quick else ''}224"
 
@@ -119,7 +118,7 @@ def _vit_arguments(net: Any, num_classes: int) -> dict[str, Any]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / net.embed_dim,
         "pre_norm": isinstance(net.norm_pre, nn.LayerNorm),
-        "act_layer": "quick_gelu" if isinstance(block.mlp.act, QuickGELU) else "gelu",
+        "act_layer": "quick_gelu" if is_quick_gelu(block.mlp.act) else "gelu",
         "num_classes": num_classes,
     }
     return {"kwargs": kwargs, "norm_layer": f"functools.partial(torch.nn.LayerNorm, eps={net.norm.eps})"}

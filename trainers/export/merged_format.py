@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.models.backbones.vit_encoder import LAYERS, SITES, Sites, ViTEncoder
 from tailtune.models.backbones.vit_layers import apply_tuners
 from tailtune.models.tuners.peft_adapter import merge_adapter
 from tailtune.trainers.export.exported_model import ExportedModel, affine_of, linear_head, save_head, save_state
 from tailtune.trainers.export.library_network import network
 from tailtune.trainers.export.loading_code import APPLY_WITHIN, HEAD_WITHIN, how_to_load, separate_head
+
+open_clip = lazy_module("open_clip")
 
 NORM_BEFORE = {"qkv": "norm1", "fc1": "norm2"}
 """Linear layer of a block → the site of the normalisation layer before it."""
@@ -79,7 +81,7 @@ def merged(exported: ExportedModel) -> State:
     if isinstance(encoder, ViTEncoder):
         for index, (name, path) in product(range(encoder.depth), LAYERS.items()):
             state |= _merged_layer(encoder.sites[0][index], name, f"blocks.{index}.{path}", state)
-    elif isinstance(encoder.net, ModifiedResNet) and len(encoder.tuners):
+    elif isinstance(encoder.net, open_clip.modified_resnet.ModifiedResNet) and len(encoder.tuners):
         state |= _scaled_feature(encoder, "attnpool.c_proj", state)
     return state
 

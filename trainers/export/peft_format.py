@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.tuners.peft_adapter import export_adapter
 from tailtune.trainers.export import merged_format
@@ -16,6 +16,7 @@ from tailtune.trainers.export.exported_model import ExportedModel, save_head, sa
 from tailtune.trainers.export.library_network import clip_resolution, network, timm_name
 from tailtune.trainers.export.loading_code import how_to_load, separate_head
 
+timm = lazy_module("timm")
 CONVERTED = ("lora", "lora_mlp")
 """TailTune's own tuners that the format of peft can hold."""
 BASE = "base.safetensors"
@@ -84,7 +85,7 @@ def base_of(exported: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str
     published, net = exported.base, exported.encoder.net
     if published is not None and published.library == "timm":
         code = f"net = timm.create_model({published.name!r}, pretrained=True, num_classes=0)"
-        native = timm.get_pretrained_cfg(published.name).input_size[-1]  # type: ignore[union-attr]
+        native = timm.get_pretrained_cfg(published.name).input_size[-1]
         resized = exported.resolution != native and hasattr(net, "set_input_size")
         return str(published), code + (f"\nnet.set_input_size({exported.resolution})" if resized else "")
     clip = f"open_clip.create_model({published.name!r}, pretrained={published.tag!r})" if published is not None else ""

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import ID, NAME, Numbering
 from tailtune.trainers.storage.checkpoint import check_fit
+
+open_clip = lazy_module("open_clip")
 
 LISTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
     "vpt_shallow": ("vpt_list", {"": ["tokens"]}),
@@ -162,7 +164,7 @@ def _masks(encoder: ViTEncoder, blocks: Any) -> NamedTargets:
 
 def _resnet(encoder: Any, tuners: Sequence[str]) -> NamedTargets:
     """The keys of tuners on a CLIP ResNet."""
-    if not isinstance(encoder.net, ModifiedResNet):
+    if not isinstance(encoder.net, open_clip.modified_resnet.ModifiedResNet):
         raise UserError("LIFT has ViTs and CLIP's ResNets only, so no checkpoint of its kind fits this backbone")
     named = list(encoder.net.named_parameters())
     for tuner in tuners:

@@ -14,21 +14,24 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode, Schema, load_resolved, schema_of
 from tailtune.configs.errors import UserError
-from tailtune.datasets import DataBundle, DataInfo, build_info
+from tailtune.datasets.build_data import build_info
+from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.images.transforms import eval_side
 from tailtune.models import build_model, find_backbone, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.meta_device import on_meta_device
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.export import ExportedModel
 from tailtune.trainers.export.run_command import command_of
-from tailtune.trainers.foreign_checkpoints import load_foreign_checkpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
+from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_checkpoint
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
-from tailtune.trainers.storage.manifest import check_file, read_folder, read_json
+from tailtune.trainers.storage.manifest import check_file, read_json
+from tailtune.trainers.storage.tensor_files import read_folder
 
 log = logging.getLogger("tailtune")
 
@@ -127,7 +130,7 @@ def make_method(cfg: CfgNode, info: DataInfo) -> Method:
 def outline(cfg: CfgNode) -> Method:
     """Build the method of a resolved config on the meta device, without weights."""
     info = build_info(cfg)
-    with torch.device("meta"):
+    with on_meta_device():
         return make_method(cfg, info)
 
 
@@ -187,7 +190,7 @@ def trained_outline(home: Path, cfg: CfgNode) -> Method:
     """
     cfg = resolve(cfg)
     info = build_info(cfg, counts_of(home))
-    with torch.device("meta"):
+    with on_meta_device():
         method = make_method(cfg, info)
     if not method.predicts_as_earlier_run:
         return method

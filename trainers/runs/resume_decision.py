@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
-from tailtune.datasets import build_records
+from tailtune.datasets.build_records import build_records
 from tailtune.datasets.sources.image_sources import MissingData
 from tailtune.datasets.splits.compare_records import compare_records, first_few, seen_in_training
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits

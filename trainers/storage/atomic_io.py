@@ -1,4 +1,4 @@
-"""Writes files and folders completely or not at all: tensors as safetensors, everything else as JSON, no pickle."""
+"""Writes files and folders completely or not at all. `tensor_files.py` writes tensors with these functions."""
 
 import glob
 import hashlib
@@ -7,13 +7,10 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from safetensors.torch import save
-from torch import Tensor
 
 from tailtune.configs.errors import UserError
 
@@ -98,19 +95,6 @@ def write_json(path: Path, content: Any) -> Digest:
     return write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> Digest:
-    """Write a safetensors file as `write_bytes` does.
-
-    Args:
-        path: the file.
-        tensors: name → tensor, on the CPU.
-        metadata: text for the metadata entry `about`; None: no entry.
-    """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = save(contiguous, {"about": metadata} if metadata else None)
-    return write_bytes(path, content)
-
-
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Within the block, provide a temporary folder; at the end of the block it is renamed to `path`.
@@ -167,25 +151,6 @@ def temporary_pattern(name: str, kind: str = "") -> re.Pattern[str]:
     """
     suffix = f".{kind}.tmp" if kind else ".tmp"
     return re.compile(re.escape(f".{name}.") + "[0-9a-f]{8}" + re.escape(suffix))
-
-
-def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[Path, Digest]:
-    """Write a folder with `tensors.safetensors` and `facts.json` as `new_folder` does.
-
-    Args:
-        path: the folder.
-        tensors: name → tensor.
-        facts: everything else, as JSON; the checksum of the tensors is added.
-
-    Returns:
-        The digests of the two files.
-    """
-    with new_folder(path) as folder:
-        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        digest = write_bytes(folder / TENSORS, content)
-        digests = {path / TENSORS: digest}
-        digests[path / FACTS] = write_json(folder / FACTS, {**facts, "sha256": digest.sha256})
-    return digests
 
 
 def remove_folder(path: Path) -> None:

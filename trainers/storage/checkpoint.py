@@ -14,10 +14,10 @@ import tailtune
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.encoder import Encoder, StagedModule
-from tailtune.trainers.storage.atomic_io import Digest, write_folder
-from tailtune.trainers.storage.manifest import read_folder
+from tailtune.trainers.storage.atomic_io import Digest
+from tailtune.trainers.storage.tensor_files import read_folder, write_folder
 
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "peft", "accelerate", "safetensors")
 """Packages whose versions are recorded with every checkpoint."""
 
 

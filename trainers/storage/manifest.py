@@ -13,12 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
-
 from tailtune.configs.errors import UserError
-from tailtune.trainers.storage.atomic_io import FACTS, TENSORS, Damaged, Digest, write_bytes
+from tailtune.trainers.storage.atomic_io import FACTS, Damaged, Digest, write_bytes
 
 MARKER = "tailtune.json"
 LOCK = ".tailtune.lock"
@@ -218,21 +214,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Damaged(path, "no JSON object")
     return content
-
-
-def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the facts that `write_folder` wrote.
-
-    Raises:
-        Damaged: a file is missing, incomplete or changed.
-    """
-    try:
-        facts, content = read_json(path / FACTS), read_bytes(path / TENSORS)
-        if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
-            raise ValueError("its checksum is wrong")
-        return load(content), facts
-    except (ValueError, SafetensorError) as error:
-        raise Damaged(path, str(error)) from error
 
 
 def is_run(folder: Path) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.trainers.storage.atomic_io import Digest, remove_folder, temporary_pattern, write_folder
-from tailtune.trainers.storage.manifest import is_in_manifest, read_folder
+from tailtune.trainers.storage.atomic_io import Digest, remove_folder, temporary_pattern
+from tailtune.trainers.storage.manifest import is_in_manifest
+from tailtune.trainers.storage.tensor_files import read_folder, write_folder
 
 KEEP = 2
 """Number of states that are kept. There are several because the newest may be damaged."""

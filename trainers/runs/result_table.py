@@ -1,23 +1,18 @@
-"""Writes and reads metrics.json, the result of a run, and formats the result as a table for the terminal."""
+"""Reads metrics.json, the result of a run, and formats it as a table for the terminal.
 
-import subprocess
+No module that this one imports needs torch, so a finished run is shown quickly.
+"""
+
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailtune.configs import CfgNode
-from tailtune.datasets import DataBundle, DataInfo
 from tailtune.datasets.long_tail import SHOT_GROUPS
-from tailtune.trainers.distributed import hardware
-from tailtune.trainers.methods.base import Method
-from tailtune.trainers.storage.atomic_io import Damaged, Digest, write_json
-from tailtune.trainers.storage.checkpoint import package_versions
+from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
 
 SCHEMA_VERSION = 2
 """Version of the layout of metrics.json: which entries the file has, and at which place."""
-
 COLUMNS = {
     "accuracy": "all",
     "mean_acc": "mean",
@@ -29,102 +24,6 @@ COLUMNS = {
     "ece": "ECE",
 }
 """Metric in metrics.json → heading of its column in the terminal."""
-
-
-@dataclass
-class TrainReport:
-    """Counters and measurements of a training. They are stored with the state, so they survive an interruption."""
-
-    epochs: int = 0
-    """Number of finished epochs."""
-    steps: int = 0
-    """Number of optimizer steps."""
-    seconds: float = 0.0
-    """Wall time of the training, in seconds."""
-    images: int = 0
-    """Number of images that were trained on; an image counts again in every epoch."""
-    bad_images: int = 0
-    """Number of times that an image could not be read."""
-    skipped_steps: int = 0
-    """Number of optimizer steps that loss scaling skipped because a gradient overflowed."""
-    peak_memory_bytes: int | None = None
-    """Largest amount of allocated GPU memory, in bytes; None on a CPU."""
-
-
-@dataclass(frozen=True)
-class RunLabel:
-    """The names and numbers that identify a run in its report."""
-
-    data: str
-    model: str
-    backbone: str
-    seed: int
-    epochs: int
-    """Number of training epochs."""
-
-    @classmethod
-    def of(cls, cfg: CfgNode) -> "RunLabel":
-        return cls(cfg.data, cfg.model, cfg.backbone, cfg.seed, cfg.num_epochs)
-
-
-def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
-    """Two lines that describe the run before it starts: its images, and its trained parameters.
-
-    Args:
-        label: identifies the run.
-        data: the data of the run.
-        method: the method of the run.
-    """
-    counts, params = data.info.class_counts, method.counts()
-    sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max()} … {counts.min()} each)"
-    trains = f"{params['tuner']:,} parameters of tuners and {params['trainable'] - params['tuner']:,} of the head"
-    return (
-        f"{label.data}: {sizes}, {len(data.test):,} test images\n"
-        f"{label.model}: {label.backbone}, trains {trains} of {params['total']:,}"
-    )
-
-
-def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:
-    """The content of metrics.json that describes the training; the evaluation and the notes are added later.
-
-    Args:
-        label: identifies the run.
-        info: facts about the data.
-        method: the trained method.
-        train: report of the training; None if the command trained nothing.
-        prec_used: the precision that was used, an entry of PRECISIONS.
-    """
-    return {
-        "schema": SCHEMA_VERSION,
-        "data": label.data,
-        "model": label.model,
-        "seed": label.seed,
-        **circumstances(),
-        "prec_used": prec_used,
-        "stopped_early": train is not None and train.epochs < label.epochs,
-        "params": method.counts(),
-        "class_counts": info.class_counts.tolist(),
-        "train": None if train is None else train_facts(train),
-    }
-
-
-def circumstances() -> dict[str, Any]:
-    """Commit, package versions and hardware of this computation."""
-    return {"commit": commit(), "packages": package_versions(), "hardware": hardware()}
-
-
-def write_metrics(folder: Path, result: dict[str, Any]) -> dict[Path, Digest]:
-    """Write metrics.json.
-
-    Args:
-        folder: the run folder, or the folder of a further evaluation.
-        result: the content of the file.
-
-    Returns:
-        Path of the file → its digest.
-    """
-    path = folder / "metrics.json"
-    return {path: write_json(path, result)}
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -169,19 +68,6 @@ def _with_predictors(entry: Mapping[str, Any]) -> dict[str, Any]:
     predictors = {name: value for name, value in entry.items() if isinstance(value, dict) and "accuracy" in value}
     facts = {name: value for name, value in entry.items() if name not in predictors}
     return {**facts, "predictors": predictors}
-
-
-def train_facts(train: TrainReport) -> dict[str, Any]:
-    """The entry `train` of metrics.json."""
-    return {
-        "epochs": train.epochs,
-        "steps": train.steps,
-        "seconds": round(train.seconds, 3),
-        "images_per_second": round(train.images / train.seconds, 2) if train.seconds else None,
-        "peak_memory_bytes": train.peak_memory_bytes,
-        "bad_images": train.bad_images,
-        "skipped_steps": train.skipped_steps,
-    }
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -267,16 +153,3 @@ def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
 def number(value: float | None, decimals: int = 2) -> str:
     """A number as text with a fixed number of decimals; `n/a` for None, a value that could not be measured."""
     return "n/a" if value is None else f"{value:.{decimals}f}"
-
-
-def commit() -> str | None:
-    """The git commit of TailTune, with the suffix `-dirty` if files have changed; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed package may lie inside the repository of another project
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
-        completed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return completed.stdout.strip() or None

@@ -1,0 +1,92 @@
+"""`cached_schema`: the schema of all options without the seconds that the import of all tables takes.
+
+The schema is stored beside the compiled modules, in `__pycache__`, and has the same lifetime: it is used only while no
+source file has changed. So a contributor never sees an old schema.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.util import cache_from_source
+from pathlib import Path
+from typing import Any
+
+from tailtune.configs import Schema, value_parsers
+from tailtune.configs.key import Key
+from tailtune.configs.option import Declaration
+
+PACKAGE = Path(__file__).resolve().parent.parent
+SOURCES = ("configs", "datasets", "models", "trainers")
+"""Folders of the package whose modules can change the schema."""
+
+
+def cached_schema() -> Schema:
+    """The schema that `option_schema.declared` builds; read from a file if the sources have not changed since."""
+    path, stamp = Path(cache_from_source(__file__)).with_suffix(".json"), _stamp()
+    stored = _read(path)
+    if stored.get("stamp") == stamp and stored.get("sha256") == _digest(stored.get("schema")):
+        return _decoded(stored["schema"])
+    from tailtune.trainers.option_schema import declared  # imports torch and timm
+
+    schema = declared()
+    if (content := _encoded(schema)) is not None and not sys.dont_write_bytecode:
+        _write(path, {"stamp": stamp, "sha256": _digest(content), "schema": content})
+    return schema
+
+
+def _stamp() -> str:
+    """A digest of the name, size and time of every source file, as Python compares them before it uses a .pyc file."""
+    files = sorted(path for folder in SOURCES for path in (PACKAGE / folder).rglob("*.py"))
+    facts = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([sys.version, facts]).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of the file; empty if it is missing or damaged, because it can always be written again."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the file completely or not at all. An installation that cannot be written to just starts more slowly."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _encoded(schema: Schema) -> dict[str, Any] | None:
+    """The schema as JSON; None if a parser is not one of `value_parsers`, so that it has no name to be stored by."""
+    declarations = []
+    for declaration in schema.declarations:
+        parser = declaration.key.parse.__name__
+        if getattr(value_parsers, parser, None) is not declaration.key.parse:
+            return None
+        declarations.append({**vars(declaration), "key": {**vars(declaration.key), "parse": parser}})
+    return {
+        "declarations": declarations,
+        "coupled": {
+            name: values if isinstance(values, str) else list(values) for name, values in schema.coupled.items()
+        },
+    }
+
+
+def _decoded(content: Mapping[str, Any]) -> Schema:
+    declarations = []
+    for fields in content["declarations"]:
+        key = fields["key"]
+        key |= {"parse": getattr(value_parsers, key["parse"]), "choices": tuple(key["choices"])}
+        declarations.append(Declaration(**{**fields, "key": Key(**key), "aliases": tuple(fields["aliases"])}))
+    return Schema(declarations, content["coupled"])

@@ -1,0 +1,32 @@
+"""`load_foreign_checkpoint` loads a checkpoint file of another project into a method."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tailtune.trainers.foreign_checkpoints import lift, ride
+from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
+from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
+from tailtune.trainers.methods import Method
+
+
+def load_foreign_checkpoint(
+    file: ForeignCheckpoint, method: Method, tuners: Sequence[str], partial: Any, numbering: Numbering | None = None
+) -> str:
+    """Load a checkpoint file of another project into a method. Every tensor must have the right name and shape.
+
+    Args:
+        file: the file.
+        method: the method to fill.
+        tuners: names of the tuners of TUNERS that are enabled.
+        partial: value of the option `partial`.
+        numbering: class numbering of the data; None if all projects number the classes in the same way.
+
+    Returns:
+        A report in words.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the method.
+    """
+    if ride.is_ride(file):
+        return ride.load(file, method, numbering)
+    return lift.load(file, method.model, tuners, partial, numbering)

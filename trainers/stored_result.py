@@ -1,0 +1,104 @@
+"""Shows the result of a finished run again. This needs no torch, so it takes a fraction of a second."""
+
+import logging
+from pathlib import Path
+
+from filelock import FileLock
+
+from tailtune.configs import CfgNode
+from tailtune.configs.launch_environment import world_size
+from tailtune.configs.yaml_reader import read_yaml
+from tailtune.datasets.splits.split_records import StoredSplits
+from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
+from tailtune.trainers.runs.result_table import read_result, table
+from tailtune.trainers.runs.resume_decision import Command, Decision, decide
+from tailtune.trainers.runs.run_folder import RunFolder, kept_splits
+from tailtune.trainers.storage.manifest import LOCK
+
+BY_BACKBONE = ("resolution", "interpolation", "expand")
+"""Options whose value None means what the backbone suggests. The config of a finished run holds the suggestion."""
+
+log = logging.getLogger("tailtune")
+
+
+def shown_again(cfg: CfgNode) -> bool:
+    """Show the stored result of a finished run, if the command has nothing to compute.
+
+    Args:
+        cfg: the config of the command, not resolved.
+
+    Returns:
+        Whether the result was shown. If not, nothing was written or printed.
+
+    Raises:
+        UserError: the data have changed since the run was trained, or another launch uses the run folder.
+    """
+    if world_size() > 1 or cfg.export is not None or not cfg.resume:
+        return False
+    known = _with_stored_inputs(cfg)
+    if known is None:
+        return False
+    folder = RunFolder(known)
+    lock = FileLock(folder.path / LOCK, timeout=0)
+    start_console(main=True)
+    try:
+        folder.hold(lock)
+        plan = splits_and_decision(known, folder)[1]
+        if plan.stored is not None:
+            show(plan.stored, plan, folder)
+        return plan.stored is not None
+    finally:
+        detach_file()
+        lock.release()
+
+
+def _with_stored_inputs(cfg: CfgNode) -> CfgNode | None:
+    """A copy of the config in which the run's stored values replace None; None if the folder holds no finished run."""
+    folder = RunFolder(cfg)
+    if cfg.model_dir is not None or not folder.finished() or not folder.manifest.intact(folder.config):
+        return None
+    stored = read_yaml(folder.config)
+    open_keys = [key for key in BY_BACKBONE if cfg[key] is None]
+    if any(stored.get(key) is None or stored.get("backbone") != cfg.backbone for key in open_keys):
+        return None
+    known = cfg.clone()
+    known.defrost()
+    for key in open_keys:
+        known[key] = stored[key]
+    known.freeze()
+    return known
+
+
+def splits_and_decision(
+    cfg: CfgNode, folder: RunFolder, previous: Path | None = None
+) -> tuple[StoredSplits | None, Decision]:
+    """The stored splits that a run must use, and the decision what to compute.
+
+    Args:
+        cfg: resolved config of the run.
+        folder: its run folder.
+        previous: folder of the finished run that this run continues.
+
+    Raises:
+        UserError: as `decide`.
+    """
+    starts_over = not cfg.resume and not cfg.test_only
+    kept = None if starts_over else folder.kept()
+    plan = decide(Command.of(cfg), folder, kept)
+    if kept is None and previous is not None:  # images that the earlier run held out stay held out
+        kept = kept_splits(previous)
+    return kept, plan
+
+
+def show(stored: Path, plan: Decision, folder: RunFolder) -> None:
+    """Print a stored result.
+
+    Args:
+        stored: its metrics.json.
+        plan: has a note for each change since the run was trained.
+        folder: run folder of the command; its log file receives the same lines.
+    """
+    attach_file(folder.log_file())
+    for note in plan.notes:
+        log.warning("warning: %s", note)
+    log.info("finished before; the result of %s\n%s", stored, table(read_result(stored)))

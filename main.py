@@ -33,6 +33,7 @@ from tailtune.trainers.processes.console_log import show_any_text
 from tailtune.trainers.processes.exit import run_as_process, say
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.processes.launcher import LOST, one_is_lost
+from tailtune.trainers.processes.slow_start import loading_shown
 
 EXAMPLES = """
 examples:
@@ -145,7 +146,9 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
-    stages = load_configs(args.data, args.model, pairs, cached_schema())
+    with loading_shown():
+        schema = cached_schema()
+    stages = load_configs(args.data, args.model, pairs, schema)
     return dry_run(stages, args.all) if args.dry_run else run_all(stages)
 
 
@@ -165,9 +168,10 @@ def dry_run(stages: list[CfgNode], all_options: bool) -> int:
     Returns:
         The exit code 0.
     """
-    from tailtune.trainers import dry_run as dryrun
-    from tailtune.trainers.config_checks import validate
-    from tailtune.trainers.dry_run_report import report
+    with loading_shown():
+        from tailtune.trainers import dry_run as dryrun
+        from tailtune.trainers.config_checks import validate
+        from tailtune.trainers.dry_run_report import report
 
     methods = validate(stages)
     result, derived = dryrun.dry_run(stages[-1], methods[-1])
@@ -188,7 +192,8 @@ def run_all(stages: list[CfgNode]) -> int:
 
     if shown_again(stages[-1]):
         return 0
-    from tailtune.trainers.stages import run_stages  # imports torch and timm
+    with loading_shown():
+        from tailtune.trainers.stages import run_stages  # imports torch
 
     run_stages(stages)
     return 0

@@ -11,9 +11,7 @@ class _LazyModule(ModuleType):
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # Python asks for `__path__`, `__wrapped__` and others without using the module
             raise AttributeError(attribute)
-        value = getattr(import_module(self.__name__), attribute)
-        setattr(self, attribute, value)
-        return value
+        return getattr(import_module(self.__name__), attribute)
 
 
 def lazy_module(name: str) -> Any:

@@ -91,8 +91,9 @@ def offline(**environment: str) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "", **environment}
 
 
-LONGEST = ("test_core.py", "test_resume.py", "test_ensembles.py", "test_cli.py", "test_options.py", "test_contract.py")
-LONGEST += ("test_bad_input.py", "test_composition.py", "test_literal.py", "test_resnet.py", "test_demo.py")
+LONGEST = ("test_contract.py", "test_options.py", "test_core.py", "test_ensembles.py", "test_cli.py")
+LONGEST += ("test_composition.py", "test_bad_input.py", "test_ownership.py", "test_processes.py", "test_resume.py")
+LONGEST += ("test_literal.py", "test_peft.py", "test_memory.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

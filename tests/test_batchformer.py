@@ -19,7 +19,7 @@ from tailtune.models import build_model
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.methods import METHODS, build_method
-from tailtune.trainers.methods.batch_mixer import BatchMixer
+from tailtune.trainers.methods.batchformer_layer import BatchMixer
 from tailtune.trainers.methods.wrapper import Wrapper
 from tailtune.trainers.storage.resume_states import ResumeStates
 

@@ -27,7 +27,7 @@ ROOMS = {
         "loading": {"data_bundle"},
         "test_distributions": {"data_bundle", "sources", "long_tail", "data_settings"},
     },
-    "models": {"backbones": {"meta_device"}, "heads": {"backbones"}, "tuners": {"backbones"}},
+    "models": {"backbones": set(), "heads": {"backbones"}, "tuners": {"backbones"}},
     "trainers": {
         "storage": set(),
         "processes": set(),

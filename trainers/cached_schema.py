@@ -58,7 +58,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Write the file completely or not at all. An installation that cannot be written to just starts more slowly."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with suppress(OSError):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, path)
 

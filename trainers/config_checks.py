@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
-from tailtune.models.meta_device import on_meta_device
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
@@ -71,7 +72,7 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
     cfg = resolve(cfg)
     info = build_info(cfg, counts)
     plan = Plan.of(cfg, micro_batch_size(cfg, world_size())) if trains else None
-    with on_meta_device():
+    with torch.device("meta"):
         method = make_method(cfg, info)
     if plan is not None:
         check_factors(method.param_groups(), plan)
@@ -161,7 +162,7 @@ def _who(key: str) -> str:
 def _check_text(cfg: CfgNode, class_names: tuple[str, ...]) -> None:
     """Raise a `UserError` if the backbone has no text encoder, as for `zero_shot`."""
     try:
-        with on_meta_device():
+        with torch.device("meta"):
             build_model(zero_shot_of(cfg), class_names)
     except UserError as error:
         raise UserError(f"ensemble {cfg.ensemble}: {error}") from error

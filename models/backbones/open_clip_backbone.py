@@ -116,8 +116,9 @@ class OpenClipBackbone:
             split_experts(encoder, split, self.arch)
             return Backbone(encoder, pixel_stats, embed_dim=embed_dim)
         path = None if pretrained is None else self._file(pretrained, source, config)
-        clip: Any = self._clip(config, resolution, seed, path) if "file" not in source else None
-        state = read_state(Path(source["file"])) if clip is None else clip.state_dict()
+        shipped = path is not None and path in self.files.values()
+        clip: Any = None if shipped else self._clip(config, resolution, seed, path)
+        state = clip.state_dict() if path is None or not shipped else read_state(path)
         projection: Tensor | None = None
         if is_openai_vit(config):
             encoder, projection = openai_clip.image_encoder(state, config, resolution, project, fast)

@@ -157,7 +157,8 @@ class PlainViT(nn.Module):
 
     def add_positions(self, x: Tensor) -> Tensor:
         """Patch tokens [B, N, D] → class token and patch tokens with their positions [B, 1 + N, D]."""
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        class_token = self.cls_token.expand(x.shape[0], -1, -1)  # `len(x)` would be a constant in an ONNX graph
+        return torch.cat([class_token, x], dim=1) + self.pos_embed
 
     def pool(self, x: Tensor) -> Tensor:
         """The class token of [B, N, D], [B, D]."""

@@ -27,7 +27,6 @@ from tailtune.models.backbones.safe_torch_load import refuse_bad_tensors
 from tailtune.models.backbones.vit_compatibility import unsupported_part
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
-from tailtune.models.meta_device import on_meta_device
 
 hub_errors = lazy_module("huggingface_hub.errors")
 timm = lazy_module("timm")
@@ -192,7 +191,7 @@ def _patch_size(name: str) -> int | None:
 
     timm knows this of a built network only, so one is built on the meta device.
     """
-    with on_meta_device(), torch.no_grad():
+    with torch.device("meta"), torch.no_grad():
         net: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
         if unsupported_part(net) is not None:
             side = net.pretrained_cfg["input_size"][-1]

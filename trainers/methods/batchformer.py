@@ -7,7 +7,7 @@ from tailtune.configs.option import option
 from tailtune.configs.seeding import seeded
 from tailtune.models import ClassificationModel
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
-from tailtune.trainers.methods.batch_mixer import BatchMixer
+from tailtune.trainers.methods.batchformer_layer import BatchMixer
 from tailtune.trainers.methods.wrapper import Wrapper
 
 MODES = ("replace", "sum", "mean")

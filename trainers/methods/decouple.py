@@ -17,7 +17,7 @@ from tailtune.models.heads.classifiers import LinearClassifier
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.methods.base import Method, Objective
-from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
+from tailtune.trainers.methods.batchformer_layer import BATCH_MIXER
 
 
 class Retrained(Method):

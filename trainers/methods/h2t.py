@@ -16,7 +16,7 @@ from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
-from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
+from tailtune.trainers.methods.batchformer_layer import BATCH_MIXER
 from tailtune.trainers.methods.wrapper import Wrapper
 
 

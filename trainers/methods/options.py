@@ -1,4 +1,4 @@
-"""Options that choose method, loss and sampler. Options of one method or one loss are declared in its own file."""
+"""Options that choose method, loss and sampler. Options of one entry are declared in its own file, or in one it imports."""
 
 from dataclasses import dataclass
 

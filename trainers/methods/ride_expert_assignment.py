@@ -14,7 +14,7 @@ from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import present
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
-from tailtune.trainers.methods.batch_mixer import BATCH_MIXER
+from tailtune.trainers.methods.batchformer_layer import BATCH_MIXER
 
 
 @dataclass(frozen=True)

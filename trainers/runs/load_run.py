@@ -20,7 +20,6 @@ from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.images.transforms import eval_side
 from tailtune.models import build_model, find_backbone, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
-from tailtune.models.meta_device import on_meta_device
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.export import ExportedModel
 from tailtune.trainers.export.run_command import command_of
@@ -130,7 +129,7 @@ def make_method(cfg: CfgNode, info: DataInfo) -> Method:
 def outline(cfg: CfgNode) -> Method:
     """Build the method of a resolved config on the meta device, without weights."""
     info = build_info(cfg)
-    with on_meta_device():
+    with torch.device("meta"):
         return make_method(cfg, info)
 
 
@@ -190,7 +189,7 @@ def trained_outline(home: Path, cfg: CfgNode) -> Method:
     """
     cfg = resolve(cfg)
     info = build_info(cfg, counts_of(home))
-    with on_meta_device():
+    with torch.device("meta"):
         method = make_method(cfg, info)
     if not method.predicts_as_earlier_run:
         return method

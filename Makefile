@@ -5,6 +5,8 @@ BIN := .venv/bin
 # kept, because the tests start many processes.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+CODE := __main__.py main.py benchmarks configs datasets models parity scripts trainers
+
 .PHONY: demo test test-slow check types format docs clean
 
 demo: .venv/ready
@@ -23,9 +25,11 @@ check: .venv/ready
 	$(MAKE) --no-print-directory types
 	$(PYTEST)
 
-# mypy finds modules by their folders, so this folder has to be called tailtune: a link in an ignored folder does that.
+# mypy finds modules by their folders, so an ignored folder called tailtune has links to all of them, as in the wheel.
 types: .venv/ready
-	@mkdir -p .mypy_cache && ln -sfn .. .mypy_cache/tailtune
+	@if [ -L .mypy_cache/tailtune ]; then rm .mypy_cache/tailtune; fi; mkdir -p .mypy_cache/tailtune
+	@for name in $(CODE); do ln -sfn ../../$$name .mypy_cache/tailtune/$$name; done
+	@ln -sfn ../../tailtune.py .mypy_cache/tailtune/__init__.py
 	cd .mypy_cache && ../$(BIN)/mypy --config-file ../pyproject.toml
 
 format: .venv/ready
@@ -40,7 +44,7 @@ docs: .venv/ready
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt requirements-package.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; make PYTHON=python3.12 names another"; exit 2; }
 	$(PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv (about 5 GB; a few minutes)"

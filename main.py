@@ -22,9 +22,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from tailtune.configs import CfgNode, UserError, describe, load_configs, names
+import tailtune
+from tailtune.configs import CfgNode, UserError, load_configs
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
+from tailtune.configs.program import launch_target, program
+from tailtune.configs.shipped_configs import KINDS, list_of_configs, list_of_kind
 from tailtune.trainers.cached_schema import cached_schema
 from tailtune.trainers.processes.console_log import show_any_text
 from tailtune.trainers.processes.exit import run_as_process, say
@@ -51,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the error instead of exiting."""
-        raise UserError(f"{message}; see python {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,8 +138,11 @@ def run_command(argv: Sequence[str]) -> int:
     """
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
-    if args.list:
-        print_text(list_of_configs())
+    if args.version:
+        print_text(f"tailtune {tailtune.__version__}")
+        return 0
+    if args.list is not None:
+        print_text(list_of_kind(args.list) if args.list else list_of_configs())
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
@@ -182,54 +188,58 @@ def run_all(stages: list[CfgNode]) -> int:
     Returns:
         The exit code 0.
     """
-    from tailtune.trainers.runs.run_folder import RunFolder
     from tailtune.trainers.stored_result import shown_again
 
-    last = stages[-1]
-    if shown_again(last):
+    if shown_again(stages[-1]):
         return 0
     with loading_shown():
-        from tailtune.trainers.config_checks import validate  # imports torch
-        from tailtune.trainers.run import run
+        from tailtune.trainers.stages import run_stages  # imports torch
 
-    folder = None
-    finished = last.resume and RunFolder(last).finished()
-    if last.test_only or finished:
-        stages = [last]  # the earlier stages need no training
-    if not finished:  # for a finished run, `run` validates the evaluation; a stored result needs no data
-        validate(stages, trains=not last.test_only, here=True)
-    for cfg in stages:
-        RunFolder(cfg).check_owner()
-    for cfg in stages:
-        folder = run(cfg, previous=folder)
+    run_stages(stages)
     return 0
 
 
 def make_parser() -> Parser:
     """Create the parser of the flags. `KEY VALUE` pairs are removed before parsing."""
+    name = program()
     parser = Parser(
-        prog="main.py",
+        prog=name,
         description="Fine-tune a foundation model on long-tailed images.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace("accelerate launch main.py", f"accelerate launch {launch_target()}").replace(
+            "python main.py", name
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python main.py -d DATA -m MODEL [KEY VALUE ...]",
+        usage=f"{name} -d DATA -m MODEL [KEY VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("-d", "--data", metavar="DATA", help="name of a file in configs/data, or a path to your YAML")
     parser.add_argument("-m", "--model", metavar="MODEL", help="name of a file in configs/model")
-    parser.add_argument("--list", action="store_true", help="show the data and model configs, one line each")
+    parser.add_argument(
+        "--list",
+        metavar="KIND",
+        nargs="?",
+        const="",
+        help=f"show the data and model configs, one line each; with KIND only the model configs of one kind: "
+        f"{', '.join(KINDS)}",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show what a run would be and cost")
     parser.add_argument("--all", action="store_true", help="with --dry-run: show every option")
+    parser.add_argument("--version", action="store_true", help="show the version")
     return parser
 
 
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 
+def _is_kind(flags: list[str], pairs: list[str]) -> bool:
+    """Whether the word that follows is the KIND of `--list`."""
+    return flags[-1:] == ["--list"] and not pairs
+
+
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate flags from `KEY VALUE` pairs. Flags may be anywhere between the pairs.
 
-    A word such as `-1e-3` after a key is the value of this key, not a flag.
+    A word such as `-1e-3` after a key is the value of this key, not a flag. The word after `--list` is its kind.
 
     Args:
         argv: the arguments.
@@ -243,21 +253,11 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for word in words:
         if word in FLAGS_WITH_VALUE:
             flags += [word, *([value] if (value := next(words, None)) is not None else [])]
-        elif word.startswith("-") and (len(pairs) % 2 == 0 or word.startswith("--")):
+        elif word.startswith("-") and (len(pairs) % 2 == 0 or word.startswith("--")) or _is_kind(flags, pairs):
             flags.append(word)
         else:
             pairs.append(word)
     return flags, pairs
-
-
-def list_of_configs() -> str:
-    """The text of --list: the shipped configs with their descriptions, one per line."""
-    lines = []
-    for kind in ("data", "model"):
-        paths = names(kind)
-        width = max(map(len, paths))
-        lines += [f"{kind}:", *(f"  {name:<{width}}  {describe(path)}" for name, path in paths.items())]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def describe(path: Path) -> str:
     return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
 
 
-def load_configs(data: str, model: str, pairs: Sequence[str], schema: Schema) -> list[CfgNode]:
+def load_configs(
+    data: str, model: str, pairs: Sequence[str], schema: Schema, where: str = "the command line"
+) -> list[CfgNode]:
     """Build the frozen configs of all stages. The last one is the config of the requested run.
 
     Args:
@@ -57,11 +59,12 @@ def load_configs(data: str, model: str, pairs: Sequence[str], schema: Schema) ->
         model: name of a file in configs/model.
         pairs: `KEY VALUE KEY VALUE …`; `after.KEY` sets an option of the previous stage.
         schema: all options.
+        where: where the pairs come from, for messages.
 
     Raises:
         UserError: a name or key is unknown, a value has the wrong type, a key has no value, or a YAML is unreadable.
     """
-    return _stages(data, model, _pair_up(pairs, schema), schema, depth=0)
+    return _stages(data, model, _pair_up(pairs, schema), schema, where, depth=0)
 
 
 def load_resolved(path: Path, schema: Schema) -> CfgNode:
@@ -96,13 +99,15 @@ def _full_name(word: str, schema: Schema) -> str:
     return schema.name(word) if name == word else AFTER + _full_name(name, schema)
 
 
-def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: Schema, depth: int) -> list[CfgNode]:
+def _stages(
+    data: str, model: str, pairs: list[tuple[str, str]], schema: Schema, where: str, depth: int
+) -> list[CfgNode]:
     if depth > 4:
         raise UserError(f"model config '{model}': the chain that its `after` begins never ends")
     given = {key: value for key, value in pairs if not key.startswith(AFTER)}
     earlier = {key: value for key, value in pairs if key.startswith(AFTER)}
     base = _merge(_yaml_layers(data, model, schema), schema)
-    chosen = base | {key: _parse(key, value, schema, "the command line") for key, value in given.items()}
+    chosen = base | {key: _parse(key, value, schema, where) for key, value in given.items()}
     if chosen["model_dir"] and not chosen["test_only"]:
         raise UserError(f"model_dir {chosen['model_dir']} is evaluated, not trained on: add `test_only True`")
     if chosen["model_dir"] and chosen["zero_shot"]:
@@ -118,7 +123,8 @@ def _stages(data: str, model: str, pairs: list[tuple[str, str]], schema: Schema,
     if chosen["after"]:
         if chosen["after"] not in names("model"):
             raise unknown("model config in after", chosen["after"], names("model"))
-        before = _stages(data, chosen["after"], _inherited(pairs, chosen["output_dir"], schema), schema, depth + 1)
+        passed = _inherited(pairs, chosen["output_dir"], schema)
+        before = _stages(data, chosen["after"], passed, schema, where, depth + 1)
         chosen["after_hash"] = config_hash(before[-1])
     return [*before, _freeze(chosen, schema)]
 

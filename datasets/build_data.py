@@ -29,7 +29,7 @@ from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.datasets.splits.choose_splits import choose_splits, make_records
 from tailtune.datasets.splits.split_records import Split, StoredSplits
 from tailtune.datasets.splits.unreadable_images import check_readable
-from tailtune.datasets.table import DATASETS
+from tailtune.datasets.table import DATASETS, pixel_stats
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
 from tailtune.datasets.test_distributions.settings import DistributionSettings
@@ -73,10 +73,7 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
     train, test, val = chosen.by_name["train"], chosen.by_name["test"], chosen.by_name.get("val")
     if counts is None:
         counts = np.bincount(train.source.labels[train.indices], minlength=len(names)).tolist()
-    info = _info(cfg, available.outline, counts)
-    if cfg.prompt == "descriptor" and cfg.descriptors:
-        texts = class_descriptors(cfg.descriptors, DataFolders.of(cfg).for_lists(), info.class_names)
-        info = replace(info, descriptors=texts)
+    info = with_descriptors(cfg, _info(cfg, available.outline, counts))
 
     def view(split: Split, transform: Transform) -> View:
         return View(split.source, split.indices, transform, cfg.seed, skip)
@@ -96,6 +93,33 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         records=make_records(options, chosen, stored),
         splits=chosen,
     )
+
+
+def stored_info(cfg: CfgNode, class_names: Sequence[str], counts: Sequence[int]) -> DataInfo:
+    """Facts about the data of a finished run, as its checkpoint records them. The data need not be there any more.
+
+    Args:
+        cfg: the config of the run.
+        class_names: its C class names, in label order.
+        counts: its training images per class [C].
+
+    Returns:
+        The facts, without the shot groups, which only an evaluation reads.
+    """
+    mean, std = pixel_stats(DataSettings.of(cfg))
+    return DataInfo(cfg.data, tuple(class_names), torch.tensor(list(counts), dtype=torch.int64), {}, mean, std)
+
+
+def with_descriptors(cfg: CfgNode, info: DataInfo) -> DataInfo:
+    """Add the texts of each class if the config asks for `prompt descriptor`.
+
+    Raises:
+        UserError: the file that `descriptors` names is missing or wrong.
+    """
+    if cfg.prompt != "descriptor" or not cfg.descriptors:
+        return info
+    texts = class_descriptors(cfg.descriptors, DataFolders.of(cfg).for_lists(), info.class_names)
+    return replace(info, descriptors=texts)
 
 
 def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None) -> DataInfo:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tailtune.configs import FOLDER
-from tailtune.configs.errors import UserError, prefix_errors
+from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.datasets.data_settings import DataSettings
 from tailtune.datasets.long_tail import check_hold_out
 from tailtune.datasets.sources import cifar, digits, fake, image_list, inaturalist
@@ -208,10 +208,23 @@ def _outline_from_counts(options: DataSettings) -> Outline:
 
 
 def _outline(options: DataSettings, names: tuple[str, ...], available: list[int]) -> Outline:
-    """The facts, with the pixel statistics of iNaturalist, or of ImageNet for any other photographs."""
+    return Outline(names, available, *_photo_stats(options))
+
+
+def pixel_stats(options: DataSettings) -> tuple[RGB, RGB]:
+    """Mean and standard deviation of the pixels (0–1) of a data set. Neither lists nor folders are read."""
+    entry = lookup(DATASETS, options.dataset, "dataset")
+    if not entry.built_in:
+        return _photo_stats(options)
+    outline = entry.outline(options)
+    return outline.mean, outline.std
+
+
+def _photo_stats(options: DataSettings) -> tuple[RGB, RGB]:
+    """The pixel statistics of iNaturalist, or of ImageNet for any other photographs."""
     if options.label_field:
-        return Outline(names, available, inaturalist.MEAN, inaturalist.STD)
-    return Outline(names, available, image_list.IMAGENET_MEAN, image_list.IMAGENET_STD)
+        return inaturalist.MEAN, inaturalist.STD
+    return image_list.IMAGENET_MEAN, image_list.IMAGENET_STD
 
 
 def _check_built_in(options: DataSettings, num_classes: int) -> None:

@@ -86,7 +86,9 @@ def _checkout(path: Path, url: str) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="parity/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python parity/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     subparsers = parser.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     for subject in SUBJECTS.values():
         clones = "\n".join(f"    git clone {url}" for url in subject.sources.values())

@@ -63,7 +63,7 @@ def _command(argv: Sequence[str]) -> int:
 def configured(argv: Sequence[str]) -> CfgNode:
     """The resolved config of the run. The option `tte` is disabled, because each image needs exactly one feature."""
     parser = Parser(
-        prog="scripts/analyze_features.py",
+        prog="python scripts/analyze_features.py",
         description=__doc__.partition("\n")[0],
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,7 +109,7 @@ def _written(cfg: CfgNode, folder: RunFolder) -> Path:
     """Write the figures and their means. This process must hold the lock of the run folder."""
     accelerator = make_accelerator(Devices.of(cfg))
     data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder.evaluated, data, accelerator)
+    method = trained_method(cfg, folder.evaluated, data.info, accelerator.device)
     log.info("%s images through the encoder", f"{len(data.train_as_test) + len(data.test):,}")
     splits = {
         name: split_features(

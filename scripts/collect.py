@@ -154,7 +154,7 @@ def _command(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="scripts/collect.py",
+        prog="python scripts/collect.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python scripts/collect.py GRID | FOLDER … [options] [-- KEY VALUE …]",

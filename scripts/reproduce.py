@@ -139,7 +139,7 @@ def first_process() -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = tailtune.Parser(
-        prog="scripts/reproduce.py",
+        prog="python scripts/reproduce.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python scripts/reproduce.py GRID [options] [-- KEY VALUE …]",

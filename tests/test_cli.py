@@ -19,10 +19,12 @@ from test_bad_input import signal_after, states
 from tiers import slow_except
 
 from tailtune import configs, main
-from tailtune.configs import config_hash, load_configs, load_resolved, names
+from tailtune.configs import config_hash, load_configs, load_resolved, names, values_of
+from tailtune.configs.shipped_configs import KINDS, SMALL_TUNERS, configs_of, kind_of
 from tailtune.datasets.build_data import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
+from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.option_schema import declared
@@ -58,6 +60,36 @@ def test_list(launch: Cli) -> None:
     assert [name for name, _ in listed] == [*names("data"), *names("model")]
     assert all(len(description) > 10 for _, description in listed)
     assert [line for line in lines if not line.startswith("  ")] == ["data:", "model:"]
+
+
+def test_list_of_a_kind(launch: Cli) -> None:
+    """Every model config is of one kind, and described there as in the whole list."""
+    described = dict(line.split(None, 1) for line in launch("--list").stdout.splitlines() if line.startswith("  "))
+    listed: list[str] = []
+    for kind in KINDS:
+        done = launch("--list", kind)
+        assert (done.returncode, done.stderr) == (0, "")
+        heading, *lines = done.stdout.splitlines()
+        assert heading == f"model, {kind} ({KINDS[kind]}):"
+        assert lines and all(described[line.split()[0]] == line.split(None, 1)[1] for line in lines)
+        listed += [line.split()[0] for line in lines]
+    assert sorted(listed) == [*names("model")]
+    assert launch("--list=head").stdout == launch("--list head").stdout
+
+
+def test_list_of_an_unknown_kind(launch: Cli) -> None:
+    done = launch("--list expert")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown kind of model config 'expert'; did you mean 'experts'? choices: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_kinds_are_those_of_the_resolved_configs() -> None:
+    """The files are read without the schema; the whole config says the same. Tuners stand in one more place."""
+    assert {*SMALL_TUNERS, "full_tuning"} == {*TUNERS, "peft"}
+    for kind in KINDS:
+        for name in configs_of(kind):
+            assert kind_of(values_of(load_configs("fake_lt", name, [], declared())[-1])) == kind, name
 
 
 @pytest.mark.parametrize(

@@ -207,11 +207,19 @@ def test_a_bug_in_a_worker_stays_one() -> None:
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delay", [0.0, 1.0])
-def test_five_interrupts_at_the_start(tmp_path: Path, delay: float) -> None:
+@pytest.mark.parametrize(
+    ("program", "delay"),
+    [
+        ([str(ROOT / "main.py")], 0.0),
+        ([str(ROOT / "main.py")], 1.0),
+        (["-m", "tailtune"], 0.0),
+        (["-c", "import tailtune; tailtune.command()"], 0.0),  # what the console script does
+    ],
+)
+def test_five_interrupts_at_the_start(tmp_path: Path, program: list[str], delay: float) -> None:
     """Among the imports: one line, whatever library is just being loaded."""
-    command = [sys.executable, str(ROOT / "main.py"), *FAKE.split()]
-    process = subprocess.Popen(command, cwd=tmp_path, env=offline(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command, found = [sys.executable, *program, *FAKE.split()], offline(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(command, cwd=tmp_path, env=found, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not answers(process.pid):
         time.sleep(0.001)
     time.sleep(delay)

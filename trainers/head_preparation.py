@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.distributed import to_device
 from tailtune.trainers.methods import Method
@@ -54,3 +55,23 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
     method.eval()
     with encoder.untuned():
         method.prepare(context)
+
+
+def text_context(model: ClassificationModel, num_classes: int, seed: int, device: torch.device) -> HeadContext:
+    """What a head needs that is made of texts: no training images.
+
+    Args:
+        model: the model with the head.
+        num_classes: number of classes.
+        seed: seed of the run; it makes the heads of several experts differ.
+        device: where to compute.
+    """
+    return HeadContext(
+        labels=torch.empty(0, dtype=torch.int64, device=device),
+        num_classes=num_classes,
+        feature_dim=model.encoder.feature_dim,
+        seed=seed,
+        device=device,
+        encode_images=lambda positions: iter(()),
+        sum_over_processes=lambda tensor: tensor,
+    )

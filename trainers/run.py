@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from tailtune.configs import CfgNode, config_hash
 from tailtune.configs.errors import UserError
+from tailtune.configs.program import launch_target
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.splits.compare_records import first_few, seen_in_training
@@ -50,14 +51,31 @@ from tailtune.trainers.trainer import Trainer
 log = logging.getLogger("tailtune")
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run has left its files."""
+
+    folder: Path
+    """The run folder."""
+    metrics: Path
+    """The metrics.json of the evaluation that the command asked for, in the run folder or below it."""
+
+
 def run(cfg: CfgNode, previous: Path | None = None) -> Path:
-    """Train, evaluate and export as the config says, as far as it is not done already; returns the run folder.
+    """As `run_to_outcome`; returns the run folder."""
+    return run_to_outcome(cfg, previous).folder
+
+
+def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
+    """Train, evaluate and export as the config says, as far as it is not done already.
 
     Args:
+        cfg: config of the run.
         previous: folder of the finished run that this run continues (`after`).
 
     Raises:
-        UserError: invalid input. Interrupted: a signal requested a stop; the state has been saved.
+        UserError: invalid input.
+        Interrupted: a signal requested a stop; the state has been saved.
     """
     cfg = resolve(cfg)
     accelerator = make_accelerator(Devices.of(cfg))
@@ -76,7 +94,7 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
         accelerator.wait_for_everyone()  # before the lock is released
-        return folder.path
+        return Outcome(folder.path, plan.stored or plan.target / folder.metrics.name)
     except UserError as error:
         if accelerator.is_main_process and isinstance(error, UnreadableImages):
             error = _listed(cfg, error)
@@ -107,7 +125,7 @@ def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
 def _export(cfg: CfgNode, folder: RunFolder, target: Path, accelerator: Accelerator) -> None:
     """Write the model of the finished run in another format. A run of `model_dir` is exported into `target`."""
     data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder.evaluated, data, accelerator).to("cpu")
+    method = trained_method(cfg, folder.evaluated, data.info, accelerator.device).to("cpu")
     if cfg.model_dir is None:
         folder.own("export")
     home = folder.path if cfg.model_dir is None else target
@@ -133,7 +151,7 @@ class _Run:
         if launched_alone():
             self.evaluation.note(
                 "accelerate launch started one process, as it does without GPUs; `accelerate launch --multi_gpu "
-                "--num_processes N main.py …` starts N, on CPUs too (the result is the same)",
+                f"--num_processes N {launch_target()} …` starts N, on CPUs too (the result is the same)",
                 warn=True,
             )
         if cfg.gpu is not None and (not uses_cuda() or self.accelerator.num_processes > 1):
@@ -153,7 +171,7 @@ class _Run:
             train = self._train(method, data)
             result = summary(label, data.info, method, train, self._precision())
         else:
-            load_trained(fresh, cfg, self.folder.evaluated, data, self.accelerator)
+            load_trained(fresh, cfg, self.folder.evaluated, data.info.class_names)
             result = self.evaluation.trained_result() or summary(label, data.info, method, None, self._precision())
             run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
             method, facts = ensembled(run, cfg.ensemble)

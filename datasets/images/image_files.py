@@ -113,7 +113,7 @@ def load_rgb(path: Path) -> Image.Image:
                 limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
                 if image.width * image.height > limit:
                     raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
-                return _upright_rgb(image)
+                return upright_rgb(image)
         except UnidentifiedImageError:
             file.seek(0)
             raise DecodeError(_unidentified(file.read(HEADER_BYTES))) from None
@@ -127,7 +127,15 @@ def _too_large(limit: int) -> str:
     return f"more than {limit:,} pixels: make it smaller"
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB as `load_rgb` does.
+
+    Args:
+        image: an image of any mode. It may be rotated in place, as its EXIF data say.
+
+    Returns:
+        The image in mode RGB.
+    """
     image.load()
     with suppress(*DECODE_ERRORS):  # damaged EXIF data; the pixels may be fine
         ImageOps.exif_transpose(image, in_place=True)

@@ -90,7 +90,7 @@ def zero_shot(run: FinishedRun) -> Method:
     fresh = fresh_method(cfg, run.data.info, run.accelerator.device)
     if run.folder.foreign is None:
         check_base(home, read_json(home / FACTS), fresh.base)
-    method = load_trained(fresh, cfg, run.folder.evaluated, run.data, run.accelerator)
+    method = load_trained(fresh, cfg, run.folder.evaluated, run.data.info.class_names)
     test_time.prepare(method, run.cfg.test_prec)
     return method
 

@@ -5,7 +5,8 @@ import io
 import logging
 import sys
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,26 @@ def start_console(main: bool) -> None:
         log.addHandler(_Console(sys.stdout))
     if main:
         log.addHandler(_Kept())
+
+
+@contextmanager
+def console_restored() -> Iterator[None]:
+    """After the block, the log and the standard streams are as they were before `start_console`.
+
+    The Python API runs inside the process of another program, which has a log of its own.
+    """
+    handlers, propagates, level, raises = list(log.handlers), log.propagate, log.level, logging.raiseExceptions
+    streams = {stream: stream.errors for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)}
+    try:
+        yield
+    finally:
+        for handler in list(log.handlers):
+            if handler not in handlers:
+                _drop(handler)
+        log.handlers[:], log.propagate, logging.raiseExceptions = handlers, propagates, raises
+        log.setLevel(level)
+        for stream, errors in streams.items():
+            stream.reconfigure(errors=errors)
 
 
 def attach_file(path: Path) -> None:

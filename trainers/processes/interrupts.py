@@ -1,6 +1,7 @@
 """Lets Ctrl-C and SIGTERM stop the training after the current step, with the state saved."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -33,7 +34,9 @@ class Interrupt:
         self.since = 0.0
 
     def __enter__(self) -> "Interrupt":
-        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in handled_signals()}
+        # Python refuses handlers outside the main thread, where a program may run the Python API.
+        numbers = handled_signals() if threading.current_thread() is threading.main_thread() else []
+        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.configs import CfgNode, load_resolved, schema_of
+from tailtune.configs import CfgNode, Schema, load_resolved, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import DataBundle, DataInfo
@@ -25,7 +25,7 @@ from tailtune.trainers.export import ExportedModel
 from tailtune.trainers.export.run_command import command_of
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_checkpoint
-from tailtune.trainers.head_preparation import prepare_head
+from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
@@ -73,19 +73,16 @@ def fresh_method(cfg: CfgNode, info: DataInfo, device: torch.device) -> FreshMet
     return FreshMethod(method.to(device), base)
 
 
-def load_trained(
-    fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accelerator: Accelerator
-) -> Method:
+def load_trained(fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Method:
     """Load the trained tensors of a run into a fresh method. The text encoder is released afterwards.
 
-    For `zero_shot`, the head is computed from text, because no checkpoint holds it.
+    For `zero_shot`, the head is computed from text, because no checkpoint holds it. No image is read.
 
     Args:
         fresh: the untrained method.
         cfg: resolved config of the run that was trained.
         checkpoint: where the trained tensors are.
-        data: the data; their class names have to be those of the checkpoint.
-        accelerator: computes the head for `zero_shot`.
+        class_names: names of the classes in label order; they have to be those of the checkpoint.
 
     Returns:
         The same method, in eval mode.
@@ -95,23 +92,24 @@ def load_trained(
     """
     method = fresh.method
     if cfg.zero_shot:  # the head is computed from text; no checkpoint holds it
-        prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+        method.eval()
+        method.prepare(text_context(method.model, len(class_names), cfg.seed, method.log_prior.device))
     elif checkpoint.foreign is not None:
         log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), cfg.partial, _numbering(cfg)))
     else:
-        load_checkpoint(checkpoint.home / "checkpoint", method, data.info.class_names, fresh.base)
+        load_checkpoint(checkpoint.home / "checkpoint", method, class_names, fresh.base)
     method.model.init = None
     return method.eval()
 
 
-def trained_method(cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accelerator: Accelerator) -> Method:
+def trained_method(cfg: CfgNode, checkpoint: Checkpoint, info: DataInfo, device: torch.device) -> Method:
     """Build the method of a finished run and load its trained tensors.
 
     Args:
         cfg: resolved config of the run.
         checkpoint: where the trained tensors are.
-        data: the data.
-        accelerator: gives the device.
+        info: facts about the data.
+        device: device to which the method is moved.
 
     Returns:
         The method, on the device and in eval mode.
@@ -119,7 +117,7 @@ def trained_method(cfg: CfgNode, checkpoint: Checkpoint, data: DataBundle, accel
     Raises:
         UserError: as `fresh_method` and `load_trained`.
     """
-    return load_trained(fresh_method(cfg, data.info, accelerator.device), cfg, checkpoint, data, accelerator)
+    return load_trained(fresh_method(cfg, info, device), cfg, checkpoint, info.class_names)
 
 
 def make_method(cfg: CfgNode, info: DataInfo) -> Method:
@@ -144,7 +142,7 @@ def stored_config(home: Path, here: CfgNode) -> CfgNode:
         home: folder of the run.
         here: config of the present command.
     """
-    cfg = _config_of(home, here)
+    cfg = config_of(home, schema_of(here))
     if cfg.data == here.data:
         cfg.defrost()
         cfg.update({key: here[key] for key, entry in schema_of(here).items() if entry.recorded == "command"})
@@ -152,10 +150,18 @@ def stored_config(home: Path, here: CfgNode) -> CfgNode:
     return resolve(cfg)
 
 
-def _config_of(home: Path, here: CfgNode) -> CfgNode:
-    """The config that the run in folder `home` has stored, read with the schema of the present config `here`."""
+def config_of(home: Path, schema: Schema) -> CfgNode:
+    """The config that a run has stored.
+
+    Args:
+        home: folder of the run.
+        schema: all options.
+
+    Raises:
+        UserError: the file is missing or damaged, or has an option that this version does not have.
+    """
     check_file(home / "config.yaml")
-    return load_resolved(home / "config.yaml", schema_of(here))
+    return load_resolved(home / "config.yaml", schema)
 
 
 def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
@@ -218,13 +224,13 @@ def earlier_run(
         return tensors_by_name
 
     def method() -> Method:
-        cfg = resolve(_config_of(folder, here))
+        cfg = resolve(config_of(folder, schema_of(here)))
         if cfg.resolution != here.resolution:
             raise UserError(
                 f"after: the earlier run took images of {cfg.resolution} pixels, and this one has {here.resolution}; "
                 "give both the same resolution"
             )
-        return trained_method(cfg, Checkpoint(folder), data, accelerator).requires_grad_(False)
+        return trained_method(cfg, Checkpoint(folder), data.info, accelerator.device).requires_grad_(False)
 
     return Earlier(fresh, tensors, method)
 

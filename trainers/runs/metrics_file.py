@@ -129,9 +129,11 @@ def train_facts(train: TrainReport) -> dict[str, Any]:
 
 def commit() -> str | None:
     """The git commit of TailTune, with the suffix `-dirty` if files have changed; None outside a git checkout."""
-    here = Path(__file__).parent
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed package may lie inside the repository of another project
+        return None
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
         completed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

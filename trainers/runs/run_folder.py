@@ -67,7 +67,7 @@ class RunFolder(OwnedFolder):
         self.states = self.path / "state"
         self.splits = self.path / "splits"
         self.events = self.path / "tensorboard"
-        source_and_file = self._own() if cfg.model_dir is None else _existing(cfg.model_dir)
+        source_and_file = self._own() if cfg.model_dir is None else find_checkpoint(cfg.model_dir)
         self.source, self.foreign = source_and_file
         """Folder of the run whose checkpoint is evaluated; the checkpoint file, if another project has written it."""
         self.adopts = self.foreign is not None
@@ -80,7 +80,7 @@ class RunFolder(OwnedFolder):
     @cached_property
     def soup(self) -> tuple[Path, ...]:
         """Folders of the runs that `ensemble_runs` names."""
-        sources = [_existing(name, "ensemble_runs") for name in self.cfg.ensemble_runs or ()]
+        sources = [find_checkpoint(name, "ensemble_runs") for name in self.cfg.ensemble_runs or ()]
         for _, foreign in sources:
             if foreign is not None:
                 raise UserError(f"ensemble_runs: {foreign.path} is of other people's code; name runs of our own")
@@ -271,12 +271,17 @@ def kept_splits(home: Path) -> StoredSplits | None:
         raise Damaged(home / "splits", str(error)) from error
 
 
-def _existing(model_dir: str, key: str = "model_dir") -> tuple[Path, ForeignCheckpoint | None]:
+FINDS = f"name the folder of a finished run, a {LIFT_FILE} of LIFT, or a checkpoint file of RIDE or SADE"
+
+
+def find_checkpoint(
+    model_dir: str, key: str = "model_dir", remedy: str = FINDS
+) -> tuple[Path, ForeignCheckpoint | None]:
     """Find a checkpoint.
 
     Args:
         model_dir: path of a run folder or of a checkpoint file, or name of a run folder in output/.
-        key: the option that names it, for the message.
+        key, remedy: the option that names it, and what it may name, for the message.
 
     Returns:
         Folder of the run; the checkpoint file, if another project has written it.
@@ -291,7 +296,4 @@ def _existing(model_dir: str, key: str = "model_dir") -> tuple[Path, ForeignChec
             return path, None
         if (path / LIFT_FILE).is_file():
             return path, ForeignCheckpoint(path / LIFT_FILE)
-    raise UserError(
-        f"{key} {model_dir} holds no checkpoint/; name the folder of a finished run, a {LIFT_FILE} of LIFT, or "
-        "a checkpoint file of RIDE or SADE"
-    )
+    raise UserError(f"{key} {model_dir} holds no checkpoint/; {remedy}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tailtune
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.encoder import Encoder, StagedModule
@@ -73,8 +74,8 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Package → installed version, for PACKAGES."""
-    return {name: version(name) for name in PACKAGES}
+    """Package → version, for TailTune and PACKAGES."""
+    return {"tailtune": tailtune.__version__, **{name: version(name) for name in PACKAGES}}
 
 
 def save_checkpoint(folder: Path, method: StagedModule, facts: dict[str, Any]) -> dict[Path, Digest]:

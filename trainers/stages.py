@@ -1,0 +1,36 @@
+"""`run_stages`: the runs of a command, one after another. The command line and the Python API call it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tailtune.configs import CfgNode
+from tailtune.trainers.config_checks import validate
+from tailtune.trainers.run import Outcome, run_to_outcome
+from tailtune.trainers.runs.run_folder import RunFolder
+
+
+def run_stages(stages: Sequence[CfgNode]) -> Outcome:
+    """Run the stages one after another. Stages that are already finished are skipped.
+
+    Args:
+        stages: the configs of all stages, as `load_configs` returns them.
+
+    Returns:
+        Where the last stage has left its files.
+
+    Raises:
+        UserError: invalid input.
+        Interrupted: a signal requested a stop; the state has been saved.
+    """
+    last = stages[-1]
+    finished = last.resume and RunFolder(last).finished()
+    earlier = [] if last.test_only or finished else stages[:-1]  # otherwise the earlier stages need no training
+    stages = [*earlier, last]
+    if not finished:  # for a finished run, `run` validates the evaluation; a stored result needs no data
+        validate(stages, trains=not last.test_only, here=True)
+    for cfg in stages:
+        RunFolder(cfg).check_owner()
+    folder: Path | None = None
+    for cfg in earlier:
+        folder = run_to_outcome(cfg, folder).folder
+    return run_to_outcome(last, folder)

@@ -1,0 +1,178 @@
+"""`load`: the model of a finished run, for predictions in Python."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from tailtune.configs import CfgNode, UserError
+from tailtune.configs.errors import printable
+from tailtune.datasets.build_data import build_info, stored_info, with_descriptors
+from tailtune.datasets.data_bundle import DataInfo
+from tailtune.datasets.images.image_files import upright_rgb
+from tailtune.datasets.images.transforms import eval_transform
+from tailtune.models import ClassificationModel, resolve
+from tailtune.trainers.distributed import uses_cuda
+from tailtune.trainers.evaluation.tta import prepare
+from tailtune.trainers.methods import Method
+from tailtune.trainers.option_schema import declared
+from tailtune.trainers.runs.load_run import config_of, trained_method
+from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, find_checkpoint
+from tailtune.trainers.storage.manifest import read_json
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """The model of a finished run, ready to predict. `tailtune.load` makes it."""
+
+    folder: Path
+    """The run folder."""
+    class_names: tuple[str, ...]
+    """Names of the C classes, in the order of the logits."""
+    class_counts: tuple[int, ...]
+    """Number of training images of each class [C]."""
+    resolution: int
+    """Side R of the images that the model takes, in pixels."""
+    device: torch.device
+    """Where the model computes."""
+    preprocess: Callable[[Image.Image], Tensor] = field(repr=False)
+    """A torchvision transform: PIL image of any size and mode → float32 [3, R, R], normalised. It is the transform of
+    the run's evaluation with one centre crop, also if the run was evaluated with several crops (`tte`). An image whose
+    EXIF data say that it is turned is rotated in place."""
+    config: CfgNode = field(repr=False)
+    """All options of the run, frozen: `config.backbone`, `config.lr` …"""
+    method: Method = field(repr=False)
+    """The `torch.nn.Module` with the model and its objective, in eval mode."""
+
+    @torch.no_grad()
+    def predict_logits(self, images: Tensor) -> Tensor:
+        """Classify images. They are computed as one batch, in the precision of the run's evaluation (`test_prec`).
+
+        Args:
+            images: float [N, 3, R, R], as `preprocess` returns them; on any device.
+
+        Returns:
+            Logits float32 [N, C], on the device of the images. With several experts: the mean of their logits.
+
+        Raises:
+            UserError: the images have another shape.
+
+        Example:
+            ```python
+            logits = classifier.predict_logits(classifier.preprocess(image).unsqueeze(0))
+            name = classifier.class_names[logits.argmax()]
+            ```
+        """
+        return self.method.predict(self._placed(images)).float().to(images.device)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Encode images: the features from which the classifier makes its logits.
+
+        Args:
+            images: float [N, 3, R, R], as `preprocess` returns them; on any device.
+
+        Returns:
+            Features float32 [N, D], on the device of the images; [N, E, D] if the E experts have features of their own.
+
+        Raises:
+            UserError: the images have another shape.
+        """
+        return self.method.model.features(self._placed(images)).float().to(images.device)
+
+    def _placed(self, images: Tensor) -> Tensor:
+        side = self.resolution
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise UserError(
+                f"images must have the shape [N, 3, {side}, {side}], not {list(images.shape)}: apply `preprocess` to "
+                "each image, then torch.stack"
+            )
+        return images.to(self.device)
+
+
+def load(run_folder: str | Path, device: str | torch.device | None = None) -> TrainedModel:
+    """Load the model of a finished run. The images that it was trained on are not needed.
+
+    A checkpoint holds only what was trained. So the backbone's pre-trained weights are read as the run read them: from
+    the package, a local file, or the cache of downloads.
+
+    Args:
+        run_folder: path of the run folder, or its name in output/.
+        device: where to compute, such as `"cuda:1"`; None: the first GPU, or the CPU if there is none.
+
+    Returns:
+        The model with its class names and its transform.
+
+    Raises:
+        UserError: the folder holds no checkpoint, a file is damaged, pre-trained weights are missing, or there is no
+            such device.
+
+    Example:
+        ```python
+        from PIL import Image
+        import tailtune
+
+        classifier = tailtune.load("output/digits_lt_tiny_clip_peft")
+        image = classifier.preprocess(Image.open("three.png"))
+        probabilities = classifier.predict_logits(image.unsqueeze(0)).softmax(1)
+        ```
+    """
+    place = _device(device)
+    home, foreign = find_checkpoint(str(run_folder), "load:", "name the folder of a finished run")
+    if foreign is not None:
+        raise UserError(
+            f"load: {foreign.path} is a checkpoint of another project, which does not say with which options it was "
+            "trained; evaluate it on the command line with `test_only True model_dir …`"
+        )
+    return _loaded(home, place)
+
+
+def _loaded(home: Path, device: torch.device) -> TrainedModel:
+    """The model of the run in folder `home`, which has a checkpoint."""
+    cfg = resolve(config_of(home, declared()))
+    info = _info_of(cfg, read_json(home / FACTS))
+    method = trained_method(cfg, Checkpoint(home), info, device).requires_grad_(False)
+    prepare(method, cfg.test_prec)
+    return TrainedModel(
+        folder=home,
+        class_names=info.class_names,
+        class_counts=tuple(info.class_counts.tolist()),
+        resolution=cfg.resolution,
+        device=device,
+        preprocess=_preprocess(cfg, method.model),
+        config=cfg,
+        method=method,
+    )
+
+
+def _info_of(cfg: CfgNode, facts: Mapping[str, Any]) -> DataInfo:
+    """Facts about the data of a finished run, from its checkpoint. Only zero-shot reads the texts of `descriptors`."""
+    counts = facts.get("class_counts")  # early versions recorded none
+    info = build_info(cfg) if counts is None else stored_info(cfg, facts["class_names"], counts)
+    return with_descriptors(cfg, info) if cfg.zero_shot else info
+
+
+def _preprocess(cfg: CfgNode, model: ClassificationModel) -> v2.Compose:
+    """The transform of the evaluation, from a PIL image of any mode to a normalised float32 tensor [3, R, R]."""
+    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+    cut = eval_transform(cfg.resolution, cfg.interpolation, cfg.augment)
+    return v2.Compose([v2.Lambda(upright_rgb), cut, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device that is asked for.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if uses_cuda() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UserError(f"device '{printable(device)}': {' '.join(str(error).split())[:200]}") from error

@@ -11,8 +11,9 @@ PARTS = {"__init__.py": "tailtune.py", **{name: name for name in ("configs", "da
 def on_startup(**_: object) -> None:
     """Make our folders visible as the package `tailtune`, which is how they import each other.
 
-    mkdocstrings reads docstrings from source files without importing them. It finds `tailtune.trainers` only in a folder
-    that is called `tailtune`, and a checkout may be called something else. The links are in a folder that git ignores.
+    mkdocstrings reads docstrings from source files without importing them. It finds `tailtune.trainers` only in a
+    folder that is called `tailtune`, and a checkout may be called something else. The links are in a folder that git
+    ignores.
     """
     PACKAGE.mkdir(parents=True, exist_ok=True)
     for name, part in PARTS.items():

@@ -68,7 +68,7 @@ def render() -> str:
     parts = [INTRODUCTION.format(aliases=aliases)]
     for title, keys in schema.sections.items():
         if shown := [key for key in keys if not schema[key].internal]:
-            parts.append(f"## {title}\n\n{table(schema, shown)}\n")
+            parts.append(f'## {title}\n\n<div class="options" markdown>\n\n{table(schema, shown)}\n\n</div>\n')
     return "\n".join(parts)
 
 
@@ -86,7 +86,7 @@ def table(schema: Schema, keys: list[str]) -> str:
 
 
 def _type(entry: Key) -> str:
-    bounds = [f" {sign} {plain(bound)}" for sign, bound in (("≥", entry.least), ("≤", entry.most)) if bound is not None]
+    bounds = [f" {sign}\u00a0{plain(bound)}" for sign, bound in (("≥", entry.least), ("≤", entry.most)) if bound is not None]
     return TYPES[entry.parse] + ",".join(bounds) + (" or none" if entry.optional else "")
 
 

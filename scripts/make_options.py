@@ -86,7 +86,8 @@ def table(schema: Schema, keys: list[str]) -> str:
 
 
 def _type(entry: Key) -> str:
-    bounds = [f" {sign}\u00a0{plain(bound)}" for sign, bound in (("≥", entry.least), ("≤", entry.most)) if bound is not None]
+    given = [(sign, bound) for sign, bound in (("≥", entry.least), ("≤", entry.most)) if bound is not None]
+    bounds = [f" {sign}\u00a0{plain(bound)}" for sign, bound in given]  # no line break before the number
     return TYPES[entry.parse] + ",".join(bounds) + (" or none" if entry.optional else "")
 
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two workers suit two cores. A file stays on one worker; tests/conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow check types format docs site clean
+.PHONY: demo test test-slow check types format docs clean
 
 demo: .venv/ready
 	$(BIN)/python main.py -d digits_lt -m tiny_clip_peft
@@ -39,6 +39,7 @@ docs: .venv/ready
 	$(MAKE) --no-print-directory site
 
 # The site, from the pages as they are, into site/. A broken link or a page that is in no menu is an error.
+.PHONY: site
 site: .venv/ready
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 

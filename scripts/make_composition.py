@@ -43,7 +43,7 @@ was built as `--dry-run` does, with three experts.
 * The other {refused} pairs are refused before anything is read. The table below has the reasons, in the words of the
   error message.
 
-The four backbones stand for their kinds. Another backbone can accept a pair that these four refuse: the residual
+The four backbones are examples of their kinds. Another one can accept a pair that these four refuse: the residual
 networks of CLIP, for example, have a text encoder and batch norms.
 
 This page is written by `python scripts/make_composition.py`, which `make docs` runs.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, Cli
+from mkdocs.exceptions import PluginError
 from PIL import Image
 from tiers import slow_except
 
@@ -18,6 +19,7 @@ from tailtune.datasets import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
 from tailtune.scripts.make_model_list import FILE, render
+from tailtune.scripts.mkdocs_hooks import on_post_page
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.option_schema import declared
 
@@ -145,6 +147,24 @@ def test_the_code_of_the_page_of_the_api_runs_as_written(tmp_path: Path, monkeyp
 def test_the_list_of_model_configs_is_current() -> None:
     """Otherwise: `make docs`."""
     assert FILE.read_text(encoding="utf-8") == render()
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        '<script src="https://cdn.example/mermaid.js"></script>',
+        '<link rel="stylesheet" href="//fonts.example/a.css">',
+        "<img alt='' src='http://example.org/a.png'>",
+    ],
+)
+def test_a_page_that_loads_from_another_host_is_refused(tag: str) -> None:
+    with pytest.raises(PluginError, match="another host"):
+        on_post_page(output=f"<p>{tag}</p>")
+
+
+def test_a_page_may_link_to_another_host() -> None:
+    page = '<link href="assets/a.css"><a class="x" href="https://arxiv.org/abs/2309.10019">LIFT</a>'
+    assert on_post_page(output=page) == page
 
 
 def test_links_lead_somewhere() -> None:

@@ -22,7 +22,7 @@ test-slow: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory types
+	$(MAKE) --no-print-directory types site
 	$(PYTEST)
 
 # mypy finds modules by their folders, so an ignored folder called tailtune has links to all of them, as in the wheel.
@@ -36,13 +36,20 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every page and table that is made from the code.
+# Every page that is made from the code, and then the site.
 docs: .venv/ready
 	$(BIN)/python scripts/make_options.py
+	$(BIN)/python scripts/make_model_list.py
 	$(BIN)/python scripts/make_composition.py
+	$(MAKE) --no-print-directory site
+
+# The site, from the pages as they are, into site/. A broken link or a page that is in no menu is an error.
+.PHONY: site
+site: .venv/ready
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .mkdocs_cache site
 
 .venv/ready: requirements.txt requirements-package.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; make PYTHON=python3.12 names another"; exit 2; }

@@ -33,6 +33,29 @@ PAGE, ARRAY = ROOT / "docs" / "composition.md", ROOT / "docs" / "composition.jso
 Choice = dict[str, str]
 """Axis → chosen entry."""
 
+INTRODUCTION = """# What can be combined
+
+A run combines entries of {axes} tables: a backbone, a tuner, a method and a step at test time. Every pair of entries
+was built as `--dry-run` does, with three experts.
+
+* {taken} of {total} pairs can be combined. `tests/test_composition.py` trains, resumes and evaluates {rows}
+  configurations in which all these pairs occur.
+* The other {refused} pairs are refused before anything is read. The table below has the reasons, in the words of the
+  error message.
+
+The four backbones are examples of their kinds. Another one can accept a pair that these four refuse: the residual
+networks of CLIP, for example, have a text encoder and batch norms.
+
+This page is written by `python scripts/make_composition.py`, which `make docs` runs.
+
+## The entries
+
+{entries}
+
+## The pairs that are refused
+
+| this | with this | is refused, because |
+|---|---|---|"""
 LOSS = "loss_type CE"
 OF_METHOD = {
     "h2t": "h2t.shift_bn False sampler balanced pair_sampler shuffle",
@@ -173,20 +196,9 @@ def _filled(pair: Pair, left: set[Pair], bad: set[Pair], at_most: int = 12) -> I
 def page(refused: Mapping[Pair, str], rows: Sequence[Choice]) -> str:
     """The text of docs/composition.md, for the refused pairs with their reasons and the covering array."""
     total = sum(1 for _ in every_pair())
-    lines = [
-        "# What goes together",
-        "",
-        "Written by `python scripts/make_composition.py`: every pair of entries of",
-        f"{len(AXES)} axes was built as `--dry-run` does, with three experts. {total - len(refused)} of {total} pairs",
-        f"go together; {len(rows)} configurations in which each of those occurs are trained, resumed and evaluated by",
-        "`tests/test_composition.py`. The rest are refused before anything is read, with these words. Other backbones",
-        "(CLIP's residual networks have a text encoder and batch norms) may take what these four do not.",
-        "",
-        *(f"* **{axis}**: {', '.join(f'`{entry}`' for entry in entries)}" for axis, entries in AXES.items()),
-        "",
-        "| this | with this | is refused, because |",
-        "|---|---|---|",
-    ]
+    numbers = {"axes": len(AXES), "taken": total - len(refused), "total": total, "refused": len(refused)}
+    entries = [f"* **{axis}**: {', '.join(f'`{entry}`' for entry in of_axis)}" for axis, of_axis in AXES.items()]
+    lines = [INTRODUCTION.format(**numbers, rows=len(rows), entries="\n".join(entries))]
     for reason, pairs in _grouped(refused):
         lines.append(f"| {pairs[0]} | {pairs[1]} | {reason.replace('|', '/')} |")
     return "\n".join(lines) + "\n"

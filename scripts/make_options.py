@@ -23,12 +23,12 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_str: "text",
     values.as_path: "path",
     values.as_paths: "path,path …",
-    values.as_folder: "folder, without `..`",
+    values.as_folder: "folder, no `..`",
     values.as_bool: "True, False",
     values.as_int: "whole number",
     values.as_float: "number",
-    values.as_micro: "whole number, auto",
-    values.as_span: "k or [start,end)",
+    values.as_micro: "whole number or auto",
+    values.as_span: "k, or [start,end)",
     values.as_scale: "learnable, or a number",
     values.as_mapping: "{key: value}",
     values.as_triple: "[r, g, b]",
@@ -37,23 +37,25 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_ints: "[number, …]",
     values.as_factors: "{name: number}",
 }
-INTRODUCTION = f"""# Options
+INTRODUCTION = f"""# All options
 
-`python main.py -d DATA -m MODEL [KEY VALUE ...]`, or `key: value` in a YAML of `configs/`. Later beats earlier:
-defaults < data YAML < model YAML < its `by_dataset` entries < the command line. `--dry-run` shows what a run changes;
-with `--all` it shows every option.
+You set an option on the command line as `KEY VALUE`, as in `python main.py -d DATA -m MODEL lr 0.02`, or in a YAML file
+as `key: value`. If an option is set in several places, the last of these has priority: defaults, data YAML, model YAML,
+entries of `by_dataset` in the model YAML, command line. `--dry-run` shows the options that differ from their defaults,
+and `--dry-run --all` shows every option.
 
-The class of an option says what a changed value makes:
+The column *class* says what a changed value makes:
 
-- **{TRAIN}**: another trained model, so another run folder;
-- **{TEST}**: another evaluation of the same model, kept in `tests/<key>/` of its run folder;
-- **{RUNTIME}**: the same numbers, got differently.
+- **{TRAIN}**: another trained model, so the run has another folder;
+- **{TEST}**: another evaluation of the same model, in `tests/<key>/` of its run folder;
+- **{RUNTIME}**: the same numbers, computed in another way.
 
-`none` (or `null`) is a value where the default is none or the type says so. `of` names the entries of a
-table (losses, tuners, schedules …) that read the option; `<entry>.<option>` is then another name of it, such as
-`las.smooth_head`. {{aliases}}
+The column *of* names the entries of a table (losses, tuners, schedules …) that read the option. Such an option has a
+second name, `<entry>.<option>`, for example `las.smooth_head`. {{aliases}}
 
-This file is made by `python scripts/make_options.py`, and by `make docs`.
+`none` (or `null`) is a valid value if the default is none or the type says so.
+
+This page is written by `python scripts/make_options.py`, which `make docs` runs.
 """
 
 
@@ -66,27 +68,27 @@ def render() -> str:
     parts = [INTRODUCTION.format(aliases=aliases)]
     for title, keys in schema.sections.items():
         if shown := [key for key in keys if not schema[key].internal]:
-            parts.append(f"## {title}\n\n{table(schema, shown)}\n")
+            parts.append(f'## {title}\n\n<div class="options" markdown>\n\n{table(schema, shown)}\n\n</div>\n')
     return "\n".join(parts)
 
 
 def table(schema: Schema, keys: list[str]) -> str:
     """The table of the options of a section, with one row for each option."""
     entries = {key: [] if schema[key].method else schema.entries[key] for key in keys}
-    columns = ["key", *(["of"] if any(entries.values()) else []), "type", "default", "class", "meaning", "choices"]
+    columns = ["option", *(["of"] if any(entries.values()) else []), "type", "default", "class", "meaning"]
     rows = [columns]
     for key in keys:
         entry = schema[key]
         of = [", ".join(f"`{name}`" for name in entries[key])] if "of" in columns else []
-        choices = ", ".join(f"`{choice}`" for choice in choices_of(key, entry))
-        rows.append([f"`{key}`", *of, _type(entry), _default(entry), entry.cls, _meaning(entry), choices])
+        rows.append([f"`{key}`", *of, _type(entry), _default(entry), entry.cls, _meaning(key, entry)])
     head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def _type(entry: Key) -> str:
-    bounds = [f" {sign} {plain(bound)}" for sign, bound in (("≥", entry.least), ("≤", entry.most)) if bound is not None]
-    return TYPES[entry.parse] + ",".join(bounds) + (", none" if entry.optional else "")
+    given = [(sign, bound) for sign, bound in (("≥", entry.least), ("≤", entry.most)) if bound is not None]
+    bounds = [f" {sign}\u00a0{plain(bound)}" for sign, bound in given]  # no line break before the number
+    return TYPES[entry.parse] + ",".join(bounds) + (" or none" if entry.optional else "")
 
 
 def _default(entry: Key) -> str:
@@ -95,8 +97,13 @@ def _default(entry: Key) -> str:
     return f"`{entry.default}`" if entry.default != "" else "empty"
 
 
-def _meaning(entry: Key) -> str:
-    return entry.doc + (" A data YAML's value beats the model YAML's." if entry.data_wins else "")
+def _meaning(key: str, entry: Key) -> str:
+    choices = choices_of(key, entry)
+    if key == "after":
+        listed = " Choices: [all model configs](models.md)."
+    else:
+        listed = f" Choices: {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+    return entry.doc + (" The data YAML has priority over the model YAML." if entry.data_wins else "") + listed
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def trained(root: Path, model: str, options: str) -> dict[str, object]:
 def apply(root: Path, example: Example) -> None:
     """Add a part to a copy as a contributor does; nothing but the files that the page names changes."""
     example.apply(root)
-    for script in ("make_options.py", "make_composition.py"):  # what `make docs` runs
+    for script in ("make_options.py", "make_model_list.py", "make_composition.py"):  # what `make docs` runs
         python(root, f"scripts/{script}")
 
 

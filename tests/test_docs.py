@@ -1,11 +1,16 @@
-"""The README's commands and examples are true."""
+"""The commands, examples and links of the README and of the pages are right, and the generated list is current."""
 
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import yaml
+from conftest import ROOT, Cli
+from mkdocs.exceptions import PluginError
 from PIL import Image
 from tiers import slow_except
 
@@ -13,11 +18,16 @@ from tailtune.configs import load_configs, names
 from tailtune.datasets.build_data import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
+from tailtune.scripts.make_model_list import FILE, render
+from tailtune.scripts.mkdocs_hooks import on_post_page
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.option_schema import declared
 
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models/tiny_clip/README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), ROOT / "models/tiny_clip/README.md"]
+FOR_USERS = [DOCS / f"{name}.md" for name in ("quickstart", "data", "evaluating", "exports")]
+"""Pages whose commands are run as written, where they need no download."""
 CONFIGS = [*names("data").values(), *names("model").values()]
 
 
@@ -34,7 +44,9 @@ OF_PAGES, OF_CONFIGS = (
 """Commands. Those of contributing.md name parts that the reader is to write; test_contributing.py writes them."""
 
 
-OF_README = commands(README)
+OF_README = sorted(
+    {command for page in (ROOT / "README.md", *FOR_USERS) for command in commands(page.read_text("utf-8"))}
+)
 
 
 def test_the_options_of_the_docs_are_options() -> None:
@@ -47,7 +59,7 @@ def test_the_options_of_the_docs_are_options() -> None:
 
 @pytest.mark.parametrize("command", slow_except(OF_README, sorted(OF_PAGES | OF_CONFIGS)))
 def test_a_command_of_the_docs_is_accepted(command: str) -> None:
-    """By default those of the README; tests/test_cli.py builds every config."""
+    """By default those of the README and of the pages for users; tests/test_cli.py builds every config."""
     words = shlex.split(command.replace("--dry-run", ""))
     flags, pairs = split_arguments(words)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
@@ -55,7 +67,7 @@ def test_a_command_of_the_docs_is_accepted(command: str) -> None:
 
 
 def test_the_examples_of_own_data_work(tmp_path: Path) -> None:
-    """Both YAML snippets, with their root pointed at a handful of images."""
+    """Both YAML snippets of the page, with their root pointed at a handful of images; the README has the first one."""
     for split, label, number in [(s, k, i) for s in ("train", "test") for k in ("owl", "wren") for i in range(14)]:
         path = tmp_path / split / label / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +78,10 @@ def test_the_examples_of_own_data_work(tmp_path: Path) -> None:
         ]
         (tmp_path / f"{split}.txt").write_text("\n".join(sorted(lines)))
     (tmp_path / "classnames.txt").write_text("owl\nwren\n")
-    snippets = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    snippets = re.findall(r"```yaml\n(.*?)```", (DOCS / "data.md").read_text(encoding="utf-8"), re.S)
+    (of_readme,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
     assert len(snippets) == 2
+    assert yaml.safe_load(of_readme) == yaml.safe_load(snippets[0])
     for number, snippet in enumerate(snippets):
         text = re.sub(r"root: \S+", f"root: {tmp_path}", snippet).replace("imb_factor: 0.01", "imb_factor: 0.1")
         if "ImageFolder" in text:
@@ -81,9 +95,81 @@ def test_the_examples_of_own_data_work(tmp_path: Path) -> None:
             (tmp_path / "elsewhere").rename(tmp_path / "test")
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    """The code of a page in a language, in its order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def parts(block: str) -> Iterator[str]:
+    """A block of shell commands as its `python main.py …` lines, and what is between them."""
+    between: list[str] = []
+    for line in block.splitlines():
+        if line.startswith("python main.py"):
+            if between:
+                yield "\n".join(between)
+            between = []
+            yield line
+        else:
+            between.append(line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FOR_USERS, ids=lambda page: page.stem)
+def test_the_commands_and_the_code_of_a_page_run_as_written(page: Path, launch: Cli, tmp_path: Path) -> None:
+    """Those on embedded or generated data, in the order of the page, after the demo."""
+    assert launch("-d digits_lt -m tiny_clip_peft").returncode == 0
+    run = 0
+    for block in blocks(page, "bash"):
+        if "-d digits_lt" not in block and "-d my_images.yaml" not in block:
+            continue
+        for part in parts(block):
+            words = shlex.split(part, comments=True)
+            if words[:2] == ["python", "main.py"]:
+                done = launch(*words[2:])
+                assert done.returncode == 0, f"{part}\n{done.stderr}"
+                run += 1
+            else:
+                script = re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", part, flags=re.M)
+                subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True)
+    assert run
+    for code in blocks(page, "python"):
+        exec(code, {})
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_of_the_api_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for code in blocks(DOCS / "api.md", "python"):
+        exec(code, names)
+
+
+def test_the_list_of_model_configs_is_current() -> None:
+    """Otherwise: `make docs`."""
+    assert FILE.read_text(encoding="utf-8") == render()
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        '<script src="https://cdn.example/mermaid.js"></script>',
+        '<link rel="stylesheet" href="//fonts.example/a.css">',
+        "<img alt='' src='http://example.org/a.png'>",
+    ],
+)
+def test_a_page_that_loads_from_another_host_is_refused(tag: str) -> None:
+    with pytest.raises(PluginError, match="another host"):
+        on_post_page(output=f"<p>{tag}</p>")
+
+
+def test_a_page_may_link_to_another_host() -> None:
+    page = '<link href="assets/a.css"><a class="x" href="https://arxiv.org/abs/2309.10019">LIFT</a>'
+    assert on_post_page(output=page) == page
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 

@@ -1,4 +1,4 @@
-"""docs/migrating.md: every command of the originals' READMEs, and each of ours through the dry run."""
+"""docs/migrating/: every command of the originals' READMEs, and each of ours through the dry run."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ from tailtune.scripts._grid import names
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.option_schema import declared
 
-TEXT = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+PAGES = ROOT / "docs" / "migrating"
 ORIGINAL = {
     "RIDE": (20, "e779853e7b800719"),
     "SADE": (14, "d0e089eb3c09596c"),
@@ -41,9 +41,9 @@ BUILT: dict[Key, int] = {}
 
 
 def rows(title: str) -> list[tuple[str, str]]:
-    """Both columns of the table below a heading."""
-    section = TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `python")]
+    """Both columns of the table of commands on the page of a project."""
+    text = (PAGES / f"{title.lower()}.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `python")]
     return [(theirs, ours) for theirs, ours in lines]
 
 
@@ -88,7 +88,7 @@ def test_our_command_passes_the_dry_run(command: str) -> None:
 
 
 def test_flags_name_keys_of_ours() -> None:
-    section = TEXT.split("\n## Flags\n")[1].split("\n## ")[0]
+    section = (PAGES / "index.md").read_text(encoding="utf-8").split("\n## Flags\n")[1].split("\n## ")[0]
     cfg = configured("-d cifar100_ir100 -m resnet32_ride")
     for line in section.splitlines():
         if not line.startswith("| `") or " | none" in line:
@@ -100,8 +100,7 @@ def test_flags_name_keys_of_ours() -> None:
             assert name.startswith("-") or (field or name) in known or name.endswith("Classifier"), text
 
 
-def test_the_grids_that_it_names_exist() -> None:
-    text = TEXT[TEXT.index("python scripts/reproduce.py") :]
-    assert {"sade/imagenet_lt", "ride/model_zoo", "batchformer/ride"} <= names().keys() & set(
-        re.findall(r"\w+/\w+", text)
-    )
+def test_the_grids_that_the_pages_name_exist() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md")))
+    named = set(re.findall(r"scripts/reproduce\.py (\w+/\w+)", text))
+    assert {"sade/imagenet_lt", "ride/model_zoo", "batchformer/ride"} <= named <= names().keys()

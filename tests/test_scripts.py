@@ -370,7 +370,9 @@ def test_a_closed_pipe_is_no_traceback(words: str, grid: Callable[[str], str]) -
     assert process.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize("name", ["analyze_features", "collect", "make_composition", "make_options", "reproduce"])
+@pytest.mark.parametrize(
+    "name", ["analyze_features", "collect", "make_composition", "make_model_list", "make_options", "reproduce"]
+)
 def test_a_script_leaves_the_path_alone(name: str) -> None:
     """Only as a program it needs the checkout on the path, where bare names such as `datasets` would be found first."""
     importlib.import_module(f"tailtune.scripts.{name}")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tailtune.trainers.evaluation.metrics import calibration, calibration_error, evaluate
+from tailtune.trainers.evaluation import metrics
+from tailtune.trainers.evaluation.metrics import calibration, calibration_error, evaluate, evaluate_predictions
 
 GROUPS = {"many": torch.tensor([0, 1]), "med": torch.tensor([2, 3]), "few": torch.tensor([4])}
 
@@ -146,3 +147,22 @@ def test_all_right_and_all_wrong() -> None:
         assert wrong[name] == pytest.approx(0, abs=1e-2), name
     assert right["ece"] == pytest.approx(0, abs=1e-4) and wrong["ece"] == pytest.approx(100)
     assert wrong["error_rate"] == 100 and all(math.isfinite(wrong[name]) for name in ("nll", "ece", "macro_f1"))
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 40, 10**6])
+def test_logits_are_read_a_few_rows_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of rows changes no bit, and the metrics of some images are those of their logits alone."""
+    logits, labels = 3 * torch.randn(30, 3, 5), torch.arange(30) % 5
+    whole = evaluate(logits.nanmean(1), labels, GROUPS)
+    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", at_once)
+    widest = []
+
+    def combine(chunk: Tensor) -> Tensor:
+        widest.append(chunk.numel())
+        return chunk.nanmean(1)
+
+    found = metrics.predictions_of(logits, labels, combine)
+    assert max(widest) <= max(at_once, 15) and len(found.classes) == 30
+    assert evaluate_predictions(found, GROUPS) == whole
+    rows = torch.tensor([4, 0, 7, 7])
+    assert evaluate_predictions(found.at(rows), GROUPS) == evaluate(logits[rows].nanmean(1), labels[rows], GROUPS)

@@ -10,7 +10,7 @@ from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.datasets.test_distributions.dirichlet import component_of
 from tailtune.trainers.evaluation.inference import Logits, rows_of
-from tailtune.trainers.evaluation.metrics import evaluate
+from tailtune.trainers.evaluation.metrics import evaluate_predictions, predictions_of
 from tailtune.trainers.methods.base import combine
 
 Results = dict[str, dict[str, Any]]
@@ -30,8 +30,8 @@ def plain_results(found: Logits, distributions: Sequence[TestDistribution], grou
     """
     if not distributions:
         return {}
-    logits = combine(found.logits)
-    class_accuracies = evaluate(logits, found.labels, groups)["per_class_acc"]
+    predictions = predictions_of(found.logits, found.labels, combine)
+    class_accuracies = evaluate_predictions(predictions, groups)["per_class_acc"]
     results: Results = {}
     for distribution in distributions:
         rows = rows_of(found, distribution.positions)
@@ -41,7 +41,7 @@ def plain_results(found: Logits, distributions: Sequence[TestDistribution], grou
             "n": len(rows),
             "origin": distribution.origin,
             "expected_accuracy": expected_accuracy(class_accuracies, distribution.counts.tolist()),
-            "predictors": {"plain": evaluate(logits[rows], found.labels[rows], groups)},
+            "predictors": {"plain": evaluate_predictions(predictions.at(rows), groups)},
         }
     return results
 

@@ -26,7 +26,7 @@ from tailtune.trainers.evaluation.inference import (
     save_logits,
     stored_logits,
 )
-from tailtune.trainers.evaluation.metrics import evaluate
+from tailtune.trainers.evaluation.metrics import evaluate, evaluate_predictions, predictions_of
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import combine
@@ -247,7 +247,7 @@ class Evaluation:
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, logits in (("test", test_logits), ("val", val)):
             if logits is not None:
-                metrics = evaluate(combine(logits.logits), logits.labels, groups)
+                metrics = evaluate_predictions(predictions_of(logits.logits, logits.labels, combine), groups)
                 if not asks_every_expert and not self.plan.tte_mode:  # usage is defined for one view only
                     model = self.build.outline().model
                     used = usage_report(logits.logits, logits.labels, groups, model, self.plan.resolution)

@@ -1,6 +1,11 @@
-"""Metrics of a long-tailed test, from fp32 logits. Percentages are 0–100; None means that no image was available."""
+"""Metrics of a long-tailed test. Percentages are 0–100; None means that no image was available.
 
-from collections.abc import Mapping
+The logits are read once, a few rows at a time, and give three numbers for each image (`Predictions`). All metrics, also
+those of every other test distribution, are computed from these numbers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,27 +20,76 @@ FLOOR = 1e-3
 """Lower bound of a class accuracy (%) in the harmonic mean, as in LIFT. Without it one class at 0 would make it 0."""
 
 
+CHUNK_ELEMENTS = 2**22
+"""Number of logits that are converted and normalised at once. More of them would not be faster."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the metrics need to know of the logits of N images."""
+
+    labels: Tensor
+    """Label of each image, int64 [N]."""
+    classes: Tensor
+    """Class with the largest logit, int64 [N]."""
+    confidence: Tensor
+    """Probability of this class, fp32 [N]."""
+    nll: Tensor
+    """Negative log-likelihood of the label in nats, fp32 [N]."""
+    num_classes: int
+
+    def at(self, rows: Tensor) -> "Predictions":
+        """The predictions for some of the images.
+
+        Args:
+            rows: their positions, int64 [n].
+        """
+        labels, classes, confidence, nll = (t[rows] for t in (self.labels, self.classes, self.confidence, self.nll))
+        return Predictions(labels, classes, confidence, nll, self.num_classes)
+
+
+def predictions_of(logits: Tensor, labels: Tensor, combine: Callable[[Tensor], Tensor] | None = None) -> Predictions:
+    """Read logits once. Besides the result, this needs memory for `CHUNK_ELEMENTS` logits only.
+
+    Args:
+        logits: logits of the images [N, C], or what `combine` takes.
+        labels: labels of the images [N].
+        combine: makes logits [n, C] of some rows of `logits`, such as the mean over experts.
+    """
+    rows = max(1, CHUNK_ELEMENTS // max(1, logits[0].numel()))
+    found = []
+    for chunk, chunk_labels in zip(logits.split(rows), labels.split(rows), strict=True):
+        chunk = (chunk if combine is None else combine(chunk)).float()
+        nll = F.cross_entropy(chunk, chunk_labels, reduction="none")
+        found.append((chunk.argmax(-1), chunk.softmax(-1).amax(-1), nll))
+    classes, confidence, nll = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Predictions(labels, classes, confidence, nll, logits.shape[-1])
+
+
 def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Metrics:
+    """Compute all metrics of one test set from its logits [N, C]; see `evaluate_predictions`."""
+    return evaluate_predictions(predictions_of(logits, labels), groups)
+
+
+def evaluate_predictions(found: Predictions, groups: Mapping[str, Tensor]) -> Metrics:
     """Compute all metrics of one test set.
 
     Args:
-        logits: logits of the images [N, C], fp32.
-        labels: labels of the images [N].
+        found: predictions for the images.
         groups: `many`, `med`, `few` → class indices. The accuracy of a group is the mean of the accuracies of those of
             its classes that occur in the test set.
 
     Returns:
         Name of a metric → value. `nll` is in nats; `calibration` is a dictionary, see the function of that name.
     """
-    count = logits.shape[1]
-    logits, predictions = logits.float(), logits.argmax(-1)
+    labels, predictions, count = found.labels, found.classes, found.num_classes
     counted = (labels[predictions == labels], predictions, labels)
     true_positive, predicted, support = (classes.bincount(minlength=count).double() for classes in counted)  # [C] each
     present = support > 0
     recall = 100 * true_positive / support  # NaN for an absent class; the code below reads only present classes
     f1 = 200 * true_positive / (predicted + support)
     accuracy = float(100 * true_positive.sum() / support.sum())
-    confidence = logits.softmax(-1).amax(-1), predictions == labels
+    confidence = found.confidence, predictions == labels
     return {
         "accuracy": accuracy,
         "error_rate": 100 - accuracy,
@@ -47,7 +101,7 @@ def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Me
         "gmean_acc": float((recall[present] / 100).log().mean().exp() * 100),
         "ece": 100 * calibration_error(*confidence),
         "calibration": calibration(*confidence),
-        "nll": float(F.cross_entropy(logits, labels)),
+        "nll": float(found.nll.double().mean()),
         "per_class_acc": [float(value) if known else None for value, known in zip(recall, present, strict=True)],
     }
 

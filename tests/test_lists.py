@@ -2,13 +2,16 @@
 
 import json
 import os
+import pickle
 import resource
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from yacs.config import CfgNode
 
@@ -22,8 +25,11 @@ from tailtune.datasets.sources.image_list import (
     read_list,
     read_names,
 )
+from tailtune.datasets.sources.image_sources import FileSource
 from tailtune.datasets.sources.inaturalist import taxon_labels
+from tailtune.datasets.sources.path_list import PathList
 from tailtune.datasets.sources.text_files import MAX_JSON, MAX_LINE
+from tailtune.datasets.splits.split_records import Record
 
 Read = Callable[[Path], object]
 READERS: dict[str, Read] = {
@@ -61,7 +67,7 @@ def test_line_ends_blanks_and_tabs(tmp_path: Path, end: str, mark: str) -> None:
     listing = read_list(written(tmp_path, mark + end.join(lines)))
     assert listing.paths == ["a.png", "my cats/one 1.png", "b.png", "c\td.png", "e\u2028f.png", "g.png"]
     assert listing.labels.tolist() == [0, 1, 0, 1, 0, 1]
-    assert listing.lines == [1, 3, 4, 5, 6, 7]
+    assert [*listing.lines] == [1, 3, 4, 5, 6, 7]
 
 
 def test_absolute_paths_and_paths_to_other_folders_are_kept(tmp_path: Path) -> None:
@@ -229,3 +235,38 @@ def cheap_enough(text: str) -> Iterator[None]:
     began = time.process_time()
     yield
     assert time.process_time() - began < 5
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_costs_less_than_100_bytes_a_line(tmp_path: Path) -> None:
+    """Of iNaturalist's size, 437,513 lines: 35 MB instead of 74. Positions, labels and sizes of the split take 32 bytes."""
+    lines = [f"train_val2018/Plantae/{i % 8142}/{i:032x}.jpg {i % 8142}" for i in range(20_000)]
+    file = written(tmp_path, "\n".join(lines))
+    tracemalloc.start()
+    try:
+        listing = read_list(file)
+        of_list = tracemalloc.get_traced_memory()[0] / len(lines)
+        source, indices = FileSource(tmp_path, listing.paths, listing.labels), np.arange(len(lines))
+        record = Record.of(source, indices, indices)
+        of_both = tracemalloc.get_traced_memory()[0] / len(lines)
+    finally:
+        tracemalloc.stop()
+    assert of_list < 85 and of_both < of_list + 34
+    assert [*record.paths] == [line.rpartition(" ")[0] for line in lines]
+
+
+def test_path_lists() -> None:
+    names = ["a", "", "b/ü.png", "c\udce9.png", "d"]
+    paths = PathList(names)
+    assert [*paths] == names == [paths[i] for i in range(5)] and paths == names and len(paths) == 5
+    assert paths[-1] == "d" and paths[1:3] == names[1:3] and paths[::2] == names[::2]
+    view = paths.at(np.array([3, 0, 3]))
+    assert [*view] == ["c\udce9.png", "a", "c\udce9.png"] and view[1:] == ["a", "c\udce9.png"]
+    assert view.at(np.array([1])) == ["a"] and "a" in view and "d" not in view
+    assert paths != names[:4] and PathList(()) == [] and not PathList(())
+    assert pickle.loads(pickle.dumps(view)) == view
+    for position in (5, -6):
+        with pytest.raises(IndexError):
+            _ = paths[position]

@@ -16,6 +16,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.images.image_files import EXTENSIONS
 from tailtune.datasets.sources.image_sources import MissingData
 from tailtune.datasets.sources.listing import Listing
+from tailtune.datasets.sources.path_list import PathList
 
 log = logging.getLogger("tailtune")
 
@@ -78,7 +79,8 @@ def read_folder(root: Path, split: str, class_names: Sequence[str]) -> Listing:
         log.warning("%s: %d of its class folders also belong to train (%s …)", folder, len(shared), shared[0])
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = [label_of[name] for name, paths in images.items() for _ in paths]
-    return Listing(None, [path for paths in images.values() for path in paths], np.array(labels, dtype=np.int64), [])
+    paths = PathList(path for of_class in images.values() for path in of_class)
+    return Listing(None, paths, np.array(labels, dtype=np.int64), [])
 
 
 def _check_empty(images: dict[str, list[str]], folder: Path, split: str, left_out: str) -> None:

@@ -10,6 +10,7 @@ from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.datasets.images.regular_files import NotARegularFile, file_size
 from tailtune.datasets.sources.image_sources import MissingData
 from tailtune.datasets.sources.listing import Listing
+from tailtune.datasets.sources.path_list import PathList
 from tailtune.datasets.sources.published_lists import PUBLISHED, blob_id, published_at
 from tailtune.datasets.sources.text_files import numbered_lines, read_json
 
@@ -105,7 +106,7 @@ def read_list(file: Path) -> Listing:
     if repetitions := len(paths) - len(first_position):
         log.warning("%s: %d lines repeat an image of an earlier line; each line counts as an image", file, repetitions)
     _warn_if_changed(file)
-    return Listing(file, paths, np.array(labels, dtype=np.int64), lines)
+    return Listing(file, PathList(paths), np.array(labels, dtype=np.int64), np.array(lines, dtype=np.int32))
 
 
 def number_of_classes(train: Listing, others: Sequence[Listing], wanted: int | None) -> int:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.images.image_files import DecodeError, load_rgb
+from tailtune.datasets.sources.path_list import PathList
 
 
 class BadImage(UserError):
@@ -90,9 +91,10 @@ class FileSource:
         paths: Sequence[str],
         labels: Sequence[int] | np.ndarray,
         listed_in: Path | None = None,
-        lines: Sequence[int] = (),
+        lines: Sequence[int] | np.ndarray = (),
     ):
-        self.root, self.paths, self.listed_in, self.lines = root, paths, listed_in, lines
+        self.root, self.listed_in, self.lines = root, listed_in, lines
+        self.paths = paths if isinstance(paths, PathList) else PathList(paths)
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:

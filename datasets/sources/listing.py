@@ -1,5 +1,6 @@
 """Paths and labels of images, as a list file or the folders name them; no image is opened."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.image_sources import FileSource
+from tailtune.datasets.sources.path_list import PathList
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,11 @@ class Listing:
 
     file: Path | None
     """The list file; None if folders were read."""
-    paths: list[str]
+    paths: PathList
     """N paths relative to the image folder."""
     labels: np.ndarray
     """int64 [N]."""
-    lines: list[int]
+    lines: Sequence[int] | np.ndarray
     """Number of each image's line in the list file, [N]; empty if folders were read."""
 
     def source(self, root: Path) -> FileSource:
@@ -31,7 +33,8 @@ class Listing:
         Raises:
             MissingData: the folder does not exist, or does not hold the images.
         """
-        paths = [_small_places_path(path) for path in self.paths] if (root / "data_256").is_dir() else self.paths
+        small = (root / "data_256").is_dir()
+        paths = PathList(map(_small_places_path, self.paths)) if small else self.paths
         source = FileSource(root, paths, self.labels, self.file, self.lines)
         source.check_root()
         return source

@@ -72,7 +72,9 @@ def _hold_out(
     if not isinstance(source, FileSource):  # built-in data cannot grow and keep the split of earlier versions
         held_out, rest = hold_out(labels, per_class, names, key)
         return candidates[held_out], candidates[rest]
-    digests = np.array([derive_seed(SUBSET_SEED, "hold out", source.paths[i]) for i in candidates], dtype=np.uint64)
+    digests = np.array(
+        [derive_seed(SUBSET_SEED, "hold out", path) for path in source.paths.at(candidates)], dtype=np.uint64
+    )
     by_class = np.lexsort((digests, labels))
     rank_in_class = np.arange(len(candidates)) - np.searchsorted(labels[by_class], labels[by_class])
     held_out = by_class[rank_in_class < per_class]

@@ -6,6 +6,7 @@ Data that come with a library have no files that could change; their record is o
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.image_sources import FileSource, Source
+from tailtune.datasets.sources.path_list import PathList
 
 SIZE, CONTENT = "size", "content"
 """Kinds of fingerprints, values of the option `data_fingerprint`: besides paths and labels they cover the sizes of the
@@ -29,11 +31,11 @@ class Record:
 
     fingerprint: str
     """`size:<digest>`, `content:<digest>`, or `built-in:<name>`."""
-    paths: tuple[str, ...] = ()
+    paths: Sequence[str] = ()
     """Relative paths, [N]; empty for built-in data, as are labels and sizes."""
-    labels: tuple[int, ...] = ()
+    labels: Sequence[int] = ()
     """[N]."""
-    sizes: tuple[int, ...] = ()
+    sizes: Sequence[int] = ()
     """Sizes of the files in bytes, [N]."""
 
     @classmethod
@@ -58,10 +60,10 @@ class Record:
         Raises:
             UserError: a file cannot be read.
         """
-        paths = tuple(source.paths[i] for i in indices)
-        labels, size_list = source.labels[indices].tolist(), sizes.tolist()
+        paths, labels = source.paths.at(indices), source.labels[indices]
         files = [source.root / path for path in paths] if kind == CONTENT else []
-        return cls(_fingerprint(kind, paths, labels, size_list, files), paths, tuple(labels), tuple(size_list))
+        fingerprint = _fingerprint(kind, paths, labels.tolist(), sizes.tolist(), files)
+        return cls(fingerprint, paths, _compact(labels), _compact(sizes))
 
     @property
     def kind(self) -> str:
@@ -75,6 +77,11 @@ class Record:
     def labels_and_sizes(self) -> dict[str, tuple[int, int]]:
         """Path → label and size."""
         return dict(zip(self.paths, zip(self.labels, self.sizes, strict=True), strict=True))
+
+
+def _compact(numbers: np.ndarray) -> Sequence[int]:
+    """Whole numbers [N] in 8 bytes each. Unlike an array of NumPy it can be compared by `==`."""
+    return array("q", numbers.astype(np.int64).tobytes())
 
 
 def _fingerprint(
@@ -118,9 +125,9 @@ class Split:
         sizes = None if self.sizes is None else self.sizes[positions]
         return Split(self.source, self.indices[positions], sizes)
 
-    def paths(self) -> tuple[str, ...]:
+    def paths(self) -> Sequence[str]:
         """Relative paths of the images, [N]; empty for built-in data."""
-        return tuple(self.source.paths[i] for i in self.indices) if isinstance(self.source, FileSource) else ()
+        return self.source.paths.at(self.indices) if isinstance(self.source, FileSource) else ()
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,7 @@ def split_files(
     }
     lists |= {"unused.txt": [path for path in unused if "\n" not in path]} if unused else {}
     lists |= {"unreadable.txt": [f"{path}\t{reason}" for path, reason in unreadable.items()]} if unreadable else {}
-    facts = {name: {"fingerprint": record.fingerprint, "sizes": record.sizes} for name, record in records.items()}
+    facts = {name: {"fingerprint": record.fingerprint, "sizes": list(record.sizes)} for name, record in records.items()}
     files = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     files["splits.json"] = json.dumps(facts) + "\n"
     return {name: text.encode(errors="surrogateescape") for name, text in files.items()}
@@ -200,8 +207,8 @@ def parse_splits(files: Mapping[str, bytes]) -> StoredSplits:
     records = {}
     for name, facts in json.loads(files["splits.json"]).items():
         pairs = [line.rpartition(" ")[::2] for line in lines(f"{name}.txt")]
-        paths, labels = tuple(path for path, _ in pairs), tuple(int(label) for _, label in pairs)
-        records[name] = Record(facts["fingerprint"], paths, labels, tuple(facts["sizes"]))
+        paths, labels = PathList(path for path, _ in pairs), array("q", (int(label) for _, label in pairs))
+        records[name] = Record(facts["fingerprint"], paths, labels, array("q", facts["sizes"]))
     unreadable = [line.rpartition("\t")[::2] for line in lines("unreadable.txt")]
     return StoredSplits(records, tuple(lines("unused.txt")), dict(unreadable))
 

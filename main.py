@@ -40,12 +40,12 @@ examples:
   python main.py -d digits_lt -m tiny_clip_peft                  train and evaluate, offline, on a CPU
   python main.py -d cifar100_ir100 -m clip_vit_b16_peft          CLIP ViT-B/16 with AdaptFormer (downloads both)
   python main.py -d imagenet_lt -m clip_vit_b16 lora True root /data/imagenet
-  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images, see README
+  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images
   python main.py -d digits_lt -m tiny_clip_peft test_only True tte True
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
 The same command again resumes an unfinished run and shows the result of a finished one.
-All options with their meaning: docs/options.md; their values in one run: --dry-run --all.
+All options with their values in one run: --dry-run --all. Their meaning is in docs/options.md of the project.
 """
 
 

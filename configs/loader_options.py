@@ -1,9 +1,12 @@
-"""Declares the internal options that the config loader sets, besides the options of the user."""
+"""Declares the internal options that the config loader sets, and names those of the user that the backbone fills in."""
 
 from dataclasses import dataclass
 
 from tailtune.configs.option import option
 from tailtune.configs.value_parsers import as_micro
+
+BY_BACKBONE = ("resolution", "interpolation", "expand")
+"""Options whose value None means what the backbone suggests. `models.resolve` fills them in."""
 
 
 @dataclass(frozen=True)

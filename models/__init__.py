@@ -7,6 +7,7 @@ from torch import nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup, prefix_errors
+from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.option import options_from
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import Backbone, ExpertSplit, PixelStats
@@ -91,10 +92,9 @@ def resolve(cfg: CfgNode) -> CfgNode:
         inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
     cfg = cfg.clone()
     cfg.defrost()
-    defaults = {"resolution": inputs.resolution, "interpolation": inputs.interpolation, "expand": inputs.expand}
-    for key, value in defaults.items():
+    for key in BY_BACKBONE:
         if cfg[key] is None:
-            cfg[key] = value
+            cfg[key] = getattr(inputs, key)
     cfg.freeze()
     return cfg
 

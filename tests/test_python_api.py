@@ -293,3 +293,53 @@ def test_a_head_that_needs_images_stays_random(caplog: pytest.LogCaptureFixture)
 def test_wrong_input_of_build_model(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tailtune.build_model("tiny_clip", **given)
+
+
+@pytest.mark.parametrize(
+    "named, says",
+    [
+        ({"num_classes": "3"}, "num_classes must be a whole number, not '3'"),
+        ({"num_classes": True}, "num_classes must be a whole number, not 'True'"),
+        ({"class_names": "abc"}, "a list of names, not one text"),
+        ({"class_names": ["a", "b"], "num_classes": 2}, "either data, class_names or num_classes"),
+    ],
+)
+def test_classes_that_cannot_be_meant(named: dict[str, Any], says: str) -> None:
+    with pytest.raises(tailtune.UserError, match=says):
+        tailtune.build_model("tiny_clip", init_head=None, pretrained=None, **named)
+
+
+def test_names_that_look_like_placeholders_are_names() -> None:
+    model = tailtune.build_model("tiny_clip", class_names=["class 0", "class 1"], init_head="text_feat")
+    assert len(model.head.get_parameter("weight")) == 2
+
+
+def test_numbers_within_mappings_and_lists() -> None:
+    """Small numbers stay numbers (YAML takes 1e-05 for a text), and those of NumPy are numbers too."""
+    names = ["a", "b"]
+    tailtune.build_model(
+        "tiny_clip", class_names=names, peft="LoRA", peft_args={"lora_dropout": 1e-5, "r": np.int64(2)}
+    )
+    with pytest.raises(tailtune.UserError, match="adam_betas"):
+        tailtune.build_model("tiny_clip", class_names=names, adam_betas=[object()])
+
+
+def test_load_refuses_what_predicts_nothing(trained: TrainedRun, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    for device in ("meta", 3.5):
+        with pytest.raises(tailtune.UserError, match="device"):
+            tailtune.load(trained.folder, device)  # type: ignore[arg-type]
+
+
+def test_a_run_loads_the_model_that_was_evaluated(
+    trained: TrainedRun, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    words = {**QUICK, "test_only": True, "few_below": 3}
+    other = tailtune.train(
+        "digits_lt", "tiny_clip_peft", **words, output_dir="elsewhere", model_dir=str(trained.folder)
+    )
+    assert other.folder != trained.folder and other.load().folder == trained.folder
+    mixed = tailtune.train("digits_lt", "tiny_clip_peft", **words, output_dir="digits", ensemble="wise")
+    with pytest.raises(tailtune.UserError, match="of an ensemble"):
+        mixed.load()

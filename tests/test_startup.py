@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import ROOT, offline
+from conftest import ROOT, Cli, offline
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
@@ -80,11 +80,10 @@ def test_a_dry_run_needs_no_library_of_networks(finished: Path) -> None:
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of the stored schema, in a folder of its own."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    """The file of the stored schema, in a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cached.cached_schema()
-    (path,) = tmp_path.rglob("*.json")
+    (path,) = (tmp_path / "cache" / "tailtune").iterdir()
     return path
 
 
@@ -112,18 +111,38 @@ def test_a_changed_source_makes_a_new_schema(stored: Path, tmp_path: Path, monke
     package = tmp_path / "package"
     shutil.copytree(ROOT / "configs", package / "configs")
     monkeypatch.setattr(cached, "PACKAGE", package)
-    cached.cached_schema()
-    before = json.loads(stored.read_text())["stamp"]
+
+    def stamp() -> str:
+        cached.cached_schema()
+        (path,) = set(stored.parent.iterdir()) - {stored}  # another folder has another file
+        return json.loads(path.read_text())["stamp"]
+
+    before = stamp()
+    assert stamp() == before
     (package / "configs" / "key.py").write_text("# another key")
-    cached.cached_schema()
-    assert json.loads(stored.read_text())["stamp"] != before
+    assert stamp() != before
+
+
+def test_a_link_to_nowhere_among_the_sources(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emacs makes such a link beside every file that is being edited."""
+    package = tmp_path / "package"
+    shutil.copytree(ROOT / "configs", package / "configs")
+    (package / "configs" / ".#key.py").symlink_to("user@host.1")
+    monkeypatch.setattr(cached, "PACKAGE", package)
+    assert cached.cached_schema().declarations == declared().declarations
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cached.cached_schema().declarations == declared().declarations
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached.cached_schema()
+    (path,) = (tmp_path / "tailtune").iterdir()
+    path.unlink()
+    path.mkdir()
+    assert cached.cached_schema().declarations == declared().declarations
+    assert [*path.parent.iterdir()] == [path], "no temporary file is left"
 
 
 # --- ours beside the libraries' -------------------------------------------------------------------------------------
@@ -183,16 +202,53 @@ class Terminal:
         pass
 
 
-@pytest.mark.parametrize("terminal, late, says", [(True, 0.0, "loading …\n"), (True, 60.0, ""), (False, 0.0, "")])
+@pytest.mark.parametrize(
+    "terminal, rank, late, says",
+    [
+        (True, "0", 0.0, "loading …\n"),
+        (True, "0", 60.0, ""),
+        (True, "1", 0.0, ""),
+        (False, "0", 0.0, ""),
+    ],
+)
 def test_loading_is_shown_on_a_terminal(
-    terminal: bool, late: float, says: str, monkeypatch: pytest.MonkeyPatch
+    terminal: bool, rank: str, late: float, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stderr = Terminal(terminal)
+    monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(slow_start, "LATE", late)
-    with slow_start.loading_shown():
-        for _ in range(200 if says else 1):  # at most two seconds
-            if stderr.text:
-                break
-            time.sleep(0.01)
-    assert stderr.text == says
+    for _ in range(2):
+        with slow_start.loading_shown():
+            for _ in range(200 if says else 1):  # at most two seconds
+                if stderr.text:
+                    break
+                time.sleep(0.01)
+    assert stderr.text == says, "once, in the first process"
+
+
+# --- a finished run --------------------------------------------------------------------------------------------------
+
+
+def test_a_value_that_was_given_is_not_taken_for_the_backbones(launch: Cli) -> None:
+    """`expand` changes the evaluation only, so both commands have one folder; `resolution` changes the training."""
+    words = "-d fake_lt -m tiny_clip_peft max_steps 1 num_workers 0 max_test_images 8 output_dir run"
+    assert launch(f"{words} tte True expand 16").returncode == 0
+    again = launch(f"{words} tte True")
+    assert "finished before" not in again.stdout and "tests/" in again.stdout
+    assert "finished before" in launch(f"{words} tte True").stdout
+    assert "finished before" in launch(f"{words} tte True expand 16").stdout
+    assert launch(f"{words.replace('run', 'other')} resolution 24").returncode == 0
+    refused = launch(f"{words.replace('run', 'other')} resolution none")
+    assert refused.returncode == 2 and "resolution is 24 there and 32 here" in refused.stderr
+
+
+def test_images_are_compared_once(launch: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A new evaluation of a finished run reads the data as often as before: the quick look stops earlier."""
+    words = "-d fake_lt -m tiny_clip_peft max_steps 1 num_workers 0 max_test_images 8 output_dir run"
+    assert launch(words).returncode == 0
+    looks = []
+    monkeypatch.setattr("tailtune.trainers.stored_result.decide", lambda *_: looks.append("decide"))
+    with pytest.raises(AttributeError):  # `run` decides by the same function, which gives nothing here
+        launch(f"{words} test_only True few_below 3")
+    assert looks == ["decide"]

@@ -1,7 +1,7 @@
 """`cached_schema`: the schema of all options without the seconds that the import of all tables takes.
 
-The schema is stored beside the compiled modules, in `__pycache__`, and has the same lifetime: it is used only while no
-source file has changed. So a contributor never sees an old schema.
+The schema is stored in the user's cache folder, with the sizes and times of all source files. It is used only while
+none of them has changed. So a contributor never sees an old schema.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
+import tailtune
 from tailtune.configs import Schema, value_parsers
 from tailtune.configs.key import Key
 from tailtune.configs.option import Declaration
@@ -26,23 +26,35 @@ SOURCES = ("configs", "datasets", "models", "trainers")
 
 def cached_schema() -> Schema:
     """The schema that `option_schema.declared` builds; read from a file if the sources have not changed since."""
-    path, stamp = Path(cache_from_source(__file__)).with_suffix(".json"), _stamp()
+    path, stamp = _path(), _stamp()
     stored = _read(path)
-    if stored.get("stamp") == stamp and stored.get("sha256") == _digest(stored.get("schema")):
+    if stamp and stored.get("stamp") == stamp and stored.get("sha256") == _digest(stored.get("schema")):
         return _decoded(stored["schema"])
     from tailtune.trainers.option_schema import declared  # imports torch and timm
 
     schema = declared()
-    if (content := _encoded(schema)) is not None and not sys.dont_write_bytecode:
+    if stamp and (content := _encoded(schema)) is not None:
         _write(path, {"stamp": stamp, "sha256": _digest(content), "schema": content})
     return schema
 
 
+def _path() -> Path:
+    """The file for this installation. Two checkouts have two files."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "tailtune" / f"options-{hashlib.sha256(str(PACKAGE).encode()).hexdigest()[:16]}.json"
+
+
 def _stamp() -> str:
-    """A digest of the name, size and time of every source file, as Python compares them before it uses a .pyc file."""
-    files = sorted(path for folder in SOURCES for path in (PACKAGE / folder).rglob("*.py"))
-    facts = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([sys.version, facts]).encode()).hexdigest()
+    """A digest of the version and of name, size and time of every source file; Python compares these for .pyc files.
+
+    It is empty if a file cannot be inspected, for example because it is being replaced; then nothing is stored.
+    """
+    try:
+        files = sorted(path for folder in SOURCES for path in (PACKAGE / folder).rglob("*.py") if path.is_file())
+        facts = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
+    except OSError:
+        return ""
+    return hashlib.sha256(json.dumps([tailtune.__version__, sys.version, facts]).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -55,12 +67,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the file completely or not at all. An installation that cannot be written to just starts more slowly."""
+    """Write the file completely or not at all. Without it, the next command only starts more slowly."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with suppress(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _digest(content: Any) -> str:

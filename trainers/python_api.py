@@ -1,13 +1,15 @@
 """The Python API: `tailtune.train`, `tailtune.load` and `tailtune.build_model`."""
 
-import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 
 from tailtune import models
 from tailtune.configs import CfgNode, UserError, load_configs
@@ -41,10 +43,18 @@ class TrainedRun:
     """The run folder."""
     metrics: Mapping[str, Any] = field(repr=False)
     """The content of metrics.json: `metrics["test"]["accuracy"]` is in %."""
+    source: Path = field(repr=False)
+    """Folder of the run whose model was evaluated: `folder`, or the run that `model_dir` names."""
 
     def load(self, device: str | torch.device | None = None) -> TrainedModel:
-        """Load the trained model, see `tailtune.load`."""
-        return load(self.folder, device)
+        """Load the model that was evaluated, see `tailtune.load`.
+
+        Raises:
+            UserError: as `tailtune.load`; or the metrics are of an ensemble, which is not stored as one model.
+        """
+        if self.metrics["evaluation"].get("ensemble"):
+            raise UserError(f"load: the metrics are of an ensemble; tailtune.load('{self.source}') loads the run alone")
+        return load(self.source, device)
 
 
 def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
@@ -79,7 +89,7 @@ def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
             outcome = run_stages(stages)
         except Interrupted:  # another program knows KeyboardInterrupt only
             raise KeyboardInterrupt("the state is saved; the same call continues") from None
-    return TrainedRun(outcome.folder, read_result(outcome.metrics))
+    return TrainedRun(outcome.folder, read_result(outcome.metrics), outcome.source)
 
 
 def build_model(
@@ -118,15 +128,25 @@ def build_model(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ```
     """
+    _check_classes(data, class_names, num_classes)
     if data is not None and num_classes is not None:
         options["num_classes"] = num_classes
-    elif (data is not None) + (class_names is not None) + (num_classes is not None) != 1:
-        raise UserError("build_model: give either data, class_names or num_classes")
     cfg = resolve(load_configs(str(data or NO_DATA), model, _words(options), declared(), "build_model")[-1])
     info = _info_without_images(cfg, data is not None, class_names, num_classes)
     net = models.build_model(cfg, info.class_names, descriptors=info.descriptors, pixel_stats=(info.mean, info.std))
     _start_head(net, cfg, info.num_classes)
     return net
+
+
+def _check_classes(data: Any, class_names: Any, num_classes: Any) -> None:
+    """Raise a `UserError` unless the classes are given in exactly one way."""
+    if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool)):
+        raise UserError(f"build_model: num_classes must be a whole number, not '{printable(num_classes)}'")
+    if isinstance(class_names, str):
+        raise UserError("build_model: class_names must be a list of names, not one text")
+    ways = (data is not None) + (class_names is not None) + (num_classes is not None and data is None)
+    if ways != 1:
+        raise UserError("build_model: give either data, class_names or num_classes")
 
 
 def _start_head(net: ClassificationModel, cfg: CfgNode, num_classes: int) -> None:
@@ -153,7 +173,8 @@ def _info_without_images(
         info = stored_info(cfg, names, [1] * len(names))
     if len(info.class_names) < 2:
         raise UserError(f"build_model: a classifier has at least two classes, not {len(info.class_names)}")
-    if _reads_text(cfg) and cfg.pretrained is not None and info.class_names[0] == "class 0":
+    no_names = class_names is None and info.class_names[0] == "class 0"
+    if _reads_text(cfg) and cfg.pretrained is not None and no_names:
         raise UserError("build_model: the classifier is made from the names of the classes: give class_names")
     return with_descriptors(cfg, info)
 
@@ -166,9 +187,19 @@ def _words(options: Mapping[str, Any]) -> list[str]:
 def _word(key: str, value: Any) -> str:
     if value is None:
         return "none"
-    if not isinstance(value, (list, tuple, dict)):
+    value = _without_numpy(value)
+    if not isinstance(value, (list, dict)):
         return str(value)
     try:
-        return json.dumps(value, ensure_ascii=False)  # which YAML reads
-    except (TypeError, ValueError):
+        return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).strip()
+    except yaml.YAMLError:
         raise UserError(f"{key}: '{printable(value)}' must hold texts and numbers only") from None
+
+
+def _without_numpy(value: Any) -> Any:
+    """The value with plain numbers and lists in place of those of NumPy and of tuples."""
+    if isinstance(value, dict):
+        return {_without_numpy(name): _without_numpy(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_without_numpy(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,14 +1,17 @@
 """`run`: trains and evaluates one config in one run folder. Results that exist already are not computed again."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock
 
 from tailtune.configs import CfgNode, config_hash
 from tailtune.configs.errors import UserError
+from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.program import launch_target
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
@@ -45,7 +48,7 @@ from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
 from tailtune.trainers.storage.resume_states import ResumeStates
-from tailtune.trainers.stored_result import show, splits_and_decision
+from tailtune.trainers.stored_result import SUGGESTED, show, splits_and_decision
 from tailtune.trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")
@@ -59,6 +62,8 @@ class Outcome:
     """The run folder."""
     metrics: Path
     """The metrics.json of the evaluation that the command asked for, in the run folder or below it."""
+    source: Path
+    """Folder of the run whose checkpoint was evaluated."""
 
 
 def run(cfg: CfgNode, previous: Path | None = None) -> Path:
@@ -77,7 +82,7 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
         UserError: invalid input.
         Interrupted: a signal requested a stop; the state has been saved.
     """
-    cfg = resolve(cfg)
+    given, cfg = cfg, resolve(cfg)
     accelerator = make_accelerator(Devices.of(cfg))
     folder = RunFolder(cfg)
     lock = FileLock(folder.path / LOCK, timeout=0)
@@ -90,11 +95,12 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
         else:
             if cfg.resume and folder.finished():  # an unfinished run has been validated with all its stages
                 on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
-            _Run(cfg, folder, accelerator, plan, kept, previous).go()
+            suggested = {key: cfg[key] for key in BY_BACKBONE if given[key] is None}
+            _Run(cfg, folder, accelerator, plan, kept, previous, suggested).go()
         if cfg.export is not None:
             on_main(accelerator, lambda: _export(cfg, folder, plan.target, accelerator))
         accelerator.wait_for_everyone()  # before the lock is released
-        return Outcome(folder.path, plan.stored or plan.target / folder.metrics.name)
+        return Outcome(folder.path, plan.stored or plan.target / folder.metrics.name, folder.source)
     except UserError as error:
         if accelerator.is_main_process and isinstance(error, UnreadableImages):
             error = _listed(cfg, error)
@@ -143,11 +149,16 @@ class _Run:
     plan: Decision
     kept: StoredSplits | None
     previous: Path | None
+    suggested: Mapping[str, Any]
+    """Options that the command left to the backbone → values that the backbone suggests."""
 
     def go(self) -> None:
         cfg, trains = self.cfg, self.plan.trains
         build, label = Builders.of(cfg, self.folder, trains), RunLabel.of(cfg)
-        self.evaluation = Evaluation(EvaluationPlan.of(cfg), build, self.accelerator, self.folder, self.plan)
+        evaluation_plan = EvaluationPlan.of(cfg)
+        self.evaluation = Evaluation(
+            evaluation_plan, build, self.accelerator, self.folder, self.plan, {SUGGESTED: dict(self.suggested)}
+        )
         if launched_alone():
             self.evaluation.note(
                 "accelerate launch started one process, as it does without GPUs; `accelerate launch --multi_gpu "

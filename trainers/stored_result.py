@@ -7,16 +7,17 @@ from filelock import FileLock
 
 from tailtune.configs import CfgNode
 from tailtune.configs.launch_environment import world_size
+from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.yaml_reader import read_yaml
 from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Command, Decision, decide
 from tailtune.trainers.runs.run_folder import RunFolder, kept_splits
-from tailtune.trainers.storage.manifest import LOCK
+from tailtune.trainers.storage.manifest import LOCK, read_json
 
-BY_BACKBONE = ("resolution", "interpolation", "expand")
-"""Options whose value None means what the backbone suggests. The config of a finished run holds the suggestion."""
+SUGGESTED = "suggested"
+"""Entry of `evaluation` in metrics.json: the values that the backbone suggested where the command left them open."""
 
 log = logging.getLogger("tailtune")
 
@@ -39,6 +40,8 @@ def shown_again(cfg: CfgNode) -> bool:
     if known is None:
         return False
     folder = RunFolder(known)
+    if not (folder.target() / folder.metrics.name).exists():  # before all images are compared with those of the run
+        return False
     lock = FileLock(folder.path / LOCK, timeout=0)
     start_console(main=True)
     try:
@@ -53,18 +56,25 @@ def shown_again(cfg: CfgNode) -> bool:
 
 
 def _with_stored_inputs(cfg: CfgNode) -> CfgNode | None:
-    """A copy of the config in which the run's stored values replace None; None if the folder holds no finished run."""
+    """A copy of the config in which the backbone's suggestions replace None, as the finished run has stored them.
+
+    Returns:
+        None if the folder holds no finished run of this backbone, or if a suggestion is not known: then a value was
+        given when the run was made.
+    """
     folder = RunFolder(cfg)
     if cfg.model_dir is not None or not folder.finished() or not folder.manifest.intact(folder.config):
         return None
-    stored = read_yaml(folder.config)
-    open_keys = [key for key in BY_BACKBONE if cfg[key] is None]
-    if any(stored.get(key) is None or stored.get("backbone") != cfg.backbone for key in open_keys):
+    stored, evaluation = read_yaml(folder.config), read_json(folder.metrics).get("evaluation", {})
+    suggested = evaluation.get(SUGGESTED, {})
+    missing = [key for key in BY_BACKBONE if cfg[key] is None]
+    same_backbone = all(stored.get(key) == cfg[key] for key in ("backbone", "pretrained"))
+    if not same_backbone or not suggested.keys() >= set(missing):
         return None
     known = cfg.clone()
     known.defrost()
-    for key in open_keys:
-        known[key] = stored[key]
+    for key in missing:
+        known[key] = suggested[key]
     known.freeze()
     return known
 

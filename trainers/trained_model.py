@@ -173,6 +173,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if uses_cuda() else "cpu")
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"device '{printable(device)}': {' '.join(str(error).split())[:200]}") from error
+    if place.type == "meta":
+        raise UserError("device 'meta' holds no values, so it cannot predict; choose cpu or cuda")
+    return place

@@ -33,6 +33,7 @@ class PathList(Sequence[str]):
         Args:
             positions: positions in this sequence, int64 [n].
         """
+        assert not len(positions) or positions.min() >= 0, "−1 stands for a missing path"
         view = PathList.__new__(PathList)
         view._block, view._ends = self._block, self._ends
         view._order = positions if self._order is None else self._order[positions]
@@ -56,12 +57,15 @@ class PathList(Sequence[str]):
         return self._block[self._ends[place] : self._ends[place + 1]].decode(errors="surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        order = range(len(self)) if self._order is None else self._order.tolist()
-        ends = self._ends.tolist()
-        return (self._block[ends[place] : ends[place + 1]].decode(errors="surrogateescape") for place in order)
+        starts = self._ends[:-1] if self._order is None else self._ends[self._order]
+        ends = self._ends[1:] if self._order is None else self._ends[self._order + 1]
+        places = zip(starts.tolist(), ends.tolist(), strict=True)
+        return (self._block[start:end].decode(errors="surrogateescape") for start, end in places)
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+        if not isinstance(other, Sequence) or isinstance(other, str) or len(self) != len(other):
+            return False
+        return all(path == item for path, item in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -118,7 +118,7 @@ def _paths_in_no_split(source: Source, splits: Mapping[str, Split]) -> tuple[str
     assert isinstance(source, FileSource)
     taken = [split.indices for split in splits.values() if split.source is source]
     rest = np.setdiff1d(np.arange(len(source)), np.concatenate(taken))
-    return tuple(source.paths[i] for i in rest)
+    return tuple(source.paths.at(rest))
 
 
 def make_records(options: SplitSettings, chosen: ChosenSplits, stored: StoredSplits | None = None) -> dict[str, Record]:

@@ -1,7 +1,7 @@
 """Evaluation of a run: gets logits from images or from an earlier evaluation, and writes logits, metrics and notes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,8 @@ class Evaluation:
     accelerator: Accelerator
     folder: RunFolder
     decision: Decision
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of `evaluation` in metrics.json."""
     notes: list[str] = field(default_factory=list)
     """Notes and warnings that metrics.json records."""
 
@@ -242,7 +244,7 @@ class Evaluation:
         metrics.json is written last, because its existence means that all other files are complete.
         """
         notes = [*result.get("notes", []), *self.notes]
-        about = {**self.plan.options, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
+        about = {**self.plan.options, **self.facts, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, logits in (("test", test_logits), ("val", val)):

@@ -165,7 +165,7 @@ def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Deci
 def _same_data(kept: StoredSplits, now: dict[str, Record]) -> bool:
     """Whether at least one image is in both data sets; otherwise `model_dir` names a run on other data."""
     return any(
-        set(recorded.paths) & set(now[name].paths) or recorded.fingerprint == now[name].fingerprint
+        recorded.fingerprint == now[name].fingerprint or set(recorded.paths) & set(now[name].paths)
         for name, recorded in kept.records.items()
         if name in now
     )

@@ -41,34 +41,35 @@ class ExactCopies:
     """Files of the same content."""
 
     groups: list[list[int]]
-    """Positions. All files of a group have the same content, and they are in two splits at least."""
+    """Positions. All files of a group have the same content, and they are in two parts at least."""
     unreadable: dict[int, str]
     """Position of a file that could not be read → the reason."""
 
 
-def exact_copies(files: SplitFiles, sizes: np.ndarray) -> ExactCopies:
-    """Find files of the same content in different splits. Copies inside one split are not looked for.
+def exact_copies(files: SplitFiles, sizes: np.ndarray, part_of: np.ndarray) -> ExactCopies:
+    """Find files of the same content in different parts, such as splits. Copies inside one part are not looked for.
 
-    Only files whose size occurs in several splits are opened. First 4 KiB from the middle of each are compared, and
+    Only files whose size occurs in several parts are opened. First 4 KiB from the middle of each are compared, and
     whole files only where these are equal.
 
     Args:
         files: N files.
         sizes: their sizes in bytes, int64 [N]; files of size 0 or below are left out.
+        part_of: number of the part of each file, int64 [N].
 
     Returns:
         The groups, and the files that could not be compared.
     """
     unreadable: dict[int, str] = {}
     candidates = np.flatnonzero(sizes > 0)
-    candidates = candidates[_in_several_splits(sizes[candidates], files.split_of[candidates])]
+    candidates = candidates[_in_several_parts(sizes[candidates], part_of[candidates])]
     for digest, description in ((_probe, "comparing parts of files"), (_whole, "comparing files")):
         digests, problems = _digests(files.take(candidates), digest, description)
         unreadable |= {int(candidates[index]): reason for index, reason in problems.items()}
         keys = np.stack([sizes[candidates].astype(np.uint64), *digests.T], axis=1)
         _, key_numbers = np.unique(keys, axis=0, return_inverse=True)
         key_numbers = key_numbers.reshape(-1)
-        kept = _in_several_splits(key_numbers, files.split_of[candidates])
+        kept = _in_several_parts(key_numbers, part_of[candidates])
         kept[list(problems)] = False
         candidates, key_numbers = candidates[kept], key_numbers[kept]
     groups: dict[int, list[int]] = {}
@@ -131,15 +132,15 @@ def _blocks(values: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (values[start : start + size] for start in range(0, len(values), size))
 
 
-def _in_several_splits(keys: np.ndarray, split_of: np.ndarray) -> np.ndarray:
-    """Whether the key of each file also occurs in another split, bool [n]."""
+def _in_several_parts(keys: np.ndarray, part_of: np.ndarray) -> np.ndarray:
+    """Whether the key of each file also occurs in another part, bool [n]."""
     if not len(keys):
         return np.zeros(0, dtype=bool)
     unique, numbers = np.unique(keys, return_inverse=True)
     first = np.full(len(unique), np.iinfo(np.int64).max)
     last = np.full(len(unique), -1)
-    np.minimum.at(first, numbers, split_of)
-    np.maximum.at(last, numbers, split_of)
+    np.minimum.at(first, numbers, part_of)
+    np.maximum.at(last, numbers, part_of)
     return (first != last)[numbers]
 
 

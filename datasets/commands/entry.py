@@ -1,6 +1,7 @@
 """`data …` on the command line: parses the words, and runs one of the commands for data."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -8,6 +9,7 @@ from types import MappingProxyType
 from tailtune.configs import Schema, load_data_config, names
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.program import Parser, program
+from tailtune.datasets.commands.new import NewRequest, config_name, new_data
 from tailtune.datasets.commands.result_files import print_text, write_json
 from tailtune.datasets.commands.verify import VerifyRequest, verify
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
@@ -89,5 +91,33 @@ def _run_verify(argv: Sequence[str], load_schema: LoadSchema) -> int:
     return int(bool(findings.problems()))
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str], LoadSchema], int]] = MappingProxyType({"verify": _run_verify})
+def _run_new(argv: Sequence[str], load_schema: LoadSchema) -> int:
+    parser = _parser("new", "Make a YAML, list files and a picture of the class frequencies from class folders.")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="holds one folder of images for each class")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: ./<name>_data)")
+    amount = "a share below 1, or a number"
+    parser.add_argument("--test", type=float, default=0.2, help=f"test images of each class: {amount} (0.2)")
+    parser.add_argument("--val", type=float, default=0.0, help=f"validation images of each class: {amount} (none)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives another split (0)")
+    parser.add_argument(
+        "--groups",
+        metavar="REGEX|FILE.csv",
+        help="images of one group come into one split: the first parenthesis of a regular expression in the path, or "
+        "a CSV file with the columns file and group",
+    )
+    parser.add_argument("--decode", action="store_true", help="decode every image, and leave out damaged ones")
+    args = parser.parse_args(list(argv))
+    name = config_name(args.folder)
+    output = args.output or Path(f"{name}_data")
+    defaults = load_schema().defaults
+    shots = {key: defaults[key] for key in ("many_above", "few_below")}
+    chosen = {key: getattr(args, key) for key in ("folder", "test", "val", "seed", "groups", "decode")}
+    text = new_data(NewRequest(output=output, **chosen, **shots))
+    print_text(f"{text}\ntrain on it: {program()} -d {shlex.quote(str(output / name))}.yaml -m clip_vit_b16_peft")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str], LoadSchema], int]] = MappingProxyType(
+    {"verify": _run_verify, "new": _run_new}
+)
 """Word after `data` → the function that runs the command."""

@@ -1,9 +1,7 @@
 """`data verify`: checks the lists and the images of a data set before anybody trains on them."""
 
 import hashlib
-import logging
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 from tailtune.configs.errors import UserError, lookup
 from tailtune.datasets.commands.copies import exact_copies, near_copies, perceptual_hash
 from tailtune.datasets.commands.findings import Findings, SplitFindings
+from tailtune.datasets.commands.notes import collected_notes
 from tailtune.datasets.commands.releases import list_status, prefix_of, probable_release
 from tailtune.datasets.commands.split_files import SplitFiles
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
@@ -60,7 +59,7 @@ def verify(request: VerifyRequest) -> Findings:
     entry = lookup(DATASETS, request.data.dataset, "dataset")
     if entry.listings is None:
         return _verify_built_in(request)
-    with _notes() as notes:
+    with collected_notes() as notes:
         class_names, splits, listings = _read(request)
     findings = _empty_findings(request, class_names)
     findings.notes = notes
@@ -148,7 +147,7 @@ def _check_images(request: VerifyRequest, files: SplitFiles, findings: Findings)
         findings.release = probable_release(prefix, root, files.take(missing))
     sizes = inspection.sizes.copy()
     sizes[list(inspection.problems)] = -1
-    copies = exact_copies(files, sizes)
+    copies = exact_copies(files, sizes, files.split_of)
     problems |= copies.unreadable
     findings.exact = [[_entry(files, index) for index in group] for group in copies.groups]
     if request.decode or request.near:
@@ -220,25 +219,3 @@ def _problem_of(file: Path, md5: str) -> str:
     with file.open("rb") as content:
         found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return "" if found == md5 else f"is damaged: its MD5 is {found} instead of {md5}"
-
-
-@contextmanager
-def _notes() -> Iterator[list[str]]:
-    """Within the block, collect what the readers of lists and folders log, such as the files that they leave out."""
-    notes: list[str] = []
-    log = logging.getLogger("tailtune")
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
-
-    collector, level, propagate = Collector(logging.INFO), log.level, log.propagate
-    log.addHandler(collector)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield notes
-    finally:
-        log.removeHandler(collector)
-        log.setLevel(level)
-        log.propagate = propagate

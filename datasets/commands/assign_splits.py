@@ -11,6 +11,9 @@ import numpy as np
 
 from tailtune.configs.seeding import derive_seed
 
+MAX_PASSES = 10
+"""Most passes over all groups. Without groups, the second pass changes nothing."""
+
 
 def wanted_counts(counts: np.ndarray, amount: float) -> np.ndarray:
     """How many images of each class a held-out split should have.
@@ -62,33 +65,41 @@ def _taken(
 ) -> list[str]:
     """The groups that a split takes. `left` is reduced by their images.
 
-    First each group is taken that brings the numbers of images closer to what is needed. Then the smallest group is
-    taken for each class that has got no image, because its groups are larger than what is needed.
+    A group is taken, or given back, if this brings the numbers of images closer to what is needed. Then the smallest
+    group is taken for each class that has got no image, because its groups are larger than what is needed.
     """
-    taken: dict[str, None] = {}
-    open_classes = needed.copy()
+    taken: set[str] = set()
+    missing = needed.copy()
 
-    def take(group: str) -> None:
-        taken[group] = None
+    def move(group: str, sign: int) -> None:
         for label, count in contents[group].items():
-            open_classes[label] -= count
-            left[label] -= count
+            missing[label] -= sign * count
+            left[label] -= sign * count
+        taken.symmetric_difference_update([group])
 
-    for group in order:
-        content = contents[group]
-        change = sum(  # of the squared distances from what is needed, each divided by what is needed
-            (count**2 - 2 * count * int(open_classes[label])) / max(1, int(needed[label]))
-            for label, count in content.items()
+    def improves(group: str, sign: int) -> bool:
+        """Whether the squares of `missing`, each divided by what is needed, become smaller in sum."""
+        changes = (
+            (count**2 - 2 * sign * count * int(missing[label])) / max(1, int(needed[label]))
+            for label, count in contents[group].items()
         )
-        if change < 0 and _spares(content, left):
-            take(group)
-    for label in np.flatnonzero((needed > 0) & (open_classes == needed)).tolist():
-        if open_classes[label] < needed[label]:
-            continue  # a group that was taken for another class has images of this one
-        fitting = [g for g in order if label in contents[g] and g not in taken and _spares(contents[g], left)]
-        if fitting:
-            take(min(fitting, key=lambda group: contents[group].total()))
-    return list(taken)
+        return sum(changes) < 0
+
+    for _ in range(MAX_PASSES):
+        changed = False
+        for group in order:
+            sign = -1 if group in taken else 1
+            if improves(group, sign) and (sign < 0 or _spares(contents[group], left)):
+                move(group, sign)
+                changed = True
+        if not changed:
+            break
+    for label in np.flatnonzero(needed > 0).tolist():
+        if missing[label] == needed[label]:
+            fitting = [g for g in order if label in contents[g] and g not in taken and _spares(contents[g], left)]
+            if fitting:
+                move(min(fitting, key=lambda group: contents[group].total()), 1)
+    return [group for group in order if group in taken]
 
 
 def _spares(content: Mapping[int, int], left: np.ndarray) -> bool:

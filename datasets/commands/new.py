@@ -13,7 +13,7 @@ import yaml
 from tailtune.configs.atomic_file import sync_folder, temporary_path
 from tailtune.configs.errors import UserError
 from tailtune.datasets.commands.assign_splits import assign_splits
-from tailtune.datasets.commands.class_curve import class_curve
+from tailtune.datasets.commands.class_curve import LABELS, class_curve
 from tailtune.datasets.commands.copies import exact_copies
 from tailtune.datasets.commands.grouping import joined, read_groups
 from tailtune.datasets.commands.notes import collected_notes

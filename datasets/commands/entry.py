@@ -10,6 +10,8 @@ from tailtune.configs import Schema, load_data_config, names
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.program import Parser, program
 from tailtune.datasets.commands.new import NewRequest, config_name, new_data
+from tailtune.datasets.commands.prepare import PrepareRequest, prepare
+from tailtune.datasets.commands.published_files import PUBLISHED_SETS
 from tailtune.datasets.commands.result_files import print_text, write_json
 from tailtune.datasets.commands.verify import VerifyRequest, verify
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
@@ -117,7 +119,26 @@ def _run_new(argv: Sequence[str], load_schema: LoadSchema) -> int:
     return 0
 
 
+def _run_prepare(argv: Sequence[str], load_schema: LoadSchema) -> int:
+    parser = _parser("prepare", "Get the files of a published data set that may be downloaded, and check them.")
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(PUBLISHED_SETS)}")
+    parser.add_argument("--root", metavar="DIR", type=Path, required=True, help="the folder for the files and images")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--from", dest="local", metavar="DIR", type=Path, help="use the copies in this folder")
+    source.add_argument(
+        "--mirror", metavar="URL", help="download from this address, which has the files by their names"
+    )
+    parser.add_argument(
+        "--only", metavar="PATTERN", action="append", help="only files whose names fit, such as '*_val.txt'"
+    )
+    args = parser.parse_args(list(argv))
+    for line in prepare(PrepareRequest(args.name, args.root, args.local, args.mirror, tuple(args.only or ()))):
+        print_text(line)
+    print_text(f"check it: {program()} data verify {args.name} root {shlex.quote(str(args.root))}")
+    return 0
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str], LoadSchema], int]] = MappingProxyType(
-    {"verify": _run_verify, "new": _run_new}
+    {"verify": _run_verify, "new": _run_new, "prepare": _run_prepare}
 )
 """Word after `data` → the function that runs the command."""

@@ -1,6 +1,5 @@
 """`data verify`: checks the lists and the images of a data set before anybody trains on them."""
 
-import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tailtune.configs.errors import UserError, lookup
+from tailtune.datasets.commands.checksums import checksum
 from tailtune.datasets.commands.copies import exact_copies, near_copies, perceptual_hash
 from tailtune.datasets.commands.findings import Findings, SplitFindings
 from tailtune.datasets.commands.notes import collected_notes
@@ -16,7 +16,7 @@ from tailtune.datasets.commands.split_files import SplitFiles
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.images.decode_many import decode_many
 from tailtune.datasets.images.image_files import inspect_files
-from tailtune.datasets.images.regular_files import NotARegularFile, file_size
+from tailtune.datasets.images.regular_files import NotARegularFile
 from tailtune.datasets.long_tail import capped_counts
 from tailtune.datasets.sources.available_images import AvailableImages
 from tailtune.datasets.sources.cifar import ARCHIVES, TEST_IMAGES
@@ -213,9 +213,7 @@ def _verify_built_in(request: VerifyRequest) -> Findings:
 def _problem_of(file: Path, md5: str) -> str:
     """What is wrong with a file; an empty text if it has the checksum."""
     try:
-        file_size(file)
+        found = checksum(file, "md5")
     except NotARegularFile as reason:
         return str(reason)
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return "" if found == md5 else f"is damaged: its MD5 is {found} instead of {md5}"

@@ -274,6 +274,16 @@ def test_a_link_that_leads_out_of_the_root(server: Server, prepare: Prepare) -> 
     assert code == 2 and "outside of --root" in error and not os.listdir("elsewhere")
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_a_part_that_is_no_file(server: Server, prepare: Prepare, kind: str) -> None:
+    Path("root").mkdir()
+    Path("mine.txt").write_text("mine")
+    make = {"link": lambda part: part.symlink_to("../mine.txt"), "fifo": os.mkfifo, "folder": Path.mkdir}[kind]
+    make(Path("root/.list.txt.part"))
+    code, _, error = prepare("--only", "list.txt")
+    assert code == 2 and "is a link or no regular file: remove it" in error and Path("mine.txt").read_text() == "mine"
+
+
 def test_local_copies(server: Server, prepare: Prepare) -> None:
     Path("copies/deep").mkdir(parents=True)
     Path("copies/list.txt").write_text("another list")

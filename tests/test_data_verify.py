@@ -176,6 +176,7 @@ def test_damaged_images_are_decoded_or_reported(folder: Path, report: Report, co
 
 def test_the_same_file_in_two_splits(folder: Path, report: Report) -> None:
     shutil.copy(folder / "train" / "ant" / "3.png", folder / "test" / "bee" / "other.png")
+    shutil.copy(folder / "train" / "ant" / "3.png", folder / "train" / "ant" / "3 again.png")
     shutil.copy(folder / "train" / "ant" / "4.png", folder / "train" / "ant" / "twice.png")
     size = (folder / "train" / "ant" / "5.png").stat().st_size
     same_size = bytearray((folder / "train" / "ant" / "5.png").read_bytes())
@@ -184,9 +185,13 @@ def test_the_same_file_in_two_splits(folder: Path, report: Report) -> None:
     assert (folder / "test" / "ant" / "size.png").stat().st_size == size
     code, text, found = report(folder)
     assert code == 1 and "1 image is in several splits" in text
-    assert found["duplicates"]["exact"] == [
-        [{"split": "train", "path": "train/ant/3.png"}, {"split": "test", "path": "test/bee/other.png"}]
+    (group,) = found["duplicates"]["exact"]
+    assert [tuple(entry.values()) for entry in group] == [
+        ("train", "train/ant/3 again.png"),
+        ("train", "train/ant/3.png"),
+        ("test", "test/bee/other.png"),
     ]
+    assert "    train: train/ant/3 again.png = test: test/bee/other.png (and 1 more)\n" in text
     assert found["duplicates"]["near"] is None
 
 
@@ -264,6 +269,17 @@ def test_validation_images_of_imagenet_may_lie_in_one_folder(imagenet: Path, rep
     for path in list(imagenet.glob("val/*/*")):
         path.rename(imagenet / "val" / path.name)
     assert report(OPTIONS, imagenet)[2]["splits"]["test"]["missing"] == []
+
+
+@pytest.mark.slow
+def test_a_run_on_such_a_folder(imagenet: Path, launch: Cli) -> None:
+    for path in list(imagenet.glob("val/*/*")):
+        path.rename(imagenet / "val" / path.name)
+    words = "-m tiny_clip_peft pretrained none classnames none max_steps 1 num_workers 0 test_dists none"
+    done = launch(f"-d {OPTIONS.removesuffix(' root')}", words, "root", imagenet)
+    assert done.returncode == 0, done.stderr
+    (metrics,) = Path("output").glob("*/metrics.json")
+    assert json.loads(metrics.read_text())["class_counts"] == [3, 3]
 
 
 @pytest.mark.parametrize(

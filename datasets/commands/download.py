@@ -72,6 +72,8 @@ def download(file: PublishedFile, url: str, target: Path) -> None:
         UserError: the file cannot be downloaded or written, or its checksum is wrong.
     """
     part = target.with_name(f".{target.name}.part")
+    if part.is_symlink() or (part.exists() and not part.is_file()):
+        raise UserError(f"{part} is a link or no regular file: remove it")
     try:
         continued = part.exists()
         _receive(url, part)

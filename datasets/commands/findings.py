@@ -161,4 +161,9 @@ def _shown(heading: str, entries: Sequence[str], total: int | None = None) -> li
 
 
 def _joined(group: Sequence[Mapping[str, str]]) -> str:
-    return " = ".join(f"{entry['split']}: {entry['path']}" for entry in group)
+    """The first file of each split, and the number of the others."""
+    first: dict[str, str] = {}
+    for entry in group:
+        first.setdefault(entry["split"], entry["path"])
+    more = f" (and {len(group) - len(first):,} more)" if len(group) > len(first) else ""
+    return " = ".join(f"{split}: {path}" for split, path in first.items()) + more

@@ -48,9 +48,9 @@ class Listing:
         for size in ("256", "large"):
             if (root / f"data_{size}").is_dir():
                 paths = [_archived_places_path(path, size) for path in paths]
-        flat = [_flat_imagenet_path(path) for path in paths]
-        if flat[0] != paths[0] and os.path.isfile(root / flat[0]):  # `Path.is_file` fails for a name that is too long
-            paths = flat
+        first = _flat_imagenet_path(paths[0])
+        if first != paths[0] and os.path.isfile(root / first):  # `Path.is_file` fails for a name that is too long
+            paths = [_flat_imagenet_path(path) for path in paths]
         return FileSource(root, paths, self.labels, self.file, self.lines)
 
     def positions_in(self, whole: "Listing") -> np.ndarray:

@@ -298,6 +298,7 @@ def test_another_release_or_layout_is_recognised(
     imagenet: Path, report: Report, change: Callable[[Path], object], says: str
 ) -> None:
     (imagenet / "val").rename(imagenet / "moved")
+    (imagenet / "loop").symlink_to("loop")
     change(imagenet)
     code, text, found = report(OPTIONS, imagenet)
     assert code == 1 and len(found["splits"]["test"]["missing"]) == 4

@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
+from tailtune.datasets.commands.checksums import checksum
 from tailtune.datasets.commands.split_files import SplitFiles
-from tailtune.datasets.sources.published_lists import PUBLISHED, blob_id
+from tailtune.datasets.sources.published_lists import PUBLISHED
 
 SIGNS: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
     {
@@ -67,7 +68,7 @@ def list_status(file: Path) -> str:
     """
     if file.name not in PUBLISHED:
         return "own list"
-    blob, versions = blob_id(file.read_bytes()), PUBLISHED[file.name]
+    blob, versions = checksum(file, "git blob"), PUBLISHED[file.name]
     if blob in versions:
         return "published" if blob == versions[0] else "published (small images)"
     others = [name for name, blobs in PUBLISHED.items() if blob in blobs]
@@ -104,8 +105,8 @@ def _other_roots(root: Path) -> Iterator[Path]:
     real = Path(os.path.abspath(root))
     yield from real.parents[:2]
     yield from (real / each for each in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"))
-    below = (entry.path for entry in os.scandir(real) if entry.is_dir())
-    yield from (Path(path) for path in islice(below, MAX_FOLDERS))
+    below = (real / name for name in sorted(os.listdir(real)))
+    yield from islice((path for path in below if os.path.isdir(path)), MAX_FOLDERS)
 
 
 def _holds(folder: Path, sample: list[str]) -> bool:

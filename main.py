@@ -20,13 +20,12 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NoReturn
 
 import tailtune
 from tailtune.configs import CfgNode, UserError, load_configs
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
-from tailtune.configs.program import launch_target, program
+from tailtune.configs.program import Parser, launch_target, program
 from tailtune.configs.shipped_configs import KINDS, list_of_configs, list_of_kind
 from tailtune.trainers.cached_schema import cached_schema
 from tailtune.trainers.processes.console_log import show_any_text
@@ -44,17 +43,12 @@ examples:
   python main.py -d digits_lt -m tiny_clip_peft test_only True tte True
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
+  python main.py data verify my.yaml                             check your images before you train on them
+  python main.py data --help                                     prepare, verify and make data sets
+
 The same command again resumes an unfinished run and shows the result of a finished one.
 All options with their values in one run: --dry-run --all. Their meaning is in docs/options.md of the project.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises a `UserError` for wrong arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the error instead of exiting."""
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None: those of this process.
 
     Returns:
-        The exit code: 0 for success, 2 for wrong input, 130 for an interruption.
+        The exit code: 0 for success, 1 for data with problems, 2 for wrong input, 130 for an interruption.
     """
     with libraries_on_stdout():
         return exit_code_of(run_command, argv)
@@ -125,17 +119,21 @@ def exit_code_and_line(error: BaseException, interrupted: str = "interrupted") -
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Parse the arguments. Then list the configs, check a run, or train and evaluate.
+    """Parse the arguments. Then list the configs, check a run, train and evaluate, or run a command for data.
 
     Args:
         argv: the arguments.
 
     Returns:
-        The exit code 0.
+        The exit code 0; 1 if `data verify` has found problems.
 
     Raises:
         UserError: wrong input.
     """
+    if argv[:1] == [DATA_COMMANDS]:
+        from tailtune.datasets.commands.entry import run_data_command
+
+        return run_data_command(argv[1:], cached_schema)
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.version:
@@ -228,6 +226,8 @@ def make_parser() -> Parser:
     return parser
 
 
+DATA_COMMANDS = "data"
+"""The first word of the commands that prepare and verify data."""
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "config_hash",
     "describe",
     "load_configs",
+    "load_data_config",
     "load_resolved",
     "lookup",
     "names",
@@ -65,6 +66,27 @@ def load_configs(
         UserError: a name or key is unknown, a value has the wrong type, a key has no value, or a YAML is unreadable.
     """
     return _stages(data, model, _pair_up(pairs, schema), schema, where, depth=0)
+
+
+def load_data_config(data: str, pairs: Sequence[str], schema: Schema, where: str = "the command line") -> CfgNode:
+    """Build the frozen config of a data set without a model. The options of models have their defaults.
+
+    Args:
+        data: name of a file in configs/data, the path of a YAML, or a folder with `train/<class>/…`.
+        pairs: `KEY VALUE KEY VALUE …`.
+        schema: all options.
+        where: where the pairs come from, for messages.
+
+    Raises:
+        UserError: as `load_configs`.
+    """
+    if data not in names("data") and os.path.isdir(data):
+        folder = {"dataset": "ImageFolder", "root": os.path.abspath(data)}
+        layers: list[tuple[str, Values]] = [("", {"data": os.path.basename(folder["root"])}), (data, folder)]
+    else:
+        layers = _data_layers(_find("data", data), schema)
+    values = _merge(layers, schema)
+    return _freeze(values | {key: _parse(key, value, schema, where) for key, value in _pair_up(pairs, schema)}, schema)
 
 
 def load_resolved(path: Path, schema: Schema) -> CfgNode:
@@ -159,17 +181,19 @@ def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Value
     if not isinstance(by_dataset, dict) or not all(isinstance(values, dict) for values in by_dataset.values()):
         raise UserError(f"{model_path}: by_dataset must map patterns of data names to options")
     name = data_path.stem
-    shipped = data_path.resolve().parent == FOLDER / "data"
-    names_of_both = {
-        "data": name,
-        "model": model_path.stem,
-        "data_dir": "" if shipped else str(data_path.parent.resolve()),
-    }
-    of_data = _read_yaml(data_path, schema)
+    (_, internal), (_, of_data) = _data_layers(data_path, schema)
+    internal["model"] = model_path.stem
     final = {key: value for key, value in of_data.items() if key in schema and schema[key].data_wins}
-    layers = [("", names_of_both), (str(data_path), of_data), (str(model_path), body), (str(data_path), final)]
+    layers = [("", internal), (str(data_path), of_data), (str(model_path), body), (str(data_path), final)]
     fitting = sorted((pattern for pattern in by_dataset if fnmatchcase(name, pattern)), key=_specificity)
     return layers + [(f"{model_path}: by_dataset: {pattern}", by_dataset[pattern]) for pattern in fitting]
+
+
+def _data_layers(path: Path, schema: Schema) -> list[tuple[str, Values]]:
+    """The internal keys that the path of a data config gives, and the values of the file."""
+    shipped = path.resolve().parent == FOLDER / "data"
+    internal = {"data": path.stem, "data_dir": "" if shipped else str(path.parent.resolve())}
+    return [("", internal), (str(path), _read_yaml(path, schema))]
 
 
 def _specificity(pattern: str) -> tuple[bool, int]:

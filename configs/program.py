@@ -1,10 +1,22 @@
 """The command by which the user has started TailTune, for usage texts and messages."""
 
+import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from tailtune.configs.errors import UserError
 
 IN_CHECKOUT = Path(__file__).parents[1].joinpath("tailtune.py").is_file()
 """Whether this is a checkout; the installed package has this file as `__init__.py`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises a `UserError` for wrong arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error instead of exiting."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def program() -> str:

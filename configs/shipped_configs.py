@@ -30,7 +30,7 @@ SMALL_TUNERS = (
     *("bias_tuning", "ln_tuning", "bn_tuning", "mask", "vpt_shallow", "vpt_deep", "lora", "lora_mlp"),
     *("ssf_attn", "ssf_mlp", "ssf_ln", "adapter", "adaptformer", "peft"),
 )
-"""Options that turn on a tuner in a shipped config: `peft`, and entries of the table of tuners without `full_tuning`."""
+"""Options that turn on a tuner in a shipped config: `peft`, and entries of the table of tuners but `full_tuning`."""
 
 
 def kind_of(values: Mapping[str, Any]) -> str:

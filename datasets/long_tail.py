@@ -115,6 +115,22 @@ def check_hold_out(counts: Sequence[int] | np.ndarray, per_class: int, class_nam
             )
 
 
+def shot_masks(counts: Sequence[int] | np.ndarray, many_above: int, few_below: int) -> dict[str, np.ndarray]:
+    """Group the classes by their number n of training images, as in OLTR (Liu et al. 2019).
+
+    Args:
+        counts: training images per class, [C].
+        many_above: classes with n > many_above are many-shot.
+        few_below: of the remaining classes, those with n < few_below are few-shot, and all others are medium-shot.
+
+    Returns:
+        `many`, `med`, `few` → whether each class is in the group, bool [C].
+    """
+    n = np.asarray(counts)
+    many, few = n > many_above, n < few_below
+    return {"many": many, "med": ~(many | few), "few": few & ~many}
+
+
 def random_positions(length: int, limit: int | None) -> np.ndarray:
     """Choose random positions in a split. The same arguments always give the same positions.
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from tailtune.datasets.long_tail import shot_masks
+
 
 def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[str, torch.Tensor]:
     """Group the classes by their number n of training images, as in OLTR (Liu et al. 2019).
@@ -16,7 +18,5 @@ def shot_groups(counts: Sequence[int], many_above: int, few_below: int) -> dict[
     Returns:
         `many`, `med`, `few` → indices of the classes in the group, int64 [number of classes in the group].
     """
-    n = torch.tensor(counts, dtype=torch.int64)  # [C]
-    many, few = n > many_above, n < few_below
-    masks = {"many": many, "med": ~(many | few), "few": few & ~many}
-    return {name: mask.nonzero().flatten() for name, mask in masks.items()}
+    masks = shot_masks(counts, many_above, few_below)
+    return {name: torch.from_numpy(mask.nonzero()[0]) for name, mask in masks.items()}

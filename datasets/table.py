@@ -1,7 +1,7 @@
 """DATASETS: the table of data sets. An entry gives the facts about a data set, and loads its images."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from tailtune.datasets.data_settings import DataSettings
 from tailtune.datasets.long_tail import check_hold_out
 from tailtune.datasets.sources import cifar, digits, fake, image_list, inaturalist
 from tailtune.datasets.sources.available_images import RGB, AvailableImages, Outline
-from tailtune.datasets.sources.image_folder import class_folders, read_folder
+from tailtune.datasets.sources.image_folder import SPLITS, class_folders, read_folder
 from tailtune.datasets.sources.inaturalist import CATEGORIES
 from tailtune.datasets.sources.listing import Listing
 
@@ -33,6 +33,8 @@ class DatasetEntry:
     """Finds the images, and downloads them if this is possible."""
     built_in: bool = False
     """The images come from a library and cannot change."""
+    listings: Callable[[DataSettings], "SplitListings"] | None = None
+    """Gives the paths and labels of the images, which are not looked for; None for built-in data."""
 
 
 class SplitListings(NamedTuple):
@@ -93,31 +95,40 @@ def _load_folder(options: DataSettings) -> AvailableImages:
     return _with_images(options, _read_folders(options))
 
 
-DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(
-    {
-        "CIFAR10": DatasetEntry(_cifar_outline, _load_cifar, built_in=True),
-        "CIFAR100": DatasetEntry(_cifar_outline, _load_cifar, built_in=True),
-        "Digits": DatasetEntry(_digits_outline, _load_digits, built_in=True),
-        "Fake": DatasetEntry(_fake_outline, _load_fake, built_in=True),
-        "ImageList": DatasetEntry(_list_outline, _load_list),
-        "ImageFolder": DatasetEntry(_folder_outline, _load_folder),
+def read_list_files(
+    options: DataSettings, splits: Collection[str] = SPLITS
+) -> tuple[dict[str, Listing], tuple[str, ...] | None]:
+    """Read the list files of some splits. Labels are those of the option `label_field`.
+
+    Args:
+        options: the names of the list files, and the folders that may hold them.
+        splits: the splits to read; those without a list file are left out.
+
+    Returns:
+        Split → its images; and the class names that follow from `label_field`, if it is set.
+
+    Raises:
+        UserError: a list file is missing or wrong.
+    """
+    folders = options.folders.for_lists()
+    files = {"train": options.train_list, "test": options.test_list, "val": options.val_list}
+    listings = {
+        split: image_list.load_list(f"{split}_list", file, folders)
+        for split, file in files.items()
+        if file and split in splits
     }
-)
-"""Entries of the option `dataset`."""
+    if not options.label_field:
+        return listings, None
+    categories = image_list.find_list(CATEGORIES, folders)
+    new_label, taxa = inaturalist.taxon_labels(categories, options.label_field)
+    return {split: listing.relabel(new_label) for split, listing in listings.items()}, taxa
 
 
 def _read_lists(options: DataSettings) -> SplitListings:
     if not options.train_list:
         raise UserError("dataset ImageList: set `train_list` to the list file of the training images")
-    folders = options.folders.for_lists()
-    train = image_list.load_list("train_list", options.train_list, folders)
-    test = image_list.load_list("test_list", options.test_list, folders) if options.test_list else None
-    val = image_list.load_list("val_list", options.val_list, folders) if options.val_list else None
-    taxa = None
-    if options.label_field:
-        categories = image_list.find_list(CATEGORIES, folders)
-        new_label, taxa = inaturalist.taxon_labels(categories, options.label_field)
-        train, test, val = train.relabel(new_label), test and test.relabel(new_label), val and val.relabel(new_label)
+    by_split, taxa = read_list_files(options)
+    train, test, val = by_split["train"], by_split.get("test"), by_split.get("val")
     listings = [listing for listing in (train, test, val) if listing]
     num_classes = image_list.number_of_classes(train, listings, options.num_classes)
     names = _class_names(options, taxa or image_list.folder_names(train, num_classes), num_classes)
@@ -136,6 +147,19 @@ def _read_folders(options: DataSettings) -> SplitListings:
     names = _class_names(options, tuple(classes), len(classes))
     _check_names(options, names, len(classes))
     return _checked(options, names, train, test, val)
+
+
+DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(
+    {
+        "CIFAR10": DatasetEntry(_cifar_outline, _load_cifar, built_in=True),
+        "CIFAR100": DatasetEntry(_cifar_outline, _load_cifar, built_in=True),
+        "Digits": DatasetEntry(_digits_outline, _load_digits, built_in=True),
+        "Fake": DatasetEntry(_fake_outline, _load_fake, built_in=True),
+        "ImageList": DatasetEntry(_list_outline, _load_list, listings=_read_lists),
+        "ImageFolder": DatasetEntry(_folder_outline, _load_folder, listings=_read_folders),
+    }
+)
+"""Entries of the option `dataset`."""
 
 
 def _class_names(options: DataSettings, data_names: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:

@@ -574,7 +574,7 @@ def test_a_launcher_that_started_one_process_is_named(launch: Cli, monkeypatch: 
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signals_save_a_state(launch: Cli, number: signal.Signals) -> None:
     with signal_after(3, number):
         done = launch(SHORT)

@@ -297,6 +297,7 @@ def test_runs_that_are_not_there(launch: Cli) -> None:
     assert found.returncode == 2 and "ensemble_runs nowhere" in found.stderr
 
 
+@pytest.mark.slow
 def test_with_all_else(launch: Cli) -> None:
     """Other distributions, adapted experts, crops, another precision, a method that asks only some experts."""
     words = f"{PEFT} num_experts 2 lora True method ride"

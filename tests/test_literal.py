@@ -105,6 +105,7 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("umask")
 def test_the_demo_in_every_format(launch: Cli, config: Config, tmp_path: Path) -> None:
     """One short training; all formats classify as the run did, and their files have the mode that the umask gives."""

@@ -35,9 +35,7 @@ def needed(data: str, model: str, *pairs: str) -> int:
 
 
 LARGEST = [
-    ("imagenet_lt", "resnext50_ride_distill"),
     ("imagenet_lt", "resnet50_ride_batchformer"),
-    ("inat2018", "resnet50_h2t"),
     ("places_lt", "resnet152_mixup"),
     ("inat2018", "clip_vit_b16_peft"),
     ("inat2018", "clip_vit_b16_sade"),

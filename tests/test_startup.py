@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, Cli, offline
+from PIL import Image
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
@@ -66,6 +67,16 @@ def test_what_is_refused_or_finished_imports_no_large_library(finished: Path) ->
         "-d fake_lt -m tiny_clip_peft max_steps 1 num_workers 0",
     )
     assert codes == [0, 2, 2, 2, 0]
+    assert not modules & set(LARGE)
+
+
+def test_the_commands_for_data_import_no_large_library(finished: Path) -> None:
+    for number in range(6):
+        image = finished / "images" / ("train" if number < 4 else "test") / "ab"[number % 2] / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(image)
+    codes, modules = modules_after(finished, "data verify images --decode", "data verify cifar10", "data verify x.yaml")
+    assert codes == [0, 1, 2]
     assert not modules & set(LARGE)
 
 

@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": {"configs"},
     "models": {"configs"},
     "trainers": {"configs", "datasets", "models"},
-    "main": {"configs", "trainers"},
+    "main": {"configs", "datasets", "trainers"},
 }
 """Package → which others it may import: configs ← datasets, models ← trainers ← main."""
 ROOMS = {
@@ -25,6 +25,7 @@ ROOMS = {
         "sources": {"images", "long_tail"},
         "splits": {"images", "sources", "long_tail", "data_settings"},
         "loading": {"data_bundle"},
+        "commands": {"images", "sources", "splits", "long_tail", "data_settings", "table"},
         "test_distributions": {"data_bundle", "sources", "long_tail", "data_settings"},
     },
     "models": {"backbones": set(), "heads": {"backbones"}, "tuners": {"backbones"}},

@@ -20,7 +20,7 @@ from tailtune.trainers.run import run
 STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
 Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
 LAYOUTS: dict[str, dict[int, list[Layout]]] = {
-    "few": {1: [(0, 32, False), (2, 8, False), (2, 8, True)], 2: [(2, 8, False), (2, 8, True)]},
+    "few": {1: [(0, 32, False), (2, 8, False)], 2: [(2, 8, False), (2, 8, True)]},
     "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
 }
 """Tier → processes → layouts; the first on one process is the reference."""

@@ -1,17 +1,14 @@
 """Finds the files of the splits that are not images, and refuses them or leaves them out of training."""
 
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets.images.image_files import DecodeError, inspect_files, load_rgb
+from tailtune.datasets.images.decode_many import decode_many
+from tailtune.datasets.images.image_files import inspect_files
 from tailtune.datasets.sources.image_sources import FileSource
 from tailtune.datasets.splits.split_records import ChosenSplits, Split, StoredSplits
 
@@ -127,18 +124,8 @@ def _undecodable(split: Split, bad: Collection[str], known: Mapping[str, int]) -
     files = zip(split.paths(), split.sizes.tolist(), strict=True)
     root = split.source.root
     paths = [path for path, size in files if path not in bad and known.get(path) != size]
-
-    def problem_of(path: Path) -> str | None:
-        try:
-            load_rgb(path)
-        except DecodeError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders let other threads run
-        results = pool.map(problem_of, [root / path for path in paths])
-        bar = tqdm(results, "decoding images", len(paths), delay=2, leave=False, unit="image", disable=None)
-        return {path: problem for path, problem in zip(paths, bar, strict=True) if problem is not None}
+    results = decode_many([root / path for path in paths])
+    return {paths[result.position]: result.problem for result in results if result.problem}
 
 
 def drop_from_train(chosen: ChosenSplits, paths: Collection[str]) -> ChosenSplits:

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tailtune.configs.atomic_file import atomic_file, sync_folder, temporary_path
 from tailtune.configs.errors import UserError
 
 TENSORS, FACTS = "tensors.safetensors", "facts.json"
@@ -75,17 +75,10 @@ def write_bytes(path: Path, content: bytes) -> Digest:
     Raises:
         UserError: the file system refuses to write; an existing file at `path` is then unchanged.
     """
-    temporary = _temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
         raise _write_error(path, error) from error
     return Digest.of(content)
 
@@ -110,7 +103,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file system refuses to write.
     """
-    temporary, replaced = _temporary(path, "new"), _temporary(path, "old")
+    temporary, replaced = temporary_path(path, "new"), temporary_path(path, "old")
     try:
         for before in path.parent.glob(f".{glob.escape(path.name)}.*.old.tmp"):
             if not path.exists() and temporary_pattern(path.name, "old").fullmatch(before.name):
@@ -120,7 +113,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.replace(replaced)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         if replaced.exists():
             _keep_other_files(path, replaced)
     except OSError as error:
@@ -135,11 +128,6 @@ def _keep_other_files(path: Path, replaced: Path) -> None:
         if not os.path.lexists(path / entry.name):
             entry.replace(path / entry.name)
     shutil.rmtree(replaced)
-
-
-def _temporary(path: Path, kind: str = "") -> Path:
-    """A new temporary path in the same folder; nothing exists at this path."""
-    return path.with_name(".".join(["", path.name, uuid.uuid4().hex[:8], *([kind] if kind else []), "tmp"]))
 
 
 def temporary_pattern(name: str, kind: str = "") -> re.Pattern[str]:
@@ -163,12 +151,3 @@ def remove_folder(path: Path) -> None:
 
 def _write_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; free the space or choose another output_dir")
-
-
-def _sync_folder(path: Path) -> None:
-    """Make sure that a rename survives a power loss."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,46 @@
+"""Writes the files of the data commands completely or not at all, and prints their text."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tailtune.configs.atomic_file import atomic_file
+from tailtune.configs.errors import UserError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file.
+
+    Args:
+        path: the file; an existing file is replaced.
+        content: what it shall hold.
+
+    Raises:
+        UserError: the file system refuses to write; an existing file is then unchanged.
+    """
+    try:
+        with atomic_file(path) as file:
+            file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="surrogateescape"))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error for a file that cannot be written.
+
+    Args:
+        path: the file.
+        error: what the file system says.
+    """
+    return UserError(f"cannot write {path}: {error.strerror}; free the space or choose another folder")
+
+
+def print_text(text: str) -> None:
+    """Print on standard output. A closed pipe, as in `… | head`, is no error.
+
+    Args:
+        text: the lines.
+    """
+    with suppress(BrokenPipeError):
+        print(text)

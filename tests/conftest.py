@@ -1,4 +1,7 @@
-"""Shared fixtures: small thread count, a fresh Accelerate state, configs and models that build in milliseconds."""
+"""Shared fixtures: small thread count, a fresh Accelerate state, configs and models that build in milliseconds.
+
+The fixtures import what they need. The first process of pytest-xdist runs no test, so it need not wait for torch.
+"""
 
 import os
 import socket
@@ -7,19 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
-from yacs.config import CfgNode
 
-from tailtune import main
-from tailtune.configs import load_configs
-from tailtune.datasets.sources.fake import fake_sources
-from tailtune.models import resolve
-from tailtune.trainers.option_schema import declared
+import tailtune  # first of all: it takes the folder of this checkout, whose `datasets` is not the library's, from sys.path
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+ROOT = tailtune.ROOT
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 """Words of a command line → exit code and what it printed."""
 
@@ -27,6 +27,11 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
     """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once."""
+    import torch
+
+    from tailtune.datasets.sources.fake import fake_sources
+
+    torch.set_num_threads(1)  # results and times that do not depend on the machine's load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         patch.setattr("tailtune.datasets.sources.fake.fake_sources", cache(fake_sources))
@@ -37,14 +42,19 @@ def quick() -> Iterator[None]:
 def fresh_state() -> Iterator[None]:
     """Accelerate keeps a singleton for a process; a test may ask for another precision."""
     yield
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
-def config() -> Callable[..., CfgNode]:
+def config() -> Callable[..., "CfgNode"]:
     """`config("fake_lt", "tiny_clip_peft", "lr", 0.1)` → the frozen, resolved config of that command."""
+    from tailtune.configs import load_configs
+    from tailtune.models import resolve
+    from tailtune.trainers.option_schema import declared
 
-    def make(data: str, model: str, *pairs: object) -> CfgNode:
+    def make(data: str, model: str, *pairs: object) -> "CfgNode":
         return resolve(load_configs(data, model, [str(each) for each in pairs], declared())[-1])
 
     return make
@@ -66,6 +76,10 @@ def cli(tmp_path: Path) -> Cli:
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`cli` in this process, without the seconds that imports take: `launch("-d fake_lt", "lr", 0.1)`."""
+    from accelerate.state import AcceleratorState
+
+    from tailtune import main
+
     monkeypatch.chdir(tmp_path)
 
     def call(*words: object) -> subprocess.CompletedProcess[str]:
@@ -99,7 +113,3 @@ LONGEST += ("test_literal.py", "test_peft.py", "test_memory.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers of `make test` end together."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-
-
-def pytest_configure() -> None:
-    torch.set_num_threads(1)  # results and times that do not depend on the machine's load

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from test_schedules import rates_of
+from tiers import slow_except
 from torch import Tensor
 from trajectories import killed_after, trained
 from yacs.config import CfgNode
@@ -212,7 +213,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_except(["adamw"], OPTIMIZERS))
 def test_a_killed_run_resumes_bitwise(name: str, config: Config, tmp_path: Path) -> None:
     """Killed within the warm-up, whose learning rates are those of each step also where several are shown at once."""
     words = ("optimizer", name, "lr", 0.01, "warmup_steps", 8)

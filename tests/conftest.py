@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import tailtune  # first of all: it takes the folder of this checkout, whose `datasets` is not the library's, from sys.path
+import tailtune  # first: it takes this checkout, whose `datasets` is not the library, from sys.path
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

@@ -15,7 +15,7 @@ from torch import Tensor
 from tailtune.configs.errors import UserError, lookup, prefix_errors, unknown
 from tailtune.configs.lazy_module import lazy_module
 from tailtune.configs.seeding import seeded
-from tailtune.models.backbones import openai_clip
+from tailtune.models.backbones import open_clip_files, openai_clip
 from tailtune.models.backbones.backbone_types import (
     NO_SPLIT,
     Backbone,
@@ -27,7 +27,6 @@ from tailtune.models.backbones.backbone_types import (
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import split_experts
-from tailtune.models.backbones.open_clip_files import tokenizer
 from tailtune.models.backbones.open_clip_image_encoders import embedding_encoder, meta_image_encoder, vision_config
 from tailtune.models.backbones.plain_vit import OPENAI_VIT_DEFAULTS, is_openai_vit
 from tailtune.models.backbones.pretrained_weights import (
@@ -135,8 +134,9 @@ class OpenClipBackbone:
         text: Any = openai_clip.TextModel.of(state, config) if clip is None else clip
         if clip is not None:
             del clip.visual
-        context_length = config["text_cfg"].get("context_length")
-        tokens: Any = tokenizer(context_length) if self.config is not None else partial(tokenize, self.arch)
+        if self.config is None:
+            return ClipTextEncoder(text, partial(tokenize, self.arch), projection)
+        tokens = partial(open_clip_files.tokenize, config["text_cfg"]["context_length"])
         return ClipTextEncoder(text, tokens, projection)
 
     def _config(self) -> dict[str, Any]:

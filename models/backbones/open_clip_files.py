@@ -1,13 +1,29 @@
 """Parts of open_clip that need no other part of it: importing the whole package takes longer than a small run."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 
-def tokenizer(context_length: int) -> Any:
-    """CLIP's tokenizer: a list of sentences → token ids [n, context_length]."""
+
+def tokenize(context_length: int, sentences: Sequence[str]) -> Tensor:
+    """Tokenize sentences by CLIP's tokenizer. It is loaded when first used, because its vocabulary takes a while.
+
+    Args:
+        context_length: number of tokens of a sentence; longer ones are cut.
+        sentences: n sentences.
+
+    Returns:
+        Token ids [n, context_length].
+    """
+    return _tokenizer(context_length)(list(sentences))
+
+
+@cache
+def _tokenizer(context_length: int) -> Any:
     return _module("tokenizer").SimpleTokenizer(context_length=context_length)
 
 

@@ -57,10 +57,6 @@ def _load_cifar(options: DataSettings) -> AvailableImages:
     return AvailableImages(outline, *cifar.load_cifar(options.dataset, options.folders.image_root()))
 
 
-def _digits_outline(options: DataSettings) -> Outline:
-    return _load_digits(options).outline
-
-
 def _load_digits(options: DataSettings) -> AvailableImages:
     _check_built_in(options, len(digits.CLASS_NAMES))
     train, test = digits.digit_sources()
@@ -85,10 +81,6 @@ def _list_outline(options: DataSettings) -> Outline:
 
 def _load_list(options: DataSettings) -> AvailableImages:
     return _with_images(options, _read_lists(options))
-
-
-def _folder_outline(options: DataSettings) -> Outline:
-    return _read_folders(options).outline
 
 
 def _load_folder(options: DataSettings) -> AvailableImages:
@@ -153,10 +145,10 @@ DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(
     {
         "CIFAR10": DatasetEntry(_cifar_outline, _load_cifar, built_in=True),
         "CIFAR100": DatasetEntry(_cifar_outline, _load_cifar, built_in=True),
-        "Digits": DatasetEntry(_digits_outline, _load_digits, built_in=True),
+        "Digits": DatasetEntry(lambda options: _load_digits(options).outline, _load_digits, built_in=True),
         "Fake": DatasetEntry(_fake_outline, _load_fake, built_in=True),
         "ImageList": DatasetEntry(_list_outline, _load_list, listings=_read_lists),
-        "ImageFolder": DatasetEntry(_folder_outline, _load_folder, listings=_read_folders),
+        "ImageFolder": DatasetEntry(lambda options: _read_folders(options).outline, _load_folder, listings=_read_folders),
     }
 )
 """Entries of the option `dataset`."""

@@ -83,6 +83,10 @@ def _load_list(options: DataSettings) -> AvailableImages:
     return _with_images(options, _read_lists(options))
 
 
+def _folder_outline(options: DataSettings) -> Outline:
+    return _read_folders(options).outline
+
+
 def _load_folder(options: DataSettings) -> AvailableImages:
     return _with_images(options, _read_folders(options))
 
@@ -148,7 +152,7 @@ DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(
         "Digits": DatasetEntry(lambda options: _load_digits(options).outline, _load_digits, built_in=True),
         "Fake": DatasetEntry(_fake_outline, _load_fake, built_in=True),
         "ImageList": DatasetEntry(_list_outline, _load_list, listings=_read_lists),
-        "ImageFolder": DatasetEntry(lambda options: _read_folders(options).outline, _load_folder, listings=_read_folders),
+        "ImageFolder": DatasetEntry(_folder_outline, _load_folder, listings=_read_folders),
     }
 )
 """Entries of the option `dataset`."""

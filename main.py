@@ -19,13 +19,12 @@ import argparse
 import json
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import tailtune
 from tailtune.configs import CfgNode, UserError, load_configs
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
-from tailtune.configs.program import Parser, launch_target, program
+from tailtune.configs.program import Parser, launch_target, print_text, program
 from tailtune.configs.shipped_configs import KINDS, list_of_configs, list_of_kind
 from tailtune.trainers.cached_schema import cached_schema
 from tailtune.trainers.processes.console_log import show_any_text
@@ -148,12 +147,6 @@ def run_command(argv: Sequence[str]) -> int:
         schema = cached_schema()
     stages = load_configs(args.data, args.model, pairs, schema)
     return dry_run(stages, args.all) if args.dry_run else run_all(stages)
-
-
-def print_text(text: str) -> None:
-    """Print on standard output. Ignore a closed pipe, as in `main.py --list | head`."""
-    with suppress(BrokenPipeError):
-        print(text)
 
 
 def dry_run(stages: list[CfgNode], all_options: bool) -> int:

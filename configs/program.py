@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,3 +36,13 @@ def program() -> str:
 def launch_target() -> str:
     """What stands for this program behind `accelerate launch`: `main.py` or `-m tailtune`."""
     return "main.py" if program() == "python main.py" else "-m tailtune"
+
+
+def print_text(text: str) -> None:
+    """Print on standard output. A closed pipe, as in `main.py --list | head`, is no error.
+
+    Args:
+        text: the lines.
+    """
+    with suppress(BrokenPipeError):
+        print(text)

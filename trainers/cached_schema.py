@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import tailtune
 from tailtune.configs import Schema, value_parsers
+from tailtune.configs.atomic_file import atomic_file
 from tailtune.configs.key import Key
 from tailtune.configs.option import Declaration
 
@@ -68,14 +68,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Write the file completely or not at all. Without it, the next command only starts more slowly."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with suppress(OSError), atomic_file(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def _digest(content: Any) -> str:

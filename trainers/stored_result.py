@@ -14,7 +14,7 @@ from tailtune.trainers.processes.console_log import attach_file, detach_file, st
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Command, Decision, decide
 from tailtune.trainers.runs.run_folder import RunFolder, kept_splits
-from tailtune.trainers.storage.manifest import LOCK, read_json
+from tailtune.trainers.storage.manifest import LOCK, Manifest, read_json
 
 SUGGESTED = "suggested"
 """Entry of `evaluation` in metrics.json: the values that the backbone suggested where the command left them open."""
@@ -63,7 +63,8 @@ def _with_stored_inputs(cfg: CfgNode) -> CfgNode | None:
         given when the run was made.
     """
     folder = RunFolder(cfg)
-    if cfg.model_dir is not None or not folder.finished() or not folder.manifest.intact(folder.config):
+    marker = Manifest.read(folder.path) if folder.metrics.exists() else None
+    if cfg.model_dir is not None or marker is None or not all(map(marker.intact, (folder.metrics, folder.config))):
         return None
     stored, evaluation = read_yaml(folder.config), read_json(folder.metrics).get("evaluation", {})
     suggested = evaluation.get(SUGGESTED, {})

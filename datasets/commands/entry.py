@@ -8,11 +8,11 @@ from types import MappingProxyType
 
 from tailtune.configs import Schema, load_data_config, names
 from tailtune.configs.errors import UserError, lookup
-from tailtune.configs.program import Parser, program
+from tailtune.configs.program import Parser, print_text, program
 from tailtune.datasets.commands.new import NewRequest, config_name, new_data
 from tailtune.datasets.commands.prepare import PrepareRequest, prepare
 from tailtune.datasets.commands.published_files import PUBLISHED_SETS
-from tailtune.datasets.commands.result_files import print_text, write_json
+from tailtune.datasets.commands.result_files import write_json
 from tailtune.datasets.commands.verify import VerifyRequest, verify
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.sources.image_folder import SPLITS

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tailtune.configs.atomic_file import sync_folder, temporary_path
+from tailtune.configs.atomic_file import atomic_file, sync_folder, temporary_path
 from tailtune.configs.errors import UserError
 from tailtune.datasets.commands.assign_splits import assign_splits
 from tailtune.datasets.commands.class_curve import LABELS, class_curve
@@ -237,10 +237,8 @@ def _write(output: Path, files: Mapping[str, bytes]) -> None:
     try:
         temporary.mkdir(parents=True)
         for name, content in files.items():
-            with (temporary / name).open("wb") as file:
+            with atomic_file(temporary / name) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
         temporary.rename(output)
         sync_folder(output.parent)
     except OSError as error:

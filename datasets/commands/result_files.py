@@ -1,7 +1,6 @@
-"""Writes the files of the data commands completely or not at all, and prints their text."""
+"""Writes the files of the data commands completely or not at all."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,3 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         error: what the file system says.
     """
     return UserError(f"cannot write {path}: {error.strerror}; free the space or choose another folder")
-
-
-def print_text(text: str) -> None:
-    """Print on standard output. A closed pipe, as in `… | head`, is no error.
-
-    Args:
-        text: the lines.
-    """
-    with suppress(BrokenPipeError):
-        print(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tailtune.configs.errors import UserError, prefix_errors
+from tailtune.configs.lazy_module import lazy_module
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import NO_SPLIT, Backbone, ExpertSplit, InputSpec, PublishedWeights
 from tailtune.models.backbones.pretrained_weights import State, is_path, load_strict, local_file, read_state
@@ -14,12 +15,11 @@ from tailtune.models.backbones.resnet import ResNet, ResNetDesign, make_resnet
 from tailtune.models.backbones.resnet_encoder import ResNetEncoder
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 
+timm_data = lazy_module("timm.data")
 DEFAULT_BRANCH_STAGES = 2
 """How many of the last stages each expert has for itself unless `expert_split` says otherwise; as in RIDE."""
 BRANCH = re.compile(r"^branches\.\d+\.")
 """Beginning of the name of a tensor that one branch has for itself."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Pixel statistics of ImageNet."""
 CLASSIFIER, COUNTER = "fc.", "num_batches_tracked"
 """Tensors that a file may hold and that are not loaded: the classifier of the pre-training classes, and how many
 batches a norm has seen (networks converted from Caffe do not have these). Any other tensor must fit."""
@@ -73,7 +73,7 @@ class ResNetBackbone:
                 load_into_branches(net, state, self.name, path)
         # Weights for CIFAR are always the user's own, trained on images with the statistics of the data at hand.
         from_data = pretrained is None or self.design.cifar
-        pixel_stats = None if from_data else (IMAGENET_MEAN, IMAGENET_STD)
+        pixel_stats = None if from_data else (timm_data.IMAGENET_DEFAULT_MEAN, timm_data.IMAGENET_DEFAULT_STD)
         timm_name = self.weights.partition(".")[0] if self.weights and not (split.reduced or branches) else None
         return Backbone(ResNetEncoder(net, timm_name), pixel_stats)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.lazy_module import lazy_module
 from tailtune.models import ClassificationModel
+from tailtune.models.backbones.plain_vit import timm_name
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import ID, NAME, Numbering
@@ -40,18 +41,9 @@ LIFT_MASKS = {"qkv": "attn_in", "proj": "attn_out", "fc1": "mlp_in", "fc2": "mlp
 """Linear layer of a block → name of its mask in LIFT."""
 
 CLIP_TO_TIMM = {
-    "attn.in_proj_weight": "attn.qkv.weight",
-    "attn.in_proj_bias": "attn.qkv.bias",
-    "attn.out_proj.weight": "attn.proj.weight",
-    "attn.out_proj.bias": "attn.proj.bias",
-    "ln_1.weight": "norm1.weight",
-    "ln_1.bias": "norm1.bias",
-    "mlp.c_fc.weight": "mlp.fc1.weight",
-    "mlp.c_fc.bias": "mlp.fc1.bias",
-    "mlp.c_proj.weight": "mlp.fc2.weight",
-    "mlp.c_proj.bias": "mlp.fc2.bias",
-    "ln_2.weight": "norm2.weight",
-    "ln_2.bias": "norm2.bias",
+    f"{layer}{kind}": timm_name(f"{layer}{kind}")
+    for layer in ("attn.in_proj_", "attn.out_proj.", "ln_1.", "mlp.c_fc.", "mlp.c_proj.", "ln_2.")
+    for kind in ("weight", "bias")
 }
 """Name of a parameter in a block of OpenAI's CLIP → timm's name. The order is that of OpenAI's CLIP."""
 

@@ -10,13 +10,14 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -101,26 +102,75 @@ def load_rgb(path: Path) -> Image.Image:
         DecodeError: the file is missing, not a regular file, of a format that is not in `FORMATS`, damaged, incomplete,
             or has too many pixels.
     """
+    with open_file(path) as (file, size), open_image(file, size) as image, decode_errors():
+        return upright_rgb(image)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The open file and its size in bytes.
+
+    Raises:
+        DecodeError: nothing is there, or it is no regular file.
+    """
     try:
         descriptor, status = open_regular(path)
     except NotARegularFile as reason:
         raise DecodeError(str(reason)) from None
     with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > MAX_BYTES and format_of(file.read(HEADER_BYTES)) in WHOLE_FILE_FORMATS:
-            raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
-        try:
-            with Image.open(file, formats=tuple(FORMATS)) as image:
-                limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
-                if image.width * image.height > limit:
-                    raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
-                return upright_rgb(image)
-        except UnidentifiedImageError:
-            file.seek(0)
-            raise DecodeError(_unidentified(file.read(HEADER_BYTES))) from None
-        except Image.DecompressionBombError:
-            raise DecodeError(_too_large(MAX_PIXELS)) from None
-        except DECODE_ERRORS as error:
-            raise DecodeError(" ".join(str(error).split()) or type(error).__name__) from error
+        yield file, status.st_size
+
+
+def open_image(file: BinaryIO, size: int) -> Image.Image:
+    """Read the header of an image. The pixels are read later, by Pillow or by another library.
+
+    Args:
+        file: the encoded image, which can be read from any position.
+        size: its size in bytes.
+
+    Returns:
+        Pillow's image, which has a format, a mode and a number of pixels that are allowed. Closing it leaves the file
+        open.
+
+    Raises:
+        DecodeError: a format that is not in `FORMATS`, a damaged header, or too many pixels.
+    """
+    if size > MAX_BYTES and format_of(file.read(HEADER_BYTES)) in WHOLE_FILE_FORMATS:
+        raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
+    file.seek(0)
+    try:
+        with decode_errors():
+            image = Image.open(file, formats=tuple(FORMATS))
+    except _Unidentified:
+        file.seek(0)
+        raise DecodeError(_unidentified(file.read(HEADER_BYTES))) from None
+    limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
+    if image.width * image.height > limit:
+        raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
+    return image
+
+
+@contextmanager
+def decode_errors() -> Iterator[None]:
+    """Turn what Pillow raises for damaged files into a `DecodeError`."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise _Unidentified from None
+    except Image.DecompressionBombError:
+        raise DecodeError(_too_large(MAX_PIXELS)) from None
+    except DECODE_ERRORS as error:
+        raise DecodeError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+class _Unidentified(DecodeError):
+    """Pillow does not know the format."""
 
 
 def _too_large(limit: int) -> str:

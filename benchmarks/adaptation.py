@@ -35,9 +35,9 @@ from tailtune.configs import load_configs
 from tailtune.configs.option import options_from
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle, TestDistribution
-from tailtune.datasets.loading.data_loader import collate, eval_loader
+from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models import resolve
-from tailtune.trainers.distributed import Devices, make_accelerator, to_device
+from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, adapt
 from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
@@ -110,12 +110,12 @@ def ours(
 def original(cfg: CfgNode, method: Method, data: DataBundle, shift: TestDistribution, device: torch.device) -> None:
     """Run the procedure of SADE's test_training_cifar.py for one distribution."""
     views, images = (view.take(shift.positions.numpy()) for view in (data.test_views, data.test))
-    options: dict[str, Any] = {"num_workers": cfg.num_workers, "collate_fn": collate}
+    options: dict[str, Any] = {"num_workers": cfg.num_workers, "collate_fn": _unchanged}
     weights = torch.full((cfg.num_experts,), 1 / cfg.num_experts, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weights], cfg.adapt_lr, 0.9, weight_decay=cfg.adapt_weight_decay, nesterov=True)
     for _ in range(cfg.adapt_epochs):
         for batch in DataLoader(views, cfg.adapt_batch_size, shuffle=True, **options):
-            pair = to_device(batch, device)["image"]
+            pair = batch["image"].to(device)
             first, second = (_mixed(method.expert_logits(pair[:, view]), weights) for view in (0, 1))
             similarity = F.cosine_similarity(first.softmax(1), second.softmax(1), dim=1, eps=1e-6).mean()
             optimizer.zero_grad()
@@ -126,10 +126,15 @@ def original(cfg: CfgNode, method: Method, data: DataBundle, shift: TestDistribu
     batches = []
     with torch.no_grad():
         for batch in DataLoader(images, cfg.adapt_batch_size, **options):
-            batch = to_device(batch, device)
-            batches.append((_mixed(method.expert_logits(batch["image"]), weights).cpu(), batch["label"].cpu()))
+            logits = method.expert_logits(batch["image"].to(device))
+            batches.append((_mixed(logits, weights).cpu(), batch["label"]))
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     evaluate(logits, labels, data.info.groups)
+
+
+def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
+    """A view already gives batches."""
+    return batch
 
 
 def _mixed(logits: Tensor, weights: Tensor) -> Tensor:

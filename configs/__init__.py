@@ -90,7 +90,7 @@ def load_data_config(data: str, pairs: Sequence[str], schema: Schema, where: str
 
 
 def load_resolved(path: Path, schema: Schema) -> CfgNode:
-    """Load the frozen config of a run from its `config.yaml`. Missing runtime options get their defaults.
+    """Load the frozen config of a run from its `config.yaml`. Missing options get what earlier versions did.
 
     Args:
         path: the file.
@@ -99,7 +99,7 @@ def load_resolved(path: Path, schema: Schema) -> CfgNode:
     Raises:
         UserError: the file is unreadable, or contains an option that this version does not have.
     """
-    values = schema.defaults
+    values = schema.defaults | schema.earlier
     stored = _read_yaml(path, schema)
     if "data" not in stored:
         raise UserError(f"{path} is no run's config")

@@ -29,6 +29,8 @@ class Key:
     """The smallest allowed value, also for each number in a list or mapping."""
     most: float | None = None
     """The largest allowed value, also for each number in a list or mapping."""
+    earlier: Any = None
+    """What runs did before the option existed, where this is not the default. None: the default."""
     optional: bool = False
     """None is allowed although it is not the default."""
     internal: bool = False

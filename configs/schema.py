@@ -75,6 +75,11 @@ class Schema(Mapping[str, Key]):
         """Option → its default."""
         return {name: key.default for name, key in self._keys.items()}
 
+    @property
+    def earlier(self) -> dict[str, Any]:
+        """Option → what runs did before it existed, for options of which this is not the default."""
+        return {name: key.earlier for name, key in self._keys.items() if key.earlier is not None}
+
     def settable(self) -> list[str]:
         """The options that a user may set."""
         return [name for name, key in self._keys.items() if not key.internal]

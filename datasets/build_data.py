@@ -11,18 +11,12 @@ import torch
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError, lookup
-from tailtune.datasets.data_bundle import DataBundle, DataInfo, View
+from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.datasets.data_settings import DataFolders, DataSettings, SplitSettings
-from tailtune.datasets.images.transforms import (
-    Transform,
-    check_augment,
-    eval_transform,
-    repeated,
-    resize_for_crops,
-    train_transform,
-    unaugmented_transform,
-)
+from tailtune.datasets.images.tensor_transforms import TensorTransform
+from tailtune.datasets.images.transforms import Transform, check_augment
 from tailtune.datasets.long_tail import capped_counts, check_hold_out
+from tailtune.datasets.run_transforms import RunTransforms, check_cache
 from tailtune.datasets.shot_groups import shot_groups
 from tailtune.datasets.sources.available_images import Outline
 from tailtune.datasets.sources.class_descriptors import class_descriptors
@@ -33,6 +27,7 @@ from tailtune.datasets.table import DATASETS, pixel_stats
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
 from tailtune.datasets.test_distributions.settings import DistributionSettings
+from tailtune.datasets.view import View
 
 
 def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
@@ -50,6 +45,7 @@ def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
     """
     for key in ("augment", "adapt_views"):  # only to refuse unknown names, which a dry run reports, too
         check_augment(cfg[key], cfg.interpolation, key)
+    check_cache(cfg.cache, cfg.image_backend, cfg.augment)
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(DataSettings.of(cfg)), counts)
 
 
@@ -65,7 +61,7 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         UserError: as `build_info`; or images are missing.
         UnreadableImages: some files are not images, and the option `on_bad_image` is not `skip`.
     """
-    augmented = train_transform(cfg.augment, cfg.resolution, cfg.interpolation)
+    transforms = RunTransforms.of(cfg)
     options, skip = SplitSettings.of(cfg), cfg.on_bad_image == "skip"
     available = lookup(DATASETS, cfg.dataset, "dataset").load(DataSettings.of(cfg))
     names = available.outline.class_names
@@ -75,18 +71,18 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         counts = np.bincount(train.source.labels[train.indices], minlength=len(names)).tolist()
     info = with_descriptors(cfg, _info(cfg, available.outline, counts))
 
-    def view(split: Split, transform: Transform) -> View:
+    def view(split: Split, transform: Transform | TensorTransform) -> View:
         return View(split.source, split.indices, transform, cfg.seed, skip)
 
-    for_test, for_adapting = _test_transform(cfg), train_transform(cfg.adapt_views, cfg.resolution, cfg.interpolation)
+    for_test = transforms.test
     tested = view(test, for_test).limited(cfg.max_test_images)
     return DataBundle(
         info=info,
-        train=view(train, augmented),
-        train_unaugmented=view(train, unaugmented_transform(cfg.resolution, cfg.interpolation)),
+        train=view(train, transforms.train),
+        train_unaugmented=view(train, transforms.unaugmented),
         train_as_test=view(train, for_test).limited(cfg.max_test_images),
         test=tested,
-        test_views=View(tested.source, tested.indices, repeated(for_adapting, 2), cfg.adapt_seed, skip),
+        test_views=View(tested.source, tested.indices, transforms.adapt, cfg.adapt_seed, skip),
         val=None if val is None else view(val, for_test).limited(cfg.max_test_images),
         # Built before training, so that a wrong list file is refused before it.
         test_distributions=build_distributions(DistributionSettings.of(cfg), info, tested.labels),
@@ -149,12 +145,3 @@ def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None) -> DataI
         mean=outline.mean,
         std=outline.std,
     )
-
-
-def _test_transform(cfg: CfgNode) -> Transform:
-    """The transform of evaluated images. For `tte`, trainers/evaluation/tta.py crops its result into views."""
-    if cfg.tte and cfg.tte_mode == "randaug":
-        return repeated(train_transform(cfg.augment, cfg.resolution, cfg.interpolation), cfg.randaug_times)
-    if cfg.tte:
-        return resize_for_crops(cfg.resolution, cfg.expand, cfg.interpolation)
-    return eval_transform(cfg.resolution, cfg.interpolation, cfg.augment)

@@ -89,6 +89,24 @@ class DataOptions:
         as_str,
         choices=("bilinear", "bicubic"),
     )
+    image_backend: str = of_data(
+        "torchvision",
+        "Library that decodes and transforms the images: torchvision is fast, pil gives the pixels of the original "
+        "codes. Their resized pixels differ by at most 1 of 255; their random draws differ.",
+        choices=("torchvision", "pil"),
+        earlier="pil",
+    )
+    cache: str | None = option(
+        None,
+        "Where the training images are kept after they have been decoded, and resized if no random crop comes first. "
+        "None means that every epoch decodes them again.",
+        as_str,
+        cls="runtime",
+        choices=("ram", "disk"),
+    )
+    cache_dir: str = option(
+        "~/.cache/tailtune/images", "Folder of the images that `cache disk` keeps.", as_path, cls="runtime"
+    )
 
 
 @dataclass(frozen=True)

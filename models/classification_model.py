@@ -58,7 +58,8 @@ class ClassificationModel(nn.Module):
 
     def normalised(self, images: Tensor) -> Tensor:
         """The encoder's input: uint8 images [B, 3, H, W] are normalised, floats pass as they are."""
-        return (images.float() / 255 - self.mean) / self.std if images.dtype == torch.uint8 else images
+        # In place, because on a CPU most of the time would go into new memory.
+        return images.float().div_(255).sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
 
     def logits(self, features: Tensor) -> Tensor:
         """Classify features.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Cli
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from tailtune.datasets.build_data import build_data
 from tailtune.models import build_model
@@ -22,11 +23,14 @@ LABELS = torch.tensor([0, 0, 2, 2])
 
 
 class View(list[dict[str, Any]]):
-    skip_bad = False
+    in_memory = True
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
         """By (index, epoch), as loaders ask."""
-        return super().__getitem__(key[0])
+        return default_collate([self[index] for index, _ in keys])
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
 
 
 class Encoder(nn.Module):

@@ -23,8 +23,7 @@ from yacs.config import CfgNode
 from tailtune.configs import FOLDER
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data, build_info
-from tailtune.datasets.data_bundle import View
-from tailtune.datasets.loading.data_loader import clean_worker_error, collate, eval_loader, train_loader
+from tailtune.datasets.loading.data_loader import clean_worker_error, eval_loader, train_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.sources import cifar
 from tailtune.datasets.sources.image_list import folder_names, read_list
@@ -33,6 +32,7 @@ from tailtune.datasets.sources.inaturalist import taxon_labels
 from tailtune.datasets.sources.published_lists import PUBLISHED, published_at
 from tailtune.datasets.splits.unreadable_images import UnreadableImages
 from tailtune.datasets.table import DATASETS
+from tailtune.datasets.view import View
 from tailtune.trainers.option_schema import declared
 
 TAILTUNE_DATA = Path(os.environ.get("TAILTUNE_DATA", "nowhere"))
@@ -284,7 +284,7 @@ def test_a_sample() -> None:
     assert sample["image"].dtype == torch.uint8
     assert sample["image"].shape == (3, 28, 28)
     assert (sample["label"], sample["index"], sample["weight"]) == (0, 3, 1.0)
-    batch = collate([bundle.train[0, 0], bundle.train[69, 0]])
+    batch = bundle.train.batch([(0, 0), (69, 0)])
     assert batch["image"].shape == (2, 3, 28, 28)
     assert batch["label"].tolist() == [0, 3]
     assert (batch["label"].dtype, batch["weight"].dtype) == (torch.int64, torch.float32)
@@ -360,7 +360,7 @@ def test_five_crop_batches_are_lists_where_sizes_differ() -> None:
     batch = next(iter(eval_loader(test, 10, 0)))
     assert isinstance(batch["image"], list)
     assert all(min(image.shape[1:]) == 31 for image in batch["image"])
-    even = collate([test[0], test[1]])
+    even = test.batch([0, 1])
     assert even["image"].shape == (2, 3, 31, 31)
     assert test[-1]["image"].shape == (3, 31, 31)
 

@@ -1,7 +1,7 @@
 """A run folder of an earlier version is shown, evaluated, exported and collected by this one.
 
 `stored/run_cac7ef2` was made by commit cac7ef2, the last one before modules moved and metrics.json got schema 2, with
-`COMMAND`; its TensorBoard files are left out.
+`COMMAND`; its TensorBoard files are left out. Pillow made all images then, and there was no option `image_backend`.
 """
 
 import json
@@ -21,6 +21,7 @@ from tailtune.trainers.runs.result_table import read_result
 STORED = Path(__file__).parent / "stored" / "run_cac7ef2"
 SHORT = "max_steps 6 batch_size 16 num_workers 0 max_test_images 30"
 COMMAND = f"-d fake_lt -m tiny_clip_peft {SHORT} test_dists uniform,backward5 adapter_dim 2 output_dir earlier"
+COMMAND += " image_backend pil"
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_it_is_evaluated_anew(launch: Cli, folder: Path) -> None:
 
 
 def test_another_folder_evaluates_and_exports_it(launch: Cli, folder: Path, tmp_path: Path) -> None:
-    words = f"-d fake_lt -m tiny_clip_peft {SHORT} adapter_dim 2 output_dir other test_only True model_dir {folder}"
+    words = f"-d fake_lt -m tiny_clip_peft {SHORT} adapter_dim 2 output_dir other test_only True"
+    words += f" model_dir {folder} image_backend pil"
     succeeded(launch(words))
     (file,) = (tmp_path / "output" / "other").rglob("metrics.json")
     result = json.loads(file.read_text())

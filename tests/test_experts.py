@@ -424,7 +424,7 @@ def test_distances_are_means_over_experts(monkeypatch: pytest.MonkeyPatch) -> No
     raw = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(8))
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     batches = [{"image": raw[k : k + 3], "label": labels[k : k + 3], "weight": torch.ones(3)} for k in (0, 3)]
-    monkeypatch.setattr("tailtune.trainers.evaluation.feature_analysis.eval_loader", lambda *_: batches)
+    monkeypatch.setattr("tailtune.trainers.evaluation.feature_analysis.eval_loader", lambda *_, **__: batches)
     method: Any = nn.Module()
     method.model = nn.Module()
     method.model.features = lambda images: images

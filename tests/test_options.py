@@ -399,6 +399,19 @@ def workers(cfg: CfgNode) -> Any:
     return sorted({call.kwargs["num_workers"] for call in loader.call_args_list})
 
 
+def said(text: str) -> Callable[[CfgNode], Any]:
+    """Whether the log of a run has a text."""
+    return lambda cfg: text in (ran(cfg) / "log.txt").read_text()
+
+
+def cached_in(cfg: CfgNode) -> Any:
+    """Which of two folders a cache on disk is in."""
+    for name in ("here", "there"):
+        shutil.rmtree(name, ignore_errors=True)
+    ran(cfg)
+    return [Path(name).exists() for name in ("here", "there")]
+
+
 def printed(cfg: CfgNode) -> Any:
     return (ran(cfg) / "log.txt").read_text().count("epoch [")
 
@@ -515,6 +528,9 @@ PROBES: dict[str, Probe] = {
     "data_fingerprint": Probe("size", "content", fingerprints, **LISTED),
     "augment": Probe("lift", "none", pixels("train")),
     "interpolation": Probe("bilinear", "bicubic", pixels("test", 3)),
+    "image_backend": Probe("torchvision", "pil", pixels("train")),
+    "cache": Probe("none", "ram", said("cache ram: 159 images"), ONE),
+    "cache_dir": Probe("here", "there", cached_in, (*ONE, "cache", "disk")),
     "backbone": Probe("TinyCLIP", "CLIP-ViT-B/16", on_meta),
     "pretrained": Probe("none", "own.safetensors", encoder_weights),
     "resolution": Probe(32, 48, grid),
@@ -613,6 +629,7 @@ PROBES: dict[str, Probe] = {
     "resume": Probe(True, False, repeated, ONE),
     "gpu": Probe("none", 1, device),
     "num_workers": Probe(0, 1, workers, ONE),
+    "profile_data": Probe(False, True, said("data of epoch 1"), ("num_epochs", 1, "max_test_images", 20)),
     "print_freq": Probe(10, 1, printed, ("num_epochs", 1, "max_test_images", 20)),
     "save_every": Probe("none", 1, states, ("max_steps", 2, "batch_size", 16, "max_test_images", 20)),
     "test_batch_size": Probe(64, 7, batches("expert_logits"), SHORT),

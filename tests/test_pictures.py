@@ -17,7 +17,9 @@ from fuzz.pictures import CONTENTS, damaged
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from tailtune.datasets.images import image_files as pictures
-from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, DecodeError, inspect_files, load_rgb
+from tailtune.datasets.images import inspect_files as checks
+from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, DecodeError, load_rgb
+from tailtune.datasets.images.inspect_files import inspect_files
 from tailtune.datasets.sources.image_sources import BadImage, FileSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # Pillow's; see `quiet`
@@ -385,7 +387,7 @@ def test_damaged_files_come_from_the_seed() -> None:
 
 
 def test_one_look_at_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "FILES_PER_TASK", 7)
+    monkeypatch.setattr(checks, "FILES_PER_TASK", 7)
     good = saved(tmp_path / "good.png", RGB)
     (tmp_path / "html.jpg").write_text("<html>not found</html>")
     (tmp_path / "empty.jpg").touch()
@@ -406,14 +408,14 @@ def test_one_look_at_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_look_does_not_wait_for_each_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network file system, where an answer takes milliseconds."""
-    file_size = pictures.file_size
+    file_size = checks.file_size
 
     def slow(path: Path) -> int:
         time.sleep(0.002)
         return file_size(path)
 
-    monkeypatch.setattr(pictures, "file_size", slow)
-    monkeypatch.setattr(pictures, "FILES_PER_TASK", 10)
+    monkeypatch.setattr(checks, "file_size", slow)
+    monkeypatch.setattr(checks, "FILES_PER_TASK", 10)
     good = saved(tmp_path / "good.png", RGB)
     began = time.perf_counter()
     inspect_files([good] * 1000, read_headers=False)

@@ -24,11 +24,11 @@ from test_bad_input import files_of_at_most, one_line, signal_after, states
 
 from tailtune import main
 from tailtune.configs.errors import UserError
-from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading import workers
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.sources.image_sources import ArraySource
-from tailtune.trainers.distributed import to_device, world_size
+from tailtune.datasets.view import View
+from tailtune.trainers.distributed import world_size
 from tailtune.trainers.evaluation import inference as evaluator
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
@@ -85,14 +85,15 @@ def test_a_worker_killed_while_training(launch: Cli) -> None:
 def test_a_worker_killed_while_evaluating(launch: Cli, monkeypatch: pytest.MonkeyPatch, dims: int) -> None:
     killed: list[int] = []
 
-    def kill(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        if batch["image"].ndim == dims and not killed:  # two views of each image are [B, 2, 3, H, W]
-            killed.append(to_a_worker(signal.SIGKILL))
-        return to_device(batch, device)
+    def batches(*args: Any, **named: Any) -> Iterator[dict[str, Any]]:
+        for batch in eval_loader(*args, **named):
+            if batch["image"].ndim == dims and not killed:  # two views of each image are [B, 2, 3, H, W]
+                killed.append(to_a_worker(signal.SIGKILL))
+            yield batch
 
     words = f"{FAKE.replace('tiny_clip_peft', 'tiny_clip')} num_experts 3 max_steps 1 adapt sade test_dists backward5"
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "to_device", kill)
+        patch.setattr(evaluator, "eval_loader", batches)
         one_line(launch(f"{words} num_workers 2 output_dir run"), *LOST)
     assert killed and not multiprocessing.active_children()
     done = launch(f"{words} num_workers 0 output_dir run")

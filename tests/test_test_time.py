@@ -13,7 +13,6 @@ from yacs.config import CfgNode
 from tailtune.configs.seeding import seeded
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.images.transforms import eval_transform, resize_for_crops, train_transform
-from tailtune.datasets.loading.data_loader import collate
 from tailtune.models import build_model
 from tailtune.trainers.evaluation.tta import AT_ONCE, TEST_TIME, averaged, plain
 from tailtune.trainers.methods import Method, build_method
@@ -97,7 +96,7 @@ def test_draws_are_the_training_augmentation_of_each_image(config: Config) -> No
         assert torch.equal(view[3]["image"], expected)
         assert not torch.equal(expected[0], expected[1])
     assert torch.equal(view[3]["image"], view[3]["image"]) and view[-1]["image"].shape == (3, 3, 32, 32)
-    assert collate([view[i] for i in (3, 4)])["image"].shape == (2, 3, 3, 32, 32)
+    assert view.batch([3, 4])["image"].shape == (2, 3, 3, 32, 32)
 
 
 @pytest.mark.parametrize("mode", [None, *TEST_TIME])
@@ -107,6 +106,7 @@ def test_training_images_are_tested_through_the_test_transform(
     """`test_train`, with all views of `tte` too, on images of different sizes."""
     words = ("pretrained", "none", "num_epochs", 0, "test_train", True, "test_batch_size", 7, "max_test_images", 20)
     views = ("tte", True, "tte_mode", mode, "randaug_times", 6) if mode else ()
+    views = (*views, "image_backend", "pil")
     cfg = config("fake_lt", "tiny_clip", *words, *views, "output_dir", str(tmp_path / "run"))
     data = build_data(cfg)
     found = load_file(run(cfg) / "logits.safetensors")

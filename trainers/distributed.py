@@ -24,7 +24,6 @@ from torch import nn
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
-from tailtune.datasets.data_bundle import Batch
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
 
@@ -155,12 +154,3 @@ def share_statistics(accelerator: Accelerator, module: nn.Module) -> None:
         for buffer in norm.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, "mean"))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the tensors of a batch to a device. `image` may be a list of images of different sizes."""
-
-    def move(value: Any) -> Any:
-        return [move(item) for item in value] if isinstance(value, list) else value.to(device, non_blocking=True)
-
-    return {name: move(value) for name, value in batch.items()}

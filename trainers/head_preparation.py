@@ -11,14 +11,15 @@ from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
-from tailtune.trainers.distributed import to_device
 from tailtune.trainers.methods import Method
 
 log = logging.getLogger("tailtune")
 
 
 @torch.no_grad()
-def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, batch_size: int, num_workers: int) -> None:
+def prepare_head(
+    method: Method, data: DataBundle, accelerator: Accelerator, batch_size: int, num_workers: int | None
+) -> None:
     """Run `method.prepare`; each process encodes its share of the training images, if the initialisation needs them.
 
     Args:
@@ -26,7 +27,7 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
         data: the data of the run.
         accelerator: device and processes.
         batch_size: images that a process encodes at once.
-        num_workers: processes that read images, for each process of the run.
+        num_workers: processes that read images, for each process of the run; None chooses their number.
     """
     encoder = method.model.encoder
 
@@ -34,8 +35,7 @@ def prepare_head(method: Method, data: DataBundle, accelerator: Accelerator, bat
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("encoding %d training images for the head", len(view))
         rank, world = accelerator.process_index, accelerator.num_processes
-        for batch in eval_loader(view, batch_size, num_workers, rank, world):
-            batch = to_device(batch, accelerator.device)
+        for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device):
             real = batch["weight"] > 0
             index = batch["index"][real]
             shared = encoder.trunk(method.model.normalised(batch["image"]))

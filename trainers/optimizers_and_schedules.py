@@ -44,7 +44,8 @@ class Plan:
     seed: int
     print_freq: int
     save_every: int | None
-    num_workers: int
+    num_workers: int | None
+    profile_data: bool
 
     @classmethod
     def of(cls, cfg: CfgNode, micro_batch_size: int) -> "Plan":

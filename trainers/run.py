@@ -15,6 +15,7 @@ from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.program import launch_target
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
+from tailtune.datasets.image_cache import keep_images
 from tailtune.datasets.splits.compare_records import first_few, seen_in_training
 from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
@@ -275,6 +276,9 @@ class _Run:
                 "processes is another run",
                 warn=True,
             )
+        if cfg.cache is not None:
+            world = self.accelerator.num_processes
+            keep_images(data.train, cfg.cache, Path(cfg.cache_dir).expanduser(), world)
         report = Trainer(self.accelerator, plan, states, events).fit(method, data)
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         if report.bad_images:

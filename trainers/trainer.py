@@ -17,7 +17,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
-from tailtune.trainers.distributed import share_statistics, to_device
+from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.methods.base import Batch, Method, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.precision import check_frozen
@@ -79,7 +79,8 @@ class Trainer:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         run = self._begin(method, data)
-        loader = train_loader(data.train, run.sampler, self.plan.num_workers)
+        data.train.timed = self.plan.profile_data
+        loader = train_loader(data.train, run.sampler, self.plan.num_workers, self.accelerator.device)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
         started, before = time.perf_counter(), run.report.seconds
         try:
@@ -88,12 +89,14 @@ class Trainer:
                     epoch, first = divmod(run.report.steps, steps)
                     method.on_epoch(epoch, self.plan.epochs)
                     run.sampler.set_position(epoch, first)
-                    batches = iter(loader)
+                    batches, begun = iter(loader), time.perf_counter()
                     for step in range(first, min(steps, total - epoch * steps)):
                         set_lr(run.optimizer, self.plan, epoch, run.report.steps + 1)
                         self._step(run, batches, step)
                         run.report.seconds = before + time.perf_counter() - started
                         self._after_step(run, interrupt, last=run.report.steps + 1 == total)
+                    if self.plan.profile_data:
+                        log.info(loader.times.report(epoch + 1, time.perf_counter() - begun))
         finally:
             run.progress.close()
         if cuda:
@@ -118,7 +121,7 @@ class Trainer:
         totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
         for index in range(count):
             waiting = time.perf_counter()
-            batch = to_device(next(batches), self.accelerator.device)
+            batch = next(batches)
             run.progress.waited += time.perf_counter() - waiting
             if padding:
                 batch["weight"] = torch.zeros_like(batch["weight"])

@@ -115,8 +115,17 @@ class RunOptions:
         least=0,
         most=1023,
     )
-    num_workers: int = option(
-        8, "Number of processes that decode images.", cls="runtime", recorded="config", least=0, most=256
+    num_workers: int | None = option(
+        None,
+        "Number of processes that decode images. None means 0 for images in memory, and all processors for others.",
+        as_int,
+        cls="runtime",
+        recorded="config",
+        least=0,
+        most=256,
+    )
+    profile_data: bool = option(
+        False, "The log says after each epoch whether training waited for images, and for what.", cls="runtime"
     )
     print_freq: int = option(
         10, "Number of optimizer steps between two lines of the log.", cls="runtime", least=1, most=10**9

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tailtune.datasets.commands.split_files import SplitFiles
-from tailtune.datasets.images.image_files import THREADS
+from tailtune.datasets.images.inspect_files import THREADS
 from tailtune.datasets.images.regular_files import NotARegularFile, open_regular
 
 PROBE_BYTES = 4096

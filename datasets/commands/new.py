@@ -20,7 +20,7 @@ from tailtune.datasets.commands.notes import collected_notes
 from tailtune.datasets.commands.result_files import cannot_write
 from tailtune.datasets.commands.split_files import SplitFiles
 from tailtune.datasets.images.decode_many import decode_many
-from tailtune.datasets.images.image_files import inspect_files
+from tailtune.datasets.images.inspect_files import inspect_files
 from tailtune.datasets.long_tail import shot_masks
 from tailtune.datasets.sources.image_folder import SPLITS, class_folders, read_folder
 from tailtune.datasets.sources.image_sources import FileSource

@@ -15,7 +15,7 @@ from tailtune.datasets.commands.releases import list_status, prefix_of, probable
 from tailtune.datasets.commands.split_files import SplitFiles
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.images.decode_many import decode_many
-from tailtune.datasets.images.image_files import inspect_files
+from tailtune.datasets.images.inspect_files import inspect_files
 from tailtune.datasets.images.regular_files import NotARegularFile
 from tailtune.datasets.long_tail import capped_counts
 from tailtune.datasets.sources.available_images import AvailableImages

@@ -1,19 +1,13 @@
 """Decodes many image files in parallel threads, with a bounded number of images and results in memory."""
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from tailtune.datasets.images.image_files import DecodeError, load_rgb
-
-FILES_PER_TASK = 32
-"""Number of images that a thread decodes before it takes the next ones."""
+from tailtune.datasets.images.ordered_map import ordered_map
 
 
 class Decoded(NamedTuple):
@@ -30,9 +24,7 @@ class Decoded(NamedTuple):
 def decode_many(
     paths: Sequence[Path], use: Callable[[Image.Image], object] | None = None, description: str = "decoding images"
 ) -> Iterator[Decoded]:
-    """Decode image files, and call a function with each image. Pillow's decoders let other threads run.
-
-    A progress bar appears on a terminal if this takes longer than two seconds.
+    """Decode image files, and call a function with each image.
 
     Args:
         paths: N files. FIFOs, devices, broken files and files with too many pixels are problems.
@@ -42,38 +34,12 @@ def decode_many(
     Yields:
         What became of each file, in the order of the files.
     """
-    threads = os.cpu_count() or 1
 
-    def decode(start: int) -> list[Decoded]:
-        return [_decode(position, paths[position], use) for position in range(start, min(start + step, len(paths)))]
-
-    step = max(1, min(FILES_PER_TASK, len(paths) // (4 * threads)))
-    waiting: deque[Future[list[Decoded]]] = deque()
-    with (
-        tqdm(total=len(paths), desc=description, delay=2, leave=False, unit="image", disable=None) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    def decode(position: int) -> Decoded:
         try:
-            for start in range(0, len(paths), step):
-                waiting.append(pool.submit(decode, start))
-                if len(waiting) > 2 * threads:
-                    yield from _finished(waiting.popleft(), bar)
-            while waiting:
-                yield from _finished(waiting.popleft(), bar)
-        finally:  # after Ctrl-C, what has not begun must not be waited for
-            for task in waiting:
-                task.cancel()
+            image = load_rgb(paths[position])
+        except DecodeError as error:
+            return Decoded(position, None, str(error))
+        return Decoded(position, use(image) if use else None, "")
 
-
-def _finished(task: "Future[list[Decoded]]", bar: "tqdm[None]") -> list[Decoded]:
-    done = task.result()
-    bar.update(len(done))
-    return done
-
-
-def _decode(position: int, path: Path, use: Callable[[Image.Image], object] | None) -> Decoded:
-    try:
-        image = load_rgb(path)
-    except DecodeError as error:
-        return Decoded(position, None, str(error))
-    return Decoded(position, use(image) if use else None, "")
+    return ordered_map(decode, len(paths), description)

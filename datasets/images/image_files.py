@@ -5,26 +5,23 @@ profile. There are three exceptions: grey of more than 8 bits (see `deep_grey.py
 directly; and an EXIF orientation, by which the image is rotated. Of an animation the first frame is read.
 """
 
+import io
 import logging
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
-from tqdm import tqdm
 
 from tailtune.datasets.images.deep_grey import is_deep_grey, to_eight_bits
-from tailtune.datasets.images.regular_files import EMPTY, NotARegularFile, file_size, open_regular
+from tailtune.datasets.images.regular_files import EMPTY, NotARegularFile, open_regular
 
 KNOWN_FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -67,11 +64,6 @@ HEADER_BYTES = 16
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
 """What Pillow's decoders raise for damaged files (AVIF's decoder raises RuntimeError). Other exceptions are bugs."""
 
-THREADS = 16
-"""Threads that check files. They may be more than the processors, because on a network file system they mostly wait."""
-FILES_PER_TASK = 256
-"""Number of files that a thread checks before it takes the next ones."""
-
 
 def silence_pillow() -> None:
     """Silence Pillow's warnings about single files, such as damaged EXIF data or many pixels.
@@ -102,54 +94,77 @@ def load_rgb(path: Path) -> Image.Image:
         DecodeError: the file is missing, not a regular file, of a format that is not in `FORMATS`, damaged, incomplete,
             or has too many pixels.
     """
-    with open_file(path) as (file, size), open_image(file, size) as image, decode_errors():
-        return upright_rgb(image)
+    with open_file(path) as file:
+        return decode_rgb(file)
 
 
-@contextmanager
-def open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
     Args:
         path: the file.
 
-    Yields:
-        The open file and its size in bytes.
-
     Raises:
         DecodeError: nothing is there, or it is no regular file.
     """
     try:
-        descriptor, status = open_regular(path)
+        descriptor, _ = open_regular(path)
     except NotARegularFile as reason:
         raise DecodeError(str(reason)) from None
-    with os.fdopen(descriptor, "rb") as file:
-        yield file, status.st_size
+    return os.fdopen(descriptor, "rb")
 
 
-def open_image(file: BinaryIO, size: int) -> Image.Image:
+def read_file(path: Path) -> BinaryIO:
+    """Read a file into memory, unless it has more than `MAX_BYTES`; then it is only opened.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DecodeError: as `open_file`, or the file cannot be read.
+    """
+    file = open_file(path)
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        return file
+    with file, decode_errors():
+        return io.BytesIO(file.read())
+
+
+def decode_rgb(file: BinaryIO) -> Image.Image:
+    """Decode an image as `load_rgb` does.
+
+    Args:
+        file: the encoded image, which can be read from any position.
+
+    Raises:
+        DecodeError: as `load_rgb`.
+    """
+    with open_image(file) as image, decode_errors():
+        return upright_rgb(image)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
     """Read the header of an image. The pixels are read later, by Pillow or by another library.
 
     Args:
         file: the encoded image, which can be read from any position.
-        size: its size in bytes.
 
     Returns:
-        Pillow's image, which has a format, a mode and a number of pixels that are allowed. Closing it leaves the file
-        open.
+        Pillow's image, which has a format and a number of pixels that are allowed. Closing it leaves the file open.
 
     Raises:
         DecodeError: a format that is not in `FORMATS`, a damaged header, or too many pixels.
     """
-    if size > MAX_BYTES and format_of(file.read(HEADER_BYTES)) in WHOLE_FILE_FORMATS:
-        raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
-    file.seek(0)
     try:
         with decode_errors():
+            too_large = file.seek(0, os.SEEK_END) > MAX_BYTES
+            file.seek(0)
+            header = file.read(HEADER_BYTES)
+            if too_large and format_of(header) in WHOLE_FILE_FORMATS:
+                raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
             image = Image.open(file, formats=tuple(FORMATS))
     except _Unidentified:
-        file.seek(0)
-        raise DecodeError(_unidentified(file.read(HEADER_BYTES))) from None
+        raise DecodeError(unidentified(header)) from None
     limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
     if image.width * image.height > limit:
         raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
@@ -196,50 +211,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """The result of checking N files."""
-
-    sizes: np.ndarray
-    """Size of each file in bytes, int64 [N]; −1 where there is no regular file."""
-    problems: dict[int, str]
-    """Position of each file that cannot be an image → the reason, in ascending order."""
-
-
-def inspect_files(paths: Sequence[Path], read_headers: bool = True) -> Inspection:
-    """Check files without decoding them: does each exist, is it a regular file, do its first bytes name a format?
-
-    A progress bar appears on a terminal if this takes longer than two seconds.
-
-    Args:
-        paths: N files.
-        read_headers: open each file and read its first bytes. If false, only its kind and size are checked.
-
-    Returns:
-        Sizes and problems.
-    """
-    sizes = np.full(len(paths), -1, dtype=np.int64)
-    problems: dict[int, str] = {}
-
-    def inspect_chunk(start: int) -> int:
-        chunk = paths[start : start + FILES_PER_TASK]
-        for index, path in enumerate(chunk, start):
-            sizes[index], problem = _check_header(path) if read_headers else _check_size(path)
-            if problem:
-                problems[index] = problem
-        return len(chunk)
-
-    starts = range(0, len(paths), FILES_PER_TASK)
-    _accept_functions()  # lets Pillow import its formats before several threads would do so at the same time
-    with (
-        tqdm(total=len(paths), desc="checking the images", delay=2, leave=False, disable=None) as bar,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
-        for count in pool.map(inspect_chunk, starts):
-            bar.update(count)
-    return Inspection(sizes, dict(sorted(problems.items())))
-
-
 def format_of(header: bytes) -> str | None:
     """The format of a file by Pillow's own rules.
 
@@ -250,41 +221,17 @@ def format_of(header: bytes) -> str | None:
         A key of `FORMATS`, or None.
     """
     header = header.ljust(HEADER_BYTES, b"\0")
-    return next((name for name, accept in _accept_functions() if accept(header) is True), None)
-
-
-def _check_header(path: Path) -> tuple[int, str]:
-    """Size and problem (empty if there is none) of a file, judged by its first bytes."""
-    try:
-        descriptor, status = open_regular(path)
-    except NotARegularFile as reason:
-        return -1, str(reason)
-    try:
-        header = os.read(descriptor, HEADER_BYTES)
-    except OSError as error:
-        return status.st_size, str(error.strerror)
-    finally:
-        os.close(descriptor)
-    return status.st_size, "" if format_of(header) else _unidentified(header)
-
-
-def _check_size(path: Path) -> tuple[int, str]:
-    """Size and problem (empty if there is none) of a file, which is not opened."""
-    try:
-        size = file_size(path)
-    except NotARegularFile as reason:
-        return -1, str(reason)
-    return size, "" if size else EMPTY
+    return next((name for name, accept in accept_functions() if accept(header) is True), None)
 
 
 @cache
-def _accept_functions() -> list[tuple[str, Callable[[bytes], bool | str]]]:
+def accept_functions() -> list[tuple[str, Callable[[bytes], bool | str]]]:
     """Format → Pillow's function that recognises its first bytes (it returns a string if a library is missing)."""
     Image.init()
     return [(name, accept) for name in FORMATS if (accept := Image.OPEN[name][1])]
 
 
-def _unidentified(header: bytes) -> str:
+def unidentified(header: bytes) -> str:
     """Why Pillow does not accept a file that begins with these bytes."""
     if not header:
         return EMPTY

@@ -208,7 +208,7 @@ def _cifar_crop(resolution: int, interpolation: str) -> Transform:
 
 def _digits(resolution: int, interpolation: str) -> Transform:
     """A slight rotation, shift and scaling; never a flip, which would change a digit."""
-    affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=_mode("bilinear"))
+    affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=interpolation_mode("bilinear"))
     return _compose(_resize(resolution, interpolation), v2.CenterCrop(resolution), affine)
 
 
@@ -275,15 +275,15 @@ def _resized_centre(resolution: int, side: int, interpolation: str) -> Transform
 
 
 def _resize(side: int, interpolation: str) -> Step:
-    return v2.Resize(side, interpolation=_mode(interpolation))
+    return v2.Resize(side, interpolation=interpolation_mode(interpolation))
 
 
 def _random_crop(resolution: int, interpolation: str, smallest_area: float = 0.08) -> Step:
     """A crop of a random area, between the share `smallest_area` of the image and the whole image."""
-    return v2.RandomResizedCrop(resolution, scale=(smallest_area, 1.0), interpolation=_mode(interpolation))
+    return v2.RandomResizedCrop(resolution, scale=(smallest_area, 1.0), interpolation=interpolation_mode(interpolation))
 
 
-def _mode(interpolation: str) -> Any:
+def interpolation_mode(interpolation: str) -> Any:
     """torchvision's member for an interpolation, the value of which is the same word."""
     check_interpolation(interpolation)
     return v2.InterpolationMode(interpolation)

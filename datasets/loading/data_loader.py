@@ -1,7 +1,8 @@
 """Loads batches of a view, in this process or in worker processes; failures of workers become one-line errors."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
-from tailtune.datasets.data_bundle import PADDING, Batch, View
+from tailtune.datasets.loading.input_times import InputTimes
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.loading.workers import (
     LINUX,
@@ -18,38 +19,59 @@ from tailtune.datasets.loading.workers import (
     Worker,
     WorkerContext,
     WorkerMonitor,
+    available_processors,
     set_worker_signals,
     usable_workers,
 )
+from tailtune.datasets.view import PADDING, Batch, View
+
+CPU = torch.device("cpu")
+MOST_WORKERS = 16
+"""More workers are started only if the option `num_workers` says so. They rarely help, and each takes memory."""
+FEWEST_IMAGES = 256
+"""So few images are decoded before workers would have started."""
 
 
 class Loader:
-    """Iterates over batches of a view. If a worker process fails, all workers are ended and a `UserError` is raised.
+    """Iterates over finished batches of a view on a device.
+
+    If a worker process fails, all workers are ended and a `UserError` is raised.
 
     Args:
         view: the images.
         batches: the batch sampler: iterable of lists of keys of the view, with a length.
-        num_workers: worker processes that decode images; 0 decodes in this process.
+        num_workers: worker processes that decode images; 0 decodes in this process, None chooses the number.
         max_images: images of the largest batch.
         world: processes of the run, which share the shared memory of the machine.
         persistent: keep the workers from one iteration to the next.
+        device: where the batches are finished.
     """
 
     def __init__(
-        self, view: View, batches: Any, num_workers: int, max_images: int, world: int, persistent: bool
+        self,
+        view: View,
+        batches: Any,
+        num_workers: int | None,
+        max_images: int,
+        world: int,
+        persistent: bool,
+        device: torch.device,
     ) -> None:
+        self.view, self.device = view, device
         # The memory is estimated from the size that the transform gives to a square image.
-        self.num_workers = usable_workers(num_workers, lambda: world * max_images * view[PADDING]["image"].numel())
+        wanted = chosen_workers(view, world) if num_workers is None else num_workers
+        self.num_workers = usable_workers(wanted, lambda: world * max_images * view[PADDING]["image"].numel())
+        self.times = InputTimes(self.num_workers, available_processors() // world)
         self.processes: list[Worker] = []
         has_workers = self.num_workers > 0
         self.loader: DataLoader[Batch] = DataLoader(
             view,
             batch_sampler=batches,
             num_workers=self.num_workers,
-            collate_fn=_collate_shared,
+            collate_fn=_in_shared_memory,  # type: ignore[arg-type]  # `View.__getitems__` gives whole batches
             persistent_workers=persistent and has_workers,
             worker_init_fn=set_worker_signals,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device.type == "cuda",
             prefetch_factor=PREFETCHED_BATCHES if has_workers else None,
             multiprocessing_context=WorkerContext(self.processes) if has_workers and LINUX else None,
             # DataLoader draws a seed at every start. From the global generator this would change later draws.
@@ -57,7 +79,7 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches, as `collate` makes them.
+        """The batches, as `View.finish` returns them.
 
         Raises:
             UserError: an image cannot be read, or a worker was killed or hangs.
@@ -65,8 +87,13 @@ class Loader:
         monitor = WorkerMonitor(self.processes, self.num_workers > 0)
         try:
             batches = self._start(monitor)
-            while (batch := monitor.waiting(lambda: next(batches, None))) is not None:
-                yield batch
+            while True:
+                started = perf_counter()
+                batch = monitor.waiting(lambda: next(batches, None))
+                self.times.waited += perf_counter() - started
+                if batch is None:
+                    return
+                yield self._finished(batch)
         except (UserError, RuntimeError, OSError, EOFError) as error:
             disconnected = isinstance(error, (OSError, EOFError))  # a connection ends shortly before its process does
             failure = monitor.failure(wait_seconds=1.0 if disconnected else 0.0)
@@ -77,6 +104,15 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def _finished(self, batch: Batch) -> Batch:
+        if (seconds := batch.pop("seconds", None)) is not None:
+            self.times.stages += seconds.numpy()
+        started = perf_counter()
+        batch = self.view.finish({name: _moved(value, self.device) for name, value in batch.items()})
+        self.times.finished += perf_counter() - started
+        self.times.images += len(batch["label"])
+        return batch
 
     def _start(self, monitor: WorkerMonitor) -> Iterator[Batch]:
         earlier_handler = signal.getsignal(signal.SIGCHLD)
@@ -92,7 +128,30 @@ class Loader:
                 signal.signal(signal.SIGCHLD, earlier_handler or signal.SIG_DFL)
 
 
-def eval_loader(view: View, batch_size: int, num_workers: int, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:
+def chosen_workers(view: View, world: int) -> int:
+    """How many worker processes a view is worth.
+
+    Images in memory are transformed faster than a worker could send them. Other images get all processors, as decoding
+    is most of the work.
+
+    Args:
+        view: the images.
+        world: processes of the run, which share the processors.
+    """
+    if view.in_memory or len(view) < FEWEST_IMAGES:
+        return 0
+    return min(MOST_WORKERS, available_processors() // world)
+
+
+def eval_loader(
+    view: View,
+    batch_size: int,
+    num_workers: int | None,
+    rank: int = 0,
+    world: int = 1,
+    epoch: int = 0,
+    device: torch.device = CPU,
+) -> Loader:
     """Batches for evaluation: all ranks together see each image once, in the same number of batches of equal sizes.
 
     If the images do not divide evenly, some ranks get padding with `index` −1 and `weight` 0.
@@ -100,46 +159,27 @@ def eval_loader(view: View, batch_size: int, num_workers: int, rank: int = 0, wo
     Args:
         view: the images.
         batch_size: images of a batch on one rank.
-        num_workers: worker processes that decode images.
+        num_workers: worker processes that decode images; None chooses the number.
         rank: index of this process.
         world: number of processes.
         epoch: pass over the images. A random transform makes new draws in each.
+        device: where the batches are finished.
     """
     batches = _RankBatches(len(view), batch_size, rank, world, epoch)
-    return Loader(view, batches, num_workers, min(batch_size, len(batches.keys)), world, persistent=False)
+    return Loader(view, batches, num_workers, min(batch_size, len(batches.keys)), world, False, device)
 
 
-def train_loader(view: View, sampler: StepSampler, num_workers: int) -> Loader:
+def train_loader(view: View, sampler: StepSampler, num_workers: int | None, device: torch.device = CPU) -> Loader:
     """Micro-batches for training, in the order of a sampler. Each iteration starts at the sampler's position.
 
     Args:
         view: the training images.
         sampler: the order of the images.
-        num_workers: worker processes that decode images.
+        num_workers: worker processes that decode images; None chooses the number.
+        device: where the batches are finished.
     """
     max_images = sampler.micro_batch_size * (1 if sampler.pair is None else 2)
-    return Loader(view, sampler, num_workers, max_images, sampler.world, persistent=True)
-
-
-def collate(samples: Sequence[Batch]) -> Batch:
-    """Join samples of a view into a batch.
-
-    Args:
-        samples: B samples.
-
-    Returns:
-        image: uint8 [B, 3, H, W], or [B, T, 3, H, W] for T draws of each image, or a list of B tensors where sizes
-            differ (such images are cropped on the device);
-        partner: the second images of pairs, as `image`; only if the samples are pairs;
-        label, index: int64 [B];
-        weight: float32 [B].
-    """
-    images = [sample["image"] for sample in samples]
-    same_size = all(image.shape == images[0].shape for image in images)
-    batch: Batch = {name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "index", "weight")}
-    if "partner" in samples[0]:
-        batch["partner"] = torch.stack([sample["partner"] for sample in samples])
-    return {"image": torch.stack(images) if same_size else images, **batch}
+    return Loader(view, sampler, num_workers, max_images, sampler.world, True, device)
 
 
 def clean_worker_error(error: BaseException) -> UserError | None:
@@ -178,15 +218,18 @@ class _RankBatches:
         return -(-len(self.keys) // self.batch_size)
 
 
-def _collate_shared(samples: Sequence[Batch]) -> Batch:
-    """`collate`; in a worker also move the batch to shared memory.
+def _in_shared_memory(batch: Batch) -> Batch:
+    """In a worker, move the batch to shared memory.
 
     If the shared memory is full, an error raised here reaches the main process. If the queue moved the batch instead,
     the error would end a thread of the queue, and the main process would wait for ever.
     """
-    batch = collate(samples)
     if get_worker_info() is not None:
         for value in batch.values():
             for tensor in value if isinstance(value, list) else [value]:
                 tensor.share_memory_()
     return batch
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value.to(device, non_blocking=True)

@@ -60,7 +60,7 @@ def usable_workers(wanted: int, batch_bytes: Callable[[], int]) -> int:
     Returns:
         At most `wanted`; 0, with a warning, if the shared memory is too small for the workers.
     """
-    count = min(wanted, _available_processors())
+    count = min(wanted, available_processors())
     if not count:
         return 0
     free, needed = free_shared_memory(), (PREFETCHED_BATCHES * count + BATCHES_IN_USE) * batch_bytes()
@@ -84,7 +84,7 @@ def free_shared_memory() -> float:
     return status.f_bavail * status.f_frsize if os.access(SHARED_MEMORY, os.W_OK) else 0
 
 
-def _available_processors() -> int:
+def available_processors() -> int:
     """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

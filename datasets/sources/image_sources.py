@@ -1,15 +1,24 @@
 """Sources of labelled images, in files or in memory. Every source gives RGB images of PIL and integer labels."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets.images.image_files import DecodeError, load_rgb
+from tailtune.configs.lazy_module import lazy_module
+from tailtune.datasets.images.image_files import DecodeError, load_rgb, read_file
+from tailtune.datasets.images.tensor_decode import decode_pixels
 from tailtune.datasets.sources.path_list import PathList
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_module("torch")
 
 
 class BadImage(UserError):
@@ -40,8 +49,42 @@ class Source(Protocol):
             BadImage: it is missing or cannot be decoded.
         """
 
+    def open(self, index: int) -> BinaryIO | None:
+        """Read the encoded image at a position, so that the time of reading and of decoding can be told apart.
+
+        Args:
+            index: position in the source.
+
+        Returns:
+            The file, to be decoded by `pixels`; None for images that are not encoded.
+
+        Raises:
+            BadImage: it is missing or cannot be read.
+        """
+
+    def pixels(self, index: int, file: BinaryIO | None) -> "Tensor":
+        """The image at a position as a tensor.
+
+        Args:
+            index: position in the source.
+            file: what `open` has returned; it is closed.
+
+        Returns:
+            RGB, uint8 [3, H, W]. It must not be changed.
+
+        Raises:
+            BadImage: it cannot be decoded.
+        """
+
     def location(self, index: int) -> str:
         """Where an image comes from, for messages.
+
+        Args:
+            index: position in the source.
+        """
+
+    def stamp(self, index: int) -> str:
+        """A text that changes when the image may have changed, by which a cache of decoded images is found again.
 
         Args:
             index: position in the source.
@@ -69,9 +112,24 @@ class ArraySource:
         """As `Source.load`; it never fails."""
         return Image.fromarray(self.images[index])
 
+    def open(self, index: int) -> None:
+        """As `Source.open`: the images are not encoded."""
+
+    def pixels(self, index: int, file: BinaryIO | None) -> "Tensor":
+        """As `Source.pixels`; it never fails."""
+        return torch.from_numpy(self.images[index]).permute(2, 0, 1)
+
+    def stack(self) -> "Tensor | None":
+        """All images as one tensor [N, 3, H, W] that shares their memory; None if their sizes differ."""
+        return torch.from_numpy(self.images).permute(0, 3, 1, 2) if isinstance(self.images, np.ndarray) else None
+
     def location(self, index: int) -> str:
         """As `Source.location`."""
         return f"image {index} of {self.name}"
+
+    def stamp(self, index: int) -> str:
+        """As `Source.stamp`: the pixels themselves."""
+        return hashlib.blake2b(np.ascontiguousarray(self.images[index]).data, digest_size=16).hexdigest()
 
 
 class FileSource:
@@ -102,8 +160,24 @@ class FileSource:
 
     def load(self, index: int) -> Image.Image:
         """As `Source.load`."""
-        try:
+        with self._reported(index):
             return load_rgb(self.root / self.paths[index])
+
+    def open(self, index: int) -> BinaryIO:
+        """As `Source.open`."""
+        with self._reported(index):
+            return read_file(self.root / self.paths[index])
+
+    def pixels(self, index: int, file: BinaryIO | None) -> "Tensor":
+        """As `Source.pixels`."""
+        assert file is not None
+        with file, self._reported(index):
+            return decode_pixels(file)
+
+    @contextmanager
+    def _reported(self, index: int) -> Iterator[None]:
+        try:
+            yield
         except DecodeError as problem:
             raise BadImage(f"cannot read image {self.location(index)}: {problem}") from problem
 
@@ -111,6 +185,15 @@ class FileSource:
         """As `Source.location`: the path, and the line of the list file."""
         path = self.root / self.paths[index]
         return f"{path} (line {self.lines[index]} of {self.listed_in})" if self.listed_in else str(path)
+
+    def stamp(self, index: int) -> str:
+        """As `Source.stamp`: path, size and time of the last change."""
+        path = self.root / self.paths[index]
+        try:
+            status = path.stat()
+        except OSError:
+            return f"{path} missing"
+        return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
 
     def check_root(self) -> None:
         """Check whether `root` is the folder of these images. Single missing files are not looked for.

@@ -8,7 +8,7 @@ import numpy as np
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.images.decode_many import decode_many
-from tailtune.datasets.images.image_files import inspect_files
+from tailtune.datasets.images.inspect_files import inspect_files
 from tailtune.datasets.sources.image_sources import FileSource
 from tailtune.datasets.splits.split_records import ChosenSplits, Split, StoredSplits
 

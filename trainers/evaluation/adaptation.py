@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tailtune.configs.option import NoOptions, option
-from tailtune.datasets.data_bundle import TestDistribution, View
+from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.trainers.distributed import to_device
+from tailtune.datasets.view import View
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.methods import Method
 
@@ -68,7 +68,7 @@ class UnlabelledTest:
     first. All processes must call it together."""
     accelerator: Accelerator
     images: View
-    num_workers: int = 0
+    num_workers: int | None = None
 
     def batches(self, positions: Tensor, batch_size: int) -> Iterator[UnlabelledBatch]:
         """Read test images in batches, the same batches on every process. Unreadable images are left out.
@@ -77,8 +77,9 @@ class UnlabelledTest:
             positions: positions of the images in the test split, in the order in which they are read [n].
             batch_size: number of images in a batch.
         """
-        for batch in eval_loader(self.images.take(positions.numpy()), batch_size, self.num_workers):
-            batch = to_device(batch, self.accelerator.device)
+        for batch in eval_loader(
+            self.images.take(positions.numpy()), batch_size, self.num_workers, device=self.accelerator.device
+        ):
             readable = batch["weight"] > 0
             if readable.any():
                 yield UnlabelledBatch(batch["image"][readable], positions[batch["index"][readable].cpu()])

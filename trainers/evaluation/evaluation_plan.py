@@ -44,7 +44,7 @@ class EvaluationPlan:
     test_prec: str
     resolution: int
     batch_size: int
-    num_workers: int
+    num_workers: int | None
     max_images: int | None
     warnings: tuple[str, ...]
     """Warnings about the options; they are shown before anything is computed."""

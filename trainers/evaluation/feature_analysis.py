@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.trainers.distributed import to_device
+from tailtune.datasets.view import View
 from tailtune.trainers.methods import Method
 
 GROUPS = {"many": "head: many-shot", "med": "medium-shot", "few": "tail: few-shot"}
@@ -47,7 +46,7 @@ class SplitFeatures:
 
 @torch.no_grad()
 def split_features(
-    method: Method, view: View, num_classes: int, device: torch.device, batch_size: int, num_workers: int
+    method: Method, view: View, num_classes: int, device: torch.device, batch_size: int, num_workers: int | None
 ) -> SplitFeatures:
     """Compute the features of all images of a view. Images that could not be read are left out.
 
@@ -57,11 +56,10 @@ def split_features(
         num_classes: number C of classes.
         device: device of the method.
         batch_size: number of images that are computed at once.
-        num_workers: number of processes that decode images.
+        num_workers: number of processes that decode images; None chooses it.
     """
     features, labels = [], []
-    for batch in eval_loader(view, batch_size, num_workers):
-        batch = to_device(batch, device)
+    for batch in eval_loader(view, batch_size, num_workers, device=device):
         real = batch["weight"] > 0
         features.append(method.model.features(batch["image"])[real].float().cpu())
         labels.append(batch["label"][real].cpu())

@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.trainers.distributed import to_device
+from tailtune.datasets.view import View
 from tailtune.trainers.storage.atomic_io import Damaged, Digest
 from tailtune.trainers.storage.manifest import check_file
 from tailtune.trainers.storage.tensor_files import write_tensors
@@ -40,7 +39,7 @@ Predict = Callable[[Tensor | list[Tensor]], Tensor]
 
 @torch.no_grad()
 def infer(
-    predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int, epoch: int = 0
+    predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int | None, epoch: int = 0
 ) -> Logits | None:
     """Run `predict` on every image of a view once. The images are divided among the processes.
 
@@ -49,20 +48,19 @@ def infer(
         view: the images and their transform.
         accelerator: device and processes.
         batch_size: number of images that a process computes at once.
-        num_workers: number of processes that decode images, for each process of the run.
+        num_workers: number of processes that decode images, for each process of the run; None chooses it.
         epoch: number that selects the random draws, if the transform is random.
 
     Returns:
         The logits, on the CPU of the first process; None on the other processes.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    loader = eval_loader(view, batch_size, num_workers, rank, world, epoch)
+    loader = eval_loader(view, batch_size, num_workers, rank, world, epoch, accelerator.device)
     count = len(view)
     logits: Tensor | None = None
     labels = torch.zeros(count, dtype=torch.int64)
     readable = torch.zeros(count, dtype=torch.bool)
     for batch in loader:
-        batch = to_device(batch, accelerator.device)
         out = predict(batch["image"]).float()
         gathered = accelerator.gather((out, batch["label"], batch["index"], batch["weight"]))
         if not accelerator.is_main_process:

@@ -229,8 +229,8 @@ class RunFolder(OwnedFolder):
         for key, value in values_of(self.cfg, TRAIN).items():
             if stored.get(key) != value:
                 raise UserError(
-                    f"{self.path} holds another run: {key} is {stored.get(key)} there and {value} here; choose another "
-                    "output_dir, or start over with `resume False`"
+                    f"{self.path} holds another run: {key} is {stored.get(key)} there and {value} here; set {key} to "
+                    "that value, choose another output_dir, or start over with `resume False`"
                 )
 
     def _same_hash(self) -> bool:

@@ -1,0 +1,202 @@
+"""Keeps the training images of a run in memory or on disk after they have been decoded, for the option `cache`.
+
+What is kept is an image after `TensorTransform.prepare`, so it is resized if no random crop comes first. The batches
+are the same as without a cache.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import PIL
+import psutil
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from tailtune.configs.atomic_file import atomic_file
+from tailtune.configs.errors import UserError
+from tailtune.datasets.images.ordered_map import ordered_map
+from tailtune.datasets.images.tensor_transforms import TensorTransform
+from tailtune.datasets.sources.image_sources import BadImage
+from tailtune.datasets.view import View
+
+FORMAT = 1
+SAMPLED = 64
+"""Images by which the size of the whole cache is estimated."""
+LARGEST_SHARE = 0.8
+"""Share of the free memory or disk space that a cache may take."""
+BLOCK_BYTES = 1 << 26
+"""Images in memory are kept in blocks of this size, because a block cannot grow in place."""
+
+log = logging.getLogger("tailtune")
+
+
+@dataclass
+class KeptImages:
+    """Images of a view after `TensorTransform.prepare`."""
+
+    blocks: list[Tensor]
+    """Pixels of many images each, uint8 [n]. Forked workers share them, because nobody writes to them."""
+    places: np.ndarray
+    """Block, first byte in it, height and width of each image, int64 [N, 4]; height 0 for an unreadable image."""
+
+    def __post_init__(self) -> None:
+        height, width = self.places[0, 2:]
+        same = len(self.blocks) == 1 and height and bool((self.places[:, 2:] == (height, width)).all())
+        size = 3 * height * width * len(self.places)
+        self._stack = self.blocks[0][:size].view(-1, 3, height, width) if same else None
+
+    def stack(self) -> Tensor | None:
+        """As `Prepared.stack`."""
+        return self._stack
+
+    def image(self, index: int) -> Tensor | None:
+        """As `Prepared.image`."""
+        block, start, height, width = self.places[index]
+        if not height:
+            return None
+        return self.blocks[block][start : start + 3 * height * width].view(3, height, width)
+
+
+def keep_images(view: View, where: str, folder: Path, world: int) -> None:
+    """Let a view read its images from a cache, which is filled if it does not exist.
+
+    If there is no room for the images, a warning says so, and they are not kept.
+
+    Args:
+        view: the images. Its transform works on tensors; see `check_cache`.
+        where: `ram` or `disk`.
+        folder: folder of the caches on disk, which several runs share.
+        world: number of processes of the run on this machine; each has its own cache in memory.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    images = _Images(view)
+    if where == "ram":
+        view.prepared = _in_memory(images, world)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{images.key}.lock"):
+            view.prepared = _on_disk(images, folder / f"{images.key}.pixels")
+    except OSError as error:
+        raise UserError(
+            f"cache disk: cannot write to {folder} ({error.strerror or error}): choose another `cache_dir`, or leave "
+            "`cache` out"
+        ) from error
+
+
+class _Images:
+    """The prepared images of a view."""
+
+    def __init__(self, view: View) -> None:
+        assert isinstance(view.transform, TensorTransform)
+        self.view, self.prepare = view, view.transform.prepare
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def prepared(self, index: int) -> Tensor | None:
+        """uint8 [3, H, W]; None for an unreadable image."""
+        source, position = self.view.source, int(self.view.indices[index])
+        try:
+            pixels = source.pixels(position, source.open(position))
+        except BadImage:
+            return None
+        return self.prepare(pixels[None])[0]
+
+    def all(self) -> Iterator[Tensor | None]:
+        """Every prepared image in its order."""
+        return ordered_map(self.prepared, len(self), "decoding the training images for the cache")
+
+    def sizes(self) -> list[int]:
+        """Bytes of some of the prepared images."""
+        chosen = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int)
+        return [image.numel() for index in chosen if (image := self.prepared(int(index))) is not None]
+
+    @property
+    def key(self) -> str:
+        """Changes when the images, what is made of them, or the libraries that decode them change."""
+        about = [FORMAT, PIL.__version__, version("torchvision"), _described(self.prepare), len(self)]
+        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=12)
+        for position in self.view.indices.tolist():
+            digest.update(self.view.source.stamp(position).encode(errors="surrogateescape") + b"\n")
+        return digest.hexdigest()
+
+
+def _described(function: object) -> list[object]:
+    """The name and the arguments of a function of tensor_transforms.py."""
+    if isinstance(function, partial):
+        return [function.func.__name__, *map(repr, function.args), sorted(function.keywords.items())]
+    return [getattr(function, "__name__", repr(function))]
+
+
+def _in_memory(images: _Images, world: int) -> KeptImages | None:
+    sizes = images.sizes()
+    if not _fits("ram", sizes, len(images), psutil.virtual_memory().available / world):
+        return None
+    # One block if all have the same size, so that a batch can be taken out of it at once.
+    capacity = sizes[0] * len(images) if len(set(sizes)) == 1 else max(BLOCK_BYTES, *sizes)
+    places = np.zeros((len(images), 4), dtype=np.int64)
+    blocks: list[Tensor] = []
+    filled, kept = 0, 0
+    for index, image in enumerate(images.all()):
+        if image is None:
+            continue
+        if not blocks or filled + image.numel() > len(blocks[-1]):
+            blocks.append(torch.empty(max(capacity, image.numel()), dtype=torch.uint8))
+            filled = 0
+        blocks[-1][filled : filled + image.numel()] = image.flatten()
+        places[index] = len(blocks) - 1, filled, *image.shape[1:]
+        filled, kept = filled + image.numel(), kept + image.numel()
+    log.info("cache ram: %s images in %.1f MB", f"{len(images):,}", kept / 1e6)
+    return KeptImages(blocks, places)
+
+
+def _on_disk(images: _Images, pixels: Path) -> KeptImages | None:
+    index = pixels.with_suffix(".npy")
+    if not (pixels.exists() and index.exists()):
+        if not _fits("disk", images.sizes(), len(images), shutil.disk_usage(pixels.parent).free):
+            return None
+        places = np.zeros((len(images), 4), dtype=np.int64)
+        with atomic_file(pixels) as file:
+            for number, image in enumerate(images.all()):
+                if image is not None:
+                    places[number] = 0, file.tell(), *image.shape[1:]
+                    file.write(image.contiguous().numpy().data)
+        with atomic_file(index) as file:
+            np.save(file, places)
+    places = np.load(index)
+    size = int((3 * places[:, 2] * places[:, 3]).sum())
+    if len(places) != len(images) or pixels.stat().st_size != size:
+        raise UserError(f"cache disk: {pixels} is damaged: delete it")
+    log.info("cache disk: %s images in %s, %.1f MB", f"{len(images):,}", pixels, size / 1e6)
+    return (
+        KeptImages([torch.from_file(str(pixels), shared=False, size=size, dtype=torch.uint8)], places) if size else None
+    )
+
+
+def _fits(where: str, sizes: list[int], count: int, free: float) -> bool:
+    """Whether so many images fit, judged by the sizes of some of them."""
+    if not sizes:  # none can be read, which the loader reports
+        return False
+    needed = float(np.mean(sizes)) * count
+    if needed <= LARGEST_SHARE * free:
+        return True
+    log.warning(
+        "warning: cache %s: the decoded training images take about %.1f GB, and %.1f GB are free: each epoch decodes "
+        "them again",
+        where,
+        needed / 1e9,
+        free / 1e9,
+    )
+    return False

@@ -1,0 +1,78 @@
+"""Decodes images to uint8 tensors: JPEG with torchvision, everything else with Pillow.
+
+torchvision decodes a JPEG into a tensor without a copy. Both libraries decode with libjpeg-turbo and give the same
+pixels. What torchvision would treat in another way goes to Pillow: CMYK, a rotation by EXIF data, a damaged file.
+"""
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, BinaryIO
+
+from PIL import Image
+
+from tailtune.configs.lazy_module import lazy_module
+from tailtune.datasets.images.image_files import MAX_BYTES, MAX_PIXELS, decode_errors, open_image, upright_rgb
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch, tv_io, v2 = lazy_module("torch"), lazy_module("torchvision.io"), lazy_module("torchvision.transforms.v2")
+
+START_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", 0xDA
+START_OF_FRAME = (0xC0, 0xC1, 0xC2)
+"""Markers of frames that are compressed by Huffman codes: baseline, extended, progressive."""
+APPLICATION_1 = 0xE1
+"""Marker of EXIF and XMP data, which may say that the image is rotated."""
+SCANNED_BYTES = 1 << 16
+"""Where the frame of a JPEG begins at the latest, if it is decoded here."""
+
+
+def decode_pixels(file: BinaryIO) -> "Tensor":
+    """Decode an image.
+
+    Args:
+        file: the encoded image, which can be read from any position.
+
+    Returns:
+        RGB pixels, uint8 [3, H, W], rotated as the EXIF data say.
+
+    Raises:
+        DecodeError: as `load_rgb`.
+    """
+    file.seek(0)
+    if is_plain_jpeg(file.read(SCANNED_BYTES)):
+        file.seek(0)
+        encoded = bytearray(file.read(MAX_BYTES))
+        with suppress(RuntimeError):  # Pillow decodes it after all, or says what is wrong
+            pixels: Tensor = tv_io.decode_jpeg(torch.frombuffer(encoded, dtype=torch.uint8), tv_io.ImageReadMode.RGB)
+            return pixels
+    with open_image(file) as image, decode_errors():
+        return pixels_of(upright_rgb(image))
+
+
+def pixels_of(image: Image.Image) -> "Tensor":
+    """The pixels of an image of mode RGB, uint8 [3, H, W]."""
+    pixels: Tensor = v2.functional.pil_to_tensor(image)
+    return pixels
+
+
+def is_plain_jpeg(header: bytes) -> bool:
+    """Whether a file is a JPEG of which both libraries give the same pixels, and not too many.
+
+    Pillow can tell this too, but takes ten times longer, because it reads all tables of the header.
+
+    Args:
+        header: the first bytes of the file.
+    """
+    if not header.startswith(START_OF_IMAGE):
+        return False
+    place = len(START_OF_IMAGE)
+    while place + 10 <= len(header):  # a marker, its length, and what a frame begins with
+        mark, kind = header[place], header[place + 1]
+        if mark != 0xFF or kind in (APPLICATION_1, START_OF_SCAN):
+            return False
+        if kind in START_OF_FRAME:
+            precision, components = header[place + 4], header[place + 9]
+            height, width = (int.from_bytes(header[place + n : place + n + 2]) for n in (5, 7))
+            return precision == 8 and components in (1, 3) and 0 < height * width <= MAX_PIXELS
+        place += 2 + int.from_bytes(header[place + 2 : place + 4])
+    return False

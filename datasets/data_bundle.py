@@ -1,6 +1,6 @@
 """What the rest of the toolkit sees of a data set: facts about it, its views, and its test distributions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tailtune.datasets.images.transforms import Transform
 from tailtune.datasets.long_tail import random_positions
 from tailtune.datasets.sources.available_images import RGB
 from tailtune.datasets.sources.image_sources import BadImage, Source
+from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.splits.split_records import ChosenSplits, Record
 
 Batch = dict[str, Any]
@@ -138,6 +139,19 @@ class View(Dataset[Batch]):
             return _sample(self._black(), label, index, 0.0)
         with seeded(self.seed, "augment", epoch, index, repetition):
             return _sample(self.transform(image), label, index, 1.0)
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, ...]]) -> list[Batch]:
+        """The samples of a batch; a DataLoader calls it with all keys of a batch, so that shards are read at once.
+
+        Raises:
+            BadImage: as `__getitem__`.
+            UserError: the server of the images does not answer.
+        """
+        if isinstance(self.source, NamedSource):
+            parts = (key if isinstance(key, tuple) else (key,) for key in keys)
+            indices = [index for part in parts for index in part[::3]]  # of a pair, the two images
+            self.source.prefetch([int(self.indices[index]) for index in indices if index != PADDING])
+        return [self[key] for key in keys]
 
     def _black(self) -> torch.Tensor:
         """A black image of the shape that the transform gives to a square image, so that batches can be stacked."""

@@ -1,11 +1,10 @@
-"""Decodes many image files in parallel threads, with a bounded number of images and results in memory."""
+"""Decodes many images in parallel threads, with a bounded number of images and results in memory."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -17,44 +16,49 @@ FILES_PER_TASK = 32
 
 
 class Decoded(NamedTuple):
-    """What became of one file."""
+    """What became of one image."""
 
     position: int
-    """Position of the file in the sequence."""
+    """Position of the image in the sequence."""
     result: object
-    """What the function returned; None if the file cannot be decoded."""
+    """What the function returned; None if the image cannot be decoded."""
     problem: str
-    """Why the file cannot be decoded; empty if it can."""
+    """Why the image cannot be decoded; empty if it can."""
 
 
 def decode_many(
-    paths: Sequence[Path], use: Callable[[Image.Image], object] | None = None, description: str = "decoding images"
+    items: Sequence[Any],
+    use: Callable[[Image.Image], object] | None = None,
+    load: Callable[[Any], Image.Image] = load_rgb,
+    description: str = "decoding images",
 ) -> Iterator[Decoded]:
-    """Decode image files, and call a function with each image. Pillow's decoders let other threads run.
+    """Decode images, and call a function with each image. Pillow's decoders let other threads run.
 
     A progress bar appears on a terminal if this takes longer than two seconds.
 
     Args:
-        paths: N files. FIFOs, devices, broken files and files with too many pixels are problems.
+        items: N files, or what else `load` takes. FIFOs, devices, broken files and too many pixels are problems.
         use: gets each image in mode RGB; None if only the problems are of interest.
+        load: gives the image of an item in mode RGB, or raises DecodeError.
         description: text of the progress bar.
 
     Yields:
-        What became of each file, in the order of the files.
+        What became of each item, in their order.
     """
     threads = os.cpu_count() or 1
 
     def decode(start: int) -> list[Decoded]:
-        return [_decode(position, paths[position], use) for position in range(start, min(start + step, len(paths)))]
+        stop = min(start + step, len(items))
+        return [_decode(position, items[position], load, use) for position in range(start, stop)]
 
-    step = max(1, min(FILES_PER_TASK, len(paths) // (4 * threads)))
+    step = max(1, min(FILES_PER_TASK, len(items) // (4 * threads)))
     waiting: deque[Future[list[Decoded]]] = deque()
     with (
-        tqdm(total=len(paths), desc=description, delay=2, leave=False, unit="image", disable=None) as bar,
+        tqdm(total=len(items), desc=description, delay=2, leave=False, unit="image", disable=None) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         try:
-            for start in range(0, len(paths), step):
+            for start in range(0, len(items), step):
                 waiting.append(pool.submit(decode, start))
                 if len(waiting) > 2 * threads:
                     yield from _finished(waiting.popleft(), bar)
@@ -71,9 +75,11 @@ def _finished(task: "Future[list[Decoded]]", bar: "tqdm[None]") -> list[Decoded]
     return done
 
 
-def _decode(position: int, path: Path, use: Callable[[Image.Image], object] | None) -> Decoded:
+def _decode(
+    position: int, item: Any, load: Callable[[Any], Image.Image], use: Callable[[Image.Image], object] | None
+) -> Decoded:
     try:
-        image = load_rgb(path)
+        image = load(item)
     except DecodeError as error:
         return Decoded(position, None, str(error))
     return Decoded(position, use(image) if use else None, "")

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from tailtune.configs.errors import UserError
-from tailtune.datasets.images.image_files import DecodeError, load_rgb
+from tailtune.datasets.images.image_files import DecodeError, Inspection, inspect_files, load_rgb, open_file
+from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.sources.path_list import PathList
 
 
@@ -74,7 +75,7 @@ class ArraySource:
         return f"image {index} of {self.name}"
 
 
-class FileSource:
+class FileSource(NamedSource):
     """Image files below a folder.
 
     Args:
@@ -111,6 +112,30 @@ class FileSource:
         """As `Source.location`: the path, and the line of the list file."""
         path = self.root / self.paths[index]
         return f"{path} (line {self.lines[index]} of {self.listed_in})" if self.listed_in else str(path)
+
+    def decode(self, index: int) -> Image.Image:
+        """As `NamedSource.decode`."""
+        return load_rgb(self.root / self.paths[index])
+
+    def encoded(self, index: int) -> bytes:
+        """As `NamedSource.encoded`."""
+        try:
+            with open_file(self.root / self.paths[index]) as (file, _):
+                return file.read()
+        except (DecodeError, OSError) as problem:
+            raise BadImage(f"cannot read image {self.location(index)}: {problem}") from problem
+
+    def inspect(self, indices: np.ndarray, read_headers: bool) -> Inspection:
+        """As `NamedSource.inspect`."""
+        return inspect_files([self.root / path for path in self.paths.at(indices)], read_headers)
+
+    def has(self, path: str) -> bool:
+        """As `NamedSource.has`."""
+        return (self.root / path).exists()
+
+    def read(self, path: str) -> bytes:
+        """As `NamedSource.read`."""
+        return (self.root / path).read_bytes()
 
     def check_root(self) -> None:
         """Check whether `root` is the folder of these images. Single missing files are not looked for.

@@ -50,7 +50,15 @@ class ShardSource(NamedSource):
 
     def location(self, index: int) -> str:
         """As `Source.location`: the shard, and the path of the image."""
-        return f"{self.store.where}/{self._shard_name(index)}: {self.paths[index]}"
+        return f"{self.shard_location(index)}: {self.paths[index]}"
+
+    def shard_location(self, index: int) -> str:
+        """Path or address of the shard of an image.
+
+        Args:
+            index: position in the source.
+        """
+        return f"{self.store.where}/{self._shard_name(index)}"
 
     def decode(self, index: int) -> Image.Image:
         """As `NamedSource.decode`."""

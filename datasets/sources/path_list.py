@@ -53,7 +53,7 @@ class PathList(Sequence[str]):
         block, ends = self.packed()
         wanted, start = path.encode(errors="surrogateescape"), 0
         while wanted and (start := block.find(wanted, start)) >= 0:
-            place = int(np.searchsorted(ends, start))
+            place = int(np.searchsorted(ends, start, side="right")) - 1
             if ends[place] == start and ends[place + 1] == start + len(wanted):
                 return place
             start += 1

@@ -108,7 +108,9 @@ def test_files_and_shards_give_the_same_batches(
 
 def test_the_ranks_of_a_run_share_each_batch(files: Path, shards: Path, config: Config) -> None:
     data = build_data(config("shards/insects.yaml", "tiny_clip_peft", "pretrained", "none"))
-    whole = torch.cat([batch["index"] for batch in train_loader(data.train, StepSampler(data.train.labels, 8, 8, 0), 0)])
+    whole = torch.cat(
+        [batch["index"] for batch in train_loader(data.train, StepSampler(data.train.labels, 8, 8, 0), 0)]
+    )
     parts = [
         [batch["index"] for batch in train_loader(data.train, StepSampler(data.train.labels, 8, 8, 0, rank, 2), 0)]
         for rank in range(2)
@@ -243,10 +245,10 @@ def test_only_shards_have_addresses(launch: Cli, files: Path) -> None:
 def spoil(shards: Path, path: str) -> str:
     """Change one byte of an image; the name of its shard."""
     source = open_shards(shards.parent).by_split["train"]
-    index = list(source.paths).index(path)
-    name, start, size = source._span(index)
+    index, position = source.index, list(source.paths).index(path)
+    name = index.shards[index.shard[position]].name
     content = bytearray((shards.parent / name).read_bytes())
-    content[start + size // 2] ^= 1
+    content[index.offset[position] + index.size[position] // 2] ^= 1
     (shards.parent / name).write_bytes(content)
     return name
 
@@ -300,10 +302,16 @@ def index_file(shards: Path, split: str = "train") -> Path:
     [
         (lambda f: f("test").unlink(), "index of the test shards: .*not found"),
         (lambda f: f("test").write_bytes(f("train").read_bytes()), "is the index of the split train: rename it"),
-        (lambda f: f().write_bytes(f().read_bytes().replace(b'\\"version\\": 1', b'\\"version\\": 7')), "has version 7"),
+        (
+            lambda f: f().write_bytes(f().read_bytes().replace(b'\\"version\\": 1', b'\\"version\\": 7')),
+            "has version 7",
+        ),
         (lambda f: f().write_bytes(f().read_bytes()[:-5]), "is damaged or no index of shards"),
         (lambda f: f().write_bytes(b""), "is damaged or no index of shards"),
-        (lambda f: f().write_bytes(f().read_bytes().replace(b"train-00000.tar", b"../in-00000.tar")), "cannot be called"),
+        (
+            lambda f: f().write_bytes(f().read_bytes().replace(b"train-00000.tar", b"../in-00000.tar")),
+            "cannot be called",
+        ),
         (lambda f: f("test").write_bytes(f("test").read_bytes().replace(b"ant", b"cat", 1)), "it is of another set"),
     ],
 )
@@ -349,11 +357,15 @@ def test_few_bytes_an_image(shards: Path) -> None:
 
 
 def test_many_shards_need_few_open_files(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_regular = [], shard_store.open_regular
     monkeypatch.setattr(shard_store, "MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(shard_store, "open_regular", lambda path: opened.append(path.name) or open_regular(path))
     source = open_shards(shards.parent).by_split["train"]
     for index, path in enumerate(source.paths):
         assert source.encoded(index) == (Path("pics") / path).read_bytes()
-    assert len(source.store._descriptors) == 1  # type: ignore[attr-defined]
+    first = source.index.shards[0].name
+    assert opened.count(first) == 1, "the first shard stays open"
+    assert len(opened) - opened.count(first) - 2 == (source.index.shard > 0).sum(), "and the two indexes were read"
 
 
 def test_paths_are_found_in_a_block() -> None:

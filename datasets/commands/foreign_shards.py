@@ -137,11 +137,14 @@ def _read_split(files: list[Path]) -> _Rows:
 
 def _samples(path: Path, size: int) -> Iterator[tuple[_Image, int]]:
     """The images of a tar file and their labels. The members of a key stand one after another."""
-    current, sample = "", _Sample()
+    current, sample, end = "", _Sample(), 0
     bar = tqdm(total=size, desc=path.name, delay=2, leave=False, unit="B", unit_scale=True, disable=None)
     with tarfile.open(path, "r:") as tar, bar:
         for member in tar:
-            bar.update(member.offset_data + member.size - bar.n)
+            end = member.offset_data + (
+                -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0
+            )
+            bar.update(end - bar.n)
             if not member.isreg() or member.sparse is not None:
                 continue
             key, extension = _key_and_extension(member.name)
@@ -151,6 +154,10 @@ def _samples(path: Path, size: int) -> Iterator[tuple[_Image, int]]:
                 current, sample = key, _Sample()
             _add(path, tar, member, extension, sample)
             tar.members.clear()  # tarfile keeps every member, which would take much memory
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes half a header for the end
+            raise tarfile.ReadError("it is cut short")
     if current:
         yield _complete(path, current, sample)
 

@@ -56,6 +56,8 @@ def shard_data(request: ShardRequest) -> str:
         UserError: the data are not in files, cannot be read or are too large for the disk; the output exists.
     """
     output = request.output
+    if re.match(r"\w[\w+.-]+:/", str(output)):
+        raise UserError(f"--out {output} is an address: write the shards to a folder, and copy the folder there")
     if os.path.lexists(output):
         raise UserError(f"--out {output} exists already: name another folder, or remove it")
     available = _available(request.data)
@@ -103,15 +105,13 @@ def parse_size(text: str) -> int:
 
 
 def _available(options: DataSettings) -> AvailableImages:
-    """All images of the data, after a check that they are files and that they can be read."""
+    """All images of the data, which have to be files or in shards."""
     # Class names of ImageNet are in a library that imports torch; the YAML asks for them again.
     options = replace(options, classnames=None) if options.classnames == "imagenet" else options
-    available = lookup(DATASETS, options.dataset, "dataset").load(options)
-    if not isinstance(available.train, NamedSource):
-        raise UserError(
-            f"data '{options.data}' come with a library and are in no image files; there is nothing to shard"
-        )
-    return available
+    entry = lookup(DATASETS, options.dataset, "dataset")
+    if entry.built_in:
+        raise UserError(f"the images of data '{options.data}' come with a library and are no files; nothing to shard")
+    return entry.load(options)
 
 
 def _by_split(available: AvailableImages) -> dict[str, NamedSource | None]:

@@ -143,7 +143,9 @@ def _size_problem(found: int | None, expected: int) -> str:
     if found is None:
         return f"{ABSENT}: its shard is missing, copy it again"
     if found not in (expected, -1):
-        return f"its shard has {found:,} bytes instead of {expected:,}: it is cut short or of another set, copy it again"
+        return (
+            f"its shard has {found:,} bytes instead of {expected:,}: it is cut short or of another set, copy it again"
+        )
     return ""
 
 

@@ -145,7 +145,7 @@ class View(Dataset[Batch]):
 
         Raises:
             BadImage: as `__getitem__`.
-            UserError: the server of the images does not answer.
+            MissingData: the server of the images does not answer.
         """
         if isinstance(self.source, NamedSource):
             parts = (key if isinstance(key, tuple) else (key,) for key in keys)

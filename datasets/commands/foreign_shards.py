@@ -153,7 +153,8 @@ def _samples(path: Path, size: int) -> Iterator[tuple[_Image, int]]:
                     yield _complete(path, current, sample)
                 current, sample = key, _Sample()
             _add(path, tar, member, extension, sample)
-            tar.members.clear()  # tarfile keeps every member, which would take much memory
+            # tarfile keeps every member, which would take much memory.
+            tar.members.clear()  # type: ignore[attr-defined]
     with path.open("rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes half a header for the end

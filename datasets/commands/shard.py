@@ -147,7 +147,7 @@ def shard_config(request: ShardRequest) -> dict[str, Any]:
         request: the data, and the options that were set for them.
     """
     values, options = request.values, request.data
-    config = {"dataset": "Shards", "root": "."}
+    config: dict[str, Any] = {"dataset": "Shards", "root": "."}
     config |= {key: value for key, value in values.items() if key not in (*IN_THE_INDEX, "dataset")}
     if options.classnames not in (None, "imagenet"):
         del config["classnames"]

@@ -30,6 +30,10 @@ class NamedSource(ABC):
         """As `Source.location`."""
 
     @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """As `Source.load`."""
+
+    @abstractmethod
     def decode(self, index: int) -> Image.Image:
         """As `Source.load`, without the location in the message.
 
@@ -100,6 +104,6 @@ class NamedSource(ABC):
             indices: positions in the source. They replace those of the call before.
 
         Raises:
-            UserError: the server of the images does not answer.
+            MissingData: the server of the images does not answer.
         """
         del indices

@@ -17,7 +17,7 @@ MAX_OPEN_FILES = 256
 none is closed, because another thread may be reading it."""
 ATTEMPTS, FIRST_WAIT_SECONDS = 4, 0.5
 """How often a server is asked, and the time before the second attempt. Each further wait is twice as long."""
-CONNECT_SECONDS, SILENT_SECONDS = 30.0, 60.0
+CONNECT_SECONDS, SILENT_SECONDS = 30.0, 45.0
 """Time after which an HTTP server counts as silent, before and after it has accepted the connection."""
 THREADS = 16
 """Threads that ask a server for the sizes of shards."""
@@ -46,7 +46,7 @@ class ShardStore(Protocol):
         """The content of a file.
 
         Raises:
-            MissingData: it is not there.
+            FileNotFoundError: it is not there.
             UserError: it cannot be read.
         """
 
@@ -54,7 +54,7 @@ class ShardStore(Protocol):
         """Sizes of files in bytes; None for a file that is not there, −1 for one whose size the server does not tell.
 
         Raises:
-            UserError: the server does not answer.
+            MissingData: the server does not answer.
         """
 
     def span(self, span: Span) -> bytes:
@@ -63,7 +63,7 @@ class ShardStore(Protocol):
         Raises:
             FileNotFoundError: it is not there.
             OSError: it cannot be read.
-            UserError: the server does not answer.
+            MissingData: the server does not answer.
         """
 
     def spans(self, spans: Sequence[Span]) -> list[bytes | None]:
@@ -93,13 +93,19 @@ class FolderStore:
     def whole(self, name: str) -> bytes:
         """As `ShardStore.whole`."""
         try:
-            descriptor, _ = open_regular(self.folder / name)
-            with os.fdopen(descriptor, "rb") as file:
+            with os.fdopen(self._open(name), "rb") as file:
                 return file.read()
-        except NotARegularFile as reason:
-            raise MissingData(f"{self.folder / name}: {reason}") from None
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            raise UserError(f"cannot read {self.folder / name}: {error.strerror}") from error
+            raise UserError(f"cannot read {self.folder / name}: {error.strerror or error}") from error
+
+    def _open(self, name: str) -> int:
+        try:
+            return open_regular(self.folder / name)[0]
+        except NotARegularFile as reason:
+            kind = FileNotFoundError if str(reason).startswith("not found") else OSError
+            raise kind(str(reason)) from None
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """As `ShardStore.sizes`."""
@@ -116,10 +122,7 @@ class FolderStore:
         descriptor = self._descriptors.get(span.name)
         if descriptor is not None:
             return os.pread(descriptor, span.size, span.start)
-        try:
-            opened, _ = open_regular(self.folder / span.name)
-        except NotARegularFile as reason:
-            raise FileNotFoundError(str(reason)) from None
+        opened = self._open(span.name)
         keep = len(self._descriptors) < MAX_OPEN_FILES
         if keep and self._descriptors.setdefault(span.name, opened) == opened:  # or another thread was faster
             return os.pread(opened, span.size, span.start)
@@ -156,10 +159,7 @@ class RemoteStore:
     def whole(self, name: str) -> bytes:
         """As `ShardStore.whole`."""
         files, base = self._files()
-        try:
-            return bytes(self._asked(name, lambda: files.cat_file(f"{base}/{name}")))
-        except FileNotFoundError:
-            raise MissingData(f"{self.where}/{name}: not found") from None
+        return bytes(self._asked(name, lambda: files.cat_file(f"{base}/{name}")))
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """As `ShardStore.sizes`."""
@@ -213,13 +213,13 @@ class RemoteStore:
         for attempt in range(ATTEMPTS):
             try:
                 return read()
-            except (FileNotFoundError, PermissionError) as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
+            except FileNotFoundError:
+                raise
+            except PermissionError as error:
                 raise UserError(f"{self.where}/{name}: the server refuses access ({_reason(error)})") from error
             except Exception as error:  # every file system of fsspec has exceptions of its own
                 if attempt + 1 == ATTEMPTS:
-                    raise UserError(
+                    raise MissingData(
                         f"cannot read {self.where}/{name}: {_reason(error)} ({ATTEMPTS} attempts); {CONTINUES}"
                     ) from error
             time.sleep(wait)

@@ -19,7 +19,7 @@ from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.sources.shard_index import ShardIndex, WrongIndex, index_name, read_index
 from tailtune.datasets.sources.shard_store import FolderStore, RemoteStore, ShardStore, Span
 
-ABSENT = "not found"
+ABSENT = "not found: its shard is missing, copy it again"
 
 
 class ShardSource(NamedSource):
@@ -41,7 +41,7 @@ class ShardSource(NamedSource):
 
         Raises:
             BadImage: the image is missing or cannot be decoded.
-            UserError: the server of the shards does not answer.
+            MissingData: the server of the shards does not answer.
         """
         try:
             return self.decode(index)
@@ -71,7 +71,7 @@ class ShardSource(NamedSource):
 
         Raises:
             BadImage: the shard is missing or cut short, or these bytes are not those that were indexed.
-            UserError: the server of the shards does not answer.
+            MissingData: the server of the shards does not answer.
         """
         try:
             return self._content(index)
@@ -98,7 +98,7 @@ class ShardSource(NamedSource):
         """What is wrong with each shard, by its size; an empty text if nothing is.
 
         Raises:
-            UserError: the server of the shards does not answer.
+            MissingData: the server of the shards does not answer.
         """
         sizes = self.store.sizes([shard.name for shard in self.index.shards])
         return [_size_problem(size, shard.size) for size, shard in zip(sizes, self.index.shards, strict=True)]
@@ -124,8 +124,10 @@ class ShardSource(NamedSource):
         if content is None:
             try:
                 content = self.store.span(span)
+            except FileNotFoundError as error:
+                raise DecodeError(ABSENT) from error
             except OSError as error:
-                raise DecodeError(error.strerror or str(error) or ABSENT) from error
+                raise DecodeError(error.strerror or str(error)) from error
         if len(content) != span.size:
             raise DecodeError(f"{span.name} ends before the image does: copy it again")
         if zlib.crc32(content) != self.index.crc32[index]:
@@ -141,7 +143,7 @@ class ShardSource(NamedSource):
 
 def _size_problem(found: int | None, expected: int) -> str:
     if found is None:
-        return f"{ABSENT}: its shard is missing, copy it again"
+        return ABSENT
     if found not in (expected, -1):
         return (
             f"its shard has {found:,} bytes instead of {expected:,}: it is cut short or of another set, copy it again"
@@ -166,9 +168,8 @@ def open_shards(root: Path | str) -> ShardSet:
         root: the folder of the set, or its address as text.
 
     Raises:
-        MissingData: the index of a split is missing.
+        MissingData: the index of a split is missing, or the server does not answer.
         WrongIndex: an index is damaged, or is of another set than that of the training images.
-        UserError: the server does not answer.
     """
     store: ShardStore = RemoteStore(root) if isinstance(root, str) else FolderStore(root)
     train = _open_split(store, "train")
@@ -184,10 +185,10 @@ def open_shards(root: Path | str) -> ShardSet:
 
 
 def _open_split(store: ShardStore, split: str) -> ShardSource:
-    name = index_name(split)
+    where = f"{store.where}/{index_name(split)}"
     try:
-        content = store.whole(name)
-    except MissingData as missing:
-        remedy = "set `root` to the folder or address of the shards; data shard writes them"
-        raise MissingData(f"index of the {split} shards: {missing} ({remedy})") from None
-    return ShardSource(store, read_index(content, f"{store.where}/{name}", split))
+        content = store.whole(index_name(split))
+    except FileNotFoundError as error:
+        remedy = "set `root` to the folder or address of the shards, which data shard writes"
+        raise MissingData(f"index of the {split} shards not found: {where} ({remedy})") from error
+    return ShardSource(store, read_index(content, where, split))

@@ -11,7 +11,7 @@ class ShardServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.knows_ranges = True
+        self.knows_ranges, self.is_down = True, False
         self.answers_left: int | None = None
         """After so many parts of files, the server closes every connection without an answer; None: never."""
         self.parts: list[tuple[str, int, int]] = []
@@ -32,10 +32,14 @@ class ShardServer:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
+        self.http.handle_error = lambda *_: None  # type: ignore[method-assign]
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, request: BaseHTTPRequestHandler, with_content: bool) -> None:
+        if self.is_down:
+            request.close_connection = True
+            return
         name = request.path.rpartition("/")[2]
         path = self.folder / name
         content = path.read_bytes() if path.is_file() else None

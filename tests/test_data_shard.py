@@ -157,6 +157,7 @@ def full(*_: object) -> None:
         ("odd.yaml --out out --max-size much", "--max-size much: give a number of bytes such as 256MB"),
         ("odd.yaml --out out --max-size 0", "--max-size 0: give a number of bytes"),
         ("odd.yaml --out pics/sub.folder/a_b.png/out", "cannot write pics/sub.folder/a_b.png/out: Not a directory"),
+        ("pics --index-only --max-size 1MB", "--index-only writes no shard; leave out --max-size"),
         ("odd.yaml", "one of the arguments --out --index-only is required"),
         ("digits_lt --out out", "the images of data 'digits_lt' come with a library and are no files"),
         ("nowhere.yaml --out out", "data config 'nowhere.yaml' does not exist"),
@@ -197,6 +198,17 @@ def test_a_full_disk_leaves_nothing(listed: Path, launch: Cli, monkeypatch: pyte
     space = shutil.disk_usage(".")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: space)
     one_line(launch("data shard odd.yaml --out out"), "the shards need ", " bytes, but ", " has 1,000 left")
+    assert sorted(os.listdir()) == before
+
+
+def test_an_interruption_leaves_nothing(listed: Path, launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        assert any(name.startswith(".out.") for name in os.listdir())
+        raise KeyboardInterrupt
+
+    before = sorted(os.listdir())
+    monkeypatch.setattr(shard_module, "write_indexes", interrupted)
+    assert launch("data shard odd.yaml --out out").returncode == 130
     assert sorted(os.listdir()) == before
 
 

@@ -211,6 +211,16 @@ def test_an_answer_that_fails_once_is_asked_for_again(server: ShardServer) -> No
         source.load(4)
 
 
+def test_a_finished_run_is_shown_without_its_server(launch: Cli, server: ShardServer) -> None:
+    words = f"-d shards/insects.yaml {TRAIN} max_steps 1 init_head none root {server.url} output_dir run"
+    assert launch(words).returncode == 0
+    assert "finished before" in launch(words).stdout
+    server.is_down = True
+    done = launch(words)
+    assert done.returncode == 0 and "the data are not there to be compared" in done.stdout, done.stderr
+    assert "finished before" in done.stdout
+
+
 def test_a_server_without_ranges(launch: Cli, server: ShardServer) -> None:
     server.knows_ranges = False
     one_line(launch(f"-d shards/insects.yaml {TRAIN} root {server.url}"), "the server sends the whole file")
@@ -219,6 +229,7 @@ def test_a_server_without_ranges(launch: Cli, server: ShardServer) -> None:
 @pytest.mark.parametrize(
     ("root", "parts"),
     [
+        ("zip://insects::file:///nowhere.zip", ("root zip://insects::file:///nowhere.zip: ", "/nowhere.zip")),
         ("nowhere://bucket/insects", ("root nowhere://bucket/insects", "nowhere", "give a folder, or an address")),
         ("http://127.0.0.1:9/insects", ("cannot read http://127.0.0.1:9/insects/train.index.safetensors", "attempts")),
         ("elsewhere", ("index of the train shards not found: ", "elsewhere/train.index.safetensors (set `root`")),
@@ -263,6 +274,23 @@ def test_a_flipped_bit_is_found(launch: Cli, shards: Path) -> None:
     found = launch("data verify shards/insects.yaml --decode")
     assert found.returncode == 1 and "train/bee/004.png: its bytes are not those" in found.stdout
     assert launch("data verify shards/insects.yaml").returncode == 0, "without --decode, no image is read"
+
+
+def test_verify_finds_copies_in_other_splits(launch: Cli, files: Path) -> None:
+    copies = Path("pics/test/ant")
+    (copies / "same.png").write_bytes(Path("pics/train/ant/001.png").read_bytes())
+    smooth = Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20).convert("RGB")
+    smooth.save("pics/train/fly/smooth.png")
+    smooth.point(lambda value: value * 7 // 8).save("pics/test/fly/darker.png")
+    assert launch("data shard insects.yaml --out shards").returncode == 0
+    found = launch("data verify shards/insects.yaml --near --report report.json")
+    assert found.returncode == 1 and found.stdout.endswith("problems: 1 image is in several splits\n")
+    report = json.loads(Path("report.json").read_text())
+    assert report["root"] == str(Path("shards").absolute()) and report["decoded"]
+    same = [{"split": "train", "path": "train/ant/001.png"}, {"split": "test", "path": "test/ant/same.png"}]
+    assert report["duplicates"]["exact"] == [same]
+    near = {(pair["a"], pair["b"]) for pair in report["duplicates"]["near"]}
+    assert near == {("train: train/fly/smooth.png", "test: test/fly/darker.png")}
 
 
 @pytest.mark.parametrize(

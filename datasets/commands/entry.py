@@ -30,6 +30,7 @@ OVERVIEW = """usage: {program} data verify|new|prepare|shard …
 
 Each has its own --help."""
 
+SHARD_SIZE = "256MB"
 EXIT_CODES = "exit codes: 0 no problem, 1 problems were found, 2 wrong input"
 
 
@@ -154,10 +155,12 @@ def _run_shard(argv: Sequence[str], load_schema: LoadSchema) -> int:
         action="store_true",
         help="FOLDER holds tar files in WebDataset's format; write only their index",
     )
-    parser.add_argument("--max-size", metavar="SIZE", default="256MB", help="most bytes of a shard (256MB)")
+    parser.add_argument("--max-size", metavar="SIZE", help=f"most bytes of a shard ({SHARD_SIZE})")
     args = parser.parse_intermixed_args(list(argv))
+    if args.index_only and args.max_size:
+        raise UserError("--index-only writes no shard; leave out --max-size")
     try:
-        max_bytes = parse_size(args.max_size)
+        max_bytes = parse_size(args.max_size or SHARD_SIZE)
     except ValueError:
         raise UserError(f"--max-size {args.max_size}: give a number of bytes such as 256MB or 1GiB") from None
     if args.index_only:

@@ -240,9 +240,9 @@ def _file_system(url: str) -> tuple[Any, str]:
             options = {"client_kwargs": {"timeout": timeout}}
         files, base = fsspec.url_to_fs(url, **options)
     except ImportError as error:  # fsspec says which package is missing
-        raise UserError(f"root {url}: {_reason(error)} (pip install …), or copy the shards to a folder") from error
-    except ValueError as error:
-        raise UserError(f"root {url}: {_reason(error)}; give a folder, or an address such as https://…") from error
+        raise UserError(f"root {url}: {_reason(error)} (with pip), or copy the shards to a folder") from error
+    except (ValueError, OSError) as error:
+        raise MissingData(f"root {url}: {_reason(error)}; give a folder, or an address such as https://…") from error
     return files, base.rstrip("/")
 
 

@@ -213,13 +213,14 @@ def test_an_interruption_leaves_nothing(listed: Path, launch: Cli, monkeypatch: 
 
 
 def test_the_folder_of_the_images_is_no_place(launch: Cli, tmp_path: Path) -> None:
-    for name in ("ant", "bee"):
+    for name in ("ant", "b\udce9e"):
         (tmp_path / "pics/train" / name).mkdir(parents=True)
         (tmp_path / "pics/train" / name / "1.png").write_bytes(picture(1))
         (tmp_path / "pics/train" / name / "2\udce9.png").write_bytes(picture(2))
     one_line(launch("data shard pics test_per_class 1 --out pics/train/out"), "lies in the folder of the images")
     assert launch("data shard pics test_per_class 1 --out pics/out").returncode == 0
     assert yaml.safe_load(Path("pics/out/pics.yaml").read_text())["test_per_class"] == 1
+    assert open_shards(Path("pics/out")).class_names == ("ant", "b\udce9e")
     source = open_shards(Path("pics/out")).by_split["train"]
     assert list(source.paths)[1] == "train/ant/2\udce9.png" and source.encoded(1) == picture(2)
 

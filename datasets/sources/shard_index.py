@@ -86,7 +86,7 @@ class ShardIndex:
             "class_names": list(self.class_names),
             "shards": [[shard.name, shard.size] for shard in self.shards],
         }
-        return save(tensors, metadata={HEADER_KEY: json.dumps(header, ensure_ascii=False)})
+        return save(tensors, metadata={HEADER_KEY: json.dumps(header)})
 
 
 def read_index(content: bytes, where: str, split: str) -> ShardIndex:

@@ -239,8 +239,9 @@ def _file_system(url: str) -> tuple[Any, str]:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
             options = {"client_kwargs": {"timeout": timeout}}
         files, base = fsspec.url_to_fs(url, **options)
-    except ImportError as error:  # fsspec says which package is missing
-        raise UserError(f"root {url}: {_reason(error)} (with pip), or copy the shards to a folder") from error
+    except ImportError as error:  # fsspec says which package is missing, or Python names a module
+        remedy = f"install {error.name}" if error.name else _reason(error)
+        raise UserError(f"root {url}: {remedy} (with pip), or copy the shards to a folder") from error
     except (ValueError, OSError) as error:
         raise MissingData(f"root {url}: {_reason(error)}; give a folder, or an address such as https://…") from error
     return files, base.rstrip("/")

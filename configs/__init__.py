@@ -80,13 +80,33 @@ def load_data_config(data: str, pairs: Sequence[str], schema: Schema, where: str
     Raises:
         UserError: as `load_configs`.
     """
-    if data not in names("data") and os.path.isdir(data):
-        folder = {"dataset": "ImageFolder", "root": os.path.abspath(data)}
-        layers: list[tuple[str, Values]] = [("", {"data": os.path.basename(folder["root"])}), (data, folder)]
-    else:
-        layers = _data_layers(_find("data", data), schema)
+    layers = _layers_of_data(data, schema)
     values = _merge(layers, schema)
     return _freeze(values | {key: _parse(key, value, schema, where) for key, value in _pair_up(pairs, schema)}, schema)
+
+
+def options_of_data(data: str, pairs: Sequence[str], schema: Schema, where: str = "the command line") -> dict[str, Any]:
+    """The options that a data config and pairs set, as values for another data config.
+
+    Args:
+        data: as for `load_data_config`.
+        pairs: `KEY VALUE KEY VALUE …`.
+        schema: all options.
+        where: where the pairs come from, for messages.
+
+    Raises:
+        UserError: as `load_configs`.
+    """
+    given = {key: _parse(key, value, schema, data) for key, value in _layers_of_data(data, schema)[-1][1].items()}
+    return given | {key: _parse(key, value, schema, where) for key, value in _pair_up(pairs, schema)}
+
+
+def _layers_of_data(data: str, schema: Schema) -> list[tuple[str, Values]]:
+    """The layers of a data config, or of a folder with `train/<class>/…`."""
+    if data not in names("data") and os.path.isdir(data):
+        folder = {"dataset": "ImageFolder", "root": os.path.abspath(data)}
+        return [("", {"data": os.path.basename(folder["root"])}), (data, folder)]
+    return _data_layers(_find("data", data), schema)
 
 
 def load_resolved(path: Path, schema: Schema) -> CfgNode:

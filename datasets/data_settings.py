@@ -5,6 +5,8 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
+from tailtune.configs.errors import UserError
+
 
 @dataclass(frozen=True)
 class DataFolders:
@@ -22,14 +24,27 @@ class DataFolders:
         """The folders that a config names."""
         return cls(cfg.data_dir, cfg.root, cfg.lists)
 
+    @property
+    def url(self) -> str | None:
+        """The option `root` if it is an address, such as `https://host/path`; None if it is a folder."""
+        return self.root if "://" in self.root else None
+
     def image_root(self) -> Path:
-        """The folder that the paths of images start from."""
+        """The folder that the paths of images start from.
+
+        Raises:
+            UserError: `root` is an address.
+        """
+        if self.url:
+            raise UserError(f"root {self.url}: only `dataset: Shards` reads from an address; give a folder")
         return self._resolve(self.root)
 
     def for_lists(self) -> list[Path]:
         """The folders in which list files are looked for, in this order: `data_dir`, then `lists` or else `root`."""
-        last = self._resolve(self.lists or self.root)
-        return [Path(self.data_dir), last] if self.data_dir else [last]
+        folders = [Path(self.data_dir)] if self.data_dir else []
+        if self.lists or not self.url:
+            folders.append(self._resolve(self.lists or self.root))
+        return folders or [Path()]
 
     def _resolve(self, name: str) -> Path:
         path = Path(name).expanduser()

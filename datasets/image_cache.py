@@ -25,7 +25,7 @@ from tailtune.configs.atomic_file import atomic_file
 from tailtune.configs.errors import UserError
 from tailtune.datasets.images.ordered_map import ordered_map
 from tailtune.datasets.images.tensor_transforms import TensorTransform
-from tailtune.datasets.sources.image_sources import BadImage
+from tailtune.datasets.sources.named_source import BadImage
 from tailtune.datasets.view import View
 
 FORMAT = 1

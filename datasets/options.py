@@ -17,7 +17,8 @@ class DataOptions:
     dataset: str = of_data("", "Kind of data set, which says how images and labels are stored.", table="DATASETS")
     root: str = option(
         "./data",
-        "Folder of the images. For CIFAR it is the folder in which torchvision keeps its archive.",
+        "Folder of the images. For CIFAR it is the folder in which torchvision keeps its archive. For `Shards` it may "
+        "be an address such as https://… or s3://….",
         as_path,
         cls="runtime",
         recorded="command",

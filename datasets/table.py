@@ -13,13 +13,16 @@ from tailtune.configs import FOLDER
 from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.datasets.data_settings import DataSettings
 from tailtune.datasets.long_tail import check_hold_out
+from tailtune.datasets.option_checks import check_built_in, check_names, check_num_classes, check_test, refuse
 from tailtune.datasets.sources import cifar, digits, fake, image_list, inaturalist
 from tailtune.datasets.sources.available_images import RGB, AvailableImages, Outline
 from tailtune.datasets.sources.image_folder import SPLITS, class_folders, read_folder
 from tailtune.datasets.sources.inaturalist import CATEGORIES
 from tailtune.datasets.sources.listing import Listing
+from tailtune.datasets.sources.shards import ShardSource, open_shards
 
 HALF: RGB = (0.5, 0.5, 0.5)
+Labelled = Listing | ShardSource
 log = logging.getLogger("tailtune")
 
 
@@ -48,7 +51,7 @@ class SplitListings(NamedTuple):
 
 def _cifar_outline(options: DataSettings) -> Outline:
     names = cifar.CLASS_NAMES[options.dataset]
-    _check_built_in(options, len(names))
+    check_built_in(options, len(names))
     return Outline(names, [cifar.TRAIN_IMAGES // len(names)] * len(names), cifar.MEAN, cifar.STD)
 
 
@@ -58,7 +61,7 @@ def _load_cifar(options: DataSettings) -> AvailableImages:
 
 
 def _load_digits(options: DataSettings) -> AvailableImages:
-    _check_built_in(options, len(digits.CLASS_NAMES))
+    check_built_in(options, len(digits.CLASS_NAMES))
     train, test = digits.digit_sources()
     return AvailableImages(Outline(digits.CLASS_NAMES, _counts_of(train.labels), HALF, HALF), train, test)
 
@@ -66,7 +69,7 @@ def _load_digits(options: DataSettings) -> AvailableImages:
 def _fake_outline(options: DataSettings) -> Outline:
     num_classes = options.num_classes or 10
     fake.check_num_classes(num_classes)
-    _check_built_in(options, num_classes)
+    check_built_in(options, num_classes)
     return Outline(_placeholders(num_classes), [fake.TRAIN_PER_CLASS] * num_classes, HALF, HALF)
 
 
@@ -130,19 +133,29 @@ def _read_lists(options: DataSettings) -> SplitListings:
     names = _class_names(options, taxa or image_list.folder_names(train, num_classes), num_classes)
     for listing in listings:
         listing.check_labels(len(names))
-    _check_names(options, names, num_classes)
+    check_names(options, names, num_classes)
     return _checked(options, names, train, test, val)
 
 
 def _read_folders(options: DataSettings) -> SplitListings:
-    _refuse(options, "train_list", "test_list", "val_list", "label_field", "class_counts")
+    refuse(options, "train_list", "test_list", "val_list", "label_field", "class_counts")
     root = options.folders.image_root()
     classes = class_folders(root / "train")
     train = read_folder(root, "train", classes)
     test, val = (read_folder(root, split, classes) if (root / split).is_dir() else None for split in ("test", "val"))
     names = _class_names(options, tuple(classes), len(classes))
-    _check_names(options, names, len(classes))
+    check_names(options, names, len(classes))
     return _checked(options, names, train, test, val)
+
+
+def _load_shards(options: DataSettings) -> AvailableImages:
+    refuse(options, "train_list", "val_list", "class_counts")
+    shards = open_shards(options.folders.url or options.folders.image_root())
+    names = _class_names(options, shards.class_names, len(shards.class_names))
+    check_names(options, names, len(shards.class_names))
+    train, test, val = (shards.by_split.get(split) for split in ("train", "test", "val"))
+    assert train is not None
+    return AvailableImages(_checked_outline(options, names, train, test, val), train, test, val)
 
 
 DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(
@@ -153,6 +166,7 @@ DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(
         "Fake": DatasetEntry(_fake_outline, _load_fake, built_in=True),
         "ImageList": DatasetEntry(_list_outline, _load_list, listings=_read_lists),
         "ImageFolder": DatasetEntry(_folder_outline, _load_folder, listings=_read_folders),
+        "Shards": DatasetEntry(lambda options: _load_shards(options).outline, _load_shards),
     }
 )
 """Entries of the option `dataset`."""
@@ -174,19 +188,19 @@ def _class_names(options: DataSettings, data_names: tuple[str, ...] | None, num_
     return data_names or _placeholders(num_classes)
 
 
-def _check_names(options: DataSettings, names: tuple[str, ...], num_classes: int) -> None:
-    if options.classnames and options.num_classes is None and len(names) != num_classes:
-        raise UserError(
-            f"classnames {options.classnames}: {len(names)} names for {num_classes} classes; give one line per class"
-        )
-
-
 def _checked(
     options: DataSettings, names: tuple[str, ...], train: Listing, test: Listing | None, val: Listing | None
 ) -> SplitListings:
     """The listings, after a check of the number of classes and of the splits."""
-    _check_num_classes(options, len(names))
-    _check_test(options, has_test=test is not None)
+    return SplitListings(_checked_outline(options, names, train, test, val), train, test, val)
+
+
+def _checked_outline(
+    options: DataSettings, names: tuple[str, ...], train: Labelled, test: Labelled | None, val: Labelled | None
+) -> Outline:
+    """The facts about the data, after a check of the number of classes and of the splits."""
+    check_num_classes(options, len(names))
+    check_test(options, has_test=test is not None)
     if val and options.val_per_class:
         raise UserError(
             f"val_per_class {options.val_per_class}: the data have a validation split already; set val_per_class 0"
@@ -195,7 +209,7 @@ def _checked(
     if test is None:
         check_hold_out(counts, options.test_per_class, names, "test_per_class")
         counts = [count - options.test_per_class for count in counts]
-    return SplitListings(_outline(options, names, counts), train, test, val)
+    return _outline(options, names, counts)
 
 
 def _with_images(options: DataSettings, listings: SplitListings) -> AvailableImages:
@@ -220,8 +234,8 @@ def _outline_from_counts(options: DataSettings) -> Outline:
     if file is None:
         raise UserError(f"class_counts: no file '{options.class_counts}' in {folders[0]}; give its path from there")
     counts = image_list.read_counts(file, options.label_field)
-    _check_num_classes(options, len(counts))
-    _check_test(options, has_test=bool(options.test_list))
+    check_num_classes(options, len(counts))
+    check_test(options, has_test=bool(options.test_list))
     names = image_list.imagenet_names() if options.classnames == "imagenet" else _placeholders(len(counts))
     check_hold_out(counts, options.test_per_class, names, "test_per_class")
     return _outline(options, names, [count - options.test_per_class for count in counts])
@@ -245,38 +259,6 @@ def _photo_stats(options: DataSettings) -> tuple[RGB, RGB]:
     if options.label_field:
         return inaturalist.MEAN, inaturalist.STD
     return image_list.IMAGENET_MEAN, image_list.IMAGENET_STD
-
-
-def _check_built_in(options: DataSettings, num_classes: int) -> None:
-    """Refuse options that would change a data set with fixed splits and names."""
-    _check_num_classes(options, num_classes)
-    _refuse(
-        options, "train_list", "test_list", "val_list", "label_field", "class_counts", "classnames", "test_per_class"
-    )
-
-
-def _check_num_classes(options: DataSettings, num_classes: int) -> None:
-    if options.num_classes not in (None, num_classes):
-        given = f"num_classes {options.num_classes}"
-        raise UserError(f"{given}: data '{options.data}' have {num_classes} classes; leave num_classes out")
-
-
-def _check_test(options: DataSettings, has_test: bool) -> None:
-    if has_test and options.test_per_class:
-        raise UserError(
-            f"test_per_class {options.test_per_class}: the data have a test split already; set test_per_class 0"
-        )
-    if not has_test and not options.test_per_class:
-        test_folder = f"add {options.folders.image_root()}/test/<class>/…"
-        remedy = "set `test_list`" if options.dataset == "ImageList" else test_folder
-        raise UserError(f"no test split: {remedy}, or set `test_per_class` to hold training images out")
-
-
-def _refuse(options: DataSettings, *keys: str) -> None:
-    values = vars(options)
-    for key in keys:
-        if values[key]:
-            raise UserError(f"`{key}` does not apply to dataset {options.dataset}; leave it out")
 
 
 def _counts_of(labels: np.ndarray, num_classes: int = 0) -> list[int]:

@@ -15,7 +15,8 @@ from tailtune.datasets.images.draws import uniform_draws
 from tailtune.datasets.images.tensor_transforms import TensorTransform
 from tailtune.datasets.images.transforms import Transform
 from tailtune.datasets.long_tail import random_positions
-from tailtune.datasets.sources.image_sources import ArraySource, BadImage, Source
+from tailtune.datasets.sources.image_sources import ArraySource, Source
+from tailtune.datasets.sources.named_source import BadImage, NamedSource
 
 Batch = dict[str, Any]
 """A batch of images of a `View`: name → value."""
@@ -131,6 +132,7 @@ class View(Dataset[Batch]):
         table = np.pad(table, ((0, 0), (0, max(0, 3 - table.shape[1]))))
         seconds = np.zeros(len(STAGES))
         index = table[:, 0]
+        self._prefetch(table[:, ::3], seconds)  # of a pair, the two images
         batch, readable = self._images(table[:, :3], seconds)
         if table.shape[1] == 5:
             second, also_readable = self._images(table[:, [3, 1, 4]], seconds)
@@ -140,6 +142,13 @@ class View(Dataset[Batch]):
         batch |= {"label": torch.from_numpy(labels), "index": torch.from_numpy(index.copy())}
         batch["weight"] = torch.from_numpy(readable).float()
         return batch | ({"seconds": torch.from_numpy(seconds)} if self.timed else {})
+
+    def _prefetch(self, index: np.ndarray, seconds: np.ndarray) -> None:
+        """Let a server send the images of a batch at the same time."""
+        if self.prepared is None and isinstance(self.source, NamedSource):
+            started = perf_counter()
+            self.source.prefetch(self.indices[index[index != PADDING]].tolist())
+            seconds[STAGES.index("read")] += perf_counter() - started
 
     def finish(self, batch: Batch) -> Batch:
         """Make the random changes that are left to the device, in place.

@@ -20,7 +20,8 @@ from tailtune.datasets.images import image_files as pictures
 from tailtune.datasets.images import inspect_files as checks
 from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, DecodeError, load_rgb
 from tailtune.datasets.images.inspect_files import inspect_files
-from tailtune.datasets.sources.image_sources import BadImage, FileSource
+from tailtune.datasets.sources.image_sources import FileSource
+from tailtune.datasets.sources.named_source import BadImage
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # Pillow's; see `quiet`
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8))

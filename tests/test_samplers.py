@@ -11,7 +11,8 @@ from PIL import Image
 from tailtune.datasets.images.transforms import train_transform
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, Order, StepSampler, balanced, reverse, shuffle
-from tailtune.datasets.sources.image_sources import ArraySource, BadImage
+from tailtune.datasets.sources.image_sources import ArraySource
+from tailtune.datasets.sources.named_source import BadImage
 from tailtune.datasets.view import View
 
 LAYOUTS = [(100, 32, 8), (97, 32, 32), (5, 8, 3), (33, 8, 1), (8, 8, 8), (1, 4, 4)]

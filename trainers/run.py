@@ -205,9 +205,7 @@ class _Run:
             if split in data.records and not cfg.test_train:
                 tested = data.records[split]
                 apart = self.kept.records.get(split) if self.kept else None
-                seen = {
-                    path for record in trained for path in seen_in_training(tested, record, data.splits.root, apart)
-                }
+                seen = {path for record in trained for path in seen_in_training(tested, record, data.splits, apart)}
                 if seen:
                     text = (
                         f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,12 @@ from tqdm import tqdm
 from tailtune.datasets.commands.split_files import SplitFiles
 from tailtune.datasets.images.inspect_files import THREADS
 from tailtune.datasets.images.regular_files import NotARegularFile, open_regular
+from tailtune.datasets.sources.named_source import BadImage
 
+Digest = Callable[[SplitFiles, int], bytes]
+"""Takes images and a position; returns 16 bytes that are the same for the same image."""
+Digests = Sequence[tuple[Digest, str]]
+"""Digests, and what a progress bar calls each of them."""
 PROBE_BYTES = 4096
 """Bytes from the middle of a file that are compared before whole files are."""
 FILES_PER_TASK = 256
@@ -46,7 +51,9 @@ class ExactCopies:
     """Position of a file that could not be read → the reason."""
 
 
-def exact_copies(files: SplitFiles, sizes: np.ndarray, part_of: np.ndarray) -> ExactCopies:
+def exact_copies(
+    files: SplitFiles, sizes: np.ndarray, part_of: np.ndarray, digests_of: Digests | None = None
+) -> ExactCopies:
     """Find files of the same content in different parts, such as splits. Copies inside one part are not looked for.
 
     Only files whose size occurs in several parts are opened. First 4 KiB from the middle of each are compared, and
@@ -56,6 +63,7 @@ def exact_copies(files: SplitFiles, sizes: np.ndarray, part_of: np.ndarray) -> E
         files: N files.
         sizes: their sizes in bytes, int64 [N]; files of size 0 or below are left out.
         part_of: number of the part of each file, int64 [N].
+        digests_of: what is compared, one after the other; None: as said above.
 
     Returns:
         The groups, and the files that could not be compared.
@@ -63,7 +71,7 @@ def exact_copies(files: SplitFiles, sizes: np.ndarray, part_of: np.ndarray) -> E
     unreadable: dict[int, str] = {}
     candidates = np.flatnonzero(sizes > 0)
     candidates = candidates[_in_several_parts(sizes[candidates], part_of[candidates])]
-    for digest, description in ((_probe, "comparing parts of files"), (_whole, "comparing files")):
+    for digest, description in digests_of or FILE_DIGESTS:
         digests, problems = _digests(files.take(candidates), digest, description)
         unreadable |= {int(candidates[index]): reason for index, reason in problems.items()}
         keys = np.stack([sizes[candidates].astype(np.uint64), *digests.T], axis=1)
@@ -144,9 +152,7 @@ def _in_several_parts(keys: np.ndarray, part_of: np.ndarray) -> np.ndarray:
     return (first != last)[numbers]
 
 
-def _digests(
-    files: SplitFiles, digest: Callable[[int, int], bytes], description: str
-) -> tuple[np.ndarray, dict[int, str]]:
+def _digests(files: SplitFiles, digest: Digest, description: str) -> tuple[np.ndarray, dict[int, str]]:
     """Digests of the contents of n files, uint64 [n, 2]; and position → reason of the files that cannot be read."""
     digests = np.zeros((len(files), 2), dtype=np.uint64)
     problems: dict[int, str] = {}
@@ -155,8 +161,8 @@ def _digests(
         chunk = range(start, min(start + FILES_PER_TASK, len(files)))
         for index in chunk:
             try:
-                digests[index] = np.frombuffer(_read(files[index], digest), dtype=np.uint64)
-            except NotARegularFile as reason:
+                digests[index] = np.frombuffer(digest(files, index), dtype=np.uint64)
+            except (NotARegularFile, BadImage) as reason:
                 problems[index] = str(reason)
             except OSError as error:
                 problems[index] = str(error.strerror)
@@ -179,11 +185,22 @@ def _read(path: Path, digest: Callable[[int, int], bytes]) -> bytes:
         os.close(descriptor)
 
 
-def _probe(descriptor: int, size: int) -> bytes:
+def _probe(files: SplitFiles, index: int) -> bytes:
+    return _read(files[index], _middle)
+
+
+def _whole(files: SplitFiles, index: int) -> bytes:
+    return _read(files[index], _everything)
+
+
+FILE_DIGESTS: Digests = ((_probe, "comparing parts of files"), (_whole, "comparing files"))
+
+
+def _middle(descriptor: int, size: int) -> bytes:
     os.lseek(descriptor, max(0, size // 2 - PROBE_BYTES // 2), os.SEEK_SET)
     return hashlib.blake2b(os.read(descriptor, PROBE_BYTES), digest_size=16).digest()
 
 
-def _whole(descriptor: int, size: int) -> bytes:
+def _everything(descriptor: int, size: int) -> bytes:
     with os.fdopen(descriptor, "rb", closefd=False) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()

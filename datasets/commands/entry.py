@@ -6,27 +6,31 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from tailtune.configs import Schema, load_data_config, names
+from tailtune.configs import Schema, load_data_config, names, options_of_data
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.program import Parser, print_text, program
+from tailtune.datasets.commands.foreign_shards import index_folder
 from tailtune.datasets.commands.new import NewRequest, config_name, new_data
 from tailtune.datasets.commands.prepare import PrepareRequest, prepare
 from tailtune.datasets.commands.published_files import PUBLISHED_SETS
 from tailtune.datasets.commands.result_files import write_json
+from tailtune.datasets.commands.shard import ShardRequest, parse_size, shard_data, yaml_name
 from tailtune.datasets.commands.verify import VerifyRequest, verify
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.sources.image_folder import SPLITS
 
 LoadSchema = Callable[[], Schema]
 
-OVERVIEW = """usage: {program} data verify|new|prepare …
+OVERVIEW = """usage: {program} data verify|new|prepare|shard …
 
   data verify NAME|YAML|FOLDER    check lists and images before you train on them
   data new FOLDER                 make a YAML and lists from a folder of images
   data prepare NAME --root DIR    download what may be downloaded of a published data set, and check it
+  data shard NAME|YAML|FOLDER --out DIR    write the images as tar shards with an index
 
 Each has its own --help."""
 
+SHARD_SIZE = "256MB"
 EXIT_CODES = "exit codes: 0 no problem, 1 problems were found, 2 wrong input"
 
 
@@ -138,7 +142,42 @@ def _run_prepare(argv: Sequence[str], load_schema: LoadSchema) -> int:
     return 0
 
 
+def _run_shard(argv: Sequence[str], load_schema: LoadSchema) -> int:
+    parser = _parser(
+        "shard", "Write the images of a data set as tar shards with an index, and the YAML that trains from them."
+    )
+    parser.add_argument("data", metavar="NAME|YAML|FOLDER", help="a data config, your YAML, or a folder with train/")
+    parser.add_argument("pairs", metavar="KEY VALUE", nargs="*", help="options of the data, such as root and lists")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="DIR", type=Path, help="the new folder for the shards")
+    target.add_argument(
+        "--index-only",
+        action="store_true",
+        help="FOLDER holds tar files in WebDataset's format; write only their index",
+    )
+    parser.add_argument("--max-size", metavar="SIZE", help=f"most bytes of a shard ({SHARD_SIZE})")
+    args = parser.parse_intermixed_args(list(argv))
+    if args.index_only and args.max_size:
+        raise UserError("--index-only writes no shard; leave out --max-size")
+    try:
+        max_bytes = parse_size(args.max_size or SHARD_SIZE)
+    except ValueError:
+        raise UserError(f"--max-size {args.max_size}: give a number of bytes such as 256MB or 1GiB") from None
+    if args.index_only:
+        folder = Path(args.data)
+        values = options_of_data(str(folder), args.pairs, load_schema()) if folder.is_dir() else {}
+        print_text(index_folder(folder, {key: values[key] for key in values if key not in ("dataset", "root")}))
+        config = folder / yaml_name(folder.resolve().name)
+    else:
+        cfg = load_data_config(args.data, args.pairs, load_schema())
+        values = options_of_data(args.data, args.pairs, load_schema())
+        print_text(shard_data(ShardRequest(DataSettings.of(cfg), args.out, max_bytes, values)))
+        config = args.out / yaml_name(cfg.data)
+    print_text(f"train from them: {program()} -d {shlex.quote(str(config))} -m clip_vit_b16_peft")
+    return 0
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str], LoadSchema], int]] = MappingProxyType(
-    {"verify": _run_verify, "new": _run_new, "prepare": _run_prepare}
+    {"verify": _run_verify, "new": _run_new, "prepare": _run_prepare, "shard": _run_shard}
 )
 """Word after `data` → the function that runs the command."""

@@ -1,21 +1,23 @@
-"""The image files of all splits as one sequence. A path is made when it is asked for, to save memory."""
+"""The images of all splits as one sequence. A path is made when it is asked for, to save memory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
 import numpy as np
+from PIL import Image
 
 from tailtune.datasets.sources.image_sources import FileSource
+from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.splits.split_records import Split
 
 
 class SplitFiles(Sequence[Path]):
-    """N image files, one split after another.
+    """N images, one split after another. As a sequence it gives the paths of files; images in shards have none.
 
     Args:
-        splits: name of a split → its images, which are files.
-        positions: which of the files of all splits this sequence has, int64 [N]; None for all.
+        splits: name of a split → its images, which are files or in shards.
+        positions: which of the images of all splits this sequence has, int64 [N]; None for all.
     """
 
     def __init__(self, splits: Mapping[str, Split], positions: np.ndarray | None = None):
@@ -39,15 +41,41 @@ class SplitFiles(Sequence[Path]):
     def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._source(index).root / self.relative(index)
+        source, position = self.source_of(index)
+        assert isinstance(source, FileSource), "images in shards are no files"
+        return source.root / source.paths[position]
 
-    def relative(self, index: int) -> str:
-        """The path of a file as the list or the class folder gives it.
+    def source_of(self, index: int) -> tuple[NamedSource, int]:
+        """The source of an image, and the position in it.
 
         Args:
             index: position in this sequence.
         """
-        return self._source(index).paths[self._in_source(index)]
+        split_number = self.split_of[index]
+        split = self.by_name[self.names[split_number]]
+        assert isinstance(split.source, NamedSource)
+        return split.source, int(split.indices[self.positions[index] - self._starts[split_number]])
+
+    def decode(self, index: int) -> Image.Image:
+        """An image in mode RGB.
+
+        Args:
+            index: position in this sequence.
+
+        Raises:
+            DecodeError: it is missing or cannot be decoded.
+        """
+        source, position = self.source_of(index)
+        return source.decode(position)
+
+    def relative(self, index: int) -> str:
+        """The path of an image as the list, the class folder or the index gives it.
+
+        Args:
+            index: position in this sequence.
+        """
+        source, position = self.source_of(index)
+        return source.paths[position]
 
     def split(self, index: int) -> str:
         """Name of the split of a file.
@@ -63,7 +91,8 @@ class SplitFiles(Sequence[Path]):
         Args:
             index: position in this sequence.
         """
-        return self._source(index).location(self._in_source(index))
+        source, position = self.source_of(index)
+        return source.location(position)
 
     def take(self, positions: np.ndarray) -> "SplitFiles":
         """Some of the files.
@@ -72,13 +101,3 @@ class SplitFiles(Sequence[Path]):
             positions: positions in this sequence, int64 [n].
         """
         return SplitFiles(self.by_name, self.positions[positions])
-
-    def _source(self, index: int) -> FileSource:
-        source = self.by_name[self.split(index)].source
-        assert isinstance(source, FileSource)
-        return source
-
-    def _in_source(self, index: int) -> int:
-        split_number = self.split_of[index]
-        within = self.positions[index] - self._starts[split_number]
-        return int(self.by_name[self.names[split_number]].indices[within])

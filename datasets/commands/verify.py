@@ -13,6 +13,7 @@ from tailtune.datasets.commands.findings import Findings, SplitFindings
 from tailtune.datasets.commands.notes import collected_notes
 from tailtune.datasets.commands.releases import list_status, prefix_of, probable_release
 from tailtune.datasets.commands.split_files import SplitFiles
+from tailtune.datasets.commands.verify_shards import SHARD_DIGESTS, inspect_shards
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.images.decode_many import decode_many
 from tailtune.datasets.images.inspect_files import inspect_files
@@ -57,7 +58,7 @@ def verify(request: VerifyRequest) -> Findings:
         UserError: the data cannot be checked at all: a list or the folder of the images is missing or wrong.
     """
     entry = lookup(DATASETS, request.data.dataset, "dataset")
-    if entry.listings is None:
+    if entry.built_in:
         return _verify_built_in(request)
     with collected_notes() as notes:
         class_names, splits, listings = _read(request)
@@ -75,7 +76,8 @@ def verify(request: VerifyRequest) -> Findings:
 
 def _empty_findings(request: VerifyRequest, class_names: Collection[str]) -> Findings:
     built_in = lookup(DATASETS, request.data.dataset, "dataset").built_in
-    root = None if built_in else str(request.data.folders.image_root().absolute())
+    folders = request.data.folders
+    root = None if built_in else folders.url or str(folders.image_root().absolute())
     return Findings(
         request.data.data,
         root,
@@ -89,7 +91,6 @@ def _empty_findings(request: VerifyRequest, class_names: Collection[str]) -> Fin
 
 def _read(request: VerifyRequest) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Listing]]:
     """Class names, the images of each split, and what was read for it. No image is looked for."""
-    root = request.data.folders.image_root()
     if request.only:
         if request.data.dataset != "ImageList":
             raise UserError("--split is for data with list files; leave it out")
@@ -100,19 +101,23 @@ def _read(request: VerifyRequest) -> tuple[tuple[str, ...], dict[str, Split], di
         names = names or tuple(f"class {label}" for label in range(num_classes))
         for listing in listings.values():
             listing.check_labels(len(names))
+        root = request.data.folders.image_root()
         splits = {name: Split(each.files(root), np.arange(len(each.labels))) for name, each in listings.items()}
         return names, splits, listings
     # Class names of ImageNet are in a library that imports torch; the folders are names enough here.
     options = replace(request.data, classnames=None) if request.data.classnames == "imagenet" else request.data
-    reader = lookup(DATASETS, options.dataset, "dataset").listings
-    assert reader is not None
-    outline, train, test, val = reader(options)
-    sources = [each.files(root) if each else None for each in (train, test, val)]
-    assert sources[0] is not None
-    chosen = choose_splits(request.splits, AvailableImages(outline, sources[0], sources[1], sources[2]))
+    entry, by_split = lookup(DATASETS, options.dataset, "dataset"), dict[str, Listing]()
+    if entry.listings is None:
+        available = entry.load(options)
+    else:
+        root = options.folders.image_root()
+        outline, train, test, val = entry.listings(options)
+        test_files, val_files = (each.files(root) if each else None for each in (test, val))
+        available = AvailableImages(outline, train.files(root), test_files, val_files)
+        by_split = {"train": train, "test": test or train, "val": val or train}
+    chosen = choose_splits(request.splits, available)
     order = sorted(chosen.by_name, key=SPLITS.index)
-    by_split = {"train": train, "test": test or train, "val": val or train}
-    return outline.class_names, {name: chosen.by_name[name] for name in order}, by_split
+    return available.outline.class_names, {name: chosen.by_name[name] for name in order}, by_split
 
 
 def _check_lists(request: VerifyRequest, listings: dict[str, Listing], findings: Findings) -> None:
@@ -132,22 +137,23 @@ def _check_lists(request: VerifyRequest, listings: dict[str, Listing], findings:
 
 def _check_images(request: VerifyRequest, files: SplitFiles, findings: Findings) -> None:
     """Look for every image, and compare and decode them if this is asked for."""
-    root = request.data.folders.image_root()
+    in_shards = request.data.dataset == "Shards"
+    root = Path() if in_shards else request.data.folders.image_root()
     if not root.is_dir():
         raise UserError(f"image folder not found: {root.absolute()} (set `root` to the folder of the images)")
-    inspection = inspect_files(files)
+    inspection = inspect_shards(files, findings) if in_shards else inspect_files(files)
     problems = dict(inspection.problems)
     missing = np.array([i for i, reason in problems.items() if reason.startswith("not found")], dtype=np.int64)
     for index in missing.tolist():
         findings.splits[files.split(index)].missing.append(files.relative(index))
         del problems[index]
-    if len(missing):
+    if len(missing) and not in_shards:
         lists = [Path(split.list_file).name for split in findings.splits.values() if split.list_file]
         prefix = next((found for name in lists if (found := prefix_of(name))), None)
         findings.release = probable_release(prefix, root, files.take(missing))
     sizes = inspection.sizes.copy()
     sizes[list(inspection.problems)] = -1
-    copies = exact_copies(files, sizes, files.split_of)
+    copies = exact_copies(files, sizes, files.split_of, SHARD_DIGESTS if in_shards else None)
     problems |= copies.unreadable
     findings.exact = [[_entry(files, index) for index in group] for group in copies.groups]
     if request.decode or request.near:
@@ -161,7 +167,7 @@ def _decode(request: VerifyRequest, files: SplitFiles, good: np.ndarray, finding
     """Decode images; compare them if this is asked for. Returns position → why it cannot be decoded."""
     hashes, decoded = np.zeros(len(good), dtype=np.uint64), np.ones(len(good), dtype=bool)
     problems = {}
-    for done in decode_many(files.take(good), perceptual_hash if request.near else None):
+    for done in decode_many(good.tolist(), perceptual_hash if request.near else None, load=files.decode):
         if done.problem:
             decoded[done.position] = False
             problems[int(good[done.position])] = done.problem

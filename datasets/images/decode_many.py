@@ -1,8 +1,7 @@
-"""Decodes many image files in parallel threads, with a bounded number of images and results in memory."""
+"""Decodes many images in parallel threads, with a bounded number of images and results in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -11,35 +10,39 @@ from tailtune.datasets.images.ordered_map import ordered_map
 
 
 class Decoded(NamedTuple):
-    """What became of one file."""
+    """What became of one image."""
 
     position: int
-    """Position of the file in the sequence."""
+    """Position of the image in the sequence."""
     result: object
-    """What the function returned; None if the file cannot be decoded."""
+    """What the function returned; None if the image cannot be decoded."""
     problem: str
-    """Why the file cannot be decoded; empty if it can."""
+    """Why the image cannot be decoded; empty if it can."""
 
 
 def decode_many(
-    paths: Sequence[Path], use: Callable[[Image.Image], object] | None = None, description: str = "decoding images"
+    items: Sequence[Any],
+    use: Callable[[Image.Image], object] | None = None,
+    load: Callable[[Any], Image.Image] = load_rgb,
+    description: str = "decoding images",
 ) -> Iterator[Decoded]:
-    """Decode image files, and call a function with each image.
+    """Decode images, and call a function with each image.
 
     Args:
-        paths: N files. FIFOs, devices, broken files and files with too many pixels are problems.
+        items: N files, or what else `load` takes. FIFOs, devices, broken files and too many pixels are problems.
         use: gets each image in mode RGB; None if only the problems are of interest.
+        load: gives the image of an item in mode RGB, or raises DecodeError.
         description: text of the progress bar.
 
     Yields:
-        What became of each file, in the order of the files.
+        What became of each item, in their order.
     """
 
     def decode(position: int) -> Decoded:
         try:
-            image = load_rgb(paths[position])
+            image = load(items[position])
         except DecodeError as error:
             return Decoded(position, None, str(error))
         return Decoded(position, use(image) if use else None, "")
 
-    return ordered_map(decode, len(paths), description)
+    return ordered_map(decode, len(items), description)

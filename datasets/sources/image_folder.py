@@ -14,8 +14,8 @@ import numpy as np
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.images.image_files import EXTENSIONS
-from tailtune.datasets.sources.image_sources import MissingData
 from tailtune.datasets.sources.listing import Listing
+from tailtune.datasets.sources.named_source import MissingData
 from tailtune.datasets.sources.path_list import PathList
 
 log = logging.getLogger("tailtune")

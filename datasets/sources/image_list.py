@@ -8,8 +8,8 @@ import numpy as np
 
 from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.datasets.images.regular_files import NotARegularFile, file_size
-from tailtune.datasets.sources.image_sources import MissingData
 from tailtune.datasets.sources.listing import Listing
+from tailtune.datasets.sources.named_source import MissingData
 from tailtune.datasets.sources.path_list import PathList
 from tailtune.datasets.sources.published_lists import PUBLISHED, blob_id, published_at
 from tailtune.datasets.sources.text_files import numbered_lines, read_json

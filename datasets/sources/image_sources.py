@@ -1,32 +1,23 @@
 """Sources of labelled images, in files or in memory. Every source gives RGB images of PIL and integer labels."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
 
-from tailtune.configs.errors import UserError
 from tailtune.configs.lazy_module import lazy_module
-from tailtune.datasets.images.image_files import DecodeError, load_rgb, read_file
-from tailtune.datasets.images.tensor_decode import decode_pixels
+from tailtune.datasets.images.image_files import read_file
+from tailtune.datasets.images.inspect_files import Inspection, inspect_files
+from tailtune.datasets.sources.named_source import MissingData, NamedSource
 from tailtune.datasets.sources.path_list import PathList
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 torch = lazy_module("torch")
-
-
-class BadImage(UserError):
-    """An image of the data is missing or cannot be decoded."""
-
-
-class MissingData(UserError):
-    """A list file or the folder of the images does not exist."""
 
 
 class Source(Protocol):
@@ -132,7 +123,7 @@ class ArraySource:
         return hashlib.blake2b(np.ascontiguousarray(self.images[index]).data, digest_size=16).hexdigest()
 
 
-class FileSource:
+class FileSource(NamedSource):
     """Image files below a folder.
 
     Args:
@@ -158,28 +149,9 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int) -> Image.Image:
-        """As `Source.load`."""
-        with self._reported(index):
-            return load_rgb(self.root / self.paths[index])
-
-    def open(self, index: int) -> BinaryIO:
-        """As `Source.open`."""
-        with self._reported(index):
-            return read_file(self.root / self.paths[index])
-
-    def pixels(self, index: int, file: BinaryIO | None) -> "Tensor":
-        """As `Source.pixels`."""
-        assert file is not None
-        with file, self._reported(index):
-            return decode_pixels(file)
-
-    @contextmanager
-    def _reported(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except DecodeError as problem:
-            raise BadImage(f"cannot read image {self.location(index)}: {problem}") from problem
+    def file(self, index: int) -> BinaryIO:
+        """As `NamedSource.file`."""
+        return read_file(self.root / self.paths[index])
 
     def location(self, index: int) -> str:
         """As `Source.location`: the path, and the line of the list file."""
@@ -187,13 +159,25 @@ class FileSource:
         return f"{path} (line {self.lines[index]} of {self.listed_in})" if self.listed_in else str(path)
 
     def stamp(self, index: int) -> str:
-        """As `Source.stamp`: path, size and time of the last change."""
+        """As `NamedSource.stamp`: path, size and time of the last change."""
         path = self.root / self.paths[index]
         try:
             status = path.stat()
         except OSError:
             return f"{path} missing"
         return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
+
+    def inspect(self, indices: np.ndarray, read_headers: bool) -> Inspection:
+        """As `NamedSource.inspect`."""
+        return inspect_files([self.root / path for path in self.paths.at(indices)], read_headers)
+
+    def has(self, path: str) -> bool:
+        """As `NamedSource.has`."""
+        return (self.root / path).exists()
+
+    def read(self, path: str) -> bytes:
+        """As `NamedSource.read`."""
+        return (self.root / path).read_bytes()
 
     def check_root(self) -> None:
         """Check whether `root` is the folder of these images. Single missing files are not looked for.

@@ -27,6 +27,38 @@ class PathList(Sequence[str]):
         self._order: np.ndarray | None = None
         """Positions in the block of this view's paths, int64 [N]; None: all, in their order."""
 
+    @classmethod
+    def of_block(cls, block: bytes, ends: np.ndarray) -> "PathList":
+        """The paths that `packed` gave.
+
+        Args:
+            block: the bytes of all paths.
+            ends: where each path begins, and the last one ends, unsigned, in ascending order, [N + 1].
+        """
+        paths = cls(())
+        paths._block, paths._ends = block, ends
+        return paths
+
+    def packed(self) -> tuple[bytes, np.ndarray]:
+        """The paths as one block of bytes; and where each begins and the last one ends, [N + 1]."""
+        whole = self if self._order is None else PathList(self)
+        return whole._block, whole._ends
+
+    def position(self, path: str) -> int | None:
+        """The first position of a path; None if it is not there. It takes a search through all bytes.
+
+        Args:
+            path: any text.
+        """
+        block, ends = self.packed()
+        wanted, start = path.encode(errors="surrogateescape"), 0
+        while wanted and (start := block.find(wanted, start)) >= 0:
+            place = int(np.searchsorted(ends, start, side="right")) - 1
+            if ends[place] == start and ends[place + 1] == start + len(wanted):
+                return place
+            start += 1
+        return None
+
     def at(self, positions: np.ndarray) -> "PathList":
         """A view of some of the paths, which shares the block.
 

@@ -14,7 +14,8 @@ from tailtune.configs.seeding import derive_seed
 from tailtune.datasets.data_settings import SplitSettings
 from tailtune.datasets.long_tail import SUBSET_SEED, capped_counts, check_hold_out, hold_out, subsample
 from tailtune.datasets.sources.available_images import AvailableImages
-from tailtune.datasets.sources.image_sources import FileSource, Source
+from tailtune.datasets.sources.image_sources import Source
+from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.splits.split_records import (
     CONTENT,
     SIZE,
@@ -41,9 +42,9 @@ def choose_splits(options: SplitSettings, data: AvailableImages, stored: StoredS
         UserError: a class would keep no training image.
     """
     source, names = data.train, data.outline.class_names
-    has_files = isinstance(source, FileSource)
+    has_paths = isinstance(source, NamedSource)
     holds_out = bool(options.test_per_class or options.val_per_class)
-    if stored is not None and holds_out and has_files and (restored := _restored(data, stored)) is not None:
+    if stored is not None and holds_out and has_paths and (restored := _restored(data, stored)) is not None:
         return restored
     rest = np.arange(len(source))
     splits: dict[str, Split] = {}
@@ -59,8 +60,8 @@ def choose_splits(options: SplitSettings, data: AvailableImages, stored: StoredS
         splits["val"] = Split(source, held_out)
     elif data.val is not None:
         splits["val"] = Split(data.val, np.arange(len(data.val)))
-    splits["train"] = Split(source, _in_stored_order(source, rest, stored) if stored and has_files else rest)
-    return ChosenSplits(splits, _paths_in_no_split(source, splits) if has_files else (), ())
+    splits["train"] = Split(source, _in_stored_order(source, rest, stored) if stored and has_paths else rest)
+    return ChosenSplits(splits, _paths_in_no_split(source, splits) if has_paths else (), ())
 
 
 def _hold_out(
@@ -69,7 +70,7 @@ def _hold_out(
     """The candidates that are held out, sorted by class, and the others in their order; positions in the source."""
     labels = source.labels[candidates]
     check_hold_out(np.bincount(labels, minlength=len(names)), per_class, names, key)
-    if not isinstance(source, FileSource):  # built-in data cannot grow and keep the split of earlier versions
+    if not isinstance(source, NamedSource):  # built-in data cannot grow and keep the split of earlier versions
         held_out, rest = hold_out(labels, per_class, names, key)
         return candidates[held_out], candidates[rest]
     digests = np.array(
@@ -115,7 +116,7 @@ def _restored(data: AvailableImages, stored: StoredSplits) -> ChosenSplits | Non
 
 def _paths_in_no_split(source: Source, splits: Mapping[str, Split]) -> tuple[str, ...]:
     """Paths of the images of the training source that no split took."""
-    assert isinstance(source, FileSource)
+    assert isinstance(source, NamedSource)
     taken = [split.indices for split in splits.values() if split.source is source]
     rest = np.setdiff1d(np.arange(len(source)), np.concatenate(taken))
     return tuple(source.paths.at(rest))
@@ -134,7 +135,7 @@ def make_records(options: SplitSettings, chosen: ChosenSplits, stored: StoredSpl
     """
     records = {}
     for name, split in chosen.by_name.items():
-        if not isinstance(split.source, FileSource):
+        if not isinstance(split.source, NamedSource):
             records[name] = Record.built_in(options.dataset)
             continue
         assert split.sizes is not None, "call inspect_splits first"

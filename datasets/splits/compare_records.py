@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tailtune.datasets.splits.split_records import Record
+from tailtune.datasets.splits.split_records import ChosenSplits, Record
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def first_few(paths: Sequence[str], count: int = 3) -> str:
     return ", ".join([*paths[:count], *(["…"] if len(paths) > count else [])])
 
 
-def seen_in_training(evaluated: Record, trained: Record, root: Path, not_trained: Record | None = None) -> list[str]:
+def seen_in_training(
+    evaluated: Record, trained: Record, images: ChosenSplits, not_trained: Record | None = None
+) -> list[str]:
     """Paths of evaluated images that were trained on, under the same path or as a copy under another one.
 
     A copy has the file name, class, size and content of a training image. If the training image itself is gone while
@@ -76,7 +78,7 @@ def seen_in_training(evaluated: Record, trained: Record, root: Path, not_trained
     Args:
         evaluated: the evaluated images.
         trained: the training images.
-        root: folder that the paths start from.
+        images: where the images are read.
         not_trained: images that were certainly not trained on: the test images that the run has stored.
 
     Returns:
@@ -86,7 +88,7 @@ def seen_in_training(evaluated: Record, trained: Record, root: Path, not_trained
     training_images = trained.labels_and_sizes()
     candidates: dict[tuple[str, int, int], list[str]] = {}
     """(file name, label, size) → training images."""
-    if any((root / path).exists() for path in trained.paths[:: max(1, len(trained.paths) // 16)]):
+    if any(images.has(path) for path in trained.paths[:: max(1, len(trained.paths) // 16)]):
         for path, (label, size) in training_images.items():
             candidates.setdefault((Path(path).name, label, size), []).append(path)
     return [
@@ -95,15 +97,15 @@ def seen_in_training(evaluated: Record, trained: Record, root: Path, not_trained
         if excluded.get(path) != size
         and (
             training_images.get(path, (label, None))[1] == size
-            or any(_is_copy(root, path, original) for original in candidates.get((Path(path).name, label, size), ()))
+            or any(_is_copy(images, path, original) for original in candidates.get((Path(path).name, label, size), ()))
         )
     ]
 
 
-def _is_copy(root: Path, path: str, original: str) -> bool:
+def _is_copy(images: ChosenSplits, path: str, original: str) -> bool:
     """Whether a file has the content of another one, or the other one is gone and may have been moved here."""
     try:
-        return path != original and (root / path).read_bytes() == (root / original).read_bytes()
+        return path != original and images.read(path) == images.read(original)
     except FileNotFoundError:
         return True
     except OSError:

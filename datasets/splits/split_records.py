@@ -10,12 +10,12 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from tailtune.configs.errors import UserError
-from tailtune.datasets.sources.image_sources import FileSource, Source
+from tailtune.configs.errors import prefix_errors
+from tailtune.datasets.sources.image_sources import Source
+from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.sources.path_list import PathList
 
 SIZE, CONTENT = "size", "content"
@@ -48,21 +48,24 @@ class Record:
         return cls(f"built-in:{name}")
 
     @classmethod
-    def of(cls, source: FileSource, indices: np.ndarray, sizes: np.ndarray, kind: str = SIZE) -> "Record":
+    def of(cls, source: NamedSource, indices: np.ndarray, sizes: np.ndarray, kind: str = SIZE) -> "Record":
         """The record of some images of a source.
 
         Args:
-            source: the image files.
+            source: the images.
             indices: positions in the source, [N].
-            sizes: sizes of these files in bytes, [N].
-            kind: `size` or `content`; for `content` every file is read.
+            sizes: sizes of these images in bytes, [N].
+            kind: `size` or `content`; for `content` every image is read.
 
         Raises:
-            UserError: a file cannot be read.
+            UserError: an image cannot be read.
         """
         paths, labels = source.paths.at(indices), source.labels[indices]
-        files = [source.root / path for path in paths] if kind == CONTENT else []
-        fingerprint = _fingerprint(kind, paths, labels.tolist(), sizes.tolist(), files)
+        contents = [""] * len(paths)
+        if kind == CONTENT:
+            with ThreadPoolExecutor(THREADS) as pool, prefix_errors("data_fingerprint content"):
+                contents = list(pool.map(source.sha256, indices.tolist()))
+        fingerprint = _fingerprint(kind, paths, labels.tolist(), sizes.tolist(), contents)
         return cls(fingerprint, paths, _compact(labels), _compact(sizes))
 
     @property
@@ -85,25 +88,13 @@ def _compact(numbers: np.ndarray) -> Sequence[int]:
 
 
 def _fingerprint(
-    kind: str, paths: Sequence[str], labels: Sequence[int], sizes: Sequence[int], files: Sequence[Path]
+    kind: str, paths: Sequence[str], labels: Sequence[int], sizes: Sequence[int], contents: Sequence[str]
 ) -> str:
     """A fingerprint that does not depend on the order of the images."""
-    contents: Sequence[str] = [""] * len(paths)
-    if files:
-        with ThreadPoolExecutor(THREADS) as pool:
-            contents = list(pool.map(_content_digest, files))
     digest = hashlib.sha256()
     for line in sorted(zip(paths, labels, sizes, contents, strict=True)):
         digest.update(json.dumps(line).encode())
     return f"{kind}:{digest.hexdigest()[:32]}"
-
-
-def _content_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"data_fingerprint content: {path} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,7 @@ class Split:
 
     def paths(self) -> Sequence[str]:
         """Relative paths of the images, [N]; empty for built-in data."""
-        return self.source.paths.at(self.indices) if isinstance(self.source, FileSource) else ()
+        return self.source.paths.at(self.indices) if isinstance(self.source, NamedSource) else ()
 
 
 @dataclass(frozen=True)
@@ -145,11 +136,30 @@ class ChosenSplits:
     left_out: int = 0
     """Number of unreadable images that are left out of training."""
 
-    @property
-    def root(self) -> Path:
-        """Folder that the paths of the training images start from; the working directory for built-in data."""
-        source = self.by_name["train"].source
-        return source.root if isinstance(source, FileSource) else Path()
+    def has(self, path: str) -> bool:
+        """Whether the image of a path is there, also if it is in no split; false for built-in data.
+
+        Args:
+            path: as the lists of a run name it.
+        """
+        return any(source.has(path) for source in self._sources())
+
+    def read(self, path: str) -> bytes:
+        """The encoded image of a path.
+
+        Args:
+            path: as for `has`.
+
+        Raises:
+            OSError: it is not there or cannot be read.
+        """
+        for source in self._sources():
+            if source.has(path):
+                return source.read(path)
+        raise FileNotFoundError(path)
+
+    def _sources(self) -> Iterator[NamedSource]:
+        return (split.source for split in self.by_name.values() if isinstance(split.source, NamedSource))
 
 
 @dataclass(frozen=True)
@@ -218,11 +228,11 @@ def positions_in_source(paths: Sequence[str], source: Source) -> np.ndarray:
 
     Args:
         paths: N relative paths.
-        source: a source of files.
+        source: a source of images with paths.
 
     Returns:
         int64 [N]; −1 for a path that the source does not have.
     """
-    assert isinstance(source, FileSource), "built-in data have no lists"
+    assert isinstance(source, NamedSource), "built-in data have no lists"
     position_of = {path: position for position, path in enumerate(source.paths)}
     return np.array([position_of.get(path, -1) for path in paths], dtype=np.int64)

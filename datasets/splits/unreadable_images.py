@@ -8,8 +8,7 @@ import numpy as np
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.images.decode_many import decode_many
-from tailtune.datasets.images.inspect_files import inspect_files
-from tailtune.datasets.sources.image_sources import FileSource
+from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.splits.split_records import ChosenSplits, Split, StoredSplits
 
 log = logging.getLogger("tailtune")
@@ -46,9 +45,9 @@ def inspect_splits(chosen: ChosenSplits, read_headers: bool = True) -> tuple[Cho
     """
     by_name, problems = dict(chosen.by_name), dict[str, str]()
     for name, split in chosen.by_name.items():
-        if isinstance(split.source, FileSource):
+        if isinstance(split.source, NamedSource):
             paths = split.paths()
-            inspection = inspect_files([split.source.root / path for path in paths], read_headers)
+            inspection = split.source.inspect(split.indices, read_headers)
             by_name[name] = replace(split, sizes=inspection.sizes)
             problems |= {paths[i]: reason for i, reason in inspection.problems.items()}
     return replace(chosen, by_name=by_name), problems
@@ -119,13 +118,13 @@ def _decoded_before(stored: StoredSplits | None) -> dict[str, int]:
 
 def _undecodable(split: Split, bad: Collection[str], known: Mapping[str, int]) -> dict[str, str]:
     """Decode the images of a split, except bad ones and those of known path and size. Returns path → problem."""
-    if not isinstance(split.source, FileSource) or split.sizes is None:
+    source = split.source
+    if not isinstance(source, NamedSource) or split.sizes is None:
         return {}
-    files = zip(split.paths(), split.sizes.tolist(), strict=True)
-    root = split.source.root
-    paths = [path for path, size in files if path not in bad and known.get(path) != size]
-    results = decode_many([root / path for path in paths])
-    return {paths[result.position]: result.problem for result in results if result.problem}
+    files = zip(split.paths(), split.sizes.tolist(), split.indices.tolist(), strict=True)
+    indices = [index for path, size, index in files if path not in bad and known.get(path) != size]
+    results = decode_many(indices, load=source.decode)
+    return {source.paths[indices[result.position]]: result.problem for result in results if result.problem}
 
 
 def drop_from_train(chosen: ChosenSplits, paths: Collection[str]) -> ChosenSplits:
@@ -136,7 +135,7 @@ def drop_from_train(chosen: ChosenSplits, paths: Collection[str]) -> ChosenSplit
         paths: the images to leave out of `train`.
     """
     train = chosen.by_name["train"]
-    if not paths or not isinstance(train.source, FileSource):
+    if not paths or not isinstance(train.source, NamedSource):
         return chosen
     remaining = np.array([i for i, path in enumerate(train.paths()) if path not in paths], dtype=np.int64)
     return replace(chosen, by_name={**chosen.by_name, "train": train.take(remaining)})

@@ -99,20 +99,22 @@ def component_of(name: str) -> str | None:
     return _without_number(name).removeprefix(f"{DIRICHLET}-") if name.startswith(f"{DIRICHLET}-") else None
 
 
-def check_dirichlet(options: DirichletOptions, dataset: str) -> None:
+def check_dirichlet(options: DirichletOptions, may_have_lists: bool) -> None:
     """Check options that do not depend on the images.
 
     Args:
         options: the options.
-        dataset: the option `dataset`.
+        may_have_lists: whether the test images may be those of a list.
 
     Raises:
         UserError: the concentration is not positive, or a list file is given for data without lists.
     """
     if options.concentration is not None and options.concentration <= 0:
         raise UserError(f"dirichlet_concentration {options.concentration:g} must be above 0, for example 10000")
-    if options.list and dataset != "ImageList":
-        raise UserError(f"dirichlet_list {options.list}: it needs dataset ImageList; set it to none")
+    if options.list and not may_have_lists:
+        raise UserError(
+            f"dirichlet_list {options.list}: it needs dataset ImageList, or Shards with test_list; set it to none"
+        )
 
 
 def draw_test_sets(options: DirichletOptions, seed: int, images: ImagesByClass, origin: str) -> dict[str, DrawnTestSet]:

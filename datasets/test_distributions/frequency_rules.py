@@ -71,16 +71,16 @@ def distribution_names(options: DistributionSettings) -> tuple[str, ...]:
             continue
         names += _all_names(options.shift_ratios) if name == ALL else [name]
         frequency_rule(names[-1])
-    check_dirichlet(options.dirichlet, options.dataset)
+    check_dirichlet(options.dirichlet, options.may_have_lists)
     for name, factor in (options.shift_factors or {}).items():
         frequency_rule(name, key="shift_factors")
         if not 0 < factor <= 1:
             raise UserError(
                 f"shift_factors: {name} {factor:g} must be above 0 and at most 1 (smallest / largest class)"
             )
-    if options.shift_files and (options.dataset != "ImageList" or "{name}" not in options.shift_files):
-        given = f"shift_files {options.shift_files}"
-        raise UserError(f"{given}: it needs dataset ImageList, and {{name}} in its value; or set shift_files none")
+    if options.shift_files and (not options.may_have_lists or "{name}" not in options.shift_files):
+        needs = "it needs dataset ImageList, or Shards with test_list, and {name} in its value"
+        raise UserError(f"shift_files {options.shift_files}: {needs}; or set shift_files none")
     if names and options.shift_order == "published" and options.label_field not in ("", "id", "name"):
         raise UserError(
             f"shift_order published is an order of species, but label_field is {options.label_field}: set shift_order "

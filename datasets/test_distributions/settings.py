@@ -34,6 +34,11 @@ class DistributionSettings:
     needs_distribution: bool
     """`adapt` or `target_prior` is set, which give their results for each test distribution."""
 
+    @property
+    def may_have_lists(self) -> bool:
+        """Whether the test images may be those of a list, so that published lists of subsets can be used."""
+        return self.dataset == "ImageList" or (self.dataset == "Shards" and self.test_list is not None)
+
     @classmethod
     def of(cls, cfg: CfgNode) -> "DistributionSettings":
         """The options of a config."""

@@ -182,7 +182,7 @@ class TargetPlan:
             folders=DataFolders.of(cfg).for_lists(),
             class_order=lambda info: class_order(DistributionSettings.of(cfg), info),
             assumes=lambda prior: ensemble_named(cfg.ensemble).assumes(prior, cfg.ensemble_alpha),
-            may_have_val=bool(cfg.dataset == "ImageFolder" or cfg.val_list or cfg.val_per_class),
+            may_have_val=bool(cfg.dataset in ("ImageFolder", "Shards") or cfg.val_list or cfg.val_per_class),
         )
 
     @property

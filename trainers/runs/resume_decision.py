@@ -7,7 +7,7 @@ from pathlib import Path
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_records import build_records
-from tailtune.datasets.sources.image_sources import MissingData
+from tailtune.datasets.sources.named_source import MissingData
 from tailtune.datasets.splits.compare_records import compare_records, first_few, seen_in_training
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder, kept_splits
@@ -154,9 +154,12 @@ def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Deci
     described = _difference(kept, now, "test", "test")
     if not described:
         return ""
-    root, before = chosen.root if chosen else Path(), kept.records.get("test")
+    assert chosen is not None, "built-in data do not change"
+    before = kept.records.get("test")
     seen = [
-        path for training in trained_on(folder, kept) for path in seen_in_training(now["test"], training, root, before)
+        path
+        for training in trained_on(folder, kept)
+        for path in seen_in_training(now["test"], training, chosen, before)
     ]
     plan.notes.append(f"{described}; {f'{len(seen)} of them were' if seen else 'none of them was'} trained on")
     return "" if plan.trains else now["test"].fingerprint

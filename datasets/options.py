@@ -93,7 +93,7 @@ class DataOptions:
     image_backend: str = of_data(
         "torchvision",
         "Library that decodes and transforms the images: torchvision is fast, pil gives the pixels of the original "
-        "codes. Their resized pixels differ by at most 1 of 255; their random draws differ.",
+        "codes. Their resized pixels differ by 1 or 2 of 255, and their random draws differ.",
         choices=("torchvision", "pil"),
         earlier="pil",
     )

@@ -1,8 +1,8 @@
 """Transforms of batches of uint8 tensors, in three parts: prepare and cut in the loader, finish on the device.
 
 They make the same changes as the transforms of Pillow images in `transforms.py`, with random numbers of their own
-(`draws.py`). Resized pixels differ from Pillow's by at most 1 of 255, if Pillow also resizes the width first, as all of
-its versions before 13 do.
+(`draws.py`). Resized pixels differ from Pillow's by at most 1 of 255, bicubic ones by at most 2, if Pillow also resizes
+the width first, as all of its versions before 13 do.
 """
 
 from collections.abc import Callable, Mapping

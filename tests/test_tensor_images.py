@@ -186,6 +186,21 @@ def test_colours_are_those_of_pillow() -> None:
     assert changes.jittered(images, torch.ones(40, 4), 0.4).shape == images.shape, "in fp32 a draw may be 1"
 
 
+@pytest.mark.parametrize("augment", TENSOR_AUGMENTS)
+def test_changes_on_a_device_read_no_value(augment: str) -> None:
+    """The meta device has no values to read, so a change that would make a GPU wait fails there."""
+    transform = TENSOR_AUGMENTS[augment](32, "bilinear")
+    images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="meta")
+    draws = torch.empty(4, transform.draws - transform.cut_draws, device="meta")
+    assert transform.on_device(images, draws).shape == images.shape
+
+
+def test_mirrored_on_a_device_and_in_place() -> None:
+    images, draws = noise(9, 3, 6, 5), torch.rand(9, 1, generator=torch.Generator().manual_seed(2))
+    expected = torch.where(draws[:, :, None, None] < 0.5, images.flip(-1), images)
+    assert torch.equal(changes.mirrored(images, draws), expected)
+
+
 def test_crops_have_the_distribution_of_torchvision() -> None:
     from torchvision.transforms.v2 import RandomResizedCrop
 

@@ -89,8 +89,8 @@ def mirrored(images: Tensor, draws: Tensor) -> Tensor:
     chosen = draws[:, 0] < 0.5
     if images.device.type != "cpu":
         return torch.where(chosen[:, None, None, None], images.flip(-1), images)
-    rows = chosen.nonzero()[:, 0]  # half the work, but a GPU would have to wait for the number of rows
-    images[rows] = images[rows].flip(-1)
+    pixels, rows = images.numpy(), chosen.numpy()  # half the work, but a GPU would have to wait for the number of rows
+    pixels[rows] = pixels[rows][..., ::-1]
     return images
 
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tqdm import tqdm
 
+from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, BoundedReads, has_too_many_scans
 from tailtune.datasets.images.deep_grey import is_deep_grey, to_eight_bits
 from tailtune.datasets.images.regular_files import EMPTY, NotARegularFile, file_size, open_regular
 
@@ -56,12 +57,9 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 not start Ghostscript."""
 EXTENSIONS: tuple[str, ...] = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
-MAX_PIXELS = 89_478_485
-"""Pillow warns of a decompression bomb above this number. Such an image takes 0.8 GB while it is converted."""
 WHOLE_FILE_FORMATS = ("WEBP", "AVIF")
 """Pillow reads these files whole and decodes them into extra copies, so they may have half of `MAX_PIXELS` and at most
 `MAX_BYTES`."""
-MAX_BYTES = 1 << 28
 HEADER_BYTES = 16
 """The first bytes of a file, by which Pillow's `accept` functions recognise its format."""
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
@@ -144,15 +142,19 @@ def open_image(file: BinaryIO, size: int) -> Image.Image:
     if size > MAX_BYTES and format_of(file.read(HEADER_BYTES)) in WHOLE_FILE_FORMATS:
         raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
     file.seek(0)
+    bounded = BoundedReads(file)
     try:
         with decode_errors():
-            image = Image.open(file, formats=tuple(FORMATS))
+            image = Image.open(cast(BinaryIO, bounded), formats=tuple(FORMATS))
     except _Unidentified:
         file.seek(0)
         raise DecodeError(_unidentified(file.read(HEADER_BYTES))) from None
     limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
     if image.width * image.height > limit:
         raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
+    if image.format in ("JPEG", "MPO") and has_too_many_scans(file, size, image.width * image.height):
+        raise DecodeError("a JPEG with more scans than an image can need")
+    bounded.begin_pixels(image.width, image.height)
     return image
 
 

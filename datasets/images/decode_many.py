@@ -41,8 +41,8 @@ def decode_many(
 ) -> Iterator[Decoded]:
     """Decode image files, and call a function with each image. Pillow's decoders let other threads run.
 
-    The images that are decoded at the same time have at most `MAX_PIXELS` pixels together. So the memory that this takes
-    does not grow with the number of threads.
+    The images that are decoded at the same time have at most `MAX_PIXELS` pixels together. So the memory that this
+    takes does not grow with the number of threads.
 
     A progress bar appears on a terminal if this takes longer than two seconds.
 

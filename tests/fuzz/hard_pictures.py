@@ -251,7 +251,8 @@ def exif(path: Path, draw: Random) -> bool:
     whole = bytearray(notes.tobytes())
     for _ in range(draw.randrange(1, 12)):
         whole[draw.randrange(6, len(whole))] = draw.randrange(256)
-    garbage = draw.choice((bytes(whole), bytes(whole[: draw.randrange(6, len(whole))]), b"Exif\0\0" + draw.randbytes(90)))
+    cut = whole[: draw.randrange(6, len(whole))]
+    garbage = bytes(draw.choice((whole, cut, b"Exif\0\0" + draw.randbytes(90))))
     path.write_bytes(saved(draw.choice(("JPEG", "PNG", "WEBP")), noise(draw), exif=garbage))
     return True
 

@@ -105,9 +105,7 @@ class Running:
             (_beside(cwd, "out"), _beside(cwd, "err")),
         )
         words = [f"{name}={value}" for name, value in (environment or {}).items()]
-        self.command = " ".join(
-            [*words, "python", *map(_short, program or [script]), shlex.join(argv)]
-        )
+        self.command = " ".join([*words, "python", *map(_short, program or [script]), shlex.join(argv)])
         self.begin = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()

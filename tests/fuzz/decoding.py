@@ -84,8 +84,7 @@ def case(
     """
     expected = _make(folder, pictures, Random(seed))
     story = f"seed {seed}, {', '.join(pictures)}"
-    decoder = [word for pair in _pairs(options) if pair[0] != "num_workers" for word in pair]
-    verified = run(MAIN[0], ["data", "verify", "my.yaml", *decoder, "--decode", "--report", "report.json"], folder)
+    verified = run(MAIN[0], ["data", "verify", "my.yaml", *options, "--decode", "--report", "report.json"], folder)
     if found := broken(verified, story, codes=(0, 1), limits=limits):
         return found
     looked = run(LOOK, options, folder)
@@ -96,10 +95,6 @@ def case(
     if difference is None:
         return None
     return Finding("d", difference[0], f"{story}: {looked.command}", difference[1])
-
-
-def _pairs(options: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(options[::2], options[1::2], strict=True))
 
 
 def _make(folder: Path, pictures: Mapping[str, Make], draw: Random) -> dict[str, bool | None]:

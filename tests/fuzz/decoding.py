@@ -20,7 +20,7 @@ DECODERS: Sequence[Sequence[str]] = ([],)
 DATA = "dataset: ImageList\nroot: images\ntrain_list: train.txt\ntest_list: test.txt\naugment: none\nmany_above: 3\n"
 LOOK = str(Path(__file__).with_name("look.py"))
 GROUP = 20
-"""Pictures in one folder; half of them are of `HARD`, each kind once at most."""
+"""Pictures in one folder; half of them are of `HARD`."""
 IN_TRAIN = 0.25
 """Share of the pictures that are training images; the others are test images."""
 
@@ -55,7 +55,8 @@ def group(seed: int, kinds: Sequence[str], count: int) -> dict[str, Make]:
         count: damaged files.
     """
     draw = Random(seed)
-    hard: dict[str, Make] = {f"{kind}.{draw.choice([*EXTENSION.values()])}": HARD[kind] for kind in kinds}
+    names = [f"{number:02}_{kind}.{draw.choice([*EXTENSION.values()])}" for number, kind in enumerate(kinds)]
+    hard = {name: HARD[kind] for name, kind in zip(names, kinds, strict=True)}
     return hard | {name: partial(_written, content=content) for name, content in damaged(seed, count)}
 
 

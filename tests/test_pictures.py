@@ -18,7 +18,7 @@ from fuzz.hard_pictures import HARD
 from fuzz.pictures import CONTENTS, damaged
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from tailtune.datasets.images import bounded_reads, decode_many
+from tailtune.datasets.images import bounded_reads, decode_many, decoding_room
 from tailtune.datasets.images import image_files as pictures
 from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, DecodeError, inspect_files, load_rgb, upright_rgb
 from tailtune.datasets.sources.image_sources import BadImage, FileSource
@@ -401,10 +401,10 @@ def test_images_that_are_decoded_at_once_have_a_bounded_number_of_pixels(
         return upright_rgb(image)
 
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    monkeypatch.setattr(decode_many, "MAX_PIXELS", 3000)
-    monkeypatch.setattr(decode_many, "LARGE_FILE", 2000)
-    monkeypatch.setattr(decode_many, "LARGE_IMAGE", 1000)
-    monkeypatch.setattr(decode_many, "upright_rgb", slow)
+    monkeypatch.setattr(decoding_room, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(decoding_room, "LARGE_FILE", 2000)
+    monkeypatch.setattr(decoding_room, "LARGE_IMAGE", 1000)
+    monkeypatch.setattr(pictures, "upright_rgb", slow)
     paths = [saved(tmp_path / f"{side}.bmp", RGB.resize((side, side))) for side in (10, 25, 50, 20)]
     with within(20):
         done = list(decode_many.decode_many(paths * 20, lambda image: image.width))

@@ -1,28 +1,20 @@
 """Decodes many image files in parallel threads, with a bounded number of images and results in memory."""
 
-import ctypes
 import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
 
-from tailtune.datasets.images.bounded_reads import MAX_PIXELS
-from tailtune.datasets.images.image_files import DecodeError, decode_errors, open_file, open_image, upright_rgb
+from tailtune.datasets.images.decoding_room import DecodingRoom
+from tailtune.datasets.images.image_files import DecodeError, load_rgb
 
 FILES_PER_TASK = 32
 """Number of images that a thread decodes before it takes the next ones."""
-LARGE_FILE = 1 << 26
-"""Only one file of more bytes is read at a time, because a damaged header can take 512 MB in memory."""
-LARGE_IMAGE = 1 << 24
-"""Number of pixels from which on the memory of an image is given back at once."""
 
 
 class Decoded(NamedTuple):
@@ -41,24 +33,27 @@ def decode_many(
 ) -> Iterator[Decoded]:
     """Decode image files, and call a function with each image. Pillow's decoders let other threads run.
 
-    The images that are decoded at the same time have at most `MAX_PIXELS` pixels together. So the memory that this
-    takes does not grow with the number of threads.
+    The images that are decoded at the same time have a bounded number of pixels together (`DecodingRoom`). So the
+    memory that this takes does not grow with the number of threads.
 
     A progress bar appears on a terminal if this takes longer than two seconds.
 
     Args:
         paths: N files. FIFOs, devices, broken files and files with too many pixels are problems.
-        use: gets each image in mode RGB; None if only the problems are of interest.
+        use: gets each image in mode RGB, and must not keep it; None if only the problems are of interest.
         description: text of the progress bar.
 
     Yields:
         What became of each file, in the order of the files.
     """
-    threads, room = os.cpu_count() or 1, _Room()
+    threads, room = os.cpu_count() or 1, DecodingRoom()
 
     def decode(start: int) -> list[Decoded]:
-        positions = range(start, min(start + step, len(paths)))
-        return [_decode(position, paths[position], use, room) for position in positions]
+        done = []
+        for position in range(start, min(start + step, len(paths))):
+            with room.one_image():
+                done.append(_decode(position, paths[position], use))
+        return done
 
     step = max(1, min(FILES_PER_TASK, len(paths) // (4 * threads)))
     waiting: deque[Future[list[Decoded]]] = deque()
@@ -84,66 +79,9 @@ def _finished(task: "Future[list[Decoded]]", bar: "tqdm[None]") -> list[Decoded]
     return done
 
 
-def _decode(position: int, path: Path, use: Callable[[Image.Image], object] | None, room: "_Room") -> Decoded:
+def _decode(position: int, path: Path, use: Callable[[Image.Image], object] | None) -> Decoded:
     try:
-        with open_file(path) as (file, size), room.large_file if size > LARGE_FILE else nullcontext():
-            return Decoded(position, *_decoded(file, size, use, room))
+        image = load_rgb(path)
     except DecodeError as error:
         return Decoded(position, None, str(error))
-
-
-def _decoded(
-    file: BinaryIO, size: int, use: Callable[[Image.Image], object] | None, room: "_Room"
-) -> tuple[object, str]:
-    """The result and the problem of a file. What it has taken in memory is freed before another thread may use it."""
-    try:
-        image = open_image(file, size)
-        pixels = image.width * image.height
-        with room.taken(pixels):
-            try:
-                return _used(image, use), ""
-            finally:
-                image.close()
-                if pixels > LARGE_IMAGE:
-                    _give_back_memory()
-    except DecodeError as error:
-        return None, str(error)
-    finally:
-        if size > LARGE_FILE:
-            _give_back_memory()
-
-
-def _used(image: Image.Image, use: Callable[[Image.Image], object] | None) -> object:
-    with decode_errors():
-        rgb = upright_rgb(image)
-    return use(rgb) if use else None
-
-
-def _give_back_memory() -> None:
-    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB for the thread that has freed them."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
-
-
-class _Room:
-    """Lets threads wait until there is room in memory for what they want to read."""
-
-    def __init__(self) -> None:
-        self.large_file = threading.Lock()
-        self._pixels = MAX_PIXELS
-        self._freed = threading.Condition()
-        self._next = threading.Lock()
-        """Held by the thread that waits longest, so that small images do not overtake a large one for ever."""
-
-    @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        """Within the block, room for so many pixels is taken; it is waited for, if necessary."""
-        with self._next, self._freed:
-            self._freed.wait_for(lambda: self._pixels >= pixels)
-            self._pixels -= pixels
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._pixels += pixels
-                self._freed.notify_all()
+    return Decoded(position, use(image) if use else None, "")

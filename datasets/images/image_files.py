@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, BoundedReads, has_too_many_scans
+from tailtune.datasets.images.decoding_room import take_room_for_file, take_room_for_pixels
 from tailtune.datasets.images.deep_grey import is_deep_grey, to_eight_bits
 from tailtune.datasets.images.regular_files import EMPTY, NotARegularFile, file_size, open_regular
 
@@ -139,6 +140,7 @@ def open_image(file: BinaryIO, size: int) -> Image.Image:
     Raises:
         DecodeError: a format that is not in `FORMATS`, a damaged header, or too many pixels.
     """
+    take_room_for_file(size)
     if size > MAX_BYTES and format_of(file.read(HEADER_BYTES)) in WHOLE_FILE_FORMATS:
         raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
     file.seek(0)
@@ -155,6 +157,7 @@ def open_image(file: BinaryIO, size: int) -> Image.Image:
     if image.format in ("JPEG", "MPO") and has_too_many_scans(file, size, image.width * image.height):
         raise DecodeError("a JPEG with more scans than an image can need")
     bounded.begin_pixels(image.width, image.height)
+    take_room_for_pixels(image.width * image.height)
     return image
 
 

@@ -76,6 +76,11 @@ class DataSettings:
         names = [name for name in cls.__dataclass_fields__ if name != "folders"]
         return cls(folders=DataFolders.of(cfg), **{name: cfg[name] for name in names})
 
+    def list_files(self) -> dict[str, str]:
+        """Split → name of its list file; without the splits that have none."""
+        files = {"train": self.train_list, "val": self.val_list, "test": self.test_list}
+        return {split: file for split, file in files.items() if file}
+
 
 @dataclass(frozen=True)
 class SplitSettings:

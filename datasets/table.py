@@ -110,11 +110,10 @@ def read_list_files(
         UserError: a list file is missing or wrong.
     """
     folders = options.folders.for_lists()
-    files = {"train": options.train_list, "test": options.test_list, "val": options.val_list}
     listings = {
         split: image_list.load_list(f"{split}_list", file, folders)
-        for split, file in files.items()
-        if file and split in splits
+        for split, file in options.list_files().items()
+        if split in splits
     }
     if not options.label_field:
         return listings, None

@@ -3,7 +3,6 @@
 python scripts/make_model_list.py
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,8 +11,8 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 from tailtune.configs import describe
 from tailtune.configs.shipped_configs import KINDS, configs_of
+from tailtune.scripts._page import ROOT, write_page
 
-ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "models.md"
 INTRODUCTION = """# All model configs
 
@@ -43,12 +42,5 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    """Write docs/models.md."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    FILE.write_text(render(), encoding="utf-8")
-    print(f"wrote {FILE.relative_to(ROOT)}")
-
-
 if __name__ == "__main__":
-    main()
+    write_page(FILE, render, __doc__)

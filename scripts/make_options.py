@@ -3,7 +3,6 @@
 python scripts/make_options.py
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +14,9 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 from tailtune.configs import Schema
 from tailtune.configs import value_parsers as values
 from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, plain
+from tailtune.scripts._page import ROOT, write_page
 from tailtune.trainers.option_schema import choices_of, declared
 
-ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "options.md"
 TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_str: "text",
@@ -106,12 +105,5 @@ def _meaning(key: str, entry: Key) -> str:
     return entry.doc + (" The data YAML has priority over the model YAML." if entry.data_wins else "") + listed
 
 
-def main() -> None:
-    """Write docs/options.md."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    FILE.write_text(render(), encoding="utf-8")
-    print(f"wrote {FILE.relative_to(ROOT)}")
-
-
 if __name__ == "__main__":
-    main()
+    write_page(FILE, render, __doc__)

@@ -112,6 +112,10 @@ def test_what_a_folder_leaves_out_is_a_note(folder: Path, report: Report) -> Non
         ("cifar11", "unknown data config 'cifar11'; did you mean 'cifar10'"),
         ("insects --lists --decode", "--lists looks for no image"),
         ("insects --split test", "--split is for data with list files"),
+        (
+            "inat2018 lists insects --split val",
+            r"have lists of train \(iNaturalist18_train.txt\), test \(iNaturalist18_val.txt\) only",
+        ),
         ("insects/train", "holds no folder train; `.* data new insects/train` makes splits of it"),
         ("insects lr fast", "lr must be a number"),
         ("insects --report insects/train/ant/0.png/r.json", "cannot write .*r.json"),

@@ -7,18 +7,21 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+from fuzz.hard_pictures import HARD
 from fuzz.pictures import CONTENTS, damaged
 from PIL import EpsImagePlugin, Image, ImageOps
 
+from tailtune.datasets.images import bounded_reads, decode_many, decoding_room
 from tailtune.datasets.images import image_files as pictures
 from tailtune.datasets.images import inspect_files as checks
-from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, DecodeError, load_rgb
+from tailtune.datasets.images.image_files import EXTENSIONS, FORMATS, DecodeError, load_rgb, upright_rgb
 from tailtune.datasets.images.inspect_files import inspect_files
 from tailtune.datasets.sources.image_sources import FileSource
 from tailtune.datasets.sources.named_source import BadImage
@@ -363,6 +366,53 @@ def test_half_as_many_pixels_where_pillow_needs_twice_the_memory(tmp_path: Path)
         file.truncate(pictures.MAX_BYTES + 1)
     with within(10), pytest.raises(DecodeError, match="larger than 256 MiB"):
         load_rgb(path)
+
+
+@pytest.mark.parametrize("kind", [name for name in HARD if name.startswith("sparse_")])
+def test_ten_gigabytes_of_nothing_take_no_time(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_reads, "MAX_BYTES", 1 << 22)
+    monkeypatch.setattr(bounded_reads, "PIXEL_READS", 40_000)
+    HARD[kind](tmp_path / "x", Random(2))
+    with within(10), suppress(DecodeError):  # a whole picture may come before the zeros
+        load_rgb(tmp_path / "x")
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "a.jpg", RGB, progressive=True)
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 300 + data[-2:])
+    load_rgb(path)  # with few pixels each scan takes no time
+    monkeypatch.setattr(bounded_reads, "SCAN_PIXELS", 300 * RGB.width * RGB.height)
+    monkeypatch.setattr(bounded_reads, "BLOCK", 7)
+    with pytest.raises(DecodeError, match="a JPEG with more scans than an image can need"):
+        load_rgb(path)
+    path.write_bytes(data)
+    load_rgb(path)
+
+
+def test_images_that_are_decoded_at_once_have_a_bounded_number_of_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active: list[int] = []
+    most = []
+
+    def slow(image: Image.Image) -> Image.Image:
+        active.append(image.width * image.height)
+        most.append(sum(active))
+        time.sleep(0.002)
+        active.remove(image.width * image.height)
+        return upright_rgb(image)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(decoding_room, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(decoding_room, "LARGE_FILE", 2000)
+    monkeypatch.setattr(decoding_room, "LARGE_IMAGE", 1000)
+    monkeypatch.setattr(pictures, "upright_rgb", slow)
+    paths = [saved(tmp_path / f"{side}.bmp", RGB.resize((side, side))) for side in (10, 25, 50, 20)]
+    with within(20):
+        done = list(decode_many.decode_many(paths * 20, lambda image: image.width))
+    assert [each.result for each in done] == [10, 25, 50, 20] * 20
+    assert 2500 <= max(most) <= 3000
 
 
 def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:

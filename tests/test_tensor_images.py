@@ -22,7 +22,7 @@ from tailtune.datasets.images import tensor_transforms as tensors
 from tailtune.datasets.images import transforms
 from tailtune.datasets.images.draws import uniform_draws
 from tailtune.datasets.images.image_files import DecodeError, decode_rgb, load_rgb
-from tailtune.datasets.images.tensor_decode import decode_pixels, is_plain_jpeg
+from tailtune.datasets.images.tensor_decode import decode_pixels, plain_jpeg_pixels
 from tailtune.datasets.images.tensor_transforms import TENSOR_AUGMENTS, TensorTransform
 from tailtune.datasets.run_transforms import RunTransforms
 from tailtune.datasets.sources.image_sources import ArraySource, FileSource
@@ -71,7 +71,7 @@ def test_a_plain_jpeg_is_decoded_by_torchvision(
 ) -> None:
     file = io.BytesIO()
     smooth(50, 70).convert(mode).save(file, "JPEG", **settings)
-    assert is_plain_jpeg(file.getvalue())
+    assert plain_jpeg_pixels(file.getvalue()) == 50 * 70
     expected = tv.pil_to_tensor(decode_rgb(file))
     monkeypatch.setattr("tailtune.datasets.images.tensor_decode.open_image", None)
     assert torch.equal(decode_pixels(file), expected)
@@ -85,7 +85,7 @@ def test_what_goes_to_pillow() -> None:
     frame = bomb.index(b"\xff\xc0")
     bomb[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
     for content in (cmyk.getvalue(), b"", b"\xff\xd8", b"\xff\xd8\xff", b"PNG", bytes(bomb)):
-        assert not is_plain_jpeg(content)
+        assert not plain_jpeg_pixels(content)
     with pytest.raises(DecodeError, match="pixels: make it smaller"):
         decode_pixels(io.BytesIO(bytes(bomb)))
 

@@ -22,6 +22,8 @@ Digests = Sequence[tuple[Digest, str]]
 """Digests, and what a progress bar calls each of them."""
 PROBE_BYTES = 4096
 """Bytes from the middle of a file that are compared before whole files are."""
+LARGEST_COMPARED = 1 << 30
+"""Larger files are not compared. They are no images, but perhaps sparse files, which cost no space and much time."""
 FILES_PER_TASK = 256
 NEAR_BITS = 4
 """Two images look nearly the same if at most so many of the 64 bits of their perceptual hashes differ."""
@@ -61,7 +63,7 @@ def exact_copies(
 
     Args:
         files: N files.
-        sizes: their sizes in bytes, int64 [N]; files of size 0 or below are left out.
+        sizes: their sizes in bytes, int64 [N]; files of size 0 or below, or above `LARGEST_COMPARED`, are left out.
         part_of: number of the part of each file, int64 [N].
         digests_of: what is compared, one after the other; None: as said above.
 
@@ -69,7 +71,7 @@ def exact_copies(
         The groups, and the files that could not be compared.
     """
     unreadable: dict[int, str] = {}
-    candidates = np.flatnonzero(sizes > 0)
+    candidates = np.flatnonzero((sizes > 0) & (sizes <= LARGEST_COMPARED))
     candidates = candidates[_in_several_parts(sizes[candidates], part_of[candidates])]
     for digest, description in digests_of or FILE_DIGESTS:
         digests, problems = _digests(files.take(candidates), digest, description)

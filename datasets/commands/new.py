@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tailtune.configs.atomic_file import atomic_file, sync_folder, temporary_path
+from tailtune.configs.atomic_file import atomic_file, atomic_folder
 from tailtune.configs.errors import UserError
 from tailtune.datasets.commands.assign_splits import assign_splits
 from tailtune.datasets.commands.class_curve import LABELS, class_curve
@@ -233,18 +232,13 @@ def config_name(folder: Path) -> str:
 
 def _write(output: Path, files: Mapping[str, bytes]) -> None:
     """Write the folder completely or not at all."""
-    temporary = temporary_path(output)
     try:
-        temporary.mkdir(parents=True)
-        for name, content in files.items():
-            with atomic_file(temporary / name) as file:
-                file.write(content)
-        temporary.rename(output)
-        sync_folder(output.parent)
+        with atomic_folder(output) as folder:
+            for name, content in files.items():
+                with atomic_file(folder / name) as file:
+                    file.write(content)
     except OSError as error:
         raise cannot_write(output, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _summary(request: NewRequest, data: NewData) -> str:

@@ -94,9 +94,11 @@ def _read(request: VerifyRequest) -> tuple[tuple[str, ...], dict[str, Split], di
     if request.only:
         if request.data.dataset != "ImageList":
             raise UserError("--split is for data with list files; leave it out")
+        files = request.data.list_files()
+        if absent := set(request.only) - files.keys():
+            lists = ", ".join(f"{name} ({file})" for name, file in files.items())
+            raise UserError(f"--split {sorted(absent)[0]}: data '{request.data.data}' have lists of {lists} only")
         listings, names = read_list_files(request.data, request.only)
-        if absent := set(request.only) - listings.keys():
-            raise UserError(f"--split {sorted(absent)[0]}: data '{request.data.data}' have no such list")
         num_classes = request.data.num_classes or 1 + max(int(each.labels.max()) for each in listings.values())
         names = names or tuple(f"class {label}" for label in range(num_classes))
         for listing in listings.values():

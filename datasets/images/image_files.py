@@ -16,10 +16,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, BoundedReads, has_too_many_scans
+from tailtune.datasets.images.decoding_room import take_room_for_file, take_room_for_pixels
 from tailtune.datasets.images.deep_grey import is_deep_grey, to_eight_bits
 from tailtune.datasets.images.regular_files import EMPTY, NotARegularFile, open_regular
 
@@ -53,12 +55,9 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 not start Ghostscript."""
 EXTENSIONS: tuple[str, ...] = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
-MAX_PIXELS = 89_478_485
-"""Pillow warns of a decompression bomb above this number. Such an image takes 0.8 GB while it is converted."""
 WHOLE_FILE_FORMATS = ("WEBP", "AVIF")
 """Pillow reads these files whole and decodes them into extra copies, so they may have half of `MAX_PIXELS` and at most
 `MAX_BYTES`."""
-MAX_BYTES = 1 << 28
 HEADER_BYTES = 16
 """The first bytes of a file, by which Pillow's `accept` functions recognise its format."""
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
@@ -155,19 +154,25 @@ def open_image(file: BinaryIO) -> Image.Image:
     Raises:
         DecodeError: a format that is not in `FORMATS`, a damaged header, or too many pixels.
     """
+    bounded = BoundedReads(file)
     try:
         with decode_errors():
-            too_large = file.seek(0, os.SEEK_END) > MAX_BYTES
+            size = file.seek(0, os.SEEK_END)
+            take_room_for_file(size)
             file.seek(0)
             header = file.read(HEADER_BYTES)
-            if too_large and format_of(header) in WHOLE_FILE_FORMATS:
+            if size > MAX_BYTES and format_of(header) in WHOLE_FILE_FORMATS:
                 raise DecodeError(f"larger than {MAX_BYTES >> 20} MiB")
-            image = Image.open(file, formats=tuple(FORMATS))
+            image = Image.open(cast(BinaryIO, bounded), formats=tuple(FORMATS))
     except _Unidentified:
         raise DecodeError(unidentified(header)) from None
     limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
     if image.width * image.height > limit:
         raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
+    if image.format in ("JPEG", "MPO") and has_too_many_scans(file, size, image.width * image.height):
+        raise DecodeError("a JPEG with more scans than an image can need")
+    bounded.begin_pixels(image.width, image.height)
+    take_room_for_pixels(image.width * image.height)
     return image
 
 

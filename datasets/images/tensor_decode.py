@@ -4,13 +4,16 @@ torchvision decodes a JPEG into a tensor without a copy. Both libraries decode w
 pixels. What torchvision would treat in another way goes to Pillow: CMYK, a rotation by EXIF data, a damaged file.
 """
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
 from tailtune.configs.lazy_module import lazy_module
-from tailtune.datasets.images.image_files import MAX_BYTES, MAX_PIXELS, decode_errors, open_image, upright_rgb
+from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, has_too_many_scans
+from tailtune.datasets.images.decoding_room import take_room_for_file, take_room_for_pixels
+from tailtune.datasets.images.image_files import decode_errors, open_image, upright_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +42,12 @@ def decode_pixels(file: BinaryIO) -> "Tensor":
         DecodeError: as `load_rgb`.
     """
     file.seek(0)
-    if is_plain_jpeg(file.read(SCANNED_BYTES)):
+    count, size = plain_jpeg_pixels(file.read(SCANNED_BYTES)), file.seek(0, os.SEEK_END)
+    if count and size <= MAX_BYTES and not has_too_many_scans(file, size, count):
+        take_room_for_file(size)
+        take_room_for_pixels(count)
         file.seek(0)
-        encoded = bytearray(file.read(MAX_BYTES))
+        encoded = bytearray(file.read())
         with suppress(RuntimeError):  # Pillow decodes it after all, or says what is wrong
             pixels: Tensor = tv_io.decode_jpeg(torch.frombuffer(encoded, dtype=torch.uint8), tv_io.ImageReadMode.RGB)
             return pixels
@@ -55,24 +61,28 @@ def pixels_of(image: Image.Image) -> "Tensor":
     return pixels
 
 
-def is_plain_jpeg(header: bytes) -> bool:
-    """Whether a file is a JPEG of which both libraries give the same pixels, and not too many.
+def plain_jpeg_pixels(header: bytes) -> int:
+    """The number of pixels of a JPEG of which both libraries give the same pixels, and not too many.
 
     Pillow can tell this too, but takes ten times longer, because it reads all tables of the header.
 
     Args:
         header: the first bytes of the file.
+
+    Returns:
+        Width times height; 0 for any other file.
     """
     if not header.startswith(START_OF_IMAGE):
-        return False
+        return 0
     place = len(START_OF_IMAGE)
     while place + 10 <= len(header):  # a marker, its length, and what a frame begins with
         mark, kind = header[place], header[place + 1]
         if mark != 0xFF or kind in (APPLICATION_1, START_OF_SCAN):
-            return False
+            return 0
         if kind in START_OF_FRAME:
             precision, components = header[place + 4], header[place + 9]
             height, width = (int.from_bytes(header[place + n : place + n + 2]) for n in (5, 7))
-            return precision == 8 and components in (1, 3) and 0 < height * width <= MAX_PIXELS
+            allowed = precision == 8 and components in (1, 3) and height * width <= MAX_PIXELS
+            return height * width if allowed else 0
         place += 2 + int.from_bytes(header[place + 2 : place + 4])
-    return False
+    return 0

@@ -8,6 +8,7 @@ import numpy as np
 
 from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.datasets.images.regular_files import NotARegularFile, file_size
+from tailtune.datasets.sources.known_layouts import scene_of
 from tailtune.datasets.sources.listing import Listing
 from tailtune.datasets.sources.named_source import MissingData
 from tailtune.datasets.sources.path_list import PathList
@@ -246,11 +247,6 @@ def _warn_if_changed(file: Path) -> None:
 
 
 def _folder_of(path: str) -> str:
-    """Name of an image's folder. In the layout of Places365's small images: data_256/b/bar/x.jpg → bar.
-
-    Nested scenes of that layout are joined: data_256/b/bazaar/indoor/x.jpg → bazaar-indoor.
-    """
+    """Name of an image's folder; in the archives of Places365 its scene."""
     parts = path.split("/")
-    if parts[0] == "data_256":
-        return "-".join(parts[2:-1])
-    return parts[-2] if len(parts) > 1 else ""
+    return scene_of(path) or (parts[-2] if len(parts) > 1 else "")

@@ -1,6 +1,5 @@
 """Paths and labels of images, as a list file or the folders name them; no image is opened."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.image_sources import FileSource
+from tailtune.datasets.sources.known_layouts import archived_places_path, paths_on_disk
 from tailtune.datasets.sources.path_list import PathList
 
 
@@ -41,22 +41,16 @@ class Listing:
     def files(self, root: Path) -> FileSource:
         """The images below a folder; nothing is checked.
 
-        The folder may have any of the layouts of Places365, and ImageNet's validation images may lie in one folder.
+        The paths are converted to the layout of Places365 or ImageNet that the folder has.
 
         Args:
             root: the folder that the paths start from.
         """
-        paths: Sequence[str] = self.paths
-        for size in ("256", "large"):
-            if (root / f"data_{size}").is_dir():
-                paths = [_archived_places_path(path, size) for path in paths]
-        first = _flat_imagenet_path(paths[0])
-        if first != paths[0] and os.path.isfile(root / first):  # `Path.is_file` fails for a name that is too long
-            paths = [_flat_imagenet_path(path) for path in paths]
+        paths = paths_on_disk(root, self.paths)
         return FileSource(root, paths, self.labels, self.file, self.lines)
 
     def positions_in(self, whole: "Listing") -> np.ndarray:
-        """The positions of these images in another list. Either list may use either layout of Places365.
+        """The positions of these images in another list. Either list may use any layout of Places365.
 
         Args:
             whole: a list that contains all images of this one.
@@ -79,7 +73,7 @@ class Listing:
 
     def _images(self) -> list[tuple[str, int]]:
         labels = self.labels.tolist()
-        return [(_archived_places_path(path), label) for path, label in zip(self.paths, labels, strict=True)]
+        return [(archived_places_path(path), label) for path, label in zip(self.paths, labels, strict=True)]
 
     def relabel(self, new_label: np.ndarray) -> "Listing":
         """The same images with other labels.
@@ -108,23 +102,3 @@ class Listing:
             line = f"{self.file} line {self.lines[first]}"
             valid = f"0 … {num_classes - 1}"
             raise UserError(f"{line}: label {self.labels[first]} is not in {valid}: correct it, or set `num_classes`")
-
-
-def _archived_places_path(path: str, size: str = "256") -> str:
-    """Convert train/<scene>/x.jpg or val/<scene>/x.jpg to the layout of one of Places365's archives; keep other paths.
-
-    The archives of small images have `data_256` and `val_256`, those of large images `data_large` and `val_large`. In
-    both, the 365 scenes are in folders of their first letter, and scenes such as `bazaar-indoor` are two folders.
-    """
-    parts = path.split("/")
-    if len(parts) != 3 or parts[0] not in ("train", "val"):
-        return path
-    split, scene, name = parts
-    return f"val_{size}/{name}" if split == "val" else f"data_{size}/{scene[0]}/{scene.replace('-', '/')}/{name}"
-
-
-def _flat_imagenet_path(path: str) -> str:
-    """Convert val/<wnid>/ILSVRC2012_val_….JPEG to the layout of ImageNet's archive, val/ILSVRC2012_val_….JPEG."""
-    parts = path.split("/")
-    is_val = len(parts) == 3 and parts[0] == "val" and parts[2].startswith("ILSVRC2012_val_")
-    return f"val/{parts[2]}" if is_val else path

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tailtune.tests.fuzz import changes, combinations, files, foreign, images, kills, processes, values
+from tailtune.tests.fuzz import changes, combinations, decoding, files, foreign, images, kills, processes, values
 from tailtune.tests.fuzz.bench import Bench, Unusable
 from tailtune.tests.fuzz.promises import Finding
 from tailtune.tests.fuzz.runner import Limits
@@ -31,6 +31,7 @@ PARTS: Mapping[str, Part] = {
     "values": Part(values.cases, 3),
     "combinations": Part(combinations.cases, 2),
     "images": Part(images.cases, 1),
+    "decoding": Part(decoding.cases, 1),
     "files": Part(files.cases, 2),
     "kills": Part(kills.cases, 2),
     "foreign": Part(foreign.cases, 1),

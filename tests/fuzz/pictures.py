@@ -161,7 +161,8 @@ def _bomb(draw: random.Random, data: bytes) -> bytes:
         b"BM" + struct.pack("<IIIIiiHHI", 154, 0, 54, 40, width, height, 1, 24, 0) + bytes(120),
         b"II*\x00\x08\x00\x00\x00" + struct.pack("<H", len(tags))
         + b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(104),
-        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(bytes(10**6))) + _chunk(b"IEND"),
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(bytes(10**6))) + png_chunk(b"IEND"),
         b"\xff\xd8\xff\xc0\x00\x11\x08" + struct.pack(">HH", height & 0xFFFF, width & 0xFFFF)
         + b"\x03\x01\x11\x00\x02\x11\x00\x03\x11\x00" + data[:100],
     ))  # fmt: skip
@@ -186,7 +187,7 @@ DAMAGES: Mapping[str, Callable[[random.Random, bytes], bytes]] = {
 }
 
 
-def _chunk(kind: bytes, data: bytes = b"") -> bytes:
+def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
@@ -197,6 +198,6 @@ def _checked(data: bytes) -> bytes:
         (length,) = struct.unpack_from(">I", data, position)
         if position + 12 + length > len(data):
             break
-        result += _chunk(data[position + 4 : position + 8], data[position + 8 : position + 8 + length])
+        result += png_chunk(data[position + 4 : position + 8], data[position + 8 : position + 8 + length])
         position += 12 + length
     return result + data[position:]

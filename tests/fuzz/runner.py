@@ -1,5 +1,6 @@
 """Commands in children forked from one warm process, with limits: `import torch` costs seconds, a fork milliseconds."""
 
+import ctypes
 import gc
 import os
 import resource
@@ -86,6 +87,7 @@ class Running:
         cwd: its working directory; what it prints goes to files beside that.
         program: None: forked from here; else what a new Python executes, such as `MAIN`.
         environment: variables besides those of this process.
+        script: what a fork runs.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Running:
         limits: Limits | None = None,
         program: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
+        script: str = MAIN[0],
     ):
         self.argv, self.limits, self.printed = (
             list(argv),
@@ -102,15 +105,13 @@ class Running:
             (_beside(cwd, "out"), _beside(cwd, "err")),
         )
         words = [f"{name}={value}" for name, value in (environment or {}).items()]
-        self.command = " ".join(
-            [*words, "python", *(program and map(_short, program) or ["main.py"]), shlex.join(argv)]
-        )
+        self.command = " ".join([*words, "python", *map(_short, program or [script]), shlex.join(argv)])
         self.begin = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _child(self.argv, cwd, self.printed, program, environment or {})
+            _child([script, *self.argv], cwd, self.printed, program, environment or {})
 
     def send(self, number: signal.Signals, group: bool = False) -> None:
         """A signal to it, or to its group as a terminal does; none to what has ended."""
@@ -173,13 +174,14 @@ def _child(
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _give_up_rights()
         gc.callbacks.clear()  # Hypothesis has one
         os.chdir(cwd)
         os.environ.update(environment)
         if program:
-            os.execv(sys.executable, [sys.executable, *program, *argv])
-        sys.argv = [*MAIN, *argv]
-        runpy.run_path(*MAIN, run_name="__main__")
+            os.execv(sys.executable, [sys.executable, *program, *argv[1:]])
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException:
@@ -188,6 +190,18 @@ def _child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _give_up_rights() -> None:
+    """Let the modes of files hold for root, too: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc, drop_from_bounds, version_3 = ctypes.CDLL(None), 24, 0x20080522
+    for right in (1, 2):
+        libc.prctl(drop_from_bounds, right, 0, 0, 0)  # so that a new program does not get it again
+    header, sets = (ctypes.c_uint32 * 2)(version_3, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets) == 0:
+        for number in range(3):  # effective, permitted, inheritable
+            sets[number] &= ~0b110
+        libc.capset(header, sets)
 
 
 def _idle(found: list[int] = []) -> int:  # noqa: B006 (a cache)

@@ -1,7 +1,9 @@
 """The campaign for a minute; and that a broken promise is seen at all."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -15,9 +17,11 @@ from safetensors.torch import save_file
 from tailtune.tests.fuzz import runner
 from tailtune.tests.fuzz.bench import Bench
 from tailtune.tests.fuzz.damage import DAMAGES, fits
+from tailtune.tests.fuzz.decoding import DECODERS, LOOK, case, group
+from tailtune.tests.fuzz.hard_pictures import HARD
 from tailtune.tests.fuzz.options import WILD, hostile, schema
 from tailtune.tests.fuzz.promises import broken, lost, snapshot
-from tailtune.tests.fuzz.runner import Limits, run
+from tailtune.tests.fuzz.runner import Limits, Outcome, run
 
 
 @pytest.mark.slow
@@ -98,3 +102,50 @@ def test_a_seed_names_the_cases(tmp_path: Path) -> None:
         return [next(values) for _ in range(60)]
 
     assert drawn("a", 1) == drawn("b", 1) != drawn("c", 2)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+QUICK = [kind for kind in HARD if not kind.startswith(("largest", "many_scans", "text_", "sparse_"))]
+"""Kinds that take no time. `test_pictures.py` has sparse files."""
+
+
+def started(script: str, argv: Sequence[str], cwd: Path) -> Outcome:
+    """A new Python, because this process has threads and must not be forked."""
+    return run(argv, cwd, Limits(120), program=[script])
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=" ".join)
+def test_verify_and_the_loader_agree_on_damaged_pictures(decoder: Sequence[str], tmp_path: Path) -> None:
+    (folder := tmp_path / "case").mkdir()
+    pictures = group(3, [*QUICK, "sparse_jpeg_marker"], 22)
+    assert case(folder, pictures, [*decoder, "num_workers", "0"], 3, started, Limits(120)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({}, ""),
+        ({"skipped": []}, "`on_bad_image skip` differ"),
+        ({"skipped": ["test/bad.png", "test/good1.png"]}, "`on_bad_image skip` differ"),
+        ({"raised": {}}, "`on_bad_image raise` differ"),
+        ({"raised": {"test/bad.png": "an image is damaged"}}, "does not name the path"),
+        ({"stopped": ""}, "does not stop at a bad image"),
+        ({"train": ["train/good1.png"]}, "images that are left out differ"),
+        ({"missing": ["test/bad.png", "test/good1.png"]}, "refuses what can be decoded"),
+        ({"missing": []}, "accepts what cannot be decoded"),
+    ],
+)
+def test_disagreement_about_a_picture_is_seen(change: dict, what: str, tmp_path: Path) -> None:
+    bad, text = "test/bad.png", "cannot read test/bad.png: not found"
+    seen = {"train": [], "skipped": [bad], "raised": {bad: text}, "stopped": text, "missing": [bad], **change}
+    missing = {"train": [], "test": seen["missing"]}
+    report = {split: {"missing": paths, "unreadable": {}} for split, paths in missing.items()}
+
+    def pretended(script: str, argv: Sequence[str], cwd: Path) -> Outcome:
+        (cwd / "report.json").write_text(json.dumps({"splits": report}))
+        return Outcome("", 0, json.dumps(seen) if script == LOOK else "", "", 0.0, 0, False, 0)
+
+    # With seed 0, the picture is a test image.
+    found = case(tmp_path, {"bad.png": lambda path, draw: False}, [], 0, pretended, Limits())
+    assert what in (found.what if found else "") and bool(found) == bool(what)

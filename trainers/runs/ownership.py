@@ -8,8 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tailtune.configs.atomic_file import temporary_pattern
 from tailtune.configs.errors import UserError
-from tailtune.trainers.storage.atomic_io import Digest, temporary_pattern
+from tailtune.trainers.storage.atomic_io import Digest
 from tailtune.trainers.storage.manifest import LOCK, MARKER, Manifest, is_run
 
 log = logging.getLogger("tailtune")

@@ -1,17 +1,13 @@
 """Writes files and folders completely or not at all. `tensor_files.py` writes tensors with these functions."""
 
-import glob
 import hashlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tailtune.configs.atomic_file import atomic_file, sync_folder, temporary_path
+from tailtune.configs.atomic_file import atomic_file, atomic_folder
 from tailtune.configs.errors import UserError
 
 TENSORS, FACTS = "tensors.safetensors", "facts.json"
@@ -90,9 +86,7 @@ def write_json(path: Path, content: Any) -> Digest:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Within the block, provide a temporary folder; at the end of the block it is renamed to `path`.
-
-    Files of an earlier folder at `path` are replaced. Files that only the earlier folder has are kept.
+    """`atomic_folder`, for the files of a run.
 
     Args:
         path: the folder to write.
@@ -103,42 +97,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file system refuses to write.
     """
-    temporary, replaced = temporary_path(path, "new"), temporary_path(path, "old")
     try:
-        for before in path.parent.glob(f".{glob.escape(path.name)}.*.old.tmp"):
-            if not path.exists() and temporary_pattern(path.name, "old").fullmatch(before.name):
-                before.replace(path)  # a process was killed between the two renames below
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
-        sync_folder(path.parent)
-        if replaced.exists():
-            _keep_other_files(path, replaced)
+        with atomic_folder(path) as temporary:
+            yield temporary
     except OSError as error:
         raise _write_error(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _keep_other_files(path: Path, replaced: Path) -> None:
-    """Remove the replaced folder. First move files that the new folder lacks into it: they may belong to the user."""
-    for entry in replaced.iterdir():
-        if not os.path.lexists(path / entry.name):
-            entry.replace(path / entry.name)
-    shutil.rmtree(replaced)
-
-
-def temporary_pattern(name: str, kind: str = "") -> re.Pattern[str]:
-    """Regular expression for the temporary names that a killed process may leave behind.
-
-    Args:
-        name: name of the file or folder that was to be written.
-        kind: `new` or `old` for folders; empty for files.
-    """
-    suffix = f".{kind}.tmp" if kind else ".tmp"
-    return re.compile(re.escape(f".{name}.") + "[0-9a-f]{8}" + re.escape(suffix))
 
 
 def remove_folder(path: Path) -> None:

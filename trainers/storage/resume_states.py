@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from tailtune.configs.atomic_file import temporary_pattern
 from tailtune.configs.errors import UserError
-from tailtune.trainers.storage.atomic_io import Digest, remove_folder, temporary_pattern
+from tailtune.trainers.storage.atomic_io import Digest, remove_folder
 from tailtune.trainers.storage.manifest import is_in_manifest
 from tailtune.trainers.storage.tensor_files import read_folder, write_folder
 

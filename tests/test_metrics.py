@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tailtune.trainers.evaluation import metrics, rows as row_module
+from tailtune.trainers.evaluation import metrics
+from tailtune.trainers.evaluation import rows as row_module
 from tailtune.trainers.evaluation.metrics import calibration, calibration_error, evaluate, evaluate_predictions
 
 GROUPS = {"many": torch.tensor([0, 1]), "med": torch.tensor([2, 3]), "few": torch.tensor([4])}

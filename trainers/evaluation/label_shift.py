@@ -1,8 +1,8 @@
 """Label shift: estimates class frequencies of unlabelled images, from a classifier trained for other frequencies.
 
-The functions read scores a few rows at a time. They take scores s = z/T − log p [n, C], where p is the class prior for which softmax(z/T) is the correct
+The functions take scores s = z/T − log p [n, C], where p is the class prior for which softmax(z/T) is the correct
 posterior. A score is the log likelihood of a class, up to a constant that depends only on the image. The posterior
-under a class prior q is softmax(s + log q).
+under a class prior q is softmax(s + log q). Scores are read a few rows at a time.
 """
 
 from collections.abc import Sequence

@@ -48,7 +48,8 @@ class Predictions:
     def joined(cls, parts: Sequence["Predictions"]) -> "Predictions":
         """The predictions for the images of all parts, in their order."""
         columns = zip(*((part.labels, part.classes, part.confidence, part.nll) for part in parts), strict=True)
-        return cls(*(torch.cat(column) for column in columns), parts[0].num_classes)
+        labels, classes, confidence, nll = (torch.cat(column) for column in columns)
+        return cls(labels, classes, confidence, nll, parts[0].num_classes)
 
 
 def predictions_of(logits: Rows, labels: Tensor, combine: Callable[[Tensor], Tensor] | None = None) -> Predictions:

@@ -88,7 +88,9 @@ class Scratch:
         size = prod(shape) * dtype.itemsize
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                if hasattr(os, "posix_fallocate"):  # a page without space on the disk would end the process when written
+                if hasattr(
+                    os, "posix_fallocate"
+                ):  # a page without space on the disk would end the process when written
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
                     file.truncate(size)

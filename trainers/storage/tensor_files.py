@@ -26,7 +26,6 @@ from tailtune.trainers.storage.atomic_io import (
 from tailtune.trainers.storage.large_tensors import MappedTensor
 from tailtune.trainers.storage.manifest import read_bytes, read_json
 
-
 DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16"}
 """Dtypes of streamed tensors → their names in a safetensors file."""
 

@@ -34,7 +34,6 @@ LINKS = 30_000
 """Number of hard links of one generated image; file systems limit it to 65,000 and less."""
 SOME = 256
 """Number of test images of "start" and "model"."""
-SPLITS = ("train", "test")
 ALL = ("test_only", "True", "test_dists", "all")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "start": ("max_test_images", str(SOME)),
@@ -64,6 +63,9 @@ PRESETS = {
     "inat2018": Size(437_513, 24_426, 8_142, INAT),
     "imagenet_lt": Size(115_846, 50_000, 1_000, ("adapt_lr", "0.025")),
 }
+
+
+SPLITS = ("train", "test")
 
 
 class Cost(NamedTuple):
@@ -105,7 +107,7 @@ def make_data(folder: Path, size: Size, seed: int = 0) -> None:
         (folder / f"{split}.txt").write_text("".join(lines))
     lines = ["dataset: ImageList", "root: images", f"num_classes: {size.classes}"]
     lines += [f"{split}_list: {split}.txt" for split in SPLITS]
-    (folder / "scale.yaml").write_text("\n".join(lines) + "\n")
+    (folder / "scale.yaml").write_text("\n".join([f"# {size}", *lines, ""]))
 
 
 def cost_of(words: Sequence[str], folder: Path, threads: int) -> Cost:
@@ -166,6 +168,8 @@ def main() -> None:
         folder = args.dir or Path(temporary)
         start = time.perf_counter()
         if (folder / "scale.yaml").exists():
+            if (folder / "scale.yaml").read_text().splitlines()[0] != f"# {size}":
+                raise SystemExit(f"{folder} holds data of another size: name another folder with --dir")
             print(f"data of an earlier call: {folder}")
         else:
             make_data(folder, size)

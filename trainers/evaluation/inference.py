@@ -91,18 +91,17 @@ class _Collected:
         self.rows: Tensor | HalfRows | None = None  # of all images of the view
         self.labels = torch.zeros(count, dtype=torch.int64)
         self.readable = torch.zeros(count, dtype=torch.bool)
-        self.indices: list[Tensor] = []
-        self.summaries: list[RowSummary] = []
+        self.summary: RowSummary | None = None
 
     def add(self, logits: Tensor, labels: Tensor, index: Tensor) -> None:
         """Add logits and labels of images at some positions in the view."""
         if self.rows is None:
             shape = (len(self.labels), *logits.shape[1:])
             self.rows = HalfRows.empty(shape, self.scratch) if self.scratch.is_large(shape) else torch.zeros(*shape)
+            self.summary = RowSummary.empty(shape) if self.summarised else None
         self.rows[index], self.labels[index], self.readable[index] = logits, labels, True
-        if self.summarised and len(index):
-            self.indices.append(index)
-            self.summaries.append(RowSummary.of(logits, labels))
+        if self.summary is not None:
+            self.summary.fill(index, logits, labels)
 
     def all(self) -> Logits | None:
         """The logits of the readable images; None if no batch was added."""
@@ -110,9 +109,7 @@ class _Collected:
             return None
         rows, index = self.rows, self.readable.nonzero().squeeze(1)
         bad_images = len(self.labels) - len(index)
-        summary = None
-        if self.summaries:
-            summary = RowSummary.joined(self.summaries).at(torch.cat(self.indices).argsort())
+        summary = self.summary and self.summary.at(index)
         if bad_images:  # this is rare, and without it nothing is copied
             rows = rows.at(index) if isinstance(rows, HalfRows) else rows[index]
         return Logits(rows, self.labels[index], index, bad_images, measured=summary)

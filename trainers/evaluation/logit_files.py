@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.rows import HalfRows, slices
 from tailtune.trainers.storage.atomic_io import Damaged, Digest
 from tailtune.trainers.storage.manifest import check_file
-from tailtune.trainers.storage.tensor_files import map_tensor, stream_tensors
+from tailtune.trainers.storage.tensor_files import open_tensors, stream_tensors
 
 LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
 """Names of the files with the logits of the test images and of the validation images."""
@@ -56,13 +55,13 @@ def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) 
     for path in sorted(run_folder.glob(f"**/{name}")):
         try:
             check_file(path)
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                if about["key"] != json.loads(json.dumps(key)):
-                    continue
-                row_max, labels, index = (file.get_tensor(name).clone() for name in ("row_max", "labels", "index"))
-            logits = HalfRows(map_tensor(path, "logits"), row_max)
+            tensors, text = open_tensors(path)
+            about = json.loads(text)
+            if about["key"] != json.loads(json.dumps(key)):
+                continue
+            row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
+            logits = HalfRows(tensors["logits"], row_max)
             return path, Logits(logits, labels, index, about["bad_images"], about["left_out"])
-        except (Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError):
+        except (Damaged, OSError, ValueError, KeyError, TypeError):
             continue  # a damaged file is ignored, because the logits can be computed from the images again
     return None

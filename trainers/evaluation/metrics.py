@@ -4,7 +4,7 @@ The logits are read once, a few rows at a time, and give three numbers for each 
 those of every other test distribution, are computed from these numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,20 @@ class Predictions:
         return Predictions(labels, classes, confidence, nll, self.num_classes)
 
     @classmethod
-    def joined(cls, parts: Sequence["Predictions"]) -> "Predictions":
-        """The predictions for the images of all parts, in their order."""
-        columns = zip(*((part.labels, part.classes, part.confidence, part.nll) for part in parts), strict=True)
-        labels, classes, confidence, nll = (torch.cat(column) for column in columns)
-        return cls(labels, classes, confidence, nll, parts[0].num_classes)
+    def empty(cls, count: int, num_classes: int) -> "Predictions":
+        """Room for the predictions for N = `count` images, of which `fill` fills in some.
+
+        Long loops that collect small results between large ones would leave holes in memory, which then grows.
+        """
+        labels, classes = torch.zeros(2, count, dtype=torch.int64)
+        confidence, nll = torch.zeros(2, count)
+        return cls(labels, classes, confidence, nll, num_classes)
+
+    def fill(self, rows: slice | Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Set what logits fp32 [n, C] predict, for the images at some positions."""
+        self.labels[rows], self.classes[rows] = labels, logits.argmax(-1)
+        self.confidence[rows] = logits.softmax(-1).amax(-1)
+        self.nll[rows] = F.cross_entropy(logits, labels, reduction="none")
 
 
 def predictions_of(logits: Rows, labels: Tensor, combine: Callable[[Tensor], Tensor] | None = None) -> Predictions:
@@ -60,12 +69,11 @@ def predictions_of(logits: Rows, labels: Tensor, combine: Callable[[Tensor], Ten
         labels: labels of the images [N].
         combine: makes logits [n, C] of some rows of `logits`, such as the mean over experts.
     """
-    found = []
+    found = Predictions.empty(len(labels), logits.shape[-1])
     for part in slices(logits):
-        rows = (logits[part] if combine is None else combine(logits[part])).float()
-        nll = F.cross_entropy(rows, labels[part], reduction="none")
-        found.append(Predictions(labels[part], rows.argmax(-1), rows.softmax(-1).amax(-1), nll, logits.shape[-1]))
-    return Predictions.joined(found)
+        rows = logits[part]
+        found.fill(part, (rows if combine is None else combine(rows)).float(), labels[part])
+    return found
 
 
 def evaluate(logits: Rows, labels: Tensor, groups: Mapping[str, Tensor]) -> Metrics:

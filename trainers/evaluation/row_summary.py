@@ -1,13 +1,12 @@
 """What metrics and checks need to know of the logits of each image, so that the logits are read once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tailtune.trainers.evaluation.expert_usage import asked
-from tailtune.trainers.evaluation.metrics import Predictions, predictions_of
+from tailtune.trainers.evaluation.metrics import Predictions
 from tailtune.trainers.evaluation.rows import Rows, slices
 from tailtune.trainers.methods.base import combine
 
@@ -31,21 +30,22 @@ class RowSummary:
             logits: the logits.
             labels: labels of the images [N].
         """
-        parts = []
+        found = cls.empty(tuple(logits.shape))
         for part in slices(logits):
-            rows = logits[part]
-            predictions = predictions_of(rows, labels[part], combine)
-            parts.append(cls(predictions, asked(rows), rows.isfinite().all(-1)))
-        return cls.joined(parts)
+            found.fill(part, logits[part], labels[part])
+        return found
 
     @classmethod
-    def joined(cls, parts: Sequence["RowSummary"]) -> "RowSummary":
-        """The summary of the images of all parts, in their order."""
-        return cls(
-            Predictions.joined([part.predictions for part in parts]),
-            torch.cat([part.asked for part in parts]),
-            torch.cat([part.finite for part in parts]),
-        )
+    def empty(cls, shape: tuple[int, ...]) -> "RowSummary":
+        """Room for the summary of logits of shape [N, E, C], of which `fill` fills in some rows."""
+        count, experts, classes = shape
+        asked, finite = torch.zeros(2, count, experts, dtype=torch.bool)
+        return cls(Predictions.empty(count, classes), asked, finite)
+
+    def fill(self, rows: slice | Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Set the summary of logits fp32 [n, E, C] of the images at some positions."""
+        self.predictions.fill(rows, combine(logits), labels)
+        self.asked[rows], self.finite[rows] = asked(logits), logits.isfinite().all(-1)
 
     def at(self, rows: Tensor) -> "RowSummary":
         """The summary of the images at some positions int64 [n]."""

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tailtune.trainers.storage.large_tensors import MappedTensor, Scratch
+from tailtune.trainers.storage.large_tensors import FileTensor, Scratch
 
-CHUNK_ELEMENTS = 2**20
+CHUNK_ELEMENTS = 2**18
 """Number of logits that are converted or computed at once. More of them would not be faster."""
 
 
@@ -73,7 +73,7 @@ class HalfRows:
 
     dtype = torch.float32
 
-    def __init__(self, differences: Tensor | MappedTensor, row_max: Tensor, chosen: Tensor | None = None) -> None:
+    def __init__(self, differences: Tensor | FileTensor, row_max: Tensor, chosen: Tensor | None = None) -> None:
         self._differences, self._row_max, self._chosen = differences, row_max, chosen
         count = len(row_max) if chosen is None else len(chosen)
         self.shape = torch.Size((count, *differences.shape[1:]))

@@ -1,14 +1,14 @@
-"""Tensors that may be larger than memory: large ones lie in files, of which only the parts in use are in memory."""
+"""Tensors that may be larger than memory: large ones lie in files, from which some rows are read at a time."""
 
-import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,52 +16,63 @@ from tailtune.configs.errors import UserError
 
 IN_MEMORY = 2**24
 """Number of elements up to which a tensor is kept in memory."""
-MAPPED_BYTES = 2**26
-"""Number of bytes of a file that are mapped into memory before they are released again."""
 
 
-class MappedTensor:
-    """A tensor [N, …] in a file. It is read and written by its rows, as a tensor is: `tensor[rows]`.
+class FileTensor:
+    """A tensor [N, …] in a file. Rows are read and written as those of a tensor are: `tensor[rows]`.
 
-    The memory of the process does not grow with the tensor: after every `MAPPED_BYTES`, the pages that were read or
-    written are released. The operating system keeps them in its cache as long as it has free memory.
+    The rows are copied by `read` and `write`. If the file were mapped into memory instead, reading rows in random order
+    would keep all of it there: Linux maps up to 2 MB around each of them.
 
     Args:
-        file: the open file. It must have its full size, and it may be closed afterwards.
+        file: the open file, without a buffer of Python. The tensor keeps it open.
         shape: shape of the tensor.
         dtype: dtype of the tensor.
         offset: position of the tensor in the file, in bytes.
-        writable: whether rows may be written. If not, the file is never changed.
     """
 
-    def __init__(
-        self, file: BinaryIO, shape: Sequence[int], dtype: torch.dtype, offset: int = 0, writable: bool = False
-    ) -> None:
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # torch warns of buffers that are read-only
-        size = offset + prod(shape) * dtype.itemsize
-        self._map = mmap.mmap(file.fileno(), size, access=access)
-        self._tensor = torch.frombuffer(self._map, dtype=dtype, count=prod(shape), offset=offset).view(*shape)
-        self._mapped = 0
+    def __init__(self, file: IO[bytes], shape: Sequence[int], dtype: torch.dtype, offset: int = 0) -> None:
+        self._file, self._offset = file, offset
+        self._row_bytes = prod(shape[1:]) * dtype.itemsize
         self.shape, self.dtype = torch.Size(shape), dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        self._count(rows)
-        return self._tensor[rows]
+        runs = list(self._runs(rows))
+        found = torch.empty(sum(count for _, count in runs), *self.shape[1:], dtype=self.dtype)
+        content, done = found.view(-1).view(torch.uint8).numpy().data, 0
+        for first, count in runs:
+            self._file.seek(self._offset + first * self._row_bytes)
+            end = done + count * self._row_bytes
+            while done < end:
+                read = self._file.readinto(content[done:end])  # type: ignore[attr-defined]
+                if not read:
+                    raise UserError("a file with logits was cut off while it was read; start the command again")
+                done += read
+        return found
 
     def __setitem__(self, rows: slice | Tensor, values: Tensor) -> None:
-        self._count(rows)
-        self._tensor[rows] = values
+        content, done = values.contiguous().view(-1).view(torch.uint8).numpy().data, 0
+        for first, count in self._runs(rows):
+            self._file.seek(self._offset + first * self._row_bytes)
+            end = done + count * self._row_bytes
+            while done < end:
+                done += self._file.write(content[done:end])
 
-    def _count(self, rows: slice | Tensor) -> None:
-        """Release the pages that earlier calls have mapped, if these and the given rows are too many."""
-        number = len(range(*rows.indices(len(self)))) if isinstance(rows, slice) else len(rows)
-        self._mapped += number * prod(self.shape[1:]) * self.dtype.itemsize
-        if self._mapped > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)  # what was written stays in the file; views of it are still valid
-            self._mapped = 0
+    def _runs(self, rows: slice | Tensor) -> Iterator[tuple[int, int]]:
+        """First row and length of each run of consecutive rows."""
+        if isinstance(rows, slice):
+            first, end, step = rows.indices(len(self))
+            assert step == 1
+            yield first, max(0, end - first)
+            return
+        positions = rows.numpy()
+        for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
+            if len(run):
+                assert run[0] >= 0 and run[-1] < len(self)
+                yield int(run[0]), len(run)
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Scratch:
         return prod(shape) > IN_MEMORY
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Any:
-        """A tensor to be filled: a `Tensor`, or a `MappedTensor` if it is large.
+        """A tensor to be filled: a `Tensor`, or a `FileTensor` if it is large.
 
         The file has no name, so nothing is left of it when the process ends, in whatever way.
 
@@ -87,14 +98,10 @@ class Scratch:
             return torch.empty(*shape, dtype=dtype)
         size = prod(shape) * dtype.itemsize
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                if hasattr(
-                    os, "posix_fallocate"
-                ):  # a page without space on the disk would end the process when written
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-                return MappedTensor(file, shape, dtype, writable=True)
+            file = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is found before the images are read
+            return FileTensor(file, shape, dtype)
         except OSError as error:
             raise UserError(
                 f"cannot write {size / 1e9:.1f} GB of logits to {self.folder or tempfile.gettempdir()}: "

@@ -23,11 +23,12 @@ from tailtune.trainers.storage.atomic_io import (
     write_json,
     write_parts,
 )
-from tailtune.trainers.storage.large_tensors import MappedTensor
+from tailtune.trainers.storage.large_tensors import FileTensor
 from tailtune.trainers.storage.manifest import read_bytes, read_json
 
 DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16"}
 """Dtypes of streamed tensors → their names in a safetensors file."""
+NAMED = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def stream_tensors(
@@ -52,18 +53,35 @@ def stream_tensors(
     return write_parts(path, chain([len(text).to_bytes(8, "little"), text], parts))
 
 
-def map_tensor(path: Path, name: str) -> MappedTensor:
-    """A tensor in a safetensors file, which is read from the file when it is used.
+def open_tensors(path: Path) -> tuple[dict[str, FileTensor], str]:
+    """Open the tensors that `stream_tensors` has written. They are read from the file when they are used.
+
+    The functions of the library map the whole file into memory.
 
     Args:
         path: the file, which must not be changed in place afterwards; a file that replaces it does no harm.
-        name: name of the tensor.
+
+    Returns:
+        Name → tensor, and the metadata entry `about`.
+
+    Raises:
+        ValueError, KeyError, TypeError: the content is not that of such a file.
+        OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-        dtype = next(dtype for dtype, text in DTYPES.items() if text == entry["dtype"])
-        return MappedTensor(file, entry["shape"], dtype, 8 + length + entry["data_offsets"][0])
+    file = path.open("rb", buffering=0)
+    length = int.from_bytes(file.read(8), "little")
+    start, size = 8 + length, path.stat().st_size
+    if start > size:
+        raise ValueError("it is no safetensors file")
+    header = json.loads(file.read(length))
+    about = header.pop("__metadata__")["about"]
+    tensors = {}
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = NAMED[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if start + end > size or end - begin != prod(shape) * dtype.itemsize:
+            raise ValueError("it is cut off")
+        tensors[name] = FileTensor(file, shape, dtype, start + begin)
+    return tensors, about
 
 
 def write_folder(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[Path, Digest]:

@@ -55,13 +55,13 @@ class Size:
     """Number of test images."""
     classes: int
     options: tuple[str, ...] = ()
-    """Options of the data set, which its YAML has too."""
+    """Further lines of its config."""
 
 
-INAT = ("adapt_views", "sade_inat", "adapt_lr", "0.2", "adapt_weight_decay", "2e-4", "adapt_entropy", "0.01")
+INAT = ("adapt_views: sade_inat", "adapt_lr: 0.2", "adapt_weight_decay: 2e-4", "adapt_entropy: 0.01")
 PRESETS = {
     "inat2018": Size(437_513, 24_426, 8_142, INAT),
-    "imagenet_lt": Size(115_846, 50_000, 1_000, ("adapt_lr", "0.025")),
+    "imagenet_lt": Size(115_846, 50_000, 1_000, ("adapt_lr: 0.025",)),
 }
 
 
@@ -106,7 +106,7 @@ def make_data(folder: Path, size: Size, seed: int = 0) -> None:
             written += 1
         (folder / f"{split}.txt").write_text("".join(lines))
     lines = ["dataset: ImageList", "root: images", f"num_classes: {size.classes}"]
-    lines += [f"{split}_list: {split}.txt" for split in SPLITS]
+    lines += [*(f"{split}_list: {split}.txt" for split in SPLITS), *size.options]
     (folder / "scale.yaml").write_text("\n".join([f"# {size}", *lines, ""]))
 
 
@@ -140,7 +140,7 @@ def measure(folder: Path, size: Size, experts: int, threads: int) -> None:
     """Run all commands, and print a line for each as soon as it has ended."""
     shutil.rmtree(folder / "output", ignore_errors=True)
     common = ["-d", "scale.yaml", "-m", "tiny_clip_sade", "num_experts", str(experts), "max_steps", "1"]
-    common += ["adapt", "none", "test_dists", "none", "num_workers", "0", "output_dir", "scale", *size.options]
+    common += ["adapt", "none", "test_dists", "none", "num_workers", "0", "output_dir", "scale"]
     stored = 2 * size.test * size.classes * experts
     print(f"{size.test:,} × {size.classes:,} × {experts} logits: {stored / 1e6:,.0f} MB stored; {threads} threads\n")
     print(f"| {'command':<22} | seconds | processor s | peak MB | above the model MB | of the stored logits |")

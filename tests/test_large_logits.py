@@ -244,7 +244,7 @@ for name in ("evaluation", "stored", "sade", "estimate"):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_logits(tmp_path: Path) -> None:
-    """The growth in bytes for each of 60 million logits; in fp32 these and their views would take 4 and 8 bytes each."""
+    """The growth in bytes for each of 60 million logits; in fp32, these and their views would take 4 and 8 bytes."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK], cwd=tmp_path, env=offline(), capture_output=True, text=True, timeout=300
     )

@@ -79,7 +79,7 @@ def infer(
             continue
         out, label, index, weight = (tensor.cpu() for tensor in gathered)
         real = (index >= 0) & (weight > 0)
-        collected.add(out[real], label[real], index[real])
+        collected.add(*((out, label, index) if real.all() else (out[real], label[real], index[real])))
     return collected.all()
 
 

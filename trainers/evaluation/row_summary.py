@@ -39,8 +39,8 @@ class RowSummary:
     def empty(cls, shape: tuple[int, ...]) -> "RowSummary":
         """Room for the summary of logits of shape [N, E, C], of which `fill` fills in some rows."""
         count, experts, classes = shape
-        asked, finite = torch.zeros(2, count, experts, dtype=torch.bool)
-        return cls(Predictions.empty(count, classes), asked, finite)
+        used, finite = torch.zeros(2, count, experts, dtype=torch.bool)
+        return cls(Predictions.empty(count, classes), used, finite)
 
     def fill(self, rows: slice | Tensor, logits: Tensor, labels: Tensor) -> None:
         """Set the summary of logits fp32 [n, E, C] of the images at some positions."""

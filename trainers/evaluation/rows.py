@@ -101,9 +101,11 @@ class HalfRows:
         return differences.float().add_(row_max.unsqueeze(-1))
 
     def __setitem__(self, rows: Any, logits: Tensor) -> None:
+        differences = torch.empty(logits.shape, dtype=torch.float16)
         row_max = logits.amax(-1, keepdim=True)
-        self._differences[rows] = (logits - row_max).clamp_min_(torch.finfo(torch.float16).min).half()
-        self._row_max[rows] = row_max.squeeze(-1)
+        for part in slices(logits):
+            differences[part] = (logits[part] - row_max[part]).clamp_min_(torch.finfo(torch.float16).min)
+        self._differences[rows], self._row_max[rows] = differences, row_max.squeeze(-1)
 
     def stored(self, rows: Any) -> tuple[Tensor, Tensor]:
         """The differences fp16 [n, …, C] and the maxima fp32 [n, …] of some rows."""

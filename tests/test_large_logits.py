@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tailtune.trainers.evaluation import rows as row_module
-from tailtune.trainers.evaluation.inference import Logits, _Collected
+from tailtune.trainers.evaluation.inference import CollectedLogits, Logits
 from tailtune.trainers.evaluation.label_shift import black_box, maximum_likelihood, temperature
 from tailtune.trainers.evaluation.logit_files import save_logits, stored_logits
 from tailtune.trainers.evaluation.rows import HalfRows, MadeRows
@@ -41,7 +41,8 @@ def some_logits(*shape: int) -> Tensor:
 
 def collected(logits: Tensor, kept: Tensor, scratch: Scratch) -> Logits:
     """Logits that arrive in batches, of which some images are unreadable."""
-    found = _Collected(len(logits), scratch, summarised=True)
+    found = CollectedLogits(len(logits), scratch, summarised=True)
+    found.reserve(logits.shape[1:])
     for batch in torch.arange(len(logits)).flip(0).split(8):  # several processes do not give them in order
         batch = batch[torch.isin(batch, kept)]
         found.add(logits[batch], batch % C, batch)
@@ -174,7 +175,7 @@ def test_a_tensor_in_a_file_is_read_and_written_as_one_in_memory(
         tensor[rows] = wanted[rows]
     for part in (slice(None), slice(3, 5), slice(90, 300), torch.tensor([5, 0, 1, 2, 2]), torch.tensor([], dtype=int)):
         assert torch.equal(tensor[part], wanted[part])
-    tensor[2:4] = wanted[:2]
+    tensor[2:4] = wanted[:2].double()  # it is converted, as in memory
     assert torch.equal(tensor[0:5], wanted[[0, 1, 0, 1, 4]])
 
 
@@ -187,7 +188,7 @@ import torch
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.expert_weights import Learner, Recipe
-from tailtune.trainers.evaluation.inference import _Collected
+from tailtune.trainers.evaluation.inference import CollectedLogits
 from tailtune.trainers.evaluation.label_shift import maximum_likelihood
 from tailtune.trainers.evaluation.logit_files import save_logits, stored_logits
 from tailtune.trainers.evaluation.metrics import evaluate
@@ -205,7 +206,8 @@ def peak():
 
 
 def collect(*views):
-    found = _Collected(N, Scratch(Path()), not views)
+    found = CollectedLogits(N, Scratch(Path()), not views)
+    found.reserve((*views, E, C))
     for batch in torch.arange(N).split(100):
         found.add(torch.randn(len(batch), *views, E, C), batch % C, batch)
     return found.all()

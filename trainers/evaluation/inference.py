@@ -1,8 +1,8 @@
 """Inference: one pass over the images gives the logits of every expert. All results are computed from these logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailtune.datasets.data_bundle import View
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.trainers.distributed import to_device
+from tailtune.trainers.distributed import on_main, to_device
 from tailtune.trainers.evaluation.row_summary import RowSummary
 from tailtune.trainers.evaluation.rows import HalfRows, Rows
 from tailtune.trainers.storage.large_tensors import Scratch
@@ -70,10 +70,12 @@ def infer(
         The logits, on the CPU of the first process; None on the other processes.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    collected = _Collected(len(view), scratch, summarised)
-    for batch in eval_loader(view, batch_size, num_workers, rank, world, epoch):
+    collected = CollectedLogits(len(view), scratch, summarised)
+    for number, batch in enumerate(eval_loader(view, batch_size, num_workers, rank, world, epoch)):
         batch = to_device(batch, accelerator.device)
         out = predict(batch["image"]).float()
+        if number == 0:  # without space on the disk, no process goes on
+            on_main(accelerator, partial(collected.reserve, out.shape[1:]))
         gathered = accelerator.gather((out, batch["label"], batch["index"], batch["weight"]))
         if not accelerator.is_main_process:
             continue
@@ -83,28 +85,37 @@ def infer(
     return collected.all()
 
 
-class _Collected:
-    """The logits of the batches so far."""
+class CollectedLogits:
+    """The logits of the batches so far.
+
+    Args:
+        count: number of images of the view.
+        scratch, summarised: as for `infer`.
+    """
 
     def __init__(self, count: int, scratch: Scratch, summarised: bool) -> None:
         self.scratch, self.summarised = scratch, summarised
-        self.rows: Tensor | HalfRows | None = None  # of all images of the view
+        self.rows: Tensor | HalfRows | None = None
+        """Logits of all images of the view; None before `reserve`."""
         self.labels = torch.zeros(count, dtype=torch.int64)
         self.readable = torch.zeros(count, dtype=torch.bool)
         self.summary: RowSummary | None = None
 
+    def reserve(self, row: Sequence[int]) -> None:
+        """Make room for logits, of which those of an image have the shape `row`."""
+        shape = (len(self.labels), *row)
+        self.rows = HalfRows.empty(shape, self.scratch) if self.scratch.is_large(shape) else torch.zeros(*shape)
+        self.summary = RowSummary.empty(shape) if self.summarised else None
+
     def add(self, logits: Tensor, labels: Tensor, index: Tensor) -> None:
         """Add logits and labels of images at some positions in the view."""
-        if self.rows is None:
-            shape = (len(self.labels), *logits.shape[1:])
-            self.rows = HalfRows.empty(shape, self.scratch) if self.scratch.is_large(shape) else torch.zeros(*shape)
-            self.summary = RowSummary.empty(shape) if self.summarised else None
+        assert self.rows is not None, "reserve comes first"
         self.rows[index], self.labels[index], self.readable[index] = logits, labels, True
         if self.summary is not None:
             self.summary.fill(index, logits, labels)
 
     def all(self) -> Logits | None:
-        """The logits of the readable images; None if no batch was added."""
+        """The logits of the readable images; None if there is no room for any."""
         if self.rows is None:
             return None
         rows, index = self.rows, self.readable.nonzero().squeeze(1)

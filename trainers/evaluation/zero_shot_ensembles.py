@@ -135,7 +135,7 @@ def pretraining_prior(logits: Rows, labels: Tensor, scratch: Scratch = Scratch()
     counts = labels.bincount(minlength=logits.shape[1])
     seen = (counts > 0).nonzero().squeeze(1)
     weights = 1 / (len(seen) * counts.double())  # weight of an image of each class [C]
-    probabilities = scratch.empty((len(logits), len(seen)))
+    probabilities = scratch.empty((len(logits), len(seen)), logits.dtype)
     for part in slices(logits):
         probabilities[part] = logits[part][:, seen].softmax(1)
     bias = torch.zeros(len(seen), dtype=torch.float64)  # b = −log q

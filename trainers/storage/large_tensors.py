@@ -54,7 +54,7 @@ class FileTensor:
         return found
 
     def __setitem__(self, rows: slice | Tensor, values: Tensor) -> None:
-        content, done = values.contiguous().view(-1).view(torch.uint8).numpy().data, 0
+        content, done = values.to(self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data, 0
         for first, count in self._runs(rows):
             self._file.seek(self._offset + first * self._row_bytes)
             end = done + count * self._row_bytes

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conftest import ROOT, Cli, offline
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from tailtune.benchmarks import scale
 from tailtune.trainers.evaluation import rows as row_module
 from tailtune.trainers.evaluation.inference import CollectedLogits, Logits
 from tailtune.trainers.evaluation.label_shift import black_box, maximum_likelihood, temperature
@@ -96,6 +98,27 @@ def test_stored_logits_outlive_a_file_that_replaces_theirs(tmp_path: Path) -> No
     stored = stored_logits(tmp_path, {})
     save_logits(path, Logits(torch.zeros(1, 1, 2), torch.zeros(1), torch.zeros(1)), {})
     assert stored is not None and torch.allclose(stored[1].logits[:], some_logits(), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: (2).to_bytes(8, "little") + b"[]",
+        lambda content: content.replace(b"I64", b"I32"),
+        lambda content: content.replace(b"row_max", b"row_min"),
+        lambda content: content.replace(b"about", b"above"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_ignored(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """It lies in no run's folder, so no checksum is known."""
+    path, found = tmp_path / "logits.safetensors", Logits(some_logits(), torch.arange(N) % C, torch.arange(N))
+    save_logits(path, found, {})
+    assert stored_logits(tmp_path, {}) is not None and stored_logits(tmp_path, {"other": 1}) is None
+    path.write_bytes(damage(path.read_bytes()))
+    assert stored_logits(tmp_path, {}) is None
 
 
 def test_estimates_do_not_depend_on_where_the_scores_lie(files: None, tmp_path: Path) -> None:
@@ -253,3 +276,31 @@ def test_memory_does_not_grow_with_the_logits(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     grown = {name: float(number) for name, number in (line.split() for line in done.stdout.splitlines())}
     assert grown.keys() == {"evaluation", "stored", "sade", "estimate"} and max(grown.values()) < 1, grown
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_makes_data_of_a_size(tmp_path: Path) -> None:
+    scale.make_data(tmp_path, scale.Size(70, 25, 10, ("adapt_lr: 0.2",)))
+    labels = {
+        split: torch.tensor([int(line.split()[1]) for line in (tmp_path / f"{split}.txt").read_text().splitlines()])
+        for split in ("train", "test")
+    }
+    counts = {split: found.bincount().tolist() for split, found in labels.items()}
+    assert sum(counts["train"]) == 70 and sorted(counts["train"], reverse=True) == counts["train"]
+    assert min(counts["train"]) >= 1 and counts["test"] == [3] * 5 + [2] * 5
+    assert (tmp_path / "images/0.jpg").stat().st_nlink == 96 and "adapt_lr: 0.2" in (
+        tmp_path / "scale.yaml"
+    ).read_text()
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_for_each_command(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/scale.py"), "--dir", str(tmp_path), "--classes", "10"]
+    for words, code in ((["--train", "70", "--test", "20"], 0), (["--train", "71", "--test", "20"], 1)):
+        done = subprocess.run([*command, *words], env=offline(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stderr
+        if not code:
+            assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[5:]] == list(scale.COMMANDS)
+    assert "another size" in done.stderr and done.stderr.count("\n") == 1

@@ -74,6 +74,8 @@ def open_tensors(path: Path) -> tuple[dict[str, FileTensor], str]:
     if start > size:
         raise ValueError("it is no safetensors file")
     header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
     about = header.pop("__metadata__")["about"]
     tensors = {}
     for name, entry in header.items():

@@ -156,7 +156,7 @@ def test_weights_at_test_time(entropy: float, start: list[float], end: list[floa
     losses, values = [], []
     for _ in range(20):
         losses.append(float(objective(views, learner.w.softmax(0), entropy)[0].detach()))
-        learner.step(views)
+        learner.step(views, torch.arange(8))
         values.append(learner.w.tolist())
     assert losses[:2] == pytest.approx(start, abs=1e-7)
     if not entropy:

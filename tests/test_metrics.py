@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tailtune.trainers.evaluation import metrics
+from tailtune.trainers.evaluation import rows as row_module
 from tailtune.trainers.evaluation.metrics import calibration, calibration_error, evaluate, evaluate_predictions
 
 GROUPS = {"many": torch.tensor([0, 1]), "med": torch.tensor([2, 3]), "few": torch.tensor([4])}
@@ -154,7 +155,7 @@ def test_logits_are_read_a_few_rows_at_a_time(at_once: int, monkeypatch: pytest.
     """The number of rows changes no bit, and the metrics of some images are those of their logits alone."""
     logits, labels = 3 * torch.randn(30, 3, 5), torch.arange(30) % 5
     whole = evaluate(logits.nanmean(1), labels, GROUPS)
-    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", at_once)
+    monkeypatch.setattr(row_module, "CHUNK_ELEMENTS", at_once)
     widest = []
 
     def combine(chunk: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
 from tailtune.trainers.evaluation.inference import Logits
+from tailtune.trainers.evaluation.rows import Rows
 from tailtune.trainers.methods import Method
 
 of_predictions = partial(option, cls="test", logits=False)
@@ -88,7 +89,7 @@ class UnlabelledTest:
 class AdaptedPredictions(NamedTuple):
     """An adaptation's predictions for one test distribution, on the CPU."""
 
-    logits: Tensor  # [n, C]
+    logits: Rows  # [n, C], such as a tensor
     positions: Tensor  # [n], of the images in the test split
     facts: Mapping[str, Any]
     """Entries of metrics.json in addition to the metrics, such as the weights of the experts."""

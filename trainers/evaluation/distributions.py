@@ -10,8 +10,7 @@ from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.datasets.test_distributions.dirichlet import component_of
 from tailtune.trainers.evaluation.inference import Logits, rows_of
-from tailtune.trainers.evaluation.metrics import evaluate_predictions, predictions_of
-from tailtune.trainers.methods.base import combine
+from tailtune.trainers.evaluation.metrics import evaluate_predictions
 
 Results = dict[str, dict[str, Any]]
 SUMMARISED = ("accuracy", "mean_acc", *SHOT_GROUPS)
@@ -30,7 +29,7 @@ def plain_results(found: Logits, distributions: Sequence[TestDistribution], grou
     """
     if not distributions:
         return {}
-    predictions = predictions_of(found.logits, found.labels, combine)
+    predictions = found.summary.predictions
     class_accuracies = evaluate_predictions(predictions, groups)["per_class_acc"]
     results: Results = {}
     for distribution in distributions:

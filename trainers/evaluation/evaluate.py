@@ -17,25 +17,18 @@ from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
-from tailtune.trainers.evaluation.inference import (
-    LOGITS,
-    VAL_LOGITS,
-    Logits,
-    infer,
-    rows_of,
-    save_logits,
-    stored_logits,
-)
-from tailtune.trainers.evaluation.metrics import evaluate, evaluate_predictions, predictions_of
+from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
+from tailtune.trainers.evaluation.logit_files import LOGITS, VAL_LOGITS, save_logits, stored_logits
+from tailtune.trainers.evaluation.metrics import evaluate, evaluate_predictions
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
-from tailtune.trainers.methods.base import combine
 from tailtune.trainers.progress import write_test_scalars
 from tailtune.trainers.runs.metrics_file import circumstances, write_metrics
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.storage.atomic_io import Damaged
+from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.manifest import read_json
 
 log = logging.getLogger("tailtune")
@@ -64,6 +57,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         for text in (*self.decision.notes, *self.plan.warnings):
             self.note(text, warn=True)
+        self.scratch = Scratch(self.folder.path)
 
     def note(self, text: str, warn: bool = False) -> None:
         """Record a note for metrics.json; with `warn` also log it as a warning."""
@@ -169,7 +163,9 @@ class Evaluation:
 
         def passes(number: int) -> Logits | None:
             log.info("views of the test images, pass %d", number + 1)
-            return infer(predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number)
+            return infer(
+                predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number, self.scratch
+            )
 
         distributions = [candidate for candidate in distributions if candidate.name in measured]
         test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
@@ -198,7 +194,10 @@ class Evaluation:
         method = self.build.trained_outline()
         if self.folder.foreign is None and facts.exists():  # without image lists, `info` may hold placeholder names
             info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
-        for text in add_target_results(self.plan.target, method, test_logits, val, distributions, info, measured):
+        notes = add_target_results(
+            self.plan.target, method, test_logits, val, distributions, info, measured, self.scratch
+        )
+        for text in notes:
             self.note(text, warn=True)
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
@@ -207,7 +206,15 @@ class Evaluation:
         assert view is not None
         mode = plan.tte_mode
         predict = test_time.averaged(method, mode, plan.resolution) if mode else test_time.plain(method)
-        logits = infer(predict, view, self.accelerator, plan.batch_size, plan.num_workers)
+        logits = infer(
+            predict,
+            view,
+            self.accelerator,
+            plan.batch_size,
+            plan.num_workers,
+            scratch=self.scratch,
+            summarised=True,
+        )
         if logits is None:
             return None
         if len(logits.labels) == 0:
@@ -216,7 +223,7 @@ class Evaluation:
             self.note(f"{logits.bad_images} of {len(view)} images could not be read and are left out", warn=True)
         if len(view) == plan.max_images:
             self.note(f"max_test_images {plan.max_images}: not all images")
-        if not is_finite(logits.logits, method.asks_every_expert):
+        if not is_finite(logits.summary.asked, logits.summary.finite, method.asks_every_expert):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
                 "with `resume False`"
@@ -249,10 +256,10 @@ class Evaluation:
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, logits in (("test", test_logits), ("val", val)):
             if logits is not None:
-                metrics = evaluate_predictions(predictions_of(logits.logits, logits.labels, combine), groups)
+                metrics = evaluate_predictions(logits.summary.predictions, groups)
                 if not asks_every_expert and not self.plan.tte_mode:  # usage is defined for one view only
                     model = self.build.outline().model
-                    used = usage_report(logits.logits, logits.labels, groups, model, self.plan.resolution)
+                    used = usage_report(logits.summary.asked, logits.labels, groups, model, self.plan.resolution)
                     metrics["experts_used"] = used
                 result[split] = {**metrics, "bad_images": logits.bad_images + logits.left_out}
         if distributions:

@@ -18,25 +18,24 @@ def asked(logits: Tensor) -> Tensor:
     return ~logits.isnan().all(-1)
 
 
-def is_finite(logits: Tensor, asks_every_expert: bool) -> bool:
+def is_finite(used: Tensor, finite: Tensor, asks_every_expert: bool) -> bool:
     """Whether all logits are finite.
 
     Args:
-        logits: [N, E, C].
+        used: whether each expert computed each image, bool [N, E].
+        finite: whether all its logits for the image are finite, bool [N, E].
         asks_every_expert: whether every expert computed every image. If not, logits of skipped experts may be NaN, but
             the first expert must have computed every image.
     """
     if asks_every_expert:
-        return bool(logits.isfinite().all())
-    used = asked(logits)
-    return bool(used[:, 0].all() and logits[used].isfinite().all())
+        return bool(finite.all())
+    return bool(used[:, 0].all() and finite[used].all())
 
 
-def expert_usage(logits: Tensor) -> list[float]:
-    """Percentages of the images that exactly 1, …, E experts computed, from logits [N, E, C]."""
-    experts_used = asked(logits).sum(1)  # [N]
-    images = torch.bincount(experts_used, minlength=logits.shape[1] + 1)[1:]  # [E]
-    return (100 * images.double() / len(logits)).tolist()
+def expert_usage(used: Tensor) -> list[float]:
+    """Percentages of the images that exactly 1, …, E experts computed, from `asked` [N, E]."""
+    images = torch.bincount(used.sum(1), minlength=used.shape[1] + 1)[1:]  # [E]
+    return (100 * images.double() / len(used)).tolist()
 
 
 def flops_by_experts(model: ClassificationModel, resolution: int) -> list[int]:
@@ -87,18 +86,18 @@ def mean_flops(model: ClassificationModel, resolution: int, shares: Sequence[flo
 
 
 def usage_report(
-    logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor], model: ClassificationModel, resolution: int
+    used: Tensor, labels: Tensor, groups: Mapping[str, Tensor], model: ClassificationModel, resolution: int
 ) -> dict[str, Any]:
     """The entry `experts_used` of metrics.json: `expert_usage` of all images and of each group, and the cost.
 
     Args:
-        logits: [N, E, C].
+        used: whether each expert computed each image, bool [N, E].
         labels: [N].
         groups: `many`, `med`, `few` → class indices; the usage of a group without images is None.
         model: the model; it is moved to the meta device.
         resolution: side of the images, in pixels.
     """
     masks = {name: torch.isin(labels, classes) for name, classes in groups.items()}  # each [N]
-    shares = {name: expert_usage(logits[mask]) if mask.any() else None for name, mask in masks.items()}
-    overall = expert_usage(logits)
+    shares = {name: expert_usage(used[mask]) if mask.any() else None for name, mask in masks.items()}
+    overall = expert_usage(used)
     return {"all": overall, **shares, **mean_flops(model, resolution, overall)}

@@ -1,28 +1,27 @@
 """Inference: one pass over the images gives the logits of every expert. All results are computed from these logits."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
-from tailtune.trainers.storage.atomic_io import Damaged, Digest
-from tailtune.trainers.storage.manifest import check_file
-from tailtune.trainers.storage.tensor_files import write_tensors
+from tailtune.trainers.distributed import on_main
+from tailtune.trainers.evaluation.row_summary import RowSummary
+from tailtune.trainers.evaluation.rows import HalfRows, Rows
+from tailtune.trainers.storage.large_tensors import Scratch
 
 
 @dataclass(frozen=True)
 class Logits:
     """Logits of the images that could be read, in the order of the split."""
 
-    logits: Tensor
-    """Logits of each expert [N, E, C], or of each of several views [N, V, E, C]; fp32."""
+    logits: Rows
+    """Logits of each expert [N, E, C], or of each of several views [N, V, E, C]; fp32. They may lie in a file."""
     labels: Tensor
     """Label of each image [N]."""
     index: Tensor
@@ -31,6 +30,13 @@ class Logits:
     """Number of images of the split that could not be read in this pass."""
     left_out: int = 0
     """Number of images that were known to be unreadable before, so that the split does not contain them."""
+    measured: RowSummary | None = None
+    """The summary, if it was made when the logits were computed."""
+
+    @cached_property
+    def summary(self) -> RowSummary:
+        """What the metrics and checks need to know of each image's logits [N, E, C]."""
+        return self.measured or RowSummary.of(self.logits, self.labels)
 
 
 Predict = Callable[[Tensor | list[Tensor]], Tensor]
@@ -39,7 +45,14 @@ Predict = Callable[[Tensor | list[Tensor]], Tensor]
 
 @torch.no_grad()
 def infer(
-    predict: Predict, view: View, accelerator: Accelerator, batch_size: int, num_workers: int | None, epoch: int = 0
+    predict: Predict,
+    view: View,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int | None,
+    epoch: int = 0,
+    scratch: Scratch = Scratch(),  # noqa: B008
+    summarised: bool = False,
 ) -> Logits | None:
     """Run `predict` on every image of a view once. The images are divided among the processes.
 
@@ -50,33 +63,67 @@ def infer(
         batch_size: number of images that a process computes at once.
         num_workers: number of processes that decode images, for each process of the run; None chooses it.
         epoch: number that selects the random draws, if the transform is random.
+        scratch: gives room for the logits. Large ones are kept in half precision, as in files.
+        summarised: also make the summary of the logits, which are then [N, E, C], before they lose precision.
 
     Returns:
         The logits, on the CPU of the first process; None on the other processes.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
+    collected = CollectedLogits(len(view), scratch, summarised)
     loader = eval_loader(view, batch_size, num_workers, rank, world, epoch, accelerator.device)
-    count = len(view)
-    logits: Tensor | None = None
-    labels = torch.zeros(count, dtype=torch.int64)
-    readable = torch.zeros(count, dtype=torch.bool)
-    for batch in loader:
+    for number, batch in enumerate(loader):
         out = predict(batch["image"]).float()
+        if number == 0:  # without space on the disk, no process goes on
+            on_main(accelerator, partial(collected.reserve, out.shape[1:]))
         gathered = accelerator.gather((out, batch["label"], batch["index"], batch["weight"]))
         if not accelerator.is_main_process:
             continue
         out, label, index, weight = (tensor.cpu() for tensor in gathered)
-        if logits is None:
-            logits = torch.zeros(count, *out.shape[1:])
         real = (index >= 0) & (weight > 0)
-        logits[index[real]], labels[index[real]] = out[real], label[real]
-        readable[index[real]] = True
-    if logits is None:
-        return None
-    if readable.all():  # the usual case; it needs no copy
-        return Logits(logits, labels, torch.arange(count))
-    index = readable.nonzero().squeeze(1)
-    return Logits(logits[index], labels[index], index, bad_images=count - len(index))
+        collected.add(*((out, label, index) if real.all() else (out[real], label[real], index[real])))
+    return collected.all()
+
+
+class CollectedLogits:
+    """The logits of the batches so far.
+
+    Args:
+        count: number of images of the view.
+        scratch, summarised: as for `infer`.
+    """
+
+    def __init__(self, count: int, scratch: Scratch, summarised: bool) -> None:
+        self.scratch, self.summarised = scratch, summarised
+        self.rows: Tensor | HalfRows | None = None
+        """Logits of all images of the view; None before `reserve`."""
+        self.labels = torch.zeros(count, dtype=torch.int64)
+        self.readable = torch.zeros(count, dtype=torch.bool)
+        self.summary: RowSummary | None = None
+
+    def reserve(self, row: Sequence[int]) -> None:
+        """Make room for logits, of which those of an image have the shape `row`."""
+        shape = (len(self.labels), *row)
+        self.rows = HalfRows.empty(shape, self.scratch) if self.scratch.is_large(shape) else torch.zeros(*shape)
+        self.summary = RowSummary.empty(shape) if self.summarised else None
+
+    def add(self, logits: Tensor, labels: Tensor, index: Tensor) -> None:
+        """Add logits and labels of images at some positions in the view."""
+        assert self.rows is not None, "reserve comes first"
+        self.rows[index], self.labels[index], self.readable[index] = logits, labels, True
+        if self.summary is not None:
+            self.summary.fill(index, logits, labels)
+
+    def all(self) -> Logits | None:
+        """The logits of the readable images; None if there is no room for any."""
+        if self.rows is None:
+            return None
+        rows, index = self.rows, self.readable.nonzero().squeeze(1)
+        bad_images = len(self.labels) - len(index)
+        summary = self.summary and self.summary.at(index)
+        if bad_images:  # this is rare, and without it nothing is copied
+            rows = rows.at(index) if isinstance(rows, HalfRows) else rows[index]
+        return Logits(rows, self.labels[index], index, bad_images, measured=summary)
 
 
 def rows_of(found: Logits, positions: Tensor) -> Tensor:
@@ -91,58 +138,3 @@ def rows_of(found: Logits, positions: Tensor) -> Tensor:
     """
     rows = torch.searchsorted(found.index, positions).clamp_max(len(found.index) - 1)
     return rows[found.index[rows] == positions]
-
-
-LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
-"""Names of the files with the logits of the test images and of the validation images."""
-
-
-def save_logits(path: Path, found: Logits, key: dict[str, object]) -> Digest:
-    """Write logits [N, E, C] to a file.
-
-    The maximum of each row is stored in fp32, and the differences from the maximum in fp16.
-
-    Args:
-        path: the file.
-        found: the logits.
-        key: everything on which the logits depend, such as checkpoint, images and options.
-
-    Returns:
-        Digest of the file.
-    """
-    row_max = found.logits.amax(-1, keepdim=True)
-    tensors = {
-        "logits": (found.logits - row_max).clamp_min(torch.finfo(torch.float16).min).half(),
-        "row_max": row_max.squeeze(-1),
-        "labels": found.labels,
-        "index": found.index,
-    }
-    return write_tensors(
-        path, tensors, json.dumps({"key": key, "bad_images": found.bad_images, "left_out": found.left_out})
-    )
-
-
-def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) -> tuple[Path, Logits] | None:
-    """Read the logits that an earlier evaluation of a run has saved under the same key.
-
-    Args:
-        run_folder: folder of the run; its subfolders are searched too.
-        key: as in `save_logits`.
-        name: name of the file.
-
-    Returns:
-        The file and its logits; None if no undamaged file has this key.
-    """
-    for path in sorted(run_folder.glob(f"**/{name}")):
-        try:
-            check_file(path)
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                if about["key"] != json.loads(json.dumps(key)):
-                    continue
-                logits = file.get_tensor("logits").float() + file.get_tensor("row_max").unsqueeze(-1)
-                labels, index = file.get_tensor("labels"), file.get_tensor("index")
-                return path, Logits(logits, labels, index, about["bad_images"], about["left_out"])
-        except (Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged file is ignored, because the logits can be computed from the images again
-    return None

@@ -2,14 +2,16 @@
 
 The functions take scores s = z/T − log p [n, C], where p is the class prior for which softmax(z/T) is the correct
 posterior. A score is the log likelihood of a class, up to a constant that depends only on the image. The posterior
-under a class prior q is softmax(s + log q).
+under a class prior q is softmax(s + log q). Scores are read a few rows at a time.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tailtune.trainers.evaluation.rows import Rows, slices
+from tailtune.trainers.storage.large_tensors import Scratch
 
 PSEUDO = 0.5
 """Pseudo-count added to the number of images of each class (Krichevsky and Trofimov 1981): no estimate becomes 0."""
@@ -27,7 +29,7 @@ def frequencies(counts: Tensor) -> Tensor:
     return counts / counts.sum()
 
 
-def maximum_likelihood(scores: Tensor) -> Tensor:
+def maximum_likelihood(scores: Rows, scratch: Scratch = Scratch()) -> Tensor:  # noqa: B008
     """Estimate q = argmax_q Π_i Σ_c q_c exp s_ic · Π_c q_c^½ by expectation maximisation.
 
     An iteration sets q to the mean of the posteriors under q (Saerens et al. 2002; with calibrated posteriors
@@ -37,20 +39,26 @@ def maximum_likelihood(scores: Tensor) -> Tensor:
 
     Args:
         scores: s [n, C].
+        scratch: gives room for exp s [n, C], which every iteration reads.
 
     Returns:
         Class frequencies [C] in fp64.
     """
-    ratios = _ratios(scores)
-    prior = torch.full_like(ratios[0], 1 / ratios.shape[1])
+    ratios = scratch.empty(scores.shape, scores.dtype)
+    for part in slices(scores):
+        ratios[part] = _ratios(scores[part])
+    prior = torch.full((scores.shape[1],), 1 / scores.shape[1], dtype=scores.dtype)
+    first, _ = _update(ratios, prior)
     for _ in range(MOST):
-        before, first = prior, _update(ratios, prior)
-        prior = _update(ratios, first)
+        before, prior = prior, _update(ratios, first)[0]
         change, bend = first - before, prior - 2 * first + before
         length = change.norm() / bend.norm().clamp_min(1e-30)
         leap = before + 2 * length * change + length**2 * bend
-        if leap.min() > 0 and _log_posterior(ratios, leap) > _log_posterior(ratios, prior):
-            prior = leap
+        first, reached = _update(ratios, prior)
+        if leap.min() > 0:
+            after_leap, reached_by_leap = _update(ratios, leap)
+            if reached_by_leap > reached:
+                prior, first = leap, after_leap
         if (prior - before).abs().sum() < TOLERANCE:
             break
     return prior.double() / prior.double().sum()
@@ -60,16 +68,19 @@ def _ratios(scores: Tensor) -> Tensor:
     return (scores - scores.amax(1, keepdim=True)).exp()
 
 
-def _update(ratios: Tensor, prior: Tensor) -> Tensor:
-    counts = prior * (ratios.T @ (1 / (ratios @ prior))) + PSEUDO
-    return counts / counts.sum()
+def _update(ratios: Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the posteriors under a prior [C], and the logarithm of the objective at this prior."""
+    sums, reached = torch.zeros_like(prior), PSEUDO * prior.double().log().sum()
+    for part in slices(ratios):
+        rows = ratios[part]
+        evidence = rows @ prior
+        sums += rows.T @ (1 / evidence)
+        reached = reached + evidence.double().log().sum()
+    counts = prior * sums + PSEUDO
+    return counts / counts.sum(), reached
 
 
-def _log_posterior(ratios: Tensor, prior: Tensor) -> Tensor:
-    return (ratios @ prior).double().log().sum() + PSEUDO * prior.double().log().sum()
-
-
-def stream(scores: Tensor, batches: Sequence[Tensor]) -> Tensor:
+def stream(scores: Rows, batches: Sequence[Tensor]) -> Tensor:
     """Estimate class frequencies while images arrive in batches, from running sums of the posteriors.
 
     The posteriors of a batch are computed under the estimate that includes this batch, by fixed-point iterations. The
@@ -82,7 +93,7 @@ def stream(scores: Tensor, batches: Sequence[Tensor]) -> Tensor:
     Returns:
         The estimate after each batch, [number of batches, C] in fp64.
     """
-    counts = scores.new_full((scores.shape[1],), PSEUDO)
+    counts = torch.full((scores.shape[1],), PSEUDO, dtype=scores.dtype)
     estimates = []
     for rows in batches:
         ratios, total = _ratios(scores[rows]), counts
@@ -93,7 +104,7 @@ def stream(scores: Tensor, batches: Sequence[Tensor]) -> Tensor:
     return torch.stack(estimates).double()
 
 
-def black_box(scores: Tensor, val_scores: Tensor, val_labels: Tensor) -> Tensor:
+def black_box(scores: Rows, val_scores: Rows, val_labels: Tensor) -> Tensor:
     """Black box shift estimation with a soft confusion matrix (Lipton et al. 2018).
 
     It solves M q = μ by least squares and clamps q to at least 0. M_cy is the mean of softmax(s)_c over the validation
@@ -108,15 +119,21 @@ def black_box(scores: Tensor, val_scores: Tensor, val_labels: Tensor) -> Tensor:
         Class frequencies [C] in fp64.
     """
     classes = scores.shape[1]
-    one_hot = F.one_hot(val_labels, classes).to(scores.dtype)  # [m, C]
-    confusion = val_scores.softmax(1).T @ (one_hot / one_hot.sum(0))  # M [C, C]
-    mean = scores.softmax(1).mean(0)
+    support = val_labels.bincount(minlength=classes)
+    confusion = torch.zeros(classes, classes, dtype=scores.dtype)  # M transposed
+    for part in slices(val_scores):
+        labels = val_labels[part]
+        confusion.index_add_(0, labels, val_scores[part].softmax(1) / support[labels].unsqueeze(1))
+    mean = torch.zeros(classes, dtype=scores.dtype)
+    for part in slices(scores):
+        mean += scores[part].softmax(1).sum(0) / len(scores)
+    confusion = confusion.T
     solution = torch.linalg.lstsq(confusion.double(), mean.double().unsqueeze(1), driver="gelsd").solution.squeeze(1)
     solution = solution.clamp_min(0)
     return frequencies(len(scores) * solution / solution.sum())
 
 
-def temperature(logits: Tensor, shift: Tensor, labels: Tensor) -> float:
+def temperature(logits: Rows, shift: Tensor, labels: Tensor) -> float:
     """Temperature scaling: the T > 0 that minimises the mean of −log softmax(z/T + b)_y (Guo et al. 2017).
 
     The objective is convex in 1/T. It is minimised by Newton's method, safeguarded by bisection of shrinking bounds.
@@ -126,14 +143,9 @@ def temperature(logits: Tensor, shift: Tensor, labels: Tensor) -> float:
         shift: b [C], log of (class frequencies of the labels / class frequencies that the logits assume).
         labels: y [n].
     """
-    logits = (logits - logits.amax(1, keepdim=True)).double()
-    label_logit = logits.gather(1, labels.unsqueeze(1)).mean()
     low, high, inverse = 1 / HOTTEST, HOTTEST, 1.0
     for _ in range(60):
-        posterior = (inverse * logits + shift).softmax(1)
-        mean = (posterior * logits).sum(1)
-        slope = float(mean.mean() - label_logit)
-        curve = float(((posterior * logits.square()).sum(1) - mean.square()).mean())
+        slope, curve = _derivatives(logits, shift, labels, inverse)
         low, high = (low, inverse) if slope > 0 else (inverse, high)
         new = inverse - slope / max(curve, 1e-12)
         new = new if low < new < high else (low * high) ** 0.5
@@ -141,6 +153,19 @@ def temperature(logits: Tensor, shift: Tensor, labels: Tensor) -> float:
             break
         inverse = new
     return 1 / inverse
+
+
+def _derivatives(logits: Rows, shift: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
+    """First and second derivative of the objective of `temperature` by 1/T, at 1/T = `inverse`."""
+    slope = curve = 0.0
+    for part in slices(logits):
+        z = logits[part]
+        z = (z - z.amax(1, keepdim=True)).double()
+        posterior = (inverse * z + shift).softmax(1)
+        mean = (posterior * z).sum(1)
+        slope += float((mean - z.gather(1, labels[part].unsqueeze(1)).squeeze(1)).sum())
+        curve += float(((posterior * z.square()).sum(1) - mean.square()).sum())
+    return slope / len(logits), curve / len(logits)
 
 
 def kl(true: Tensor, found: Tensor) -> float:

@@ -13,15 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tailtune.datasets.long_tail import SHOT_GROUPS
+from tailtune.trainers.evaluation.rows import Rows, slices
 
 Metrics = dict[str, Any]
 
 FLOOR = 1e-3
 """Lower bound of a class accuracy (%) in the harmonic mean, as in LIFT. Without it one class at 0 would make it 0."""
-
-
-CHUNK_ELEMENTS = 2**22
-"""Number of logits that are converted and normalised at once. More of them would not be faster."""
 
 
 @dataclass(frozen=True)
@@ -47,26 +44,39 @@ class Predictions:
         labels, classes, confidence, nll = (t[rows] for t in (self.labels, self.classes, self.confidence, self.nll))
         return Predictions(labels, classes, confidence, nll, self.num_classes)
 
+    @classmethod
+    def empty(cls, count: int, num_classes: int) -> "Predictions":
+        """Room for the predictions for N = `count` images, of which `fill` fills in some.
 
-def predictions_of(logits: Tensor, labels: Tensor, combine: Callable[[Tensor], Tensor] | None = None) -> Predictions:
-    """Read logits once. Besides the result, this needs memory for `CHUNK_ELEMENTS` logits only.
+        Long loops that collect small results between large ones would leave holes in memory, which then grows.
+        """
+        labels, classes = torch.zeros(2, count, dtype=torch.int64)
+        confidence, nll = torch.zeros(2, count)
+        return cls(labels, classes, confidence, nll, num_classes)
+
+    def fill(self, rows: slice | Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Set what logits fp32 [n, C] predict, for the images at some positions."""
+        self.labels[rows], self.classes[rows] = labels, logits.argmax(-1)
+        self.confidence[rows] = logits.softmax(-1).amax(-1)
+        self.nll[rows] = F.cross_entropy(logits, labels, reduction="none")
+
+
+def predictions_of(logits: Rows, labels: Tensor, combine: Callable[[Tensor], Tensor] | None = None) -> Predictions:
+    """Read logits once, a few rows at a time.
 
     Args:
         logits: logits of the images [N, C], or what `combine` takes.
         labels: labels of the images [N].
         combine: makes logits [n, C] of some rows of `logits`, such as the mean over experts.
     """
-    rows = max(1, CHUNK_ELEMENTS // max(1, logits[0].numel()))
-    found = []
-    for chunk, chunk_labels in zip(logits.split(rows), labels.split(rows), strict=True):
-        chunk = (chunk if combine is None else combine(chunk)).float()
-        nll = F.cross_entropy(chunk, chunk_labels, reduction="none")
-        found.append((chunk.argmax(-1), chunk.softmax(-1).amax(-1), nll))
-    classes, confidence, nll = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Predictions(labels, classes, confidence, nll, logits.shape[-1])
+    found = Predictions.empty(len(labels), logits.shape[-1])
+    for part in slices(logits):
+        rows = logits[part]
+        found.fill(part, (rows if combine is None else combine(rows)).float(), labels[part])
+    return found
 
 
-def evaluate(logits: Tensor, labels: Tensor, groups: Mapping[str, Tensor]) -> Metrics:
+def evaluate(logits: Rows, labels: Tensor, groups: Mapping[str, Tensor]) -> Metrics:
     """Compute all metrics of one test set from its logits [N, C]; see `evaluate_predictions`."""
     return evaluate_predictions(predictions_of(logits, labels), groups)
 

@@ -30,12 +30,13 @@ from tailtune.trainers.evaluation.frequency_file import read_class_frequencies
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
 from tailtune.trainers.evaluation.metrics import evaluate
-from tailtune.trainers.methods.base import Method, combine
+from tailtune.trainers.evaluation.rows import MadeRows, Rows
+from tailtune.trainers.evaluation.scores import NEVER, scores_of, shifted
+from tailtune.trainers.methods.base import Method
+from tailtune.trainers.storage.large_tensors import Scratch
 
 ENTRY = "target_prior"
 """Key of these results among the predictors of a distribution in metrics.json."""
-NEVER = 1e-12
-"""Lower bound of a class frequency, so that its logarithm is finite."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,20 @@ class Case:
     """A test distribution, and the data from which its class frequencies may be estimated."""
 
     name: str
-    scores: Tensor
-    """z/T − log p of its images, [n, C]."""
+    scores: Rows
+    """z/T − log p of its images, [n, C]: a tensor, or rows that are computed when they are read."""
     labels: Tensor
     """Labels of its images [n]; only the metrics and the oracle `known` may read them."""
     train: Tensor
     """Class frequencies of the training images, [C]."""
-    val: tuple[Tensor, Tensor] | None
+    val: tuple[Rows, Tensor] | None
     """Scores [m, C] and labels [m] of the validation images; None without validation images."""
     batch_size: int
     """Number of images in a batch of an online estimate."""
     seed: int
     """Random seed of the order of the images in an online estimate."""
+    scratch: Scratch = Scratch()
+    """Gives room for what is computed from the scores."""
 
 
 class Found(NamedTuple):
@@ -84,7 +87,7 @@ class Found(NamedTuple):
 
     prior: Tensor
     """The final class frequencies [C]."""
-    used: Tensor
+    used: Rows
     """The class frequencies with which each image is predicted [n, C], or [1, C] if they are equal for all images."""
 
 
@@ -110,7 +113,7 @@ def _known(case: Case) -> Found:
 
 
 def _estimate(case: Case) -> Found:
-    return _fixed(maximum_likelihood(case.scores))
+    return _fixed(maximum_likelihood(case.scores, case.scratch))
 
 
 def _estimate_bbse(case: Case) -> Found:
@@ -131,10 +134,10 @@ def _estimate_online(case: Case) -> Found:
     draws = generator(case.seed, ENTRY, case.name)
     batches = torch.randperm(len(case.scores), generator=draws).split(case.batch_size)
     priors = stream(case.scores, batches)
-    used = torch.empty_like(case.scores)
-    for rows, prior in zip(batches, priors, strict=True):
-        used[rows] = prior.to(used.dtype)
-    return Found(priors[-1], used)
+    batch_of = torch.empty(len(case.scores), dtype=torch.int64)
+    for number, rows in enumerate(batches):
+        batch_of[rows] = number
+    return Found(priors[-1], MadeRows(tuple(case.scores.shape), lambda rows: priors[batch_of[rows]].float()))
 
 
 TARGETS: Mapping[str, Target] = {
@@ -237,33 +240,34 @@ def add_target_results(
     distributions: Sequence[TestDistribution],
     info: DataInfo,
     results: Results,
+    scratch: Scratch = Scratch(),  # noqa: B008
 ) -> list[str]:
     """Add the results of `target_prior` to the predictors of each distribution in `results`; returns warnings.
 
     Args:
         method: method of the trained run; it may lie on the meta device.
         found, val: logits of the test and of the validation images.
+        scratch: gives room for what is computed from the logits.
     """
     target = target_of(plan, info, info.class_names)
     assumed = plan.assumes(method.assumed_prior().cpu())
     prior, hot, notes = assumed.mean(0).log_softmax(0), 1.0, []  # log p [C] of the mean of the experts; T
     validation = None
     if val is not None:
-        val_logits = combine(val.logits)
-        val_frequencies = frequencies(torch.bincount(val.labels, minlength=val_logits.shape[1]))
-        hot = temperature(val_logits, val_frequencies.log() - prior, val.labels) if plan.calibrate else 1.0
-        validation = (val_logits / hot - prior.float(), val.labels)
+        if plan.calibrate:
+            val_frequencies = frequencies(torch.bincount(val.labels, minlength=len(prior)))
+            hot = temperature(scores_of(val), val_frequencies.log() - prior, val.labels)
+        validation = (scores_of(val, hot, prior.float()), val.labels)
     elif plan.calibrate:
         notes.append("target_prior: uncalibrated, for the run kept no validation images (train with val_per_class)")
     if plan.name == "known":
         notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
-    scores = combine(found.logits) / hot - prior.float()
-    common = (method.log_prior.exp().cpu(), validation, plan.batch_size, plan.seed)
+    common = (method.log_prior.exp().cpu(), validation, plan.batch_size, plan.seed, scratch)
     for distribution in (candidate for candidate in distributions if candidate.name in results):
         rows = rows_of(found, distribution.positions)
-        case = Case(distribution.name, scores[rows], found.labels[rows], *common)
+        case = Case(distribution.name, scores_of(found, hot, prior.float(), rows), found.labels[rows], *common)
         predictors, answer = results[distribution.name]["predictors"], target(case)
-        metrics = evaluate(case.scores + answer.used.clamp_min(NEVER).log().float(), case.labels, info.groups)
+        metrics = evaluate(shifted(case.scores, answer.used), case.labels, info.groups)
         predictors[ENTRY] = {
             **metrics,
             "gain": metrics["accuracy"] - predictors["plain"]["accuracy"],

@@ -12,10 +12,12 @@ from tailtune.configs import CfgNode, schema_of
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.inference import Logits, infer
+from tailtune.trainers.evaluation.rows import MadeRows, Rows, slices
 from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun, fresh_method, load_trained, outline_of
 from tailtune.trainers.runs.run_folder import FACTS
 from tailtune.trainers.storage.checkpoint import check_base
+from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.manifest import read_json
 
 SOME = 512
@@ -62,12 +64,17 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     z_zs assume from pre-training. Both logits are corrected for their prior and then added with equal weight. π is
     estimated from the run's training images, on which the zero-shot classifier was not trained.
     """
-    method, accelerator = zero_shot(run), run.accelerator
+    method, accelerator, scratch = zero_shot(run), run.accelerator, Scratch(run.folder.path)
     log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.train_unaugmented))
     train_logits = infer(
-        test_time.plain(method), run.data.train_unaugmented, accelerator, run.cfg.test_batch_size, run.cfg.num_workers
+        test_time.plain(method),
+        run.data.train_unaugmented,
+        accelerator,
+        run.cfg.test_batch_size,
+        run.cfg.num_workers,
+        scratch=scratch,
     )
-    prior = on_main(accelerator, lambda: _prior_of(train_logits))
+    prior = on_main(accelerator, lambda: _prior_of(train_logits, scratch))
     bias = outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior  # [E, C]
     bias = bias.float().to(accelerator.device)
     return WithZeroShot(run.method, method, lambda z, other: z + other - bias), {
@@ -75,9 +82,11 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     }
 
 
-def _prior_of(found: Logits | None) -> Tensor:
+def _prior_of(found: Logits | None, scratch: Scratch) -> Tensor:
     assert found is not None, "asked on the first process"
-    return pretraining_prior(found.logits[:, 0], found.labels)
+    count, _, classes = found.logits.shape
+    logits = found.logits
+    return pretraining_prior(MadeRows((count, classes), lambda rows: logits[rows][:, 0]), found.labels, scratch)
 
 
 def zero_shot(run: FinishedRun) -> Method:
@@ -105,7 +114,7 @@ def zero_shot_of(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def pretraining_prior(logits: Tensor, labels: Tensor) -> Tensor:
+def pretraining_prior(logits: Rows, labels: Tensor, scratch: Scratch = Scratch()) -> Tensor:  # noqa: B008
     """Estimate the class prior of pre-training (Zhu et al. 2023, section 4).
 
     log π is the log q that minimises the class-balanced risk of CE(z − log q, y). If z are the logits of p(y | x) under
@@ -118,6 +127,7 @@ def pretraining_prior(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: z [N, C], of a model that was not trained on these images.
         labels: y [N].
+        scratch: gives room for the probabilities.
 
     Returns:
         log π [C] in fp64. A class without images gets the mean of log q over the other classes.
@@ -125,8 +135,9 @@ def pretraining_prior(logits: Tensor, labels: Tensor) -> Tensor:
     counts = labels.bincount(minlength=logits.shape[1])
     seen = (counts > 0).nonzero().squeeze(1)
     weights = 1 / (len(seen) * counts.double())  # weight of an image of each class [C]
-    pairs = zip(logits.split(SOME), labels.split(SOME), strict=True)
-    chunks = [(z[:, seen].softmax(1), weights[y]) for z, y in pairs]
+    probabilities = scratch.empty((len(logits), len(seen)), logits.dtype)
+    for part in slices(logits):
+        probabilities[part] = logits[part][:, seen].softmax(1)
     bias = torch.zeros(len(seen), dtype=torch.float64)  # b = −log q
     exact = partial(torch.optim.LBFGS, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe")
     optimizer = exact([bias], max_iter=500, history_size=20)
@@ -134,8 +145,8 @@ def pretraining_prior(logits: Tensor, labels: Tensor) -> Tensor:
     def risk() -> Tensor:
         """Σ_i w_i (log Σ_c p_ic e^{b_c} − b_y), the risk of z + b up to a constant; also sets the gradient of b."""
         factors, value, slope = bias.exp(), -bias.mean(), torch.full_like(bias, -1 / len(seen))
-        for p, w in chunks:
-            p = p.double()
+        for part in slices(probabilities, SOME * len(seen)):
+            p, w = probabilities[part].double(), weights[labels[part]]
             sums = p @ factors
             value += w @ sums.log()
             slope += (w / sums) @ p * factors

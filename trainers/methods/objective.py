@@ -64,9 +64,10 @@ def combine(logits: Tensor, weights: Tensor | None = None) -> Tensor:
 
     Args:
         logits: [B, E, C]; NaN for experts that did not compute an image.
-        weights: weight of each expert [E]; None: the mean over the experts whose logits are not NaN.
+        weights: weight of each expert, [E] or for each image [B, E]; None: the mean over the experts whose logits are
+            not NaN.
 
     Returns:
         Logits [B, C].
     """
-    return logits.nanmean(1) if weights is None else (logits * weights.view(1, -1, 1)).sum(1)
+    return logits.nanmean(1) if weights is None else (logits * weights.view(-1, logits.shape[1], 1)).sum(1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,12 +71,20 @@ def write_bytes(path: Path, content: bytes) -> Digest:
     Raises:
         UserError: the file system refuses to write; an existing file at `path` is then unchanged.
     """
+    return write_parts(path, [content])
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Digest:
+    """Write a file as `write_bytes` does, from parts of its content."""
+    checksum, size = hashlib.sha256(), 0
     try:
         with atomic_file(path) as file:
-            file.write(content)
+            for part in parts:
+                checksum.update(part)
+                size += file.write(part)
     except OSError as error:
         raise _write_error(path, error) from error
-    return Digest.of(content)
+    return Digest(checksum.hexdigest(), size)
 
 
 def write_json(path: Path, content: Any) -> Digest:

@@ -1,0 +1,67 @@
+"""Files with the logits of an evaluation, from which later evaluations are computed."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tailtune.trainers.evaluation.inference import Logits
+from tailtune.trainers.evaluation.rows import HalfRows, slices
+from tailtune.trainers.storage.atomic_io import Damaged, Digest
+from tailtune.trainers.storage.manifest import check_file
+from tailtune.trainers.storage.tensor_files import open_tensors, stream_tensors
+
+LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
+"""Names of the files with the logits of the test images and of the validation images."""
+
+
+def save_logits(path: Path, found: Logits, key: dict[str, object]) -> Digest:
+    """Write logits [N, E, C] to a file, a few rows at a time.
+
+    The maximum of each row is stored in fp32, and the differences from the maximum in fp16.
+
+    Args:
+        path: the file.
+        found: the logits.
+        key: everything on which the logits depend, such as checkpoint, images and options.
+
+    Returns:
+        Digest of the file.
+    """
+    half = HalfRows.of(found.logits)
+    row_max = torch.cat([half.stored(part)[1] for part in slices(half)])
+    tensors = {
+        "index": (found.index.dtype, found.index.shape, [found.index]),
+        "labels": (found.labels.dtype, found.labels.shape, [found.labels]),
+        "row_max": (row_max.dtype, row_max.shape, [row_max]),
+        "logits": (torch.float16, half.shape, (half.stored(part)[0] for part in slices(half))),
+    }
+    about = {"key": key, "bad_images": found.bad_images, "left_out": found.left_out}
+    return stream_tensors(path, tensors, json.dumps(about))
+
+
+def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) -> tuple[Path, Logits] | None:
+    """Open the logits that an earlier evaluation of a run has saved under the same key.
+
+    Args:
+        run_folder: folder of the run; its subfolders are searched too.
+        key: as in `save_logits`.
+        name: name of the file.
+
+    Returns:
+        The file and its logits, which are read from the file when they are used; None if no undamaged file has this
+        key.
+    """
+    for path in sorted(run_folder.glob(f"**/{name}")):
+        try:
+            check_file(path)
+            tensors, text = open_tensors(path)
+            about = json.loads(text)
+            if about["key"] != json.loads(json.dumps(key)):
+                continue
+            row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
+            logits = HalfRows(tensors["logits"], row_max)
+            return path, Logits(logits, labels, index, about["bad_images"], about["left_out"])
+        except (Damaged, OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged file is ignored, because the logits can be computed from the images again
+    return None

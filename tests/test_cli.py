@@ -588,7 +588,9 @@ def test_signals_save_a_state(launch: Cli, number: signal.Signals) -> None:
 def test_signal_while_evaluating(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are there already, so nothing is trained twice."""
     with monkeypatch.context() as patch:
-        patch.setattr("tailtune.trainers.evaluation.evaluate.infer", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(
+            "tailtune.trainers.evaluation.evaluate.infer", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+        )
         done = launch(SHORT)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert not (RUN / "metrics.json").exists()

@@ -15,7 +15,8 @@ from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
-from tailtune.datasets.sources.image_sources import BadImage, FileSource
+from tailtune.datasets.sources.image_sources import FileSource
+from tailtune.datasets.sources.named_source import BadImage
 from tailtune.models import resolve
 from tailtune.trainers.option_schema import declared
 

@@ -114,7 +114,7 @@ def test_what_follows_the_frame_is_looked_at_too() -> None:
     late = content[:place] + rotated.getvalue()[begin:end] + content[place:]
     assert decode_pixels(io.BytesIO(late)).shape == (3, 40, 24)
     with pytest.raises(DecodeError, match="the header of this JPEG file is damaged"):
-        decode_pixels(io.BytesIO(content[:place] + b"\5" + content[place:]))
+        decode_pixels(io.BytesIO(content[:place] + b"\xff\x01" + content[place:]))
 
 
 def test_damaged_files_fail_as_with_pillow(tmp_path: Path) -> None:

@@ -189,13 +189,16 @@ def _on_disk(images: _Images, pixels: Path) -> KeptImages | None:
     if len(places) != len(images) or pixels.stat().st_size != size:
         raise UserError(f"cache disk: {pixels} is damaged: delete it")
     log.info("cache disk: %s images in %s, %.1f MB", f"{len(images):,}", pixels, size / 1e6)
-    return KeptImages([_mapped(pixels)], places) if size else None
+    return KeptImages([mapped_file(pixels)], places) if size else None
 
 
-def _mapped(path: Path) -> Tensor:
-    """The bytes of a file, which must not be changed.
+def mapped_file(path: Path) -> Tensor:
+    """The bytes of a file as a tensor that must not be changed, uint8 [n]. They are read when they are used.
 
     Linux refuses `torch.from_file` for a file that is larger than the memory, because its pages could be changed.
+
+    Args:
+        path: a file that is not empty.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")

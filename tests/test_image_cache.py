@@ -2,11 +2,12 @@
 
 import hashlib
 import logging
+import os
 import shutil
-import weakref
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,7 +24,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets import image_cache
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.image_cache import keep_images
-from tailtune.datasets.images import ordered_map
+from tailtune.datasets.images.ordered_map import ordered_map
 from tailtune.datasets.loading import workers as worker_module
 from tailtune.datasets.loading.data_loader import FEWEST_IMAGES, chosen_workers, eval_loader, train_loader
 from tailtune.datasets.loading.input_times import InputTimes
@@ -161,7 +162,7 @@ def test_a_cache_may_be_larger_than_the_memory(tmp_path: Path) -> None:
     size = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total)
     with (tmp_path / "pixels").open("wb") as file:
         file.truncate(size)  # takes no room on the disk
-    assert len(image_cache._mapped(tmp_path / "pixels")) == size
+    assert len(image_cache.mapped_file(tmp_path / "pixels")) == size
 
 
 def test_a_damaged_index(photographs: Path, config: Config) -> None:
@@ -188,23 +189,26 @@ def test_what_a_killed_process_left_is_removed(photographs: Path, config: Config
 def test_few_decoded_images_wait_for_the_cache(
     photographs: Path, config: Config, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
-    monkeypatch.setattr(ordered_map.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    made = used = most = 0
+
+    def counted(function: Callable[[int], object], *rest: Any, **named: Any) -> Iterator[object]:
+        def one(item: int) -> object:
+            nonlocal made, most
+            made += 1
+            most = max(most, made - used)
+            return function(item)
+
+        nonlocal used
+        for result in ordered_map(one, *rest, **named):
+            used += 1
+            yield result
+
+    monkeypatch.setattr(image_cache, "ordered_map", counted)
     view = train_view(config)
     view = view.take(np.arange(len(view)).repeat(20))
-    prepared, most = image_cache._Images.prepared, 0
-    alive: list[weakref.ref[torch.Tensor]] = []
-
-    def counted(images: image_cache._Images, index: int) -> torch.Tensor | None:
-        nonlocal most
-        alive[:] = [each for each in alive if each() is not None]
-        most = max(most, len(alive))
-        image = prepared(images, index)
-        alive.append(weakref.ref(image))
-        return image
-
-    monkeypatch.setattr(image_cache._Images, "prepared", counted)
     keep_images(view, cache, Path("cache"), 1)
-    assert view.prepared and most <= 6
+    assert view.prepared and used == made == len(view) and most <= 5
 
 
 # --- workers and times -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -116,7 +117,8 @@ class _Images:
 
     def all(self) -> Iterator[Tensor | None]:
         """Every prepared image in its order."""
-        return ordered_map(self.prepared, len(self), "decoding the training images for the cache")
+        description = "decoding the training images for the cache"
+        return ordered_map(self.prepared, len(self), description, per_task=1)  # a photograph may take 100 MB
 
     def sizes(self) -> list[int]:
         """Bytes of some of the prepared images."""
@@ -126,7 +128,8 @@ class _Images:
     @property
     def key(self) -> str:
         """Changes when the images, what is made of them, or the libraries that decode them change."""
-        about = [FORMAT, PIL.__version__, version("torchvision"), _described(self.prepare), len(self)]
+        libraries = [PIL.__version__, version("torch"), version("torchvision")]  # torch resizes
+        about = [FORMAT, *libraries, _described(self.prepare), len(self)]
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=12)
         for position in self.view.indices.tolist():
             digest.update(self.view.source.stamp(position).encode(errors="surrogateescape") + b"\n")
@@ -167,6 +170,9 @@ def _on_disk(images: _Images, pixels: Path) -> KeptImages | None:
     if not (pixels.exists() and index.exists()):
         if not _fits("disk", images.sizes(), len(images), shutil.disk_usage(pixels.parent).free):
             return None
+        for path in (pixels, index):  # of a process that was killed; the lock says that no other one writes now
+            for left in pixels.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink()
         places = np.zeros((len(images), 4), dtype=np.int64)
         with atomic_file(pixels) as file:
             for number, image in enumerate(images.all()):
@@ -175,14 +181,28 @@ def _on_disk(images: _Images, pixels: Path) -> KeptImages | None:
                     file.write(image.contiguous().numpy().data)
         with atomic_file(index) as file:
             np.save(file, places)
-    places = np.load(index)
+    try:
+        places = np.load(index)
+    except (ValueError, EOFError):
+        raise UserError(f"cache disk: {index} is damaged: delete it") from None
     size = int((3 * places[:, 2] * places[:, 3]).sum())
     if len(places) != len(images) or pixels.stat().st_size != size:
         raise UserError(f"cache disk: {pixels} is damaged: delete it")
     log.info("cache disk: %s images in %s, %.1f MB", f"{len(images):,}", pixels, size / 1e6)
-    return (
-        KeptImages([torch.from_file(str(pixels), shared=False, size=size, dtype=torch.uint8)], places) if size else None
-    )
+    return KeptImages([mapped_file(pixels)], places) if size else None
+
+
+def mapped_file(path: Path) -> Tensor:
+    """The bytes of a file as a tensor that must not be changed, uint8 [n]. They are read when they are used.
+
+    Linux refuses `torch.from_file` for a file that is larger than the memory, because its pages could be changed.
+
+    Args:
+        path: a file that is not empty.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
 def _fits(where: str, sizes: list[int], count: int, free: float) -> bool:

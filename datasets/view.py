@@ -115,7 +115,7 @@ class View(Dataset[Batch]):
         return self.batch(keys)
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        """The images of B keys, which have the same number of numbers.
+        """The images of B keys of equal length.
 
         Returns:
             image: uint8 [B, 3, H, W], or [B, T, 3, H, W] for T draws of each image, or a list of B tensors where sizes
@@ -157,7 +157,7 @@ class View(Dataset[Batch]):
             batch: what `batch` returned, on any device.
 
         Returns:
-            The batch without `draws`.
+            The batch without `image_draws` and `partner_draws`.
         """
         for name, key in (("image", "image_draws"), ("partner", "partner_draws")):
             if key in batch:

@@ -2,12 +2,15 @@
 
 import hashlib
 import logging
+import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import Cli
@@ -16,12 +19,14 @@ from safetensors.torch import load_file
 from test_bad_input import signal_after
 from yacs.config import CfgNode
 
+from tailtune.configs.atomic_file import temporary_path
 from tailtune.configs.errors import UserError
 from tailtune.datasets import image_cache
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.image_cache import keep_images
+from tailtune.datasets.images.ordered_map import ordered_map
 from tailtune.datasets.loading import workers as worker_module
-from tailtune.datasets.loading.data_loader import FEWEST_IMAGES, chosen_workers, train_loader
+from tailtune.datasets.loading.data_loader import FEWEST_IMAGES, chosen_workers, eval_loader, train_loader
 from tailtune.datasets.loading.input_times import InputTimes
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.view import View
@@ -153,7 +158,67 @@ def test_a_full_disk_leaves_no_cache(photographs: Path, config: Config, monkeypa
     assert not list(Path("cache").glob("*.npy")) and not list(Path("cache").glob("*.tmp"))
 
 
+def test_a_cache_may_be_larger_than_the_memory(tmp_path: Path) -> None:
+    size = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total)
+    with (tmp_path / "pixels").open("wb") as file:
+        file.truncate(size)  # takes no room on the disk
+    assert len(image_cache.mapped_file(tmp_path / "pixels")) == size
+
+
+def test_a_damaged_index(photographs: Path, config: Config) -> None:
+    train_view(config, cache="disk")
+    (index,) = Path("cache").glob("*.npy")
+    for content in (index.read_bytes()[:-1], index.read_bytes()[:20], b"no index", b""):
+        index.write_bytes(content)
+        with pytest.raises(UserError, match=rf"cache disk: {index} is damaged: delete it"):
+            train_view(config, cache="disk")
+
+
+def test_what_a_killed_process_left_is_removed(photographs: Path, config: Config) -> None:
+    train_view(config, cache="disk")
+    (pixels,) = Path("cache").glob("*.pixels")
+    left, other = temporary_path(pixels), temporary_path(pixels.with_name("other.pixels"))
+    for path in (left, other):
+        path.write_bytes(b"half an image")
+    pixels.unlink()
+    assert train_view(config, cache="disk").prepared and not left.exists()
+    assert other.exists(), "another process may be writing it"
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_few_decoded_images_wait_for_the_cache(
+    photographs: Path, config: Config, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    made = used = most = 0
+
+    def counted(function: Callable[[int], object], *rest: Any, **named: Any) -> Iterator[object]:
+        def one(item: int) -> object:
+            nonlocal made, most
+            made += 1
+            most = max(most, made - used)
+            return function(item)
+
+        nonlocal used
+        for result in ordered_map(one, *rest, **named):
+            used += 1
+            yield result
+
+    monkeypatch.setattr(image_cache, "ordered_map", counted)
+    view = train_view(config)
+    view = view.take(np.arange(len(view)).repeat(20))
+    keep_images(view, cache, Path("cache"), 1)
+    assert view.prepared and used == made == len(view) and most <= 5
+
+
 # --- workers and times -----------------------------------------------------------------------------------------------
+
+
+def test_a_view_without_images_starts_no_workers(config: Config) -> None:
+    view = build_data(config("digits_lt", "tiny_clip_peft", "pretrained", "none")).train.take(np.arange(0))
+    for workers in (None, 0, 2):
+        loader = eval_loader(view, 4, workers)
+        assert list(loader) == [] and loader.num_workers == 0
 
 
 def test_workers_are_started_for_files_only(photographs: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,33 @@ def test_what_goes_to_pillow() -> None:
         decode_pixels(io.BytesIO(bytes(bomb)))
 
 
+def test_a_comment_cannot_pass_for_the_frame() -> None:
+    """A parser that does not know fill bytes jumps into the comment, and finds a frame of 8 × 8 pixels there."""
+    file = io.BytesIO()
+    Image.new("L", (12000, 12000)).save(file, "JPEG")
+    jumps_over = 0xE205  # length that such a parser reads after the fill byte
+    start = bytearray(b"\xff\xd8\xff\xff\xe2\x05\x00" + bytes(0x500 - 2) + b"\xff\xfe\xf0\x00" + bytes(0xF000 - 2))
+    start[4 + jumps_over : 4 + jumps_over + 10] = b"\xff\xc0\x00\x11\x08\x00\x08\x00\x08\x03"
+    content = bytes(start) + file.getvalue()[2:]
+    assert plain_jpeg_pixels(content) == 0
+    with pytest.raises(DecodeError, match="12000 × 12000, more than .* pixels: make it smaller"):
+        decode_pixels(io.BytesIO(content))
+
+
+def test_what_follows_the_frame_is_looked_at_too() -> None:
+    file, exif, rotated = io.BytesIO(), Image.Exif(), io.BytesIO()
+    smooth(24, 40).save(file, "JPEG")
+    exif[0x0112] = 6
+    smooth(24, 40).save(rotated, "JPEG", exif=exif)
+    content, place = file.getvalue(), file.getvalue().index(b"\xff\xc4")
+    begin = rotated.getvalue().index(b"\xff\xe1")
+    end = begin + 2 + int.from_bytes(rotated.getvalue()[begin + 2 : begin + 4])
+    late = content[:place] + rotated.getvalue()[begin:end] + content[place:]
+    assert decode_pixels(io.BytesIO(late)).shape == (3, 40, 24)
+    with pytest.raises(DecodeError, match="the header of this JPEG file is damaged"):
+        decode_pixels(io.BytesIO(content[:place] + b"\xff\x01" + content[place:]))
+
+
 def test_damaged_files_fail_as_with_pillow(tmp_path: Path) -> None:
     """What Pillow refuses is refused with the same reason; what it reads may differ where a JPEG is broken."""
     refused = 0

@@ -9,12 +9,14 @@ from typing import TypeVar
 from tqdm import tqdm
 
 ITEMS_PER_TASK = 32
-"""Number of items that a thread works on before it takes the next ones."""
+"""Number of items that a thread works on before it takes the next ones, if their results are small."""
 
 Result = TypeVar("Result")
 
 
-def ordered_map(function: Callable[[int], Result], count: int, description: str) -> Iterator[Result]:
+def ordered_map(
+    function: Callable[[int], Result], count: int, description: str, per_task: int = ITEMS_PER_TASK
+) -> Iterator[Result]:
     """Call a function with 0 … count − 1. Image decoders let other threads run, so they gain from threads.
 
     A progress bar appears on a terminal if this takes longer than two seconds.
@@ -23,12 +25,13 @@ def ordered_map(function: Callable[[int], Result], count: int, description: str)
         function: is called in several threads.
         count: number of items.
         description: text of the progress bar.
+        per_task: most items that a thread works on at once. About 2 · processors · `per_task` results are in memory.
 
     Yields:
         The results in their order.
     """
     threads = os.cpu_count() or 1
-    step = max(1, min(ITEMS_PER_TASK, count // (4 * threads)))
+    step = max(1, min(per_task, count // (4 * threads)))
 
     def some(start: int) -> list[Result]:
         return [function(item) for item in range(start, min(start + step, count))]

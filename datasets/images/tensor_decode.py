@@ -23,10 +23,10 @@ torch, tv_io, v2 = lazy_module("torch"), lazy_module("torchvision.io"), lazy_mod
 START_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", 0xDA
 START_OF_FRAME = (0xC0, 0xC1, 0xC2)
 """Markers of frames that are compressed by Huffman codes: baseline, extended, progressive."""
-APPLICATION_1 = 0xE1
-"""Marker of EXIF and XMP data, which may say that the image is rotated."""
+SKIPPED = frozenset((0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE))
+"""Markers of tables, comments and data of programs. 0xE1 is missing: EXIF data may say that the image is rotated."""
 SCANNED_BYTES = 1 << 16
-"""Where the frame of a JPEG begins at the latest, if it is decoded here."""
+"""Where the first scan of a JPEG begins at the latest, if it is decoded here."""
 
 
 def decode_pixels(file: BinaryIO) -> "Tensor":
@@ -74,15 +74,18 @@ def plain_jpeg_pixels(header: bytes) -> int:
     """
     if not header.startswith(START_OF_IMAGE):
         return 0
-    place = len(START_OF_IMAGE)
+    place, count = len(START_OF_IMAGE), 0
     while place + 10 <= len(header):  # a marker, its length, and what a frame begins with
-        mark, kind = header[place], header[place + 1]
-        if mark != 0xFF or kind in (APPLICATION_1, START_OF_SCAN):
-            return 0
-        if kind in START_OF_FRAME:
+        mark, kind, length = header[place], header[place + 1], int.from_bytes(header[place + 2 : place + 4])
+        if mark == 0xFF and kind == START_OF_SCAN:
+            return count
+        if mark == 0xFF and kind in START_OF_FRAME and not count:
             precision, components = header[place + 4], header[place + 9]
             height, width = (int.from_bytes(header[place + n : place + n + 2]) for n in (5, 7))
-            allowed = precision == 8 and components in (1, 3) and height * width <= MAX_PIXELS
-            return height * width if allowed else 0
-        place += 2 + int.from_bytes(header[place + 2 : place + 4])
+            count = height * width
+            if precision != 8 or components not in (1, 3) or not 0 < count <= MAX_PIXELS:
+                return 0
+        elif mark != 0xFF or kind not in SKIPPED or length < 2:  # Pillow would refuse it, or find its frame elsewhere
+            return 0
+        place += 2 + length
     return 0

@@ -2,7 +2,7 @@
 
 Pixels are normalised later, on the device. The transforms are torchvision's v2 on PIL images. They give the same pixels
 as the v1 transforms that LIFT, SADE and RIDE use. All random draws come from torch's global CPU generator, which
-`View` (datasets/data_bundle.py) seeds for each image.
+`View` (datasets/view.py) seeds for each image.
 """
 
 from collections.abc import Callable, Mapping, Sequence

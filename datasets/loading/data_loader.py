@@ -59,7 +59,7 @@ class Loader:
     ) -> None:
         self.view, self.device = view, device
         # The memory is estimated from the size that the transform gives to a square image.
-        wanted = chosen_workers(view, world) if num_workers is None else num_workers
+        wanted = chosen_workers(view, world) if num_workers is None else num_workers if len(view) else 0
         self.num_workers = usable_workers(wanted, lambda: world * max_images * view[PADDING]["image"].numel())
         self.times = InputTimes(self.num_workers, available_processors() // world)
         self.processes: list[Worker] = []

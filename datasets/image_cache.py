@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-import psutil
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from tailtune.configs.atomic_file import atomic_file
 from tailtune.configs.errors import UserError
+from tailtune.configs.machine import free_memory, local_processes
 from tailtune.datasets.images.ordered_map import ordered_map
 from tailtune.datasets.images.tensor_transforms import TensorTransform
 from tailtune.datasets.sources.named_source import BadImage
@@ -67,7 +67,7 @@ class KeptImages:
         return self.blocks[block][start : start + 3 * height * width].view(3, height, width)
 
 
-def keep_images(view: View, where: str, folder: Path, world: int) -> None:
+def keep_images(view: View, where: str, folder: Path) -> None:
     """Let a view read its images from a cache, which is filled if it does not exist.
 
     If there is no room for the images, a warning says so, and they are not kept.
@@ -76,24 +76,12 @@ def keep_images(view: View, where: str, folder: Path, world: int) -> None:
         view: the images. Its transform works on tensors; see `check_cache`.
         where: `ram` or `disk`.
         folder: folder of the caches on disk, which several runs share.
-        world: number of processes of the run on this machine; each has its own cache in memory.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or a cache in it is damaged.
     """
     images = _Images(view)
-    if where == "ram":
-        view.prepared = _in_memory(images, world)
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{images.key}.lock"):
-            view.prepared = _on_disk(images, folder / f"{images.key}.pixels")
-    except OSError as error:
-        raise UserError(
-            f"cache disk: cannot write to {folder} ({error.strerror or error}): choose another `cache_dir`, or leave "
-            "`cache` out"
-        ) from error
+    view.prepared = _in_memory(images) if where == "ram" else _on_disk(images, folder)
 
 
 class _Images:
@@ -143,9 +131,10 @@ def _described(function: object) -> list[object]:
     return [getattr(function, "__name__", repr(function))]
 
 
-def _in_memory(images: _Images, world: int) -> KeptImages | None:
-    sizes = images.sizes()
-    if not _fits("ram", sizes, len(images), psutil.virtual_memory().available / world):
+def _in_memory(images: _Images) -> KeptImages | None:
+    """Each process of a run has a cache of its own."""
+    sizes, free = images.sizes(), free_memory() / local_processes()
+    if not sizes or not _fits("ram", float(np.mean(sizes)) * len(images), free):
         return None
     # One block if all have the same size, so that a batch can be taken out of it at once.
     capacity = sizes[0] * len(images) if len(set(sizes)) == 1 else max(BLOCK_BYTES, *sizes)
@@ -161,33 +150,56 @@ def _in_memory(images: _Images, world: int) -> KeptImages | None:
         blocks[-1][filled : filled + image.numel()] = image.flatten()
         places[index] = len(blocks) - 1, filled, *image.shape[1:]
         filled, kept = filled + image.numel(), kept + image.numel()
+        if kept > LARGEST_SHARE * free and not _fits("ram", kept * len(images) / (index + 1), free):
+            return None
     log.info("cache ram: %s images in %.1f MB", f"{len(images):,}", kept / 1e6)
     return KeptImages(blocks, places)
 
 
-def _on_disk(images: _Images, pixels: Path) -> KeptImages | None:
+def _on_disk(images: _Images, folder: Path) -> KeptImages | None:
+    pixels = folder / f"{images.key}.pixels"
     index = pixels.with_suffix(".npy")
-    if not (pixels.exists() and index.exists()):
-        if not _fits("disk", images.sizes(), len(images), shutil.disk_usage(pixels.parent).free):
-            return None
-        for path in (pixels, index):  # of a process that was killed; the lock says that no other one writes now
-            for left in pixels.parent.glob(f".{path.name}.*.tmp"):
-                left.unlink()
-        places = np.zeros((len(images), 4), dtype=np.int64)
-        with atomic_file(pixels) as file:
-            for number, image in enumerate(images.all()):
-                if image is not None:
-                    places[number] = 0, file.tell(), *image.shape[1:]
-                    file.write(image.contiguous().numpy().data)
-        with atomic_file(index) as file:
-            np.save(file, places)
+    try:
+        if not (pixels.exists() and index.exists()):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(pixels.with_suffix(".lock")):
+                if not (pixels.exists() and index.exists()) and not _fill(images, pixels, index):
+                    return None
+    except OSError as error:
+        reason = error.strerror or error
+        remedy = "choose another `cache_dir`, or leave `cache` out"
+        raise UserError(f"cache disk: cannot write to {folder} ({reason}): {remedy}") from error
+    return _stored(images, pixels, index)
+
+
+def _fill(images: _Images, pixels: Path, index: Path) -> bool:
+    """Write a cache, the index last. False if there is no room."""
+    sizes, free = images.sizes(), shutil.disk_usage(pixels.parent).free
+    if not sizes or not _fits("disk", float(np.mean(sizes)) * len(images), free):
+        return False
+    for path in (pixels, index):  # of a process that was killed; the lock says that no other one writes now
+        for left in pixels.parent.glob(f".{path.name}.*.tmp"):
+            left.unlink()
+    places = np.zeros((len(images), 4), dtype=np.int64)
+    with atomic_file(pixels) as file:
+        for number, image in enumerate(images.all()):
+            if image is not None:
+                places[number] = 0, file.tell(), *image.shape[1:]
+                file.write(image.contiguous().numpy().data)
+    with atomic_file(index) as file:
+        np.save(file, places)
+    return True
+
+
+def _stored(images: _Images, pixels: Path, index: Path) -> KeptImages | None:
     try:
         places = np.load(index)
-    except (ValueError, EOFError):
-        raise UserError(f"cache disk: {index} is damaged: delete it") from None
-    size = int((3 * places[:, 2] * places[:, 3]).sum())
-    if len(places) != len(images) or pixels.stat().st_size != size:
-        raise UserError(f"cache disk: {pixels} is damaged: delete it")
+        size = int((3 * places[:, 2] * places[:, 3]).sum())
+        if len(places) != len(images) or pixels.stat().st_size != size:
+            raise ValueError
+    except (OSError, ValueError, EOFError) as error:
+        problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is damaged"
+        raise UserError(f"cache disk: {pixels} or its .npy file {problem}: delete both") from None
     log.info("cache disk: %s images in %s, %.1f MB", f"{len(images):,}", pixels, size / 1e6)
     return KeptImages([mapped_file(pixels)], places) if size else None
 
@@ -205,11 +217,8 @@ def mapped_file(path: Path) -> Tensor:
         return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
-def _fits(where: str, sizes: list[int], count: int, free: float) -> bool:
-    """Whether so many images fit, judged by the sizes of some of them."""
-    if not sizes:  # none can be read, which the loader reports
-        return False
-    needed = float(np.mean(sizes)) * count
+def _fits(where: str, needed: float, free: float) -> bool:
+    """Whether so many bytes fit; a warning says if they do not."""
     if needed <= LARGEST_SHARE * free:
         return True
     log.warning(

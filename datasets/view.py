@@ -75,9 +75,11 @@ class View(Dataset[Batch]):
         return torch.from_numpy(self.source.labels[self.indices])
 
     @property
-    def in_memory(self) -> bool:
-        """Whether no image has to be decoded."""
-        return self.prepared is not None or isinstance(self.source, ArraySource)
+    def is_batched(self) -> bool:
+        """Whether a batch is made at once, without Python code for a single image."""
+        transform = self.transform
+        known = isinstance(transform, TensorTransform) and (transform.cut is None or transform.cut.batched)
+        return known and self._stack() is not None
 
     def limited(self, count: int | None) -> "View":
         """At most `count` images of the view, chosen at random because the view may be sorted by class.
@@ -179,9 +181,9 @@ class View(Dataset[Batch]):
     ) -> tuple[Tensor | list[Tensor], np.ndarray]:
         started = perf_counter()
         if (stack := self._stack()) is not None:  # images in memory: no Python code for a single image
-            rows = np.maximum(index, 0) if self.prepared else self.indices[index]
+            rows = np.maximum(index, 0) if self.prepared is not None else self.indices[index]
             images = stack.index_select(0, torch.from_numpy(rows))
-            images = images if self.prepared else transform.prepare(images)
+            images = images if self.prepared is not None else transform.prepare(images)
             images = transform.cut.apply(images, draws) if transform.cut else images
             readable = index != PADDING
             if not readable.all():

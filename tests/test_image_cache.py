@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from test_bad_input import signal_after
 from yacs.config import CfgNode
 
+from tailtune.configs import machine
 from tailtune.configs.atomic_file import temporary_path
 from tailtune.configs.errors import UserError
 from tailtune.datasets import image_cache
@@ -53,7 +53,7 @@ def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train_view(config: Config, *words: object, cache: str | None = None, folder: str = "cache") -> View:
     view = build_data(config(*WORDS, *words)).train
     if cache:
-        keep_images(view, cache, Path(folder), 1)
+        keep_images(view, cache, Path(folder))
     return view
 
 
@@ -103,7 +103,7 @@ def test_an_unreadable_image_is_reported_as_without_a_cache(photographs: Path, c
     bad = Path(view.source.location(int(view.indices[5])))
     bad.write_bytes(bad.read_bytes()[:-200])
     plain = digest(view)
-    keep_images(view, cache, Path("cache"), 1)
+    keep_images(view, cache, Path("cache"))
     assert digest(view) == plain
     view.skip_bad = False
     with pytest.raises(UserError, match=rf"cannot read image .*{bad.name}: image file is truncated"):
@@ -126,7 +126,7 @@ def test_another_cache_for_other_images_or_another_size(photographs: Path, confi
 def test_images_that_do_not_fit_are_not_kept(
     photographs: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cache: str
 ) -> None:
-    monkeypatch.setattr(image_cache.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
+    monkeypatch.setattr(image_cache, "free_memory", lambda: 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(2000, 1000, 1000))
     with caplog.at_level(logging.WARNING, "tailtune"):
         view = train_view(config, cache=cache)
@@ -141,7 +141,7 @@ def test_a_damaged_cache_and_a_folder_that_cannot_be_written(photographs: Path, 
     kept.write_bytes(kept.read_bytes()[:-1])
     Path("file").write_text("no folder")
     for folder, said in (
-        ("kept", f"error: cache disk: {kept} is damaged: delete it"),
+        ("kept", f"error: cache disk: {kept} or its .npy file is damaged: delete both"),
         ("file", "choose another `cache_dir`"),
     ):
         done = launch(f"{words} cache_dir {folder}")
@@ -170,7 +170,7 @@ def test_a_damaged_index(photographs: Path, config: Config) -> None:
     (index,) = Path("cache").glob("*.npy")
     for content in (index.read_bytes()[:-1], index.read_bytes()[:20], b"no index", b""):
         index.write_bytes(content)
-        with pytest.raises(UserError, match=rf"cache disk: {index} is damaged: delete it"):
+        with pytest.raises(UserError, match=r"cache disk: .*\.pixels or its \.npy file is damaged: delete both"):
             train_view(config, cache="disk")
 
 
@@ -189,7 +189,7 @@ def test_what_a_killed_process_left_is_removed(photographs: Path, config: Config
 def test_few_decoded_images_wait_for_the_cache(
     photographs: Path, config: Config, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("tailtune.datasets.images.ordered_map.available_processors", lambda: 1)
     made = used = most = 0
 
     def counted(function: Callable[[int], object], *rest: Any, **named: Any) -> Iterator[object]:
@@ -207,7 +207,7 @@ def test_few_decoded_images_wait_for_the_cache(
     monkeypatch.setattr(image_cache, "ordered_map", counted)
     view = train_view(config)
     view = view.take(np.arange(len(view)).repeat(20))
-    keep_images(view, cache, Path("cache"), 1)
+    keep_images(view, cache, Path("cache"))
     assert view.prepared and used == made == len(view) and most <= 5
 
 
@@ -223,14 +223,42 @@ def test_a_view_without_images_starts_no_workers(config: Config) -> None:
 
 def test_workers_are_started_for_files_only(photographs: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tailtune.datasets.loading.data_loader.available_processors", lambda: 6)
-    files = train_view(config)
-    assert chosen_workers(files, 1) == 0 and len(files) < FEWEST_IMAGES, "so few images do not need them"
+    files = train_view(config, "augment", "cifar")
+    assert chosen_workers(files) == 0 and len(files) < FEWEST_IMAGES, "so few images do not need them"
     many = files.take(np.zeros(FEWEST_IMAGES, dtype=np.int64))
-    assert chosen_workers(many, 1) == 6 and chosen_workers(many, 4) == 1 and chosen_workers(many, 8) == 0
-    keep_images(many, "ram", Path(), 1)
-    assert chosen_workers(many, 1) == 0
+    for processes, workers in (("1", 6), ("4", 1), ("8", 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert chosen_workers(many) == workers
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    keep_images(many, "ram", Path())
+    assert chosen_workers(many) == 0
+    crops = train_view(config, "augment", "lift").take(np.zeros(FEWEST_IMAGES, dtype=np.int64))
+    keep_images(crops, "ram", Path())
+    assert chosen_workers(crops) == 6, "a random crop is resized for each image"
     built_in = build_data(config("digits_lt", "tiny_clip_peft", "pretrained", "none"))
-    assert chosen_workers(built_in.train, 1) == 0
+    assert chosen_workers(built_in.train) == 0
+
+
+def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def group(path: str, limit: object, used: int, cached: int) -> None:
+        folder = tmp_path / "groups" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+
+    (tmp_path / "own").write_text("1:name=old:/\n0::/job/step\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "missing")
+    whole = machine.free_memory()
+    assert whole > 10**7
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
+    assert machine.free_memory() > 10**7, "no such group"
+    group("job/step", "max", 5, 0)
+    group("job", 9000, 5000, 1000)
+    assert machine.free_memory() == 5000
+    group("job/step", 100, 500, 0)
+    assert machine.free_memory() == 0
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ def test_images_that_are_decoded_at_once_have_a_bounded_number_of_pixels(
         active.remove(image.width * image.height)
         return upright_rgb(image)
 
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("tailtune.datasets.images.ordered_map.available_processors", lambda: 8)
     monkeypatch.setattr(decoding_room, "MAX_PIXELS", 3000)
     monkeypatch.setattr(decoding_room, "LARGE_FILE", 2000)
     monkeypatch.setattr(decoding_room, "LARGE_IMAGE", 1000)

@@ -117,6 +117,19 @@ def test_what_follows_the_frame_is_looked_at_too() -> None:
         decode_pixels(io.BytesIO(content[:place] + b"\xff\x01" + content[place:]))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_that_is_much_too_long_is_refused(kind: str) -> None:
+    """Resized to 224 pixels, a line of 60,000 pixels would take 12 GB."""
+    for size in ((1, 60_000), (60_000, 1), (10, 5001)):
+        file = io.BytesIO()
+        Image.new("RGB", size).save(file, kind)
+        for decode in (decode_pixels, decode_rgb):
+            with pytest.raises(DecodeError, match="more than 500 times as long as wide: crop it"):
+                decode(file)
+    Image.new("RGB", (10, 5000)).save(file := io.BytesIO(), kind)
+    assert decode_pixels(file).shape == (3, 5000, 10)
+
+
 def test_damaged_files_fail_as_with_pillow(tmp_path: Path) -> None:
     """What Pillow refuses is refused with the same reason; what it reads may differ where a JPEG is broken."""
     refused = 0

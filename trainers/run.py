@@ -275,8 +275,7 @@ class _Run:
                 warn=True,
             )
         if cfg.cache is not None:
-            world = self.accelerator.num_processes
-            keep_images(data.train, cfg.cache, Path(cfg.cache_dir).expanduser(), world)
+            keep_images(data.train, cfg.cache, Path(cfg.cache_dir).expanduser())
         report = Trainer(self.accelerator, plan, states, events).fit(method, data)
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         if report.bad_images:

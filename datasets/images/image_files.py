@@ -58,6 +58,8 @@ EXTENSIONS: tuple[str, ...] = tuple(extension for extensions in FORMATS.values()
 WHOLE_FILE_FORMATS = ("WEBP", "AVIF")
 """Pillow reads these files whole and decodes them into extra copies, so they may have half of `MAX_PIXELS` and at most
 `MAX_BYTES`."""
+LONGEST = 500
+"""The short side is resized to the side of the network's input, so a longer image would become too large."""
 HEADER_BYTES = 16
 """The first bytes of a file, by which Pillow's `accept` functions recognise its format."""
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
@@ -169,6 +171,8 @@ def open_image(file: BinaryIO) -> Image.Image:
     limit = MAX_PIXELS // 2 if image.format in WHOLE_FILE_FORMATS else MAX_PIXELS
     if image.width * image.height > limit:
         raise DecodeError(f"{image.width} × {image.height}, {_too_large(limit)}")
+    if max(image.size) > LONGEST * min(image.size):
+        raise DecodeError(f"{image.width} × {image.height}, more than {LONGEST} times as long as wide: crop it")
     if image.format in ("JPEG", "MPO") and has_too_many_scans(file, size, image.width * image.height):
         raise DecodeError("a JPEG with more scans than an image can need")
     bounded.begin_pixels(image.width, image.height)

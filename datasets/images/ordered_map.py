@@ -1,12 +1,13 @@
 """`ordered_map`: a function of many items in parallel threads, with a bounded number of results in memory."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from tailtune.configs.machine import available_processors
 
 ITEMS_PER_TASK = 32
 """Number of items that a thread works on before it takes the next ones, if their results are small."""
@@ -30,7 +31,7 @@ def ordered_map(
     Yields:
         The results in their order.
     """
-    threads = os.cpu_count() or 1
+    threads = available_processors()
     step = max(1, min(per_task, count // (4 * threads)))
 
     def some(start: int) -> list[Result]:

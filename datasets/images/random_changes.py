@@ -139,23 +139,23 @@ def jittered(images: Tensor, draws: Tensor, strength: float) -> Tensor:
         draws: [B, 4].
         strength: largest change of each factor from 1.
     """
-    pixels, (weights, orders) = images.float(), _jitter_constants(images.device)
+    pixels, orders = images.float(), _orders(images.device)
     factors = 1 + _symmetric(draws[:, :3], strength)
     chosen = (draws[:, 3] * len(orders)).long().clamp_max(len(orders) - 1)  # a draw near 1 becomes 1 in fp32
     kinds = orders[chosen]  # [B, 3]: which change comes first, second and third
     for place in range(3):
         kind = kinds[:, place, None, None, None]
         factor = factors.gather(1, kinds[:, place, None])[:, :, None, None]
-        grey = torch.einsum("bchw,c->bhw", pixels, weights).unsqueeze(1).round_()
+        grey = sum(weight * channel for weight, channel in zip(LUMA, pixels.split(1, 1), strict=True)).round_()
         reference = grey * (kind == 2) + grey.mean((2, 3), keepdim=True).round_() * (kind == 1)
         pixels = torch.lerp(reference, pixels, factor).clamp_(0, 255).floor_()  # Pillow rounds down after each change
     return pixels.to(torch.uint8)
 
 
 @cache
-def _jitter_constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """`LUMA`, and the orders of three changes [6, 3]. A copy to a GPU for each batch would make the processor wait."""
-    return torch.tensor(LUMA, device=device), torch.tensor(list(permutations(range(3))), device=device)
+def _orders(device: torch.device) -> Tensor:
+    """The orders of three changes [6, 3]. A copy to a GPU for each batch would make the processor wait."""
+    return torch.tensor(list(permutations(range(3))), device=device)
 
 
 def _symmetric(draws: Tensor, largest: float) -> Tensor:

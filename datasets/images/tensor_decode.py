@@ -13,7 +13,7 @@ from PIL import Image
 from tailtune.configs.lazy_module import lazy_module
 from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, has_too_many_scans
 from tailtune.datasets.images.decoding_room import take_room_for_file, take_room_for_pixels
-from tailtune.datasets.images.image_files import decode_errors, open_image, upright_rgb
+from tailtune.datasets.images.image_files import LONGEST, decode_errors, open_image, upright_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +84,8 @@ def plain_jpeg_pixels(header: bytes) -> int:
             height, width = (int.from_bytes(header[place + n : place + n + 2]) for n in (5, 7))
             count = height * width
             if precision != 8 or components not in (1, 3) or not 0 < count <= MAX_PIXELS:
+                return 0
+            if max(height, width) > LONGEST * min(height, width):
                 return 0
         elif mark != 0xFF or kind not in SKIPPED or length < 2:  # Pillow would refuse it, or find its frame elsewhere
             return 0

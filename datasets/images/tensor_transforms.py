@@ -42,6 +42,8 @@ class RandomChange:
     """Random numbers that it needs for each image."""
     apply: Callable[[Tensor, Tensor], Tensor]
     """Images uint8 [B, 3, H, W] and numbers in [0, 1) [B, draws] → changed images, uint8 [B, 3, H', W']."""
+    batched: bool = True
+    """Whether it needs no Python code for a single image."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ MIRRORED = RandomChange(1, mirrored)
 
 
 def _random_crop(resolution: int, mode: str) -> RandomChange:
-    return RandomChange(2 * CROP_ATTEMPTS + 2, partial(resized_crops, side=resolution, mode=mode, smallest_area=0.08))
+    crop = partial(resized_crops, side=resolution, mode=mode, smallest_area=0.08)
+    return RandomChange(2 * CROP_ATTEMPTS + 2, crop, batched=False)
 
 
 def _lift(resolution: int, mode: str) -> TensorTransform:

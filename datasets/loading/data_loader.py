@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.machine import available_processors, local_processes
 from tailtune.configs.seeding import generator
 from tailtune.datasets.loading.input_times import InputTimes
 from tailtune.datasets.loading.samplers import StepSampler
@@ -19,7 +20,6 @@ from tailtune.datasets.loading.workers import (
     Worker,
     WorkerContext,
     WorkerMonitor,
-    available_processors,
     set_worker_signals,
     usable_workers,
 )
@@ -42,7 +42,6 @@ class Loader:
         batches: the batch sampler: iterable of lists of keys of the view, with a length.
         num_workers: worker processes that decode images; 0 decodes in this process, None chooses the number.
         max_images: images of the largest batch.
-        world: processes of the run, which share the shared memory of the machine.
         persistent: keep the workers from one iteration to the next.
         device: where the batches are finished.
     """
@@ -53,15 +52,16 @@ class Loader:
         batches: Any,
         num_workers: int | None,
         max_images: int,
-        world: int,
         persistent: bool,
         device: torch.device,
     ) -> None:
         self.view, self.device = view, device
         # The memory is estimated from the size that the transform gives to a square image.
-        wanted = chosen_workers(view, world) if num_workers is None else num_workers if len(view) else 0
-        self.num_workers = usable_workers(wanted, lambda: world * max_images * view[PADDING]["image"].numel())
-        self.times = InputTimes(self.num_workers, available_processors() // world)
+        wanted = chosen_workers(view) if num_workers is None else num_workers if len(view) else 0
+        self.num_workers = usable_workers(
+            wanted, lambda: local_processes() * max_images * view[PADDING]["image"].numel()
+        )
+        self.times = InputTimes(self.num_workers, min(MOST_WORKERS, available_processors() // local_processes()))
         self.processes: list[Worker] = []
         has_workers = self.num_workers > 0
         self.loader: DataLoader[Batch] = DataLoader(
@@ -85,15 +85,16 @@ class Loader:
             UserError: an image cannot be read, or a worker was killed or hangs.
         """
         monitor = WorkerMonitor(self.processes, self.num_workers > 0)
+        started = perf_counter()
         try:
             batches = self._start(monitor)
             while True:
-                started = perf_counter()
                 batch = monitor.waiting(lambda: next(batches, None))
                 self.times.waited += perf_counter() - started
                 if batch is None:
                     return
                 yield self._finished(batch)
+                started = perf_counter()
         except (UserError, RuntimeError, OSError, EOFError) as error:
             disconnected = isinstance(error, (OSError, EOFError))  # a connection ends shortly before its process does
             failure = monitor.failure(wait_seconds=1.0 if disconnected else 0.0)
@@ -111,7 +112,7 @@ class Loader:
         started = perf_counter()
         batch = self.view.finish({name: _moved(value, self.device) for name, value in batch.items()})
         self.times.finished += perf_counter() - started
-        self.times.images += len(batch["label"])
+        self.times.images += len(batch["label"]) * (2 if "partner" in batch else 1)
         return batch
 
     def _start(self, monitor: WorkerMonitor) -> Iterator[Batch]:
@@ -128,19 +129,18 @@ class Loader:
                 signal.signal(signal.SIGCHLD, earlier_handler or signal.SIG_DFL)
 
 
-def chosen_workers(view: View, world: int) -> int:
+def chosen_workers(view: View) -> int:
     """How many worker processes a view is worth.
 
-    Images in memory are transformed faster than a worker could send them. Other images get all processors, as decoding
-    is most of the work.
+    A batch that is cut out of memory at once is ready before a worker could send it. Other images get all processors,
+    which the processes of a run on this machine share.
 
     Args:
         view: the images.
-        world: processes of the run, which share the processors.
     """
-    if view.in_memory or len(view) < FEWEST_IMAGES:
+    if view.is_batched or len(view) < FEWEST_IMAGES:
         return 0
-    return min(MOST_WORKERS, available_processors() // world)
+    return min(MOST_WORKERS, available_processors() // local_processes())
 
 
 def eval_loader(
@@ -166,7 +166,7 @@ def eval_loader(
         device: where the batches are finished.
     """
     batches = _RankBatches(len(view), batch_size, rank, world, epoch)
-    return Loader(view, batches, num_workers, min(batch_size, len(batches.keys)), world, False, device)
+    return Loader(view, batches, num_workers, min(batch_size, len(batches.keys)), False, device)
 
 
 def train_loader(view: View, sampler: StepSampler, num_workers: int | None, device: torch.device = CPU) -> Loader:
@@ -179,7 +179,7 @@ def train_loader(view: View, sampler: StepSampler, num_workers: int | None, devi
         device: where the batches are finished.
     """
     max_images = sampler.micro_batch_size * (1 if sampler.pair is None else 2)
-    return Loader(view, sampler, num_workers, max_images, sampler.world, True, device)
+    return Loader(view, sampler, num_workers, max_images, True, device)
 
 
 def clean_worker_error(error: BaseException) -> UserError | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.machine import available_processors
 
 LINUX = sys.platform == "linux"
 SHARED_MEMORY = Path("/dev/shm")
@@ -82,11 +83,6 @@ def free_shared_memory() -> float:
     except OSError:
         return 0
     return status.f_bavail * status.f_frsize if os.access(SHARED_MEMORY, os.W_OK) else 0
-
-
-def available_processors() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_worker_signals(worker_index: int) -> None:

@@ -1,0 +1,46 @@
+"""What this process may use of the machine that it runs on."""
+
+import os
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux describes the limits of containers and batch jobs (version 2)."""
+OWN_CGROUP = Path("/proc/self/cgroup")
+
+
+def available_processors() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_processes() -> int:
+    """Number of processes of the run on this machine, which share its processors and its memory."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(count)) if count.isdecimal() else 1
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process can still use, within the limit of its container or batch job."""
+    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> list[int]:
+    """What the limit of this process's control group, and of each group around it, leaves."""
+    try:
+        own = next(line for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    group = CGROUPS / own.removeprefix("0::").lstrip("/")
+    return [left for each in (group, *group.parents) if (left := _left(each)) is not None]
+
+
+def _left(group: Path) -> int | None:
+    """Bytes below the limit of a group. Cached files do not count, because Linux drops them."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no limit is called `max`
+        return None

@@ -211,8 +211,8 @@ ALL = ["photos/a.png", "photos/b.JPG", "photos/deep/a.png", "photos/deep/er/ü 1
     ],
 )
 def test_files_folders_and_patterns(source: str, found: list[str], photos: Path) -> None:
-    if source == "photos/**/a.*":
-        (photos / "deep" / "round").unlink()  # the patterns of Python follow links without end
+    if source != "photos":  # there, the link from deep to photos leads to a folder that was searched already
+        (photos / "deep" / "round").unlink()
     assert [*given_paths([source])] == found
 
 
@@ -437,6 +437,10 @@ def test_the_log_is_left_as_it_was(rows: Callable[..., list[Row]]) -> None:
 
 def test_wrong_input_is_found_before_torch(home: Path) -> None:
     codes, modules = modules_after(
-        home, "predict nowhere insects", "predict run nowhere", "predict run insects --threshold 2", "predict run void.txt"
+        home,
+        "predict nowhere insects",
+        "predict run nowhere",
+        "predict run insects --threshold 2",
+        "predict run void.txt",
     )
     assert codes == [2] * 4 and not modules & {"torch", "torchvision", "timm", "open_clip", "accelerate", "sklearn"}

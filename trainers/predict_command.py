@@ -4,12 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.program import Parser, program
 from tailtune.datasets.sources.given_paths import given_paths
+from tailtune.datasets.sources.path_list import PathList
 from tailtune.trainers.prediction.request import PredictRequest, check_outputs
 from tailtune.trainers.prediction.tables import TABLES
 from tailtune.trainers.processes.console_log import console_restored, start_console
@@ -66,7 +68,7 @@ def _request(args: argparse.Namespace) -> PredictRequest:
     flags = (("target_prior", args.target_prior), ("tte", args.tte or None))
     request = PredictRequest(
         run=args.run,
-        paths=given_paths(args.sources, args.copy_into),
+        paths=PathList(()),
         data=args.data,
         model=args.model,
         options=[*chain.from_iterable(args.option), *(w for k, v in flags if v is not None for w in (k, str(v)))],
@@ -77,7 +79,7 @@ def _request(args: argparse.Namespace) -> PredictRequest:
         copy_into=args.copy_into,
     )
     check_outputs(request)
-    return request
+    return replace(request, paths=given_paths(args.sources, args.copy_into))
 
 
 def _parser() -> Parser:
@@ -99,7 +101,7 @@ def _parser() -> Parser:
         help="class frequencies of these images: uniform, train, a JSON file by class name, or estimate (from them)",
     )
     parser.add_argument("--tte", action="store_true", help="average several views of each image")
-    parser.add_argument("--embeddings", metavar="FILE", type=Path, help="write the features of the images (safetensors)")
+    parser.add_argument("--embeddings", metavar="FILE", type=Path, help="write the features of the images")
     parser.add_argument("--copy-into", metavar="DIR", type=Path, help="copy the images into a folder for each label")
     parser.add_argument(
         "--option",

@@ -42,6 +42,7 @@ examples:
   python main.py -d digits_lt -m tiny_clip_peft test_only True tte True
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
+  python main.py predict RUN photos > labels.csv                 label new images with a finished run (predict --help)
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
 
@@ -118,13 +119,13 @@ def exit_code_and_line(error: BaseException, interrupted: str = "interrupted") -
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Parse the arguments. Then list the configs, check a run, train and evaluate, or run a command for data.
+    """Parse the arguments. Then list the configs, check a run, train and evaluate, or run another command.
 
     Args:
         argv: the arguments.
 
     Returns:
-        The exit code 0; 1 if `data verify` has found problems.
+        The exit code 0; 1 if `data verify` has found problems, or `predict` unreadable images.
 
     Raises:
         UserError: wrong input.
@@ -133,6 +134,10 @@ def run_command(argv: Sequence[str]) -> int:
         from tailtune.datasets.commands.entry import run_data_command
 
         return run_data_command(argv[1:], cached_schema)
+    if argv[:1] == [PREDICT]:
+        from tailtune.trainers.predict_command import run_predict
+
+        return run_predict(argv[1:])
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.version:
@@ -221,6 +226,8 @@ def make_parser() -> Parser:
 
 DATA_COMMANDS = "data"
 """The first word of the commands that prepare and verify data."""
+PREDICT = "predict"
+"""The first word of the command that labels images."""
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 

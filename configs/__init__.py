@@ -13,6 +13,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError, lookup, printable, unknown
+from tailtune.configs.key import TRAIN
 from tailtune.configs.known_as import KNOWN_AS
 from tailtune.configs.run_names import config_hash, run_name, test_key, values_of
 from tailtune.configs.schema import Config, Schema, schema_of
@@ -109,15 +110,16 @@ def _layers_of_data(data: str, schema: Schema) -> list[tuple[str, Values]]:
     return _data_layers(_find("data", data), schema)
 
 
-def load_resolved(path: Path, schema: Schema) -> CfgNode:
+def load_resolved(path: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgNode:
     """Load the frozen config of a run from its `config.yaml`. Missing options get what earlier versions did.
 
     Args:
         path: the file.
         schema: all options.
+        pairs: `KEY VALUE KEY VALUE …`, options of the evaluation or of the machine that replace those of the file.
 
     Raises:
-        UserError: the file is unreadable, or contains an option that this version does not have.
+        UserError: the file is unreadable, contains an option that this version does not have, or a pair is wrong.
     """
     values = schema.defaults | schema.earlier
     stored = _read_yaml(path, schema)
@@ -125,6 +127,10 @@ def load_resolved(path: Path, schema: Schema) -> CfgNode:
         raise UserError(f"{path} is no run's config")
     for key, value in stored.items():
         values[key] = value if key in schema and schema[key].internal else _parse(key, value, schema, str(path))
+    for key, value in _pair_up(pairs, schema):
+        values[key] = _parse(key, value, schema, "the command line")
+        if schema[key].cls == TRAIN:
+            raise UserError(f"{key} belongs to the training of a run, which has ended: leave it out")
     return _freeze(values, schema)
 
 

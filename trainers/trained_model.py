@@ -135,7 +135,7 @@ def load(run_folder: str | Path, device: str | torch.device | None = None) -> Tr
 def _loaded(home: Path, device: torch.device) -> TrainedModel:
     """The model of the run in folder `home`, which has a checkpoint."""
     cfg = resolve(config_of(home, declared()))
-    info = _info_of(cfg, read_json(home / FACTS))
+    info = info_of_run(cfg, read_json(home / FACTS))
     method = trained_method(cfg, Checkpoint(home), info, device).requires_grad_(False)
     prepare(method, cfg.test_prec)
     return TrainedModel(
@@ -150,8 +150,13 @@ def _loaded(home: Path, device: torch.device) -> TrainedModel:
     )
 
 
-def _info_of(cfg: CfgNode, facts: Mapping[str, Any]) -> DataInfo:
-    """Facts about the data of a finished run, from its checkpoint. Only zero-shot reads the texts of `descriptors`."""
+def info_of_run(cfg: CfgNode, facts: Mapping[str, Any]) -> DataInfo:
+    """Facts about the data of a finished run, from its checkpoint. Only zero-shot reads the texts of `descriptors`.
+
+    Args:
+        cfg: resolved config of the run.
+        facts: content of its `checkpoint/facts.json`.
+    """
     counts = facts.get("class_counts")  # early versions recorded none
     info = build_info(cfg) if counts is None else stored_info(cfg, facts["class_names"], counts)
     return with_descriptors(cfg, info) if cfg.zero_shot else info

@@ -38,7 +38,7 @@ def class_folders(folder: Path) -> list[str]:
         raise MissingData(f"image folder not found: {folder.absolute()} (`root` must hold train/<class>/…)")
     names = []
     for entry in _entries(str(folder)):
-        if _is_folder(entry) and not _is_hidden(entry.name):
+        if _is_folder(entry) and not is_hidden(entry.name):
             names.append(entry.name)
         elif _is_broken_link(entry) and not _is_image(entry):
             raise UserError(f"{entry.path} is a broken link to {os.readlink(entry.path)}: repair or remove it")
@@ -121,7 +121,7 @@ class ClassFolderReader:
         self.above_data_folders = {parent for folder in self.data_folders for parent in _parents(folder)}
         self.visited = set(self.real_folders.values())
         for entry in _entries(str(root / split)):
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 self.hidden += 1
             elif not _is_folder(entry):
                 self._count_file(entry)
@@ -155,7 +155,7 @@ class ClassFolderReader:
             images_in[relative] = []
             for entry in _entries(path):
                 entry_path = f"{relative}/{entry.name}"
-                if _is_hidden(entry.name):
+                if is_hidden(entry.name):
                     self.hidden += 1
                 elif _is_folder(entry):
                     if target := self._follow(entry, entry_path, real):
@@ -260,7 +260,8 @@ def _is_broken_link(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out because of its name."""
     return name.startswith(".") or name in SYSTEM_NAMES
 
 

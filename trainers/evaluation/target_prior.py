@@ -232,6 +232,17 @@ def check_target(plan: TargetPlan | None, info: DataInfo) -> None:
         raise UserError("target_prior estimate_bbse needs validation images: train with val_per_class or val_list")
 
 
+def fitted_temperature(val: Logits, prior: Tensor) -> float:
+    """The temperature T for which softmax(z/T) is calibrated on the validation images.
+
+    Args:
+        val: logits of the validation images.
+        prior: log p, fp64 [C], the class prior that the logits assume.
+    """
+    val_frequencies = frequencies(torch.bincount(val.labels, minlength=len(prior)))
+    return temperature(scores_of(val), val_frequencies.log() - prior, val.labels)
+
+
 def add_target_results(
     plan: TargetPlan,
     method: Method,
@@ -255,8 +266,7 @@ def add_target_results(
     validation = None
     if val is not None:
         if plan.calibrate:
-            val_frequencies = frequencies(torch.bincount(val.labels, minlength=len(prior)))
-            hot = temperature(scores_of(val), val_frequencies.log() - prior, val.labels)
+            hot = fitted_temperature(val, prior)
         validation = (scores_of(val, hot, prior.float()), val.labels)
     elif plan.calibrate:
         notes.append("target_prior: uncalibrated, for the run kept no validation images (train with val_per_class)")

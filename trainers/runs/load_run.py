@@ -4,6 +4,7 @@ The functions of this module build models, so they take a whole config. The func
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -150,18 +151,19 @@ def stored_config(home: Path, here: CfgNode) -> CfgNode:
     return resolve(cfg)
 
 
-def config_of(home: Path, schema: Schema) -> CfgNode:
+def config_of(home: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgNode:
     """The config that a run has stored.
 
     Args:
         home: folder of the run.
         schema: all options.
+        pairs: `KEY VALUE KEY VALUE …`, options of the evaluation or of the machine that replace the stored ones.
 
     Raises:
         UserError: the file is missing or damaged, or has an option that this version does not have.
     """
     check_file(home / "config.yaml")
-    return load_resolved(home / "config.yaml", schema)
+    return load_resolved(home / "config.yaml", schema, pairs)
 
 
 def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:

@@ -1,0 +1,116 @@
+"""`predict …` on the command line. Wrong words and paths are refused before torch is imported."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+from tailtune.configs.errors import UserError
+from tailtune.configs.program import Parser, program
+from tailtune.datasets.sources.given_paths import given_paths
+from tailtune.datasets.sources.path_list import PathList
+from tailtune.trainers.prediction.request import PredictRequest, check_outputs
+from tailtune.trainers.prediction.tables import TABLES
+from tailtune.trainers.processes.console_log import console_restored, start_console
+from tailtune.trainers.processes.slow_start import loading_shown
+from tailtune.trainers.runs.run_folder import find_checkpoint
+
+EPILOG = """
+SOURCE is an image; a folder, which is searched with its subfolders; a quoted pattern such as 'photos/**/*.jpg'; a .txt
+file with a path in each line; or - for paths on standard input.
+
+examples:
+  {program} predict birds_run photos > labels.csv
+  {program} predict birds_run photos --threshold 0.8 --copy-into sorted
+  {program} predict birds_run photos --target-prior estimate --out labels.jsonl
+  find /data -name '*.jpg' | {program} predict birds_run - --out labels.csv
+
+exit codes: 0 every image was read, 1 some images could not be read, 2 wrong input"""
+
+
+def run_predict(argv: Sequence[str]) -> int:
+    """Label images with the model of a finished run. Standard output has the table only; everything else is on stderr.
+
+    Args:
+        argv: the words that follow `predict`.
+
+    Returns:
+        The exit code: 0, or 1 if images could not be read.
+
+    Raises:
+        UserError: wrong input.
+    """
+    args = _parser().parse_intermixed_args(list(argv))
+    if args.out is None and sys.stdout is None:
+        raise UserError("there is no standard output for the table: name a file with --out")
+    stdout = sys.stdout and sys.stdout.buffer
+    with redirect_stdout(sys.stderr), console_restored():
+        start_console(main=True)
+        request = _request(args)
+        with loading_shown():
+            from tailtune.trainers.predict import predict_images
+        try:
+            return int(predict_images(request, stdout) > 0)
+        except BrokenPipeError:
+            if request.embeddings is not None or request.copy_into is not None:
+                raise UserError("standard output was closed before the end, so nothing was written") from None
+            return 0  # as in `… | head`
+
+
+def _request(args: argparse.Namespace) -> PredictRequest:
+    find_checkpoint(args.run, "predict:")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold must be a probability from 0 to 1, not {args.threshold:g}")
+    suffix = "" if args.out is None else args.out.suffix.lower().removeprefix(".")
+    flags = (("target_prior", args.target_prior), ("tte", args.tte or None))
+    request = PredictRequest(
+        run=args.run,
+        paths=PathList(()),
+        data=args.data,
+        model=args.model,
+        options=[*chain.from_iterable(args.option), *(w for k, v in flags if v is not None for w in (k, str(v)))],
+        threshold=args.threshold,
+        kind=args.format or (suffix if suffix in TABLES else "csv"),
+        out=args.out,
+        embeddings=args.embeddings,
+        copy_into=args.copy_into,
+    )
+    check_outputs(request)
+    return replace(request, paths=given_paths(args.sources, args.copy_into))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=f"{program()} predict",
+        description="Label images with the model of a finished run.",
+        epilog=EPILOG.format(program=program()),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder, its name in output/, or a checkpoint of LIFT, RIDE …")
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="images: files, folders, patterns, lists, or -")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the table to a file, not to standard output")
+    parser.add_argument("--format", choices=tuple(TABLES), help="default: by the ending of --out, otherwise csv")
+    parser.add_argument("--threshold", metavar="P", type=float, help="below this probability the label is 'unsure'")
+    parser.add_argument(
+        "--target-prior",
+        metavar="PRIOR",
+        help="class frequencies of these images: uniform, train, a JSON file by class name, or estimate (from them)",
+    )
+    parser.add_argument("--tte", action="store_true", help="average several views of each image")
+    parser.add_argument("--embeddings", metavar="FILE", type=Path, help="write the features of the images")
+    parser.add_argument("--copy-into", metavar="DIR", type=Path, help="copy the images into a folder for each label")
+    parser.add_argument(
+        "--option",
+        metavar=("KEY", "VALUE"),
+        nargs=2,
+        action="append",
+        default=[],
+        help="another option of the evaluation, such as num_workers 4 or test_batch_size 64",
+    )
+    parser.add_argument("-d", "--data", metavar="DATA", help="data config, for a checkpoint of another project")
+    parser.add_argument("-m", "--model", metavar="MODEL", help="model config, for such a checkpoint")
+    return parser

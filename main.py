@@ -44,6 +44,7 @@ examples:
 
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
+  python main.py compare output/run1 output/run2                 a table of runs, and tests over their test images
 
 The same command again resumes an unfinished run and shows the result of a finished one.
 All options with their values in one run: --dry-run --all. Their meaning is in docs/options.md of the project.
@@ -118,7 +119,7 @@ def exit_code_and_line(error: BaseException, interrupted: str = "interrupted") -
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Parse the arguments. Then list the configs, check a run, train and evaluate, or run a command for data.
+    """Parse the arguments. Then list configs, check a run, train and evaluate, or run a command for data or runs.
 
     Args:
         argv: the arguments.
@@ -133,6 +134,10 @@ def run_command(argv: Sequence[str]) -> int:
         from tailtune.datasets.commands.entry import run_data_command
 
         return run_data_command(argv[1:], cached_schema)
+    if argv[:1] == [COMPARE]:
+        from tailtune.trainers.comparison.command import run_compare
+
+        return run_compare(argv[1:], cached_schema)
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.version:
@@ -221,6 +226,8 @@ def make_parser() -> Parser:
 
 DATA_COMMANDS = "data"
 """The first word of the commands that prepare and verify data."""
+COMPARE = "compare"
+"""The first word of the command that compares finished runs."""
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 

@@ -45,6 +45,7 @@ examples:
   python main.py predict RUN photos > labels.csv                 label new images with a finished run (predict --help)
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
+  python main.py compare output/run1 output/run2                 a table of runs, and tests over their test images
 
 The same command again resumes an unfinished run and shows the result of a finished one.
 All options with their values in one run: --dry-run --all. Their meaning is in docs/options.md of the project.
@@ -138,6 +139,10 @@ def run_command(argv: Sequence[str]) -> int:
         from tailtune.trainers.predict_command import run_predict
 
         return run_predict(argv[1:])
+    if argv[:1] == [COMPARE]:
+        from tailtune.trainers.comparison.command import run_compare
+
+        return run_compare(argv[1:], cached_schema)
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.version:
@@ -228,6 +233,8 @@ DATA_COMMANDS = "data"
 """The first word of the commands that prepare and verify data."""
 PREDICT = "predict"
 """The first word of the command that labels images."""
+COMPARE = "compare"
+"""The first word of the command that compares finished runs."""
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 

@@ -29,23 +29,13 @@ from string import Formatter
 from typing import Any
 
 from tailtune.configs import CfgNode, describe, load_configs
-from tailtune.configs.errors import UserError, lookup, unknown
+from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.yaml_reader import read_yaml
 from tailtune.main import split_arguments
+from tailtune.trainers.comparison.rows import METRICS, check_metrics
 from tailtune.trainers.training_options import TrainingOptions
 
 FOLDER = Path(__file__).resolve().parent / "grids"
-METRICS = ("accuracy", "many_acc", "med_acc", "few_acc")
-ALL_METRICS = (
-    *METRICS,
-    *("error_rate", "macro_f1", "mean_acc", "worst_case_acc", "hmean_acc", "gmean_acc", "ece", "nll", "bad_images"),
-)
-"""The metrics of metrics.json that are single numbers.
-
-For a test distribution, a metric is `backward50.accuracy`. It uses the adapted weights of the run if there are any. A
-metric of a named predictor is `backward50.plain.accuracy`.
-"""
-
 MOST = 10_000
 """Largest number of commands of a row. A larger number is taken for a mistake in the axes."""
 
@@ -143,18 +133,6 @@ def read(name: str) -> Grid:
     cells.sort(key=lambda cell: order.index(cell.words[1]))
     known_as = name if name in names() else path.stem
     return Grid(known_as, describe(path), body.get("paper"), metrics, seeds, tuple(cells))
-
-
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Check the names of metrics.
-
-    Raises:
-        UserError: a name is not in ALL_METRICS.
-    """
-    for metric in metrics:
-        *place, name = metric.split(".")
-        if name not in ALL_METRICS or len(place) > 2:
-            raise unknown("metric", metric, ALL_METRICS)
 
 
 def config(words: Sequence[str]) -> CfgNode:

@@ -8,7 +8,7 @@
 A grid is a file in scripts/grids/ or a YAML of your own. Every run is a run of main.py, in a folder of output/. A
 finished run is not repeated, and an interrupted one continues. Ctrl-C saves the state and stops the grid; the same
 command continues it. Before a command that only tests, the command that trains is run. At the end the table (mean ±
-standard deviation over the seeds) is written into output/tables/ as GRID.md, GRID.csv and GRID.tex, and printed.
+standard deviation over the seeds) is written into output/tables/ as GRID.md, .csv, .tex and .html, and printed.
 """
 
 import argparse
@@ -25,13 +25,12 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 from tailtune import main as tailtune
 from tailtune.configs.errors import UserError
 from tailtune.scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra
-from tailtune.scripts._table import FORMATS
-from tailtune.scripts.collect import grid_rows
+from tailtune.scripts.collect import grid_table
+from tailtune.trainers.comparison.formats import ENDINGS, FORMATS, write_table
 from tailtune.trainers.processes.exit import end_at_signals, run_as_process
 
 CONTINUES = "interrupted; the same command continues"
 TABLES = Path("output/tables")
-ENDINGS = {"md": "md", "csv": "csv", "latex": "tex"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,12 +123,10 @@ def run_all(todo: Sequence[Sequence[str]], keep_going: bool = False) -> int:
 
 def write(grid: Grid, seeds: Sequence[int], extra: Sequence[str]) -> None:
     """Write the table in every format, and print it as Markdown."""
-    rows = grid_rows(grid, seeds, extra)
-    for kind, render in FORMATS.items():
-        path = TABLES / f"{grid.name}.{ENDINGS[kind]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(rows, grid.metrics, grid.paper), encoding="utf-8")
-    print(f"\n{grid.title}\n\n{FORMATS['md'](rows, grid.metrics, grid.paper)}\nalso in {TABLES}/{grid.name}.*")
+    table = grid_table(grid, seeds, extra)
+    for kind, ending in ENDINGS.items():
+        write_table(table, TABLES / f"{grid.name}{ending}", kind)
+    print(f"\n{grid.title}\n\n{FORMATS['md'](table)}\nalso in {TABLES}/{grid.name}.*")
 
 
 def first_process() -> bool:

@@ -23,7 +23,7 @@ from tailtune.configs import values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.scripts import _grid, collect, reproduce
-from tailtune.scripts._table import number
+from tailtune.trainers.comparison.rows import ALL_METRICS, number
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.evaluation.metrics import evaluate
 
@@ -140,7 +140,7 @@ def test_a_bad_grid_is_one_line(grid: Callable[[str], str], script: Words, text:
 
 def test_the_metrics_of_a_grid_are_those_of_a_result() -> None:
     metrics = evaluate(torch.eye(2), torch.tensor([0, 1]), {g: torch.tensor([0]) for g in ("many", "med", "few")})
-    assert {*_grid.ALL_METRICS} == {*metrics, "bad_images"} - {"per_class_acc", "calibration"}
+    assert {*ALL_METRICS} == {*metrics, "bad_images"} - {"per_class_acc", "calibration"}
 
 
 @pytest.mark.parametrize("words", ["lift/tab6", "none.yaml", "", "small.yaml --where data cifar10"])

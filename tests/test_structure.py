@@ -36,6 +36,7 @@ ROOMS = {
         "foreign_checkpoints": {"methods", "storage"},
         "export": {"foreign_checkpoints", "methods", "storage"},
         "runs": {"distributed", "export", "foreign_checkpoints", "head_preparation", "methods", "storage"},
+        "comparison": {"evaluation", "methods", "runs", "storage"},
         "evaluation": {"distributed", "head_preparation", "methods", "precision", "progress", "runs", "storage"},
         "prediction": {"evaluation", "storage"},
     },

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,14 +55,34 @@ def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) 
     """
     for path in sorted(run_folder.glob(f"**/{name}")):
         try:
-            check_file(path)
-            tensors, text = open_tensors(path)
-            about = json.loads(text)
-            if about["key"] != json.loads(json.dumps(key)):
-                continue
-            row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
-            logits = HalfRows(tensors["logits"], row_max)
-            return path, Logits(logits, labels, index, about["bad_images"], about["left_out"])
-        except (Damaged, OSError, ValueError, KeyError, TypeError):
+            found, logits = open_logits(path)
+        except Damaged:
             continue  # a damaged file is ignored, because the logits can be computed from the images again
+        if found == json.loads(json.dumps(key)):
+            return path, logits
     return None
+
+
+def open_logits(path: Path) -> tuple[dict[str, Any], Logits]:
+    """Open a file that `save_logits` has written. The logits are read from the file when they are used.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The key under which the logits were saved, and the logits.
+
+    Raises:
+        Damaged: the file is missing or damaged.
+    """
+    try:
+        check_file(path)
+        tensors, text = open_tensors(path)
+        about = json.loads(text)
+        row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
+        logits = Logits(HalfRows(tensors["logits"], row_max), labels, index, about["bad_images"], about["left_out"])
+        return about["key"], logits
+    except Damaged:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(path, str(error)) from error

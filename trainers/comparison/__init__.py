@@ -1,0 +1,1 @@
+"""Compares finished runs: tables, tests over the same test images, and curves."""

@@ -89,7 +89,7 @@ def test_images_are_prepared_as_in_an_evaluation(augment: str, interpolation: st
         names: dict[str, Any] = {}
         exec(how_to_prepare(steps), names)
         expected = wanted if within else made.method.model.normalised(wanted[None])[0]
-        assert torch.equal(names["prepare"](image), expected)
+        assert torch.equal(torch.as_tensor(names["prepare"](image)), expected)
         assert torch.allclose(torch.from_numpy(by_fields(steps, image)).double(), expected.double(), atol=1e-6)
 
 
@@ -122,7 +122,7 @@ def test_the_demo_in_every_format(launch: Cli, config: Config, tmp_path: Path) -
         folder = RUN / "export" / name
         (prepare, predict), steps = literal(folder), facts_of(folder)["preprocessing"]
         for prepared in (
-            torch.stack([prepare(photo) for photo in photos]),
+            torch.stack([torch.as_tensor(prepare(photo)) for photo in photos]),
             torch.from_numpy(np.stack([by_fields(steps, photo) for photo in photos])),
         ):
             predicted = torch.as_tensor(predict(prepared))

@@ -20,7 +20,7 @@ from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
 from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
-from tailtune.trainers.export import EXPORTS
+from tailtune.trainers.export import EXPORTS, check_export
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan, check_factors
@@ -79,6 +79,7 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
     check_adapt(cfg.adapt, method, cfg.method)
     check_ensemble(cfg, method, info.class_names)
     check_target(TargetPlan.of(cfg), info)
+    check_export(cfg.export, cfg.export_fp16, cfg.push_to_hub)
     if cfg.export is not None:
         EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
     return method

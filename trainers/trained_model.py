@@ -19,6 +19,7 @@ from tailtune.datasets.images.transforms import eval_transform
 from tailtune.models import ClassificationModel, resolve
 from tailtune.trainers.distributed import uses_cuda
 from tailtune.trainers.evaluation.tta import prepare
+from tailtune.trainers.hub_download import local_run
 from tailtune.trainers.methods import Method
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import config_of, trained_method
@@ -102,15 +103,16 @@ def load(run_folder: str | Path, device: str | torch.device | None = None) -> Tr
     the package, a local file, or the cache of downloads.
 
     Args:
-        run_folder: path of the run folder, or its name in output/.
+        run_folder: path of the run folder, or its name in output/; or the name USER/NAME of a repository of the
+            Hugging Face Hub that `export hub` has made, which is downloaded once.
         device: where to compute, such as `"cuda:1"`; None: the first GPU, or the CPU if there is none.
 
     Returns:
         The model with its class names and its transform.
 
     Raises:
-        UserError: the folder holds no checkpoint, a file is damaged, pre-trained weights are missing, or there is no
-            such device.
+        UserError: the folder holds no checkpoint, a file is damaged, pre-trained weights are missing, the repository
+            cannot be downloaded, or there is no such device.
 
     Example:
         ```python
@@ -123,7 +125,7 @@ def load(run_folder: str | Path, device: str | torch.device | None = None) -> Tr
         ```
     """
     place = _device(device)
-    home, foreign = find_checkpoint(str(run_folder), "load:", "name the folder of a finished run")
+    home, foreign = find_checkpoint(str(local_run(str(run_folder))), "load:", "name the folder of a finished run")
     if foreign is not None:
         raise UserError(
             f"load: {foreign.path} is a checkpoint of another project, which does not say with which options it was "

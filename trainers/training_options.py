@@ -96,7 +96,17 @@ class RunOptions:
         as_str,
         cls="runtime",
         stages="last",
-        choices=("peft", "merged", "onnx", "lift"),
+        choices=("peft", "merged", "onnx", "lift", "hub"),
+    )
+    export_fp16: bool = option(
+        False, "The ONNX file of export onnx computes in half precision.", cls="runtime", stages="last"
+    )
+    push_to_hub: str | None = option(
+        None,
+        "Repository USER/NAME on the Hugging Face Hub to which export hub uploads the model. None means no upload.",
+        as_str,
+        cls="runtime",
+        stages="last",
     )
     output_dir: str | None = option(
         None,

@@ -42,6 +42,19 @@ FORMULAS: dict[type[nn.Module], str] = {
 
 
 @dataclass(frozen=True)
+class SharedRun:
+    """The files and results of a finished run that are shared with its model.
+
+    Args:
+        home: folder of the run, with its checkpoint.
+        metrics: content of the metrics.json of the evaluation.
+    """
+
+    home: Path
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ExportedModel:
     """A trained model on the CPU, in fp32 and eval mode, with the facts that another program needs.
 
@@ -59,6 +72,10 @@ class ExportedModel:
         interpolation: interpolation mode for resizing test images.
         command: words of the command that trained the model.
         facts: where the model comes from, for `facts.json` of every format.
+        class_counts: number of training images of each class [C]; empty: not recorded.
+        temperature: T of the probabilities softmax(logits / T); None: no validation split gave one.
+        half: whether the format `onnx` computes in fp16.
+        run: the finished run, for the format `hub`; None: the model is of no run of TailTune.
     """
 
     method: Method
@@ -73,6 +90,10 @@ class ExportedModel:
     interpolation: str = "bilinear"
     command: Sequence[str] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    class_counts: Sequence[int] = ()
+    temperature: float | None = None
+    half: bool = False
+    run: SharedRun | None = None
 
     @property
     def encoder(self) -> Any:
@@ -127,7 +148,13 @@ class ExportedModel:
             "apply": FORMULAS.get(type(self.head)),
             **options_of_head(self.head),
         }
-        return {**self.facts, "head": head, "class_names": list(self.class_names)}
+        return {
+            **self.facts,
+            "head": head,
+            "class_names": list(self.class_names),
+            "class_counts": list(self.class_counts) or None,
+            "temperature": self.temperature,
+        }
 
 
 def options_of_head(head: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tailtune.configs.lazy_module import lazy_module
 from tailtune.models.backbones.plain_vit import is_quick_gelu
 from tailtune.models.backbones.resnet_encoder import ResNetEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
-from tailtune.trainers.export.exported_model import ExportedModel
+from tailtune.trainers.export.exported_model import ExportedModel, feature_affine
 
 open_clip = lazy_module("open_clip")
 timm = lazy_module("timm")
@@ -27,7 +27,7 @@ def network(exported: ExportedModel, num_classes: int = 0) -> dict[str, Any]:
 
     Args:
         exported: the model.
-        num_classes: number of outputs of a classifier `head` inside a ViT; 0: the network returns features.
+        num_classes: number of outputs of the classifier that `classifier_name` names; 0: the network returns features.
 
     Returns:
         `create`: name of the function that creates the network; `kwargs` and `norm_layer`: its arguments; `then`: code
@@ -64,7 +64,7 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
     if name := timm_name(net):
         resized = exported.resolution != net.pretrained_cfg["input_size"][-1] and hasattr(net, "set_input_size")
         then = f"\nnet.set_input_size({exported.resolution})" if resized else ""
-        kwargs = {"model_name": name, "num_classes": 0}
+        kwargs = {"model_name": name, "num_classes": num_classes}
         return {"create": "timm.create_model", "kwargs": kwargs, "then": then, "prefix": ""}
     kwargs = {"model_name": exported.arch}
     if exported.resolution != clip_resolution(exported):
@@ -72,6 +72,30 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
     # CoCa's image encoders also return tokens, for captions.
     then = ".visual" + ("\nnet.output_tokens = False" if hasattr(net, "output_tokens") else "")
     return {"create": "open_clip.create_model", "kwargs": kwargs, "then": then, "prefix": "visual."}
+
+
+def classifier_name(exported: ExportedModel) -> str | None:
+    """Name of the linear layer inside the plain network that classifies its feature.
+
+    Args:
+        exported: the model.
+
+    Returns:
+        None if the network has no such layer, or if something is computed between the feature and the head.
+    """
+    encoder, net = exported.encoder, exported.encoder.net
+    if encoder.projection is not None or feature_affine(exported) is not None:
+        return None
+    if isinstance(encoder, ViTEncoder):
+        return "head"
+    name = None if isinstance(encoder, ResNetEncoder) else timm_name(net)
+    place = net.pretrained_cfg.get("classifier") if name else None
+    if not isinstance(place, str):
+        return None
+    with torch.device("meta"):
+        layer = timm.create_model(name, num_classes=2).get_submodule(place)
+    takes_feature = type(layer) is nn.Linear and layer.in_features == encoder.feature_dim and layer.bias is not None
+    return place if takes_feature else None
 
 
 def clip_resolution(exported: ExportedModel) -> int:

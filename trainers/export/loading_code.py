@@ -1,4 +1,4 @@
-"""Generates Python code for `facts.json`: `prepare` converts an image, and `predict` computes logits.
+"""Generates Python code for `facts.json` and `infer.py`: `prepare` converts an image, and `predict` computes logits.
 
 The code has to run in the exported folder.
 """
@@ -38,26 +38,29 @@ def preprocessing(exported: ExportedModel, inside: bool = False) -> dict[str, An
 
 
 def how_to_prepare(steps: dict[str, Any]) -> str:
-    """Code of the function `prepare`, which converts an image of Pillow to a tensor [3, R, R].
+    """Code of the function `prepare`, which converts an image of Pillow. It needs Pillow and NumPy.
+
+    For a network that takes uint8 images, `prepare` returns a NumPy array uint8 [3, R, R]. Otherwise it returns a
+    normalised tensor [3, R, R], and the code needs torch, too.
 
     Args:
         steps: return value of `preprocessing`.
     """
-    mode = f"InterpolationMode.{steps['interpolation'].upper()}"
-    resize = f"v2.Resize({steps['resize_shorter_side']}, interpolation={mode}, antialias={steps['antialias']})"
-    lines = [
-        "import torch",
-        "from PIL import ImageOps",
-        "from torchvision.transforms import InterpolationMode, v2",
-        f"cut = v2.Compose([{resize}, v2.CenterCrop({steps['center_crop']}), v2.PILToTensor()])",
+    side = steps["center_crop"]
+    body = [
+        "image = ImageOps.exif_transpose(image).convert('RGB')",
+        f"width, height = (int({steps['resize_shorter_side']} * side / min(image.size)) for side in image.size)",
+        f"image = image.resize((width, height), Image.Resampling.{steps['interpolation'].upper()})",
+        f"left, top = (round((side - {side}) / 2) for side in (width, height))",
+        f"pixels = numpy.array(image.crop((left, top, left + {side}, top + {side}))).transpose(2, 0, 1)",
     ]
     if steps["mean"] is None:
-        return "\n".join(
-            [*lines, "def prepare(image):", "    return cut(ImageOps.exif_transpose(image).convert('RGB'))"]
-        )
-    lines += [f"{name} = torch.tensor({steps[name]}).view(3, 1, 1)" for name in ("mean", "std")]
-    normalised = "    return (cut(ImageOps.exif_transpose(image).convert('RGB')).float() / 255 - mean) / std"
-    return "\n".join([*lines, "def prepare(image):", normalised])
+        lines, result = ["import numpy", "from PIL import Image, ImageOps"], "pixels"
+    else:
+        lines = ["import numpy", "import torch", "from PIL import Image, ImageOps"]
+        lines += [f"{name} = torch.tensor({steps[name]}).view(3, 1, 1)" for name in ("mean", "std")]
+        result = "(torch.from_numpy(pixels).float() / 255 - mean) / std"
+    return "\n".join([*lines, "def prepare(image):", *(f"    {line}" for line in (*body, f"return {result}"))])
 
 
 def how_to_load(network: str, head: list[str]) -> str:

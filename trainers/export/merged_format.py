@@ -15,7 +15,7 @@ from tailtune.models.backbones.vit_encoder import LAYERS, SITES, Sites, ViTEncod
 from tailtune.models.backbones.vit_layers import apply_tuners
 from tailtune.models.tuners.peft_adapter import merge_adapter
 from tailtune.trainers.export.exported_model import ExportedModel, affine_of, linear_head, save_head, save_state
-from tailtune.trainers.export.library_network import network
+from tailtune.trainers.export.library_network import classifier_name, network
 from tailtune.trainers.export.loading_code import APPLY_WITHIN, HEAD_WITHIN, how_to_load, separate_head
 
 open_clip = lazy_module("open_clip")
@@ -56,16 +56,15 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     Returns:
         Facts for `facts.json`.
     """
-    encoder, linear = exported.encoder, linear_head(exported.head)
-    within = isinstance(encoder, ViTEncoder) and encoder.projection is None
-    about = network(exported, len(exported.class_names) if linear and within else 0)
+    linear, place = linear_head(exported.head), classifier_name(exported)
+    about = network(exported, len(exported.class_names) if linear and place else 0)
     state = {about["prefix"] + name: tensor for name, tensor in merged(exported).items()}
     weights = "load_file('model.safetensors')"
     if about["prefix"]:
         weights = f"{{name.removeprefix('{about['prefix']}'): tensor for name, tensor in {weights}.items()}}"
     code = f"{about['code']}\nnet.load_state_dict({weights})"
-    if linear and within:
-        state |= {f"head.{name}": tensor for name, tensor in linear.items()}
+    if linear and place:
+        state |= {f"{place}.{name}": tensor for name, tensor in linear.items()}
         head, facts = HEAD_WITHIN, {"head": {"type": type(exported.head).__name__, "apply": APPLY_WITHIN}}
     else:
         save_head(exported, folder)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,13 +14,19 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.trainers.export.exported_model import ExportedModel
+from tailtune.trainers.export.loading_code import preprocessing
+from tailtune.trainers.storage.atomic_io import write_parts
 
 OPSET = 20
 TOLERANCE = 1e-4
 """Largest allowed difference between the logits of the file and of the model, relative to the largest logit."""
+HALF_TOLERANCE = 2e-2
+"""The same for a file that computes in fp16."""
 LARGEST_FILE = 1.8e9
 """Largest size in bytes of the weights in one file. protobuf allows 2 GB, so larger weights go to a second file."""
 FILE = "model.onnx"
+NORMALISES = ("value_range", "mean", "std")
+"""Fields of `preprocessing` that the graph applies itself."""
 OUTPUTS = ("logits", "expert_logits")
 LOAD = f"""import numpy
 import onnxruntime
@@ -79,15 +86,46 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
             external_data=size > LARGEST_FILE,
             verbose=False,
         )
+        _finish(exported, folder / FILE)
     difference = _compare(exported, model, folder / FILE)
     return {
         "opset": OPSET,
+        "normalised_inside": _normalised(exported),
+        "computes_in": "float16" if exported.half else "float32",
         **difference,
         "image": f"uint8 [batch, 3, {exported.resolution}, {exported.resolution}], RGB; mean and std are inside",
         "logits": "float32 [batch, classes]",
         **({"expert_logits": "float32 [batch, experts, classes], whose mean is logits"} if model.has_experts else {}),
         "how_to_load": LOAD,
     }
+
+
+def _finish(exported: ExportedModel, path: Path) -> None:
+    """Convert the file to fp16 if that is wanted, and add the metadata that a program without facts.json needs.
+
+    Raises:
+        UserError: the weights are too large for the conversion, or the file system refuses to write.
+    """
+    import onnx
+
+    whole = not path.with_name(f"{FILE}.data").exists()
+    if exported.half and not whole:
+        raise UserError("export onnx: export_fp16 is for weights of less than 1.8 GB; leave it out")
+    graph = onnx.load(path, load_external_data=False)
+    if exported.half:
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        graph = convert_float_to_float16(graph, keep_io_types=True)
+    facts = exported.describe()
+    about = {name: facts[name] for name in ("class_names", "class_counts", "temperature")}
+    about |= {"preprocessing": preprocessing(exported, inside=True), "normalised_inside": _normalised(exported)}
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in about.items()})
+    write_parts(path, [graph.SerializeToString()])
+
+
+def _normalised(exported: ExportedModel) -> dict[str, Any]:
+    """What the graph does with the pixel values: their range, and the mean and the deviation of each channel."""
+    return {name: preprocessing(exported)[name] for name in NORMALISES}
 
 
 def _compare(exported: ExportedModel, model: nn.Module, path: Path) -> dict[str, float]:
@@ -105,7 +143,7 @@ def _compare(exported: ExportedModel, model: nn.Module, path: Path) -> dict[str,
         for expected, logits in zip(model(images), session.run(None, {"image": images.numpy()}), strict=True):
             worst = max(worst, float((torch.from_numpy(logits) - expected).abs().max()))
             largest = max(largest, float(expected.abs().max()))
-    if not worst <= TOLERANCE * largest:
+    if not worst <= (HALF_TOLERANCE if exported.half else TOLERANCE) * largest:
         raise UserError(f"export onnx: its logits differ by {worst:.2g} where the largest is {largest:.2g}; not kept")
     return {"largest_difference": worst, "largest_logit": largest}
 

@@ -1,5 +1,7 @@
 """Export format `peft`: an adapter folder of the peft library, with TailTune's LoRA or a tuner of that library."""
 
+import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,20 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.lazy_module import lazy_module
+from tailtune.models.backbones.pretrained_weights import hub_or_cache
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.tuners.peft_adapter import export_adapter
 from tailtune.trainers.export import merged_format
 from tailtune.trainers.export.exported_model import ExportedModel, save_head, save_state
 from tailtune.trainers.export.library_network import clip_resolution, network, timm_name
 from tailtune.trainers.export.loading_code import how_to_load, separate_head
+from tailtune.trainers.storage.atomic_io import write_json
 
+open_clip = lazy_module("open_clip")
 timm = lazy_module("timm")
 CONVERTED = ("lora", "lora_mlp")
 """TailTune's own tuners that the format of peft can hold."""
+log = logging.getLogger("tailtune")
 BASE = "base.safetensors"
 """File for the pre-trained weights if they are not published under a name."""
 
@@ -61,6 +67,8 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     """
     about = network(exported)
     base, code = base_of(exported, about)
+    if base != BASE and not _is_base(exported, base):
+        base, code = base_in_file(about)
     if base == BASE:
         save_state(exported.encoder.pretrained_state(), folder / BASE)
     if exported.peft:
@@ -68,8 +76,12 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     else:
         _write_lora(list(_adapters(exported)), folder, base)
     save_head(exported, folder)
-    code += "\nnet = peft.PeftModel.from_pretrained(net, '.')"
-    return {"network": about, "base": base, "how_to_load": how_to_load(code, separate_head(exported))}
+    config = folder / "adapter_config.json"
+    # peft notes the class of the network, which may be one of TailTune. Nobody else can import it.
+    write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "auto_mapping": None})
+    load = how_to_load(f"{code}\nnet = peft.PeftModel.from_pretrained(net, '.')", separate_head(exported))
+    # The network is useless without its pre-trained weights, so its code loads them, too.
+    return {"network": {**about, "code": code}, "base": base, "how_to_load": load}
 
 
 def base_of(exported: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str]:
@@ -97,7 +109,53 @@ def base_of(exported: ExportedModel, about: Mapping[str, Any]) -> tuple[str, str
         if isinstance(exported.encoder, ViTEncoder):
             return str(published), f"{about['code']}\nnet.load_state_dict({clip}.visual.trunk.state_dict())"
         return str(published), f"net = {clip}{about['then']}"
+    return base_in_file(about)
+
+
+def base_in_file(about: Mapping[str, Any]) -> tuple[str, str]:
+    """As `base_of`, for weights that are written to a file."""
     return BASE, f"{about['code']}\nnet.load_state_dict(load_file({BASE!r}))"
+
+
+def _is_base(exported: ExportedModel, base: str) -> bool:
+    """Whether a published network has the weights that the adapter was trained on.
+
+    False if they cannot be loaded by the library's own code, so that the weights are written to a file.
+
+    Args:
+        exported: the model.
+        base: name of the network, as `base_of` returns it.
+    """
+    try:
+        with hub_or_cache():
+            published = _published_state(exported)
+    except (OSError, RuntimeError):  # not in the library's cache, and not downloadable
+        log.info("export peft: %s is not at hand, so its weights are written to %s", base, BASE)
+        return False
+    own = exported.encoder.pretrained_state()
+    return own.keys() == published.keys() and all(
+        own[name].shape == tensor.shape and torch.allclose(own[name].float(), tensor.float(), atol=1e-5)
+        for name, tensor in published.items()
+    )
+
+
+def _published_state(exported: ExportedModel) -> dict[str, Tensor]:
+    """The tensors of the network that the code of `base_of` creates."""
+    published, net = exported.base, exported.encoder.net
+    assert published is not None
+    if published.library == "timm":
+        made = timm.create_model(published.name, pretrained=True, num_classes=0)
+        if exported.resolution != timm.get_pretrained_cfg(published.name).input_size[-1]:
+            if hasattr(made, "set_input_size"):
+                made.set_input_size(exported.resolution)
+        return made.state_dict()
+    clip = open_clip.create_model(published.name, pretrained=published.tag)
+    if not isinstance(exported.encoder, ViTEncoder):
+        return clip.visual.state_dict()
+    if timm_name(net) is not None:
+        return clip.visual.trunk.state_dict()
+    state = timm.models.vision_transformer.checkpoint_filter_fn(clip.state_dict(), net)
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
 
 
 def _adapters(exported: ExportedModel) -> Iterator[Adapter]:

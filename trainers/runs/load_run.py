@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -247,7 +247,9 @@ def tuners_of(cfg: CfgNode) -> tuple[str, ...]:
     return tuple(name for name in TUNERS if cfg[name])
 
 
-def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], source: str = "") -> ExportedModel:
+def subject_of(
+    cfg: CfgNode, method: Method, class_names: tuple[str, ...], source: str = "", **more: Any
+) -> ExportedModel:
     """Collect the model and the facts that an export needs.
 
     A method on the meta device is enough to check whether the export is possible.
@@ -257,6 +259,7 @@ def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], sourc
         method: the method with its model.
         class_names: names of the classes, in label order.
         source: where the weights come from, in words.
+        more: further fields of `ExportedModel`, which are known of a finished run.
     """
     spec = find_backbone(cfg.backbone)
     keys = ("data", "model", "backbone", "pretrained", "interpolation", "classifier", "zero_shot")
@@ -273,4 +276,6 @@ def subject_of(cfg: CfgNode, method: Method, class_names: tuple[str, ...], sourc
         interpolation=cfg.interpolation,
         command=command_of(cfg),
         facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},
+        half=cfg.export_fp16,
+        **more,
     )

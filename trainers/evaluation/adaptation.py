@@ -79,7 +79,11 @@ class UnlabelledTest:
             batch_size: number of images in a batch.
         """
         for batch in eval_loader(
-            self.images.take(positions.numpy()), batch_size, self.num_workers, device=self.accelerator.device
+            self.images.take(positions.numpy()),
+            batch_size,
+            self.num_workers,
+            device=self.accelerator.device,
+            title="adaptation",
         ):
             readable = batch["weight"] > 0
             if readable.any():

@@ -145,7 +145,8 @@ class Progress:
             val = f"val acc {validated['accuracy']:.2f} ({_groups(validated)}) nll {validated['nll']:.4f} "
             short_val = f"val {validated['accuracy']:.1f} mean {validated['mean_acc']:.1f} "
         at = f"batch {batch}/{self.steps} " if validated is None else ""  # a validation comes at the end of an epoch
-        short = f"epoch {epoch}/{self.epochs} {at}loss {last['loss_avg']:.4g} acc {last['acc_avg']:.1f} {short_val}eta {eta}"
+        loss, acc = last["loss_avg"], last["acc_avg"]
+        short = f"epoch {epoch}/{self.epochs} {at}loss {loss:.4g} acc {acc:.1f} {short_val}eta {eta}"
         log.info(
             f"epoch [{epoch}/{self.epochs}] batch [{batch}/{self.steps}] time {seconds:.3f} data {waited:.3f} "
             f"loss {last['loss']:.4f} ({last['loss_avg']:.4f}) acc {last['acc']:.2f} ({last['acc_avg']:.2f}) "

@@ -34,6 +34,7 @@ from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
 from tailtune.trainers.micro_batch_size import micro_batch_size
+from tailtune.trainers.more_epochs import any_length, check_more_epochs
 from tailtune.trainers.optimizers_and_schedules import Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
@@ -45,6 +46,7 @@ from tailtune.trainers.runs.load_run import (
     subject_of,
     trained_method,
 )
+from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
 from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
@@ -242,10 +244,13 @@ class _Run:
             "images": data.records["train"].fingerprint,
         }
         validation = Validation(ValidationPlan.of(cfg), data, accelerator, self.evaluation.scratch)
-        states = ResumeStates(self.folder.states, {**identity, **validation.identity}, self.folder.seal)
+        of_states = {**identity, **validation.identity}
+        states = ResumeStates(self.folder.states, of_states, self.folder.seal, any_length(cfg))
         fresh = not cfg.resume or not states.begun()
         if fresh:
-            self._init_head(method, data)
+            prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+        elif (before := epochs_before(self.folder.config, cfg)) is not None:
+            check_more_epochs(before, cfg.num_epochs, cfg.schedule, method)
         method.model.init = None
         if self.previous is not None:
             method.after(earlier_run(self.previous, data, accelerator, self.base, cfg, fresh))
@@ -280,8 +285,8 @@ class _Run:
         report = Trainer(self.accelerator, plan, states, validation, curves).fit(method, data)
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         for text in validation.outcome(report.validations, cfg.num_epochs):
-            note(text)
             log.info(text)
+            note(text)
         for text in training_notes.of_report(report):
             note(text, warn=True)
         return report
@@ -291,6 +296,3 @@ class _Run:
         if self.cfg.micro_batch_size == "auto":
             return largest_micro_batch(method, self.accelerator, size, self.cfg.resolution)
         return size
-
-    def _init_head(self, method: Method, data: DataBundle) -> None:
-        prepare_head(method, data, self.accelerator, self.cfg.test_batch_size, self.cfg.num_workers)

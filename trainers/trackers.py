@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
+from accelerate.utils import LoggerType
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
@@ -46,13 +47,11 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         UserError: a tracker is unknown, or its package is not installed.
     """
-    available = [str(name) for name in get_available_trackers()]
+    missing = set(LoggerType.list()) - {str(name) for name in get_available_trackers()} - {TENSORBOARD}
     for name in names:
         lookup(LOGGER_TYPE_TO_CLASS, name, "tracker")
-        if name not in (TENSORBOARD, *available):
-            raise UserError(
-                f"trackers: the package of {name} is not installed; run `pip install {name}`, or leave it out"
-            )
+        if name in missing:
+            raise UserError(f"trackers: {name} is not installed; run `pip install {name}`, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ PREFIX = "best."
 """Beginning of the names of the best epoch's tensors in a saved state."""
 
 Validated = dict[str, Any]
-"""One validation: `epoch` and `step`, counted from 1, and the metrics that are one number (None: nothing to measure)."""
+"""One validation: `epoch` and `step`, counted from 1, and the metrics that are one number (None: no such images)."""
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,9 @@ class Events:
             options: name → value.
             metrics: tags of the curves whose last values the line shows.
         """
-        texts = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in options.items()
-        }
-        for summary in hparams(texts, dict.fromkeys(metrics, 0.0)):
+        plain = (bool, int, float, str)
+        shown = {name: value if isinstance(value, plain) else str(value) for name, value in options.items()}
+        for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
             self._write(Event(summary=summary))
 
     def flush(self) -> None:

@@ -190,11 +190,11 @@ class Validation:
 
     def outcome(self, validations: Sequence[Validated], epochs: int) -> Iterator[str]:
         """Sentences about what the validations have decided, for the log and the notes of a run of `epochs` epochs."""
-        best = self.best_of(validations)
-        if best is not None:
-            value = f"{self.plan.metric} {best[self.plan.metric]:.4g}"
+        best, metric = self.best_of(validations), self.plan.metric
+        if best is not None and metric is not None:
+            value = f"{metric} {best[metric]:.4g}"
             yield f"the weights are those of epoch {best['epoch']}, the best of {len(validations)} validated ({value})"
-        elif self.plan.metric is not None:
+        elif metric is not None:
             yield "no epoch was validated, so the weights are the last ones"
         if self.ends(validations) and validations[-1]["epoch"] < epochs:
             yield f"patience {self.plan.patience} ended the training after epoch {validations[-1]['epoch']}"

@@ -123,6 +123,11 @@ class ClassificationModel(nn.Module):
         """Whether the logits of an image depend on the others in the batch while training."""
         return self.encoder.batch_coupled
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether what the tuners do in a step depends on the number of steps of the run."""
+        return self.peft is not None and self.peft.depends_on_length
+
     def penalty(self) -> Tensor | None:
         """What the tuners add to the mean loss, a scalar; None: nothing."""
         return self.peft.penalty() if self.peft else None

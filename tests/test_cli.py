@@ -420,11 +420,11 @@ def test_stored_config_loads_again(finished: Path) -> None:
 def test_tensorboard_tags(finished: Path) -> None:
     events = EventAccumulator(str(finished / RUN / "tensorboard"))
     events.Reload()
-    train = "lr loss.val loss.avg acc.val acc.avg mean_acc many_acc med_acc few_acc"
+    train = "lr loss loss_avg acc acc_avg mean_acc many_acc med_acc few_acc"
     test = "accuracy error_rate macro_f1 worst_case_acc hmean_acc gmean_acc many_acc med_acc few_acc mean_acc ece nll"
     wanted = {f"train/{tag}" for tag in train.split()} | {f"test/{tag}" for tag in test.split()}
     assert wanted <= set(events.Tags()["scalars"])
-    assert [each.step for each in events.Scalars("train/loss.val")] == list(range(1, 11))
+    assert [each.step for each in events.Scalars("train/loss")] == list(range(1, 11))
 
 
 # --- another launch in its folder ------------------------------------------------------------------------------------

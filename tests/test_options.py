@@ -21,10 +21,12 @@ import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import other_value
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
@@ -404,6 +406,41 @@ def said(text: str) -> Callable[[CfgNode], Any]:
     return lambda cfg: text in (ran(cfg) / "log.txt").read_text()
 
 
+def validated(cfg: CfgNode) -> Any:
+    return [each["epoch"] for each in result(cfg)["train"].get("validations", [])]
+
+
+def kept(cfg: CfgNode) -> Any:
+    return result(cfg)["train"].get("kept_epoch")
+
+
+def tracked(cfg: CfgNode) -> Any:
+    """What a tracker of a name of ours is given, and whether there are files for TensorBoard."""
+    given: list[str] = []
+
+    class Noted(GeneralTracker):
+        name, requires_logging_directory, tracker = "noted", False, None
+
+        def __init__(self, run_name: str) -> None:
+            super().__init__()
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            given.append("lr" if "lr" in values else "nothing")
+
+        def log(self, values: dict[str, float], step: int | None, **_: Any) -> None:
+            given.extend(values)
+
+    with mock.patch.dict("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"noted": Noted}):
+        path = ran(cfg)
+    return {"noted": given, "tensorboard": (path / "tensorboard").exists()}
+
+
+def tags(cfg: CfgNode) -> Any:
+    events = EventAccumulator(str(ran(cfg) / "tensorboard"))
+    events.Reload()
+    return sorted(events.Tags()["scalars"])
+
+
 def cached_in(cfg: CfgNode) -> Any:
     """Which of two folders a cache on disk is in."""
     for name in ("here", "there"):
@@ -506,6 +543,9 @@ ADAPTED: Words = (*SHORT, "num_experts", 2, "adapt", "sade")
 LISTED: dict[str, Any] = {"data": "lists.yaml"}
 SHIFTED: Words = ("test_dists", "forward2")
 DRAWN: Words = ("test_dists", "dirichlet")
+STALE: Words = ("num_epochs", 3, "batch_size", 128, "max_test_images", 20, "lr", 0, "val_per_class", 1)
+STALE += ("val_every", 1, "keep", "best:accuracy")
+"""Nothing is learnt, so no epoch is better than the first."""
 STEPPED: Words = ("schedule", "multistep")
 FUSED: Words = (*ONE, "method", "h2t", "h2t.shift_bn", False, "after", "tiny_clip")
 OF_RUN: Words = (*ONE, "output_dir", "run0", "test_only", True)
@@ -586,6 +626,9 @@ PROBES: dict[str, Probe] = {
     "smooth_head": Probe(0.3, 0.1, loss, ("loss_type", "LAS")),
     "smooth_tail": Probe(0.0, 0.1, loss, ("loss_type", "LAS")),
     "drw_epoch": Probe("none", 0, loss),
+    "val_every": Probe("none", 1, validated, (*ONE, "max_steps", "none", "val_per_class", 1)),
+    "keep": Probe("last", "best:nll", kept, (*ONE, "max_steps", "none", "val_per_class", 1, "val_every", 1)),
+    "patience": Probe("none", 1, steps, STALE),
     "tte": Probe(False, True, own_logits, SHORT),
     "tte_mode": Probe("fivecrop", "tencrop", own_logits, (*SHORT, "tte", True)),
     "expand": Probe("none", 4, own_logits, (*SHORT, "tte", True)),
@@ -633,6 +676,8 @@ PROBES: dict[str, Probe] = {
     "print_freq": Probe(10, 1, printed, ("num_epochs", 1, "max_test_images", 20)),
     "save_every": Probe("none", 1, states, ("max_steps", 2, "batch_size", 16, "max_test_images", 20)),
     "test_batch_size": Probe(64, 7, batches("expert_logits"), SHORT),
+    "trackers": Probe("tensorboard", "noted", tracked, ONE),
+    "tensorboard_tags": Probe("plain", "lift", tags, ONE),
 }
 
 

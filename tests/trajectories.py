@@ -74,7 +74,7 @@ def losses(folder: Path) -> list[float]:
     """The loss of every step, by step; a repeated step counts once, as TensorBoard shows it."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    by_step = {each.step: each.value for each in events.Scalars("train/loss.val")}
+    by_step = {each.step: each.value for each in events.Scalars("train/loss")}
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -18,6 +18,7 @@ from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
+from tailtune.trainers.evaluation.validation import ValidationPlan
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
 from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
 from tailtune.trainers.export import EXPORTS, check_export
@@ -25,6 +26,7 @@ from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan, check_factors
 from tailtune.trainers.runs.load_run import make_method, subject_of
+from tailtune.trainers.trackers import check_trackers
 
 
 def validate(
@@ -76,6 +78,8 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
         method = make_method(cfg, info)
     if plan is not None:
         check_factors(method.param_groups(), plan)
+        ValidationPlan.of(cfg)
+        check_trackers(cfg.trackers)
     check_adapt(cfg.adapt, method, cfg.method)
     check_ensemble(cfg, method, info.class_names)
     check_target(TargetPlan.of(cfg), info)

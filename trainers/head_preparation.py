@@ -35,7 +35,7 @@ def prepare_head(
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("encoding %d training images for the head", len(view))
         rank, world = accelerator.process_index, accelerator.num_processes
-        for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device):
+        for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
             real = batch["weight"] > 0
             index = batch["index"][real]
             shared = encoder.trunk(method.model.normalised(batch["image"]))

@@ -241,10 +241,12 @@ class Schedule:
     """(plan, epoch, counted from 0) → factor on the learning rate during that epoch."""
     Options: type = NoOptions
     """Dataclass of the options that only this schedule reads."""
+    depends_on_length: bool = False
+    """Whether the rate of an epoch depends on the number of epochs of the run."""
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "cosine": Schedule(cosine),
+    "cosine": Schedule(cosine, depends_on_length=True),
     "multistep": Schedule(multistep, MultistepOptions),
     "constant": Schedule(constant),
 }

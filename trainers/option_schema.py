@@ -24,10 +24,12 @@ from tailtune.trainers.evaluation.adaptation_table import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
+from tailtune.trainers.evaluation.validation import ValidationOptions
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.options import MethodOptions
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, SCHEDULES
+from tailtune.trainers.trackers import TrackerOptions
 from tailtune.trainers.training_options import RunOptions, TrainingOptions
 
 TABLES: Mapping[str, Mapping[str, Any]] = {
@@ -76,6 +78,7 @@ def _declarations() -> Iterator[Declaration]:
         yield from declarations(optimizer.Options, "Training", name)
     for name, schedule in SCHEDULES.items():
         yield from declarations(schedule.Options, "Training", name)
+    yield from declarations(ValidationOptions, "Validation during training")
     yield from declarations(TestTimeOptions, "Evaluation")
     yield from declarations(EvaluatedImageOptions, "Evaluation")
     yield from declarations(ShiftOptions, "Test distributions")
@@ -88,6 +91,7 @@ def _declarations() -> Iterator[Declaration]:
     for name, ensemble in ENSEMBLES.items():
         yield from declarations(ensemble.Options, "Ensembles", name)
     yield from declarations(RunOptions, "How it runs")
+    yield from declarations(TrackerOptions, "How it runs")
     for name, method in METHODS.items():
         yield from declarations(method.Options, f"Method {name}", name, method=name)
 

@@ -9,8 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock
 
-from tailtune.configs import CfgNode, config_hash
+from tailtune.configs import CfgNode, config_hash, values_of
 from tailtune.configs.errors import UserError
+from tailtune.configs.key import TRAIN
 from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.program import launch_target
 from tailtune.datasets.build_data import build_data
@@ -21,17 +22,20 @@ from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
+from tailtune.trainers import training_notes
 from tailtune.trainers.config_checks import validate
 from tailtune.trainers.distributed import Devices, launched_alone, make_accelerator, on_main, uses_cuda
 from tailtune.trainers.evaluation.ensembles import ensemble_named, ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.stored_temperature import stored_temperature
+from tailtune.trainers.evaluation.validation import Validation, ValidationPlan
 from tailtune.trainers.export import SharedRun, export, push
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
 from tailtune.trainers.micro_batch_size import micro_batch_size
+from tailtune.trainers.more_epochs import any_length, check_more_epochs
 from tailtune.trainers.optimizers_and_schedules import Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
@@ -43,15 +47,17 @@ from tailtune.trainers.runs.load_run import (
     subject_of,
     trained_method,
 )
+from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
-from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.result_table import read_result
+from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import LOCK, read_json
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.stored_result import SUGGESTED, show, splits_and_decision
+from tailtune.trainers.trackers import CurvePlan, finish_trackers, start_curves
 from tailtune.trainers.trainer import Trainer
 
 log = logging.getLogger("tailtune")
@@ -113,6 +119,7 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
             folder.withdraw()
         raise error
     finally:
+        finish_trackers(accelerator)
         detach_file()
         lock.release()
 
@@ -251,15 +258,19 @@ class _Run:
             "processes": accelerator.num_processes,
             "images": data.records["train"].fingerprint,
         }
-        states = ResumeStates(self.folder.states, identity, self.folder.seal)
+        validation = Validation(ValidationPlan.of(cfg), data, accelerator, self.evaluation.scratch)
+        of_states = {**identity, **validation.identity}
+        states = ResumeStates(self.folder.states, of_states, self.folder.seal, any_length(cfg))
         fresh = not cfg.resume or not states.begun()
         if fresh:
-            self._init_head(method, data)
+            prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+        elif (before := epochs_before(self.folder.config, cfg)) is not None:
+            check_more_epochs(before, cfg.num_epochs, cfg.schedule, method)
         method.model.init = None
         if self.previous is not None:
             method.after(earlier_run(self.previous, data, accelerator, self.base, cfg, fresh))
         self._claim(data)
-        report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states)
+        report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states, validation)
         if accelerator.is_main_process:
             facts = {**identity, "base": self.base, "class_names": list(data.info.class_names)}
             facts |= {"class_counts": data.info.class_counts.tolist()}
@@ -269,34 +280,29 @@ class _Run:
         accelerator.wait_for_everyone()
         return report
 
-    def _fit(self, method: Method, data: DataBundle, states: ResumeStates) -> TrainReport:
+    def _fit(self, method: Method, data: DataBundle, states: ResumeStates, validation: Validation) -> TrainReport:
         cfg, note = self.cfg, self.evaluation.note
-        if self._precision() != cfg.prec:
-            note(f"prec {cfg.prec} needs a CUDA GPU; training in {self._precision()}", warn=True)
-        if cfg.drw_epoch is not None and cfg.drw_epoch >= cfg.num_epochs:
-            note(f"drw_epoch {cfg.drw_epoch} never comes: the last epoch is {cfg.num_epochs - 1}", warn=True)
-        if cfg.lr_steps and cfg.lr_steps[0] >= cfg.num_epochs:
-            note(f"lr_steps {cfg.lr_steps} never come: the last epoch is {cfg.num_epochs - 1}", warn=True)
+        for text in training_notes.of_settings(
+            cfg.prec, self._precision(), cfg.drw_epoch, cfg.lr_steps, cfg.num_epochs
+        ):
+            note(text, warn=True)
         precision = PRECISIONS[self._precision()]
         method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
         cast_trainable(method, precision.trainable)
         plan = Plan.of(cfg, self._micro_batch(method))
-        events = self.folder.events if self.accelerator.is_main_process else None
+        home, options = self.folder, values_of(cfg, TRAIN)
+        curves = start_curves(self.accelerator, CurvePlan.of(cfg), home.path, home.manifest.run, options)
         if method.batch_coupled and plan.micro_batch_size < cfg.batch_size:
-            note(
-                "the loss or a batch norm couples the images that a process holds at once, here "
-                f"{plan.micro_batch_size} of batch_size {cfg.batch_size}: another micro_batch_size or number of "
-                "processes is another run",
-                warn=True,
-            )
+            note(training_notes.of_micro_batch(plan.micro_batch_size, cfg.batch_size), warn=True)
         if cfg.cache is not None:
             keep_images(data.train, cfg.cache, Path(cfg.cache_dir).expanduser())
-        report = Trainer(self.accelerator, plan, states, events).fit(method, data)
+        report = Trainer(self.accelerator, plan, states, validation, curves).fit(method, data)
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
-        if report.bad_images:
-            note(f"training left out unreadable images {report.bad_images} times", warn=True)
-        if report.skipped_steps:
-            note(f"{report.skipped_steps} of {report.steps} steps were skipped: fp16 overflowed", warn=True)
+        for text in validation.outcome(report.validations, cfg.num_epochs):
+            log.info(text)
+            note(text)
+        for text in training_notes.of_report(report):
+            note(text, warn=True)
         return report
 
     def _micro_batch(self, method: Method) -> int:
@@ -304,6 +310,3 @@ class _Run:
         if self.cfg.micro_batch_size == "auto":
             return largest_micro_batch(method, self.accelerator, size, self.cfg.resolution)
         return size
-
-    def _init_head(self, method: Method, data: DataBundle) -> None:
-        prepare_head(method, data, self.accelerator, self.cfg.test_batch_size, self.cfg.num_workers)

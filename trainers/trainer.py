@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.distributed import share_statistics
+from tailtune.trainers.evaluation.validation import Validated, Validation
 from tailtune.trainers.methods.base import Batch, Method, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
-from tailtune.trainers.progress import Progress
+from tailtune.trainers.progress import Curves, Progress
 from tailtune.trainers.runs.metrics_file import TrainReport
 from tailtune.trainers.storage.checkpoint import (
     copy_state,
@@ -62,11 +62,15 @@ class Trainer:
         accelerator: made with `gradient_accumulation_steps=1`, because the trainer accumulates sums itself.
         plan: the training settings.
         states: saves the states of the run and loads them to resume it.
-        events: folder of TensorBoard files; None on processes that show nothing.
+        validation: validates after some epochs, and chooses the epoch that is kept.
+        curves: where the curves go.
     """
 
-    def __init__(self, accelerator: Accelerator, plan: Plan, states: ResumeStates, events: Path | None) -> None:
-        self.accelerator, self.plan, self.states, self.events = accelerator, plan, states, events
+    def __init__(
+        self, accelerator: Accelerator, plan: Plan, states: ResumeStates, validation: Validation, curves: Curves
+    ) -> None:
+        self.accelerator, self.plan, self.states, self.curves = accelerator, plan, states, curves
+        self.validation = validation
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
         """Train `method` in place. Continue from the newest saved state, if one exists.
@@ -82,10 +86,10 @@ class Trainer:
         data.train.timed = self.plan.profile_data
         loader = train_loader(data.train, run.sampler, self.plan.num_workers, self.accelerator.device)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
-        started, before = time.perf_counter(), run.report.seconds
+        validation, started, before = self.validation, time.perf_counter(), run.report.seconds
         try:
             with Interrupt() as interrupt:
-                while run.report.steps < total:
+                while run.report.steps < total and not validation.ends(run.report.validations):
                     epoch, first = divmod(run.report.steps, steps)
                     method.on_epoch(epoch, self.plan.epochs)
                     run.sampler.set_position(epoch, first)
@@ -93,7 +97,7 @@ class Trainer:
                     for step in range(first, min(steps, total - epoch * steps)):
                         set_lr(run.optimizer, self.plan, epoch, run.report.steps + 1)
                         self._step(run, batches, step)
-                        run.report.seconds = before + time.perf_counter() - started
+                        run.report.seconds = before + time.perf_counter() - started - validation.seconds
                         self._after_step(run, interrupt, last=run.report.steps + 1 == total)
                     if self.plan.profile_data:
                         log.info(loader.times.report(epoch + 1, time.perf_counter() - begun))
@@ -101,6 +105,8 @@ class Trainer:
             run.progress.close()
         if cuda:
             run.report.peak_memory_bytes = torch.cuda.max_memory_allocated()
+        validation.restore_best(method)
+        run.report.kept = validation.best_of(run.report.validations)
         return run.report
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -177,12 +183,21 @@ class Trainer:
         saves = end_of_epoch or last or stops or bool(self.plan.save_every and done % self.plan.save_every == 0)
         if shows or saves:
             self._check_finite(run, weights=saves)
+        if saves:
+            share_statistics(self.accelerator, run.method)
+        validated = self._validate(run) if end_of_epoch else None
         if shows:
-            run.progress.show(done, self._rate, *run.meters.read(self._sum))
+            run.progress.show(done, self._rate, *run.meters.read(self._sum), validated)
         if saves:
             self._save(run)
         if stops:
             raise Interrupted
+
+    def _validate(self, run: _Run) -> Validated | None:
+        before, epoch = self.validation.seconds, run.report.steps // run.sampler.steps
+        validated = self.validation.after_epoch(run.method, epoch, run.report.steps, run.report.validations)
+        run.progress.since += self.validation.seconds - before  # the time of a step is without it
+        return validated
 
     def _check_finite(self, run: _Run, weights: bool) -> None:
         """Raise a `UserError` if the loss of a step so far or, with `weights`, a trainable weight is not finite."""
@@ -218,7 +233,7 @@ class Trainer:
         wrapped, prepared = accelerator.prepare(method, optimizer)
         total = self.total_steps(sampler.steps)
         method.before_training(total, sampler.steps)
-        progress = Progress(self.events, plan.epochs, sampler.steps, report.steps, total)
+        progress = Progress(self.curves, plan.epochs, sampler.steps, report.steps, total)
         device = accelerator.device
         images, finite = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor(True, device=device)
         agreement = Agreement(world, report.steps, self._sum_numbers)
@@ -236,7 +251,6 @@ class Trainer:
                 f"none of the training images could be read in {run.report.steps} steps, so nothing was learnt; check "
                 "`root` and the images"
             )
-        share_statistics(self.accelerator, run.method)
         rank = self.accelerator.process_index
         meters = {f"meters.{rank}.{name}": tensor for name, tensor in run.meters.state().items()}
         rank_state = {name: tensor.cpu() for name, tensor in {**random_state(rank), **meters}.items()}
@@ -245,6 +259,7 @@ class Trainer:
             all_ranks.update(state)
         if self.accelerator.is_main_process:
             trained = {f"method.{name}": tensor for name, tensor in trained_state(run.method).items()}
+            best = self.validation.state(run.report.validations, run.report.steps)
             of_optimizer, values = optimizer_state(run.optimizer)
             scaler = self.accelerator.scaler
             facts = {
@@ -253,7 +268,7 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "optimizer": values,
             }
-            self.states.save(run.report.steps, {**trained, **of_optimizer, **all_ranks}, facts)
+            self.states.save(run.report.steps, {**trained, **best, **of_optimizer, **all_ranks}, facts)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: TrainingMeters) -> TrainReport:
@@ -265,12 +280,14 @@ class Trainer:
             log.info("using %d threads, as the run did before (results depend on it)", facts["threads"])
             torch.set_num_threads(facts["threads"])
         where = str(self.states.folder)
-        copy_state(method, with_prefix(tensors, "method."), where, "start over with `resume False`")
+        trained, report = with_prefix(tensors, "method."), TrainReport(**facts["report"])
+        copy_state(method, trained, where, "start over with `resume False`")
+        self.validation.load(tensors, trained, self.validation.best_of(report.validations))
         restore_optimizer(optimizer, tensors, facts.get("optimizer"))
         rank = self.accelerator.process_index
         meters.load(with_prefix(tensors, f"meters.{rank}."))
         restore_random_state(tensors, rank)
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
-        log.info("resuming after step %d", facts["report"]["steps"])
-        return TrainReport(**facts["report"])
+        log.info("resuming after step %d", report.steps)
+        return report

@@ -60,7 +60,7 @@ class TrainingMeters:
             reduce: sums a tensor over the processes.
 
         Returns:
-            Loss and accuracy of each step (`loss.val`, `loss.avg`, `acc.val`, `acc.avg`), and the mean of the class
+            Loss and accuracy of each step (`loss`, `loss_avg`, `acc`, `acc_avg`), and the mean of the class
             averages over all classes and over each group, in %; None for a group of which no sample was seen.
         """
         hits, seen = reduce(torch.stack([self.hits, self.seen]))
@@ -96,7 +96,7 @@ class TrainingMeters:
             self.average = values
         else:
             self.average = [DECAY * old + (1 - DECAY) * new for old, new in zip(average, values, strict=True)]
-        return {"loss.val": loss, "loss.avg": self.average[0], "acc.val": accuracy, "acc.avg": self.average[1]}
+        return {"loss": loss, "loss_avg": self.average[0], "acc": accuracy, "acc_avg": self.average[1]}
 
     def _mean(self, group: str | None) -> float | None:
         values = self.class_average if group is None else self.class_average[self.groups[group]]

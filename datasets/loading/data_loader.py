@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
+from tqdm import tqdm
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.machine import available_processors, local_processes
@@ -44,6 +45,7 @@ class Loader:
         max_images: images of the largest batch.
         persistent: keep the workers from one iteration to the next.
         device: where the batches are finished.
+        title: text of the progress bar; empty: there is none.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Loader:
         max_images: int,
         persistent: bool,
         device: torch.device,
+        title: str = "",
     ) -> None:
-        self.view, self.device = view, device
+        self.view, self.device, self.title = view, device, title
         # The memory is estimated from the size that the transform gives to a square image.
         wanted = chosen_workers(view) if num_workers is None else num_workers if len(view) else 0
         self.num_workers = usable_workers(
@@ -86,6 +89,9 @@ class Loader:
         """
         monitor = WorkerMonitor(self.processes, self.num_workers > 0)
         started = perf_counter()
+        bar = tqdm(
+            total=len(self), desc=self.title, unit="batch", delay=2, leave=False, disable=None if self.title else True
+        )
         try:
             batches = self._start(monitor)
             while True:
@@ -95,12 +101,14 @@ class Loader:
                     return
                 yield self._finished(batch)
                 started = perf_counter()
+                bar.update()
         except (UserError, RuntimeError, OSError, EOFError) as error:
             disconnected = isinstance(error, (OSError, EOFError))  # a connection ends shortly before its process does
             failure = monitor.failure(wait_seconds=1.0 if disconnected else 0.0)
             monitor.end_workers()  # torch would wait several seconds for each of them
             raise failure or clean_worker_error(error) or error from None
         finally:
+            bar.close()
             monitor.close()
 
     def __len__(self) -> int:
@@ -151,6 +159,7 @@ def eval_loader(
     world: int = 1,
     epoch: int = 0,
     device: torch.device = CPU,
+    title: str = "",
 ) -> Loader:
     """Batches for evaluation: all ranks together see each image once, in the same number of batches of equal sizes.
 
@@ -164,9 +173,12 @@ def eval_loader(
         world: number of processes.
         epoch: pass over the images. A random transform makes new draws in each.
         device: where the batches are finished.
+        title: text of the progress bar, which rank 0 shows on a terminal if the pass takes more than two seconds;
+            empty: there is no bar.
     """
     batches = _RankBatches(len(view), batch_size, rank, world, epoch)
-    return Loader(view, batches, num_workers, min(batch_size, len(batches.keys)), False, device)
+    title = title if rank == 0 else ""
+    return Loader(view, batches, num_workers, min(batch_size, len(batches.keys)), False, device, title)
 
 
 def train_loader(view: View, sampler: StepSampler, num_workers: int | None, device: torch.device = CPU) -> Loader:

@@ -27,6 +27,9 @@ class PeftAdapter(nn.Module):
         args: the user's `peft_args`.
     """
 
+    depends_on_length = False
+    """Whether a step depends on the number of steps of the run."""
+
     def __init__(self, name: str, model: "PeftModel", targets: Sequence[str], args: Mapping[str, Any]) -> None:
         super().__init__()
         self.name, self.targets, self.args = name, targets, args
@@ -81,6 +84,8 @@ class AdaLora(PeftAdapter):
     buffers, and the allocator gets these buffers before the first step, also when a run resumes. Their names are part
     of the checkpoint.
     """
+
+    depends_on_length = True
 
     def __init__(self, name: str, model: "PeftModel", targets: Sequence[str], args: Mapping[str, Any]) -> None:
         super().__init__(name, model, targets, args)

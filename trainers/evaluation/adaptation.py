@@ -78,9 +78,8 @@ class UnlabelledTest:
             positions: positions of the images in the test split, in the order in which they are read [n].
             batch_size: number of images in a batch.
         """
-        for batch in eval_loader(
-            self.images.take(positions.numpy()), batch_size, self.num_workers, device=self.accelerator.device
-        ):
+        view, device = self.images.take(positions.numpy()), self.accelerator.device
+        for batch in eval_loader(view, batch_size, self.num_workers, device=device, title="adaptation"):
             readable = batch["weight"] > 0
             if readable.any():
                 yield UnlabelledBatch(batch["image"][readable], positions[batch["index"][readable].cpu()])

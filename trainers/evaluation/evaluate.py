@@ -8,7 +8,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from tailtune.configs import values_of
 from tailtune.configs.errors import UserError
+from tailtune.configs.key import TRAIN
 from tailtune.datasets.data_bundle import DataBundle, DataInfo, TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
@@ -22,7 +24,7 @@ from tailtune.trainers.evaluation.logit_files import LOGITS, VAL_LOGITS, save_lo
 from tailtune.trainers.evaluation.metrics import evaluate, evaluate_predictions
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
-from tailtune.trainers.progress import write_test_scalars
+from tailtune.trainers.progress import test_curves, write_test_curves
 from tailtune.trainers.runs.metrics_file import circumstances, write_metrics
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Decision
@@ -163,9 +165,8 @@ class Evaluation:
 
         def passes(number: int) -> Logits | None:
             log.info("views of the test images, pass %d", number + 1)
-            return infer(
-                predict, data.test_views, self.accelerator, plan.batch_size, plan.num_workers, number, self.scratch
-            )
+            sizes, title = (plan.batch_size, plan.num_workers), f"views, pass {number + 1}"
+            return infer(predict, data.test_views, self.accelerator, *sizes, number, self.scratch, title=title)
 
         distributions = [candidate for candidate in distributions if candidate.name in measured]
         test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
@@ -214,6 +215,7 @@ class Evaluation:
             plan.num_workers,
             scratch=self.scratch,
             summarised=True,
+            title=f"{split} images",
         )
         if logits is None:
             return None
@@ -268,7 +270,12 @@ class Evaluation:
             result["dirichlet"] = summary
         target = self.decision.target
         if distributions or target == self.folder.path:
-            write_test_scalars(target / "tensorboard", result["test"], distributions)
+            options = values_of(self.folder.cfg, TRAIN) if target == self.folder.path else None
+            step = (result.get("train") or {}).get("steps", 0)
+            curves = test_curves(result["test"], distributions)
+            self.accelerator.log(curves, step)
+            if self.plan.tensorboard:
+                write_test_curves(target / "tensorboard", step, curves, distributions, options)
         self.folder.seal(write_metrics(target, result))
         log.info("%s\nrun folder %s", table(result), target)
 

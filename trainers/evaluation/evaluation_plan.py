@@ -46,6 +46,8 @@ class EvaluationPlan:
     batch_size: int
     num_workers: int | None
     max_images: int | None
+    tensorboard: bool
+    """Whether the results are also written as curves for TensorBoard."""
     warnings: tuple[str, ...]
     """Warnings about the options; they are shown before anything is computed."""
 
@@ -68,6 +70,7 @@ class EvaluationPlan:
             batch_size=cfg.test_batch_size,
             num_workers=cfg.num_workers,
             max_images=cfg.max_test_images,
+            tensorboard="tensorboard" in cfg.trackers,
             warnings=tuple(warnings),
         )
 

@@ -59,7 +59,7 @@ def split_features(
         num_workers: number of processes that decode images; None chooses it.
     """
     features, labels = [], []
-    for batch in eval_loader(view, batch_size, num_workers, device=device):
+    for batch in eval_loader(view, batch_size, num_workers, device=device, title="features"):
         real = batch["weight"] > 0
         features.append(method.model.features(batch["image"])[real].float().cpu())
         labels.append(batch["label"][real].cpu())

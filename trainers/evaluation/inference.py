@@ -53,6 +53,7 @@ def infer(
     epoch: int = 0,
     scratch: Scratch = Scratch(),  # noqa: B008
     summarised: bool = False,
+    title: str = "",
 ) -> Logits | None:
     """Run `predict` on every image of a view once. The images are divided among the processes.
 
@@ -65,13 +66,14 @@ def infer(
         epoch: number that selects the random draws, if the transform is random.
         scratch: gives room for the logits. Large ones are kept in half precision, as in files.
         summarised: also make the summary of the logits, which are then [N, E, C], before they lose precision.
+        title: text of the progress bar, as for `eval_loader`.
 
     Returns:
         The logits, on the CPU of the first process; None on the other processes.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     collected = CollectedLogits(len(view), scratch, summarised)
-    loader = eval_loader(view, batch_size, num_workers, rank, world, epoch, accelerator.device)
+    loader = eval_loader(view, batch_size, num_workers, rank, world, epoch, accelerator.device, title)
     for number, batch in enumerate(loader):
         out = predict(batch["image"]).float()
         if number == 0:  # without space on the disk, no process goes on

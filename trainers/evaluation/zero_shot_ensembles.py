@@ -73,6 +73,7 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
         run.cfg.test_batch_size,
         run.cfg.num_workers,
         scratch=scratch,
+        title="prior",
     )
     prior = on_main(accelerator, lambda: _prior_of(train_logits, scratch))
     bias = outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior  # [E, C]

@@ -111,6 +111,11 @@ class Method(StagedModule):
         """Whether the objective depends on the micro-batch size, because of the method, its loss or its model."""
         return self.depends_on_batch or self.objective.loss.couples or self.model.batch_coupled
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a step depends on the number of epochs of the run, so that a finished run cannot get more of them."""
+        return self.model.depends_on_length
+
     # --- what it computes ----------------------------------------------------------------------------------------
 
     @property

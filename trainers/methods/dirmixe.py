@@ -71,6 +71,10 @@ class DirMixE(Method):
         self.recycled_draws: RecycledDraws | None = None
         self._last: tuple[tuple[int, int], Draws] | None = None
 
+    @property
+    def depends_on_length(self) -> bool:
+        return True
+
     def before_training(self, steps: int, per_epoch: int) -> None:
         super().before_training(steps, per_epoch)
         if self.options.pool != "fresh":

@@ -64,6 +64,10 @@ class Wrapper(Method):
         else:
             super().fits(earlier)
 
+    @property
+    def depends_on_length(self) -> bool:
+        return self.inner.depends_on_length
+
     def on_epoch(self, epoch: int, epochs: int) -> None:
         super().on_epoch(epoch, epochs)
         self.inner.on_epoch(epoch, epochs)

@@ -16,6 +16,10 @@ ASCII_OF = str.maketrans({"─": "-", "±": "+/-", "×": "x", "·": "-", "…": 
 """Character → its ASCII replacement, for a terminal whose encoding lacks the character."""
 REPLACE = "tailtune.plain"
 """Name under which `_replace_signs` is registered as an error handler of Python's codecs."""
+SHORT = "short"
+"""Attribute of a log record: the text for a terminal, where a log file has a longer one."""
+WIDTH = 80
+"""Largest number of columns of a short text."""
 NO_FILE = "warning: cannot write %s (%s): the run goes on without it"
 """Message for a log file that cannot be written, with its path and the reason."""
 
@@ -108,12 +112,19 @@ def _replace_signs(error: UnicodeError) -> tuple[str, int]:
 class _Console(logging.StreamHandler):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(_Short() if stream.isatty() else logging.Formatter("%(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore a closed console, as in `main.py … | head`. The log file receives the remaining lines."""
         if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
             raise
+
+
+class _Short(logging.Formatter):
+    """Takes the short text of a record, if it has one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(getattr(record, SHORT, None) or super().format(record))
 
 
 class _File(logging.FileHandler):

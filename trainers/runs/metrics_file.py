@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class TrainReport:
     """Number of optimizer steps that loss scaling skipped because a gradient overflowed."""
     peak_memory_bytes: int | None = None
     """Largest amount of allocated GPU memory, in bytes; None on a CPU."""
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of each validation during the training, with its `epoch` and `step`."""
+    kept: dict[str, Any] | None = None
+    """The validation of the epoch whose weights the run ended with, if a metric has chosen it."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ def train_facts(train: TrainReport) -> dict[str, Any]:
         "peak_memory_bytes": train.peak_memory_bytes,
         "bad_images": train.bad_images,
         "skipped_steps": train.skipped_steps,
+        **({"validations": train.validations} if train.validations else {}),
+        **({"kept_epoch": train.kept["epoch"]} if train.kept else {}),
     }
 
 

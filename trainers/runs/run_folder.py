@@ -1,7 +1,6 @@
 """The run folder `output/<name>/`: its paths, its stored config and splits, and whether its run is finished."""
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredS
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
+from tailtune.trainers.runs.longer_run import epochs_before, forget_results
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
 from tailtune.trainers.storage.atomic_io import Damaged, write_bytes
@@ -29,8 +29,6 @@ TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorbo
 """Entries of the run folder that training creates."""
 RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors")
 """Entries of the run folder that the evaluation creates."""
-
-log = logging.getLogger("tailtune")
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,8 @@ class RunFolder(OwnedFolder):
         """
         if not self.cfg.resume and not self.cfg.test_only and not self.empty():
             self.move_aside()
+        if trains and epochs_before(self.config, self.cfg) is not None:
+            forget_results(self, [*(self.path / name for name in RESULTS), self.checkpoint])
         self.own(*((*TRAINING, *RESULTS) if trains else ("tests",)))
         if trains or (self.metrics.exists() and not self.manifest.intact(self.config)):
             recorded = (key for key, entry in schema_of(self.cfg).items() if entry.recorded)
@@ -195,7 +195,7 @@ class RunFolder(OwnedFolder):
 
     def finished(self) -> bool:
         """Whether the run has ended, and its result and checkpoint are undamaged."""
-        return self.metrics.exists() and not self.damage()
+        return self.metrics.exists() and not self.damage() and epochs_before(self.config, self.cfg) is None
 
     def damage(self) -> str:
         """The first damaged file of a finished run, in words; empty if there is no damage."""
@@ -226,8 +226,9 @@ class RunFolder(OwnedFolder):
                 f"{self.path} holds a run on '{self.cfg.data}' of {home}, another data config of that name; choose "
                 "another output_dir"
             )
+        more = {"num_epochs"} if epochs_before(self.config, self.cfg) is not None else set()  # `more_epochs.py` decides
         for key, value in values_of(self.cfg, TRAIN).items():
-            if stored.get(key) != value:
+            if stored.get(key) != value and key not in more:
                 raise UserError(
                     f"{self.path} holds another run: {key} is {stored.get(key)} there and {value} here; set {key} to "
                     "that value, choose another output_dir, or start over with `resume False`"

@@ -30,13 +30,19 @@ class ResumeStates:
         folder: the folder with the states.
         identity: values that have to be equal in a state of this run: config hash, base model, number of processes,
             data.
+        any_length: a digest of the options without the number of epochs; a state with the same one is of this run,
+            also if it has another config hash. None: there is no such digest.
         record: records the files that are written and removed.
     """
 
     def __init__(
-        self, folder: Path, identity: dict[str, Any], record: RecordFiles = lambda digests, removed: None
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        record: RecordFiles = lambda digests, removed: None,
+        any_length: str | None = None,
     ) -> None:
-        self.folder, self.identity, self.record = folder, identity, record
+        self.folder, self.identity, self.record, self.any_length = folder, identity, record, any_length
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write the state after a step, and remove all but the last two.
@@ -50,7 +56,7 @@ class ResumeStates:
             UserError: the state cannot be written; the earlier states are then unchanged.
         """
         new = self.folder / f"{step:08d}"
-        digests = write_folder(new, tensors, {**facts, "identity": self.identity})
+        digests = write_folder(new, tensors, {**facts, "identity": self.identity, "any_length": self.any_length})
         earlier = [path for path in self._complete() if path < new][1 - KEEP :]
         # States after this step are damaged: the run restarted from an older one.
         removed = [path for path in self._complete() if path not in (*earlier, new)]
@@ -81,15 +87,16 @@ class ResumeStates:
             except UserError as error:
                 log.warning("%s; going back to the state before it", error)
                 continue
-            self._check_identity(path, facts.get("identity", {}))
+            same_but_length = self.any_length is not None and facts.get("any_length") == self.any_length
+            self._check_identity(path, facts.get("identity", {}), {"config"} if same_but_length else set())
             return tensors, facts
         if paths:
             raise UserError(f"every state in {self.folder} is damaged; start over with `resume False`")
         return None
 
-    def _check_identity(self, path: Path, identity: dict[str, Any]) -> None:
+    def _check_identity(self, path: Path, identity: dict[str, Any], may_differ: set[str]) -> None:
         for name, value in self.identity.items():
-            if identity.get(name) != value:
+            if identity.get(name) != value and name not in may_differ:
                 raise UserError(
                     f"{path} is of another run: its {name} is {identity.get(name)}, here it is {value}; launch it as "
                     "before, start over with `resume False`, or choose another output_dir"

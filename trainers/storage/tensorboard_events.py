@@ -8,12 +8,15 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import hparams
 
 log = logging.getLogger("tailtune")
 _file_numbers = itertools.count()
@@ -50,6 +53,18 @@ class Events:
     def add_scalar(self, tag: str, value: float, step: int = 0) -> None:
         """Add a point to the curve `tag`."""
         self._write(Event(summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])), step)
+
+    def add_options(self, options: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Add a line to TensorBoard's tab of hyperparameters, as `SummaryWriter.add_hparams` does.
+
+        Args:
+            options: name → value.
+            metrics: tags of the curves whose last values the line shows.
+        """
+        plain = (bool, int, float, str)
+        shown = {name: value if isinstance(value, plain) else str(value) for name, value in options.items()}
+        for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
+            self._write(Event(summary=summary))
 
     def flush(self) -> None:
         """Write everything that was added so far."""

@@ -1,0 +1,43 @@
+"""More epochs for a run: a larger `num_epochs` continues it, where no step depends on the number of epochs."""
+
+from tailtune.configs import CfgNode, config_hash
+from tailtune.configs.errors import UserError
+from tailtune.trainers.methods import Method
+from tailtune.trainers.optimizers_and_schedules import SCHEDULES
+
+
+def any_length(cfg: CfgNode) -> str:
+    """A digest of all training options but the number of epochs.
+
+    Args:
+        cfg: resolved config of the run.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.num_epochs = 0
+    cfg.freeze()
+    return config_hash(cfg)
+
+
+def check_more_epochs(before: int, epochs: int, schedule: str, method: Method) -> None:
+    """Check that a run can get more epochs.
+
+    Args:
+        before: its number of epochs so far.
+        epochs: the number that is asked for.
+        schedule: entry of SCHEDULES.
+        method: the method of the run.
+
+    Raises:
+        UserError: a step of the run depended on the number of epochs; the message says which part.
+    """
+    why = ""
+    if SCHEDULES[schedule].depends_on_length:
+        why = f"schedule {schedule} sets the learning rate of each epoch by the number of epochs"
+    elif method.depends_on_length:
+        why = "its method or its tuner counts the steps up to the end"
+    if why:
+        raise UserError(
+            f"num_epochs {epochs}: the run in this folder has {before}, and it would not continue as a run of {epochs} "
+            f"begins, because {why}; choose another output_dir, or start over with `resume False`"
+        )

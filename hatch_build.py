@@ -6,7 +6,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDERS = ("configs", "datasets", "models", "trainers")
-SUFFIXES = (".py", ".yaml", ".json", ".txt", ".md")
+SUFFIXES = (".py", ".yaml", ".json", ".txt", ".md", ".html")
 """Endings of the files that the wheel takes from FOLDERS. Files that lie there by chance are left out."""
 EMBEDDED = "models/tiny_clip/weights.safetensors"
 

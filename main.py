@@ -44,6 +44,7 @@ examples:
 
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
+  python main.py report output/NAME                              write the report of a finished run again
 
 The same command again resumes an unfinished run and shows the result of a finished one.
 All options with their values in one run: --dry-run --all. Their meaning is in docs/options.md of the project.
@@ -133,6 +134,10 @@ def run_command(argv: Sequence[str]) -> int:
         from tailtune.datasets.commands.entry import run_data_command
 
         return run_data_command(argv[1:], cached_schema)
+    if argv[:1] == [REPORT_COMMAND]:
+        from tailtune.trainers.report_command import run_report_command
+
+        return run_report_command(argv[1:], cached_schema)
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.version:
@@ -221,6 +226,8 @@ def make_parser() -> Parser:
 
 DATA_COMMANDS = "data"
 """The first word of the commands that prepare and verify data."""
+REPORT_COMMAND = "report"
+"""The first word of the command that writes the report of a finished run again."""
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 

@@ -35,8 +35,18 @@ ROOMS = {
         "methods": {"storage", "losses"},
         "foreign_checkpoints": {"methods", "storage"},
         "export": {"foreign_checkpoints", "methods", "storage"},
+        "report": {"export", "runs", "storage"},
         "runs": {"distributed", "export", "foreign_checkpoints", "head_preparation", "methods", "storage"},
-        "evaluation": {"distributed", "head_preparation", "methods", "precision", "progress", "runs", "storage"},
+        "evaluation": {
+            "distributed",
+            "head_preparation",
+            "methods",
+            "precision",
+            "progress",
+            "report",
+            "runs",
+            "storage",
+        },
     },
 }
 """Package → room (a folder of it) → which rooms and modules of the same package it may import."""

@@ -54,14 +54,34 @@ def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) 
     """
     for path in sorted(run_folder.glob(f"**/{name}")):
         try:
-            check_file(path)
-            tensors, text = open_tensors(path)
-            about = json.loads(text)
-            if about["key"] != json.loads(json.dumps(key)):
-                continue
-            row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
-            logits = HalfRows(tensors["logits"], row_max)
-            return path, Logits(logits, labels, index, about["bad_images"], about["left_out"])
-        except (Damaged, OSError, ValueError, KeyError, TypeError):
+            found = open_logits(path, key)
+        except Damaged:
             continue  # a damaged file is ignored, because the logits can be computed from the images again
+        if found is not None:
+            return path, found
     return None
+
+
+def open_logits(path: Path, key: dict[str, object] | None = None) -> Logits | None:
+    """Open a file that `save_logits` has written.
+
+    Args:
+        path: the file.
+        key: as in `save_logits`; None: any.
+
+    Returns:
+        The logits, which are read from the file when they are used; None if the file has another key.
+
+    Raises:
+        Damaged: the file is missing, or has changed since it was written.
+    """
+    check_file(path)
+    try:
+        tensors, text = open_tensors(path)
+        about = json.loads(text)
+        if key is not None and about["key"] != json.loads(json.dumps(key)):
+            return None
+        row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
+        return Logits(HalfRows(tensors["logits"], row_max), labels, index, about["bad_images"], about["left_out"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(path, str(error)) from error

@@ -46,6 +46,7 @@ examples:
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
   python main.py compare output/run1 output/run2                 a table of runs, and tests over their test images
+  python main.py report output/NAME                              write the report of a finished run again
 
 The same command again resumes an unfinished run and shows the result of a finished one.
 All options with their values in one run: --dry-run --all. Their meaning is in docs/options.md of the project.
@@ -143,6 +144,10 @@ def run_command(argv: Sequence[str]) -> int:
         from tailtune.trainers.comparison.command import run_compare
 
         return run_compare(argv[1:], cached_schema)
+    if argv[:1] == [REPORT_COMMAND]:
+        from tailtune.trainers.report_command import run_report_command
+
+        return run_report_command(argv[1:], cached_schema)
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.version:
@@ -235,6 +240,8 @@ PREDICT = "predict"
 """The first word of the command that labels images."""
 COMPARE = "compare"
 """The first word of the command that compares finished runs."""
+REPORT_COMMAND = "report"
+"""The first word of the command that writes the report of a finished run again."""
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 

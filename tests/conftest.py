@@ -26,7 +26,8 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once."""
+    """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once, and
+    runs in this process make no report (test_report.py makes them)."""
     import torch
 
     from tailtune.datasets.sources.fake import fake_sources
@@ -35,6 +36,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         patch.setattr("tailtune.datasets.sources.fake.fake_sources", cache(fake_sources))
+        patch.setattr("tailtune.trainers.evaluation.evaluate.add_report", lambda *_: "")
         yield
 
 

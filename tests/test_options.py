@@ -51,6 +51,7 @@ from tailtune.scripts.make_options import FILE, render
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
+from tailtune.trainers.evaluation.report_of_evaluation import add_report
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Method, build_method
@@ -537,6 +538,12 @@ def exported(cfg: CfgNode) -> Any:
     return sorted(str(each.relative_to("output")) for each in (ran(cfg) / "export").rglob("*"))
 
 
+def reported(cfg: CfgNode) -> Any:
+    with pytest.MonkeyPatch.context() as patch:  # conftest.py leaves reports out
+        patch.setattr("tailtune.trainers.evaluation.evaluate.add_report", add_report)
+        return (ran(cfg) / "report.html").exists()
+
+
 # --- the table -----------------------------------------------------------------------------------------------------
 
 ADAPTED: Words = (*SHORT, "num_experts", 2, "adapt", "sade")
@@ -668,6 +675,7 @@ PROBES: dict[str, Probe] = {
     "test_only": Probe(False, True, evaluations, ONE),
     "model_dir": Probe("output/run1", "output/run2", another_runs, (*ONE, "test_only", True)),
     "export": Probe("lift", "merged", exported, SHORT),
+    "report": Probe("none", "html", reported, SHORT),
     "output_dir": Probe("none", "here", folder, SHORT),
     "resume": Probe(True, False, repeated, ONE),
     "gpu": Probe("none", 1, device),

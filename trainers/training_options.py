@@ -108,6 +108,13 @@ class RunOptions:
         cls="runtime",
         stages="last",
     )
+    report: str = option(
+        "html",
+        "Report beside each result: a page, the page and every figure as PNG and PDF, or none.",
+        cls="runtime",
+        stages="last",
+        choices=("none", "html", "all"),
+    )
     output_dir: str | None = option(
         None,
         "Folder of the run, below output/ or as an absolute path. None means that the options name it.",

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from tailtune.configs import values_of
 from tailtune.configs.errors import UserError
@@ -22,9 +21,12 @@ from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
 from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
 from tailtune.trainers.evaluation.logit_files import LOGITS, VAL_LOGITS, save_logits, stored_logits
 from tailtune.trainers.evaluation.metrics import evaluate, evaluate_predictions
+from tailtune.trainers.evaluation.report_of_evaluation import add_report
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
 from tailtune.trainers.progress import test_curves, write_test_curves
+from tailtune.trainers.report.files import NONE
+from tailtune.trainers.report.subject import EvaluatedImages
 from tailtune.trainers.runs.metrics_file import circumstances, write_metrics
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Decision
@@ -86,9 +88,12 @@ class Evaluation:
             distributions = self._asked(self.build.distributions(info, test_logits.labels))
             self._keep(test_logits, val)
             measured = plain_results(test_logits, distributions, info.groups)
+            info = self._with_stored_names(info)
             self._aim(test_logits, val, distributions, info, measured)
+            split = "train" if self.plan.test_train else "test"
+            images = self.build.images(split, self.decision.fingerprints.get(split))
             every = self.build.outline().asks_every_expert
-            self._finish(self.trained_result(), test_logits, val, info.groups, measured, every)
+            self._finish(self.trained_result(), test_logits, val, info, images, measured, every)
         return True
 
     def _stored(self, name: str) -> Logits | None:
@@ -141,7 +146,9 @@ class Evaluation:
 
         on_main(self.accelerator, aim)
         if test_logits is not None:
-            self._finish(result, test_logits, val, data.info.groups, measured, method.asks_every_expert)
+            split, view = ("train", data.train_as_test) if self.plan.test_train else ("test", data.test)
+            images = EvaluatedImages(split, view.source, view.indices)
+            self._finish(result, test_logits, val, data.info, images, measured, method.asks_every_expert)
 
     def _asked(self, distributions: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
         """The test distributions; empty if the training images are evaluated."""
@@ -191,15 +198,19 @@ class Evaluation:
         """Add the results of `target_prior` on each distribution to `measured`."""
         if self.plan.target is None or self.plan.test_train:
             return
-        facts = self.folder.source / FACTS
         method = self.build.trained_outline()
-        if self.folder.foreign is None and facts.exists():  # without image lists, `info` may hold placeholder names
-            info = replace(info, class_names=tuple(read_json(facts)["class_names"]))
         notes = add_target_results(
             self.plan.target, method, test_logits, val, distributions, info, measured, self.scratch
         )
         for text in notes:
             self.note(text, warn=True)
+
+    def _with_stored_names(self, info: DataInfo) -> DataInfo:
+        """The facts with the class names of the checkpoint: without image lists, `info` may hold placeholders."""
+        facts = self.folder.source / FACTS
+        if self.folder.foreign is not None or not facts.exists():
+            return info
+        return replace(info, class_names=tuple(read_json(facts)["class_names"]))
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
         """Compute the logits of a split; None on every process but the first."""
@@ -244,11 +255,12 @@ class Evaluation:
         result: dict[str, Any],
         test_logits: Logits,
         val: Logits | None,
-        groups: dict[str, Tensor],
+        info: DataInfo,
+        images: EvaluatedImages,
         distributions: Results,
         asks_every_expert: bool,
     ) -> None:
-        """Compute the metrics, write them and log the table.
+        """Compute the metrics, write report and metrics, and log the table.
 
         metrics.json is written last, because its existence means that all other files are complete.
         """
@@ -258,10 +270,10 @@ class Evaluation:
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, logits in (("test", test_logits), ("val", val)):
             if logits is not None:
-                metrics = evaluate_predictions(logits.summary.predictions, groups)
+                metrics = evaluate_predictions(logits.summary.predictions, info.groups)
                 if not asks_every_expert and not self.plan.tte_mode:  # usage is defined for one view only
                     model = self.build.outline().model
-                    used = usage_report(logits.summary.asked, logits.labels, groups, model, self.plan.resolution)
+                    used = usage_report(logits.summary.asked, logits.labels, info.groups, model, self.plan.resolution)
                     metrics["experts_used"] = used
                 result[split] = {**metrics, "bad_images": logits.bad_images + logits.left_out}
         if distributions:
@@ -276,8 +288,11 @@ class Evaluation:
             self.accelerator.log(curves, step)
             if self.plan.tensorboard:
                 write_test_curves(target / "tensorboard", step, curves, distributions, options)
+        report = ""
+        if self.plan.report != NONE:
+            report = add_report(self.folder, target, result, test_logits, info, images, self.plan.report)
         self.folder.seal(write_metrics(target, result))
-        log.info("%s\nrun folder %s", table(result), target)
+        log.info("%s\n%srun folder %s", table(result), report, target)
 
     def _key(self, name: str) -> dict[str, Any]:
         """Everything on which the logits in the file `name` depend."""

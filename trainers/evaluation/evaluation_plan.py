@@ -17,6 +17,7 @@ from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.target_prior import TargetPlan
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import Method
+from tailtune.trainers.report.subject import EvaluatedImages
 from tailtune.trainers.runs.load_run import outline, outline_of
 from tailtune.trainers.runs.run_folder import RunFolder
 
@@ -48,6 +49,8 @@ class EvaluationPlan:
     max_images: int | None
     tensorboard: bool
     """Whether the results are also written as curves for TensorBoard."""
+    report: str
+    """What is written beside the result: `none`, `html` or `all`."""
     warnings: tuple[str, ...]
     """Warnings about the options; they are shown before anything is computed."""
 
@@ -71,6 +74,7 @@ class EvaluationPlan:
             num_workers=cfg.num_workers,
             max_images=cfg.max_test_images,
             tensorboard="tensorboard" in cfg.trackers,
+            report=cfg.report,
             warnings=tuple(warnings),
         )
 
@@ -98,6 +102,8 @@ class Builders:
     trained_outline: Callable[[], Method]
     """→ the method that computed the logits, on the meta device. If a run with other options is evaluated, this is the
     method of that run."""
+    images: Callable[[str, str | None], EvaluatedImages]
+    """(`test` or `train`, fingerprint) → these images, as far as they are there."""
 
     @classmethod
     def of(cls, cfg: CfgNode, folder: RunFolder, trains: bool) -> "Builders":
@@ -113,4 +119,5 @@ class Builders:
             distributions=lambda info, labels: build_distributions(DistributionSettings.of(cfg), info, labels),
             outline=lambda: outline(cfg),
             trained_outline=lambda: outline_of(folder, cfg),
+            images=lambda split, fingerprint: EvaluatedImages.of(cfg, folder.kept(), split, fingerprint),
         )

@@ -27,7 +27,9 @@ OUTPUT = Path("output")
 FACTS = Path("checkpoint") / FACTS_FILE
 TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorboard")
 """Entries of the run folder that training creates."""
-RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors")
+REPORTS = ("report.html", "predictions.csv", "figures")
+"""Those of `RESULTS` that can be made again from the others."""
+RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors", *REPORTS)
 """Entries of the run folder that the evaluation creates."""
 
 

@@ -1,0 +1,1 @@
+"""`report.html` and `predictions.csv` of an evaluation, made from its result and its predictions."""

@@ -154,6 +154,30 @@ def test_views_are_those_of_an_evaluation(run: Cli, rows: Callable[..., list[Row
     assert nll(table) == pytest.approx(evaluated(run, "tte True")["test"]["nll"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m zstiny_clip",
+        "-m tiny_clip_sade image_backend pil",
+        "-m resnet32_ride_ea",
+        "-m tiny_clip_h2t test_prec bf16",
+        "-m tiny_clip_batchformer",
+    ],
+)
+def test_other_models(words: str, run: Cli) -> None:
+    """Zero-shot, experts that share, skip or have features of their own, second stages, and other arithmetic."""
+    name = words.split()[1]
+    done = run("-d insects.yaml", words, "max_steps 1 num_workers 0 output_dir", name)
+    assert done.returncode == 0, done.stderr
+    expected = json.loads(Path("output", name, "metrics.json").read_text())["test"]
+    for flags in ("", "--embeddings other.safetensors"):
+        done = run("predict", name, TEST, "--option calibrate False --option num_workers 0", flags)
+        assert done.returncode == 0, done.stderr
+        table = [*csv.DictReader(io.StringIO(done.stdout))]
+        assert nll(table) == pytest.approx(expected["nll"], rel=1e-4)
+    assert len(load_file("other.safetensors")["embeddings"]) == len(table)
+
+
 def test_nothing_but_the_table_is_written(rows: Callable[..., list[Row]], home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
     rows(TEST)

@@ -81,15 +81,18 @@ def predict_images(request: PredictRequest, stdout: BinaryIO) -> int:
     """
     loaded = _loaded(request)
     predictor = _predictor(loaded)
-    images = _Images(loaded, _view(loaded.cfg, request))
-    started, scratch = time.perf_counter(), Scratch(request.out and request.out.absolute().parent)
+    view, started = _view(loaded.cfg, request), time.perf_counter()
+    scratch = Scratch(request.out and request.out.absolute().parent)
     about = {"run": request.run, "backbone": loaded.cfg.backbone}
-    with open_outputs(request, predictor.class_names, stdout, about) as outputs:
+    with Interrupt() as interrupt, open_outputs(request, predictor.class_names, stdout, about) as outputs:
+        images = _Images(loaded, view, interrupt)
         batches = images.batches(outputs)
         found = _collected(batches, len(request.paths), scratch) if predictor.estimates else None
         used = predictor.frequencies(found, scratch)
         for part in batches if found is None else [found]:
             _write(predictor.log_odds(part, used), part.index, predictor.class_names, outputs)
+        if interrupt.requested:
+            raise KeyboardInterrupt
     count, bad, seconds = len(request.paths), images.unreadable, time.perf_counter() - started
     log.info("%d images in %.1f s, %.0f a second", count - bad, seconds, count / seconds)
     if bad:
@@ -103,10 +106,11 @@ class _Images:
     Args:
         loaded: the method.
         view: the images.
+        interrupt: ends the pass after a batch.
     """
 
-    def __init__(self, loaded: _Loaded, view: View) -> None:
-        self.loaded, self.view, self.unreadable = loaded, view, 0
+    def __init__(self, loaded: _Loaded, view: View, interrupt: Interrupt) -> None:
+        self.loaded, self.view, self.interrupt, self.unreadable = loaded, view, interrupt, 0
 
     @torch.no_grad()
     def batches(self, outputs: Outputs) -> Iterator[Logits]:
@@ -122,7 +126,6 @@ class _Images:
         loader = eval_loader(self.view, cfg.test_batch_size, cfg.num_workers, device=self.loaded.device)
         compute = _compute(self.loaded, outputs.embeddings is not None)
         with ExitStack() as stack:
-            interrupt = stack.enter_context(Interrupt())
             bar = stack.enter_context(
                 tqdm(total=len(self.view), unit="image", disable=not shown, leave=False, dynamic_ncols=True)
             )
@@ -141,7 +144,7 @@ class _Images:
                 bar.update(len(index))
                 labels = torch.zeros(int(good.sum()), dtype=torch.int64)  # nobody knows them
                 yield Logits(logits[good].unsqueeze(1), labels, index[good])
-                if interrupt.requested:
+                if self.interrupt.requested:
                     raise KeyboardInterrupt
 
     def _report(self, position: int) -> None:

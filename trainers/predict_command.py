@@ -1,6 +1,7 @@
 """`predict …` on the command line. Wrong words and paths are refused before torch is imported."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -44,9 +45,9 @@ def run_predict(argv: Sequence[str]) -> int:
         UserError: wrong input.
     """
     args = _parser().parse_intermixed_args(list(argv))
+    stdout = io.BytesIO() if sys.stdout is None else sys.stdout.buffer
     if args.out is None and sys.stdout is None:
         raise UserError("there is no standard output for the table: name a file with --out")
-    stdout = sys.stdout and sys.stdout.buffer
     with redirect_stdout(sys.stderr), console_restored():
         start_console(main=True)
         request = _request(args)

@@ -25,7 +25,8 @@ class Outputs:
 
     def __init__(self, request: PredictRequest, add_rows: AddRows, copies: ClassFolders | None) -> None:
         self.request, self._add_rows, self._copies = request, add_rows, copies
-        self.embeddings = request.embeddings and Embeddings(request.embeddings, len(request.paths))
+        file = request.embeddings
+        self.embeddings = None if file is None else Embeddings(file, len(request.paths))
 
     def add(self, index: Sequence[int], top: Sequence[Sequence[tuple[str, float]]]) -> None:
         """Write the predictions of images.

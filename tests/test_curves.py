@@ -191,7 +191,8 @@ def test_only_the_first_process_shows_that_texts_are_encoded(
     monkeypatch.setattr("sys.stderr", screen)
     at_once = lambda chunks, **given: tqdm(chunks, **{**given, "delay": 0})  # noqa: E731
     monkeypatch.setattr("tailtune.models.backbones.clip_text_encoder.tqdm", at_once)
-    clip = mock.Mock(logit_scale=torch.zeros(()), encode_text=lambda tokens: torch.ones(len(tokens), 4))
+    clip = torch.nn.Identity()
+    clip.logit_scale, clip.encode_text = torch.zeros(()), lambda tokens: torch.ones(len(tokens), 4)
     encoder = ClipTextEncoder(clip, lambda chunk: torch.zeros(len(chunk), 7), None)
     assert encoder.class_features([("a cat", "one cat"), ("a dog",)]).shape == (2, 4)
     assert ("class texts" in screen.getvalue()) == shown

@@ -15,6 +15,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process of this launch, which alone shows progress bars."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     """Check that variables of another program do not look like a launch of several processes.
 

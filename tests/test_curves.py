@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from accelerate.tracking import GeneralTracker
 from conftest import Cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.trainers.processes.console_log import WIDTH, attach_file, console_restored, start_console
 from tailtune.trainers.progress import Curves, Progress
 
@@ -178,3 +180,19 @@ def test_a_bar_is_shown_on_a_terminal_only(
     written = stream.getvalue()
     assert (title in written and "5/5" in written and "batch/s" in written) if shown else not written
     assert all(len(line) <= 80 for line in written.replace("\r", "\n").splitlines())
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_only_the_first_process_shows_that_texts_are_encoded(
+    rank: str, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Terminal()
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("sys.stderr", screen)
+    at_once = lambda chunks, **given: tqdm(chunks, **{**given, "delay": 0})  # noqa: E731
+    monkeypatch.setattr("tailtune.models.backbones.clip_text_encoder.tqdm", at_once)
+    clip = torch.nn.Identity()
+    clip.logit_scale, clip.encode_text = torch.zeros(()), lambda tokens: torch.ones(len(tokens), 4)
+    encoder = ClipTextEncoder(clip, lambda chunk: torch.zeros(len(chunk), 7), None)
+    assert encoder.class_features([("a cat", "one cat"), ("a dog",)]).shape == (2, 4)
+    assert ("class texts" in screen.getvalue()) == shown

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+from tailtune.configs.launch_environment import is_first_process
 from tailtune.models.backbones.prompts import Sentences
 
 CHUNK = 512  # sentences encoded at once
@@ -52,7 +54,9 @@ class ClipTextEncoder:
         log.info("encoding %d sentences about %d classes", len(unique), len(sentences))
         self.clip.to(device or "cpu")
         chunks = [unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK)]
-        encoded = [self.clip.encode_text(self.tokenizer(chunk).to(device or "cpu")) for chunk in chunks]
+        hidden = None if is_first_process() else True  # None: shown on a terminal only
+        bar = tqdm(chunks, desc="class texts", unit="batch", delay=2, leave=False, disable=hidden)
+        encoded = [self.clip.encode_text(self.tokenizer(chunk).to(device or "cpu")) for chunk in bar]
         features = F.normalize(torch.cat(encoded), dim=-1)  # [sentences, d]
         # The classes have different numbers of sentences: one call takes the mean of each class's bag of rows.
         rows = torch.tensor([row_of[sentence] for sentence in chain.from_iterable(sentences)], device=features.device)

@@ -26,9 +26,7 @@ from tailtune.trainers.option_schema import declared
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), ROOT / "models/tiny_clip/README.md"]
-FOR_USERS = [
-    DOCS / f"{name}.md" for name in ("quickstart", "data", "training", "evaluating", "exports", "predicting")
-]
+FOR_USERS = [DOCS / f"{name}.md" for name in ("quickstart", "data", "training", "evaluating", "exports", "predicting")]
 """Pages whose commands are run as written, where they need no download."""
 CONFIGS = [*names("data").values(), *names("model").values()]
 

@@ -544,6 +544,21 @@ def reported(cfg: CfgNode) -> Any:
         return (ran(cfg) / "report.html").exists()
 
 
+def onnx_size(cfg: CfgNode) -> Any:
+    return (ran(cfg) / "export" / "onnx" / "model.onnx").stat().st_size
+
+
+def uploaded(cfg: CfgNode) -> Any:
+    """The repository to which the export would be uploaded."""
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.get_token", lambda: "a token")
+        patch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **_: name)
+        patch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, repo_id, **_: found.append(repo_id))
+        ran(cfg)
+    return found
+
+
 # --- the table -----------------------------------------------------------------------------------------------------
 
 ADAPTED: Words = (*SHORT, "num_experts", 2, "adapt", "sade")
@@ -676,6 +691,8 @@ PROBES: dict[str, Probe] = {
     "model_dir": Probe("output/run1", "output/run2", another_runs, (*ONE, "test_only", True)),
     "export": Probe("lift", "merged", exported, SHORT),
     "report": Probe("none", "html", reported, SHORT),
+    "export_fp16": Probe(False, True, onnx_size, (*SHORT, "export", "onnx")),
+    "push_to_hub": Probe("ann/first", "ann/second", uploaded, (*SHORT, "export", "hub")),
     "output_dir": Probe("none", "here", folder, SHORT),
     "resume": Probe(True, False, repeated, ONE),
     "gpu": Probe("none", 1, device),

@@ -28,9 +28,8 @@ from tailtune.trainers.distributed import Devices, launched_alone, make_accelera
 from tailtune.trainers.evaluation.ensembles import ensemble_named, ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
-from tailtune.trainers.evaluation.stored_temperature import stored_temperature
 from tailtune.trainers.evaluation.validation import Validation, ValidationPlan
-from tailtune.trainers.export import SharedRun, export, push
+from tailtune.trainers.export_run import export_run
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
@@ -44,12 +43,9 @@ from tailtune.trainers.runs.load_run import (
     earlier_run,
     fresh_method,
     load_trained,
-    subject_of,
-    trained_method,
 )
 from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
-from tailtune.trainers.runs.result_table import read_result
 from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
@@ -108,7 +104,7 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
             _Run(cfg, folder, accelerator, plan, kept, previous, suggested).go()
         metrics = plan.stored or plan.target / folder.metrics.name
         if cfg.export is not None:
-            on_main(accelerator, lambda: _export(cfg, folder, metrics, accelerator))
+            on_main(accelerator, lambda: export_run(cfg, folder, metrics, accelerator.device))
         accelerator.wait_for_everyone()  # before the lock is released
         return Outcome(folder.path, metrics, folder.source)
     except UserError as error:
@@ -137,29 +133,6 @@ def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
     path = OUTPUT / f"{cfg.data}.unreadable-{Digest.of(''.join(lines).encode(errors='surrogateescape')).sha256[:8]}.txt"
     write_bytes(path, "".join(lines).encode(errors="surrogateescape"))
     return UserError(f"{error}; all are listed in {path}")
-
-
-def _export(cfg: CfgNode, folder: RunFolder, metrics: Path, accelerator: Accelerator) -> None:
-    """Write the model of the finished run in another format. A run of `model_dir` is exported beside `metrics`."""
-    data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder.evaluated, data.info, accelerator.device).to("cpu")
-    if cfg.model_dir is None:
-        folder.own("export")
-    home = folder.path if cfg.model_dir is None else metrics.parent
-    is_ours = folder.foreign is None
-    subject = subject_of(
-        cfg,
-        method,
-        data.info.class_names,
-        folder.origin,
-        class_counts=data.info.class_counts.tolist(),
-        temperature=stored_temperature(folder.source, method) if is_ours else None,
-        run=SharedRun(folder.source, read_result(metrics)) if is_ours else None,
-    )
-    path = home / "export" / cfg.export
-    log.info(export(subject, cfg.export, path))
-    if cfg.push_to_hub is not None:
-        log.info(push(path, cfg.push_to_hub))
 
 
 @dataclass

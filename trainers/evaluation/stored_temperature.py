@@ -33,7 +33,7 @@ def stored_temperature(home: Path, method: Method) -> float | None:
     check_file(path)
     tensors, _ = open_tensors(path)
     row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
-    val = Logits(HalfRows(tensors["logits"], row_max), labels, index, 0, [])
+    val = Logits(HalfRows(tensors["logits"], row_max), labels, index)
     assumed = method.assumed_prior().cpu().mean(0).log_softmax(0)
     counted = frequencies(torch.bincount(labels, minlength=len(assumed)))
     return temperature(scores_of(val), counted.log() - assumed, labels)

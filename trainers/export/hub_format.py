@@ -30,9 +30,8 @@ LOAD = """import tailtune
 model = tailtune.load('.')
 def predict(images):
     return model.predict_logits(images)"""
-TIMM_VITS = {(True, 1e-5): "vit_base_patch16_clip_224", (False, 1e-6): "vit_base_patch16_224"}
-"""Whether a ViT has a norm before its blocks, and ε of its norms → name of a ViT of timm. Everything else that can
-differ is an argument."""
+TIMM_VITS = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
+"""ε of the norms of a ViT → name of a ViT of timm with this ε. Everything else that differs is an argument."""
 TOLERANCE = 1e-3
 """Largest allowed difference between the outputs of timm's network and of the model, relative to the largest one."""
 
@@ -105,7 +104,7 @@ def timm_config_of(exported: ExportedModel, about: Mapping[str, Any]) -> dict[st
         if "set_input_size" in about["then"]:
             arguments["img_size"] = exported.resolution
     elif about["create"] == "timm.models.VisionTransformer":
-        name = TIMM_VITS.get((arguments["pre_norm"], exported.encoder.net.norm.eps))
+        name = TIMM_VITS.get(exported.encoder.net.norm.eps)
     else:
         name = None
     if name is None:

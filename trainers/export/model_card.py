@@ -33,32 +33,11 @@ def model_card(exported: ExportedModel, facts: Mapping[str, Any], metrics: Mappi
         facts: what the export says of it: `command`, `timm` and, for merged weights, `network`.
         metrics: content of metrics.json.
     """
-    about, title = exported.facts, f"{exported.facts['model']} trained on {exported.facts['data']}"
     split = "train" if metrics["evaluation"].get("test_train") else "test"
     measured = {name: metrics["test"][name] for name in MEASURES if metrics["test"].get(name) is not None}
-    results = [
-        hub.EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
-            dataset_type=str(about["data"]),
-            dataset_name=str(about["data"]),
-            dataset_split=split,
-            metric_type="accuracy" if name.endswith(("acc", "accuracy")) else name,
-            metric_name=MEASURES[name],
-            metric_value=round(value, 2),
-        )
-        for name, value in measured.items()
-    ]
-    data = hub.ModelCardData(
-        model_name=title,
-        library_name="timm" if facts["timm"] else "tailtune",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "long-tailed-recognition", "tailtune", *(["timm"] if facts["timm"] else [])],
-        base_model=base_model(exported),
-        eval_results=results,
-    )
     parts = [
-        f"# {title}",
+        f"---\n{_front_matter(exported, facts['timm'], measured, split)}\n---",
+        f"# {_title(exported)}",
         _summary(exported),
         "## Use",
         _use(exported, facts),
@@ -73,7 +52,38 @@ def model_card(exported: ExportedModel, facts: Mapping[str, Any], metrics: Mappi
         "## Training",
         _training(facts, metrics),
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _title(exported: ExportedModel) -> str:
+    return f"{exported.facts['model']} trained on {exported.facts['data']}"
+
+
+def _front_matter(exported: ExportedModel, for_timm: bool, measured: Mapping[str, float], split: str) -> str:
+    """YAML by which the Hub finds the model and shows its results."""
+    data = str(exported.facts["data"])
+    results = [
+        hub.EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split=split,
+            metric_type="accuracy" if name.endswith(("acc", "accuracy")) else name,
+            metric_name=MEASURES[name],
+            metric_value=round(value, 2),
+        )
+        for name, value in measured.items()
+    ]
+    card = hub.ModelCardData(
+        model_name=_title(exported),
+        library_name="timm" if for_timm else "tailtune",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "long-tailed-recognition", "tailtune", *(["timm"] if for_timm else [])],
+        base_model=base_model(exported),
+        eval_results=results,
+    )
+    return str(card.to_yaml())
 
 
 def base_model(exported: ExportedModel) -> str | None:
@@ -92,10 +102,11 @@ def _summary(exported: ExportedModel) -> str:
     parts = [*about["tuners"], *([f"{about['peft']} of peft"] if about["peft"] else [])]
     tuned = "zero-shot, nothing was trained" if exported.zero_shot else f"fine-tuned with {', '.join(parts)}"
     tuned = tuned if parts or exported.zero_shot else "the pre-trained weights are frozen, or trained as a whole"
+    weights = f"the weights `{about['pretrained']}`" if about["pretrained"] else "random weights"
     experts = f", {exported.experts} experts" if exported.experts > 1 else ""
     return (
-        f"An image classifier for {len(exported.class_names):,} classes: backbone `{about['backbone']}` with the "
-        f"weights `{about['pretrained']}` ({tuned}){experts}, classifier `{about['classifier']}`. It takes images of "
+        f"An image classifier for {len(exported.class_names):,} classes: backbone `{about['backbone']}` with "
+        f"{weights} ({tuned}){experts}, classifier `{about['classifier']}`. It takes images of "
         f"{exported.resolution} × {exported.resolution} pixels. Trained with TailTune, for classes whose numbers of "
         "training images differ much."
     )
@@ -103,7 +114,8 @@ def _summary(exported: ExportedModel) -> str:
 
 def _use(exported: ExportedModel, facts: Mapping[str, Any]) -> str:
     load = (
-        "With TailTune (FOLDER is this folder, or the name USER/NAME of the repository):\n\n```python\nimport tailtune\n"
+        "With TailTune (FOLDER is this folder, or the name USER/NAME of the repository):\n\n```python\n"
+        "import tailtune\n"
         'from PIL import Image\n\nmodel = tailtune.load("FOLDER")\nimage = model.preprocess(Image.open("image.jpg"))\n'
         "probabilities = model.predict_logits(image.unsqueeze(0)).softmax(1)\n```"
     )
@@ -145,8 +157,8 @@ def _classes(exported: ExportedModel) -> str:
 
 def _intended(exported: ExportedModel) -> str:
     calibrated = (
-        f"softmax(logits / T) with T = {exported.temperature:.4g} gives probabilities that were calibrated on validation "
-        "images."
+        f"softmax(logits / T) with T = {exported.temperature:.4g} gives probabilities that were calibrated on "
+        "validation images."
         if exported.temperature is not None
         else "The probabilities were not calibrated on validation images."
     )
@@ -159,10 +171,11 @@ def _intended(exported: ExportedModel) -> str:
 
 def _training(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     train = metrics.get("train")
-    lines = [f"- Seed {metrics['seed']}, commit `{metrics.get('commit')}`, on {metrics.get('hardware')}."]
+    commit = f", commit `{metrics['commit']}`" if metrics.get("commit") else ""
+    lines = [f"- Seed {metrics['seed']}{commit}, on {metrics['hardware']}."]
     if train:
         lines.append(f"- {train['epochs']} epochs, {train['steps']:,} steps, {train['seconds']:,.0f} s.")
-    versions = ", ".join(f"{name} {version}" for name, version in metrics.get("packages", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["packages"].items())
     lines.append(f"- Versions: {versions}.")
     return f"```bash\npython main.py {shlex.join(facts['command'])}\n```\n\n" + "\n".join(lines)
 

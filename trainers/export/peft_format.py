@@ -145,9 +145,9 @@ def _published_state(exported: ExportedModel) -> dict[str, Tensor]:
     assert published is not None
     if published.library == "timm":
         made = timm.create_model(published.name, pretrained=True, num_classes=0)
-        if exported.resolution != timm.get_pretrained_cfg(published.name).input_size[-1]:
-            if hasattr(made, "set_input_size"):
-                made.set_input_size(exported.resolution)
+        native = timm.get_pretrained_cfg(published.name).input_size[-1]
+        if exported.resolution != native and hasattr(made, "set_input_size"):
+            made.set_input_size(exported.resolution)
         return made.state_dict()
     clip = open_clip.create_model(published.name, pretrained=published.tag)
     if not isinstance(exported.encoder, ViTEncoder):

@@ -1,0 +1,188 @@
+"""infer.py beside each export, run as a user would: in another process, on an image file, without TailTune."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import offline
+from PIL import Image
+from small import SIDE
+from test_exchange import resnet, subject, timm_vit, trained
+from test_literal import adapted
+
+from tailtune.datasets.images.image_files import load_rgb
+from tailtune.datasets.images.transforms import eval_side, eval_transform
+from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.trainers.export import ExportedModel, export
+
+BLOCKED = {"onnx": ["tailtune", "torch", "torchvision", "timm", "open_clip", "peft"]}
+"""Format → packages that its infer.py must not import. All others must do without TailTune alone."""
+RUN_SCRIPT = """
+import json, runpy, sys
+blocked, sys.argv = json.loads(sys.argv[1]), sys.argv[2:]
+sys.modules.update(dict.fromkeys(blocked))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def photograph(path: Path) -> Path:
+    """A smooth picture with noise, taken with the camera turned: a JPEG with an EXIF orientation."""
+    y, x = np.mgrid[0:90, 0:130] / 130
+    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - x), x * y], -1) * 90 + 120
+    pixels = waves + np.random.default_rng(0).normal(0, 12, waves.shape)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(path, quality=90, exif=exif)
+    return path
+
+
+def printed(script: Path, *words: object, without: list[str]) -> subprocess.CompletedProcess[str]:
+    """The output of infer.py in an interpreter that knows no module of the checkout."""
+    command = [sys.executable, "-I", "-c", RUN_SCRIPT, json.dumps(without), str(script), *map(str, words)]
+    return subprocess.run(command, cwd=script.parents[1], env=offline(), capture_output=True, text=True, timeout=300)
+
+
+def with_facts(made: ExportedModel, augment: str = "lift", **more: Any) -> ExportedModel:
+    return dataclasses.replace(
+        made,
+        resize=eval_side(made.resolution, augment),
+        interpolation="bicubic",
+        class_counts=[9, 5, 3, 2, 1],
+        temperature=1.7,
+        **more,
+    )
+
+
+def ours(made: ExportedModel, path: Path) -> np.ndarray:
+    """The logits of the model that is exported."""
+    image = eval_transform(made.resolution, made.interpolation, "lift")(load_rgb(path))
+    with torch.no_grad():
+        return made.method.predict(image[None])[0].numpy()
+
+
+def convnet() -> WholeNetworkEncoder:
+    torch.manual_seed(3)
+    return WholeNetworkEncoder(timm.create_model("test_resnet", num_classes=0), 96)
+
+
+CASES = {
+    "onnx": lambda: subject(timm_vit(), ["adapter", "vpt_deep"]),
+    "peft": lambda: adapted(timm_vit(), "qkv", SIDE),
+    "merged": lambda: subject(convnet(), ["bias_tuning"], "LinearClassifier"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_gives_the_logits_of_the_model(name: str, tmp_path: Path) -> None:
+    made, path = with_facts(trained(CASES[name]())), photograph(tmp_path / "a photo.jpg")
+    export(made, name, tmp_path / "out")
+    script, blocked = tmp_path / "out" / "infer.py", BLOCKED.get(name, ["tailtune"])
+    done = printed(script, "--logits", "a photo.jpg", without=blocked)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["path"] == "a photo.jpg"
+    wanted = ours(made, path)
+    assert np.ptp(wanted) > 0.05 and np.abs(np.array(found["logits"]) - wanted).max() < 1e-3
+
+
+def test_the_script_prints_calibrated_probabilities_and_refuses_in_one_line(tmp_path: Path) -> None:
+    made, path = with_facts(trained(subject(timm_vit(), []))), photograph(tmp_path / "photo.jpg")
+    export(made, "onnx", tmp_path / "out")
+    script = tmp_path / "out" / "infer.py"
+    first, *_ = printed(script, path, without=BLOCKED["onnx"]).stdout.splitlines()
+    cells = first.split("\t")
+    shares = torch.from_numpy(ours(made, path) / 1.7).softmax(0)
+    assert cells[0] == str(path) and len(cells) == 6
+    name, share = cells[1].split()
+    assert name == f"c{shares.argmax()}" and abs(float(share) - float(shares.max())) < 1e-3
+    (tmp_path / "text.jpg").write_text("no image")
+    Image.fromarray(np.full((40, 40), 40_000, "uint16")).save(tmp_path / "deep.png")
+    for wrong, says in (("text.jpg", "cannot identify"), ("deep.png", "8 bits"), ("missing.jpg", "No such file")):
+        done = printed(script, tmp_path / wrong, without=BLOCKED["onnx"])
+        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_onnx_carries_all_facts_and_takes_any_batch(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    made = with_facts(trained(subject(timm_vit(), [])))
+    export(made, "onnx", tmp_path / "full")
+    export(dataclasses.replace(made, half=True), "onnx", tmp_path / "half")
+    images = made.images(5).numpy()
+    wanted = made.method.predict(made.images(5)).detach().numpy()
+    for name, tolerance in (("full", 1e-4), ("half", 2e-2)):
+        path = tmp_path / name / "model.onnx"
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        facts = json.loads((tmp_path / name / "facts.json").read_text())
+        assert about.items() <= facts.items()
+        assert about["class_names"] == made.class_names and about["class_counts"] == [9, 5, 3, 2, 1]
+        assert about["temperature"] == 1.7
+        steps = about["preprocessing"]
+        assert (steps["resize_shorter_side"], steps["center_crop"], steps["interpolation"]) == (
+            SIDE * 8 // 7,
+            SIDE,
+            "bicubic",
+        )
+        assert about["normalised_inside"]["mean"] == pytest.approx([0.4, 0.5, 0.6])
+        assert about["normalised_inside"]["std"] == pytest.approx([0.2, 0.3, 0.25])
+        for batch in (1, 5):
+            (logits,) = session.run(["logits"], {"image": images[:batch]})
+            assert (
+                logits.dtype == np.float32 and np.abs(logits - wanted[:batch]).max() < tolerance * np.abs(wanted).max()
+            )
+        opset = next(each.version for each in onnx.load(path).opset_import if each.domain == "")
+        assert facts["opset"] == opset and facts["computes_in"] == {"full": "float32", "half": "float16"}[name]
+    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_a_tower_of_open_clip_has_a_script_too(tmp_path: Path) -> None:
+    """Its code is complete Python; running it would build a ResNet-50."""
+    export(with_facts(trained(subject(resnet(), ["bias_tuning"]))), "merged", tmp_path)
+    text = (tmp_path / "infer.py").read_text()
+    compile(text, "infer.py", "exec")
+    assert "open_clip.create_model" in text and "It needs numpy, open_clip, safetensors, torch and Pillow" in text
+
+
+def test_code_of_peft_loads_the_weights_below_the_adapter(tmp_path: Path) -> None:
+    """The network of facts.json is the pre-trained one. With random weights, an adapter classifies at chance."""
+    made = trained(adapted(timm_vit(), "qkv", SIDE))
+    export(made, "peft", tmp_path)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert "load_state_dict(load_file('base.safetensors'))" in facts["network"]["code"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"] is None
+
+
+def test_a_published_base_with_other_weights_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that the adapter was trained on are then written beside it."""
+    from tailtune.models.backbones.backbone_types import PublishedWeights
+
+    host = convnet()
+    made = trained(adapted(host, "layer1.0.conv1", 64))
+    made = dataclasses.replace(made, base=PublishedWeights("timm", "test_resnet.r160_in1k"))
+    real = timm.create_model
+
+    def published(name: str, pretrained: bool = False, **named: Any) -> Any:
+        return real(name, **named)  # random weights: others than those of the host
+
+    monkeypatch.setattr(timm, "create_model", published)
+    export(made, "peft", tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "facts.json").read_text())["base"] == "base.safetensors"
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("no network")
+
+    open_clip_base = dataclasses.replace(made, base=PublishedWeights("open_clip", "RN50-quickgelu", "openai"))
+    monkeypatch.setattr("open_clip.create_model", unreachable)
+    monkeypatch.setattr("tailtune.trainers.export.peft_format.clip_resolution", lambda _: 64)
+    export(open_clip_base, "peft", tmp_path / "offline")
+    assert json.loads((tmp_path / "offline" / "facts.json").read_text())["base"] == "base.safetensors"

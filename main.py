@@ -21,7 +21,7 @@ import signal
 from collections.abc import Callable, Sequence
 
 import tailtune
-from tailtune.configs import CfgNode, UserError, load_configs
+from tailtune.configs import CfgNode, UserError, load_configs, separated
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
 from tailtune.configs.program import Parser, launch_target, print_text, program
@@ -37,9 +37,9 @@ EXAMPLES = """
 examples:
   python main.py -d digits_lt -m tiny_clip_peft                  train and evaluate, offline, on a CPU
   python main.py -d cifar100_ir100 -m clip_vit_b16_peft          CLIP ViT-B/16 with AdaptFormer (downloads both)
-  python main.py -d imagenet_lt -m clip_vit_b16 lora True root /data/imagenet
+  python main.py -d imagenet_lt -m clip_vit_b16 lora=True root=/data/imagenet
   python main.py -d my.yaml -m clip_vit_b16_peft                 your own images
-  python main.py -d digits_lt -m tiny_clip_peft test_only True tte True
+  python main.py -d digits_lt -m tiny_clip_peft test_only True target_prior uniform
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
   python main.py data verify my.yaml                             check your images before you train on them
@@ -208,8 +208,10 @@ def make_parser() -> Parser:
         usage=f"{name} -d DATA -m MODEL [KEY VALUE ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("-d", "--data", metavar="DATA", help="name of a file in configs/data, or a path to your YAML")
-    parser.add_argument("-m", "--model", metavar="MODEL", help="name of a file in configs/model")
+    parser.add_argument("-d", "--data", metavar="DATA", help="name of a file in configs/data, or the path of a YAML")
+    parser.add_argument(
+        "-m", "--model", metavar="MODEL", help="name of a file in configs/model, or a path to your YAML"
+    )
     parser.add_argument(
         "--list",
         metavar="KIND",
@@ -237,7 +239,7 @@ def _is_kind(flags: list[str], pairs: list[str]) -> bool:
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate flags from `KEY VALUE` pairs. Flags may be anywhere between the pairs.
+    """Separate flags from `KEY VALUE` or `KEY=VALUE`. Flags may be anywhere between the pairs.
 
     A word such as `-1e-3` after a key is the value of this key, not a flag. The word after `--list` is its kind.
 
@@ -256,7 +258,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         elif word.startswith("-") and (len(pairs) % 2 == 0 or word.startswith("--")) or _is_kind(flags, pairs):
             flags.append(word)
         else:
-            pairs.append(word)
+            pairs += separated([word]) if len(pairs) % 2 == 0 else [word]
     return flags, pairs
 
 

@@ -5,6 +5,7 @@ name (most specific last) < pairs. Every value is parsed to the type that the sc
 """
 
 import os
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,12 +32,15 @@ __all__ = [
     "lookup",
     "names",
     "schema_of",
+    "separated",
     "values_of",
 ]
 
 FOLDER = Path(__file__).resolve().parent
 AFTER = "after."
 """Prefix of an option's name that assigns the option to the previous stage."""
+KEY_EQUALS = re.compile(r"[A-Za-z][\w.-]*=")
+"""Beginning of a word `KEY=VALUE`."""
 Values = dict[str, Any]
 
 
@@ -57,8 +61,8 @@ def load_configs(
 
     Args:
         data: name of a file in configs/data, or the path of a YAML.
-        model: name of a file in configs/model.
-        pairs: `KEY VALUE KEY VALUE …`; `after.KEY` sets an option of the previous stage.
+        model: name of a file in configs/model, or the path of a YAML.
+        pairs: `KEY VALUE KEY=VALUE …`; `after.KEY` sets an option of the previous stage.
         schema: all options.
         where: where the pairs come from, for messages.
 
@@ -130,9 +134,23 @@ def load_resolved(path: Path, schema: Schema) -> CfgNode:
 
 def _pair_up(words: Sequence[str], schema: Schema) -> list[tuple[str, str]]:
     """Pairs (name of the option, text of its value), also for options of previous stages."""
+    words = separated(words)
     if len(words) % 2:
-        raise UserError(f"options come as KEY VALUE pairs, but '{printable(words[-1])}' has no value")
+        raise UserError(f"options come as KEY VALUE or KEY=VALUE, but '{printable(words[-1])}' has no value")
     return [(_full_name(word, schema), value) for word, value in zip(words[::2], words[1::2], strict=True)]
+
+
+def separated(words: Sequence[str]) -> list[str]:
+    """Replace every `KEY=VALUE` by the two words `KEY VALUE`. A value that contains `=` remains one word.
+
+    Args:
+        words: `KEY VALUE` and `KEY=VALUE` in any mixture.
+    """
+    found: list[str] = []
+    for word in words:
+        is_pair = len(found) % 2 == 0 and KEY_EQUALS.match(word)
+        found += word.split("=", 1) if is_pair else [word]
+    return found
 
 
 def _full_name(word: str, schema: Schema) -> str:
@@ -202,7 +220,8 @@ def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Value
         raise UserError(f"{model_path}: by_dataset must map patterns of data names to options")
     name = data_path.stem
     (_, internal), (_, of_data) = _data_layers(data_path, schema)
-    internal["model"] = model_path.stem
+    own = model_path.resolve().parent != FOLDER / "model"
+    internal |= {"model": model_path.stem, "model_file": str(model_path.resolve()) if own else ""}
     final = {key: value for key, value in of_data.items() if key in schema and schema[key].data_wins}
     layers = [("", internal), (str(data_path), of_data), (str(model_path), body), (str(data_path), final)]
     fitting = sorted((pattern for pattern in by_dataset if fnmatchcase(name, pattern)), key=_specificity)
@@ -222,14 +241,14 @@ def _specificity(pattern: str) -> tuple[bool, int]:
 
 
 def _find(kind: str, name: str) -> Path:
-    """Find a shipped config by its name. A data config may also be given by its path."""
-    if kind == "data" and (name.endswith((".yaml", ".yml")) or "/" in name):
+    """Find a shipped config by its name, or a YAML of the user by its path."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
         if not os.path.isfile(name):  # `Path.is_file` raises an error if the name is too long
-            raise UserError(f"data config '{printable(name)}' does not exist")
+            raise UserError(f"{kind} config '{printable(name)}' does not exist")
         try:
             check_text(Path(name).name)
         except ValueError as error:
-            raise UserError(f"data config '{printable(name)}': its name must be {error}; rename the file") from None
+            raise UserError(f"{kind} config '{printable(name)}': its name must be {error}; rename the file") from None
         return Path(name)
     return lookup(names(kind), name, f"{kind} config")
 

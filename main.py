@@ -18,10 +18,12 @@ if __name__ == "__mp_main__":  # a process spawned by multiprocessing, whose mod
 import argparse
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import tailtune
-from tailtune.configs import CfgNode, UserError, load_configs, separated
+from tailtune.configs import CfgNode, Schema, UserError, load_configs, names, separated
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
 from tailtune.configs.program import Parser, launch_target, print_text, program
@@ -38,7 +40,8 @@ examples:
   python main.py -d digits_lt -m tiny_clip_peft                  train and evaluate, offline, on a CPU
   python main.py -d cifar100_ir100 -m clip_vit_b16_peft          CLIP ViT-B/16 with AdaptFormer (downloads both)
   python main.py -d imagenet_lt -m clip_vit_b16 lora=True root=/data/imagenet
-  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images
+  python main.py -d my_images/ -m clip_vit_b16_peft              your own images, one folder for each class
+  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images and options
   python main.py -d digits_lt -m tiny_clip_peft test_only True target_prior uniform
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
@@ -150,8 +153,29 @@ def run_command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     with loading_shown():
         schema = cached_schema()
-    stages = load_configs(args.data, args.model, pairs, schema)
-    return dry_run(stages, args.all) if args.dry_run else run_all(stages)
+    with data_config(args.data, schema, keep=not args.dry_run) as data:
+        stages = load_configs(data, args.model, pairs, schema)
+        return dry_run(stages, args.all) if args.dry_run else run_all(stages)
+
+
+@contextmanager
+def data_config(data: str, schema: Schema, keep: bool) -> Iterator[str]:
+    """The name or path of the data config that `-d` stands for; a folder gets one, see `config_of_folder`.
+
+    Args:
+        data: the word behind `-d`.
+        schema: all options.
+        keep: whether the config of a folder remains.
+    """
+    if data in names("data") or not os.path.isdir(data):
+        yield data
+        return
+    from tailtune.datasets.commands.folder_config import config_of_folder
+    from tailtune.trainers.runs.run_folder import OUTPUT
+
+    shots = {key: schema.defaults[key] for key in ("many_above", "few_below")}
+    with config_of_folder(Path(data), OUTPUT, shots, keep) as path:
+        yield str(path)
 
 
 def dry_run(stages: list[CfgNode], all_options: bool) -> int:
@@ -208,7 +232,9 @@ def make_parser() -> Parser:
         usage=f"{name} -d DATA -m MODEL [KEY VALUE ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("-d", "--data", metavar="DATA", help="name of a file in configs/data, or the path of a YAML")
+    parser.add_argument(
+        "-d", "--data", metavar="DATA", help="name in configs/data, path of a YAML, or folder of class folders"
+    )
     parser.add_argument(
         "-m", "--model", metavar="MODEL", help="name of a file in configs/model, or a path to your YAML"
     )

@@ -42,7 +42,7 @@ examples:
   python main.py -d imagenet_lt -m clip_vit_b16 lora=True root=/data/imagenet
   python main.py -d my_images/ -m clip_vit_b16_peft              your own images, one folder for each class
   python main.py -d my.yaml -m clip_vit_b16_peft                 your own images and options
-  python main.py -d digits_lt -m tiny_clip_peft test_only True target_prior uniform
+  python main.py -d digits_lt -m tiny_clip_peft test_only=True tte=True expand=3
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
   python main.py data verify my.yaml                             check your images before you train on them
@@ -233,11 +233,9 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-d", "--data", metavar="DATA", help="name in configs/data, path of a YAML, or folder of class folders"
+        "-d", "--data", metavar="DATA", help="name in configs/data, a YAML, or a folder of class folders"
     )
-    parser.add_argument(
-        "-m", "--model", metavar="MODEL", help="name of a file in configs/model, or a path to your YAML"
-    )
+    parser.add_argument("-m", "--model", metavar="MODEL", help="name in configs/model, or a YAML")
     parser.add_argument(
         "--list",
         metavar="KIND",

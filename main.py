@@ -18,12 +18,12 @@ if __name__ == "__mp_main__":  # a process spawned by multiprocessing, whose mod
 import argparse
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import tailtune
-from tailtune.configs import CfgNode, Schema, UserError, load_configs, names, separated
+from tailtune.configs import CfgNode, Schema, UserError, load_configs, names
+from tailtune.configs.command_words import separated
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
 from tailtune.configs.program import Parser, launch_target, print_text, program
@@ -153,29 +153,26 @@ def run_command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     with loading_shown():
         schema = cached_schema()
+    if is_folder(args.data):
+        load_configs("fake_lt", args.model, pairs, schema)  # wrong words are refused before the folder is split
     with data_config(args.data, schema, keep=not args.dry_run) as data:
         stages = load_configs(data, args.model, pairs, schema)
         return dry_run(stages, args.all) if args.dry_run else run_all(stages)
 
 
-@contextmanager
-def data_config(data: str, schema: Schema, keep: bool) -> Iterator[str]:
-    """The name or path of the data config that `-d` stands for; a folder gets one, see `config_of_folder`.
+def is_folder(data: str) -> bool:
+    """Whether `-d` names a folder of images. Names of shipped configs have priority."""
+    return data not in names("data") and os.path.isdir(data)
 
-    Args:
-        data: the word behind `-d`.
-        schema: all options.
-        keep: whether the config of a folder remains.
-    """
-    if data in names("data") or not os.path.isdir(data):
-        yield data
-        return
+
+def data_config(data: str, schema: Schema, keep: bool) -> AbstractContextManager[str]:
+    """The name or path of the data config that `-d` stands for; a folder gets one, see `config_of_folder`."""
+    if not is_folder(data):
+        return nullcontext(data)
     from tailtune.datasets.commands.folder_config import config_of_folder
     from tailtune.trainers.runs.run_folder import OUTPUT
 
-    shots = {key: schema.defaults[key] for key in ("many_above", "few_below")}
-    with config_of_folder(Path(data), OUTPUT, shots, keep) as path:
-        yield str(path)
+    return config_of_folder(data, OUTPUT, schema.defaults, keep)
 
 
 def dry_run(stages: list[CfgNode], all_options: bool) -> int:

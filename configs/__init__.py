@@ -5,7 +5,6 @@ name (most specific last) < pairs. Every value is parsed to the type that the sc
 """
 
 import os
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from tailtune.configs.command_words import separated
 from tailtune.configs.errors import UserError, lookup, printable, unknown
 from tailtune.configs.known_as import KNOWN_AS
 from tailtune.configs.run_names import config_hash, run_name, test_key, values_of
@@ -32,15 +32,12 @@ __all__ = [
     "lookup",
     "names",
     "schema_of",
-    "separated",
     "values_of",
 ]
 
 FOLDER = Path(__file__).resolve().parent
 AFTER = "after."
 """Prefix of an option's name that assigns the option to the previous stage."""
-KEY_EQUALS = re.compile(r"[A-Za-z][\w.-]*=")
-"""Beginning of a word `KEY=VALUE`."""
 Values = dict[str, Any]
 
 
@@ -138,19 +135,6 @@ def _pair_up(words: Sequence[str], schema: Schema) -> list[tuple[str, str]]:
     if len(words) % 2:
         raise UserError(f"options come as KEY VALUE or KEY=VALUE, but '{printable(words[-1])}' has no value")
     return [(_full_name(word, schema), value) for word, value in zip(words[::2], words[1::2], strict=True)]
-
-
-def separated(words: Sequence[str]) -> list[str]:
-    """Replace every `KEY=VALUE` by the two words `KEY VALUE`. A value that contains `=` remains one word.
-
-    Args:
-        words: `KEY VALUE` and `KEY=VALUE` in any mixture.
-    """
-    found: list[str] = []
-    for word in words:
-        is_pair = len(found) % 2 == 0 and KEY_EQUALS.match(word)
-        found += word.split("=", 1) if is_pair else [word]
-    return found
 
 
 def _full_name(word: str, schema: Schema) -> str:

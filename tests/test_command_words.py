@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import Cli
 
-from tailtune.configs import UserError, load_configs, load_data_config, separated
+from tailtune.configs import UserError, load_configs, load_data_config
+from tailtune.configs.command_words import separated
 from tailtune.configs.known_as import VALUES_KNOWN_AS
 from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.main import split_arguments

@@ -84,6 +84,12 @@ def test_a_folder_without_classes_is_one_line(tmp_path: Path, launch: Cli) -> No
     assert not Path("output").exists()
 
 
+@pytest.mark.parametrize("wrong", ["lrr=1", "lr=fast", "seed"])
+def test_wrong_words_are_refused_before_the_split(wrong: str, folder: Path, launch: Cli) -> None:
+    done = launch(f"-d {folder} {QUICK} {wrong}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not Path("output").exists()
+
+
 def test_several_processes_do_not_split(folder: Path, launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tailtune.datasets.commands.folder_config.world_size", lambda: 2)
     done = launch(f"-d {folder} {QUICK}")

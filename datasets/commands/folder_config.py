@@ -20,42 +20,46 @@ from tailtune.datasets.sources.image_folder import SPLITS, class_folders
 
 
 @contextmanager
-def config_of_folder(folder: Path, outputs: Path, shots: Mapping[str, int], keep: bool = True) -> Iterator[Path]:
+def config_of_folder(data: str, outputs: Path, defaults: Mapping[str, Any], keep: bool = True) -> Iterator[str]:
     """The path of the YAML of a folder with class folders, or with `train/<class>/…`.
 
     It lies in `<outputs>/<name>_data/`, with the lists of the split. If it is there already, it is used again, so that
     all runs on the folder, and resumed runs, have the same split.
 
     Args:
-        folder: the folder of the images.
+        data: the folder of the images.
         outputs: the folder of all runs.
-        shots: `many_above` and `few_below`.
+        defaults: default of each option, of which `many_above` and `few_below` are used.
         keep: False: what is made is removed at the end of the block.
 
     Raises:
         UserError: the folder has no class folders with images, the split belongs to another folder, or it would have to
             be made by several processes at once.
     """
+    folder = Path(data)
     name = config_name(folder)
     home = outputs / f"{name}_data"
     names = set(class_folders(folder))
     split = names <= set(SPLITS)
     images = folder / "train" if split and "test" not in names else folder
     if os.path.lexists(home):
-        yield _used_again(home / f"{name}.yaml", images)
+        yield str(_used_again(home / f"{name}.yaml", images))
         return
     if world_size() > 1:
         raise UserError(
             f"{folder} has no split yet, and several processes cannot make it: start `{program()} data new {images} "
             f"--output {home}` first"
         )
+    shots = {key: defaults[key] for key in ("many_above", "few_below")}
     with TemporaryDirectory() as scratch:
         target = home if keep else Path(scratch, home.name)
         if split and "test" in names:
             _write(target, name, {"dataset": "ImageFolder", "root": os.path.abspath(images), **shots})
         else:
-            print_text(new_data(NewRequest(images, target, **shots)))
-        yield target / f"{name}.yaml"
+            print_text(
+                new_data(NewRequest(images, target, many_above=shots["many_above"], few_below=shots["few_below"]))
+            )
+        yield str(target / f"{name}.yaml")
 
 
 def _used_again(path: Path, images: Path) -> Path:

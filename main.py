@@ -19,9 +19,11 @@ import argparse
 import json
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import tailtune
-from tailtune.configs import CfgNode, UserError, load_configs
+from tailtune.configs import CfgNode, Schema, UserError, load_configs, names
+from tailtune.configs.command_words import separated
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
 from tailtune.configs.program import Parser, launch_target, print_text, program
@@ -37,9 +39,10 @@ EXAMPLES = """
 examples:
   python main.py -d digits_lt -m tiny_clip_peft                  train and evaluate, offline, on a CPU
   python main.py -d cifar100_ir100 -m clip_vit_b16_peft          CLIP ViT-B/16 with AdaptFormer (downloads both)
-  python main.py -d imagenet_lt -m clip_vit_b16 lora True root /data/imagenet
-  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images
-  python main.py -d digits_lt -m tiny_clip_peft test_only True tte True
+  python main.py -d imagenet_lt -m clip_vit_b16 lora=True root=/data/imagenet
+  python main.py -d my_images/ -m clip_vit_b16_peft              your own images, one folder for each class
+  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images and options
+  python main.py -d digits_lt -m tiny_clip_peft test_only=True tte=True expand=3
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
   python main.py predict RUN photos > labels.csv                 label new images with a finished run (predict --help)
@@ -160,8 +163,26 @@ def run_command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     with loading_shown():
         schema = cached_schema()
-    stages = load_configs(args.data, args.model, pairs, schema)
-    return dry_run(stages, args.all) if args.dry_run else run_all(stages)
+    if is_folder(args.data):
+        load_configs("fake_lt", args.model, pairs, schema)  # wrong words are refused before the folder is split
+    with data_config(args.data, schema, keep=not args.dry_run) as data:
+        stages = load_configs(data, args.model, pairs, schema)
+        return dry_run(stages, args.all) if args.dry_run else run_all(stages)
+
+
+def is_folder(data: str) -> bool:
+    """Whether `-d` names a folder of images. Names of shipped configs have priority."""
+    return data not in names("data") and os.path.isdir(data)
+
+
+def data_config(data: str, schema: Schema, keep: bool) -> AbstractContextManager[str]:
+    """The name or path of the data config that `-d` stands for; a folder gets one, see `config_of_folder`."""
+    if not is_folder(data):
+        return nullcontext(data)
+    from tailtune.datasets.commands.folder_config import config_of_folder
+    from tailtune.trainers.runs.run_folder import OUTPUT
+
+    return config_of_folder(data, OUTPUT, schema.defaults, keep)
 
 
 def dry_run(stages: list[CfgNode], all_options: bool) -> int:
@@ -218,8 +239,10 @@ def make_parser() -> Parser:
         usage=f"{name} -d DATA -m MODEL [KEY VALUE ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("-d", "--data", metavar="DATA", help="name of a file in configs/data, or a path to your YAML")
-    parser.add_argument("-m", "--model", metavar="MODEL", help="name of a file in configs/model")
+    parser.add_argument(
+        "-d", "--data", metavar="DATA", help="name in configs/data, a YAML, or a folder of class folders"
+    )
+    parser.add_argument("-m", "--model", metavar="MODEL", help="name in configs/model, or a YAML")
     parser.add_argument(
         "--list",
         metavar="KIND",
@@ -251,7 +274,7 @@ def _is_kind(flags: list[str], pairs: list[str]) -> bool:
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate flags from `KEY VALUE` pairs. Flags may be anywhere between the pairs.
+    """Separate flags from `KEY VALUE` or `KEY=VALUE`. Flags may be anywhere between the pairs.
 
     A word such as `-1e-3` after a key is the value of this key, not a flag. The word after `--list` is its kind.
 
@@ -270,7 +293,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         elif word.startswith("-") and (len(pairs) % 2 == 0 or word.startswith("--")) or _is_kind(flags, pairs):
             flags.append(word)
         else:
-            pairs.append(word)
+            pairs += separated([word]) if len(pairs) % 2 == 0 else [word]
     return flags, pairs
 
 

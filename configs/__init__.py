@@ -12,6 +12,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from tailtune.configs.command_words import separated
 from tailtune.configs.errors import UserError, lookup, printable, unknown
 from tailtune.configs.key import TRAIN
 from tailtune.configs.known_as import KNOWN_AS
@@ -58,8 +59,8 @@ def load_configs(
 
     Args:
         data: name of a file in configs/data, or the path of a YAML.
-        model: name of a file in configs/model.
-        pairs: `KEY VALUE KEY VALUE …`; `after.KEY` sets an option of the previous stage.
+        model: name of a file in configs/model, or the path of a YAML.
+        pairs: `KEY VALUE KEY=VALUE …`; `after.KEY` sets an option of the previous stage.
         schema: all options.
         where: where the pairs come from, for messages.
 
@@ -136,8 +137,9 @@ def load_resolved(path: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgN
 
 def _pair_up(words: Sequence[str], schema: Schema) -> list[tuple[str, str]]:
     """Pairs (name of the option, text of its value), also for options of previous stages."""
+    words = separated(words)
     if len(words) % 2:
-        raise UserError(f"options come as KEY VALUE pairs, but '{printable(words[-1])}' has no value")
+        raise UserError(f"options come as KEY VALUE or KEY=VALUE, but '{printable(words[-1])}' has no value")
     return [(_full_name(word, schema), value) for word, value in zip(words[::2], words[1::2], strict=True)]
 
 
@@ -208,7 +210,8 @@ def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Value
         raise UserError(f"{model_path}: by_dataset must map patterns of data names to options")
     name = data_path.stem
     (_, internal), (_, of_data) = _data_layers(data_path, schema)
-    internal["model"] = model_path.stem
+    own = model_path.resolve().parent != FOLDER / "model"
+    internal |= {"model": model_path.stem, "model_file": str(model_path.resolve()) if own else ""}
     final = {key: value for key, value in of_data.items() if key in schema and schema[key].data_wins}
     layers = [("", internal), (str(data_path), of_data), (str(model_path), body), (str(data_path), final)]
     fitting = sorted((pattern for pattern in by_dataset if fnmatchcase(name, pattern)), key=_specificity)
@@ -228,14 +231,14 @@ def _specificity(pattern: str) -> tuple[bool, int]:
 
 
 def _find(kind: str, name: str) -> Path:
-    """Find a shipped config by its name. A data config may also be given by its path."""
-    if kind == "data" and (name.endswith((".yaml", ".yml")) or "/" in name):
+    """Find a shipped config by its name, or a YAML of the user by its path."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
         if not os.path.isfile(name):  # `Path.is_file` raises an error if the name is too long
-            raise UserError(f"data config '{printable(name)}' does not exist")
+            raise UserError(f"{kind} config '{printable(name)}' does not exist")
         try:
             check_text(Path(name).name)
         except ValueError as error:
-            raise UserError(f"data config '{printable(name)}': its name must be {error}; rename the file") from None
+            raise UserError(f"{kind} config '{printable(name)}': its name must be {error}; rename the file") from None
         return Path(name)
     return lookup(names(kind), name, f"{kind} config")
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TypeVar
 
+from tailtune.configs.known_as import VALUES_KNOWN_AS
+
 Entry = TypeVar("Entry")
 MAX_LISTED_NAMES = 60
 """A message lists all choices up to this number. If there are more, it lists only the most similar ones."""
@@ -24,13 +26,15 @@ def unknown(kind: str, name: str, choices: Iterable[str], known_as: Mapping[str,
         kind: what the name should be, for example "loss_type".
         name: the unknown name.
         choices: the names that exist. If there are more than `MAX_LISTED_NAMES`, only the most similar are listed.
-        known_as: name in other projects → name in TailTune. It is suggested before similar names.
+        known_as: name in other projects → name in TailTune. It is suggested before similar names. None: that of the
+            option of which the name should be a value.
 
     Returns:
         The error, for the caller to raise.
     """
     choices, name = sorted(choices), printable(name)
-    translated = (known_as or {}).get(name.lower().replace("-", "_"))
+    known_as = VALUES_KNOWN_AS.get(kind.removeprefix("value of "), {}) if known_as is None else known_as
+    translated = known_as.get(name.lower().replace("-", "_"))
     suggested = [translated] if translated in choices else nearest(name, choices, 1)
     hint = f"; did you mean '{suggested[0]}'?" if suggested else ";"
     if len(choices) > MAX_LISTED_NAMES:

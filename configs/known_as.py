@@ -1,10 +1,10 @@
-"""Names that other projects use for options of TailTune."""
+"""Names that other projects use for options of TailTune and for values of options."""
 
 KNOWN_AS = {
-    **dict.fromkeys(("learning_rate", "base_lr", "init_lr", "blr"), "lr"),
+    **dict.fromkeys(("learning_rate", "learningrate", "base_lr", "init_lr", "blr"), "lr"),
     **dict.fromkeys(("epochs", "max_epochs", "num_train_epochs", "n_epochs", "total_epochs"), "num_epochs"),
     **dict.fromkeys(("steps", "max_iter", "iterations", "num_steps"), "max_steps"),
-    **dict.fromkeys(("bs", "batch", "train_batch_size", "bsz"), "batch_size"),
+    **dict.fromkeys(("bs", "batch", "batchsize", "train_batch_size", "bsz"), "batch_size"),
     **dict.fromkeys(("grad_accum", "gradient_accumulation_steps", "accumulation_steps"), "micro_batch_size"),
     **dict.fromkeys(("eval_batch_size", "val_batch_size"), "test_batch_size"),
     **dict.fromkeys(("wd", "decay", "l2"), "weight_decay"),
@@ -16,7 +16,7 @@ KNOWN_AS = {
     **dict.fromkeys(("optim", "opt", "optimiser", "optim_name"), "optimizer"),
     **dict.fromkeys(("betas", "adam_beta", "adamw_betas"), "adam_betas"),
     **dict.fromkeys(("eps", "epsilon", "adam_epsilon", "opt_eps"), "adam_eps"),
-    **dict.fromkeys(("workers", "dataloader_num_workers", "n_threads"), "num_workers"),
+    **dict.fromkeys(("workers", "n_workers", "nworkers", "dataloader_num_workers", "n_threads"), "num_workers"),
     **dict.fromkeys(("precision", "dtype", "mixed_precision", "fp16", "bf16"), "prec"),
     **dict.fromkeys(("gpu_id", "gpus", "device", "cuda"), "gpu"),
     **dict.fromkeys(("arch", "net", "network", "model_name"), "backbone"),
@@ -46,3 +46,37 @@ KNOWN_AS = {
     **dict.fromkeys(("random_seed", "manual_seed"), "seed"),
 }
 """Name in other projects → name in TailTune. Only the error for an unknown option uses this table."""
+
+VALUES_KNOWN_AS = {
+    "loss_type": {
+        **dict.fromkeys(("ce", "cross_entropy", "crossentropy", "xent", "softmax"), "CE"),
+        **dict.fromkeys(("focal_loss", "fl"), "Focal"),
+        **dict.fromkeys(("logit_adjustment", "logit_adjust", "logitadjust", "la_loss"), "LA"),
+        **dict.fromkeys(("balanced_softmax", "bsce", "bal_softmax"), "BS"),
+        **dict.fromkeys(("class_balanced", "cb_loss", "cbloss"), "CB"),
+        **dict.fromkeys(("ldam_loss", "ldam_drw"), "LDAM"),
+        **dict.fromkeys(("label_aware_smoothing", "mislas"), "LAS"),
+    },
+    "optimizer": {**dict.fromkeys(("adam", "adam_w"), "adamw"), "momentum": "sgd"},
+    "schedule": {
+        **dict.fromkeys(("cosine_annealing", "cos", "cosineannealinglr"), "cosine"),
+        **dict.fromkeys(("step", "multi_step", "steplr", "multisteplr"), "multistep"),
+        **dict.fromkeys(("none", "fixed", "const"), "constant"),
+    },
+    "sampler": {
+        **dict.fromkeys(("class_balanced", "class_aware", "weighted"), "balanced"),
+        **dict.fromkeys(("random", "instance", "instance_balanced"), "shuffle"),
+        **dict.fromkeys(("reversed", "inverse"), "reverse"),
+    },
+    "classifier": {
+        **dict.fromkeys(("fc", "linear"), "LinearClassifier"),
+        **dict.fromkeys(("cosine", "cos"), "CosineClassifier"),
+    },
+    "prec": {
+        **dict.fromkeys(("float32", "32", "full", "single"), "fp32"),
+        **dict.fromkeys(("float16", "16", "half"), "fp16"),
+        **dict.fromkeys(("bfloat16", "bf16_mixed"), "bf16"),
+        **dict.fromkeys(("float64", "64", "double"), "fp64"),
+    },
+}
+"""Option → name of a value in other projects → name in TailTune. Only the error for an unknown value uses it."""

@@ -23,6 +23,13 @@ class LoaderOptions:
         internal=True,
         recorded="config",
     )
+    model_file: str = option(
+        "",
+        "Path of a model config that was given by its path.",
+        cls="runtime",
+        internal=True,
+        recorded="config",
+    )
     run_name: str = option("", "Name of the run's folder.", cls="runtime", internal=True)
     test_key: str = option("", "Name of the evaluation.", cls="runtime", internal=True)
     coupled_micro: int | None = option(

@@ -30,7 +30,7 @@ from tailtune.trainers.storage.tensorboard_events import Events
 LABELS = [0] * 4 + [1] * 4 + [2] * 2
 BASE = [0, 0, 0, 0] + [1, 1, 0, 0] + [0, 0]
 BETTER = [0, 0, 0, 1] + [1, 1, 1, 1] + [2, 0]
-"""Predictions for ten images. BETTER is right on three images on which BASE is wrong, and wrong on one that BASE has."""
+"""Predictions for ten images. BETTER is right on three images that BASE gets wrong, and wrong on one other image."""
 
 
 Make = Callable[..., Path]

@@ -34,6 +34,7 @@ CONFIGS = [*names("data").values(), *names("model").values()]
 def commands(text: str) -> list[str]:
     """What stands behind `main.py` with a data and a model config, comments left out."""
     found = re.findall(r"main\.py +(-d [^#\n`|]+)", text)
+    found = [each for each in found if "/" not in each.split()[1]]  # a folder, which the reader has
     return sorted({each.strip() for each in found if "DATA" not in each and ".yaml" not in each and "…" not in each})
 
 

@@ -161,6 +161,20 @@ def test_the_command_of_a_run_gives_its_config_again(config: Config, tmp_path: P
     assert changed <= {"export", "test_key", "run_name"}
 
 
+def test_the_command_names_the_model_config_of_the_user(config: Config, tmp_path: Path) -> None:
+    """If its file is gone, all of its options are in the command."""
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("backbone: TinyCLIP\nlora: true\nlr: 0.3\n")
+    cfg = config("fake_lt", str(yaml), "seed", 2)
+    words = command_of(cfg)
+    assert words == ["-d", "fake_lt", "-m", str(yaml), "seed", "2"]
+    yaml.unlink()
+    words = command_of(cfg)
+    again = config(words[1], words[3], *words[4:])
+    changed = {key for key in cfg if cfg[key] != again[key]}
+    assert changed <= {"model", "model_file", "run_name", "test_key"}
+
+
 # --- the base of an adapter ------------------------------------------------------------------------------------------
 
 TOWERS: dict[str, tuple[dict[str, Any], str]] = {

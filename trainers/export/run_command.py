@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tailtune.configs import CfgNode, load_configs, schema_of, values_of
+from tailtune.configs import CfgNode, load_configs, names, schema_of, values_of
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.models import resolve
 
@@ -19,12 +19,14 @@ def command_of(cfg: CfgNode) -> list[str]:
         The words after `python main.py`.
     """
     data = next((str(path) for path in _data_config_paths(cfg) if path.is_file()), cfg.data)
-    schema = schema_of(cfg)
-    usual = values_of(resolve(load_configs(data, cfg.model, [], schema)[-1]))
+    schema, model = schema_of(cfg), cfg.model_file or cfg.model
+    if cfg.model_file and not Path(model).is_file():
+        model = next(iter(names("model")))  # any config will do, because the options that differ from it follow
+    usual = values_of(resolve(load_configs(data, model, [], schema)[-1]))
     recorded = (key for key, entry in schema.items() if entry.recorded == "command")
     values = values_of(cfg, TRAIN, TEST) | {key: cfg[key] for key in recorded}
     changed = {key: value for key, value in values.items() if value != usual[key] and not schema[key].internal}
-    return ["-d", data, "-m", cfg.model, *(word for key, value in changed.items() for word in (key, _word(value)))]
+    return ["-d", data, "-m", model, *(word for key, value in changed.items() for word in (key, _word(value)))]
 
 
 def _data_config_paths(cfg: CfgNode) -> list[Path]:

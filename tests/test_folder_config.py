@@ -1,0 +1,96 @@
+"""`-d FOLDER`: a folder of class folders is split once, by the rules of `data new`, and every run has this split."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Cli
+from test_data_verify import picture
+
+QUICK = "-m tiny_clip pretrained=none max_steps=2 batch_size=8 init_head=none"
+
+
+def images(folder: Path, classes: dict[str, int], first: int = 0) -> None:
+    """Pictures of some classes, all of them different."""
+    for name, count in classes.items():
+        for number in range(count):
+            path = folder / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(first := first + 1, 16).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of ten and five images, in a folder whose name has a dot."""
+    images(tmp_path / "my.birds", {"owl": 10, "wren": 5})
+    return tmp_path / "my.birds"
+
+
+def test_a_folder_is_trained_on_and_its_split_remains(folder: Path, launch: Cli) -> None:
+    done = launch(f"-d {folder} {QUICK}")
+    assert done.returncode == 0, done.stderr
+    assert "output/my_birds_data: 2 classes" in done.stdout and "test: 3 images" in done.stdout
+    (run,) = Path("output").glob("my_birds_tiny_clip*")
+    config = yaml.safe_load(Path("output/my_birds_data/my_birds.yaml").read_text())
+    assert (config["root"], config["test_list"]) == (str(folder), "test.txt")
+    before = Path("output/my_birds_data/test.txt").read_text()
+    assert len(before.splitlines()) == 3
+
+    images(folder, {"owl": 12}, first=100)  # two more, and others in place of those that were there
+    again = launch(f"-d {folder}/ {QUICK} lr=0.3")
+    assert again.returncode == 0 and "the split of output/my_birds_data is used" in again.stdout
+    assert Path("output/my_birds_data/test.txt").read_text() == before
+    assert len(list(Path("output").glob("my_birds_tiny_clip*"))) == 2 and run.is_dir()
+
+
+def test_a_finished_run_is_shown_again(folder: Path, launch: Cli) -> None:
+    launch(f"-d {folder} {QUICK}")
+    again = launch(f"-d {folder} {QUICK}")
+    assert again.returncode == 0 and "finished before" in again.stdout
+
+
+def test_a_dry_run_writes_nothing(folder: Path, launch: Cli) -> None:
+    done = launch(f"-d {folder} {QUICK} --dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "my_birds" in done.stdout and not Path("output").exists()
+
+
+@pytest.mark.parametrize("has_test", [False, True])
+def test_a_folder_with_train(has_test: bool, tmp_path: Path, launch: Cli) -> None:
+    """A folder test beside it is the test split; without one, images are held out."""
+    images(tmp_path / "birds/train", {"owl": 10, "wren": 5})
+    if has_test:
+        images(tmp_path / "birds/test", {"owl": 2, "wren": 2}, first=50)
+    done = launch(f"-d birds {QUICK}")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(Path("output/birds_data/birds.yaml").read_text())
+    expected = ("ImageFolder", tmp_path / "birds") if has_test else ("ImageList", tmp_path / "birds/train")
+    assert (config["dataset"], config["root"]) == (expected[0], str(expected[1]))
+    assert f"{4 if has_test else 3} test images" in done.stdout
+    assert launch(f"-d birds {QUICK}").returncode == 0
+
+
+def test_another_folder_of_that_name_is_refused(folder: Path, tmp_path: Path, launch: Cli) -> None:
+    assert launch(f"-d {folder} {QUICK}").returncode == 0
+    images(tmp_path / "other/my.birds", {"owl": 3, "wren": 3})
+    done = launch(f"-d other/my.birds {QUICK}")
+    assert done.returncode == 2 and f"holds the split of {folder}" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_folder_without_classes_is_one_line(tmp_path: Path, launch: Cli) -> None:
+    (tmp_path / "empty").mkdir()
+    done = launch(f"-d empty {QUICK}")
+    assert done.returncode == 2 and "empty" in done.stderr and done.stderr.count("\n") == 1
+    assert not Path("output").exists()
+
+
+@pytest.mark.parametrize("wrong", ["lrr=1", "lr=fast", "seed"])
+def test_wrong_words_are_refused_before_the_split(wrong: str, folder: Path, launch: Cli) -> None:
+    done = launch(f"-d {folder} {QUICK} {wrong}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not Path("output").exists()
+
+
+def test_several_processes_do_not_split(folder: Path, launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailtune.datasets.commands.folder_config.world_size", lambda: 2)
+    done = launch(f"-d {folder} {QUICK}")
+    assert done.returncode == 2 and "data new" in done.stderr and not Path("output").exists()

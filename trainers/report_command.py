@@ -12,8 +12,8 @@ from tailtune.configs.key import TEST
 from tailtune.configs.program import Parser, print_text, program
 from tailtune.trainers.report.files import ALL, HTML, REPORT
 from tailtune.trainers.runs.ownership import OwnedFolder
-from tailtune.trainers.runs.result_table import read_result
-from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, REPORTS, kept_splits
+from tailtune.trainers.runs.result_table import REPORTS, read_result
+from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, kept_splits
 from tailtune.trainers.storage.manifest import LOCK, manifest_of, read_json
 
 LOGITS = "logits.safetensors"

@@ -114,7 +114,7 @@ def confusion_block(subject: Subject) -> Figure | None:
     axes.grid(False)
     axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, label="% of the true class")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 

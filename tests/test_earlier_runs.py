@@ -51,6 +51,14 @@ def test_it_is_shown(launch: Cli, folder: Path) -> None:
     assert files(folder) == before
 
 
+def test_its_report_is_made(launch: Cli, folder: Path) -> None:
+    """metrics.json of that version lacks metrics, which the logits give; the numbers that it has are shown."""
+    succeeded(launch("report earlier"))
+    html = (folder / "report.html").read_text("utf-8")
+    assert "23.33" in html and "data:image/jpeg" in html and "backward5" in html
+    assert (folder / "predictions.csv").read_text().count("\n") == 31
+
+
 def test_it_is_evaluated_anew(launch: Cli, folder: Path) -> None:
     """The network is built again from the config and the checkpoint: it predicts as the earlier code did."""
     logits = load_file(folder / "logits.safetensors")["logits"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -12,9 +12,12 @@ from tailtune.configs.key import TEST
 from tailtune.configs.program import Parser, print_text, program
 from tailtune.trainers.report.files import ALL, HTML, REPORT
 from tailtune.trainers.runs.ownership import OwnedFolder
-from tailtune.trainers.runs.result_table import read_result
-from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, REPORTS, kept_splits
+from tailtune.trainers.runs.result_table import REPORTS, read_result
+from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, kept_splits
 from tailtune.trainers.storage.manifest import LOCK, manifest_of, read_json
+
+if TYPE_CHECKING:
+    from tailtune.trainers.report.subject import Subject
 
 LOGITS = "logits.safetensors"
 
@@ -85,10 +88,11 @@ def write_again(folder: Path, schema: Schema, kind: str) -> None:
         lock.release()
 
 
-def _subject(folder: Path, home: Path, result: dict[str, Any], schema: Schema) -> Any:
+def _subject(folder: Path, home: Path, result: dict[str, Any], schema: Schema) -> "Subject":
     from tailtune.datasets.build_data import build_info
     from tailtune.datasets.shot_groups import shot_groups
     from tailtune.trainers.evaluation.logit_files import open_logits
+    from tailtune.trainers.evaluation.metrics import evaluate_predictions
     from tailtune.trainers.evaluation.report_of_evaluation import predicted_of
     from tailtune.trainers.report.subject import EvaluatedImages, Launch, Subject
 
@@ -106,10 +110,12 @@ def _subject(folder: Path, home: Path, result: dict[str, Any], schema: Schema) -
     images = EvaluatedImages.of(cfg, kept_splits(source), split, (about.get("images") or {}).get(split))
     _, found = open_logits(folder / LOGITS)
     assert found is not None
+    indices = {name: classes.numpy() for name, classes in groups.items()}
+    measured = evaluate_predictions(found.summary.predictions, groups)  # earlier versions had fewer metrics
     return Subject(
-        result,
+        {**result, "test": {**measured, **result["test"]}},
         read_json(source / FACTS)["class_names"],
-        {name: classes.numpy() for name, classes in groups.items()},
+        indices,
         predicted_of(found),
         images,
         source / "tensorboard",

@@ -10,7 +10,8 @@ from tailtune.datasets.data_bundle import DataInfo
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.report.files import REPORT, write_report
 from tailtune.trainers.report.subject import EvaluatedImages, Launch, Predicted, Subject
-from tailtune.trainers.runs.run_folder import REPORTS, RunFolder
+from tailtune.trainers.runs.result_table import REPORTS
+from tailtune.trainers.runs.run_folder import RunFolder
 
 log = logging.getLogger("tailtune")
 

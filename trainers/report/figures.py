@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def _drawn(subject: Subject) -> Iterator[tuple[str, Figure]]:
 def _style(ink: str) -> Iterator[None]:
     """Draw with this colour of text and axes, and without messages about letters that matplotlib's font lacks."""
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style = dict.fromkeys(names, ink) | {
+    style: dict[Any, Any] = dict.fromkeys(names, ink) | {
         "text.parse_math": False,  # a class may be called `$x$`
         "font.size": 9,
         "axes.titlesize": 9,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tailtune.trainers.runs.run_folder import REPORTS
+from tailtune.trainers.runs.result_table import REPORTS
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.trainers.report.curves import Curve, read_curves
 from tailtune.trainers.report.subject import Subject
 
-SERIES = ("#3b82c4", "#d95f02", "#1b9e77", "#b07aa1", "#8c6d31")
+SERIES = ("#3b82c4", "#c2528b", "#b08a2e", "#4fa3a5", "#8a6bbf")
+"""Predictors and curves. The groups of classes have the colours of `class_curve`."""
+EXPERTS = ("#5b7db1", "#7fb3a6", "#d9b44a", "#a8749c", "#8f7560")
 GREY = "#8a8f98"
 SIZE = (4.6, 3.1)
 """Inches. On the page of a phone, the letters are then about as large as small print."""
@@ -112,7 +114,7 @@ def confusion_block(subject: Subject) -> Figure | None:
     axes.grid(False)
     axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, label="% of the true class")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -173,7 +175,7 @@ def expert_weights(subject: Subject) -> Figure | None:
     figure, axes = _axes()
     bottom = np.zeros(len(known))
     for expert, heights in enumerate(np.array(list(known.values())).T):
-        color = SERIES[expert % len(SERIES)]
+        color = EXPERTS[expert % len(EXPERTS)]
         axes.bar(range(len(known)), heights, 0.8, bottom, color=color, alpha=0.85, label=f"expert {expert + 1}")
         bottom += heights
     _name_places(axes, list(known))

@@ -18,6 +18,7 @@ from tailtune.configs.program import program
 from tailtune.datasets.build_records import build_records
 from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.long_tail import random_positions
+from tailtune.datasets.sources.cifar import ARCHIVES
 from tailtune.datasets.sources.image_sources import Source
 from tailtune.datasets.sources.named_source import NamedSource
 from tailtune.datasets.splits.choose_splits import choose_splits
@@ -57,8 +58,10 @@ class EvaluatedImages:
         """
         try:
             records, chosen = build_records(cfg, kept)
-            if chosen is None and not cfg.dataset.startswith("CIFAR"):  # CIFAR would be downloaded
-                available = lookup(DATASETS, cfg.dataset, "dataset").load(DataSettings.of(cfg))
+            settings = DataSettings.of(cfg)
+            archive = ARCHIVES.get(cfg.dataset)
+            if chosen is None and (archive is None or (settings.folders.image_root() / archive.folder).is_dir()):
+                available = lookup(DATASETS, cfg.dataset, "dataset").load(settings)
                 chosen = choose_splits(SplitSettings.of(cfg), available, kept)
             if chosen is not None and records[split].fingerprint == fingerprint:
                 found = chosen.by_name[split]

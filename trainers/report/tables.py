@@ -89,7 +89,7 @@ def confused_pairs(subject: Subject) -> list[dict[str, Any]]:
                 "predicted": subject.names[guesses[pair]],
                 "images": int(sizes[pair]),
                 "share": number(100 * float(share[pair]), 1),
-                "pictures": [_picture(subject, row) for row in images],
+                "pictures": [_picture(subject, int(row)) for row in images],
             }
         )
     return rows
@@ -100,7 +100,7 @@ def confident_mistakes(subject: Subject) -> list[dict[str, Any]]:
     found = subject.predicted
     wrong = np.flatnonzero(found.labels != found.classes)
     chosen = wrong[np.argsort(-found.confidence[wrong], kind="stable")][:MOST_MISTAKES]
-    return [_picture(subject, row) for row in chosen]
+    return [_picture(subject, int(row)) for row in chosen]
 
 
 def _picture(subject: Subject, row: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from tailtune.trainers.storage.manifest import read_json
 
 SCHEMA_VERSION = 2
 """Version of the layout of metrics.json: which entries the file has, and at which place."""
+REPORTS = ("report.html", "predictions.csv", "figures")
+"""Files and the folder of a report, beside metrics.json. They can be made again from the other files."""
 COLUMNS = {
     "accuracy": "all",
     "mean_acc": "mean",

@@ -19,6 +19,7 @@ from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.runs.longer_run import epochs_before, forget_results
 from tailtune.trainers.runs.ownership import OwnedFolder
+from tailtune.trainers.runs.result_table import REPORTS
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
 from tailtune.trainers.storage.atomic_io import Damaged, write_bytes
 from tailtune.trainers.storage.manifest import MARKER, Manifest, read_bytes, read_json
@@ -27,8 +28,6 @@ OUTPUT = Path("output")
 FACTS = Path("checkpoint") / FACTS_FILE
 TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorboard")
 """Entries of the run folder that training creates."""
-REPORTS = ("report.html", "predictions.csv", "figures")
-"""Those of `RESULTS` that can be made again from the others."""
 RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors", *REPORTS)
 """Entries of the run folder that the evaluation creates."""
 

@@ -18,8 +18,10 @@ if __name__ == "__mp_main__":  # a process spawned by multiprocessing, whose mod
 import argparse
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import MappingProxyType
 
 import tailtune
 from tailtune.configs import CfgNode, Schema, UserError, load_configs, names
@@ -135,22 +137,10 @@ def run_command(argv: Sequence[str]) -> int:
     Raises:
         UserError: wrong input.
     """
-    if argv[:1] == [DATA_COMMANDS]:
-        from tailtune.datasets.commands.entry import run_data_command
-
-        return run_data_command(argv[1:], cached_schema)
-    if argv[:1] == [PREDICT]:
-        from tailtune.trainers.predict_command import run_predict
-
-        return run_predict(argv[1:])
-    if argv[:1] == [COMPARE]:
-        from tailtune.trainers.comparison.command import run_compare
-
-        return run_compare(argv[1:], cached_schema)
-    if argv[:1] == [REPORT_COMMAND]:
-        from tailtune.trainers.report_command import run_report_command
-
-        return run_report_command(argv[1:], cached_schema)
+    if argv and argv[0] in COMMANDS:
+        module, _, function = COMMANDS[argv[0]].partition(":")
+        exit_code: int = getattr(import_module(module), function)(argv[1:], cached_schema)
+        return exit_code
     flags, pairs = split_arguments(argv)
     args = make_parser().parse_args(flags)
     if args.version:
@@ -257,14 +247,16 @@ def make_parser() -> Parser:
     return parser
 
 
-DATA_COMMANDS = "data"
-"""The first word of the commands that prepare and verify data."""
-PREDICT = "predict"
-"""The first word of the command that labels images."""
-COMPARE = "compare"
-"""The first word of the command that compares finished runs."""
-REPORT_COMMAND = "report"
-"""The first word of the command that writes the report of a finished run again."""
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "data": "tailtune.datasets.commands.entry:run_data_command",
+        "predict": "tailtune.trainers.predict_command:run_predict",
+        "compare": "tailtune.trainers.comparison.command:run_compare",
+        "report": "tailtune.trainers.report_command:run_report_command",
+    }
+)
+"""First word of a command → the function that runs it. Its module is imported when the command is given. The function
+takes the arguments after that word, and a function that gives the schema of all options."""
 FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
 
 

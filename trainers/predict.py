@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tailtune.configs import CfgNode, load_configs
+from tailtune.configs import CfgNode, Schema, load_configs
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.build_data import build_info
@@ -39,7 +39,6 @@ from tailtune.trainers.evaluation.rows import Rows, slices
 from tailtune.trainers.evaluation.target_prior import fitted_temperature, target_of
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.methods.base import Method, combine
-from tailtune.trainers.option_schema import declared
 from tailtune.trainers.prediction.outputs import Outputs, open_outputs
 from tailtune.trainers.prediction.predictor import Predictor
 from tailtune.trainers.prediction.request import PredictRequest
@@ -64,11 +63,12 @@ class _Loaded(NamedTuple):
     device: torch.device
 
 
-def predict_images(request: PredictRequest, stdout: BinaryIO) -> int:
+def predict_images(request: PredictRequest, schema: Schema, stdout: BinaryIO) -> int:
     """Label images and write the results. Neither a run folder nor a score is written.
 
     Args:
         request: what shall be done.
+        schema: all options.
         stdout: receives the table if the request names no file.
 
     Returns:
@@ -79,7 +79,7 @@ def predict_images(request: PredictRequest, stdout: BinaryIO) -> int:
         KeyboardInterrupt: a signal has stopped it; no file is left either.
         BrokenPipeError: nobody reads the table on standard output any more.
     """
-    loaded = _loaded(request)
+    loaded = _loaded(request, schema)
     predictor = _predictor(loaded)
     view, started = _view(loaded.cfg, request), time.perf_counter()
     scratch = Scratch(request.out and request.out.absolute().parent)
@@ -202,12 +202,12 @@ def _view(cfg: CfgNode, request: PredictRequest) -> View:
     return View(source, np.arange(count), RunTransforms.of(cfg).test, cfg.seed, skip_bad=True)
 
 
-def _loaded(request: PredictRequest) -> _Loaded:
+def _loaded(request: PredictRequest, schema: Schema) -> _Loaded:
     """Load the trained method, as an evaluation does."""
     if world_size() > 1:
         raise UserError("predict runs in one process: start it without accelerate launch")
     home, foreign = find_checkpoint(request.run, "predict:")
-    cfg, checkpoint = _config(request, home, foreign), Checkpoint(home, foreign)
+    cfg, checkpoint = _config(request, home, foreign, schema), Checkpoint(home, foreign)
     if request.embeddings is not None and cfg.tte:
         raise UserError("--embeddings are of one view of an image; leave it out, or set tte to False")
     for warning in EvaluationPlan.of(cfg).warnings:
@@ -219,14 +219,14 @@ def _loaded(request: PredictRequest) -> _Loaded:
     return _Loaded(cfg, checkpoint, method, info, device)
 
 
-def _config(request: PredictRequest, home: Path, foreign: ForeignCheckpoint | None) -> CfgNode:
+def _config(request: PredictRequest, home: Path, foreign: ForeignCheckpoint | None, schema: Schema) -> CfgNode:
     """The resolved config of the run, with the options of the request, and without what needs the data of the run."""
     if foreign is None:
         if request.data or request.model:
             raise UserError(f"{home} is a run, which has its own configs: leave out -d and -m")
-        cfg = config_of(home, declared(), request.options)
+        cfg = config_of(home, schema, request.options)
     elif request.data and request.model:
-        cfg = load_configs(request.data, request.model, request.options, declared())[-1]
+        cfg = load_configs(request.data, request.model, request.options, schema)[-1]
     else:
         raise UserError(
             f"{foreign.path} is a checkpoint of another project, which does not say with which options it was trained: "

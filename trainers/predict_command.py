@@ -3,12 +3,13 @@
 import argparse
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from tailtune.configs import Schema
 from tailtune.configs.errors import UserError
 from tailtune.configs.program import Parser, program
 from tailtune.datasets.sources.given_paths import given_paths
@@ -32,11 +33,12 @@ examples:
 exit codes: 0 every image was read, 1 some images could not be read, 2 wrong input"""
 
 
-def run_predict(argv: Sequence[str]) -> int:
+def run_predict(argv: Sequence[str], load_schema: Callable[[], Schema]) -> int:
     """Label images with the model of a finished run. Standard output has the table only; everything else is on stderr.
 
     Args:
         argv: the words that follow `predict`.
+        load_schema: gives the schema of all options.
 
     Returns:
         The exit code: 0, or 1 if images could not be read.
@@ -54,7 +56,7 @@ def run_predict(argv: Sequence[str]) -> int:
         with loading_shown():
             from tailtune.trainers.predict import predict_images
         try:
-            return int(predict_images(request, stdout) > 0)
+            return int(predict_images(request, load_schema(), stdout) > 0)
         except BrokenPipeError:
             if request.embeddings is not None or request.copy_into is not None:
                 raise UserError("standard output was closed before the end, so nothing was written") from None

@@ -183,7 +183,9 @@ def test_what_is_no_result_is_named_with_its_reason(run: Make, launch: Cli) -> N
     assert done.returncode == 0 and "| base |" in done.stdout
     assert done.stderr == "left out 2 of 3: output/stopped (not finished), output/tables (no run)\n"
     done = launch("compare", unfinished)
-    assert done.returncode == 2 and done.stderr.startswith("error: no result in output/stopped (not finished)")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: no metrics.json of a run in output/stopped (not finished)"
+    )
 
 
 def test_rows_are_sorted_and_the_best_are_kept(run: Make, launch: Cli) -> None:

@@ -52,7 +52,7 @@ def with_result(names: Sequence[str]) -> tuple[list[Path], str]:
     folders = [Path(name) for name, reason in reasons.items() if not reason]
     others = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if not folders:
-        raise UserError(f"no result in {', '.join(others[:SHOWN])}; name the folder of a finished run")
+        raise UserError(f"no metrics.json of a run in {', '.join(others[:SHOWN])}; name the folder of a finished run")
     if not others:
         return folders, ""
     shown = ", ".join([*others[:SHOWN], *(["…"] if len(others) > SHOWN else [])])

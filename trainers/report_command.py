@@ -10,7 +10,7 @@ from tailtune.configs import CfgNode, Schema, load_resolved
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST
 from tailtune.configs.program import Parser, print_text, program
-from tailtune.trainers.report.files import ALL, HTML, REPORT
+from tailtune.trainers.report.files import ALL, HTML, REPORT, write_report
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.runs.result_table import REPORTS, read_result
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, kept_splits
@@ -79,8 +79,6 @@ def write_again(folder: Path, schema: Schema, kind: str) -> None:
     lock = FileLock(home.path / LOCK, timeout=0)
     home.hold(lock)
     try:
-        from tailtune.trainers.report.files import write_report
-
         if folder == home.path:
             home.own(*REPORTS)
         home.seal(write_report(folder, _subject(folder, home.path, result, schema), kind))

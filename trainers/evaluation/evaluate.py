@@ -1,8 +1,9 @@
 """Evaluation of a run: gets logits from images or from an earlier evaluation, and writes logits, metrics and notes."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -91,7 +92,7 @@ class Evaluation:
             info = self._with_stored_names(info)
             self._aim(test_logits, val, distributions, info, measured)
             split = "train" if self.plan.test_train else "test"
-            images = self.build.images(split, self.decision.fingerprints.get(split))
+            images = partial(self.build.images, split, self.decision.fingerprints.get(split))
             every = self.build.outline().asks_every_expert
             self._finish(self.trained_result(), test_logits, val, info, images, measured, every)
         return True
@@ -147,7 +148,7 @@ class Evaluation:
         on_main(self.accelerator, aim)
         if test_logits is not None:
             split, view = ("train", data.train_as_test) if self.plan.test_train else ("test", data.test)
-            images = EvaluatedImages(split, view.source, view.indices)
+            images = partial(EvaluatedImages, split, view.source, view.indices)
             self._finish(result, test_logits, val, data.info, images, measured, method.asks_every_expert)
 
     def _asked(self, distributions: tuple[TestDistribution, ...]) -> tuple[TestDistribution, ...]:
@@ -256,7 +257,7 @@ class Evaluation:
         test_logits: Logits,
         val: Logits | None,
         info: DataInfo,
-        images: EvaluatedImages,
+        images: Callable[[], EvaluatedImages],
         distributions: Results,
         asks_every_expert: bool,
     ) -> None:

@@ -1,6 +1,7 @@
 """Writes the report of an evaluation. Whatever goes wrong there, the result is kept."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def add_report(
     result: dict[str, Any],
     found: Logits,
     info: DataInfo,
-    images: EvaluatedImages,
+    images: Callable[[], EvaluatedImages],
     kind: str,
 ) -> str:
     """Write the report of an evaluation, before its metrics.json.
@@ -41,7 +42,7 @@ def add_report(
         result: the content of metrics.json; receives the note.
         found: the logits of the evaluated images.
         info: facts about the data.
-        images: the evaluated images.
+        images: finds the evaluated images.
         kind: `html` or `all`.
 
     Returns:
@@ -53,7 +54,7 @@ def add_report(
         groups = {name: classes.numpy() for name, classes in info.groups.items()}
         launch = Launch.of(folder.cfg, evaluates=target != folder.path)
         subject = Subject(
-            result, info.class_names, groups, predicted_of(found), images, folder.source / "tensorboard", launch
+            result, info.class_names, groups, predicted_of(found), images(), folder.source / "tensorboard", launch
         )
         folder.seal(write_report(target, subject, kind))
     except Exception as error:  # of any library: hours of training must not be lost to a picture

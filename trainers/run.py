@@ -233,7 +233,7 @@ class _Run:
         }
         validation = Validation(ValidationPlan.of(cfg), data, accelerator, self.evaluation.scratch)
         of_states = {**identity, **validation.identity}
-        states = ResumeStates(self.folder.states, of_states, self.folder.seal, any_length(cfg))
+        states = ResumeStates(self.folder.states, of_states, self.folder.seal, any_length(cfg), cfg.num_epochs)
         fresh = not cfg.resume or not states.begun()
         if fresh:
             prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)

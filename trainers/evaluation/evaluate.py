@@ -219,16 +219,8 @@ class Evaluation:
         assert view is not None
         mode = plan.tte_mode
         predict = test_time.averaged(method, mode, plan.resolution) if mode else test_time.plain(method)
-        logits = infer(
-            predict,
-            view,
-            self.accelerator,
-            plan.batch_size,
-            plan.num_workers,
-            scratch=self.scratch,
-            summarised=True,
-            title=f"{split} images",
-        )
+        compute = partial(infer, predict, view, self.accelerator, plan.batch_size, plan.num_workers)
+        logits = compute(scratch=self.scratch, summarised=True, title=f"{split} images")
         if logits is None:
             return None
         if len(logits.labels) == 0:
@@ -236,7 +228,7 @@ class Evaluation:
         if logits.bad_images:
             self.note(f"{logits.bad_images} of {len(view)} images could not be read and are left out", warn=True)
         if len(view) == plan.max_images:
-            self.note(f"max_test_images {plan.max_images}: not all images")
+            self.note(f"max_test_images {len(view)}: not all images")
         if not is_finite(logits.summary.asked, logits.summary.finite, method.asks_every_expert):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
@@ -289,9 +281,8 @@ class Evaluation:
             self.accelerator.log(curves, step)
             if self.plan.tensorboard:
                 write_test_curves(target / "tensorboard", step, curves, distributions, options)
-        report = ""
-        if self.plan.report != NONE:
-            report = add_report(self.folder, target, result, test_logits, info, images, self.plan.report)
+        kind = self.plan.report
+        report = "" if kind == NONE else add_report(self.folder, target, result, test_logits, info, images, kind)
         self.folder.seal(write_metrics(target, result))
         log.info("%s\n%srun folder %s", table(result), report, target)
 

@@ -30,8 +30,9 @@ class ResumeStates:
         folder: the folder with the states.
         identity: values that have to be equal in a state of this run: config hash, base model, number of processes,
             data.
-        any_length: a digest of the options without the number of epochs; a state with the same one is of this run,
-            also if it has another config hash. None: there is no such digest.
+        any_length: a digest of the options without the number of epochs. A state with the same one and fewer epochs is
+            of this run, although it has another config hash. None: there is no such digest.
+        epochs: number of epochs of the run.
         record: records the files that are written and removed.
     """
 
@@ -41,8 +42,10 @@ class ResumeStates:
         identity: dict[str, Any],
         record: RecordFiles = lambda digests, removed: None,
         any_length: str | None = None,
+        epochs: int = 0,
     ) -> None:
-        self.folder, self.identity, self.record, self.any_length = folder, identity, record, any_length
+        self.folder, self.identity, self.record = folder, identity, record
+        self.any_length, self.epochs = any_length, epochs
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write the state after a step, and remove all but the last two.
@@ -56,7 +59,8 @@ class ResumeStates:
             UserError: the state cannot be written; the earlier states are then unchanged.
         """
         new = self.folder / f"{step:08d}"
-        digests = write_folder(new, tensors, {**facts, "identity": self.identity, "any_length": self.any_length})
+        of_run = {"identity": self.identity, "any_length": self.any_length, "epochs": self.epochs}
+        digests = write_folder(new, tensors, {**facts, **of_run})
         earlier = [path for path in self._complete() if path < new][1 - KEEP :]
         # States after this step are damaged: the run restarted from an older one.
         removed = [path for path in self._complete() if path not in (*earlier, new)]
@@ -88,6 +92,7 @@ class ResumeStates:
                 log.warning("%s; going back to the state before it", error)
                 continue
             same_but_length = self.any_length is not None and facts.get("any_length") == self.any_length
+            same_but_length = same_but_length and facts["epochs"] < self.epochs
             self._check_identity(path, facts.get("identity", {}), {"config"} if same_but_length else set())
             return tensors, facts
         if paths:

@@ -445,7 +445,7 @@ def test_libraries_do_not_speak_beside_our_line(launch: Cli, monkeypatch: pytest
         ("my_run --seeds x", "--help"),
         ("", "--help"),
         ("nowhere/*", "nowhere"),
-        ("empty", "no result in empty (no run)"),
+        ("empty", "no metrics.json of a run in empty (no run)"),
         ("many.yaml", "more than 10,000"),
         ("odd.yaml", "odd.yaml"),
     ],

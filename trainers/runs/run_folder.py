@@ -223,10 +223,8 @@ class RunFolder(OwnedFolder):
             raise UserError(f"{error}; start over with `resume False`, or choose another output_dir") from error
         home = stored.get("data_dir")
         if home and home != self.cfg.data_dir and Path(home).is_dir():  # otherwise the data have been moved
-            raise UserError(
-                f"{self.path} holds a run on '{self.cfg.data}' of {home}, another data config of that name; choose "
-                "another output_dir"
-            )
+            what = f"a run on '{self.cfg.data}' of {home}, another data config of that name"
+            raise UserError(f"{self.path} holds {what}; choose another output_dir")
         more = {"num_epochs"} if epochs_before(self.config, self.cfg) is not None else set()  # `more_epochs.py` decides
         for key, value in values_of(self.cfg, TRAIN).items():
             if stored.get(key) != value and key not in more:

@@ -2,16 +2,9 @@
 
 from pathlib import Path
 
-import torch
-
-from tailtune.trainers.evaluation.inference import Logits
-from tailtune.trainers.evaluation.label_shift import frequencies, temperature
-from tailtune.trainers.evaluation.logit_files import VAL_LOGITS
-from tailtune.trainers.evaluation.rows import HalfRows
-from tailtune.trainers.evaluation.scores import scores_of
+from tailtune.trainers.evaluation.logit_files import VAL_LOGITS, open_logits
+from tailtune.trainers.evaluation.target_prior import fitted_temperature
 from tailtune.trainers.methods import Method
-from tailtune.trainers.storage.manifest import check_file
-from tailtune.trainers.storage.tensor_files import open_tensors
 
 
 def stored_temperature(home: Path, method: Method) -> float | None:
@@ -30,10 +23,5 @@ def stored_temperature(home: Path, method: Method) -> float | None:
     path = home / VAL_LOGITS
     if not path.exists():
         return None
-    check_file(path)
-    tensors, _ = open_tensors(path)
-    row_max, labels, index = (tensors[entry][:] for entry in ("row_max", "labels", "index"))
-    val = Logits(HalfRows(tensors["logits"], row_max), labels, index)
-    assumed = method.assumed_prior().cpu().mean(0).log_softmax(0)
-    counted = frequencies(torch.bincount(labels, minlength=len(assumed)))
-    return temperature(scores_of(val), counted.log() - assumed, labels)
+    _, val = open_logits(path)
+    return fitted_temperature(val, method.assumed_prior().cpu().mean(0).log_softmax(0))

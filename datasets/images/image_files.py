@@ -21,7 +21,7 @@ from typing import BinaryIO, cast
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, BoundedReads, has_too_many_scans
-from tailtune.datasets.images.decoding_room import take_room_for_file, take_room_for_pixels
+from tailtune.datasets.images.decoding_room import LARGE_FILE, take_room_for_file, take_room_for_pixels
 from tailtune.datasets.images.deep_grey import is_deep_grey, to_eight_bits
 from tailtune.datasets.images.regular_files import EMPTY, NotARegularFile, open_regular
 
@@ -116,7 +116,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path) -> BinaryIO:
-    """Read a file into memory, unless it has more than `MAX_BYTES`; then it is only opened.
+    """Read a file into memory, unless it is a `LARGE_FILE`; then it is only opened, so that it takes no memory twice.
 
     Args:
         path: the file.
@@ -125,7 +125,7 @@ def read_file(path: Path) -> BinaryIO:
         DecodeError: as `open_file`, or the file cannot be read.
     """
     file = open_file(path)
-    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+    if os.fstat(file.fileno()).st_size > LARGE_FILE:
         return file
     with file, decode_errors():
         return io.BytesIO(file.read())
@@ -217,7 +217,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = to_eight_bits(image)
     elif image.mode == "La":
         image = image.convert("LA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy it
 
 
 def format_of(header: bytes) -> str | None:

@@ -8,17 +8,19 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from tailtune.configs.lazy_module import lazy_module
 from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, has_too_many_scans
 from tailtune.datasets.images.decoding_room import take_room_for_file, take_room_for_pixels
+from tailtune.datasets.images.deep_grey import STRIP_PIXELS
 from tailtune.datasets.images.image_files import LONGEST, decode_errors, open_image, upright_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch, tv_io, v2 = lazy_module("torch"), lazy_module("torchvision.io"), lazy_module("torchvision.transforms.v2")
+torch, tv_io = lazy_module("torch"), lazy_module("torchvision.io")
 
 START_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", 0xDA
 START_OF_FRAME = (0xC0, 0xC1, 0xC2)
@@ -56,9 +58,14 @@ def decode_pixels(file: BinaryIO) -> "Tensor":
 
 
 def pixels_of(image: Image.Image) -> "Tensor":
-    """The pixels of an image of mode RGB, uint8 [3, H, W]."""
-    pixels: Tensor = v2.functional.pil_to_tensor(image)
-    return pixels
+    """The pixels of an image of mode RGB, uint8 [3, H, W]. Strips are copied, so there is never a third copy of all."""
+    width, height = image.size
+    pixels: Tensor = torch.empty(height, width, 3, dtype=torch.uint8)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        pixels.numpy()[top : top + rows] = np.asarray(strip)
+    return pixels.permute(2, 0, 1)
 
 
 def plain_jpeg_pixels(header: bytes) -> int:

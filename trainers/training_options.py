@@ -134,7 +134,8 @@ class RunOptions:
     )
     num_workers: int | None = option(
         None,
-        "Number of processes that decode images. None means 0 for images in memory, and all processors for others.",
+        "Number of processes that decode images. None means 0 for batches that are cut out of memory at once, and "
+        "otherwise one for each processor, at most 16.",
         as_int,
         cls="runtime",
         recorded="config",

@@ -17,7 +17,7 @@ from tailtune.datasets.commands.result_files import cannot_write
 from tailtune.datasets.commands.shard import summary, write_indexes, yaml_name
 from tailtune.datasets.images.image_files import EXTENSIONS, HEADER_BYTES, format_of
 from tailtune.datasets.images.regular_files import NotARegularFile, file_size
-from tailtune.datasets.sources.image_list import MAX_LABEL
+from tailtune.datasets.sources.image_list import MAX_LABEL, classes_without_image
 from tailtune.datasets.sources.path_list import PathList
 from tailtune.datasets.sources.shard_index import Shard, ShardIndex, index_name
 
@@ -216,11 +216,11 @@ def _complete(path: Path, key: str, sample: _Sample) -> tuple[_Image, int]:
 
 def _number_of_classes(folder: Path, labels: Mapping[str, np.ndarray]) -> int:
     """One more than the largest label. Each class needs a training image: no mistyped label makes a million classes."""
-    largest, present = max(int(each.max()) for each in labels.values()), np.unique(labels["train"])
-    if largest < len(present):
+    largest = max(int(each.max()) for each in labels.values())
+    gap, missing = classes_without_image(labels["train"], largest)
+    if not missing:
         return largest + 1
-    gap = next(label for label in range(len(present) + 1) if label == len(present) or present[label] != label)
     raise UserError(
-        f"{folder}: label {largest} makes {largest + 1} classes, {largest + 1 - len(present)} of them without a "
+        f"{folder}: label {largest} makes {largest + 1} classes, {missing} of them without a "
         f"training image (first: label {gap}); labels must count from 0 without gaps"
     )

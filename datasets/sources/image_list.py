@@ -128,15 +128,27 @@ def number_of_classes(train: Listing, others: Sequence[Listing], wanted: int | N
             )
         return wanted
     last = max((train, *others), key=lambda listing: listing.labels.max())
-    largest, present = int(last.labels.max()), np.unique(train.labels)
-    if largest < len(present):
+    largest = int(last.labels.max())
+    gap, missing = classes_without_image(train.labels, largest)
+    if not missing:
         return largest + 1
-    gap = next(label for label in range(len(present) + 1) if label == len(present) or present[label] != label)
     raise UserError(
         f"{last.file} line {last.lines[int(last.labels.argmax())]}: label {largest} makes {largest + 1} classes, "
-        f"{largest + 1 - len(present)} of them without an image in {train.file} (first: label {gap}); labels must "
+        f"{missing} of them without an image in {train.file} (first: label {gap}); labels must "
         "count from 0 without gaps"
     )
+
+
+def classes_without_image(labels: np.ndarray, largest: int) -> tuple[int, int]:
+    """The first class from 0 to `largest` that has no training image, and the number of such classes.
+
+    Args:
+        labels: labels of the training images, int64 [N], from 0.
+        largest: the largest label of any split.
+    """
+    present = np.unique(labels)
+    gap = next(label for label in range(len(present) + 1) if label == len(present) or present[label] != label)
+    return gap, largest + 1 - len(present)
 
 
 def read_names(file: Path) -> tuple[str, ...]:

@@ -18,12 +18,11 @@ from tailtune.trainers.export import merged_format
 from tailtune.trainers.export.exported_model import ExportedModel, SharedRun, before_head
 from tailtune.trainers.export.loading_code import preprocessing
 from tailtune.trainers.export.model_card import model_card
-from tailtune.trainers.storage.atomic_io import Digest, write_bytes, write_json
+from tailtune.trainers.storage.atomic_io import FACTS, TENSORS, Digest, write_bytes, write_json
 from tailtune.trainers.storage.manifest import Manifest, read_bytes, read_json
 
 timm = lazy_module("timm")
 CHECKPOINT, CONFIG, CARD = "checkpoint", "config.yaml", "README.md"
-TENSORS, FACTS = "tensors.safetensors", "facts.json"
 RUN_FILES = (CONFIG, "tailtune.json", f"{CHECKPOINT}/*")
 """Patterns of the files that `tailtune.load` reads."""
 LOAD = """import tailtune
@@ -65,7 +64,7 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
         raise UserError("export hub: the checkpoint is one of another project; use export merged or onnx")
     facts: dict[str, Any] = {"how_to_load": LOAD}
     timm_config = None
-    if is_mergeable(exported):
+    if merged_format.can_hold(exported):
         facts = merged_format.write(exported, folder)
         timm_config = timm_config_of(exported, facts["network"])
     if timm_config is not None:
@@ -77,15 +76,6 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     card = model_card(exported, facts, run.metrics)
     write_bytes(folder / CARD, card.encode())
     return {**without_places(exported.facts), **facts}
-
-
-def is_mergeable(exported: ExportedModel) -> bool:
-    """Whether the format `merged` can hold the model."""
-    try:
-        merged_format.check(exported)
-    except UserError:
-        return False
-    return True
 
 
 def timm_config_of(exported: ExportedModel, about: Mapping[str, Any]) -> dict[str, Any] | None:

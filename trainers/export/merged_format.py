@@ -40,6 +40,15 @@ def check(exported: ExportedModel) -> None:
     network(exported)
 
 
+def can_hold(exported: ExportedModel) -> bool:
+    """Whether `check` accepts the model."""
+    try:
+        check(exported)
+    except UserError:
+        return False
+    return True
+
+
 def _inserted(encoder: Any) -> dict[str, Any]:
     """Tuner → block → site → module."""
     return dict(encoder.tuners.items()) if isinstance(encoder, ViTEncoder) else {}

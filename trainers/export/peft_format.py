@@ -37,21 +37,13 @@ def check(exported: ExportedModel) -> None:
     exported.refuse_experts("peft")
     others = [name for name in exported.tuners if name not in CONVERTED]
     if others:
-        raise UserError(f"export peft: its format has no place for {', '.join(others)}; {_other_formats(exported)}")
+        formats = "`export merged` or `onnx` has" if merged_format.can_hold(exported) else "`export onnx` has"
+        raise UserError(f"export peft: its format has no place for {', '.join(others)}; {formats}")
     if not exported.tuners and not exported.peft:
         raise UserError("export peft: neither lora, lora_mlp nor peft is on, so there is no adapter; use export merged")
     if exported.tuners and exported.peft:
         raise UserError(f"export peft: one adapter folder cannot hold {exported.tuners[0]} and peft; use export merged")
     network(exported)
-
-
-def _other_formats(exported: ExportedModel) -> str:
-    """Other formats that can hold the model, in words."""
-    try:
-        merged_format.check(exported)
-    except UserError:
-        return "`export onnx` has"
-    return "`export merged` or `onnx` has"
 
 
 @torch.no_grad()

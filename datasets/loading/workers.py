@@ -165,7 +165,7 @@ class WorkerMonitor:
     def __init__(self, processes: list[Worker], has_workers: bool) -> None:
         self.processes = processes
         self.is_waiting = self.is_stuck = False
-        self.closed = threading.Event()
+        self.closed, self._ending = threading.Event(), threading.Lock()
         if has_workers and LINUX:  # on other systems torch manages the processes
             threading.Thread(target=self._check_regularly, daemon=True).start()
 
@@ -208,10 +208,11 @@ class WorkerMonitor:
 
     def end_workers(self) -> None:
         """Kill the workers and wait until they have ended."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join()
+        with self._ending:  # if two threads wait for one process, one of them returns before its end is known
+            for process in self.processes:
+                process.kill()
+            for process in self.processes:
+                process.join()
 
     def close(self) -> None:
         """End the thread that checks the workers."""

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 import tailtune
 from tailtune.configs import program
 from tailtune.trainers.runs import metrics_file
+from tailtune.trainers.serve_command import PACKAGES as PACKAGES_TO_SERVE
 
 PACKAGES = ("configs", "datasets", "models", "trainers")
 MOST_BYTES = 12_000_000
@@ -91,9 +92,12 @@ def test_what_the_package_says_about_itself(installed: Path) -> None:
     about = email.message_from_string(found.read_text("METADATA") or "")
     assert (about["Name"], found.version) == ("tailtune", tailtune.__version__)
     assert [(entry.name, entry.value) for entry in found.entry_points] == [("tailtune", "tailtune:command")]
-    needed = {Requirement(text) for text in found.requires or []}
+    all_needed = {Requirement(text) for text in found.requires or []}
+    needed = {each for each in all_needed if each.marker is None}
     listed = requirements("requirements-package.txt")
     assert needed == {Requirement(str(each).lower().replace("_", "-")) for each in listed}  # names as in an index
+    extra = {Requirement(f"{each}; extra == 'serve'") for each in requirements("requirements-serve.txt")}
+    assert all_needed - needed == extra and {each.name for each in extra} == {*PACKAGES_TO_SERVE.values()}
     tools = {each.name for each in requirements("requirements.txt")}
     assert {"pytest", "ruff", "mypy", "hatchling"} <= tools
     assert not tools & {each.name for each in needed}

@@ -67,7 +67,7 @@ def make_app(label: LabelFiles, facts: Mapping[str, Any], limits: Limits) -> Fas
         unreadable = sum("error" in result for result in results)
         seconds = time.perf_counter() - started
         log.info("POST /predict: images %d, unreadable %d, %.2f s", len(results), unreadable, seconds)
-        return _json({"results": results}, 422 if unreadable == len(results) else 200)
+        return _json({"results": results})
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

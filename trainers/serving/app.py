@@ -69,6 +69,13 @@ def make_app(label: LabelFiles, facts: Mapping[str, Any], limits: Limits) -> Fas
         log.info("POST /predict: images %d, unreadable %d, %.2f s", len(results), unreadable, seconds)
         return _json({"results": results})
 
+    _answer_errors(app)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Let every error be answered by an object `{"error": …}`."""
+
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         if request.url.path == "/predict":
@@ -79,8 +86,6 @@ def make_app(label: LabelFiles, facts: Mapping[str, Any], limits: Limits) -> Fas
     async def failed(_: Request, error: UserError) -> Response:
         log.error("error: %s", error)
         return _json({"error": str(error)}, 500)
-
-    return app
 
 
 def _label_those_that_fit(label: LabelFiles, files: Sequence[UploadFile], limits: Limits) -> list[Answer]:

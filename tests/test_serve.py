@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -291,7 +291,8 @@ def asked(label: Any, messages: Sequence[Json], limits: Limits = Limits()) -> tu
     async def send(message: Json) -> None:
         sent.append(message)
 
-    asyncio.run(make_app(label, {}, limits)(scope, receive, send))
+    with suppress(ZeroDivisionError):  # uvicorn catches it
+        asyncio.run(make_app(label, {}, limits)(scope, receive, send))
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
 
 
@@ -305,6 +306,8 @@ def test_uploads_that_stop_and_a_model_that_fails() -> None:
     assert asked(fails, [part], Limits(seconds=0.05)) == (408, {"error": "the upload took longer than 0.05 s"})
     assert asked(fails, [part, {"type": "http.disconnect"}]) == (400, {"error": "the upload was not complete"})
     assert asked(fails, [part, rest]) == (500, {"error": "the logits are not finite"})
+    status, answer = asked(lambda *_: 1 / 0, [part, rest])
+    assert status == 500 and answer["error"].startswith("an error of the server")
     odd = {"path": "a.png", "label": "\udce9"}  # the folder of a class had a name that was no UTF-8
     assert asked(lambda *_: [odd], [part, rest]) == (200, {"results": [odd]})
 

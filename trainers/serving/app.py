@@ -87,6 +87,10 @@ def _answer_errors(app: FastAPI) -> None:
         log.error("error: %s", error)
         return _json({"error": str(error)}, 500)
 
+    @app.exception_handler(Exception)
+    async def bug(_: Request, __: Exception) -> Response:
+        return _json({"error": "an error of the server; its log has the traceback"}, 500)  # uvicorn writes it
+
 
 def _label_those_that_fit(label: LabelFiles, files: Sequence[UploadFile], limits: Limits) -> list[Answer]:
     """The answers for files, in their order. Those that are too large are not read."""

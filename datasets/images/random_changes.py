@@ -91,7 +91,7 @@ def mirrored(images: Tensor, draws: Tensor) -> Tensor:
     if images.device.type != "cpu":
         return torch.where(chosen[:, None, None, None], images.flip(-1), images)
     pixels, rows = images.numpy(), chosen.numpy()  # half the work, but a GPU would have to wait for the number of rows
-    pixels[rows] = pixels[rows][..., ::-1]
+    pixels[rows] = torch.from_numpy(pixels[rows]).flip(-1).numpy()  # numpy copies rows faster, torch reverses faster
     return images
 
 

@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep what this process frees. It does nothing on systems without glibc.
 
     By default glibc gives large blocks back to the system at once. The next step then gets the same memory page by
-    page, cleared, which can take longer than the arithmetic. torch has no cache of its own for a CPU. The results do not
-    change. The process holds its peak of memory until it ends, and the peak can be higher, because large blocks come
+    page, cleared, which can take longer than the arithmetic. torch has no cache of its own for a CPU. The results stay
+    the same. The process holds its peak of memory until it ends, and the peak can be higher, because large blocks come
     from one heap.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):

@@ -43,12 +43,12 @@ examples:
   python main.py -d cifar100_ir100 -m clip_vit_b16_peft          CLIP ViT-B/16 with AdaptFormer (downloads both)
   python main.py -d imagenet_lt -m clip_vit_b16 lora=True root=/data/imagenet
   python main.py -d my_images/ -m clip_vit_b16_peft              your own images, one folder for each class
-  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images and options
   python main.py -d digits_lt -m tiny_clip_peft test_only=True tte=True expand=3
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
   python main.py predict RUN photos > labels.csv                 label new images with a finished run (predict --help)
   python main.py serve RUN                                       label images that are sent over HTTP (serve --help)
+  python main.py export RUN onnx                                 the model for onnxruntime and others (docs/exports.md)
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
   python main.py compare output/run1 output/run2                 a table of runs, and tests over their test images
@@ -253,6 +253,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "data": "tailtune.datasets.commands.entry:run_data_command",
         "predict": "tailtune.trainers.predict_command:run_predict",
         "serve": "tailtune.trainers.serve_command:run_serve",
+        "export": "tailtune.trainers.export_command:run_export",
         "compare": "tailtune.trainers.comparison.command:run_compare",
         "report": "tailtune.trainers.report_command:run_report_command",
     }

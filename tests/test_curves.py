@@ -194,8 +194,9 @@ def test_a_tracker_that_takes_images_gets_the_pictures(
 def test_only_another_tracker(notebook: type[Notebook], launch: Cli, tmp_path: Path) -> None:
     with mock.patch(DRAWN_BY) as draw:
         assert launch(f"{COMMAND} trackers notebook").returncode == 0
+        assert launch(f"{COMMAND} output_dir other report none").returncode == 0
     assert notebook.points and not (tmp_path / "output" / "run" / "tensorboard").exists()
-    draw.assert_not_called()  # it takes no images
+    draw.assert_not_called()  # the one takes no images, the other shall have none
 
 
 def test_trackers_that_cannot_start(notebook: type[Notebook], launch: Cli, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from tailtune.configs import values_of
 from tailtune.configs.errors import printable
 from tailtune.configs.key import TRAIN
 from tailtune.datasets.data_bundle import DataInfo
+from tailtune.trainers.evaluation.evaluation_plan import EvaluationPlan
 from tailtune.trainers.progress import test_curves, write_test_curves
+from tailtune.trainers.report.files import NONE
 from tailtune.trainers.report.subject import EvaluatedImages, Launch, Predicted, Subject
 from tailtune.trainers.runs.run_folder import RunFolder
 
@@ -25,30 +27,34 @@ log = logging.getLogger("tailtune")
 
 
 def add_curves(
-    accelerator: Accelerator, folder: RunFolder, target: Path, result: dict[str, Any], info: DataInfo, tensorboard: bool
+    plan: EvaluationPlan,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    target: Path,
+    result: dict[str, Any],
+    info: DataInfo,
 ) -> None:
     """Log the results of an evaluation, on the first process. Without TensorBoard and trackers it does nothing.
 
     Args:
+        plan: whether there is an event file, and whether pictures are drawn.
         accelerator: has the trackers of a run that was trained in this process.
         folder: the run's folder.
         target: the folder of the result.
         result: the content of metrics.json; receives a note if a picture fails.
         info: facts about the data.
-        tensorboard: whether an event file is written.
     """
     distributions = result.get("distributions", {})
     step = (result.get("train") or {}).get("steps", 0)
     curves = test_curves(result["test"], distributions)
     accelerator.log(curves, step)
     takers = [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]
-    if not tensorboard and not takers:
-        return
     pictures: Mapping[str, bytes] = {}
     try:
-        pictures = class_pictures(result, info)
-        for tracker in takers:
-            images = {tag: Image.open(io.BytesIO(png)).convert("RGB") for tag, png in pictures.items()}
+        if plan.report != NONE and (plan.tensorboard or takers):
+            pictures = class_pictures(result, info)
+        images = {tag: Image.open(io.BytesIO(png)).convert("RGB") for tag, png in pictures.items()}
+        for tracker in takers if images else ():
             one = tracker.name in ONE_IMAGE
             tracker.log_images({tag: image if one else [image] for tag, image in images.items()}, step)
     except Exception as error:  # of any library: hours of training must not be lost to a picture
@@ -56,7 +62,7 @@ def add_curves(
         text = f"no pictures of class accuracies ({type(error).__name__}: {printable(error)})"
         log.warning("warning: %s", text)
         result["notes"].append(text)
-    if tensorboard:
+    if plan.tensorboard:
         options = values_of(folder.cfg, TRAIN) if target == folder.path else None
         write_test_curves(target / "tensorboard", step, curves, distributions, options, pictures)
 

@@ -273,7 +273,7 @@ class Evaluation:
             result["dirichlet"] = summary
         target = self.decision.target
         if distributions or target == self.folder.path:
-            add_curves(self.accelerator, self.folder, target, result, info, self.plan.tensorboard)
+            add_curves(self.plan, self.accelerator, self.folder, target, result, info)
         kind = self.plan.report
         report = "" if kind == NONE else add_report(self.folder, target, result, test_logits, info, images, kind)
         self.folder.seal(write_metrics(target, result))

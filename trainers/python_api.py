@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tailtune import models
-from tailtune.configs import CfgNode, UserError, load_configs
+from tailtune.configs import CfgNode, UserError
 from tailtune.configs.errors import printable
 from tailtune.configs.launch_environment import check_environment
 from tailtune.datasets.build_data import build_info, stored_info, with_descriptors
@@ -25,12 +25,10 @@ from tailtune.trainers.processes.console_log import console_restored
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.runs.result_table import read_result
 from tailtune.trainers.stages import run_stages
+from tailtune.trainers.stages_of_words import NO_DATA, stages_of
 from tailtune.trainers.trained_model import TrainedModel, load
 
 __all__ = ["TrainedModel", "TrainedRun", "build_model", "load", "train"]
-
-NO_DATA = "fake_lt"
-"""Data config of a model that is built without data. It sets no option of the model."""
 
 log = logging.getLogger("tailtune")
 
@@ -57,15 +55,16 @@ class TrainedRun:
         return load(self.source, device)
 
 
-def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
+def train(data: str | Path, model: str | Path, **options: Any) -> TrainedRun:
     """Train and evaluate, as the command `tailtune -d DATA -m MODEL KEY VALUE …` does.
 
     The same call again resumes an unfinished run, and returns the result of a finished one. The log is printed on
     standard output. Several processes are started by `accelerate launch` with a script that calls this function.
 
     Args:
-        data: name of a data config, or the path of your YAML.
-        model: name of a model config.
+        data: name of a data config, the path of your YAML, or a folder with a folder of images for each class. The
+            split of a folder is made once, in output/<name>_data, and used again by later calls.
+        model: name of a model config, or the path of your YAML.
         **options: options as keywords, such as `lr=0.1` or `lora=True`. Names with a dot:
             `**{"ride.diversity": 0.1}`. A text is parsed as on the command line.
 
@@ -83,8 +82,7 @@ def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
         ```
     """
     check_environment()
-    stages = load_configs(str(data), model, _words(options), declared(), "train")
-    with console_restored():
+    with stages_of(str(data), str(model), _words(options), declared(), "train") as stages, console_restored():
         try:
             outcome = run_stages(stages)
         except Interrupted:  # another program knows KeyboardInterrupt only
@@ -93,7 +91,7 @@ def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
 
 
 def build_model(
-    model: str,
+    model: str | Path,
     data: str | Path | None = None,
     *,
     class_names: Sequence[str] | None = None,
@@ -107,8 +105,8 @@ def build_model(
     random weights, with a warning, because no images are given here.
 
     Args:
-        model: name of a model config.
-        data: name of a data config, or the path of your YAML. It gives class names and options of the model.
+        model: as for `train`.
+        data: as for `train`. It gives class names and options of the model.
         class_names: names of the C classes, instead of `data`.
         num_classes: number of classes, instead of `data`, for a classifier that reads no texts. Together with `data`,
             it is the option of this name.
@@ -131,11 +129,12 @@ def build_model(
     _check_classes(data, class_names, num_classes)
     if data is not None and num_classes is not None:
         options["num_classes"] = num_classes
-    cfg = resolve(load_configs(str(data or NO_DATA), model, _words(options), declared(), "build_model")[-1])
-    info = _info_without_images(cfg, data is not None, class_names, num_classes)
+    words = _words(options)
+    with stages_of(str(data or NO_DATA), str(model), words, declared(), "build_model", keep=False) as stages:
+        cfg = resolve(stages[-1])
+        info = _info_without_images(cfg, data is not None, class_names, num_classes)
     net = models.build_model(cfg, info.class_names, descriptors=info.descriptors, pixel_stats=(info.mean, info.std))
-    _start_head(net, cfg, info.num_classes)
-    return net
+    return _start_head(net, cfg, info.num_classes)
 
 
 def _check_classes(data: Any, class_names: Any, num_classes: Any) -> None:
@@ -149,13 +148,14 @@ def _check_classes(data: Any, class_names: Any, num_classes: Any) -> None:
         raise UserError("build_model: give either data, class_names or num_classes")
 
 
-def _start_head(net: ClassificationModel, cfg: CfgNode, num_classes: int) -> None:
+def _start_head(net: ClassificationModel, cfg: CfgNode, num_classes: int) -> ClassificationModel:
     """Fill the classifier from the class names, or leave it random if it would be filled from training images."""
     if _reads_text(cfg):
         net.init_head(text_context(net, num_classes, cfg.seed, torch.device("cpu")))
     elif net.init is not None:
         log.warning("warning: init_head %s reads training images, so the classifier stays random", cfg.init_head)
         net.init = None
+    return net
 
 
 def _reads_text(cfg: CfgNode) -> bool:

@@ -25,7 +25,7 @@ from test_startup import modules_after
 import tailtune
 from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.given_paths import given_paths
-from tailtune.trainers import predict as predict_module
+from tailtune.trainers import labeller
 from tailtune.trainers.methods.base import combine
 from tailtune.trainers.prediction.class_folders import folder_names
 from tailtune.trainers.prediction.outputs import open_outputs
@@ -345,7 +345,7 @@ def test_embeddings(run: Cli, rows: Callable[..., list[Row]]) -> None:
 
 def test_batches_are_dropped(rows: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) -> None:
     """While the table is written, one batch of images is alive, and the next one at most."""
-    loader, alive, most = predict_module.eval_loader, weakref.WeakSet[torch.Tensor](), []
+    loader, alive, most = labeller.eval_loader, weakref.WeakSet[torch.Tensor](), []
 
     def counted(*args: Any, **options: Any) -> Iterator[Any]:
         for batch in loader(*args, **options):
@@ -353,7 +353,7 @@ def test_batches_are_dropped(rows: Callable[..., list[Row]], monkeypatch: pytest
             most.append(len(alive))
             yield batch
 
-    monkeypatch.setattr(predict_module, "eval_loader", counted)
+    monkeypatch.setattr(labeller, "eval_loader", counted)
     assert len(rows(*[TEST] * 5, "--option test_batch_size 3")) == 60
     assert len(most) == 20 and max(most) <= 2
 
@@ -363,7 +363,7 @@ def test_what_ends_early_leaves_nothing(run: Cli, home: Path, monkeypatch: pytes
     words += ("--option test_batch_size 3 --option num_workers 0",)
     Path("early.csv").write_text("before")
     before = {*home.rglob("*")}
-    loader = predict_module.eval_loader
+    loader = labeller.eval_loader
 
     def ending(end: Callable[[], None]) -> Callable[..., Iterator[Any]]:
         def batches(*args: Any, **options: Any) -> Iterator[Any]:
@@ -381,7 +381,7 @@ def test_what_ends_early_leaves_nothing(run: Cli, home: Path, monkeypatch: pytes
         (lambda: signal.raise_signal(signal.SIGINT), 130, "interrupted"),
         (fail, 2, "error: the loader failed"),
     ):
-        monkeypatch.setattr(predict_module, "eval_loader", ending(end))
+        monkeypatch.setattr(labeller, "eval_loader", ending(end))
         done = run(*words)
         assert (done.returncode, done.stderr.splitlines()[-1]) == (code, line)
         assert {*home.rglob("*")} == before and Path("early.csv").read_text() == "before"
@@ -432,7 +432,7 @@ def test_wrong_input_is_one_line(words: str, says: str, run: Cli, monkeypatch: p
 
 
 def test_a_class_called_unsure(tmp_path: Path) -> None:
-    request = PredictRequest("run", given_paths([__file__]), threshold=0.5)
+    request = PredictRequest("run", paths=given_paths([__file__]), threshold=0.5)
     with pytest.raises(UserError, match="the class 'unsure'"), open_outputs(request, ["unsure", "b"], io.BytesIO(), {}):
         pass
 

@@ -1,15 +1,12 @@
 """The Python API: `tailtune.train`, `tailtune.load` and `tailtune.build_model`."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 
 from tailtune import models
 from tailtune.configs import CfgNode, UserError
@@ -21,6 +18,8 @@ from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.option_schema import declared
+from tailtune.trainers.option_words import words_of
+from tailtune.trainers.predict_in_python import Prediction
 from tailtune.trainers.processes.console_log import console_restored
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.runs.result_table import read_result
@@ -28,7 +27,7 @@ from tailtune.trainers.stages import run_stages
 from tailtune.trainers.stages_of_words import NO_DATA, stages_of
 from tailtune.trainers.trained_model import TrainedModel, load
 
-__all__ = ["TrainedModel", "TrainedRun", "build_model", "load", "train"]
+__all__ = ["Prediction", "TrainedModel", "TrainedRun", "build_model", "load", "train"]
 
 log = logging.getLogger("tailtune")
 
@@ -82,7 +81,7 @@ def train(data: str | Path, model: str | Path, **options: Any) -> TrainedRun:
         ```
     """
     check_environment()
-    with stages_of(str(data), str(model), _words(options), declared(), "train") as stages, console_restored():
+    with stages_of(str(data), str(model), words_of(options), declared(), "train") as stages, console_restored():
         try:
             outcome = run_stages(stages)
         except Interrupted:  # another program knows KeyboardInterrupt only
@@ -129,7 +128,7 @@ def build_model(
     _check_classes(data, class_names, num_classes)
     if data is not None and num_classes is not None:
         options["num_classes"] = num_classes
-    words = _words(options)
+    words = words_of(options)
     with stages_of(str(data or NO_DATA), str(model), words, declared(), "build_model", keep=False) as stages:
         cfg = resolve(stages[-1])
         info = _info_without_images(cfg, data is not None, class_names, num_classes)
@@ -177,29 +176,3 @@ def _info_without_images(
     if _reads_text(cfg) and cfg.pretrained is not None and no_names:
         raise UserError("build_model: the classifier is made from the names of the classes: give class_names")
     return with_descriptors(cfg, info)
-
-
-def _words(options: Mapping[str, Any]) -> list[str]:
-    """Options as the words of a command line, so that a run has the same name and hash as that of the command."""
-    return [word for key, value in options.items() for word in (key, _word(key, value))]
-
-
-def _word(key: str, value: Any) -> str:
-    if value is None:
-        return "none"
-    value = _without_numpy(value)
-    if not isinstance(value, (list, dict)):
-        return str(value)
-    try:
-        return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).strip()
-    except yaml.YAMLError:
-        raise UserError(f"{key}: '{printable(value)}' must hold texts and numbers only") from None
-
-
-def _without_numpy(value: Any) -> Any:
-    """The value with plain numbers and lists in place of those of NumPy and of tuples."""
-    if isinstance(value, dict):
-        return {_without_numpy(name): _without_numpy(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_without_numpy(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value

@@ -488,7 +488,7 @@ def test_what_ends_early_leaves_nothing(run: Cli, home: Path, monkeypatch: pytes
         ("run insects --threshold 2", "--threshold must be a probability from 0 to 1, not 2"),
         ("run insects --threshold nan", "--threshold must be a probability"),
         ("run insects --format parquet", "name a file with --out"),
-        ("run insects --out labels.parquet", "Parquet needs the package pyarrow"),
+        ("run insects --out labels.parquet", 'needs the package pyarrow: `pip install "tailtune[parquet]"`'),
         ("run insects --format xml", "invalid choice: 'xml'"),
         ("run insects --out void", "--out void is a folder"),
         ("run insects --out insects.yaml/a.csv", "files cannot be written into"),

@@ -217,19 +217,29 @@ def _name_places(axes: Axes, names: Sequence[str]) -> None:
 
 
 def training_curves(subject: Subject) -> Figure | None:
-    """Loss, accuracy and learning rate over the steps of the training, as far as they were recorded."""
+    """Loss, accuracy and learning rate over the steps of the training, as far as they were recorded.
+
+    With `keep`, a line is where the weights that were kept are from.
+    """
     curves = read_curves(subject.events)
     panels = {"loss": _losses(curves), "accuracy (%)": _accuracies(curves), "learning rate": _rates(curves)}
     panels = {title: found for title, found in panels.items() if found}
     if not panels:
         return None
-    figure, axes = _axes((4.6, 1.1 + 1.35 * len(panels)), len(panels))
+    figure, axes = _axes((4.6, 1.5 + 1.35 * len(panels)), len(panels))
+    train = subject.result.get("train") or {}
+    steps_of = {each["epoch"]: each["step"] for each in train.get("validations", [])}
+    kept = steps_of.get(train.get("kept_epoch"))
     for panel, (title, found) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        for (name, (steps, values)), color in zip(found.items(), SERIES, strict=False):
-            panel.plot(steps, values, color=COLORS.get(name, color), linewidth=1.2, label=LABELS.get(name, name))
+        for name, (steps, values) in found.items():
+            color = COLORS.get(name, SERIES[name.startswith("validation")])
+            panel.plot(steps, values, color=color, linewidth=1.2, label=LABELS.get(name, name))
         panel.set(ylabel=title)
+        if kept is not None:
+            panel.axvline(kept, color=GREY, linestyle="--", linewidth=1, label="kept epoch")
         if len(found) > 1:
-            panel.legend(ncols=2)
+            place = {"loc": "lower left", "bbox_to_anchor": (-0.13, 0.98)}  # above, where no curve is
+            panel.legend(ncols=3, handlelength=1.4, columnspacing=1.2, **place)
     np.atleast_1d(axes)[-1].set(xlabel="step")
     return figure
 

@@ -48,6 +48,7 @@ examples:
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
   python main.py predict RUN photos > labels.csv                 label new images with a finished run (predict --help)
+  python main.py serve RUN                                       label images that are sent over HTTP (serve --help)
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
   python main.py compare output/run1 output/run2                 a table of runs, and tests over their test images
@@ -233,6 +234,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "data": "tailtune.datasets.commands.entry:run_data_command",
         "predict": "tailtune.trainers.predict_command:run_predict",
+        "serve": "tailtune.trainers.serve_command:run_serve",
         "compare": "tailtune.trainers.comparison.command:run_compare",
         "report": "tailtune.trainers.report_command:run_report_command",
     }

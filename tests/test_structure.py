@@ -49,6 +49,7 @@ ROOMS = {
             "storage",
         },
         "prediction": {"evaluation", "storage"},
+        "serving": set(),
     },
 }
 """Package → room (a folder of it) → which rooms and modules of the same package it may import."""

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 import tailtune
 from tailtune.configs import program
 from tailtune.trainers.runs import metrics_file
+from tailtune.trainers.serve_command import PACKAGES as PACKAGES_TO_SERVE
 
 PACKAGES = ("configs", "datasets", "models", "trainers")
 MOST_BYTES = 12_000_000
@@ -101,9 +102,10 @@ def test_what_the_package_says_about_itself(installed: Path) -> None:
 
 def test_an_extra_has_the_packages_of_its_file(installed: Path) -> None:
     found = Distribution.at(next(installed.glob("*.dist-info")))
+    assert {each.name for each in requirements("requirements-serve.txt")} == {*PACKAGES_TO_SERVE.values()}
     extras = {path.stem.removeprefix("requirements-"): path.name for path in ROOT.glob("requirements-*.txt")}
     del extras["package"]
-    assert set(found.metadata.get_all("Provides-Extra") or []) == extras.keys() >= {"parquet"}
+    assert set(found.metadata.get_all("Provides-Extra") or []) == extras.keys() == {"parquet", "serve"}
     for extra, file in extras.items():
         wanted = [Requirement(text) for text in found.requires or [] if f'extra == "{extra}"' in text.replace("'", '"')]
         assert {(each.name, each.specifier) for each in wanted} == {

@@ -16,10 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tqdm import tqdm
 
+from tailtune.configs.console_text import WIDTH
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
-from tailtune.trainers.processes.console_log import WIDTH, attach_file, console_restored, start_console
+from tailtune.trainers.processes.console_log import attach_file, console_restored, start_console
 from tailtune.trainers.progress import Curves, Progress
 
 COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none batch_size 64 max_test_images 20 num_epochs 1 output_dir run "

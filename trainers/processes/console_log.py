@@ -18,8 +18,6 @@ REPLACE = "tailtune.plain"
 """Name under which `_replace_signs` is registered as an error handler of Python's codecs."""
 SHORT = "short"
 """Attribute of a log record: the text for a terminal, where a log file has a longer one."""
-WIDTH = 80
-"""Largest number of columns of a short text."""
 NO_FILE = "warning: cannot write %s (%s): the run goes on without it"
 """Message for a log file that cannot be written, with its path and the reason."""
 

@@ -89,7 +89,6 @@ def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport 
         "schema": SCHEMA_VERSION,
         "data": label.data,
         "model": label.model,
-        "backbone": label.backbone,
         "seed": label.seed,
         **circumstances(),
         "prec_used": prec_used,

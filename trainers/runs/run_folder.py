@@ -28,7 +28,9 @@ OUTPUT = Path("output")
 FACTS = Path("checkpoint") / FACTS_FILE
 TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorboard")
 """Entries of the run folder that training creates."""
-RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors", *REPORTS)
+ADAPTED = "expert_weights.json"
+"""Name of the file with what `adapt` has learnt, beside the logits."""
+RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors", ADAPTED, *REPORTS)
 """Entries of the run folder that the evaluation creates."""
 
 

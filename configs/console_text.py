@@ -1,5 +1,6 @@
 """Text for a console of 80 columns: wrapped lines, and tables of which no line is wider."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,14 +31,25 @@ class Column(NamedTuple):
         return [f"{text:{align}{self.width}}" for text in (self.title, *self.cells)]
 
 
-def wrapped(text: str, indent: str = "") -> list[str]:
+def wrapped(text: str, indent: str = "", whole: bool = False) -> list[str]:
     """The lines of a text, none wider than WIDTH.
 
     Args:
         text: one paragraph.
         indent: what every line but the first begins with.
+        whole: do not break words, and leave a long path where it is. Then a line can be wider.
     """
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+    if len(text) <= WIDTH:
+        return [text]
+    lines = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=not whole)
+    joined = lines[:1]
+    for line in lines[1:]:
+        word = line.split(maxsplit=1)[0]
+        if whole and len(word) > WIDTH // 2 and os.sep in word:
+            joined[-1] += " " + line.removeprefix(indent)
+        else:
+            joined.append(line)
+    return joined
 
 
 def shortened(text: str, width: int) -> str:

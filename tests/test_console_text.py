@@ -1,5 +1,6 @@
 """What a console of 80 columns shows: tables with long names and many columns, and what their columns are."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,19 @@ def test_a_result_says_its_backbone(launch: Cli) -> None:
     assert "\nfake_lt · tiny_clip · TinyCLIP · seed 0\n" in again.stdout
 
 
+def test_a_run_on_a_terminal(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and evaluation: no line is wider, paths aside, and each epoch has one line."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    words = "-d fake_lt -m tiny_clip_peft pretrained none num_epochs 3 batch_size 16 max_test_images 20 output_dir run"
+    done = launch(words, "test_dists all target_prior estimate")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == ["1/3", "2/3", "3/3"]
+    assert not [line for line in lines if len(line) > WIDTH and "/" not in line]
+    whole = Path("output/run/log.txt").read_text().splitlines()
+    assert any("target_prior: uncalibrated" in line and line.endswith("(train with val_per_class)") for line in whole)
+
+
 def test_what_a_run_begins_with() -> None:
     info = SimpleNamespace(class_counts=np.array([118_800] * 8142))
     data: Any = SimpleNamespace(info=info, train=range(437_513), test=range(24_426))
@@ -110,6 +124,15 @@ def test_a_table_with_more_columns_than_fit_is_several_tables() -> None:
 def test_texts_are_cut_in_the_middle_and_wrapped() -> None:
     assert shortened("forward50", 9) == "forward50" and shortened("run_1_of_many_seed_17", 12) == "run_…seed_17"
     assert wrapped("x " * 100, "  ")[1].startswith("  x") and max(map(len, wrapped("y" * 200))) == WIDTH
+
+
+def test_paths_are_whole_and_stay_where_they_are() -> None:
+    path = "output/" + "x" * 70 + "/report.html"
+    assert wrapped(f"report {path}", "  ", whole=True) == [f"report {path}"]
+    text = f"warning: {'words ' * 14}end, and {path} is where it is, {'words ' * 14}end"
+    lines = wrapped(text, "  ", whole=True)
+    assert sum(path in line for line in lines) == 1 and " ".join(map(str.strip, lines)) == text
+    assert all(len(line) <= WIDTH for line in lines if path not in line)
 
 
 def compared() -> Table:

@@ -142,6 +142,7 @@ class _Images:
                 if features is not None:
                     outputs.add_features(features[good])
                 bar.update(len(index))
+                bar.clear()  # the table may go to the same terminal
                 labels = torch.zeros(int(good.sum()), dtype=torch.int64)  # nobody knows them
                 yield Logits(logits[good].unsqueeze(1), labels, index[good])
                 if self.interrupt.requested:

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tailtune.configs.console_text import wrapped
+
 MOST_KEPT = 1000
 """Largest number of lines that are kept for a log file that may be opened later."""
 ASCII_OF = str.maketrans({"─": "-", "±": "+/-", "×": "x", "·": "-", "…": "...", "–": "-", "→": "->", "∞": "inf"})
@@ -119,10 +121,11 @@ class _Console(logging.StreamHandler):
 
 
 class _Short(logging.Formatter):
-    """Takes the short text of a record, if it has one."""
+    """Takes the short text of a record, if it has one, and breaks other lines between words. Paths stay whole."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return str(getattr(record, SHORT, None) or super().format(record))
+        text = str(getattr(record, SHORT, None) or super().format(record))
+        return "\n".join(part for line in text.split("\n") for part in wrapped(line, "  ", whole=True))
 
 
 class _File(logging.FileHandler):

@@ -22,11 +22,13 @@ from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
 from tailtune.trainers.evaluation.logit_files import checksum_of
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.methods import Method
-from tailtune.trainers.runs.run_folder import ADAPTED, RunFolder
+from tailtune.trainers.runs.run_folder import RunFolder
 from tailtune.trainers.storage.atomic_io import Damaged, write_json
 from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.manifest import read_json
 
+ADAPTED = "expert_weights.json"
+"""Name of the file, beside the logits."""
 FORMAT = 1
 """Version of the file's layout, and of what its numbers mean."""
 

@@ -368,6 +368,13 @@ def test_what_cannot_be_adapted_is_refused(words: str, culprit: str, remedy: str
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def test_weights_that_are_not_finite_are_one_line(launch: Cli) -> None:
+    assert launch(RUN).returncode == 0
+    done = launch(RUN, "test_only True adapt sade adapt_lr 1e38 adapt_weight_decay 1e30")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "lower adapt_lr" in done.stderr
+    assert not list(Path("output/run/tests").glob(f"*/{ADAPTED}"))
+
+
 def test_experts_that_are_not_all_asked_are_refused(config: Callable[..., CfgNode]) -> None:
     cfg = config("fake_lt", "tiny_clip", "num_experts", 3, "adapt", "sade")
     outline(cfg)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
@@ -110,7 +111,13 @@ class Learner:
 
     @property
     def running(self) -> bool:
-        """Whether another pass is needed."""
+        """Whether another pass is needed.
+
+        Raises:
+            UserError: the weights are not finite.
+        """
+        if not self.weights.isfinite().all():
+            raise UserError(f"adapt: the weights for {self.name} are not finite; lower adapt_lr or adapt_weight_decay")
         return self.epoch < self.epochs and not (self.epoch and self.lowest < LEAST)
 
     @property
@@ -279,7 +286,7 @@ def adapt(
         Name of a test set → its learner, after learning; empty on every process but the first.
     """
     learners, number = learners_of(kind, recipe, plain, distributions, learnt), 0
-    while on_main(accelerator, lambda: any(learner.running for learner in learners.values())):
+    while on_main(accelerator, lambda: any([learner.running for learner in learners.values()])):
         _one_pass(learners, passes(number))
         number += 1
     return learners

@@ -9,13 +9,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from tailtune.configs import values_of
 from tailtune.configs.errors import UserError
-from tailtune.configs.key import TRAIN
 from tailtune.datasets.data_bundle import DataBundle, DataInfo, TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.adapted_results import LearntFiles, Predict, predicted_from_views
+from tailtune.trainers.evaluation.curves_of_evaluation import add_curves
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan, with_stored_names
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
@@ -25,7 +24,6 @@ from tailtune.trainers.evaluation.metrics import evaluate_predictions
 from tailtune.trainers.evaluation.report_of_evaluation import add_report
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
-from tailtune.trainers.progress import test_curves, write_test_curves
 from tailtune.trainers.report.files import NONE
 from tailtune.trainers.report.subject import EvaluatedImages
 from tailtune.trainers.runs.metrics_file import circumstances, write_metrics
@@ -281,12 +279,7 @@ class Evaluation:
             result["dirichlet"] = summary
         target = self.decision.target
         if distributions or target == self.folder.path:
-            options = values_of(self.folder.cfg, TRAIN) if target == self.folder.path else None
-            step = (result.get("train") or {}).get("steps", 0)
-            curves = test_curves(result["test"], distributions)
-            self.accelerator.log(curves, step)
-            if self.plan.tensorboard:
-                write_test_curves(target / "tensorboard", step, curves, distributions, options)
+            add_curves(self.plan, self.accelerator, self.folder, target, result, info)
         kind = self.plan.report
         report = "" if kind == NONE else add_report(self.folder, target, result, test_logits, info, images, kind)
         self.folder.seal(write_metrics(target, result))

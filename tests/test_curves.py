@@ -19,11 +19,12 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from test_report import subject
 from tqdm import tqdm
 
+from tailtune.configs.console_text import WIDTH
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.trainers.evaluation.curves_of_evaluation import class_pictures
-from tailtune.trainers.processes.console_log import WIDTH, attach_file, console_restored, start_console
+from tailtune.trainers.processes.console_log import attach_file, console_restored, start_console
 from tailtune.trainers.progress import Curves, Progress
 from tailtune.trainers.report.plots import accuracy_by_class
 

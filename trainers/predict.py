@@ -109,6 +109,7 @@ class _Images:
                 if features is not None:
                     outputs.add_features(features)
                 bar.update(len(logits.index) + len(unreadable))
+                bar.clear()  # the table may go to the same terminal
                 yield logits
                 if self.interrupt.requested:
                     raise KeyboardInterrupt

@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tailtune.trainers.processes.console_log import SHORT, WIDTH
+from tailtune.configs.console_text import WIDTH
+from tailtune.trainers.processes.console_log import SHORT
 from tailtune.trainers.runs.result_table import COLUMNS, number
 from tailtune.trainers.storage.tensorboard_events import Events
 

@@ -178,7 +178,8 @@ class Trainer:
         done = run.report.steps
         run.progress.step()
         end_of_epoch = done % run.sampler.steps == 0
-        shows = done % self.plan.print_freq == 0 or end_of_epoch or last
+        is_long = run.sampler.steps > 2 * self.plan.print_freq  # a short epoch has one line, at its end
+        shows = (is_long and done % self.plan.print_freq == 0) or end_of_epoch or last
         stops = run.agreement.stops(interrupt.requested, done)
         saves = end_of_epoch or last or stops or bool(self.plan.save_every and done % self.plan.save_every == 0)
         if shows or saves:

@@ -14,7 +14,7 @@ convolutions and fused attention of our step alone (benchmarks/limits.py), measu
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ SOURCES = {
     "dirmixe": "https://github.com/scongl/DirMixE",
     "h2t": "https://github.com/Keke921/H2T",
 }
+Targets = tuple[float | None, float | None]
+"""Smallest ratio of the original's time to ours, and smallest share of the floor in our time."""
 VIT, RESNET32, RESNEXT50 = ("imagenet_lt", 4), ("cifar100_ir100", 128), ("imagenet_lt", 4)
 """Data config and images of a step on a CPU."""
 GPU_BATCH = {VIT: 128, RESNET32: 128, RESNEXT50: 64}
@@ -59,8 +61,8 @@ class Row:
     pairs: tuple[str, ...] = ()
     """Our model config, and options."""
     size: tuple[str, int] = VIT
-    targets: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
-    """Precision → smallest ratio of the original's time to ours, and smallest share of the floor in our time."""
+    targets: Mapping[str, Targets] = field(default_factory=dict)
+    """Precision → what must be reached."""
 
 
 BOTH = {"fp32": (1.3, None), "bf16": (1.6, None)}
@@ -75,7 +77,7 @@ DIRMIXE = {"config": "train/cifar100.json", "change": {}}
 H2T = {"config": "config/cifar100/cifar100_imb001_stage1_ce_mixup.yaml"}
 
 
-def _lift(name: str, options: dict[str, Any], targets: dict[str, tuple[float | None, float | None]]) -> Row:
+def _lift(name: str, options: dict[str, Any], targets: Mapping[str, Targets]) -> Row:
     pairs = tuple(word for key, value in options.items() for word in (key, str(value)))
     return Row(name, "lift", {**options, "loss_type": "LA"}, "clip_vit_b16", pairs, VIT, targets)
 
@@ -126,9 +128,7 @@ def _command(argv: Sequence[str]) -> int:
     return int(missed)
 
 
-def compared(
-    row: Row, prec: str, targets: tuple[float | None, float | None], place: Path, rounds: int, threads: int
-) -> bool:
+def compared(row: Row, prec: str, targets: Targets, place: Path, rounds: int, threads: int) -> bool:
     """Measure a row and print it.
 
     Returns:

@@ -95,7 +95,7 @@ def lift(row: dict[str, Any], loader: Endless, folder: Path) -> None:
     cfg.batch_size = cfg.micro_batch_size = row["batch"]
     trainer.load_clip_to_cpu = lambda *_: clip.CLIP(**VIT_B_16).float().eval()
 
-    class Run(trainer.Trainer):  # type: ignore[misc]
+    class Run(trainer.Trainer):
         def build_data_loader(self) -> None:
             self.cls_num_list, self.accum_step, self.num_classes = row["counts"], 1, len(row["counts"])
             self.classnames = [f"class {number}" for number in range(self.num_classes)]

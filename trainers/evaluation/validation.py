@@ -127,6 +127,10 @@ class Validation:
             return {}
         return {"validation images": f"{len(self.data.val)} of {self.data.records['val'].fingerprint}"}
 
+    def is_due(self, epoch: int) -> bool:
+        """Whether this is one of the epochs to validate, counted from 1."""
+        return self.plan.every is not None and epoch % self.plan.every == 0
+
     def after_epoch(self, method: Method, epoch: int, step: int, earlier: list[Validated]) -> Validated | None:
         """Validate, if this is one of the epochs to validate.
 
@@ -142,7 +146,7 @@ class Validation:
         Raises:
             UserError: no validation image can be read, or the logits are not finite.
         """
-        if self.plan.every is None or epoch % self.plan.every:
+        if not self.is_due(epoch):
             return None
         started = time.perf_counter()
         view = self.data.val

@@ -14,10 +14,7 @@ from tailtune.scripts._launches import (
     FAILED,
     FINISHED,
     INTERRUPTED,
-    NOT_STARTED,
-    REFUSED,
     Launch,
-    State,
     chains,
     slurm_queue,
     state_of,
@@ -94,22 +91,21 @@ def run_local(todo: Sequence[Launch], places: Sequence[Slot], keep_going: bool) 
                     if first_failure and not keep_going:
                         break
                     place.rest = place.rest or waiting.pop(0)
-                    code = _start(place, place.rest.pop(0), todo, queue)
-                    first_failure = first_failure or code
+                    _start(place, place.rest.pop(0), todo, queue)
             if all(place.process is None for place in places):
                 return INTERRUPTED if asked else first_failure
             time.sleep(ASK_AFTER)
 
 
-def _start(place: Slot, launch: Launch, todo: Sequence[Launch], queue: dict[str, str]) -> int:
-    """Start a command, unless its state forbids it. Returns 2 if the command is refused, otherwise 0."""
+def _start(place: Slot, launch: Launch, todo: Sequence[Launch], queue: dict[str, str]) -> None:
+    """Start a command, unless it is finished, or running or waiting elsewhere."""
     state = state_of(launch, queue)
     if state.startable:
         place.start(launch)
         _say(launch, todo, f"started    python main.py {shlex.join(launch.words)}")
-        return 0
-    _say(launch, todo, _one_line(state))
-    return 2 if state.kind == REFUSED else 0
+    else:
+        where = "before" if state.kind == FINISHED else f"elsewhere: {state.about}"
+        _say(launch, todo, f"{state.kind} {where}")
 
 
 def _look_at(place: Slot, todo: Sequence[Launch]) -> int:
@@ -125,13 +121,6 @@ def _look_at(place: Slot, todo: Sequence[Launch]) -> int:
         return 0
     _say(launch, todo, f"{FAILED} {seconds} (exit code {code}): {launch.last_line()}; log: {launch.log}")
     return code if code > 0 else 1  # below 0: a signal has killed it
-
-
-def _one_line(state: State) -> str:
-    if state.kind == REFUSED:
-        return f"{REFUSED}: {state.about}"
-    assert state.kind != NOT_STARTED
-    return f"{state.kind}{' before' if state.kind == FINISHED else ' elsewhere'} {state.about}".rstrip()
 
 
 def _say(launch: Launch, todo: Sequence[Launch], text: str) -> None:

@@ -117,8 +117,8 @@ class State:
 
     @property
     def startable(self) -> bool:
-        """Whether the command may be started now."""
-        return self.kind in (FAILED, UNFINISHED, NOT_STARTED)
+        """Whether the command may be started now. One that is refused says so itself, perhaps only at present."""
+        return self.kind not in (FINISHED, RUNNING, QUEUED)
 
 
 def state_of(launch: Launch, queue: Mapping[str, str]) -> State:

@@ -183,9 +183,12 @@ def _storage(url: str) -> Any:
     storages = required("optuna").storages
     from sqlalchemy.engine import make_url
 
-    waits = {"connect_args": {"timeout": 60}} if make_url(url).get_backend_name() == "sqlite" else {}
+    address = make_url(url)
+    if address.drivername == "postgresql":  # without a driver SQLAlchemy takes another one than Optuna recommends
+        address = address.set(drivername="postgresql+psycopg2")
+    waits = {"connect_args": {"timeout": 60}} if address.get_backend_name() == "sqlite" else {}
     return storages.RDBStorage(
-        url,
+        address.render_as_string(hide_password=False),
         engine_kwargs={"pool_pre_ping": True, **waits},  # a trial may take longer than a connection lasts
         heartbeat_interval=HEARTBEAT,
         grace_period=GRACE,

@@ -91,7 +91,5 @@ def split_space(words: Sequence[str]) -> tuple[list[str], dict[str, Range]]:
         else:
             space[key] = found
     if not space:
-        raise UserError(
-            "nothing to search: give an option a range, in quotes for the shell: 'lr=log(1e-3,1e-1)'"
-        )
+        raise UserError("nothing to search: give an option a range, in quotes for the shell: 'lr=log(1e-3,1e-1)'")
     return pairs, space

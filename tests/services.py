@@ -117,11 +117,11 @@ def postgres(folder: Path) -> Iterator[str]:
     as_postgres = ["runuser", "-u", "postgres", "--"]
     made = [*as_postgres, str(programs / "initdb"), "-D", str(folder / "data"), "--auth=trust", "--no-sync"]
     subprocess.run(made, check=True, capture_output=True, cwd="/")
-    command = [str(programs / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k", str(folder)]
-    with _server([*as_postgres, *command, "-c", "fsync=off"], {}):
+    command = [str(programs / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port)]
+    with _server([*as_postgres, *command, "-k", str(folder), "-c", "fsync=off"], {}):
         ready = [str(programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
         _wait(lambda: subprocess.run(ready).returncode == 0, folder)
-        yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
 
 
 @contextmanager

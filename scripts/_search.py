@@ -64,12 +64,10 @@ class Search:
         from tailtune.trainers.config_checks import validate
 
         first = {key: found.values[0] for key, found in self.space.items()}
-        for key, found in self.space.items():
-            for value in found.values[1:]:
-                stages(self.words({**first, key: value}))
-        configs = stages(self.words(first))
-        validate(configs)
-        check_validation(configs[-1])
+        others = [{**first, key: value} for key, found in self.space.items() for value in found.values[1:]]
+        for values in (first, *others):
+            validate(stages(self.words(values)))
+        check_validation(stages(self.words(first))[-1])
 
     def objective(self, trial: Any) -> float:
         """Run a trial of Optuna.

@@ -6,6 +6,7 @@ from typing import Any
 from tailtune.configs.errors import UserError
 
 LIST = "requirements-sweep.txt"
+"""Also the extra `sweep` of the package."""
 
 
 def required(name: str) -> Any:

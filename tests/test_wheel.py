@@ -91,7 +91,10 @@ def test_what_the_package_says_about_itself(installed: Path) -> None:
     about = email.message_from_string(found.read_text("METADATA") or "")
     assert (about["Name"], found.version) == ("tailtune", tailtune.__version__)
     assert [(entry.name, entry.value) for entry in found.entry_points] == [("tailtune", "tailtune:command")]
-    needed = {Requirement(text) for text in found.requires or []}
+    of_extras = {each for each in map(Requirement, found.requires or []) if each.marker is not None}
+    assert {str(each.marker) for each in of_extras} == {'extra == "sweep"'}
+    assert {each.name for each in of_extras} == {each.name for each in requirements("requirements-sweep.txt")}
+    needed = {Requirement(text) for text in found.requires or []} - of_extras
     listed = requirements("requirements-package.txt")
     assert needed == {Requirement(str(each).lower().replace("_", "-")) for each in listed}  # names as in an index
     tools = {each.name for each in requirements("requirements.txt")}

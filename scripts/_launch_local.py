@@ -114,6 +114,9 @@ def _look_at(place: Slot, todo: Sequence[Launch]) -> int:
     if launch is None or process is None or (code := process.poll()) is None:
         return 0
     place.process = None
+    if launch.is_elsewhere(code):
+        _say(launch, todo, "running elsewhere")
+        return 0
     launch.ended(code)
     seconds = f"in {time.monotonic() - place.since:.0f} s"
     if code in (0, INTERRUPTED):

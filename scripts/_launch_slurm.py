@@ -58,6 +58,8 @@ class Chain:
             self._wait()
             code = self.process.wait()
             self.process = None
+            if launch.is_elsewhere(code):
+                continue
             launch.ended(code)
             print(f"exit code {code}: python main.py {shlex.join(launch.words)}", flush=True)
             if code == INTERRUPTED:

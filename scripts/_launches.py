@@ -96,6 +96,10 @@ class Launch:
         """Note the exit code of the process."""
         self._exit.write_text(str(code))
 
+    def is_elsewhere(self, code: int) -> bool:
+        """Whether the process was refused because another machine has begun the same run in the same moment."""
+        return code == 2 and state_of(self, {}).kind in (RUNNING, FINISHED)
+
     def last_line(self) -> str:
         """The last line that the command has printed, empty lines left out."""
         with suppress(OSError), self.log.open("rb") as log:

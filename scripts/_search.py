@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tailtune.configs import CfgNode
@@ -16,6 +17,7 @@ from tailtune.scripts._search_space import Range
 from tailtune.trainers.evaluation.validation import LOWER, Validated
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.runs.run_folder import folder_of
+from tailtune.trainers.storage.manifest import read_json
 
 HEARTBEAT, GRACE = 60, 180
 """Seconds between two signs of life of a worker, and after which its trial is given to another worker."""
@@ -98,16 +100,17 @@ class Search:
         return value
 
     def _run(self, trial: Any, words: Sequence[str]) -> float:
-        from tailtune.trainers.runs.result_table import read_result
         from tailtune.trainers.stages import run_stages
 
         configs = stages(words)
         trial.set_user_attr(COMMAND, f"python main.py {shlex.join(words)}")
         trial.set_user_attr(FOLDER, folder_of(configs[-1]).as_posix())
         pruned: list[bool] = []
+        reported: set[int] = set()
 
         def on_validation(validated: Validated) -> bool:
             trial.report(validated[self.metric], validated["epoch"])
+            reported.add(validated["epoch"])
             if validated["epoch"] < configs[-1].num_epochs and trial.should_prune():
                 pruned.append(True)
             return bool(pruned)
@@ -118,9 +121,16 @@ class Search:
             if pruned:
                 raise required("optuna").TrialPruned from None
             raise KeyboardInterrupt from None
-        result = read_result(outcome.folder / "metrics.json")
-        best = min if self.metric in LOWER else max
-        return float(best(validated[self.metric] for validated in result["train"]["validations"]))
+        history = {v["epoch"]: float(v[self.metric]) for v in _validations(outcome.folder)}
+        for epoch in history.keys() - reported:  # of an earlier launch, before an interruption
+            trial.report(history[epoch], epoch)
+        return (min if self.metric in LOWER else max)(history.values())
+
+
+def _validations(folder: Path) -> list[Validated]:
+    """The history of a finished run."""
+    history: list[Validated] = read_json(folder / "metrics.json")["train"]["validations"]
+    return history
 
 
 def check_validation(cfg: CfgNode) -> None:

@@ -15,7 +15,7 @@ standard deviation over the seeds) is written into output/tables/ as GRID.md, .c
 
 Without --launcher the runs follow one another in this process. `local` starts processes, N at once, and divides the
 processors among them. `slurm` submits one array of jobs and ends; when all of them are finished, the same command
-writes the table. A run that is finished, or that another launch is working on, is not started by any of them.
+writes the table. Neither starts a run that is finished, or that another launch is working on.
 """
 
 import argparse

@@ -168,6 +168,20 @@ def test_what_runs_elsewhere_is_not_started(program: Callable[[str], None], capf
     assert "[1/2] running elsewhere" in capfd.readouterr().out
 
 
+def test_a_run_that_another_machine_has_just_begun_is_no_failure(program: Callable[[str], None]) -> None:
+    """Both have seen that nobody works on it; this process is refused."""
+    program("import sys\nsys.exit(2)")
+    (launch,) = launches(1)
+    lock = RunLock(folder_of(config(launch.words)))
+    lock.folder.mkdir(parents=True)
+    (place,) = slots(1, [])
+    place.start(launch)
+    lock.acquire()
+    assert run_local([launch], [place], keep_going=False) == 0
+    assert launch.code is None and state_of(launch, {}).kind == "running"
+    lock.release()
+
+
 @pytest.mark.slow
 def test_a_grid_of_processes_and_its_table(grid: Callable[[str], str], script: Words) -> None:  # noqa: F811
     name = grid(GRID)

@@ -22,7 +22,7 @@ metrics: [accuracy]
 axes: {lr: [0.05, 0.1, 0.2, 0.3]}
 rows: {"lr {lr}": "-d digits_lt -m tiny_clip_peft num_epochs 12 lr {lr}"}
 """
-LONGEST = 300
+LONGEST = 600
 Call = Callable[..., str]
 Wait = Callable[[Callable[[], bool]], None]
 
@@ -106,6 +106,28 @@ def test_a_grid_as_an_array_is_preempted_and_finishes(
     assert len(texts) == 4 and sum("resuming after step" in text for text in texts) >= 1
     assert "| digits_lt | lr 0.3 |" in (printed := call(*command, "--launcher", "slurm"))
     print(printed)
+
+
+def test_a_job_of_a_grid_that_reaches_its_time_limit_continues(
+    call: Call, wait_for: Wait, hurry: Callable[[], None], tmp_path: Path
+) -> None:
+    """SIGUSR1, as SLURM sends it before the time limit."""
+    (tmp_path / "grid.yaml").write_text(GRID)
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "grid.yaml", "--where", "lr", "0.1"]
+    (job,) = re.findall(r"submitted as job (\d+)", call(*command, "--launcher", "slurm"))
+    wait_for(lambda: bool(list(tmp_path.glob("output/*/state/0*"))))
+    call("scancel", "--signal=USR1", job)
+
+    def finished() -> bool:
+        hurry()
+        return "1 finished" in call(*command, "--status")
+
+    wait_for(finished)
+    (log,) = tmp_path.glob("output/launches/*.log")
+    assert "interrupted; the same command continues" in log.read_text() and "resuming after step" in log.read_text()
+    print("\n".join(line for line in log.read_text().splitlines() if not line.startswith("epoch [")))
+    wait_for(lambda: "COMPLETED" in call("scontrol", "show", "job", job))
+    assert "Restarts=1" in call("scontrol", "show", "job", job)
 
 
 def batch_file(words: str) -> str:

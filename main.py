@@ -19,12 +19,11 @@ import argparse
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import MappingProxyType
 
 import tailtune
-from tailtune.configs import CfgNode, Schema, UserError, load_configs, names
+from tailtune.configs import CfgNode, UserError
 from tailtune.configs.command_words import separated
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
@@ -36,6 +35,7 @@ from tailtune.trainers.processes.exit import run_as_process, say
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.processes.launcher import LOST, one_is_lost
 from tailtune.trainers.processes.slow_start import loading_shown
+from tailtune.trainers.stages_of_words import stages_of
 
 EXAMPLES = """
 examples:
@@ -43,11 +43,12 @@ examples:
   python main.py -d cifar100_ir100 -m clip_vit_b16_peft          CLIP ViT-B/16 with AdaptFormer (downloads both)
   python main.py -d imagenet_lt -m clip_vit_b16 lora=True root=/data/imagenet
   python main.py -d my_images/ -m clip_vit_b16_peft              your own images, one folder for each class
-  python main.py -d my.yaml -m clip_vit_b16_peft                 your own images and options
   python main.py -d digits_lt -m tiny_clip_peft test_only=True tte=True expand=3
   accelerate launch main.py -d places_lt -m clip_vit_b16_peft    several GPUs
 
   python main.py predict RUN photos > labels.csv                 label new images with a finished run (predict --help)
+  python main.py serve RUN                                       label images that are sent over HTTP (serve --help)
+  python main.py export RUN onnx                                 the model for onnxruntime and others (docs/exports.md)
   python main.py data verify my.yaml                             check your images before you train on them
   python main.py data --help                                     prepare, verify and make data sets
   python main.py compare output/run1 output/run2                 a table of runs, and tests over their test images
@@ -153,26 +154,8 @@ def run_command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     with loading_shown():
         schema = cached_schema()
-    if is_folder(args.data):
-        load_configs("fake_lt", args.model, pairs, schema)  # wrong words are refused before the folder is split
-    with data_config(args.data, schema, keep=not args.dry_run) as data:
-        stages = load_configs(data, args.model, pairs, schema)
+    with stages_of(args.data, args.model, pairs, schema, keep=not args.dry_run) as stages:
         return dry_run(stages, args.all) if args.dry_run else run_all(stages)
-
-
-def is_folder(data: str) -> bool:
-    """Whether `-d` names a folder of images. Names of shipped configs have priority."""
-    return data not in names("data") and os.path.isdir(data)
-
-
-def data_config(data: str, schema: Schema, keep: bool) -> AbstractContextManager[str]:
-    """The name or path of the data config that `-d` stands for; a folder gets one, see `config_of_folder`."""
-    if not is_folder(data):
-        return nullcontext(data)
-    from tailtune.datasets.commands.folder_config import config_of_folder
-    from tailtune.trainers.runs.run_folder import OUTPUT
-
-    return config_of_folder(data, OUTPUT, schema.defaults, keep)
 
 
 def dry_run(stages: list[CfgNode], all_options: bool) -> int:
@@ -251,6 +234,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "data": "tailtune.datasets.commands.entry:run_data_command",
         "predict": "tailtune.trainers.predict_command:run_predict",
+        "serve": "tailtune.trainers.serve_command:run_serve",
+        "export": "tailtune.trainers.export_command:run_export",
         "compare": "tailtune.trainers.comparison.command:run_compare",
         "report": "tailtune.trainers.report_command:run_report_command",
     }

@@ -190,16 +190,16 @@ class View(Dataset[Batch]):
                 images[torch.from_numpy(~readable)] = 0
             seconds[STAGES.index("transform")] += perf_counter() - started
             return images, readable
-        made: list[Tensor] = []
+        batch = _Images(len(index))
         readable = np.ones(len(index), dtype=bool)
         for number, position in enumerate(index):
             image = self._image(transform, int(position), seconds)
             started = perf_counter()
             readable[number] = image is not None
             image = self._black(transform) if image is None else image[None]
-            made += transform.cut.apply(image, draws[number : number + 1]) if transform.cut else image
+            batch.add((transform.cut.apply(image, draws[number : number + 1]) if transform.cut else image)[0])
             seconds[STAGES.index("transform")] += perf_counter() - started
-        return _joined(made), readable
+        return batch.joined(), readable
 
     def _stack(self) -> Tensor | None:
         if self.prepared is not None:
@@ -233,7 +233,7 @@ class View(Dataset[Batch]):
         return pixels
 
     def _pillow_images(self, transform: Transform, keys: np.ndarray, seconds: np.ndarray) -> tuple[Batch, np.ndarray]:
-        made: list[Tensor] = []
+        batch = _Images(len(keys))
         readable = np.ones(len(keys), dtype=bool)
         for number, (index, epoch, repetition) in enumerate(keys.tolist()):
             started = perf_counter()
@@ -246,9 +246,9 @@ class View(Dataset[Batch]):
             decoded = perf_counter()
             readable[number] = image is not None
             with seeded(self.seed, "augment", epoch, index, repetition):
-                made.append(self._black(transform) if image is None else transform(image))
+                batch.add(self._black(transform) if image is None else transform(image))
             seconds[1:] += decoded - started, perf_counter() - decoded
-        return {"image": _joined(made)}, readable
+        return {"image": batch.joined()}, readable
 
     def _black(self, transform: Transform | TensorTransform) -> Tensor:
         """A black image of the shape that the transform gives to a square image, so that batches can be stacked.
@@ -261,6 +261,28 @@ class View(Dataset[Batch]):
             return torch.zeros_like(transform(Image.new("RGB", (32, 32))))
 
 
-def _joined(images: list[Tensor]) -> Tensor | list[Tensor]:
-    """One tensor if all images have the same size."""
-    return torch.stack(images) if all(image.shape == images[0].shape for image in images) else images
+class _Images:
+    """Collects the images of a batch. Each is copied into the batch at once, while it is in the processor's cache."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.added = count, 0
+        self.stack: Tensor | None = None
+        self.images: list[Tensor] = []
+        """Used as soon as the sizes differ."""
+
+    def add(self, image: Tensor) -> None:
+        """Add an image, uint8 [..., 3, H, W]."""
+        if not self.added:
+            self.stack = image.new_empty(self.count, *image.shape)
+        if self.stack is not None and image.shape != self.stack.shape[1:]:
+            self.images = [earlier.clone() for earlier in self.stack[: self.added]]
+            self.stack = None
+        if self.stack is not None:
+            self.stack[self.added] = image
+        else:
+            self.images.append(image)
+        self.added += 1
+
+    def joined(self) -> Tensor | list[Tensor]:
+        """One tensor if all images have the same size."""
+        return self.images if self.stack is None else self.stack

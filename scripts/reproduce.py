@@ -37,7 +37,7 @@ from tailtune.scripts._launch_local import run_local, slots
 from tailtune.scripts._launch_slurm import submit
 from tailtune.scripts._launches import Launch, table
 from tailtune.scripts.collect import grid_table
-from tailtune.trainers.comparison.formats import ENDINGS, FORMATS, write_table
+from tailtune.trainers.comparison.formats import ENDINGS, FORMATS, format_of_console, write_table
 from tailtune.trainers.processes.exit import end_at_signals, run_as_process
 
 CONTINUES = "interrupted; the same command continues"
@@ -182,11 +182,11 @@ def submitted(name: str, todo: Sequence[Sequence[str]], args: argparse.Namespace
 
 
 def write(grid: Grid, seeds: Sequence[int], extra: Sequence[str]) -> None:
-    """Write the table in every format, and print it as Markdown."""
+    """Write the table in every format, and print it as for the console."""
     table = grid_table(grid, seeds, extra)
     for kind, ending in ENDINGS.items():
         write_table(table, TABLES / f"{grid.name}{ending}", kind)
-    print(f"\n{grid.title}\n\n{FORMATS['md'](table)}\nalso in {TABLES}/{grid.name}.*")
+    print(f"\n{grid.title}\n\n{FORMATS[format_of_console()](table)}\nalso in {TABLES}/{grid.name}.*")
 
 
 def first_process() -> bool:

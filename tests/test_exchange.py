@@ -477,6 +477,23 @@ def test_the_command_trains_exports_and_does_neither_twice(launch: Cli) -> None:
     assert launch(TINY, "resume False").returncode == 0 and not (RUN / "export").exists(), "of another checkpoint"
 
 
+def test_a_run_is_exported_by_its_name_alone(launch: Cli) -> None:
+    refused = launch("export run merged")
+    assert refused.returncode == 2 and "export: run holds no checkpoint" in refused.stderr
+    assert launch(TINY).returncode == 0
+    for number, (run, words) in enumerate(
+        (("run", "merged"), (RUN, "peft"), (RUN.absolute(), "onnx export_fp16=True"))
+    ):
+        done = launch("export", run, words)
+        assert done.returncode == 0 and "exported to output/run/export" in done.stdout and "trained" not in done.stdout
+        assert len(list((RUN / "export").iterdir())) == number + 1
+    assert json.loads((RUN / "export" / "merged" / "facts.json").read_text())["of"] == "output/run"
+    assert "did you mean 'onnx'?" in launch("export run onx").stderr
+    assert "lr belongs to the training" in launch("export run onnx lr 1").stderr
+    (RUN / "metrics.json").unlink()
+    assert "output/run is not finished" in launch("export run onnx").stderr
+
+
 def test_a_format_that_does_not_fit_is_refused_before_training(launch: Cli) -> None:
     for more in ("--dry-run", ""):
         found = launch(TINY, "adapter True export merged", more)

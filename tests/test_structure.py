@@ -49,6 +49,7 @@ ROOMS = {
             "storage",
         },
         "prediction": {"evaluation", "storage"},
+        "serving": set(),
     },
 }
 """Package → room (a folder of it) → which rooms and modules of the same package it may import."""
@@ -154,7 +155,7 @@ def test_the_trainers_name_no_method() -> None:
 SEES_THE_CONFIG = {
     **dict.fromkeys(("run.py", "export_run.py", "dry_run.py", "config_checks.py"), "an entry: it calls the builders"),
     "dry_run_report.py": "it prints what a config says",
-    **dict.fromkeys(("python_api.py", "trained_model.py", "predict.py"), "an entry: it calls the builders"),
+    **dict.fromkeys(("python_api.py", "trained_model.py", "labeller.py"), "an entry: it calls the builders"),
     "methods/__init__.py": "build_method, a builder",
     "optimizers_and_schedules.py": "Plan.of and the checks of its options",
     "micro_batch_size.py": "it is computed from three options and the number of processes",

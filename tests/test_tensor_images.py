@@ -62,6 +62,45 @@ def test_a_rotation_by_exif(orientation: int) -> None:
     exif[0x0112] = orientation
     smooth(24, 40).save(file, "JPEG", exif=exif)
     assert torch.equal(decode_pixels(file), tv.pil_to_tensor(decode_rgb(file)))
+    assert bool(plain_jpeg_pixels(file.getvalue())) == (orientation == 1)
+
+
+def exif_data(**tags: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x9003] = "2024:01:01 00:00:00"
+    exif.update({int(name.removeprefix("t"), 16): value for name, value in tags.items()})
+    return exif.tobytes()
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize(
+    ("exif", "xmp", "plain"),
+    [
+        (exif_data(), None, True),
+        (exif_data(t0112=0), b"<x:xmpmeta/>", True),
+        (exif_data(), XMP % 1, True),
+        (b"Exif\0\0damaged", None, False),
+        (exif_data(), XMP % 6, False),
+        (None, XMP % 6, False),
+    ],
+)
+def test_data_of_a_camera(exif: bytes | None, xmp: bytes | None, plain: bool) -> None:
+    file = io.BytesIO()
+    smooth(24, 40).save(file, "JPEG", **{"exif": exif} if exif else {}, **{"xmp": xmp} if xmp else {})
+    assert bool(plain_jpeg_pixels(file.getvalue())) == plain
+    assert torch.equal(decode_pixels(file), tv.pil_to_tensor(decode_rgb(file)))
+
+
+def test_exif_data_in_two_segments_are_left_to_pillow() -> None:
+    file = io.BytesIO()
+    smooth(24, 40).save(file, "JPEG", exif=exif_data())
+    content = file.getvalue()
+    start = content.index(b"\xff\xe1")
+    segment = content[start : start + 2 + int.from_bytes(content[start + 2 : start + 4])]
+    assert plain_jpeg_pixels(content)
+    assert not plain_jpeg_pixels(content[:start] + segment + content[start:])
 
 
 @pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"optimize": True, "quality": 30}, {"subsampling": 0}])

@@ -26,6 +26,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
+from tailtune.trainers.processes.kept_memory import keep_freed_memory
 
 Decision = TypeVar("Decision")
 
@@ -102,6 +103,8 @@ def make_accelerator(asked: Devices) -> Accelerator:
             raise UserError(f"gpu {asked.gpu}: there are {torch.cuda.device_count()}, counted from 0")
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{asked.gpu}"
         torch.cuda.set_device(asked.gpu)  # Accelerate leaves the current device alone then
+    if not cuda:
+        keep_freed_memory()
     AcceleratorState._reset_state()  # the stages of a chain may differ in precision, which it would refuse
     with _said_when_late():
         accelerator = _accelerator(asked.prec, cuda)

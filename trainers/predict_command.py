@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from tailtune.configs import Schema
 from tailtune.configs.errors import UserError
 from tailtune.configs.program import Parser, program
 from tailtune.datasets.sources.given_paths import given_paths
-from tailtune.datasets.sources.path_list import PathList
+from tailtune.trainers.prediction.arguments import add_model_arguments, model_fields
 from tailtune.trainers.prediction.request import PredictRequest, check_outputs
 from tailtune.trainers.prediction.tables import TABLES
 from tailtune.trainers.processes.console_log import console_restored, start_console
@@ -65,17 +64,9 @@ def run_predict(argv: Sequence[str], load_schema: Callable[[], Schema]) -> int:
 
 def _request(args: argparse.Namespace) -> PredictRequest:
     find_checkpoint(args.run, "predict:")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold must be a probability from 0 to 1, not {args.threshold:g}")
     suffix = "" if args.out is None else args.out.suffix.lower().removeprefix(".")
-    flags = (("target_prior", args.target_prior), ("tte", args.tte or None))
     request = PredictRequest(
-        run=args.run,
-        paths=PathList(()),
-        data=args.data,
-        model=args.model,
-        options=[*chain.from_iterable(args.option), *(w for k, v in flags if v is not None for w in (k, str(v)))],
-        threshold=args.threshold,
+        **model_fields(args),
         kind=args.format or (suffix if suffix in TABLES else "csv"),
         out=args.out,
         embeddings=args.embeddings,
@@ -93,27 +84,10 @@ def _parser() -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder, its name in output/, or a checkpoint of LIFT, RIDE …")
+    add_model_arguments(parser, "uniform, train, a JSON file by class name, or estimate (from them)")
     parser.add_argument("sources", metavar="SOURCE", nargs="+", help="images: files, folders, patterns, lists, or -")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the table to a file, not to standard output")
     parser.add_argument("--format", choices=tuple(TABLES), help="default: by the ending of --out, otherwise csv")
-    parser.add_argument("--threshold", metavar="P", type=float, help="below this probability the label is 'unsure'")
-    parser.add_argument(
-        "--target-prior",
-        metavar="PRIOR",
-        help="class frequencies of these images: uniform, train, a JSON file by class name, or estimate (from them)",
-    )
-    parser.add_argument("--tte", action="store_true", help="average several views of each image")
     parser.add_argument("--embeddings", metavar="FILE", type=Path, help="write the features of the images")
     parser.add_argument("--copy-into", metavar="DIR", type=Path, help="copy the images into a folder for each label")
-    parser.add_argument(
-        "--option",
-        metavar=("KEY", "VALUE"),
-        nargs=2,
-        action="append",
-        default=[],
-        help="another option of the evaluation, such as num_workers 4 or test_batch_size 64",
-    )
-    parser.add_argument("-d", "--data", metavar="DATA", help="data config, for a checkpoint of another project")
-    parser.add_argument("-m", "--model", metavar="MODEL", help="model config, for such a checkpoint")
     return parser

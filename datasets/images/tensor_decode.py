@@ -4,18 +4,21 @@ torchvision decodes a JPEG into a tensor without a copy. Both libraries decode w
 pixels. What torchvision would treat in another way goes to Pillow: CMYK, a rotation by EXIF data, a damaged file.
 """
 
+import io
 import os
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import Base
 
 from tailtune.configs.lazy_module import lazy_module
 from tailtune.datasets.images.bounded_reads import MAX_BYTES, MAX_PIXELS, has_too_many_scans
 from tailtune.datasets.images.decoding_room import take_room_for_file, take_room_for_pixels
 from tailtune.datasets.images.deep_grey import STRIP_PIXELS
-from tailtune.datasets.images.image_files import LONGEST, decode_errors, open_image, upright_rgb
+from tailtune.datasets.images.image_files import DECODE_ERRORS, LONGEST, decode_errors, open_image, upright_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +28,15 @@ torch, tv_io = lazy_module("torch"), lazy_module("torchvision.io")
 START_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", 0xDA
 START_OF_FRAME = (0xC0, 0xC1, 0xC2)
 """Markers of frames that are compressed by Huffman codes: baseline, extended, progressive."""
-SKIPPED = frozenset((0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE))
-"""Markers of tables, comments and data of programs. 0xE1 is missing: EXIF data may say that the image is rotated."""
-SCANNED_BYTES = 1 << 16
+SKIPPED = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
+"""Markers of tables, comments and data of programs."""
+APP1 = 0xE1
+"""The marker of EXIF and XMP data, which may say that the image is rotated."""
+EXIF = b"Exif\0\0"
+ROTATIONS = range(2, 9)
+"""Values of EXIF's orientation for images that are rotated or mirrored."""
+XMP_ROTATION = re.compile(rb"""(?<!/)tiff:Orientation(?!="1"|='1'|>1<)""")
+SCANNED_BYTES = 1 << 17
 """Where the first scan of a JPEG begins at the latest, if it is decoded here."""
 
 
@@ -43,18 +52,27 @@ def decode_pixels(file: BinaryIO) -> "Tensor":
     Raises:
         DecodeError: as `load_rgb`.
     """
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    count, size = plain_jpeg_pixels(file.read(SCANNED_BYTES)), file.seek(0, os.SEEK_END)
+    count = plain_jpeg_pixels(file.read(SCANNED_BYTES))
     if count and size <= MAX_BYTES and not has_too_many_scans(file, size, count):
         take_room_for_file(size)
         take_room_for_pixels(count)
-        file.seek(0)
-        encoded = bytearray(file.read())
-        with suppress(RuntimeError):  # Pillow decodes it after all, or says what is wrong
-            pixels: Tensor = tv_io.decode_jpeg(torch.frombuffer(encoded, dtype=torch.uint8), tv_io.ImageReadMode.RGB)
+        if (pixels := _plain_jpeg(file)) is not None:
             return pixels
     with open_image(file) as image, decode_errors():
         return pixels_of(upright_rgb(image))
+
+
+def _plain_jpeg(file: BinaryIO) -> "Tensor | None":
+    """Decode a JPEG with torchvision. None if it cannot: Pillow decodes it after all, or says what is wrong."""
+    file.seek(0)
+    encoded = file.getbuffer() if isinstance(file, io.BytesIO) else bytearray(file.read())
+    try:
+        pixels: Tensor = tv_io.decode_jpeg(torch.frombuffer(encoded, dtype=torch.uint8), tv_io.ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+    return pixels
 
 
 def pixels_of(image: Image.Image) -> "Tensor":
@@ -81,7 +99,7 @@ def plain_jpeg_pixels(header: bytes) -> int:
     """
     if not header.startswith(START_OF_IMAGE):
         return 0
-    place, count = len(START_OF_IMAGE), 0
+    place, count, exif = len(START_OF_IMAGE), 0, 0
     while place + 10 <= len(header):  # a marker, its length, and what a frame begins with
         mark, kind, length = header[place], header[place + 1], int.from_bytes(header[place + 2 : place + 4])
         if mark == 0xFF and kind == START_OF_SCAN:
@@ -96,5 +114,20 @@ def plain_jpeg_pixels(header: bytes) -> int:
                 return 0
         elif mark != 0xFF or kind not in SKIPPED or length < 2:  # Pillow would refuse it, or find its frame elsewhere
             return 0
+        if kind == APP1:
+            data = header[place + 4 : place + 2 + length]
+            exif += data.startswith(EXIF)
+            if exif > 1 or not _is_upright(data):  # Pillow joins several segments of EXIF data
+                return 0
         place += 2 + length
     return 0
+
+
+def _is_upright(data: bytes) -> bool:
+    """Whether the data of a segment `APP1` can be read and rotate nothing."""
+    with suppress(*DECODE_ERRORS):
+        exif = Image.Exif()
+        if data.startswith(EXIF):
+            exif.load(data)
+        return exif.get(Base.Orientation) not in ROTATIONS and not XMP_ROTATION.search(data)
+    return False

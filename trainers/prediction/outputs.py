@@ -10,8 +10,8 @@ from tailtune.configs.atomic_file import atomic_file, atomic_folder
 from tailtune.configs.errors import UserError
 from tailtune.trainers.prediction.class_folders import ClassFolders
 from tailtune.trainers.prediction.embeddings import Embeddings
-from tailtune.trainers.prediction.request import UNSURE, PredictRequest
-from tailtune.trainers.prediction.tables import TABLES, AddRows, Row
+from tailtune.trainers.prediction.request import PredictRequest, check_threshold
+from tailtune.trainers.prediction.tables import TABLES, UNSURE, AddRows, Row, Top
 
 
 class Outputs:
@@ -28,7 +28,7 @@ class Outputs:
         file = request.embeddings
         self.embeddings = None if file is None else Embeddings(file, len(request.paths))
 
-    def add(self, index: Sequence[int], top: Sequence[Sequence[tuple[str, float]]]) -> None:
+    def add(self, index: Sequence[int], top: Sequence[Top]) -> None:
         """Write the predictions of images.
 
         Args:
@@ -37,12 +37,10 @@ class Outputs:
         """
         rows = []
         for position, classes in zip(index, top, strict=True):
-            (label, probability), path = classes[0], self.request.paths[position]
-            if self.request.threshold is not None and probability < self.request.threshold:
-                label = UNSURE
-            rows.append(Row(path, label, classes))
+            row = Row.of(self.request.paths[position], classes, self.request.threshold)
+            rows.append(row)
             if self._copies is not None:
-                self._copies.add(path, label)
+                self._copies.add(row.path, row.label)
         self._add_rows(rows)
 
     def add_features(self, features: Tensor) -> None:
@@ -67,8 +65,7 @@ def open_outputs(
         UserError: the file system refuses to write.
         BrokenPipeError: nobody reads the table on standard output any more.
     """
-    if request.threshold is not None and UNSURE in class_names:
-        raise UserError(f"--threshold would mix images of the class '{UNSURE}' with those below it; leave it out")
+    check_threshold(request.threshold, class_names)
     try:
         with ExitStack() as stack:
             file = stdout if request.out is None else stack.enter_context(atomic_file(request.out))

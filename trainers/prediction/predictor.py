@@ -1,15 +1,16 @@
 """`Predictor`: from logits of a run to class probabilities, with its temperature and a target prior."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tailtune.trainers.evaluation.inference import Logits
-from tailtune.trainers.evaluation.rows import Rows
+from tailtune.trainers.evaluation.rows import Rows, slices
 from tailtune.trainers.evaluation.scores import scores_of, shifted
 from tailtune.trainers.evaluation.target_prior import Case, Target
+from tailtune.trainers.prediction.tables import TOP, Top
 from tailtune.trainers.storage.large_tensors import Scratch
 
 
@@ -60,6 +61,20 @@ class Predictor:
             used: what `frequencies` has returned.
         """
         return scores_of(found, self.temperature) if used is None else shifted(self._scores(found), used)
+
+    def most_probable(self, log_odds: Rows) -> Iterator[tuple[slice, list[Top]]]:
+        """The most probable classes of n images, a few images at a time.
+
+        Args:
+            log_odds: what `log_odds` has returned, [n, C].
+
+        Yields:
+            Which images; for each of them at most `TOP` classes.
+        """
+        for part in slices(log_odds):
+            probabilities, labels = log_odds[part].softmax(1).topk(min(TOP, len(self.class_names)))
+            pairs = zip(labels.tolist(), probabilities.tolist(), strict=True)
+            yield part, [[(self.class_names[label], p) for label, p in zip(*row, strict=True)] for row in pairs]
 
     def _scores(self, found: Logits) -> Rows:
         return scores_of(found, self.temperature, self.prior)

@@ -1,26 +1,21 @@
-"""`PredictRequest`: what `predict` shall do."""
+"""`ModelRequest`: which model labels images; `PredictRequest`: what `predict` shall do with it."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.path_list import PathList
-from tailtune.trainers.prediction.tables import check_format
-
-UNSURE = "unsure"
-"""The label below the threshold."""
+from tailtune.trainers.prediction.tables import UNSURE, check_format
 
 
 @dataclass(frozen=True)
-class PredictRequest:
-    """What `predict` shall do."""
+class ModelRequest:
+    """Which model labels images, and how."""
 
     run: str
     """A run folder, its name in output/, or a checkpoint of another project."""
-    paths: PathList
-    """The N images."""
     data: str | None = None
     """Data config for a checkpoint of another project."""
     model: str | None = None
@@ -29,6 +24,14 @@ class PredictRequest:
     """Options of the evaluation or of the machine, as `KEY VALUE KEY VALUE …`."""
     threshold: float | None = None
     """Probability below which the label is `UNSURE`."""
+
+
+@dataclass(frozen=True)
+class PredictRequest(ModelRequest):
+    """What `predict` shall do."""
+
+    paths: PathList = field(default_factory=lambda: PathList(()))
+    """The N images."""
     kind: str = "csv"
     """Entry of `tables.TABLES`."""
     out: Path | None = None
@@ -37,6 +40,12 @@ class PredictRequest:
     """File of the embeddings."""
     copy_into: Path | None = None
     """Folder for copies of the images."""
+
+
+def check_threshold(threshold: float | None, class_names: Sequence[str]) -> None:
+    """Raise a `UserError` if a class is called like the label below the threshold."""
+    if threshold is not None and UNSURE in class_names:
+        raise UserError(f"a threshold would mix images of the class '{UNSURE}' with those below it; leave it out")
 
 
 def check_outputs(request: PredictRequest) -> None:

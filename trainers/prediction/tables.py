@@ -11,6 +11,10 @@ from tailtune.configs.errors import UserError
 
 TOP = 5
 """Number of most probable classes in a row, if there are so many classes."""
+UNSURE = "unsure"
+"""The label below the threshold."""
+Top = Sequence[tuple[str, float]]
+"""The most probable classes of an image and their probabilities, at most `TOP`, the most probable first."""
 ROWS_AT_ONCE = 2**14
 """Rows of a row group of a Parquet file. They are kept in memory until it is written."""
 
@@ -20,14 +24,30 @@ class Row(NamedTuple):
 
     path: str
     label: str
-    """The most probable class, or `unsure`."""
-    top: Sequence[tuple[str, float]]
-    """The most probable classes and their probabilities, at most `TOP`, the most probable first."""
+    """The most probable class, or `UNSURE`."""
+    top: Top
+
+    @classmethod
+    def of(cls, path: str, top: Top, threshold: float | None) -> "Row":
+        """The prediction of an image.
+
+        Args:
+            path: the image.
+            top: its most probable classes.
+            threshold: probability below which the label is `UNSURE`; None: the label is always a class.
+        """
+        label, probability = top[0]
+        return cls(path, UNSURE if threshold is not None and probability < threshold else label, top)
 
     def values(self) -> list[Any]:
         """The values of the columns that `columns` names."""
         pairs = (value for name, probability in self.top for value in (name, _rounded(probability)))
         return [self.path, self.label, _rounded(self.top[0][1]), *pairs]
+
+    def as_object(self) -> dict[str, Any]:
+        """The row as an object of JSON."""
+        top = [{"label": name, "probability": _rounded(probability)} for name, probability in self.top]
+        return {"path": self.path, "label": self.label, "probability": top[0]["probability"], "top": top}
 
 
 AddRows = Callable[[Sequence[Row]], object]
@@ -62,7 +82,7 @@ def json_lines(file: BinaryIO, classes: int) -> Iterator[AddRows]:
     """An object in each line: path, label, probability, and `top`, a list of labels and probabilities."""
 
     def add(rows: Sequence[Row]) -> None:
-        _write(file, "".join(f"{json.dumps(_object(row), ensure_ascii=False)}\n" for row in rows))
+        _write(file, "".join(f"{json.dumps(row.as_object(), ensure_ascii=False)}\n" for row in rows))
 
     yield add
 
@@ -116,13 +136,11 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("Parquet needs the package pyarrow: `pip install pyarrow`, or choose csv or jsonl") from None
+        raise UserError(
+            'Parquet needs the package pyarrow: `pip install "tailtune[parquet]"`, in a checkout `pip install -r '
+            "requirements-parquet.txt`; or choose csv or jsonl"
+        ) from None
     return pyarrow
-
-
-def _object(row: Row) -> dict[str, Any]:
-    top = [{"label": name, "probability": _rounded(probability)} for name, probability in row.top]
-    return {"path": row.path, "label": row.label, "probability": top[0]["probability"], "top": top}
 
 
 def _rounded(probability: float) -> float:

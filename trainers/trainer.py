@@ -64,7 +64,7 @@ class Trainer:
 
         Raises:
             UserError: the loss is not finite, or a state cannot be read or written.
-            Interrupted: a signal requested a stop; the state has been saved.
+            Interrupted: a signal or `on_validation` requested a stop; the state has been saved.
         """
         cuda = self.accelerator.device.type == "cuda"
         if cuda:
@@ -180,7 +180,7 @@ class Trainer:
             run.progress.show(done, self._rate, *run.meters.read(self._sum), validated)
         if saves:
             self.kept.save(run)
-        if stops:
+        if stops or self.validation.asks_to_stop(validated):
             raise Interrupted
 
     def _validate(self, run: TrainingRun, epoch: int) -> Validated | None:

@@ -22,6 +22,7 @@ from tailtune.trainers.evaluation.validation import ValidationPlan
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
 from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
 from tailtune.trainers.export import EXPORTS, check_export
+from tailtune.trainers.flat_minima import check_sam, sam_mode
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan, check_factors
@@ -50,7 +51,7 @@ def validate(
     """
     methods = [outline(cfg, counts, trains) for cfg in stages]
     for method, cfg in zip(methods, stages, strict=True) if here else ():
-        check_memory(method, OPTIMIZERS[cfg.optimizer].copies)
+        check_memory(method, OPTIMIZERS[cfg.optimizer].copies + sam_mode(cfg.sam).copies)
     for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
         method.fits(earlier)
         kept = {"encoder"} if method.frozen_trained else set()
@@ -78,6 +79,7 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
         method = make_method(cfg, info)
     if plan is not None:
         check_factors(method.param_groups(), plan)
+        check_sam(cfg, method)
         ValidationPlan.of(cfg)
         check_trackers(cfg.trackers)
     check_adapt(cfg.adapt, method, cfg.method)

@@ -25,6 +25,7 @@ from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.evaluation.validation import ValidationOptions
+from tailtune.trainers.flat_minima import SAM_MODES, SamChoice
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.options import MethodOptions
@@ -46,6 +47,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "PEFTS": PEFTS,
     "PROMPTS": PROMPTS,
     "SAMPLERS": SAMPLERS,
+    "SAM_MODES": SAM_MODES,
     "SCHEDULES": SCHEDULES,
     "TARGETS": TARGETS,
 }
@@ -78,6 +80,9 @@ def _declarations() -> Iterator[Declaration]:
         yield from declarations(optimizer.Options, "Training", name)
     for name, schedule in SCHEDULES.items():
         yield from declarations(schedule.Options, "Training", name)
+    yield from declarations(SamChoice, "Training")
+    for name, mode in SAM_MODES.items():
+        yield from declarations(mode.Options, "Training", name)
     yield from declarations(ValidationOptions, "Validation during training")
     yield from declarations(TestTimeOptions, "Evaluation")
     yield from declarations(EvaluatedImageOptions, "Evaluation")

@@ -52,6 +52,7 @@ from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.report_of_evaluation import add_report
+from tailtune.trainers.flat_minima import class_shares, noise_factor, rho_at, sam_mode
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Method, build_method
@@ -307,6 +308,13 @@ def two_updates(cfg: CfgNode) -> Any:
         weight.grad = torch.full_like(weight, 1.0 + epoch)
         optimizer.step()
     return weight
+
+
+def flatness(cfg: CfgNode) -> Any:
+    """What `sam` moves the weights by: mode, length early and late, shares of two classes, noise in a later epoch."""
+    plan, counts = Plan.of(cfg, 32), torch.tensor([9, 1])
+    shares = class_shares(counts, plan.sam_gamma, plan.sam_lambda).tolist()
+    return [sam_mode(plan.sam).gradients, rho_at(plan, 0), rho_at(plan, plan.epochs - 1), shares, noise_factor(plan, 60)]
 
 
 def decays(cfg: CfgNode) -> Any:
@@ -643,6 +651,13 @@ PROBES: dict[str, Probe] = {
     "lr_factors": Probe("none", "{head: 0.1}", two_updates),
     "sampler": Probe("shuffle", "balanced", batches("forward", "index"), ONE),
     "pair_sampler": Probe("shuffle", "balanced", batches("forward", "partner", H2T), FUSED),
+    "sam": Probe("none", "sam", flatness),
+    "sam_rho": Probe(0.05, 0.1, flatness, ("sam", "sam")),
+    "sam_rho_late": Probe("none", 0.1, flatness, ("sam", "sam")),
+    "sam_gamma": Probe(1, 2, flatness, ("sam", "focal")),
+    "sam_lambda": Probe(0.5, 0.8, flatness, ("sam", "focal")),
+    "gnm_scale": Probe(0.1, 0.2, flatness, ("sam", "gnm")),
+    "gnm_half_life": Probe(59, 20, flatness, ("sam", "gnm")),
     "loss_type": Probe("LA", "CE", loss),
     "tau": Probe(1, 0.5, loss),
     "smooth_head": Probe(0.3, 0.1, loss, ("loss_type", "LAS")),

@@ -30,6 +30,7 @@ from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.options import MethodOptions
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, SCHEDULES
+from tailtune.trainers.runs.merged_runs import MergeOptions
 from tailtune.trainers.trackers import TrackerOptions
 from tailtune.trainers.training_options import RunOptions, TrainingOptions
 
@@ -75,6 +76,7 @@ def _declarations() -> Iterator[Declaration]:
     for name, loss in LOSSES.items():
         if loss.options is not None:
             yield from declarations(type(loss.options), "Method, loss and sampler", name)
+    yield from declarations(MergeOptions, "Method, loss and sampler")
     yield from declarations(TrainingOptions, "Training")
     for name, optimizer in OPTIMIZERS.items():
         yield from declarations(optimizer.Options, "Training", name)

@@ -13,6 +13,7 @@ from tailtune.configs import CfgNode, config_hash, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TRAIN
 from tailtune.configs.loader_options import BY_BACKBONE
+from tailtune.configs.option import options_from
 from tailtune.configs.program import launch_target
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
@@ -45,6 +46,7 @@ from tailtune.trainers.runs.load_run import (
     load_trained,
 )
 from tailtune.trainers.runs.longer_run import epochs_before
+from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
 from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
@@ -249,6 +251,7 @@ class _Run:
             facts |= {"class_counts": data.info.class_counts.tolist()}
             if self.previous is not None:
                 facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}
+                facts |= facts_of(options_from(MergeOptions, cfg))
             self.folder.seal(save_checkpoint(self.folder.checkpoint, method, facts))
         accelerator.wait_for_everyone()
         return report

@@ -251,6 +251,7 @@ def words_of(name: str) -> tuple[object, ...]:
     after = ("after", "tiny_clip", "after.num_experts", 3) if METHODS[name].continues_from_earlier_run else ()
     more: dict[str, tuple[object, ...]] = {
         "tau_norm": ("classifier", "LinearClassifier", "after.classifier", "LinearClassifier", "num_epochs", 0),
+        "glmc": ("pair_sampler", "shuffle"),
         "h2t": ("pair_sampler", "shuffle", "h2t.shift_bn", False, "sampler", "balanced"),
     }
     return ("pretrained", "none", "method", name, "num_experts", 3, "loss_type", "CE", *after, *more.get(name, ()))

@@ -81,7 +81,7 @@ class Trainer:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         run = self._begin(method, data)
-        data.train.timed = self.plan.profile_data
+        data.train.timed, data.train.two_views = self.plan.profile_data, method.takes_two_views
         loader = train_loader(data.train, run.sampler, self.plan.num_workers, self.accelerator.device)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
         validation, started, before = self.validation, time.perf_counter(), run.report.seconds

@@ -72,6 +72,11 @@ class Method(StagedModule):
         return False
 
     @property
+    def takes_two_views(self) -> bool:
+        """Whether a batch needs a second augmentation of each image: `other_image`, and `other_partner` in pairs."""
+        return False
+
+    @property
     def can_be_wrapped(self) -> bool:
         """Whether `loss`, `head_logits` and `aggregate` define the method, so that a `Wrapper` may run the model.
 

@@ -126,9 +126,8 @@ class View(Dataset[Batch]):
         Returns:
             image: uint8 [B, 3, H, W], or [B, T, 3, H, W] for T draws of each image, or a list of B tensors where sizes
                 differ (such images are cropped on the device);
-            partner: the second images of pairs, as `image`; only if the keys are pairs;
+            partner, partner_label: the second images of pairs, as `image`, and their labels; only if the keys are pairs;
             other_image, other_partner: the same images with other draws; only with `two_views`;
-            partner_label: int64 [B], only if the keys are pairs;
             label, index: int64 [B], of the first images; `index` is the position in the view;
             weight: float32 [B], 1, or 0 for padding and for an unreadable image that is skipped, also in a pair;
             image_draws and such: what `finish` needs; only if it has something to do.
@@ -275,7 +274,7 @@ class View(Dataset[Batch]):
 
 
 class _Images:
-    """Collects the images of a batch. An image is copied into the batch at once, while it is in the processor's cache."""
+    """Collects the images of a batch. Each is copied into the batch at once, while it is in the processor's cache."""
 
     def __init__(self, count: int) -> None:
         self.count, self.added = count, 0

@@ -126,7 +126,7 @@ class View(Dataset[Batch]):
         Returns:
             image: uint8 [B, 3, H, W], or [B, T, 3, H, W] for T draws of each image, or a list of B tensors where sizes
                 differ (such images are cropped on the device);
-            partner, partner_label: the second images of pairs, as `image`, and their labels; only if the keys are pairs;
+            partner, partner_label: the second images of pairs and their labels; only if the keys are pairs;
             other_image, other_partner: the same images with other draws; only with `two_views`;
             label, index: int64 [B], of the first images; `index` is the position in the view;
             weight: float32 [B], 1, or 0 for padding and for an unreadable image that is skipped, also in a pair;

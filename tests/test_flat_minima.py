@@ -13,6 +13,7 @@ import torch
 import trajectories
 from conftest import ROOT, Cli, free_port, offline
 from small import filled
+from test_step import CountSyncs
 from torch import Tensor, nn
 from trajectories import losses, trained
 from yacs.config import CfgNode
@@ -193,6 +194,39 @@ def test_a_gradient_that_overflows_reaches_the_optimizer(name: str) -> None:
     SAM_MODES[name].gradients(passes_of(net, fixture(4), float("inf")), plan(), 0)
     assert net.weight.grad is not None and not net.weight.grad.isfinite().all()
     assert torch.equal(net.weight, start)
+
+
+def scaled_step(name: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The weights after a step with torch's own loss scaling, and the factor after it."""
+    net, scaler = Net().to(dtype), torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    batches = fixture(4)
+    for each in batches:
+        each["image"], each["weight"] = 100 * each["image"].to(dtype), each["weight"].to(dtype)
+    passes = passes_of(net, batches)
+    accelerator: Any = passes.accelerator
+    accelerator.backward = lambda loss, **options: scaler.scale(loss).backward(**options)
+    SAM_MODES[name].gradients(passes, plan(), 0)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    return net.weight.detach(), scaler.get_scale()
+
+
+@pytest.mark.parametrize("name", SAM_MODES)
+def test_loss_scaling_changes_nothing_and_skips_a_step_that_overflows(name: str) -> None:
+    (plain, _), (scaled, _) = (scaled_step(name, scale, torch.float64) for scale in (1.0, 2.0**16))
+    torch.testing.assert_close(scaled, plain, rtol=1e-12, atol=1e-14)
+    overflown, factor = scaled_step(name, 2.0**127, torch.float32)
+    assert torch.equal(overflown, Net().weight.float()) and factor == 2.0**126
+
+
+@pytest.mark.parametrize("name", SAM_MODES)
+def test_the_host_waits_for_nothing(name: str) -> None:
+    passes = passes_of(Net(), fixture(4))
+    with CountSyncs() as syncs:
+        SAM_MODES[name].gradients(passes, plan(), 0)
+    assert syncs.count == 0
 
 
 def test_an_empty_step_moves_nothing() -> None:

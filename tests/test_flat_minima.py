@@ -355,6 +355,13 @@ def test_cut_and_killed_runs_are_the_same(name: str, tmp_path: Path) -> None:
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-6)
 
 
+def test_dropout_and_draws_are_the_same_after_a_kill(tmp_path: Path) -> None:
+    """A transformer across the batch has dropout: its global random numbers go on as if there were one pass."""
+    words = "method batchformer batchformer.inner classify loss_type CE sam sam"
+    whole, killed = (trained(trajectories.train(tmp_path, 0, 32, dies, more=words)) for dies in (False, True))
+    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every mode on two processes."""

@@ -15,7 +15,7 @@ from tailtune.parity.job import Case, Job, Tensors
 def main(folder: Path, part: str) -> None:
     """Answer the job in a folder."""
     torch.set_default_dtype(torch.float64)
-    torch.cuda.FloatTensor = torch.DoubleTensor  # type: ignore[misc]
+    torch.cuda.FloatTensor = torch.DoubleTensor  # type: ignore[attr-defined]
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     sys.modules["utils"] = MagicMock()
     Job.read(folder, part).answer("steps", steps)

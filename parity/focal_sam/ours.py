@@ -40,11 +40,10 @@ def compare_steps(case: Case, job: Job) -> list[Row]:
         sam_mode(cfg.sam).gradients(passes, plan, 0)
         optimizer.step()
         optimizer.zero_grad()
-    moves = [
-        {f"{i}": after - original[f"start.{i}"] for i, after in enumerate(all_of)}
-        for all_of in (parameters, [original[f"after.{i}"] for i in range(len(parameters))])
-    ]
-    return [row(case, after_3_steps=largest_error(*moves, floor=1e-3))]
+    start = [original[f"start.{number}"] for number in range(len(parameters))]
+    ours = {f"{number}": parameters[number].detach() - old for number, old in enumerate(start)}
+    theirs = {f"{number}": original[f"after.{number}"] - old for number, old in enumerate(start)}
+    return [row(case, after_3_steps=largest_error(ours, theirs, floor=1e-3))]
 
 
 def _weight(batch: Batch, outcome: Step) -> Tensor:

@@ -8,6 +8,7 @@ from tailtune.configs.option import options_from
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import LOSSES, Loss
+from tailtune.trainers.methods.balpoe import BalPoE
 from tailtune.trainers.methods.base import Earlier, Method, Objective
 from tailtune.trainers.methods.batchformer import BatchFormer
 from tailtune.trainers.methods.decouple import Normalised, Retrained, WeightScaling
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "distill": Distill,
     "sade": Sade,
     "dirmixe": DirMixE,
+    "balpoe": BalPoE,
     "ride_ea": ExpertAssignment,
     "batchformer": BatchFormer,
     "crt": Retrained,

@@ -96,7 +96,8 @@ def choices() -> list[tuple[object, ...]]:
 
 def fits_loss(method: str, loss: str) -> bool:
     """Methods that adjust the logits themselves do not take every loss."""
-    return {"sade": not LOSSES[loss].adjusts, "dirmixe": loss == "CE"}.get(method, True)
+    takes = {"sade": not LOSSES[loss].adjusts, "balpoe": not LOSSES[loss].adjusts, "dirmixe": loss == "CE"}
+    return takes.get(method, True)
 
 
 def words_of(row: Mapping[str, str]) -> tuple[object, ...]:
@@ -196,6 +197,8 @@ CHANGED: dict[str, object] = {
     "distill.weight": 0.1,
     "distill.times_experts": True,
     "sade.inverse_strength": 1.0,
+    "balpoe.taus": "[0, 1, 3]",
+    "balpoe.spacing": "uniform",
     "dirmixe.power": 0.5,
     "dirmixe.variance": 50.0,
     "dirmixe.warm": 1.0,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
@@ -53,19 +52,19 @@ class BalPoE(Method):
                 f"balpoe.taus has {len(taus)} numbers, and num_experts is {model.num_experts}: make them equal, or set "
                 "balpoe.taus none for evenly spaced ones"
             )
-        strengths = self._spaced(model.num_experts) if taus is None else torch.tensor(taus, dtype=torch.float64)
         counts = objective.class_counts.double()
         log_prior = (counts / counts.sum() + 1e-9).log()  # 1e-9 as the original
-        self.register_buffer("adjustments", strengths.to(log_prior.device).outer(log_prior), persistent=False)  # [E, C]
+        strengths = log_prior.new_tensor(self._spaced(model.num_experts) if taus is None else taus)  # τ [E]
+        self.register_buffer("adjustments", strengths.outer(log_prior), persistent=False)  # [E, C]
 
-    def _spaced(self, experts: int) -> Tensor:
-        """Evenly spaced τ [E]."""
+    def _spaced(self, experts: int) -> list[float]:
+        """Evenly spaced τ of each expert."""
         lowest, highest = self.options.tau_min, self.options.tau_max
         if self.options.spacing == "uniform" or experts == 1:
-            places = (torch.arange(experts, dtype=torch.float64) + 0.5) / experts
+            places = [(expert + 0.5) / experts for expert in range(experts)]
         else:
-            places = torch.linspace(0, 1, experts, dtype=torch.float64)
-        return lowest + (highest - lowest) * places
+            places = [expert / (experts - 1) for expert in range(experts)]
+        return [lowest + (highest - lowest) * place for place in places]
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         total, weight = self.loss_of_each(logits + self.adjustments.to(logits.dtype), batch)

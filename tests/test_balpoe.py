@@ -1,21 +1,24 @@
-"""BalPoE and LGLA: the numbers of the specification's fixtures, what the experts assume, refusals, published recipes."""
+"""BalPoE and LGLA: the numbers of the specification's fixtures, what the experts assume, refusals."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import loss_with
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
+from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.trainers.config_checks import outline
 from tailtune.trainers.evaluation.metrics import calibration
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.balpoe import BalPoE
 from tailtune.trainers.methods.base import Objective
+from tailtune.trainers.methods.lgla import LGLA, groups
 from tailtune.trainers.methods.sade import Sade
 
 Config = Callable[..., CfgNode]
@@ -40,6 +43,7 @@ def make(
     """A method around no model: what it makes of logits."""
     model = nn.Module()
     model.num_experts = experts  # type: ignore[assignment]
+    model.head = CosineClassifier(4, len(counts), 30.0)
     return kind(model, Objective(counts, loss_with(loss, scale=30.0)), kind.Options(**options))  # type: ignore[arg-type]
 
 
@@ -68,9 +72,7 @@ def test_balpoe(strengths: list[float], total: float, of_experts: list[float]) -
     """Fixtures 35 and 36: the mean of the experts' losses, and each of them."""
     method, logits = make(experts=len(strengths), taus=strengths), wave(len(strengths))
     assert value(method, logits) == pytest.approx(total, abs=1e-6)
-    alone = [
-        value(make(experts=1, taus=[tau]), logits[:, e : e + 1]) for e, tau in enumerate(strengths)
-    ]
+    alone = [value(make(experts=1, taus=[tau]), logits[:, e : e + 1]) for e, tau in enumerate(strengths)]
     assert alone == pytest.approx(of_experts, abs=1e-6)
 
 
@@ -131,3 +133,79 @@ def test_a_list_of_another_length_is_refused(config: Config) -> None:
         outline(config("fake_lt", "tiny_clip", "pretrained", "none", *words))
     with pytest.raises(UserError, match=r"balpoe\.taus.*numbers such as \[0, 1\.25, 2\.5\]"):
         config("fake_lt", "tiny_clip", "balpoe.taus", "[]")
+
+
+# --- LGLA ------------------------------------------------------------------------------------------------------------
+
+FEW = torch.tensor([60, 50, 40, 30, 20])
+
+
+def plain_lgla(logits: Tensor, labels: Tensor, counts: Tensor, of_class: Tensor, tau: float) -> Tensor:
+    """The specification's §5.2 with the means of PyTorch."""
+    log_prior, total = (counts.double() / counts.sum()).log(), torch.zeros(()).double()
+    experts = logits.shape[1]
+    for e in range(experts):
+        bias = torch.where(of_class == e, log_prior, log_prior.max()) if e < experts - 1 else tau * log_prior
+        angle = (logits[:, e].gather(1, labels[:, None])[:, 0].detach() / 30).acos()
+        weight = torch.ones_like(angle)
+        for group in of_class[labels].unique():
+            inside = of_class[labels] == group
+            weight[inside] += (angle[inside] - angle[inside].mean()).clamp(min=0)
+        total += (weight * F.cross_entropy(logits[:, e] + bias, labels, reduction="none")).mean()
+    return total
+
+
+def test_lgla() -> None:
+    """Fixture 41."""
+    assert groups(FEW, 2).tolist() == [0, 1, 1, 1, 1]
+    assert value(make(LGLA, counts=FEW, tau=2.5), wave()) == pytest.approx(13.294206, abs=1e-6)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 4])
+def test_lgla_and_its_gradient_are_the_plain_formulation(experts: int) -> None:
+    logits = wave(experts).requires_grad_()
+    loss_sum, weight = make(LGLA, experts, counts=FEW, tau=2.0).loss(logits, batch())
+    wanted = plain_lgla(logits, LABELS, FEW, groups(FEW, max(experts - 1, 1)), 2.0)
+    assert torch.allclose(loss_sum / weight, wanted, rtol=1e-7, atol=0)
+    gradients = [torch.autograd.grad(each, logits)[0] for each in (loss_sum / weight, wanted)]
+    assert torch.allclose(*gradients, rtol=0, atol=1e-8)
+
+
+def test_groups_have_about_equally_many_images() -> None:
+    """Of CIFAR-100-LT 14 and 86 classes, as in the original; equal counts are together, few classes make few groups."""
+    cifar = torch.tensor([int(500 * 0.01 ** (k / 99)) for k in range(100)])
+    assert groups(cifar, 2).bincount().tolist() == [14, 86]
+    assert groups(torch.tensor([5, 50, 20, 10]), 1).tolist() == [0, 0, 0, 0]
+    assert groups(torch.tensor([10, 10, 10, 10]), 2).tolist() == [1, 1, 1, 1], "the last count of the rarer group"
+    assert groups(torch.tensor([1000, 1, 1]), 3).tolist() == [1, 1, 1], "one class has more than a third"
+
+
+def test_what_the_experts_of_lgla_assume() -> None:
+    """Of an expert with a group: equal frequencies in it."""
+    rows = make(LGLA, counts=FEW, tau=2.0).assumed_prior().exp()
+    wanted = torch.tensor([[1, 50 / 60, 40 / 60, 30 / 60, 20 / 60], [1, 1, 1, 1, 1], 1 / FEW])
+    assert torch.allclose(rows, wanted.double() / wanted.double().sum(1, keepdim=True), atol=1e-6)
+
+
+def test_a_left_out_sample_is_in_no_mean() -> None:
+    method, broken = make(LGLA, counts=FEW), wave()
+    broken[3] = float("nan")
+    broken.requires_grad_()
+    weight = torch.ones(8).double()
+    weight[3] = 0
+    loss_sum, total = method.loss(broken, batch(weight=weight))
+    rest = [k for k in range(8) if k != 3]
+    assert float((loss_sum / total).detach()) == pytest.approx(
+        value(method, wave()[rest], batch(LABELS[rest])), rel=1e-12
+    )
+    assert torch.autograd.grad(loss_sum, broken)[0].isfinite().all()
+    loss_sum, total = method.loss(wave(), batch(weight=torch.zeros(8).double()))
+    assert loss_sum == 0 and total == 0
+
+
+def test_refusals_of_lgla(config: Config) -> None:
+    words = ("pretrained", "none", "method", "lgla", "num_experts", 3)
+    with pytest.raises(UserError, match="method lgla adjusts the logits itself: use loss_type CE"):
+        outline(config("fake_lt", "tiny_clip", *words))
+    with pytest.raises(UserError, match="method lgla weights samples by their angles: use classifier CosineClassifier"):
+        outline(config("fake_lt", "tiny_clip", *words, "loss_type", "CE", "classifier", "LinearClassifier"))

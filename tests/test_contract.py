@@ -96,7 +96,8 @@ def choices() -> list[tuple[object, ...]]:
 
 def fits_loss(method: str, loss: str) -> bool:
     """Methods that adjust the logits themselves do not take every loss."""
-    takes = {"sade": not LOSSES[loss].adjusts, "balpoe": not LOSSES[loss].adjusts, "dirmixe": loss == "CE"}
+    takes = {"sade": not LOSSES[loss].adjusts, "balpoe": not LOSSES[loss].adjusts}
+    takes |= {"dirmixe": loss == "CE", "lgla": loss == "CE"}
     return takes.get(method, True)
 
 
@@ -119,6 +120,7 @@ def fits(row: Mapping[str, str]) -> bool:
         and tuners != {"vpt_shallow", "vpt_deep"}
         and ("method" not in row or "loss" not in row or fits_loss(row["method"], row["loss"]))
         and ("classifier" not in head or row.get("head", "LinearClassifier") == "LinearClassifier")
+        and (row.get("method") != "lgla" or row.get("head", "CosineClassifier") == "CosineClassifier")
     )
 
 

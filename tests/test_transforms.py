@@ -84,7 +84,7 @@ def test_cutout_is_the_plain_formulation() -> None:
 
 
 def test_randaugment_draws_from_torch_alone() -> None:
-    """timm's code draws from Python and NumPy; the image depends on torch's generator, and theirs go on as they were."""
+    """timm's code draws from Python and NumPy, whose generators go on as they were."""
     image, transform = photo((80, 60)), transforms.train_transform("imagenet_randaug", 32, "bilinear")
     random.seed(1), np.random.seed(1)
     expected = random.random(), np.random.random()

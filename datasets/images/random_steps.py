@@ -47,8 +47,8 @@ def cifar_policy() -> Step:
 class RandAugment:
     """RandAugment as PaCo's, BalPoE's and LGLA's code has it: two of 15 changes, each made with probability ½.
 
-    Their magnitude is N(10, ½²), at most 10. timm has this code. It draws from the generators of Python and NumPy, which
-    are therefore seeded here for each image, and put back.
+    Their magnitude is N(10, ½²), at most 10. timm has this code. It draws from the generators of Python and NumPy. So
+    they are seeded here for each image, and put back.
     """
 
     def __init__(self) -> None:

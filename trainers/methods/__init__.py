@@ -15,6 +15,7 @@ from tailtune.trainers.methods.decouple import Normalised, Retrained, WeightScal
 from tailtune.trainers.methods.dirmixe import DirMixE
 from tailtune.trainers.methods.distill import Distill
 from tailtune.trainers.methods.h2t import H2T
+from tailtune.trainers.methods.lgla import LGLA
 from tailtune.trainers.methods.mixup import Mixup
 from tailtune.trainers.methods.reslt import ResLT
 from tailtune.trainers.methods.ride import Ride
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "sade": Sade,
     "dirmixe": DirMixE,
     "balpoe": BalPoE,
+    "lgla": LGLA,
     "ride_ea": ExpertAssignment,
     "batchformer": BatchFormer,
     "crt": Retrained,

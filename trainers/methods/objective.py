@@ -46,7 +46,7 @@ class Objective:
     """Random seed of the initial weights of the method's own modules, and of its random draws during training."""
 
     def refuse_adjusting_loss(self, method: str) -> None:
-        """Raise a `UserError` if the loss adjusts the logits by the class frequencies, as the named method itself does."""
+        """Raise a `UserError` if the loss adjusts the logits by the class frequencies, as the method itself does."""
         if self.loss.adjusts:
             name = next(name for name, loss in LOSSES.items() if loss.function is self.loss.function)
             raise UserError(

@@ -11,8 +11,8 @@ PATCHES = (
 )
 PROCEDURE = (
     "logits, loss, gradients, after_3_steps, rates: as in the part `experts`, with the original's shares and orders of "
-    "mixup on both sides. Of LGLA the loss of logits: its network for CIFAR mixes its experts in the shortcuts, and its "
-    "others compute all experts as one grouped network. value: of the strengths of 1 to 7 experts the largest "
+    "mixup on both sides. Of LGLA the loss of logits: its network for CIFAR mixes its experts in the shortcuts, and "
+    "its others compute all experts as one grouped network. value: of the strengths of 1 to 7 experts the largest "
     "difference; of RandAugment the share of 300 pictures that differ in any pixel, with the same random seeds."
 )
 

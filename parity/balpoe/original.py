@@ -43,7 +43,11 @@ def train_mixed(case: Case, job: Job) -> Tensors:
     orders: list[Tensor] = []
 
     def noted(function: Callable[..., Any], drawn: list[Any]) -> Callable[..., Any]:
-        return lambda *arguments: drawn.append(function(*arguments)) or drawn[-1]
+        def call(*arguments: Any) -> Any:
+            drawn.append(function(*arguments))
+            return drawn[-1]
+
+        return call
 
     with (
         mock.patch.object(np.random, "beta", noted(np.random.beta, shares)),

@@ -34,6 +34,7 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_pair: "[number, number]",
     values.as_names: "name,name …",
     values.as_ints: "[number, …]",
+    values.as_numbers: "[number, …]",
     values.as_factors: "{name: number}",
 }
 INTRODUCTION = f"""# All options

@@ -84,6 +84,12 @@ class DataOptions:
     augment: str = option(
         "lift", "Random transform of the training images (crop, flip, colours …).", table="AUGMENTS", data_wins=True
     )
+    mda_func: str = option(
+        "convex",
+        "How the smallest area of the crops of `augment mda` grows from 8 % of the image in the first epoch to all of it "
+        "in the last; min never grows, max is the whole image from the start.",
+        choices=("min", "linear", "convex", "concave", "max"),
+    )
     interpolation: str | None = option(
         None,
         "Interpolation of every resize. None means the one that the backbone was trained with.",

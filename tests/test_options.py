@@ -589,6 +589,7 @@ PROBES: dict[str, Probe] = {
     "on_bad_image": Probe("raise", "skip", bad_images, ("train_list", "bad.txt"), **LISTED),
     "data_fingerprint": Probe("size", "content", fingerprints, **LISTED),
     "augment": Probe("lift", "none", pixels("train")),
+    "mda_func": Probe("convex", "max", pixels("train"), ("augment", "mda")),
     "interpolation": Probe("bilinear", "bicubic", pixels("test", 3)),
     "image_backend": Probe("torchvision", "pil", pixels("train")),
     "cache": Probe("none", "ram", said("cache ram: 159 images"), ONE),

@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 
 from tailtune.configs.errors import lookup, unknown
 from tailtune.configs.lazy_module import lazy_module
+from tailtune.datasets.images.growing_crop import GrowingCrop
 
 v2 = lazy_module("torchvision.transforms.v2")
 
@@ -187,6 +188,12 @@ def _lift(resolution: int, interpolation: str) -> Transform:
     return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip())
 
 
+def _mda(resolution: int, interpolation: str) -> Transform:
+    """LIFT+: a square crop whose smallest area grows with the epoch. Here it has the crops of the first epoch."""
+    side = [resolution, resolution]
+    return GrowingCrop(_compose(v2.Resize(side, interpolation=interpolation_mode(interpolation))))
+
+
 def _imagenet(resolution: int, interpolation: str) -> Transform:
     """RIDE and SADE on ImageNet-LT and Places-LT: LIFT's augmentation, and colour jitter without hue."""
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0)
@@ -236,6 +243,7 @@ def _none(resolution: int, interpolation: str) -> Transform:
 AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
     {
         "lift": _lift,
+        "mda": _mda,
         "cifar": _cifar,
         "cifar_crop": _cifar_crop,
         "imagenet": _imagenet,

@@ -86,8 +86,8 @@ class DataOptions:
     )
     mda_func: str = option(
         "convex",
-        "How the smallest area of the crops of `augment mda` grows from 8 % of the image in the first epoch to all of it "
-        "in the last; min never grows, max is the whole image from the start.",
+        "How the smallest area of the crops of `augment mda` grows from 8 % of the image in the first epoch to all of "
+        "it in the last; min never grows, max is the whole image from the start.",
         choices=("min", "linear", "convex", "concave", "max"),
     )
     interpolation: str | None = option(

@@ -76,7 +76,9 @@ BOXES = {
 def test_boxes_of_pillow_are_those_of_the_original(width: int, height: int, epoch: int) -> None:
     """The pixels of the image are its coordinates, so that they show which part was cut out."""
     rows, columns = np.mgrid[:height, :width]
-    image = Image.fromarray(np.stack([rows % 256, columns % 256, rows // 256 * 16 + columns // 256], -1).astype(np.uint8))
+    image = Image.fromarray(
+        np.stack([rows % 256, columns % 256, rows // 256 * 16 + columns // 256], -1).astype(np.uint8)
+    )
     crop = GrowingCrop(tv.pil_to_tensor, GrowingArea("convex", 5))
     torch.manual_seed(7)
     for box in BOXES[width, height, epoch]:

@@ -235,6 +235,10 @@ def positions(cfg: CfgNode) -> Any:
     return built(cfg).encoder.tuners["mask"]["0"]["qkv"].positions
 
 
+def adapter_start(cfg: CfgNode) -> Any:
+    return built(cfg).encoder.tuners["adapter"]["0"]["mlp"].down_proj.weight
+
+
 def on_meta(cfg: CfgNode) -> Any:
     with torch.device("meta"):
         return build_model(cfg, ["a", "b"]).counts()["total"]
@@ -571,6 +575,7 @@ STALE += ("val_every", 1, "keep", "best:accuracy")
 STEPPED: Words = ("schedule", "multistep")
 FUSED: Words = (*ONE, "method", "h2t", "h2t.shift_bn", False, "after", "tiny_clip")
 OF_RUN: Words = (*ONE, "output_dir", "run0", "test_only", True)
+CONVOLUTIONAL: Words = ("backbone", "timm:test_resnet.r160_in1k", "init_head", "none")
 EXPERTS: Words = ("backbone", "ResNet-20", "init_head", "none", "full_tuning", True, "num_experts", 2)
 PROBES: dict[str, Probe] = {
     "dataset": Probe("Fake", "Digits", names),
@@ -611,8 +616,13 @@ PROBES: dict[str, Probe] = {
     "expert_split": Probe(1, 2, trains_where, EXPERTS),
     "reduce_dimension": Probe(False, True, trains_where, EXPERTS),
     **{name: Probe(False, True, trains_where) for name in TUNERS},
-    "bn_tuning": Probe(False, True, trains_where, ("backbone", "timm:test_resnet.r160_in1k", "init_head", "none")),
+    "bn_tuning": Probe(False, True, trains_where, CONVOLUTIONAL),
     "partial": Probe("none", "[1,3)", trains_where, ("lora", True)),
+    **{f"{name}_layers": Probe("none", "[1]", trains_where, (name, True)) for name in TUNERS},
+    "bn_tuning_layers": Probe("none", "[1]", trains_where, ("bn_tuning", True, *CONVOLUTIONAL)),
+    "tuner_rules": Probe("lift", "lift_plus", trains_where, ("vpt_deep", True)),
+    "vpt_init": Probe("uniform", "normal", logits, ("vpt_deep", True)),
+    "adapter_init": Probe("normal", "uniform", adapter_start, ("adapter", True)),
     "vpt_len": Probe("none", 3, trains_where, ("vpt_deep", True)),
     "adapter_dim": Probe(8, "none", trains_where, ("adapter", True)),
     "adaptformer_scale": Probe("learnable", 0.5, trains_where, ("adaptformer", True)),

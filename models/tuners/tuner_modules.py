@@ -17,14 +17,16 @@ class BottleneckAdapter(nn.Module):
     Args:
         width: width D of the transformer.
         dim: width r of the bottleneck.
+        uniform: whether W_down starts from U(-1/√D, 1/√D), as in LIFT+; else from N(0, 1/(3D)), as in LIFT.
     """
 
-    def __init__(self, width: int, dim: int) -> None:
+    def __init__(self, width: int, dim: int, uniform: bool = False) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(width)
         self.down_proj = nn.Linear(width, dim)
         self.up_proj = nn.Linear(dim, width)
-        nn.init.kaiming_normal_(self.down_proj.weight, a=math.sqrt(5))
+        draw = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
+        draw(self.down_proj.weight, a=math.sqrt(5))
         nn.init.zeros_(self.down_proj.bias)
         nn.init.zeros_(self.up_proj.weight)
         nn.init.zeros_(self.up_proj.bias)
@@ -63,10 +65,11 @@ class AdaptFormer(BottleneckAdapter):
         width: width D of the transformer.
         dim: width r of the bottleneck.
         scale: the factor s; None: s is learnt and starts from 1.
+        uniform: as for `BottleneckAdapter`.
     """
 
-    def __init__(self, width: int, dim: int, scale: float | None = None) -> None:
-        super().__init__(width, dim)
+    def __init__(self, width: int, dim: int, scale: float | None = None, uniform: bool = False) -> None:
+        super().__init__(width, dim, uniform)
         self.scale: nn.Parameter | float = nn.Parameter(torch.ones(1)) if scale is None else scale
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -171,13 +174,18 @@ class Prompts(nn.Module):
     Args:
         length: number of prompt tokens P.
         width: width D of the transformer.
-        patch_size: side of a patch in pixels, which the range of the initial values depends on.
+        patch_size: side of a patch in pixels, which the range of the uniform initial values depends on; None: they are
+            drawn from N(0, 0.02²), as in LIFT+.
     """
 
-    def __init__(self, length: int, width: int, patch_size: int) -> None:
+    def __init__(self, length: int, width: int, patch_size: int | None) -> None:
         super().__init__()
-        bound = math.sqrt(6 / (3 * patch_size * patch_size + width))
-        self.prompt = nn.Parameter(torch.empty(length, width).uniform_(-bound, bound))
+        self.prompt = nn.Parameter(torch.empty(length, width))
+        if patch_size is None:
+            nn.init.normal_(self.prompt, std=0.02)
+        else:
+            bound = math.sqrt(6 / (3 * patch_size * patch_size + width))
+            nn.init.uniform_(self.prompt, -bound, bound)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Tokens of the image y [B, N, D] → [B, N + P, D]; x is not used."""

@@ -22,10 +22,9 @@ def check(exported: ExportedModel) -> None:
         raise UserError(
             "export lift: LIFT has no tuner of the peft library and saves no zero-shot model; use export merged"
         )
-    start = next(iter(exported.encoder.block_range(exported.partial)), 0) if exported.partial is not None else 0
-    if start and "vpt_shallow" in exported.tuners:
+    if any(exported.encoder.tuned_blocks.get("vpt_shallow", ())):  # a block with an index above 0
         raise UserError("export lift: LIFT has vpt_shallow at the first block only; use export onnx")
-    layout(exported.method.model, exported.tuners, exported.partial)
+    layout(exported.method.model, exported.tuners)
 
 
 def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     Returns:
         Facts for `facts.json`.
     """
-    targets = layout(exported.method.model, exported.tuners, exported.partial)
+    targets = layout(exported.method.model, exported.tuners)
     content: dict[str, dict[str, Tensor]] = {"tuner": {}, "head": {}}
     for key, target in targets.items():
         part, name = key.split(".", 1)

@@ -96,7 +96,7 @@ def load_trained(fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, class
         method.eval()
         method.prepare(text_context(method.model, len(class_names), cfg.seed, method.log_prior.device))
     elif checkpoint.foreign is not None:
-        log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), cfg.partial, _numbering(cfg)))
+        log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), _numbering(cfg)))
     else:
         load_checkpoint(checkpoint.home / "checkpoint", method, class_names, fresh.base)
     method.model.init = None
@@ -266,7 +266,6 @@ def subject_of(
     return ExportedModel(
         method=method,
         tuners=tuners_of(cfg),
-        partial=cfg.partial,
         class_names=class_names,
         resolution=cfg.resolution,
         zero_shot=cfg.zero_shot,

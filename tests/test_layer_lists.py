@@ -13,8 +13,8 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.layer_list import as_layers
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.tuners.table import TUNERS, add_tuners
-from tailtune.models.tuners.tuner_modules import Adapter, Lora, Prompts
-from tailtune.models.tuners.tuner_options import Case
+from tailtune.models.tuners.tuner_modules import Adapter, Lora, Prompts, TensorMasks
+from tailtune.models.tuners.tuner_options import Case, aft_ratio
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run
 
@@ -258,3 +258,91 @@ def test_the_rules_choose_the_first_weights(rules: str) -> None:
     case, plus = Case(100, 12, 12, 768, rules), rules == "lift_plus"
     inits = [TUNERS[name].options.filled(case).init for name in ("adapter", "adaptformer", "vpt_deep")]  # type: ignore[attr-defined]
     assert inits == (["uniform", "uniform", "normal"] if plus else ["normal", "normal", "uniform"])
+
+
+# --- a random subset of each tensor (`aft`) --------------------------------------------------------------------------
+
+
+def test_features_of_aft_are_those_of_lift_plus() -> None:
+    host = ViTEncoder(fixture_net())
+    add_tuners(host, {"aft": replace(TUNERS["aft"].options, ratio=0.01)})  # type: ignore[call-arg]
+    with torch.no_grad():
+        for masks in host.tuners["aft"].values():
+            for number, (name, mask) in enumerate(masks.items()):
+                count = int((mask.positions < host.layers(0)[name].weight.numel()).sum())
+                for part, seed in ((slice(count), 120), (slice(count, None), 121)):
+                    values = mask.values[part]
+                    values += filled(values.shape, seed + 2 * number) if len(values) else 0
+        host.set_precision()
+        feature = host(filled((1, 3, SIDE, SIDE), 0, 1.0))[0]
+    assert sum(each.numel() for each in host.tuners.parameters()) == 982
+    assert torch.allclose(feature[:4], torch.tensor([0.284605, -0.014498, -1.082083, -0.536255]), atol=1e-4)
+    assert float(feature.sum()) == pytest.approx(-1.563523, abs=2e-4)
+    assert float(feature.norm()) == pytest.approx(7.937796, abs=1e-4)
+
+
+def positions(layer: torch.nn.Linear, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Positions in the weight, and in the bias."""
+    found, size = TensorMasks(layer, share, seed).positions.tolist(), layer.weight.numel()
+    return [each for each in found if each < size], [each - size for each in found if each >= size]
+
+
+def test_positions_of_aft_are_those_of_the_original() -> None:
+    qkv, out, fc1, fc2 = (torch.nn.Linear(*sizes) for sizes in ((64, 192), (64, 64), (64, 256), (256, 64)))
+    weights, biases = positions(qkv, 0.01)
+    assert len(weights) == 122 and weights[:6] == [196, 227, 262, 350, 587, 723] and biases == [44]
+    weights, biases = positions(out, 0.01)
+    assert len(weights) == 40 and weights[:4] == [9, 155, 316, 873] and not biases
+    weights, biases = positions(fc1, 0.01)
+    assert len(weights) == 163 and weights[:6] == [5, 75, 119, 142, 277, 497] and biases == [55, 172]
+    again, biases = positions(fc2, 0.01)
+    assert again == weights and not biases, "a tensor of the same size"
+
+
+def test_positions_of_aft_in_a_layer_of_real_size() -> None:
+    weights, _ = positions(torch.nn.Linear(768, 2304), 0.01)
+    assert len(weights) == 17_694 and weights[:6] == [20, 134, 193, 201, 464, 499] and sum(weights) == 15_700_787_514
+
+
+def test_blocks_of_aft_share_their_positions_and_a_seed_changes_them() -> None:
+    host = ViTEncoder(small_net())
+    add_tuners(host, {"aft": replace(TUNERS["aft"].options, ratio=0.1, seed=3)})  # type: ignore[call-arg]
+    first, second = (host.tuners["aft"][index]["qkv"].positions for index in "01")
+    assert torch.equal(first, second)
+    layer = host.net.blocks[0].attn.qkv
+    assert not torch.equal(TensorMasks(layer, 0.1, 4).positions, first)
+
+
+def test_aft_changes_nothing_at_the_start_and_trains_only_its_values() -> None:
+    host = ViTEncoder(small_net(qkv_bias=False))
+    images = filled((2, 3, SIDE, SIDE), 0, 1.0)
+    before = host(images)
+    add_tuners(host, {"aft": replace(TUNERS["aft"].options, ratio=0.05, layers=[1])})  # type: ignore[call-arg]
+    host.set_precision()
+    assert torch.allclose(host(images), before, atol=1e-6)
+    host(images).square().sum().backward()
+    trained = [name for name, each in host.named_parameters() if each.grad is not None]
+    assert trained and all(name.startswith("tuners.aft.1.") for name in trained)
+
+
+AFT = {
+    "all": (76_752, 280_284, 767_940, 6_252_996),
+    "attn": (76_776, 280_296, 767_976, 6_253_032),
+    "mlp": (76_788, 280_296, 767_964, 6_253_032),
+}
+
+
+@pytest.mark.parametrize("data", range(4))
+@pytest.mark.parametrize("loc", AFT)
+def test_parameters_of_aft(loc: str, data: int, config: Config) -> None:
+    cfg = config(DATA[data], "clip_vit_b16", *B16[:-2], "aft", True, "aft_loc", loc)
+    assert check(cfg).counts()["tuner"] == AFT[loc][data]
+
+
+def test_a_share_that_trains_nothing_is_refused(config: Config) -> None:
+    with pytest.raises(UserError, match="aft_ratio 0.0 is no share of the weights; choose one above 0 and up to 1"):
+        check(config("fake_lt", "tiny_clip", "pretrained", "none", "aft", True, "aft_ratio", 0))
+
+
+def test_more_classes_than_weights_train_every_weight() -> None:
+    assert aft_ratio(100_000, 1, 64, "all") == 1.0

@@ -235,6 +235,10 @@ def positions(cfg: CfgNode) -> Any:
     return built(cfg).encoder.tuners["mask"]["0"]["qkv"].positions
 
 
+def aft_positions(cfg: CfgNode) -> Any:
+    return built(cfg).encoder.tuners["aft"]["0"]["qkv"].positions
+
+
 def adapter_start(cfg: CfgNode) -> Any:
     return built(cfg).encoder.tuners["adapter"]["0"]["mlp"].down_proj.weight
 
@@ -628,6 +632,9 @@ PROBES: dict[str, Probe] = {
     "adaptformer_scale": Probe("learnable", 0.5, trains_where, ("adaptformer", True)),
     "mask_ratio": Probe("none", 0.01, trains_where, ("mask", True)),
     "mask_seed": Probe("none", 1, positions, ("mask", True)),
+    "aft_ratio": Probe("none", 0.01, trains_where, ("aft", True)),
+    "aft_loc": Probe("all", "mlp", trains_where, ("aft", True)),
+    "aft_seed": Probe(0, 1, aft_positions, ("aft", True)),
     "peft": Probe("none", "LoRA", trains_where),
     "peft_args": Probe("{r: 4}", "{r: 8}", trains_where, ("peft", "LoRA")),
     "seed": Probe(0, 1, seeds, ("lora", True)),

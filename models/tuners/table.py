@@ -18,10 +18,11 @@ from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
-from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
+from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf, TensorMasks
 from tailtune.models.tuners.tuner_options import (
     AdapterOptions,
     AdaptFormerOptions,
+    AftOptions,
     BottleneckOptions,
     LoraOptions,
     MaskOptions,
@@ -106,6 +107,12 @@ def _mask(encoder: ViTEncoder, index: int, options: MaskOptions) -> dict[str, nn
     return {name: Mask(layer, options.ratio, options.draw) for name, layer in encoder.layers(index).items()}
 
 
+def _aft(encoder: ViTEncoder, index: int, options: AftOptions) -> dict[str, nn.Module]:
+    assert options.ratio is not None, "filled"
+    layers = encoder.layers(index)
+    return {name: TensorMasks(layers[name], options.ratio, options.seed) for name in options.in_layers}
+
+
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for name, parameter in module.named_parameters() if name.endswith("bias"))
 
@@ -131,6 +138,12 @@ TUNERS: dict[str, Tuner] = {
         "A random subset of the weights of the blocks' linear layers trains.",
         insert=_mask,
         options=MaskOptions(),
+        on_weights=True,
+    ),
+    "aft": Tuner(
+        "A random subset of each weight and each bias of the blocks' linear layers trains, drawn as in LIFT+.",
+        insert=_aft,
+        options=AftOptions(),
         on_weights=True,
     ),
     "vpt_shallow": Tuner(

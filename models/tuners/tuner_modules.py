@@ -119,33 +119,32 @@ class Ssf(nn.Module):
         return torch.addcmul(self.shift.to(y.dtype), y, self.scale.to(y.dtype))
 
 
-class Mask(nn.Module):
-    """A random share of a linear layer's weights and biases trains. Source: Shi et al. 2024 (arbitrary lightweight
-    fine-tuning).
+class ChosenWeights(nn.Module):
+    """Some of a linear layer's weights and biases train.
 
-    Positions are counted as in LIFT: the layer is an out × (in + 1) matrix whose last column is the bias. They are
-    part of the checkpoint, so a trained model does not depend on a random generator.
+    Which these are is part of the checkpoint, so a trained model does not depend on a random generator.
 
     Args:
-        layer: the layer; the trained values start from its own.
-        share: share of the values that train, above 0 and up to 1.
-        draw: the random generator; it draws one permutation.
+        positions: of the values that train, int32 [n], as the derived class counts them.
+        values: their first values [n].
     """
 
     positions: Tensor
 
-    def __init__(self, layer: nn.Linear, share: float, draw: torch.Generator) -> None:
+    def __init__(self, positions: Tensor, values: Tensor) -> None:
         super().__init__()
-        columns = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
-        matrix = torch.cat(columns, dim=1).detach()  # [out, in + 1]
-        count = int(matrix.numel() * share)
-        if matrix.is_meta:
-            positions = torch.empty(count, dtype=torch.int32, device="meta")
-        else:
-            drawn = torch.randperm(matrix.numel(), generator=draw, device="cpu")[:count]
-            positions = drawn.sort().values.int().to(matrix.device)
         self.register_buffer("positions", positions)
-        self.values = nn.Parameter(matrix.flatten()[positions.long()])
+        self.values = nn.Parameter(values)
+
+    def places(self, width: int, size: int, has_bias: bool) -> Tensor:
+        """The positions, counted through the flat weight and then the bias, int64 [n].
+
+        Args:
+            width: input width of the layer.
+            size: number of its weights.
+            has_bias: whether it has a bias.
+        """
+        return self.positions.long()
 
     def forward(self, y: tuple[Tensor, Tensor | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Put the trained values into the layer's weight and bias.
@@ -158,14 +157,73 @@ class Mask(nn.Module):
             A changed copy of the two.
         """
         weight, bias = y
-        size, width, positions = weight.numel(), weight.shape[1], self.positions.long()
-        columns = width if bias is None else width + 1
-        row, column = positions // columns, positions % columns
+        size = weight.numel()
         # One flat copy with the weight before the bias, so that both stay contiguous for the matrix product.
         flat = torch.cat([weight.flatten()] if bias is None else [weight.flatten(), bias])
-        targets = torch.where(column < width, row * width + column, size + row)
-        flat.scatter_(0, targets, self.values.to(flat.dtype))
+        flat.scatter_(0, self.places(weight.shape[1], size, bias is not None), self.values.to(flat.dtype))
         return flat[:size].view_as(weight), None if bias is None else flat[size:]
+
+
+class Mask(ChosenWeights):
+    """A random share of a linear layer's weights and biases trains. Source: Shi et al. 2024 (arbitrary lightweight
+    fine-tuning).
+
+    Positions are counted as in LIFT: the layer is an out × (in + 1) matrix whose last column is the bias.
+
+    Args:
+        layer: the layer; the trained values start from its own.
+        share: share of the values that train, above 0 and up to 1.
+        draw: the random generator; it draws one permutation.
+    """
+
+    def __init__(self, layer: nn.Linear, share: float, draw: torch.Generator) -> None:
+        columns = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
+        matrix = torch.cat(columns, dim=1).detach()  # [out, in + 1]
+        count = int(matrix.numel() * share)
+        if matrix.is_meta:
+            positions = torch.empty(count, dtype=torch.int32, device="meta")
+        else:
+            drawn = torch.randperm(matrix.numel(), generator=draw, device="cpu")[:count]
+            positions = drawn.sort().values.int().to(matrix.device)
+        super().__init__(positions, matrix.flatten()[positions.long()])
+
+    def places(self, width: int, size: int, has_bias: bool) -> Tensor:
+        positions = self.positions.long()
+        columns = width + 1 if has_bias else width
+        row, column = positions // columns, positions % columns
+        return torch.where(column < width, row * width + column, size + row)
+
+
+class TensorMasks(ChosenWeights):
+    """As `Mask`, in the form of LIFT+: a share of the weights and a share of the biases, each drawn for itself.
+
+    Every draw begins with the same seed, so tensors of one size train at the same positions in all blocks. Positions
+    count through the weight and then the bias.
+
+    Args:
+        layer: the layer; the trained values start from its own.
+        share: share of the values of each tensor that train, above 0 and up to 1.
+        seed: random seed of each draw.
+    """
+
+    def __init__(self, layer: nn.Linear, share: float, seed: int) -> None:
+        tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        parts, start = [], 0
+        for tensor in tensors:
+            parts.append(start + self._drawn(tensor, share, seed))
+            start += tensor.numel()
+        positions = torch.cat(parts).int()
+        super().__init__(positions, torch.cat([tensor.detach().flatten() for tensor in tensors])[positions.long()])
+
+    @staticmethod
+    def _drawn(tensor: Tensor, share: float, seed: int) -> Tensor:
+        """Positions in a flat tensor in ascending order, int64 [n], on its device."""
+        count = int(tensor.numel() * share)
+        if tensor.is_meta:
+            return torch.empty(count, dtype=torch.int64, device="meta")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(tensor.numel(), generator=generator, device="cpu")[:count]
+        return drawn.sort().values.to(tensor.device)
 
 
 class Prompts(nn.Module):

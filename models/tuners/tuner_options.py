@@ -187,6 +187,42 @@ class MaskOptions(TunerOptions):
         return torch.Generator().manual_seed(self.seed or 0)
 
 
+@dataclass(frozen=True)
+class AftOptions(TunerOptions):
+    """Random subsets of the weights and of the biases, as in LIFT+."""
+
+    ratio: float | None = option(
+        None,
+        "Share of each weight and of each bias that the tuner `aft` trains. None means LIFT+'s rule, by which it "
+        "trains about as many values as the classifier has.",
+        as_float,
+        least=0.0,
+        most=1.0,
+    )
+    loc: str = option(
+        "all", "Layers in which the tuner `aft` trains: attention, MLP, or both.", choices=("all", "attn", "mlp")
+    )
+    seed: int = option(
+        0, "Random seed with which the tuner `aft` draws the values of each tensor.", least=0, most=2**63 - 1
+    )
+
+    def filled(self, case: Case) -> Self:
+        ratio = aft_ratio(case.classes, case.selected, case.width, self.loc) if self.ratio is None else self.ratio
+        return replace(self, ratio=ratio)
+
+    def check(self) -> None:
+        if self.ratio is None or not 0 < self.ratio <= 1:
+            raise UserError(f"aft_ratio {self.ratio} is no share of the weights; choose one above 0 and up to 1")
+
+    def of_expert(self, expert: int) -> Self:
+        return replace(self, seed=derive_seed(self.seed, "expert", expert))
+
+    @property
+    def in_layers(self) -> tuple[str, ...]:
+        """The layers that `loc` means."""
+        return {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2"), "all": ("qkv", "proj", "fc1", "fc2")}[self.loc]
+
+
 def bottleneck_dim(num_classes: int, depth: int) -> int:
     """LIFT's rule for the LoRA rank and the width of adapters: r = 2^max(0, ⌊log2(C / 2L)⌋).
 
@@ -215,3 +251,18 @@ def mask_ratio(num_classes: int, depth: int, width: int) -> float:
         width: width D of the transformer.
     """
     return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
+
+
+def aft_ratio(num_classes: int, selected: int, width: int, loc: str) -> float:
+    """LIFT+'s rule for the share of values that `aft` trains: C / (ℓ (12D + 9)), the head's size over the blocks' size.
+
+    For the attention alone it is C / (ℓ (4D + 4)), and for the MLP alone C / (ℓ (8D + 5)).
+
+    Args:
+        num_classes: number C of classes.
+        selected: number ℓ of blocks that the tuner acts on.
+        width: width D of the transformer.
+        loc: `all`, `attn` or `mlp`.
+    """
+    weights, biases = {"all": (12, 9), "attn": (4, 4), "mlp": (8, 5)}[loc]
+    return min(1.0, num_classes / (max(1, selected) * (weights * width + biases)))

@@ -121,6 +121,15 @@ class EvaluatedImageOptions:
     """Which images are evaluated, and in which groups of classes."""
 
     test_train: bool = option(False, "The training images are evaluated instead of the test images.", cls="test")
+    crop_margin: int | None = option(
+        None,
+        "Pixels by which the short side of a test image is longer than the crop at its centre, without `tte`. None "
+        "means a seventh of the crop, or 0 where the object fills the frame.",
+        as_int,
+        cls="test",
+        least=0,
+        most=4096,
+    )
     max_test_images: int | None = option(
         None,
         "Number of images after which an evaluation stops, for a quick look. None means that it takes all.",

@@ -41,7 +41,7 @@ class RunTransforms:
         elif cfg.tte:
             test = made.resize_for_crops(cfg.resolution, cfg.expand, cfg.interpolation)
         else:
-            test = made.eval_transform(*size, cfg.augment)
+            test = made.eval_transform(*size, cfg.augment, cfg.crop_margin)
         if made is tensor_transforms and cfg.augment in TENSOR_AUGMENTS:
             train = TENSOR_AUGMENTS[cfg.augment](*size)
         area = GrowingArea(cfg.mda_func, cfg.num_epochs)

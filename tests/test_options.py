@@ -675,6 +675,7 @@ PROBES: dict[str, Probe] = {
     "randaug_times": Probe(1, 3, own_logits, (*SHORT, "tte", True, "tte_mode", "randaug")),
     "test_prec": Probe("fp32", "bf16", own_logits, SHORT),
     "test_train": Probe(False, True, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
+    "crop_margin": Probe("none", 9, own_logits, SHORT),
     "max_test_images": Probe("none", 20, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
     "many_above": Probe(20, 10, group("many")),
     "few_below": Probe(8, 12, group("few")),

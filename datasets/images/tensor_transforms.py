@@ -102,9 +102,9 @@ def unaugmented_transform(resolution: int, interpolation: str) -> TensorTransfor
     return TensorTransform(partial(_resized_centre, resolution=resolution, side=resolution, mode=interpolation))
 
 
-def eval_transform(resolution: int, interpolation: str, augment: str) -> TensorTransform:
+def eval_transform(resolution: int, interpolation: str, augment: str, margin: int | None = None) -> TensorTransform:
     """As `transforms.eval_transform`."""
-    side = eval_side(resolution, augment)
+    side = eval_side(resolution, augment, margin)
     return TensorTransform(partial(_resized_centre, resolution=resolution, side=side, mode=interpolation))
 
 

@@ -49,15 +49,14 @@ def unaugmented_transform(resolution: int, interpolation: str) -> Transform:
     return _resized_centre(resolution, resolution, interpolation)
 
 
-def eval_transform(resolution: int, interpolation: str, augment: str) -> Transform:
+def eval_transform(resolution: int, interpolation: str, augment: str, margin: int | None = None) -> Transform:
     """The test transform that belongs to an augmentation: the centre of the resized image.
-
-    The centre is 7/8 of the short side (256 → 224 pixels), or all of it for the augmentations in `FULL_FRAME`.
 
     Args:
         resolution: side of the result in pixels.
         interpolation: an entry of `INTERPOLATIONS`.
         augment: name of the augmentation.
+        margin: see `eval_side`.
 
     Returns:
         PIL image → uint8 [3, resolution, resolution].
@@ -65,16 +64,20 @@ def eval_transform(resolution: int, interpolation: str, augment: str) -> Transfo
     Raises:
         UserError: an unknown interpolation.
     """
-    return _resized_centre(resolution, eval_side(resolution, augment), interpolation)
+    return _resized_centre(resolution, eval_side(resolution, augment, margin), interpolation)
 
 
-def eval_side(resolution: int, augment: str) -> int:
+def eval_side(resolution: int, augment: str, margin: int | None = None) -> int:
     """The length in pixels to which `eval_transform` resizes the short side before it crops.
 
     Args:
         resolution: side of the crop in pixels.
         augment: name of the augmentation.
+        margin: by how many pixels the short side is longer than the crop. None: the crop is 7/8 of it (256 → 224
+            pixels), or all of it for the augmentations in `FULL_FRAME`.
     """
+    if margin is not None:
+        return resolution + margin
     return resolution if augment in FULL_FRAME else resolution * 8 // 7
 
 

@@ -271,7 +271,7 @@ def subject_of(
         zero_shot=cfg.zero_shot,
         arch=spec.arch if isinstance(spec, OpenClipBackbone) else None,
         base=spec.published(cfg.pretrained),
-        resize=eval_side(cfg.resolution, cfg.augment),
+        resize=eval_side(cfg.resolution, cfg.augment, cfg.crop_margin),
         interpolation=cfg.interpolation,
         command=command_of(cfg),
         facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},

@@ -62,14 +62,14 @@ RENAMED: Mapping[str, str] = MappingProxyType(
 """Key of LIFT+ → our option with the same values."""
 VALUES: Mapping[str, tuple[str, Options]] = MappingProxyType(
     {
-        "mda": ("augment", {"true": "mda", "false": "lift"}),
+        "mda": ("augment", {"True": "mda", "False": "lift"}),
         "classifier": (
             "classifier",
             {
-                "cosineclassifier": "CosineClassifier",
-                "linearclassifier": "LinearClassifier",
-                "l2normclassifier": "L2NormedClassifier",
-                "layernormclassifier": "LayerNormedClassifier",
+                "CosineClassifier": "CosineClassifier",
+                "LinearClassifier": "LinearClassifier",
+                "L2NormClassifier": "L2NormedClassifier",
+                "LayerNormClassifier": "LayerNormedClassifier",
             },
         ),
         "classifier_init": (
@@ -78,12 +78,12 @@ VALUES: Mapping[str, tuple[str, Options]] = MappingProxyType(
                 "semantic": "text_feat",
                 "class_mean": "100_shot",
                 "linear_probing": "100_shot_linear_probe",
-                "none": "none",
+                "None": "none",
             },
         ),
     }
 )
-"""Key of LIFT+ → our option, and value of LIFT+ in small letters → ours."""
+"""Key of LIFT+ → our option, and value of LIFT+ → ours."""
 WIDTHS = ("lora", "adapter", "adaptformer")
 """Tuners with an option `v.<tuner>_dim`, for all of which we have one option."""
 OF_TOWER = (
@@ -167,7 +167,7 @@ def _option(key: str, value: str, given: Options) -> Iterator[tuple[str, str]]:
         yield RENAMED[key], value
     elif key in VALUES:
         option, values = VALUES[key]
-        yield option, lookup(values, value.lower(), f"value of {key}")
+        yield option, lookup(values, value, f"value of {key}")
     elif key in SPECIAL:
         yield from SPECIAL[key](value, given)
     elif tower != "v" and key not in UNUSED:

@@ -45,9 +45,23 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     for index, sites in exported.encoder.tuners["adaptformer"].items() if "adaptformer" in exported.tuners else ():
         if isinstance(sites["mlp"].scale, float):  # in LIFT the scale is always learnt, so it is in the file
             content["tuner"][f"adaptformer_list.{index}.scale"] = torch.tensor([sites["mlp"].scale])
+    save(content, folder)
+    return how_to_evaluate(exported, "FOLDER is this folder; LIFT's own main.py takes such options too")
+
+
+def save(content: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """Write tensors into a checkpoint file in a folder."""
     buffer = BytesIO()
     torch.save(content, buffer)
     write_bytes(folder / LIFT_FILE, buffer.getvalue())  # torch.save itself would raise RuntimeError on a full disk
+
+
+def how_to_evaluate(exported: ExportedModel, note: str) -> dict[str, Any]:
+    """The facts that say which command evaluates the file.
+
+    Args:
+        exported: the model.
+        note: a remark on the command.
+    """
     words = [*exported.command, "test_only", "True", "model_dir", "FOLDER"]
-    note = "# FOLDER is this folder; LIFT's own main.py takes such options too"
-    return {"command": words, "how_to_load": f"{shlex.join(['python', 'main.py', *words])}\n{note}"}
+    return {"command": words, "how_to_load": f"{shlex.join(['python', 'main.py', *words])}\n# {note}"}

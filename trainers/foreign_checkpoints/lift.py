@@ -201,21 +201,50 @@ def load(
     Raises:
         UserError: names the tensors that are missing, unexpected or of another shape.
     """
-    tensors, targets = file.tensors, layout(model, tuners)
-    lists = Counter(name.split(".")[1] for name in tensors if name.startswith("tuner."))
+    lists = Counter(name.split(".")[1] for name in file.tensors if name.startswith("tuner."))
     tuner_lists = ", ".join(f"{name} ({count})" for name, count in lists.items()) or "nothing"
-    current = {name: target.read() for name, target in targets.items()}
-    check_fit(current, tensors, str(file.path), f"give the options that fit it: its tuner holds {tuner_lists}")
-    theirs = NAME if numbering is None or numbering.field == ID else numbering.field
-    order = numbering.order(theirs) if numbering else None
-    for name, target in targets.items():
-        target.write(tensors[name] if order is None or not name.startswith("head.") else tensors[name][order])
-    model.set_precision()  # again, because some of its tensors are computed from the weights
-    heads = sum(name.startswith("head.") for name in tensors)
-    report = f"read {file.path}: {len(tensors)} tensors"
-    report += f", of the tuner {tuner_lists}, of the head {heads}; none is left out"
+    report = fill(file, model, layout(model, tuners), "head.", tuner_lists, numbering)
     if "mask" in tuners:
         report += "; the positions of the mask are drawn from mask_seed, because the file has none"
     if {"lora", "ssf_attn"} <= set(tuners):
         report += "; lora acts before ssf_attn, as in LIFT (PEL: after it)"
+    return report
+
+
+def fill(
+    file: ForeignCheckpoint,
+    model: ClassificationModel,
+    targets: Mapping[str, Target],
+    head: str,
+    holds: str,
+    numbering: Numbering | None,
+) -> str:
+    """Copy the tensors of a file into a model. Nothing is copied unless all of them fit.
+
+    Args:
+        file: the file.
+        model: the model to fill.
+        targets: key of the file → tensors of the model.
+        head: prefix of the keys of the head, whose rows are classes.
+        holds: what the tuner of the file holds, in words.
+        numbering: class numbering of iNaturalist in the data. The file numbers the species, or taxa, in the order of
+            their names.
+
+    Returns:
+        A report in words.
+
+    Raises:
+        UserError: names the tensors that are missing, unexpected or of another shape.
+    """
+    tensors = file.tensors
+    current = {name: target.read() for name, target in targets.items()}
+    check_fit(current, tensors, str(file.path), f"give the options that fit it: its tuner holds {holds}")
+    theirs = NAME if numbering is None or numbering.field == ID else numbering.field
+    order = numbering.order(theirs) if numbering else None
+    for name, target in targets.items():
+        target.write(tensors[name] if order is None or not name.startswith(head) else tensors[name][order])
+    model.set_precision()  # again, because some of its tensors are computed from the weights
+    heads = sum(name.startswith(head) for name in tensors)
+    report = f"read {file.path}: {len(tensors)} tensors"
+    report += f", of the tuner {holds}, of the head {heads}; none is left out"
     return f"{report}; {numbering.report(theirs)}" if numbering and order is not None else report

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tailtune.trainers.foreign_checkpoints import lift, ride
+from tailtune.trainers.foreign_checkpoints import lift, lift_plus, ride
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.methods import Method
@@ -27,4 +27,6 @@ def load_foreign_checkpoint(
     """
     if ride.is_ride(file):
         return ride.load(file, method, numbering)
+    if lift_plus.is_lift_plus(file):
+        return lift_plus.load(file, method.model, tuners, numbering)
     return lift.load(file, method.model, tuners, numbering)

@@ -270,7 +270,7 @@ def _of_epoch(transform: Transform, image: Image.Image, epoch: int) -> Tensor:
 
 
 class _Images:
-    """Collects the images of a batch. An image is copied at once, while it is in the processor's cache."""
+    """Collects the images of a batch. Each is copied into the batch at once, while it is in the processor's cache."""
 
     def __init__(self, count: int) -> None:
         self.count, self.added = count, 0

@@ -26,7 +26,7 @@ from tailtune import main as tailtune
 from tailtune.configs.errors import UserError
 from tailtune.scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra
 from tailtune.scripts.collect import grid_table
-from tailtune.trainers.comparison.formats import ENDINGS, FORMATS, write_table
+from tailtune.trainers.comparison.formats import ENDINGS, FORMATS, format_of_console, write_table
 from tailtune.trainers.processes.exit import end_at_signals, run_as_process
 
 CONTINUES = "interrupted; the same command continues"
@@ -122,11 +122,11 @@ def run_all(todo: Sequence[Sequence[str]], keep_going: bool = False) -> int:
 
 
 def write(grid: Grid, seeds: Sequence[int], extra: Sequence[str]) -> None:
-    """Write the table in every format, and print it as Markdown."""
+    """Write the table in every format, and print it as for the console."""
     table = grid_table(grid, seeds, extra)
     for kind, ending in ENDINGS.items():
         write_table(table, TABLES / f"{grid.name}{ending}", kind)
-    print(f"\n{grid.title}\n\n{FORMATS['md'](table)}\nalso in {TABLES}/{grid.name}.*")
+    print(f"\n{grid.title}\n\n{FORMATS[format_of_console()](table)}\nalso in {TABLES}/{grid.name}.*")
 
 
 def first_process() -> bool:

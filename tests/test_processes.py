@@ -325,7 +325,7 @@ def test_a_terminal_without_our_signs_shows_the_table(tmp_path: Path, monkeypatc
         code = main.main(f"{FAKE} max_steps 1 num_workers 0 output_dir run".split())
     shown = content.getvalue().decode("ascii")
     assert code == 0
-    assert "fake_lt - tiny_clip_peft - seed 0" in shown
+    assert "fake_lt - tiny_clip_peft - TinyCLIP - seed 0" in shown
     assert "-" * 40 in shown and "\ntest " in shown
 
 

@@ -228,7 +228,6 @@ class _Run:
         identity = {
             "config": config_hash(cfg),
             "base model": self.base,
-            "processes": accelerator.num_processes,
             "images": data.records["train"].fingerprint,
         }
         validation = Validation(ValidationPlan.of(cfg), data, accelerator, self.evaluation.scratch)
@@ -245,7 +244,12 @@ class _Run:
         self._claim(data)
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states, validation)
         if accelerator.is_main_process:
-            facts = {**identity, "base": self.base, "class_names": list(data.info.class_names)}
+            facts = {
+                **identity,
+                "processes": accelerator.num_processes,
+                "base": self.base,
+                "class_names": list(data.info.class_names),
+            }
             facts |= {"class_counts": data.info.class_counts.tolist()}
             if self.previous is not None:
                 facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}

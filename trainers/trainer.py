@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.seeding import derive_seed
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
@@ -23,6 +24,7 @@ from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, le
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Curves, Progress
+from tailtune.trainers.resumed_counters import resume_counters
 from tailtune.trainers.runs.metrics_file import TrainReport
 from tailtune.trainers.storage.checkpoint import (
     copy_state,
@@ -30,7 +32,7 @@ from tailtune.trainers.storage.checkpoint import (
     with_prefix,
 )
 from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
-from tailtune.trainers.storage.random_state import random_state, restore_random_state
+from tailtune.trainers.storage.random_state import random_state
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_meters import TrainingMeters
 
@@ -178,7 +180,8 @@ class Trainer:
         done = run.report.steps
         run.progress.step()
         end_of_epoch = done % run.sampler.steps == 0
-        shows = done % self.plan.print_freq == 0 or end_of_epoch or last
+        is_long = run.sampler.steps > 2 * self.plan.print_freq  # a short epoch has one line, at its end
+        shows = (is_long and done % self.plan.print_freq == 0) or end_of_epoch or last
         stops = run.agreement.stops(interrupt.requested, done)
         saves = end_of_epoch or last or stops or bool(self.plan.save_every and done % self.plan.save_every == 0)
         if shows or saves:
@@ -284,9 +287,7 @@ class Trainer:
         copy_state(method, trained, where, "start over with `resume False`")
         self.validation.load(tensors, trained, self.validation.best_of(report.validations))
         restore_optimizer(optimizer, tensors, facts.get("optimizer"))
-        rank = self.accelerator.process_index
-        meters.load(with_prefix(tensors, f"meters.{rank}."))
-        restore_random_state(tensors, rank)
+        resume_counters(tensors, meters, self.accelerator, derive_seed(self.plan.seed, "resumed", report.steps))
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         log.info("resuming after step %d", report.steps)

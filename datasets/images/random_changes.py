@@ -39,7 +39,8 @@ def resized_crops(images: Tensor, draws: Tensor, side: int, mode: str, smallest_
     """
     made, interpolation = [], interpolation_mode(mode)
     for image, numbers in zip(images.unbind(), draws.tolist(), strict=True):
-        made.append(_resized_part(image, crop_box(*image.shape[-2:], numbers, smallest_area), side, interpolation))
+        box = crop_box(image.shape[-2], image.shape[-1], numbers, smallest_area)
+        made.append(_resized_part(image, box, side, interpolation))
     return torch.cat(made) if len(made) > 1 else made[0]
 
 
@@ -57,7 +58,7 @@ def square_crops(images: Tensor, draws: Tensor, side: int, mode: str) -> Tensor:
     """
     made, interpolation = [], interpolation_mode(mode)
     for image, (*numbers, smallest_area) in zip(images.unbind(), draws.tolist(), strict=True):
-        top, left, length = square_box(*image.shape[-2:], numbers, smallest_area)
+        top, left, length = square_box(image.shape[-2], image.shape[-1], numbers, smallest_area)
         made.append(_resized_part(image, (top, left, length, length), side, interpolation))
     return torch.cat(made) if len(made) > 1 else made[0]
 

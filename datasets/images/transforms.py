@@ -15,6 +15,7 @@ from PIL import Image
 
 from tailtune.configs.errors import lookup, unknown
 from tailtune.configs.lazy_module import lazy_module
+from tailtune.datasets.images.growing_crop import GrowingCrop
 from tailtune.datasets.images.random_steps import Cutout, RandAugment, Step, cifar_policy, simclr
 
 v2 = lazy_module("torchvision.transforms.v2")
@@ -47,15 +48,14 @@ def unaugmented_transform(resolution: int, interpolation: str) -> Transform:
     return _resized_centre(resolution, resolution, interpolation)
 
 
-def eval_transform(resolution: int, interpolation: str, augment: str) -> Transform:
+def eval_transform(resolution: int, interpolation: str, augment: str, margin: int | None = None) -> Transform:
     """The test transform that belongs to an augmentation: the centre of the resized image.
-
-    The centre is 7/8 of the short side (256 → 224 pixels), or all of it for the augmentations in `FULL_FRAME`.
 
     Args:
         resolution: side of the result in pixels.
         interpolation: an entry of `INTERPOLATIONS`.
         augment: name of the augmentation.
+        margin: see `eval_side`.
 
     Returns:
         PIL image → uint8 [3, resolution, resolution].
@@ -63,16 +63,20 @@ def eval_transform(resolution: int, interpolation: str, augment: str) -> Transfo
     Raises:
         UserError: an unknown interpolation.
     """
-    return _resized_centre(resolution, eval_side(resolution, augment), interpolation)
+    return _resized_centre(resolution, eval_side(resolution, augment, margin), interpolation)
 
 
-def eval_side(resolution: int, augment: str) -> int:
+def eval_side(resolution: int, augment: str, margin: int | None = None) -> int:
     """The length in pixels to which `eval_transform` resizes the short side before it crops.
 
     Args:
         resolution: side of the crop in pixels.
         augment: name of the augmentation.
+        margin: by how many pixels the short side is longer than the crop. None: the crop is 7/8 of it (256 → 224
+            pixels), or all of it for the augmentations in `FULL_FRAME`.
     """
+    if margin is not None:
+        return resolution + margin
     return resolution if augment in FULL_FRAME else resolution * 8 // 7
 
 
@@ -186,6 +190,12 @@ def _lift(resolution: int, interpolation: str) -> Transform:
     return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip())
 
 
+def _mda(resolution: int, interpolation: str) -> Transform:
+    """LIFT+: a square crop whose smallest area grows with the epoch. Here it has the crops of the first epoch."""
+    side = [resolution, resolution]
+    return GrowingCrop(_compose(v2.Resize(side, interpolation=interpolation_mode(interpolation))))
+
+
 def _imagenet(resolution: int, interpolation: str) -> Transform:
     """RIDE and SADE on ImageNet-LT and Places-LT: LIFT's augmentation, and colour jitter without hue."""
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0)
@@ -254,6 +264,7 @@ def _none(resolution: int, interpolation: str) -> Transform:
 AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
     {
         "lift": _lift,
+        "mda": _mda,
         "cifar": _cifar,
         "cifar_crop": _cifar_crop,
         "imagenet": _imagenet,

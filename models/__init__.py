@@ -19,6 +19,8 @@ from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS, CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
+from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.text_mode import build_text_tower, check_text_options, in_text_mode
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, add_tuners
@@ -60,7 +62,9 @@ def build_model(
             f"resolution {cfg.resolution} must be a multiple of {patch_size}, the patch size of {cfg.backbone}"
         )
     split = ExpertSplit(cfg.num_experts, cfg.expert_split, cfg.reduce_dimension)
-    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot, fast, split)
+    check_text_options(cfg, spec)
+    texts = in_text_mode(cfg)
+    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot or texts, fast, split)
     encoder = backbone.encoder
     if cfg.residual_dtype and isinstance(encoder, WholeNetworkEncoder):
         raise UserError(f"residual_dtype works on ViTs only, and {cfg.backbone} does not run as one; leave it out")
@@ -70,10 +74,16 @@ def build_model(
         add_tuners(encoder, tuner_options(cfg, tuners, len(class_names), encoder), cfg.partial, cfg.seed)
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
-    encoder.set_precision()
+    tower = build_text_tower(cfg, backbone, class_names, sentences) if texts else None
+    if tower is not None and isinstance(head, TextClassifier):
+        head.attach(tower)
+    for each in (encoder, tower):
+        if each is not None:
+            each.set_precision()
     mean, std = backbone.pixel_stats or pixel_stats
     stats = (cfg.pixel_mean or mean, cfg.pixel_std or std)
-    return ClassificationModel(encoder, head, stats, _head_init(cfg, backbone, sentences), backbone.random_base, peft)
+    init = _head_init(cfg, backbone, sentences)
+    return ClassificationModel(encoder, head, stats, init, backbone.random_base, peft, tower)
 
 
 def resolve(cfg: CfgNode) -> CfgNode:
@@ -152,7 +162,7 @@ def _peft(cfg: CfgNode, encoder: Encoder) -> PeftAdapter | None:
 
 def _head_init(cfg: CfgNode, backbone: Backbone, sentences: Sentences) -> HeadInit | None:
     """How the head is filled before training; None: it keeps its random weights."""
-    name = "text_feat" if cfg.zero_shot else cfg.init_head
+    name = "text_feat" if cfg.zero_shot or in_text_mode(cfg) else cfg.init_head
     if name is None:
         return None
     initial_weight = lookup(HEAD_INITS, name, "init_head")

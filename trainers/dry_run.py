@@ -8,7 +8,6 @@ from tailtune.configs import CfgNode, values_of
 from tailtune.configs.launch_environment import world_size
 from tailtune.configs.option import key_names
 from tailtune.models import ClassificationModel, resolve, tuner_options
-from tailtune.models.heads.expert_heads import heads_of
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.config_checks import outline
 from tailtune.trainers.evaluation.expert_usage import GIGA, flops_by_experts
@@ -35,7 +34,7 @@ def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any],
     with torch.device("meta"):
         flops = forward_flops(model, cfg.resolution)
     resolved = values_of(cfg) | {"micro_batch_size": micro_batch_size(cfg, world_size())}
-    classes = len(heads_of(model.head)[0].get_parameter("weight"))
+    classes = len(method.class_counts)
     for name, filled in tuner_options(cfg, TUNERS, classes, model.encoder).items():
         resolved |= {key: getattr(filled, field) for field, key in key_names(filled, name, "_").items()}
     values = values_of(given)

@@ -19,7 +19,9 @@ from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
 from tailtune.models.tuners.peft_table import PEFTS
+from tailtune.models.text_mode import TextMemoryOptions
 from tailtune.models.tuners.table import TUNERS
+from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
@@ -69,6 +71,11 @@ def _declarations() -> Iterator[Declaration]:
         yield Declaration(name, Key(as_bool, False, tuner.doc, zero_shot=False), "Tuners", name)
     for name, tuner in TUNERS.items():
         yield from declarations(type(tuner.options), "Tuners", name, separator="_")
+    for name, tuner in TEXT_TUNERS.items():
+        doc = f"The tuner {tuner} acts in the text tower of classifier TextClassifier."
+        yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
+    yield from declarations(TextTunerOptions, "Text tower")
+    yield from declarations(TextMemoryOptions, "Text tower")
     yield from declarations(MethodOptions, "Method, loss and sampler")
     for name, loss in LOSSES.items():
         if loss.options is not None:

@@ -125,17 +125,19 @@ class Trainer:
         run.method.before_step(run.report.steps + 1)
         count, padding = run.sampler.counts(step), run.sampler.is_padding(step)
         totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
-        for index in range(count):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            run.progress.waited += time.perf_counter() - waiting
-            if padding:
-                batch["weight"] = torch.zeros_like(batch["weight"])
-            is_local = index < count - 1  # gradients are synchronised only in the last micro-batch of a step
-            with self.accelerator.no_sync(run.wrapped) if is_local else nullcontext():
-                outcome = run.wrapped(batch)
-                self.accelerator.backward(outcome.loss_sum / self.plan.batch_size)
-            totals += self._count(run, batch, outcome, padding)
+        with run.method.model.one_step() as begin_micro_batch:
+            for index in range(count):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                run.progress.waited += time.perf_counter() - waiting
+                if padding:
+                    batch["weight"] = torch.zeros_like(batch["weight"])
+                is_local = index < count - 1  # gradients are synchronised only in the last micro-batch of a step
+                begin_micro_batch(not is_local)
+                with self.accelerator.no_sync(run.wrapped) if is_local else nullcontext():
+                    outcome = run.wrapped(batch)
+                    self.accelerator.backward(outcome.loss_sum / self.plan.batch_size)
+                totals += self._count(run, batch, outcome, padding)
         weight, loss, hits, images, bad = self._sum(totals).unbind()
         self._update(run, weight)
         run.method.after_step(run.report.steps + 1)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -38,6 +38,7 @@ from tailtune.models.backbones.pretrained_weights import (
     read_state,
     to_open_clip_layout,
 )
+from tailtune.models.backbones.text_tower import TextTower, is_openai_text, load_text_tower
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 
 open_clip = lazy_module("open_clip")
@@ -113,7 +114,7 @@ class OpenClipBackbone:
             else:
                 encoder = meta_image_encoder(config, resolution, fast)
             split_experts(encoder, split, self.arch)
-            return Backbone(encoder, pixel_stats, embed_dim=embed_dim)
+            return Backbone(encoder, pixel_stats, embed_dim, text_tower=self._text_tower(config, None, fast))
         path = None if pretrained is None else self._file(pretrained, source, config)
         shipped = path is not None and path in self.files.values()
         clip: Any = None if shipped else self._clip(config, resolution, seed, path)
@@ -125,7 +126,8 @@ class OpenClipBackbone:
             encoder = embedding_encoder(clip.visual, embed_dim, resolution, fast)
         split_experts(encoder, split, self.arch)
         text_encoder = self._text_encoder(clip, state, config, None if project else projection)
-        return Backbone(encoder, pixel_stats, embed_dim, text_encoder, random_base=path is None)
+        tower = self._text_tower(config, state, fast)
+        return Backbone(encoder, pixel_stats, embed_dim, text_encoder, path is None, tower)
 
     def _text_encoder(
         self, clip: Any, state: dict[str, Tensor], config: dict[str, Any], projection: Tensor | None
@@ -134,10 +136,19 @@ class OpenClipBackbone:
         text: Any = openai_clip.TextModel.of(state, config) if clip is None else clip
         if clip is not None:
             del clip.visual
+        return ClipTextEncoder(text, self._tokenizer(config), projection)
+
+    def _text_tower(
+        self, config: dict[str, Any], state: dict[str, Tensor] | None, fast: bool
+    ) -> Callable[[], TextTower] | None:
+        """Makes the text encoder as a host of tuners; None if it is not of OpenAI's kind."""
+        return partial(load_text_tower, config, state, self._tokenizer(config), fast) if is_openai_text(config) else None
+
+    def _tokenizer(self, config: dict[str, Any]) -> Callable[[Sequence[str]], Tensor]:
+        """Sentences → token ids [n, length]."""
         if self.config is None:
-            return ClipTextEncoder(text, partial(tokenize, self.arch), projection)
-        tokens = partial(open_clip_files.tokenize, config["text_cfg"]["context_length"])
-        return ClipTextEncoder(text, tokens, projection)
+            return partial(tokenize, self.arch)
+        return partial(open_clip_files.tokenize, config["text_cfg"]["context_length"])
 
     def _config(self) -> dict[str, Any]:
         """open_clip's config of the model."""

@@ -1,6 +1,6 @@
 """TUNERS: which parameters train while the backbone is frozen. A tuner's name is its flag on the command line.
 
-A tuner inserts modules at the sites of a ViT's blocks (`ViTEncoder` lists the sites), selects weights of the backbone,
+A tuner inserts modules at the sites of a ViT's blocks (`TransformerEncoder` lists the sites), selects weights of the backbone,
 or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared site they act in the
 order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts).
 """
@@ -15,9 +15,10 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
+from tailtune.models.backbones.transformer_encoder import TransformerEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
-from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
+from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf, TextPrompts
 from tailtune.models.tuners.tuner_options import (
     AdaptFormerOptions,
     BottleneckOptions,
@@ -38,7 +39,7 @@ class Tuner:
 
     doc: str
     """A sentence that says what its flag does."""
-    insert: Callable[[ViTEncoder, int, Any], dict[str, nn.Module]] | None = None
+    insert: Callable[[TransformerEncoder, int, Any], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
     options: TunerOptions = TunerOptions()
     """Its options with their defaults. Those without a `key` of their own are called `<tuner>_<field>`."""
@@ -52,38 +53,40 @@ class Tuner:
     """Whether the selected batch norms use the statistics of the batch and update their running ones."""
 
 
-def _adaptformer(encoder: ViTEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
+def _adaptformer(encoder: TransformerEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
     scale = None if isinstance(options.scale, str) else options.scale
     return {"mlp": AdaptFormer(encoder.width, options.bottleneck, scale)}
 
 
-def _adapter(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+def _adapter(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     return {"mlp": Adapter(encoder.width, options.bottleneck)}
 
 
-def _lora(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+def _lora(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     rank = options.bottleneck
     return {site: Lora(encoder.width, encoder.width, rank) for site in ("q", "v")}
 
 
-def _lora_mlp(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+def _lora_mlp(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     width, mlp_width, rank = encoder.width, encoder.mlp_width, options.bottleneck
     return {"fc1": Lora(width, mlp_width, rank), "fc2": Lora(mlp_width, width, rank)}
 
 
-def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
+def _prompts(encoder: TransformerEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
     assert options.length is not None, "filled"
-    return {"tokens": Prompts(options.length, encoder.width, encoder.patch_size)}
+    if isinstance(encoder, ViTEncoder):
+        return {"tokens": Prompts(options.length, encoder.width, encoder.patch_size)}
+    return {"tokens": TextPrompts(options.length, encoder.width)}
 
 
-def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.Module]]:
+def _ssf(*sites: str) -> Callable[[TransformerEncoder, int, TunerOptions], dict[str, nn.Module]]:
     """Inserts scale and shift at some sites."""
     return lambda encoder, index, options: {
         site: Ssf(encoder.mlp_width if site == "fc1" else encoder.width) for site in sites
     }
 
 
-def _mask(encoder: ViTEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
+def _mask(encoder: TransformerEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
     assert options.ratio is not None, "filled"
     return {name: Mask(layer, options.ratio, options.draw) for name, layer in encoder.layers(index).items()}
 
@@ -169,7 +172,7 @@ def add_tuners(
         if tuner.select is not None:
             _select(encoder, name, partial)
     count = len(encoder.expert_blocks)
-    if isinstance(encoder, ViTEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
+    if isinstance(encoder, TransformerEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
         raise UserError(
             f"expert_split {count}: no tuner acts in the last {count} blocks, so the experts would not differ there; "
             "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"
@@ -185,7 +188,7 @@ def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, s
             with seeded(seed, "tuner", name):
                 encoder.insert(name, tuner.on_feature(encoder.feature_dim))
         return
-    if not isinstance(encoder, ViTEncoder):
+    if not isinstance(encoder, TransformerEncoder):
         others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
     first = replace(options)  # a copy, whose random generator starts anew

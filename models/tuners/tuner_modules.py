@@ -182,3 +182,20 @@ class Prompts(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Tokens of the image y [B, N, D] → [B, N + P, D]; x is not used."""
         return torch.cat([y, self.prompt.to(y.dtype).expand(y.shape[0], -1, -1)], dim=1)
+
+
+class TextPrompts(nn.Module):
+    """Prompt tokens behind the start token of a text; they replace those of the block before. Source: LIFT+.
+
+    Args:
+        length: number of prompt tokens P.
+        width: width D of the transformer.
+    """
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.empty(length, width).normal_(0.0, 0.02))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Tokens y [B, N, D] → [B, N + P, D]; x is not used."""
+        return torch.cat([y[:, :1], self.prompt.to(y.dtype).expand(y.shape[0], -1, -1), y[:, 1:]], dim=1)

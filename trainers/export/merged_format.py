@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.lazy_module import lazy_module
-from tailtune.models.backbones.vit_encoder import LAYERS, SITES, Sites, ViTEncoder
+from tailtune.models.backbones.transformer_encoder import LAYERS, SITES, Sites
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.vit_layers import apply_tuners
 from tailtune.models.tuners.peft_adapter import merge_adapter
 from tailtune.trainers.export.exported_model import ExportedModel, affine_of, linear_head, save_head, save_state

@@ -1,0 +1,124 @@
+"""Text mode: the model whose classifier is made of text features that change while it trains."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tailtune.configs import CfgNode
+from tailtune.configs.errors import UserError
+from tailtune.configs.option import option, options_from
+from tailtune.models.backbones.backbone_types import Backbone, BackboneSpec
+from tailtune.models.backbones.class_texts import tokenized
+from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.backbones.prompts import Sentences, fill
+from tailtune.models.backbones.text_tower import GIB, TextTower
+from tailtune.models.classification_model import ClassificationModel
+from tailtune.models.heads.classifiers import CosineClassifier
+from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
+
+HEAD = TextClassifier.__name__
+
+
+@dataclass(frozen=True)
+class TextMemoryOptions:
+    """How the text tower trains."""
+
+    text_memory: float = option(
+        8.0,
+        "GiB of activations of class texts that are kept for the backward pass. What is beyond is computed again, which "
+        "takes longer and gives the same gradients.",
+        cls="runtime",
+        least=0.0,
+    )
+
+
+def in_text_mode(cfg: CfgNode) -> bool:
+    """Whether the classifier is made of text features that may train. Zero-shot has a classifier of its own."""
+    return bool(cfg.classifier == HEAD) and not cfg.zero_shot
+
+
+def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
+    """Refuse what does not go together with text mode, and without it what acts on the text features.
+
+    Args:
+        cfg: a resolved config.
+        spec: its backbone.
+
+    Raises:
+        UserError: says what to change.
+    """
+    if not in_text_mode(cfg):
+        if asked := _asked(cfg):
+            raise UserError(
+                f"{', '.join(asked)}: only classifier {HEAD} reads the text features while they train; set it, or "
+                "leave this out"
+            )
+        return
+    if not isinstance(spec, OpenClipBackbone):
+        raise UserError(f"classifier {HEAD} needs a text encoder, and {cfg.backbone} has none; choose a CLIP backbone")
+    if cfg.num_experts > 1:
+        raise UserError(
+            f"classifier {HEAD} has one set of text features, so num_experts {cfg.num_experts} would have the same "
+            "classifier; set num_experts 1, or choose another classifier with init_head text_feat"
+        )
+    if cfg.init_head not in (None, "text_feat"):
+        raise UserError(f"classifier {HEAD} consists of text features; leave out init_head {cfg.init_head}")
+
+
+def _asked(cfg: CfgNode) -> list[str]:
+    """The options that are set and act on the text features."""
+    return [name for name in TEXT_TUNERS if cfg[name]]
+
+
+def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str], sentences: Sentences) -> TextTower:
+    """The text tower of text mode, with its tuners and the texts of the classes.
+
+    Args:
+        cfg: a resolved config.
+        backbone: the backbone.
+        class_names: names of the C classes.
+        sentences: one or more sentences of each class; empty on the meta device if they are not known.
+
+    Raises:
+        UserError: the backbone has no text encoder that can be a host.
+    """
+    if backbone.text_tower is None:
+        raise UserError(
+            f"classifier {HEAD} runs text encoders of OpenAI's kind only, and that of {cfg.backbone} is another; "
+            "choose CosineClassifier with init_head text_feat"
+        )
+    tower = backbone.text_tower()
+    tower.memory = int(cfg.text_memory * GIB)
+    with torch.device("cpu"):  # ids have values on the meta device, too
+        tower.set_texts(tokenized(tower.tokenizer, sentences or fill(class_names, "default")))
+    names = [name for name in TEXT_TUNERS if cfg[name]]
+    add_text_tuners(tower, names, options_from(TextTunerOptions, cfg), len(class_names), cfg.seed)
+    return tower
+
+
+@torch.no_grad()
+def with_fixed_texts(model: ClassificationModel) -> ClassificationModel:
+    """The same model with the text features as the weight of a cosine classifier, and without a text tower.
+
+    Args:
+        model: the model; it stays as it is.
+    """
+    head = model.head
+    if not isinstance(head, TextClassifier):
+        return model
+    assert head.scale is not None, "attached"
+    fixed = CosineClassifier(1, 1, head.scale)
+    fixed.weight = nn.Parameter(head.class_features().detach().clone(), requires_grad=False)
+    model = with_modules(model, head=fixed, text=None)
+    return model
+
+
+def with_modules(module: ClassificationModel, **modules: nn.Module | None) -> ClassificationModel:
+    """A copy of a module that shares all of its tensors, with other modules in some places."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, **modules}
+    return other

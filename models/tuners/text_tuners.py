@@ -1,0 +1,86 @@
+"""TEXT_TUNERS: the tuners of the text tower. Each is a tuner of the image tower with `text_` before its name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from tailtune.configs.option import option
+from tailtune.configs.value_parsers import as_float, as_scale, as_span
+from tailtune.models.backbones.text_tower import TextTower
+from tailtune.models.tuners.table import TUNERS, add_tuners
+from tailtune.models.tuners.tuner_options import TunerOptions
+
+TEXT_TUNERS: dict[str, str] = {f"text_{name}": name for name, tuner in TUNERS.items() if not tuner.on_batch}
+"""Tuner of the text tower, as an option names it → the entry of TUNERS. LIFT+ writes `l.` in place of `text_`."""
+
+
+@dataclass(frozen=True)
+class TextTunerOptions:
+    """Sizes of the tuners of the text tower. Their defaults are those of LIFT+."""
+
+    partial: int | list[int] | None = option(
+        None,
+        "Blocks of the text tower that its tuners act on: a number k for the last k, or a range [start,end). None "
+        "means all.",
+        as_span,
+        key="text_partial",
+        most=1000,
+        zero_shot=False,
+    )
+    dim: int = option(
+        4,
+        "Bottleneck dimension of adapters in the text tower, which is also the rank of its LoRA.",
+        key="text_adapter_dim",
+        least=1,
+        most=4096,
+        zero_shot=False,
+    )
+    length: int = option(
+        2,
+        "Number of prompt tokens that text_vpt_shallow and text_vpt_deep put behind the start token.",
+        key="text_vpt_len",
+        least=1,
+        most=1024,
+        zero_shot=False,
+    )
+    scale: float | str = option(
+        "learnable",
+        "Factor on the output of text_adaptformer: `learnable`, or a fixed number.",
+        as_scale,
+        key="text_adaptformer_scale",
+        zero_shot=False,
+    )
+    ratio: float | None = option(
+        None,
+        "Share of a layer's weights that text_mask trains. None means LIFT's rule for the image tower.",
+        as_float,
+        key="text_mask_ratio",
+        least=0.0,
+        most=1.0,
+        zero_shot=False,
+    )
+
+    def of(self, name: str) -> TunerOptions:
+        """The options of an entry of TUNERS, with these sizes in the fields that it has."""
+        options = TUNERS[name].options
+        values = {"dim": self.dim, "length": self.length, "scale": self.scale, "ratio": self.ratio}
+        return replace(options, **{field: value for field, value in values.items() if hasattr(options, field)})
+
+
+def add_text_tuners(
+    tower: TextTower, names: Iterable[str], sizes: TextTunerOptions, classes: int, seed: int
+) -> None:
+    """Freeze the text tower, then let tuners act in its blocks.
+
+    Args:
+        tower: the text tower; it is changed in place.
+        names: entries of TEXT_TUNERS.
+        sizes: their sizes.
+        classes: number of classes.
+        seed: seed of the initial weights.
+
+    Raises:
+        UserError: as `add_tuners`.
+    """
+    entries: Sequence[str] = [TEXT_TUNERS[name] for name in names]
+    options = {name: sizes.of(name).filled(classes, tower.depth, tower.width) for name in entries}
+    add_tuners(tower, options, sizes.partial, seed)

@@ -17,7 +17,7 @@ from tailtune.models.backbones.table import BACKBONES, find_backbone
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS, CosineClassifier
-from tailtune.models.heads.expert_heads import ExpertHeads
+from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
 from tailtune.models.heads.text_classifier import TextClassifier
 from tailtune.models.text_mode import build_text_tower, check_text_options, in_text_mode
@@ -75,8 +75,8 @@ def build_model(
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
     tower = build_text_tower(cfg, backbone, class_names, sentences) if texts else None
-    if tower is not None and isinstance(head, TextClassifier):
-        head.attach(tower)
+    if tower is not None and isinstance(first := heads_of(head)[0], TextClassifier):
+        first.attach(tower)
     for each in (encoder, tower):
         if each is not None:
             each.set_precision()
@@ -147,6 +147,8 @@ def _head(cfg: CfgNode, dim: int, classes: int) -> nn.Module:
     head_class = lookup(HEADS, cfg.classifier, "classifier")
     options = asdict(options_from(head_class.Options, cfg, cfg.classifier))
     with seeded(cfg.seed, "head"):
+        if head_class is TextClassifier and cfg.num_experts > 1:
+            return ExpertHeads([head_class(dim, classes, **options)] * cfg.num_experts)  # there is one set of texts
         heads = [head_class(dim, classes, **options) for _ in range(cfg.num_experts)]
     return heads[0] if cfg.num_experts == 1 else ExpertHeads(heads)
 

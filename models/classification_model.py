@@ -167,8 +167,9 @@ class ClassificationModel(nn.Module):
         Yields:
             A function to call before each micro-batch, with whether it is the last one.
         """
-        if isinstance(self.head, TextClassifier):
-            with self.head.one_step() as begin:
+        head = heads_of(self.head)[0]  # experts share the texts
+        if isinstance(head, TextClassifier):
+            with head.one_step() as begin:
                 yield begin
         else:
             yield lambda last: None

@@ -17,6 +17,7 @@ from tailtune.models.backbones.prompts import Sentences, fill
 from tailtune.models.backbones.text_tower import GIB, TextTower
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import CosineClassifier
+from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.text_classifier import TextClassifier
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
 
@@ -60,10 +61,10 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
         return
     if not isinstance(spec, OpenClipBackbone):
         raise UserError(f"classifier {HEAD} needs a text encoder, and {cfg.backbone} has none; choose a CLIP backbone")
-    if cfg.num_experts > 1:
+    if cfg.num_experts > 1 and not cfg.expert_split:
         raise UserError(
-            f"classifier {HEAD} has one set of text features, so num_experts {cfg.num_experts} would have the same "
-            "classifier; set num_experts 1, or choose another classifier with init_head text_feat"
+            f"classifier {HEAD} is the same for all experts, so num_experts {cfg.num_experts} needs blocks of the image "
+            "encoder in which they differ: set expert_split to their number, or num_experts 1"
         )
     if cfg.init_head not in (None, "text_feat"):
         raise UserError(f"classifier {HEAD} consists of text features; leave out init_head {cfg.init_head}")
@@ -107,14 +108,14 @@ def with_fixed_texts(model: ClassificationModel) -> ClassificationModel:
     Args:
         model: the model; it stays as it is.
     """
-    head = model.head
+    head = heads_of(model.head)[0]
     if not isinstance(head, TextClassifier):
         return model
     assert head.scale is not None, "attached"
     fixed = CosineClassifier(1, 1, head.scale)
     fixed.weight = nn.Parameter(head.class_features().detach().clone(), requires_grad=False)
-    model = with_modules(model, head=fixed, text=None)
-    return model
+    experts = model.num_experts
+    return with_modules(model, head=fixed if experts == 1 else ExpertHeads([fixed] * experts), text=None)
 
 
 def with_modules(module: ClassificationModel, **modules: nn.Module | None) -> ClassificationModel:

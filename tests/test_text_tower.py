@@ -10,6 +10,7 @@ from small import fill_tuners
 from small_text import CLASSES, fixture_image_encoder, fixture_images, fixture_tower, text_state, tokenize
 from torch import Tensor
 
+from tailtune.models import build_model
 from tailtune.models.backbones.class_texts import ClassTexts, tokenized
 from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.heads.text_classifier import TextClassifier
@@ -79,3 +80,114 @@ def test_features_are_those_of_the_original(names: tuple[str, ...]) -> None:
 def test_logits_are_those_of_the_original(names: tuple[str, ...]) -> None:
     found = logits(tuned(list(names)))
     assert torch.allclose(found[: len(LOGITS[names])], torch.tensor(LOGITS[names]), atol=1e-3)
+
+
+def padded(texts: ClassTexts) -> ClassTexts:
+    """The same texts with all 77 tokens of each sentence."""
+    return replace(texts, ids=F.pad(texts.ids, (0, 77 - texts.ids.shape[1])))
+
+
+def test_what_follows_the_end_and_what_all_begin_with_change_nothing() -> None:
+    """Cut, batched and with a shared beginning, in fp64, against every token of every sentence in every block."""
+    sentences = [["a photo of a tench.", "a tench"], ["a photo of a great white shark."], ["an airplane cabin"]]
+    fast, plain = tuned(["text_lora", "text_vpt_deep"]).double(), tuned(["text_lora", "text_vpt_deep"], fast=False).double()
+    texts = tokenized(tokenize, sentences)
+    fast.set_texts(texts), plain.set_texts(padded(texts))
+    assert fast.shared == 1 and len(fast.batches) < 4
+    plain.batches = [replace(each, length=77) for each in plain.batches]
+    assert torch.allclose(fast.class_features(), plain.class_features(), atol=1e-12)
+    one_by_one = []
+    for sentence in ("a photo of a tench.", "a tench"):
+        plain.set_texts(tokenized(tokenize, [[sentence]]))
+        one_by_one.append(plain.class_features())
+    assert torch.allclose(fast.class_features()[0], torch.stack(one_by_one).mean(0)[0], atol=1e-12)
+
+
+def test_the_shared_beginning_is_as_long_as_it_can_be() -> None:
+    tower = fixture_tower()
+    assert tower.shared == 5  # the start token and "a photo of a"
+    tower.set_texts(tokenized(tokenize, [["tench"], ["tench"]]))
+    assert tower.shared == 3 and len(tower.ids) == 1 and tower.class_features().shape == (2, 32)
+
+
+def test_batches_hold_every_sentence_once_and_are_few() -> None:
+    names = [" ".join(["tench"] * (1 + index % 12)) for index in range(4000)]
+    tokens = tokenize([f"a photo of a {name}{index}." for index, name in enumerate(names)])
+    texts = ClassTexts.of(tokens, [1] * len(names))
+    rows = sorted(row for batch in texts.batches() for row in range(batch.start, batch.stop))
+    assert rows == list(range(len(texts.ids)))
+    padded = sum((each.stop - each.start) * each.length for each in texts.batches())
+    assert padded < 1.1 * int((texts.ends + 1).sum()) and len(texts.batches()) < 20
+    assert all(int(texts.ends[each.stop - 1]) == each.length - 1 for each in texts.batches())
+
+
+def gradients(tower: TextTower) -> list[Tensor]:
+    head = TextClassifier(32, 3, None)
+    head.attach(tower)
+    features = fixture_image_encoder()(fixture_images()).to(tower.compute_dtype)
+    tower.train()
+    loss = F.cross_entropy(head(features), torch.tensor([2, 0]))
+    trained = [each for each in tower.parameters() if each.requires_grad]
+    return list(torch.autograd.grad(loss, trained))
+
+
+@pytest.mark.parametrize("name", ["text_lora", "text_vpt_deep", "text_full_tuning", "text_mask"])
+def test_computing_again_gives_the_same_gradients(name: str) -> None:
+    tower = tuned([name])
+    kept = gradients(tower)
+    tower.memory = 0
+    again = gradients(tower)
+    assert any(each.abs().sum() > 0 for each in kept)
+    assert all(map(torch.equal, kept, again))
+
+
+def test_micro_batches_of_a_step_share_one_pass_and_add_their_gradients() -> None:
+    tower = tuned(["text_lora"]).double()
+    head = TextClassifier(32, 3, None)
+    head.attach(tower.train())
+    features, labels = fixture_image_encoder()(fixture_images()).double(), torch.tensor([2, 0])
+    trained = [each for each in tower.parameters() if each.requires_grad]
+    whole = torch.autograd.grad(F.cross_entropy(head(features), labels, reduction="sum"), trained)
+    passes = []
+    counted, tower.class_features = tower.class_features, lambda: passes.append(1) or counted()  # type: ignore[method-assign]
+    with head.one_step() as begin:
+        for index in range(2):
+            begin(index == 1)
+            F.cross_entropy(head(features[index : index + 1]), labels[index : index + 1]).backward()
+    assert len(passes) == 1
+    assert all(torch.allclose(each.grad, wanted, atol=1e-12) for each, wanted in zip(trained, whole, strict=True))
+
+
+def test_features_are_computed_again_only_when_a_tensor_has_changed() -> None:
+    tower = tuned(["text_lora"]).eval()
+    head = TextClassifier(32, 3, None)
+    head.attach(tower)
+    first = head.class_features()
+    assert head.class_features() is first
+    with torch.no_grad():
+        tower.tuners["lora"]["0"]["q"].lora_B.mul_(2)
+    assert not torch.equal(head.class_features(), first)
+    tower.set_precision(torch.bfloat16)
+    assert (head.class_features() - first).abs().max() > 1e-4
+
+
+def test_at_the_start_tuners_that_add_nothing_are_zero_shot() -> None:
+    plain = fixture_tower().class_features()
+    for name in ("text_lora", "text_adapter", "text_adaptformer", "text_mask", "text_full_tuning", "text_bias_tuning"):
+        tower = fixture_tower()
+        add_text_tuners(tower, [name], TextTunerOptions(), 3, 0)
+        assert torch.allclose(tower.class_features(), plain, atol=1e-6), name
+
+
+COUNTS = {
+    **{"text_lora": 98_304, "text_adapter": 67_632, "text_adaptformer": 67_644, "text_vpt_deep": 12_288},
+    **{"text_bias_tuning": 67_584, "text_full_tuning": 37_828_608},
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_numbers_of_parameters_are_those_of_lift_plus(name: str, config: Any) -> None:
+    cfg = config("fake_lt", "clip_vit_b16", "classifier", "TextClassifier", name, True)
+    with torch.device("meta"):
+        model = build_model(cfg, CLASSES)
+    assert model.counts()["trainable"] == COUNTS[name]

@@ -21,9 +21,12 @@ STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
 Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
 LAYOUTS: dict[str, dict[int, list[Layout]]] = {
     "few": {1: [(0, 32, False), (2, 8, False)], 2: [(2, 8, False), (2, 8, True)]},
+    "text": {1: [(0, 32, False), (0, 8, False), (0, 8, True)], 2: [(0, 8, False)]},
     "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
 }
 """Tier → processes → layouts; the first on one process is the reference."""
+MORE = {"text": "classifier TextClassifier text_lora True text_memory 0"}
+"""Tier → further words of the command."""
 COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
 
 
@@ -54,12 +57,12 @@ def name_of(workers: int, micro: int, killed: bool, world: int) -> str:
     return f"w{workers}_m{micro}_k{int(killed)}_p{world}"
 
 
-def train(folder: Path, workers: int, micro: int, killed: bool, world: int = 1) -> Path:
+def train(folder: Path, tier: str, workers: int, micro: int, killed: bool, world: int = 1) -> Path:
     """One training in one layout below `folder`; returns its run folder."""
     # On two processes a share is 16, so 8 cuts it and 32 does not: the same two cases as with one process.
     at_once = min(micro, 32 // world)
     name = str(folder / name_of(workers, micro, killed, world))
-    words = f"{COMMAND} num_workers {workers} micro_batch_size {at_once} output_dir {name}".split()
+    words = f"{COMMAND} {MORE.get(tier, '')} num_workers {workers} micro_batch_size {at_once} output_dir {name}".split()
     (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
     if killed:
         with killed_after(7):
@@ -86,4 +89,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     processes = int(os.environ["WORLD_SIZE"])
     for layout in LAYOUTS[sys.argv[2]][processes]:
-        train(Path(sys.argv[1]), *layout, world=processes)
+        train(Path(sys.argv[1]), sys.argv[2], *layout, world=processes)

@@ -13,6 +13,7 @@ import torch
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
+from tailtune.configs.option import value_of
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
@@ -56,10 +57,10 @@ def validate(
         kept = {"encoder"} if method.frozen_trained else set()
         kept |= {"head"} if kept and not method.discards("model.head.") else set()
         for key, entry in schema_of(cfg).items():
-            if entry.held_with in kept and cfg[key] != before[key]:
+            if entry.held_with in kept and (now := value_of(cfg, key)) != (then := value_of(before, key)):
                 raise UserError(
-                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {before[key]}, "
-                    f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"
+                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {then}, "
+                    f"not {now}; give both the same (`after.{key}` sets the earlier run's)"
                 )
     return methods
 

@@ -95,6 +95,11 @@ def _make(
         raise UserError(f"{key} {name}: method {name} would wrap itself; name another")
     if kind.continues_from_earlier_run and not cfg.after:
         raise UserError(f"method {name} continues an earlier run: name that one's model config with `after`")
+    if kind.trains_new_head and model.text is not None:
+        raise UserError(
+            f"{key} {name} trains a classifier of its own, and classifier {cfg.classifier} consists of text features; "
+            "choose another classifier in both runs"
+        )
     options = kind.Options(**cfg.get(name, {}))
     if not issubclass(kind, Wrapper):
         return kind(model, objective, options)

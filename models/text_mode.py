@@ -19,6 +19,7 @@ from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.text_contexts import COOP, NONE, ContextOptions, add_contexts
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
 
 HEAD = TextClassifier.__name__
@@ -52,6 +53,7 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
     Raises:
         UserError: says what to change.
     """
+    options_from(ContextOptions, cfg).check()
     if not in_text_mode(cfg):
         if asked := _asked(cfg):
             raise UserError(
@@ -61,6 +63,8 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
         return
     if not isinstance(spec, OpenClipBackbone):
         raise UserError(f"classifier {HEAD} needs a text encoder, and {cfg.backbone} has none; choose a CLIP backbone")
+    if cfg.context != NONE and cfg.prompt != "default":
+        raise UserError(f"context {cfg.context} has sentences of its own; leave out prompt {cfg.prompt}")
     if cfg.num_experts > 1 and not cfg.expert_split:
         raise UserError(
             f"classifier {HEAD} is the same for all experts, so num_experts {cfg.num_experts} needs blocks of the image "
@@ -72,7 +76,14 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
 
 def _asked(cfg: CfgNode) -> list[str]:
     """The options that are set and act on the text features."""
-    return [name for name in TEXT_TUNERS if cfg[name]]
+    return [*(name for name in TEXT_TUNERS if cfg[name]), *(["context"] if cfg.context != NONE else [])]
+
+
+def starts_at_random(cfg: CfgNode) -> bool:
+    """Whether the classifier of a run starts from random numbers."""
+    if in_text_mode(cfg):
+        return bool(cfg.context != NONE and cfg.context_words is None)
+    return cfg.init_head is None
 
 
 def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str], sentences: Sentences) -> TextTower:
@@ -98,6 +109,9 @@ def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str
         tower.set_texts(tokenized(tower.tokenizer, sentences or fill(class_names, "default")))
     names = [name for name in TEXT_TUNERS if cfg[name]]
     add_text_tuners(tower, names, options_from(TextTunerOptions, cfg), len(class_names), cfg.seed)
+    contexts = options_from(ContextOptions, cfg)
+    if contexts.kind == COOP:  # after the tuners, which freeze everything else
+        add_contexts(tower, contexts, class_names, cfg.seed)
     return tower
 
 

@@ -16,6 +16,7 @@ from tailtune.configs.launch_environment import world_size
 from tailtune.configs.option import value_of
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
+from tailtune.models.text_mode import starts_at_random
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
@@ -150,7 +151,7 @@ def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -
         raise UserError(f"ensemble {name} evaluates a finished run: train without it, then add test_only True")
     if cfg.export is not None:
         raise UserError(f"export {cfg.export} writes what was trained: leave out ensemble {name}")
-    if entry.start and cfg.init_head is None and not (cfg.after and _keeps_start(method)):
+    if entry.start and starts_at_random(cfg) and not (cfg.after and _keeps_start(method)):
         raise UserError(RANDOM)
     if entry.text:
         _check_text(cfg, class_names)

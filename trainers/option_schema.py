@@ -19,6 +19,7 @@ from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
 from tailtune.models.tuners.peft_table import PEFTS
+from tailtune.models.text_contexts import ContextOptions
 from tailtune.models.text_mode import TextMemoryOptions
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions
@@ -75,6 +76,7 @@ def _declarations() -> Iterator[Declaration]:
         doc = f"The tuner {tuner} acts in the text tower of classifier TextClassifier."
         yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
     yield from declarations(TextTunerOptions, "Text tower")
+    yield from declarations(ContextOptions, "Text tower")
     yield from declarations(TextMemoryOptions, "Text tower")
     yield from declarations(MethodOptions, "Method, loss and sampler")
     for name, loss in LOSSES.items():

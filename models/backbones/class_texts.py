@@ -148,7 +148,7 @@ class ContextPlace:
         # Those before the name stand behind the start token, the others before the full stop and the end token.
         behind = ends.unsqueeze(1) - 1 - self.length + vector
         places = torch.where(vector < self.before, 1 + vector, behind)  # [C, n]
-        of_class = torch.arange(len(tokens)).unsqueeze(1) * self.length if self.per_class else 0
+        of_class = torch.arange(len(tokens)).unsqueeze(1) * (self.length if self.per_class else 0)
         return ClassTexts.of(tokens.scatter(1, places, vocabulary + of_class + vector), [1] * len(tokens), ends)
 
 

@@ -20,6 +20,7 @@ from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.text_classifier import TextClassifier
 from tailtune.models.text_contexts import COOP, NONE, ContextOptions, add_contexts
+from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
 
 HEAD = TextClassifier.__name__
@@ -107,8 +108,12 @@ def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str
     tower.memory = int(cfg.text_memory * GIB)
     with torch.device("cpu"):  # ids have values on the meta device, too
         tower.set_texts(tokenized(tower.tokenizer, sentences or fill(class_names, "default")))
-    names = [name for name in TEXT_TUNERS if cfg[name]]
-    add_text_tuners(tower, names, options_from(TextTunerOptions, cfg), len(class_names), cfg.seed)
+    tuners = {
+        name: options_from(type(TUNERS[tuner].options), cfg, tuner, separator="_")
+        for name, tuner in TEXT_TUNERS.items()
+        if cfg[name]
+    }
+    add_text_tuners(tower, tuners, options_from(TextTunerOptions, cfg), len(class_names), cfg.seed)
     contexts = options_from(ContextOptions, cfg)
     if contexts.kind == COOP:  # after the tuners, which freeze everything else
         add_contexts(tower, contexts, class_names, cfg.seed)

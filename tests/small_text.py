@@ -11,6 +11,8 @@ from tailtune.models.backbones import open_clip_files
 from tailtune.models.backbones.class_texts import tokenized
 from tailtune.models.backbones.text_tower import TextTower, load_text_tower
 from tailtune.models.backbones.vit_encoder import ViTEncoder
+from tailtune.models.tuners.table import TUNERS
+from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
 
 CLASSES = ("tench", "great white shark", "airplane_cabin")
 CONFIG: dict[str, Any] = {
@@ -64,3 +66,8 @@ def fixture_image_encoder() -> ViTEncoder:
     host = ViTEncoder(fixture_net(), filled((WIDTH, 32), 8, 0.2).T.contiguous())
     host.set_precision()
     return host
+
+
+def put_text_tuners(tower: TextTower, names: Sequence[str], sizes: TextTunerOptions = TextTunerOptions()) -> None:  # noqa: B008
+    """`add_text_tuners`, by names."""
+    add_text_tuners(tower, {name: TUNERS[TEXT_TUNERS[name]].options for name in names}, sizes, len(CLASSES), 0)

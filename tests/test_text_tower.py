@@ -1,25 +1,28 @@
 """The text tower as a host of tuners: published features of a small CLIP, and what must not change them."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import fill_tuners
-from small_text import CLASSES, fixture_image_encoder, fixture_images, fixture_tower, text_state, tokenize
+from small import fill_tuners, filled
+from small_text import CLASSES, fixture_image_encoder, fixture_images, fixture_tower, put_text_tuners, tokenize
 from torch import Tensor
 
 from tailtune.models import build_model
 from tailtune.models.backbones.class_texts import ClassTexts, tokenized
 from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.heads.text_classifier import TextClassifier
-from tailtune.models.tuners.text_tuners import TextTunerOptions, add_text_tuners
+from tailtune.models.tuners.table import add_tuners
+from tailtune.models.tuners.text_tuners import TextTunerOptions
+from tailtune.models.tuners.tuner_options import ClipLoraOptions
 
 
 def tuned(names: list[str], partial: Any = None, fast: bool = True) -> TextTower:
     tower = fixture_tower(fast)
-    add_text_tuners(tower, names, TextTunerOptions(partial=partial), 3, 0)
+    put_text_tuners(tower, names, TextTunerOptions(partial=partial))
     fill_tuners(tower)
     tower.set_precision()
     return tower
@@ -175,7 +178,7 @@ def test_at_the_start_tuners_that_add_nothing_are_zero_shot() -> None:
     plain = fixture_tower().class_features()
     for name in ("text_lora", "text_adapter", "text_adaptformer", "text_mask", "text_full_tuning", "text_bias_tuning"):
         tower = fixture_tower()
-        add_text_tuners(tower, [name], TextTunerOptions(), 3, 0)
+        put_text_tuners(tower, [name])
         assert torch.allclose(tower.class_features(), plain, atol=1e-6), name
 
 
@@ -191,3 +194,42 @@ def test_numbers_of_parameters_are_those_of_lift_plus(name: str, config: Any) ->
     with torch.device("meta"):
         model = build_model(cfg, CLASSES)
     assert model.counts()["trainable"] == COUNTS[name]
+
+
+def test_clip_lora_in_both_towers_gives_the_logits_of_the_original() -> None:
+    tower, encoder = fixture_tower(), fixture_image_encoder()
+    options = ClipLoraOptions()
+    put_text_tuners(tower, ["text_clip_lora"])
+    add_tuners(encoder, {"clip_lora": options})
+    for first, host in ((0, tower), (2, encoder)):
+        for index, (number, site) in product(range(2), enumerate("qkv")):
+            module, seed = host.tuners["clip_lora"][str(index)][site], 150 + 6 * (first + index) + 2 * number
+            width = host.width
+            with torch.no_grad():
+                module.lora_A.copy_(filled((2, width), seed, 0.2).T)
+                module.lora_B.copy_(filled((width, 2), seed + 1, 0.2).T)
+    head = TextClassifier(32, 3, None)
+    head.attach(tower.eval())
+    wanted = [[-19.275259, -20.731853, -16.879421], [-21.000938, -23.718613, -18.813889]]
+    assert torch.allclose(head(encoder.eval()(fixture_images())), torch.tensor(wanted), atol=2e-3)
+
+
+def test_dropout_is_repeated_where_activations_are_computed_again() -> None:
+    tower = fixture_tower()
+    put_text_tuners(tower, ["text_clip_lora"])
+    for module in (module for module in tower.tuners.modules() if hasattr(module, "lora_B")):
+        torch.nn.init.normal_(module.lora_B)
+    found = []
+    for memory in (1 << 30, 0):
+        tower.memory = memory
+        torch.manual_seed(1)
+        found.append(gradients(tower))
+    torch.manual_seed(2)
+    assert all(map(torch.equal, *found)) and not torch.equal(gradients(tower)[0], found[0][0])
+
+
+def test_clip_lora_has_as_many_parameters_as_the_original(config: Any) -> None:
+    pairs = ("classifier", "TextClassifier", "clip_lora", True, "text_clip_lora", True)
+    with torch.device("meta"):
+        model = build_model(config("fake_lt", "clip_vit_b16", *pairs), CLASSES)
+    assert model.counts()["trainable"] == 184_320 and model.batch_coupled

@@ -113,7 +113,8 @@ def _coupled() -> dict[str, Collection[str]]:
         "loss_type": [name for name, loss in LOSSES.items() if loss.couples],
         "h2t.inner": methods,
         "peft_args": "dropout",
-        **{name: "set" for name, tuner in TUNERS.items() if tuner.on_batch},
+        **{name: "set" for name, tuner in TUNERS.items() if tuner.on_batch or tuner.draws},
+        **{name: "set" for name, tuner in TEXT_TUNERS.items() if TUNERS[tuner].draws},
     }
 
 

@@ -18,10 +18,11 @@ from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.backbones.transformer_encoder import TransformerEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
-from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf, TextPrompts
+from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, ClipLora, Lora, Mask, Prompts, Ssf, TextPrompts
 from tailtune.models.tuners.tuner_options import (
     AdaptFormerOptions,
     BottleneckOptions,
+    ClipLoraOptions,
     MaskOptions,
     PromptOptions,
     TunerOptions,
@@ -51,6 +52,8 @@ class Tuner:
     """Whether it is inserted at the weights of layers instead of their outputs."""
     on_batch: bool = False
     """Whether the selected batch norms use the statistics of the batch and update their running ones."""
+    draws: bool = False
+    """Whether it can draw random numbers in training, which then depend on the images that a process holds at once."""
 
 
 def _adaptformer(encoder: TransformerEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
@@ -65,6 +68,11 @@ def _adapter(encoder: TransformerEncoder, index: int, options: BottleneckOptions
 def _lora(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     rank = options.bottleneck
     return {site: Lora(encoder.width, encoder.width, rank) for site in ("q", "v")}
+
+
+def _clip_lora(encoder: TransformerEncoder, index: int, options: ClipLoraOptions) -> dict[str, nn.Module]:
+    sizes = (encoder.width, options.rank, options.alpha, options.dropout)
+    return {site: ClipLora(*sizes) for site in ("q", "k", "v")}
 
 
 def _lora_mlp(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
@@ -127,6 +135,12 @@ TUNERS: dict[str, Tuner] = {
     "vpt_deep": Tuner("New trained prompt tokens enter before every block.", _prompts, options=PromptOptions()),
     "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=BottleneckOptions()),
     "lora_mlp": Tuner("Low-rank updates of the MLP's layers train (LoRA).", _lora_mlp, options=BottleneckOptions()),
+    "clip_lora": Tuner(
+        "Low-rank updates of query, key and value train, with dropout (CLIP-LoRA).",
+        _clip_lora,
+        options=ClipLoraOptions(),
+        draws=True,
+    ),
     "ssf_attn": Tuner(
         "Scale and shift of the attention's layers train; in a CLIP ResNet, scale and shift of its feature.",
         insert=_ssf("q", "k", "v", "proj"),
@@ -171,6 +185,7 @@ def add_tuners(
             _insert(encoder, name, blocks[:1] if tuner.first_only else blocks, options[name], seed)
         if tuner.select is not None:
             _select(encoder, name, partial)
+    encoder.tuners_draw = any(each.draws for each in options.values())
     count = len(encoder.expert_blocks)
     if isinstance(encoder, TransformerEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
         raise UserError(

@@ -1,6 +1,6 @@
 """TEXT_TUNERS: the tuners of the text tower. Each is a tuner of the image tower with `text_` before its name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tailtune.configs.option import option
@@ -59,28 +59,33 @@ class TextTunerOptions:
         zero_shot=False,
     )
 
-    def of(self, name: str) -> TunerOptions:
-        """The options of an entry of TUNERS, with these sizes in the fields that it has."""
-        options = TUNERS[name].options
+    def of(self, options: TunerOptions) -> TunerOptions:
+        """The options of a tuner of the image tower, with these sizes in the fields that it has."""
         values = {"dim": self.dim, "length": self.length, "scale": self.scale, "ratio": self.ratio}
         return replace(options, **{field: value for field, value in values.items() if hasattr(options, field)})
 
 
 def add_text_tuners(
-    tower: TextTower, names: Iterable[str], sizes: TextTunerOptions, classes: int, seed: int
+    tower: TextTower,
+    tuners: Mapping[str, TunerOptions],
+    sizes: TextTunerOptions,
+    classes: int,
+    seed: int,
 ) -> None:
     """Freeze the text tower, then let tuners act in its blocks.
 
     Args:
         tower: the text tower; it is changed in place.
-        names: entries of TEXT_TUNERS.
-        sizes: their sizes.
+        tuners: entry of TEXT_TUNERS → the options of this tuner in the image tower.
+        sizes: what is different in the text tower.
         classes: number of classes.
         seed: seed of the initial weights.
 
     Raises:
         UserError: as `add_tuners`.
     """
-    entries: Sequence[str] = [TEXT_TUNERS[name] for name in names]
-    options = {name: sizes.of(name).filled(classes, tower.depth, tower.width) for name in entries}
+    options = {
+        TEXT_TUNERS[name]: sizes.of(of_images).filled(classes, tower.depth, tower.width)
+        for name, of_images in tuners.items()
+    }
     add_tuners(tower, options, sizes.partial, seed)

@@ -1,4 +1,4 @@
-"""Learnt context vectors in the sentences about classes (CoOp), in place of "a photo of a"."""
+"""Learnt context vectors in the sentences about classes, in place of words (CoOp), and in both encoders (MaPLe)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from tailtune.configs.value_parsers import as_int, as_str
 from tailtune.models.backbones.class_texts import ContextPlace
 from tailtune.models.backbones.text_tower import TextTower
 
-NONE, COOP = "none", "coop"
-RANDOM_LENGTH = 16
-"""Number of vectors that start at random, as in CoOp's main configs."""
+NONE, COOP, MAPLE = "none", "coop", "maple"
+RANDOM_LENGTH, MAPLE_LENGTH = 16, 2
+"""Numbers of vectors of the main configs of CoOp, without words, and of MaPLe."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,16 @@ class ContextOptions:
 
     kind: str = option(
         NONE,
-        "Learnt vectors in the sentences about the classes: `coop` puts them in place of words. `none` leaves the "
-        "sentences of `prompt`.",
+        "Learnt vectors in the sentences about the classes: `coop` puts them in place of words, `maple` in deeper "
+        "blocks and as prompts of the image encoder, too. `none` leaves the sentences of `prompt`.",
         key="context",
-        choices=(NONE, COOP),
+        choices=(NONE, COOP, MAPLE),
         zero_shot=False,
     )
     length: int | None = option(
         None,
-        f"Number of learnt context vectors. None means that of context_words, or {RANDOM_LENGTH} of context coop.",
+        f"Number of learnt context vectors. None means {MAPLE_LENGTH} of context maple, and of context coop that of "
+        f"context_words, or {RANDOM_LENGTH} without them.",
         as_int,
         key="context_len",
         least=1,
@@ -60,10 +61,24 @@ class ContextOptions:
         zero_shot=False,
     )
 
+    depth: int = option(
+        9,
+        "Number of first blocks of both encoders that have context vectors of their own with context maple.",
+        key="context_depth",
+        least=1,
+        most=1000,
+        zero_shot=False,
+    )
+
     def check(self) -> None:
         """Raise a `UserError` for options that do not go together."""
-        if self.kind == NONE and self != ContextOptions():
-            raise UserError(f"context_len, _words, _position and _per_class: without `context {COOP}` nothing reads them")
+        plain = ContextOptions()
+        if self.kind == NONE and self != plain:
+            raise UserError("context_len, context_words and what else begins with context_: `context none` reads none of them")
+        if self.kind == MAPLE and (self.position, self.per_class) != (plain.position, plain.per_class):
+            raise UserError("context maple stands before the name, for all classes: leave out context_position and _per_class")
+        if self.kind == COOP and self.depth != plain.depth:
+            raise UserError("context_depth: context coop acts at the embeddings only; leave it out, or choose context maple")
 
 
 class Vectors(nn.Module):

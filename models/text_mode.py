@@ -19,7 +19,8 @@ from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.text_classifier import TextClassifier
-from tailtune.models.text_contexts import COOP, NONE, ContextOptions, add_contexts
+from tailtune.models.maple import add_maple
+from tailtune.models.text_contexts import COOP, MAPLE, NONE, ContextOptions, add_contexts
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
 
@@ -117,6 +118,8 @@ def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str
     contexts = options_from(ContextOptions, cfg)
     if contexts.kind == COOP:  # after the tuners, which freeze everything else
         add_contexts(tower, contexts, class_names, cfg.seed)
+    if contexts.kind == MAPLE:
+        add_maple(tower, backbone.encoder, contexts, class_names, cfg.seed)
     return tower
 
 

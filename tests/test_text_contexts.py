@@ -15,6 +15,7 @@ from tailtune.configs.errors import UserError
 from tailtune.models import build_model
 from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.maple import add_maple
 from tailtune.models.text_contexts import ContextOptions, add_contexts
 from tailtune.trainers.losses import Prior, log_prior
 
@@ -95,7 +96,7 @@ def test_the_gradient_is_that_of_the_original(memory: int) -> None:
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (("context_len", 4), "without `context coop` nothing reads them"),
+        (("context_len", 4), "`context none` reads none of them"),
         (("context", "coop", "context_words", "a photo of a", "context_len", 3), "has 4 tokens; leave context_len out"),
         (("context", "coop"), "is longer than the 16 tokens of the text encoder; choose fewer"),
         (("context", "coop", "context_len", 4, "prompt", "ensemble"), "has sentences of its own"),
@@ -120,3 +121,54 @@ def test_numbers_of_parameters(config: Any) -> None:
         cfg = config("fake_lt", "clip_vit_b16", "classifier", "TextClassifier", "context", "coop", *pairs)
         with torch.device("meta"):
             assert build_model(cfg, CLASSES).counts()["trainable"] == count
+
+
+def maple() -> tuple[TextTower, Any]:
+    """Both encoders with MaPLe's contexts in two blocks, filled as the fixture says."""
+    tower, encoder = fixture_tower(), fixture_image_encoder()
+    add_maple(tower, encoder, ContextOptions("maple", depth=2), CLASSES, 0)
+    contexts = tower.context
+    with torch.no_grad():
+        for block, seed in enumerate((140, 143)):
+            contexts.vectors[block].copy_(filled((2, 48), seed, 0.5))
+            contexts.couplings[block].weight.copy_(filled((64, 48), seed + 1, 0.2))
+            contexts.couplings[block].bias.copy_(filled((64,), seed + 2))
+    return tower, encoder
+
+
+def test_logits_of_maple_are_those_of_the_original() -> None:
+    tower, encoder = maple()
+    head = TextClassifier(32, 3, None)
+    head.attach(tower)
+    wanted = [[3.410626, -3.108422, 10.555305], [0.878108, -3.767944, 7.657247]]
+    assert torch.allclose(head(encoder(fixture_images())), torch.tensor(wanted), atol=2e-3)
+
+
+def test_maple_replaces_the_first_words_only() -> None:
+    tower, encoder = fixture_tower(), fixture_image_encoder()
+    before = tower.ids[tower.rows]
+    add_maple(tower, encoder, ContextOptions("maple", words="a photo of a", depth=1), CLASSES, 0)
+    learnt = tower.ids[tower.rows] >= tower.vocabulary
+    assert learnt.nonzero()[:, 1].tolist() == [1, 2] * 3
+    assert torch.equal(tower.ids[tower.rows].masked_fill(learnt, 0), before.masked_fill(learnt, 0))
+    assert torch.allclose(tower.class_features(), fixture_tower().class_features(), atol=1e-6)
+
+
+def test_maple_has_as_many_parameters_as_the_original(config: Any) -> None:
+    for depth, count in ((9, 3_555_072), (3, 1_185_024), (12, 4_740_096)):
+        pairs = ("classifier", "TextClassifier", "context", "maple", "context_depth", depth)
+        with torch.device("meta"):
+            assert build_model(config("fake_lt", "clip_vit_b16", *pairs), CLASSES).counts()["trainable"] == count
+
+
+def test_maple_trains_in_both_encoders_and_survives_a_checkpoint(launch: Cli, tmp_path: Path) -> None:
+    words = "-d fake_lt -m tiny_clip classifier TextClassifier context maple context_depth 2 num_epochs 1"
+    done = launch(words, "output_dir maple max_test_images 20")
+    assert done.returncode == 0, done.stderr
+    first = (tmp_path / "output/maple/metrics.json").read_text()
+    again = launch(words, "output_dir maple max_test_images 19 test_only True")
+    assert again.returncode == 0, again.stderr
+    assert '"tuner": 8576' in first
+    refused = launch(words, "output_dir maple export merged")
+    assert refused.returncode == 2 and "no place for the prompts of context maple" in refused.stderr
+    assert launch(words, "output_dir maple export onnx").returncode == 0

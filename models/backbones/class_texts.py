@@ -112,9 +112,13 @@ class ContextPlace:
     """Number of vectors n."""
     per_class: bool = False
     """Whether each class has vectors of its own."""
+    words: str | None = None
+    """Words before the name, whose first tokens the vectors replace (`end` only); None: nothing but the vectors."""
 
     def template(self) -> str:
         """The sentence, with {} in the place of the class name and placeholders for the vectors."""
+        if self.words is not None:
+            return f"{self.words} {{}}."
         words = [*[PLACEHOLDER] * self.before, "{}", *[PLACEHOLDER] * (self.length - self.before)]
         return " ".join(words) + "."
 

@@ -102,8 +102,9 @@ class TextTower(TransformerEncoder):
 
     def set_texts(self, texts: ClassTexts) -> None:
         """Set the sentences of the classes."""
+        place = self.net.pos_embed.device
         for name in ("ids", "ends", "rows", "starts"):
-            self.register_buffer(name, getattr(texts, name), persistent=False)
+            self.register_buffer(name, getattr(texts, name).to(place), persistent=False)
         self.shared, self.batches = texts.shared, texts.batches()
 
     @property

@@ -36,6 +36,8 @@ def check(exported: ExportedModel) -> None:
         for tuner, blocks in _inserted(encoder).items()
         if any(site in unmergeable for sites in blocks.values() for site in sites)
     ]
+    if isinstance(encoder, ViTEncoder) and not lost and any(sites["tokens"] for sites in encoder.sites[0]):
+        lost = ["the prompts of context maple"]  # they are a part of the text tower
     if lost:
         raise UserError(f"export merged: a plain network has no place for {', '.join(lost)}; `export onnx` keeps it")
     network(exported)

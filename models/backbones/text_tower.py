@@ -10,7 +10,7 @@ Four facts keep a training step cheap. All are exact up to rounding, because the
   computed again in the backward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -117,21 +117,34 @@ class TextTower(TransformerEncoder):
         """Whether the text features change while training."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
+    @property
+    def largest_again(self) -> int:
+        """Bytes of the largest batch of texts whose activations are computed again."""
+        return max((self._bytes(batch) for batch, again in self._kept() if again), default=0)
+
+    def _bytes(self, batch: Batch) -> int:
+        """Bytes of the activations of a batch."""
+        tokens = (batch.stop - batch.start) * batch.length
+        return SAVED * self.depth * self.width * tokens * self.compute_dtype.itemsize
+
+    def _kept(self) -> Iterator[tuple[Batch, bool]]:
+        """Batches, and whether their activations are computed again, because those before fill the memory."""
+        left = self.memory
+        for batch in self.batches:
+            left -= self._bytes(batch)
+            yield batch, left < 0
+
     def class_features(self) -> Tensor:
         """Encode the sentences of the classes.
 
         Returns:
             The mean of the normalised text features of each class, [C, d], at least fp32.
         """
-        before = self._run_shared()
-        token_bytes = SAVED * self.depth * self.width * self.compute_dtype.itemsize
-        left, features = self.memory, []
-        for batch in self.batches:
-            size = (batch.stop - batch.start) * batch.length * token_bytes
-            left -= size
+        before, features = self._run_shared(), []
+        keeps_graph = torch.is_grad_enabled() and self.trains
+        for batch, again in self._kept():
             run = partial(self._run_batch, batch, before)
-            again = left < 0 and torch.is_grad_enabled() and self.trains
-            features.append(_computed_again(run) if again else run())
+            features.append(_computed_again(run) if again and keeps_graph else run())
         return self._of_classes(torch.cat(features))
 
     def _of_classes(self, features: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tailtune.models.backbones.prompts import DESCRIPTOR, Sentences, fill
 from tailtune.models.backbones.table import BACKBONES, find_backbone
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.classification_model import ClassificationModel
+from tailtune.models.feature_adapters import FeatureAdapterOptions, add_feature_adapters
 from tailtune.models.heads.classifiers import HEADS, CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
@@ -77,6 +78,7 @@ def build_model(
     tower = build_text_tower(cfg, backbone, class_names, sentences) if texts else None
     if tower is not None and isinstance(first := heads_of(head)[0], TextClassifier):
         first.attach(tower)
+        add_feature_adapters(encoder, first, tower, options_from(FeatureAdapterOptions, cfg), cfg.seed)
     for each in (encoder, tower):
         if each is not None:
             each.set_precision()

@@ -25,6 +25,8 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
 
 HEAD = TextClassifier.__name__
+OFF = {"context": NONE, "clip_adapter": NONE, "projection_tuning": False}
+"""Further options that act on text features, or beside them → the value that turns them off."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
 
 def _asked(cfg: CfgNode) -> list[str]:
     """The options that are set and act on the text features."""
-    return [*(name for name in TEXT_TUNERS if cfg[name]), *(["context"] if cfg.context != NONE else [])]
+    return [*(name for name in TEXT_TUNERS if cfg[name]), *(name for name, off in OFF.items() if cfg[name] != off)]
 
 
 def starts_at_random(cfg: CfgNode) -> bool:
@@ -127,11 +129,13 @@ def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str
 def with_fixed_texts(model: ClassificationModel) -> ClassificationModel:
     """The same model with the text features as the weight of a cosine classifier, and without a text tower.
 
+    A model whose classifier has an adapter of images, which no cosine classifier has, is returned as it is.
+
     Args:
         model: the model; it stays as it is.
     """
     head = heads_of(model.head)[0]
-    if not isinstance(head, TextClassifier):
+    if not isinstance(head, TextClassifier) or head.adapter is not None:
         return model
     assert head.scale is not None, "attached"
     fixed = CosineClassifier(1, 1, head.scale)

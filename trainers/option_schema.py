@@ -15,6 +15,7 @@ from tailtune.datasets.table import DATASETS
 from tailtune.datasets.test_distributions.options import DirichletOptions, ShiftOptions
 from tailtune.models import BACKBONES
 from tailtune.models.backbones.prompts import PROMPTS
+from tailtune.models.feature_adapters import FeatureAdapterOptions
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
@@ -77,6 +78,7 @@ def _declarations() -> Iterator[Declaration]:
         yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
     yield from declarations(TextTunerOptions, "Text tower")
     yield from declarations(ContextOptions, "Text tower")
+    yield from declarations(FeatureAdapterOptions, "Text tower")
     yield from declarations(TextMemoryOptions, "Text tower")
     yield from declarations(MethodOptions, "Method, loss and sampler")
     for name, loss in LOSSES.items():

@@ -10,7 +10,7 @@ Four facts keep a training step cheap. All are exact up to rounding, because the
   computed again in the backward pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,7 @@ class TextTower(TransformerEncoder):
 
     Attributes:
         context: the learnt context vectors [V, D], of which ids above the vocabulary choose some; None: there are none.
+        adapter: acts on the features of the sentences [n, d]; None: nothing does.
         memory: bytes of activations that are kept for the backward pass.
     """
 
@@ -83,7 +84,9 @@ class TextTower(TransformerEncoder):
         self.logit_scale = logit_scale
         self.tokenizer = tokenizer
         self.context: nn.Module | None = None
+        self.adapter: nn.Module | None = None
         self.memory = 8 * GIB
+        self._stored: tuple[object, Tensor] | None = None
         self.shared = 0
         self.batches: Sequence[Batch] = ()
 
@@ -105,7 +108,7 @@ class TextTower(TransformerEncoder):
         place = self.net.pos_embed.device
         for name in ("ids", "ends", "rows", "starts"):
             self.register_buffer(name, getattr(texts, name).to(place), persistent=False)
-        self.shared, self.batches = texts.shared, texts.batches()
+        self.shared, self.batches, self._stored = texts.shared, texts.batches(), None
 
     @property
     def tokens(self) -> int:
@@ -140,19 +143,39 @@ class TextTower(TransformerEncoder):
         Returns:
             The mean of the normalised text features of each class, [C, d], at least fp32.
         """
-        before, features = self._run_shared(), []
-        keeps_graph = torch.is_grad_enabled() and self.trains
-        for batch, again in self._kept():
-            run = partial(self._run_batch, batch, before)
-            features.append(_computed_again(run) if again and keeps_graph else run())
-        return self._of_classes(torch.cat(features))
-
-    def _of_classes(self, features: Tensor) -> Tensor:
-        """Features of all sentences [n, d] → those of the classes [C, d]."""
-        features = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        assert self.projection is not None
+        features = F.linear(self._end_tokens(), self.projection.to(self.compute_dtype))
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = F.normalize(features if self.adapter is None else self.adapter(features), dim=-1)
         if len(self.rows) == len(self.starts):  # a sentence for each class
             return features[self.rows]
         return F.embedding_bag(self.rows, features, self.starts, mode="mean")
+
+    def _end_tokens(self) -> Tensor:
+        """Features of the different sentences before the projection [n, D]. Unless they train, they are kept."""
+        behind = {id(parameter) for parameter in self._behind_blocks()}
+        parameters = [parameter for parameter in self.parameters() if id(parameter) not in behind]
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return self._run()
+        state = (self.ids.device, state_of(parameters))
+        if self._stored is None or self._stored[0] != state:
+            with torch.no_grad():
+                self._stored = state, self._run()
+        return self._stored[1]
+
+    def _behind_blocks(self) -> Iterator[nn.Parameter]:
+        """The parameters that act on the features of the last block."""
+        if self.projection is not None:
+            yield self.projection
+        if self.adapter is not None:
+            yield from self.adapter.parameters()
+
+    def _run(self) -> Tensor:
+        before, features = self._run_shared(), []
+        for batch, again in self._kept():
+            run = partial(self._run_batch, batch, before)
+            features.append(_computed_again(run) if again and torch.is_grad_enabled() else run())
+        return torch.cat(features)
 
     def _embed(self, ids: Tensor, start: int) -> Tensor:
         """Token ids [n, N] of positions from `start` on → [n, N, D]."""
@@ -177,7 +200,7 @@ class TextTower(TransformerEncoder):
         return seen
 
     def _run_batch(self, batch: Batch, before: Sequence[Attention]) -> Tensor:
-        """Run the other tokens of a batch, and return the features of its sentences [n, d]."""
+        """Run the other tokens of a batch, and return the features of its sentences [n, D]."""
         x = self._embed(self.ids[batch.start : batch.stop, self.shared : batch.length], self.shared)
         place = self.ends[batch.start : batch.stop, None, None] - self.shared  # of the end token, [n, 1, 1]
         end = partial(_token_at, place)
@@ -190,9 +213,12 @@ class TextTower(TransformerEncoder):
                 mask = (torch.arange(length + x.shape[1], device=x.device) <= length + place).unsqueeze(1)
             x = self.run_block(x, index, sites, end if index == last else None, Attention(mask, shared.own))
         x = x if self.fast else end(x)
-        x = norm(x[:, 0], self.net.norm).to(self.compute_dtype)
-        assert self.projection is not None
-        return F.linear(x, self.projection.to(self.compute_dtype))
+        return norm(x[:, 0], self.net.norm).to(self.compute_dtype)
+
+
+def state_of(parameters: Iterable[Tensor]) -> object:
+    """Something that differs after a change of tensors: one in place raises their version, others have an address."""
+    return tuple((each.data_ptr(), each._version, each.dtype) for each in parameters)
 
 
 def _token_at(place: Tensor, x: Tensor) -> Tensor:

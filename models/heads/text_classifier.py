@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailtune.configs.option import option
 from tailtune.configs.value_parsers import as_float
-from tailtune.models.backbones.text_tower import TextTower
+from tailtune.models.backbones.text_tower import TextTower, state_of
 from tailtune.models.heads.classifier import Classifier
 
 
@@ -45,6 +45,8 @@ class TextClassifier(Classifier):
     def __init__(self, dim: int, num_classes: int, scale: float | None) -> None:
         super().__init__()
         self.dim, self.num_classes, self.scale = dim, num_classes, scale
+        self.adapter: nn.Module | None = None
+        """Acts on the features of images [B, d]; None: nothing does."""
         self._tower: tuple[TextTower, ...] = ()  # in a tuple, so that its tensors are not also those of the head
         self._stored: tuple[object, Tensor] | None = None
         self._step: _Step | None = None
@@ -64,9 +66,8 @@ class TextClassifier(Classifier):
         tower = self.tower
         if tower.training and torch.is_grad_enabled() and tower.trains:
             return tower.class_features() if self._step is None else self._step.class_features(tower)
-        # Every change in place raises a tensor's version, and a tensor that is replaced has another address.
-        state = tuple((each.data_ptr(), each._version, each.dtype) for each in tower.parameters())
-        if self._stored is None or self._stored[0] != state or self._stored[1].device != tower.ids.device:
+        state = (tower.ids.device, state_of(tower.parameters()))
+        if self._stored is None or self._stored[0] != state:
             with torch.no_grad():
                 self._stored = state, tower.class_features()
         return self._stored[1]
@@ -75,7 +76,9 @@ class TextClassifier(Classifier):
         """Features [B, d] → logits [B, C]."""
         texts = self.class_features()
         assert self.scale is not None, "attached"
-        return self.scale * F.linear(F.normalize(features.to(texts.dtype), dim=-1), F.normalize(texts, dim=-1))
+        features = features.to(texts.dtype)
+        features = F.normalize(features if self.adapter is None else self.adapter(features), dim=-1)
+        return self.scale * F.linear(features, F.normalize(texts, dim=-1))
 
     @contextmanager
     def one_step(self) -> Iterator[Callable[[bool], None]]:

@@ -24,6 +24,7 @@ from tailtune.models.heads.classifiers import (
     LayerNormedClassifier,
     LinearClassifier,
 )
+from tailtune.models.heads.text_classifier import TextClassifier
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.trainers.methods import Method
 from tailtune.trainers.storage.atomic_io import write_bytes
@@ -123,6 +124,11 @@ class ExportedModel:
             raise UserError(
                 f"export {name}: it holds one network with one head, and this model has {self.experts} experts; "
                 "`export onnx` keeps them"
+            )
+        if isinstance(self.head, TextClassifier):
+            raise UserError(
+                f"export {name}: it holds a network with a head, and clip_adapter acts between them; `export onnx` keeps "
+                "it"
             )
         if self.method.changes_head_logits:
             raise UserError(

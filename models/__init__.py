@@ -21,7 +21,8 @@ from tailtune.models.heads.classifiers import HEADS, CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
 from tailtune.models.heads.text_classifier import TextClassifier
-from tailtune.models.text_mode import build_text_tower, check_text_options, in_text_mode
+from tailtune.models.heads.tip_adapter import TipAdapter
+from tailtune.models.text_mode import build_text_tower, check_text_options, classifies_by_text, in_text_mode
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, add_tuners
@@ -65,7 +66,9 @@ def build_model(
     split = ExpertSplit(cfg.num_experts, cfg.expert_split, cfg.reduce_dimension)
     check_text_options(cfg, spec)
     texts = in_text_mode(cfg)
-    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot or texts, fast, split)
+    backbone = spec.build(
+        cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot or classifies_by_text(cfg), fast, split
+    )
     encoder = backbone.encoder
     if cfg.residual_dtype and isinstance(encoder, WholeNetworkEncoder):
         raise UserError(f"residual_dtype works on ViTs only, and {cfg.backbone} does not run as one; leave it out")
@@ -79,6 +82,8 @@ def build_model(
     if tower is not None and isinstance(first := heads_of(head)[0], TextClassifier):
         first.attach(tower)
         add_feature_adapters(encoder, first, tower, options_from(FeatureAdapterOptions, cfg), cfg.seed)
+    if isinstance(head, TipAdapter) and head.scale is None:
+        head.scale = backbone.text_encoder.logit_scale if backbone.text_encoder else 1.0
     for each in (encoder, tower):
         if each is not None:
             each.set_precision()
@@ -166,7 +171,7 @@ def _peft(cfg: CfgNode, encoder: Encoder) -> PeftAdapter | None:
 
 def _head_init(cfg: CfgNode, backbone: Backbone, sentences: Sentences) -> HeadInit | None:
     """How the head is filled before training; None: it keeps its random weights."""
-    name = "text_feat" if cfg.zero_shot or in_text_mode(cfg) else cfg.init_head
+    name = "text_feat" if cfg.zero_shot or classifies_by_text(cfg) else cfg.init_head
     if name is None:
         return None
     initial_weight = lookup(HEAD_INITS, name, "init_head")

@@ -12,6 +12,7 @@ from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of, perturb_for_expert
 from tailtune.models.heads.head_init import HeadContext, HeadInit
 from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.heads.tip_adapter import TipAdapter
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 
 
@@ -185,7 +186,9 @@ class ClassificationModel(nn.Module):
         if self.init is not None and self.text is None:
             with torch.no_grad():
                 weight = self.init(context)
-                for expert, head in enumerate(heads_of(self.head)):
+                if isinstance(self.head, TipAdapter):
+                    self.head.prepare(weight, context)
+                for expert, head in enumerate([] if isinstance(self.head, TipAdapter) else heads_of(self.head)):
                     head.get_parameter("weight").copy_(perturb_for_expert(weight, expert, context.seed))
         self.init = None
 

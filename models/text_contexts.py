@@ -42,7 +42,7 @@ class ContextOptions:
     )
     words: str | None = option(
         None,
-        "Words whose embeddings the context vectors start from, such as \"a photo of a\". None means random vectors.",
+        'Words whose embeddings the context vectors start from, such as "a photo of a". None means random vectors.',
         as_str,
         key="context_words",
         zero_shot=False,
@@ -74,11 +74,17 @@ class ContextOptions:
         """Raise a `UserError` for options that do not go together."""
         plain = ContextOptions()
         if self.kind == NONE and self != plain:
-            raise UserError("context_len, context_words and what else begins with context_: `context none` reads none of them")
+            raise UserError(
+                "context_len, context_words and what else begins with context_: `context none` reads none of them"
+            )
         if self.kind == MAPLE and (self.position, self.per_class) != (plain.position, plain.per_class):
-            raise UserError("context maple stands before the name, for all classes: leave out context_position and _per_class")
+            raise UserError(
+                "context maple stands before the name, for all classes: leave out context_position and _per_class"
+            )
         if self.kind == COOP and self.depth != plain.depth:
-            raise UserError("context_depth: context coop acts at the embeddings only; leave it out, or choose context maple")
+            raise UserError(
+                "context_depth: context coop acts at the embeddings only; leave it out, or choose context maple"
+            )
 
 
 class Vectors(nn.Module):

@@ -19,12 +19,13 @@ from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.heads.tip_adapter import TipAdapter
 from tailtune.models.maple import add_maple
 from tailtune.models.text_contexts import COOP, MAPLE, NONE, ContextOptions, add_contexts
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions, add_text_tuners
 
-HEAD = TextClassifier.__name__
+HEAD, TIP = TextClassifier.__name__, TipAdapter.__name__
 OFF = {"context": NONE, "clip_adapter": NONE, "projection_tuning": False}
 """Further options that act on text features, or beside them → the value that turns them off."""
 
@@ -40,6 +41,11 @@ class TextMemoryOptions:
         cls="runtime",
         least=0.0,
     )
+
+
+def classifies_by_text(cfg: CfgNode) -> bool:
+    """Whether the classifier compares image features with text features, in the space that they share."""
+    return cfg.classifier in (HEAD, TIP) and not cfg.zero_shot
 
 
 def in_text_mode(cfg: CfgNode) -> bool:
@@ -64,9 +70,17 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
                 f"{', '.join(asked)}: only classifier {HEAD} reads the text features while they train; set it, or "
                 "leave this out"
             )
+    if not classifies_by_text(cfg):
         return
     if not isinstance(spec, OpenClipBackbone):
-        raise UserError(f"classifier {HEAD} needs a text encoder, and {cfg.backbone} has none; choose a CLIP backbone")
+        raise UserError(
+            f"classifier {cfg.classifier} needs a text encoder, and {cfg.backbone} has none; choose a CLIP backbone"
+        )
+    if cfg.init_head not in (None, "text_feat"):
+        raise UserError(f"classifier {cfg.classifier} consists of text features; leave out init_head {cfg.init_head}")
+    if cfg.classifier == TIP:
+        _check_tip(cfg)
+        return
     if cfg.context != NONE and cfg.prompt != "default":
         raise UserError(f"context {cfg.context} has sentences of its own; leave out prompt {cfg.prompt}")
     if cfg.num_experts > 1 and not cfg.expert_split:
@@ -74,8 +88,18 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
             f"classifier {HEAD} is the same for all experts, so num_experts {cfg.num_experts} needs blocks of the image "
             "encoder in which they differ: set expert_split to their number, or num_experts 1"
         )
-    if cfg.init_head not in (None, "text_feat"):
-        raise UserError(f"classifier {HEAD} consists of text features; leave out init_head {cfg.init_head}")
+
+
+def _check_tip(cfg: CfgNode) -> None:
+    """Refuse what would train, or differ between experts, where text features and a cache of images classify."""
+    trains = [name for name in (*TUNERS, "peft") if cfg[name]]
+    if trains or cfg.num_epochs:
+        raise UserError(
+            f"classifier {TIP} trains nothing; set num_epochs 0"
+            + (f", and leave out {', '.join(trains)}" if trains else "")
+        )
+    if cfg.num_experts > 1:
+        raise UserError(f"classifier {TIP} is the same for all experts; set num_experts 1")
 
 
 def _asked(cfg: CfgNode) -> list[str]:

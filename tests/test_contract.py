@@ -53,8 +53,9 @@ def alone(name: str) -> tuple[object, ...]:
 
 
 def of_head(name: str) -> tuple[object, ...]:
-    """A head; one without weights of its own needs something that trains beside it."""
-    return ("classifier", name, *(("adaptformer", True) if name == "TextClassifier" else ()))
+    """A head; one without weights of its own needs something that trains beside it, or that nothing trains."""
+    more = {"TextClassifier": ("adaptformer", True), "TipAdapter": ("num_epochs", 0)}
+    return ("classifier", name, *more.get(name, ()))
 
 
 SEVERAL: tuple[str, ...] = ("ride_ea", "reslt")
@@ -131,7 +132,7 @@ def fits(row: Mapping[str, str]) -> bool:
 AXES: dict[str, list[str]] = {
     "tuner": ["", *TUNERS],
     "second": ["", *TUNERS],
-    "head": [*HEADS],
+    "head": [name for name in HEADS if name not in ("TextClassifier", "TipAdapter")],  # experts share their features
     "loss": [*LOSSES],
     "partial": ["none", "1", "[1,3]"],
     "method": [*METHODS],

@@ -4,14 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import Cli
 
 import tailtune
-from tailtune.configs.errors import UserError
-from tailtune.models import build_model
-from tailtune.trainers.trainer import Trainer
 
 TEXT = "-d fake_lt -m tiny_clip classifier TextClassifier num_epochs 2 batch_size 32 max_test_images 40"
 NAMES = tuple(f"class {k}" for k in range(10))

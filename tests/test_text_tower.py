@@ -74,7 +74,9 @@ def test_features_are_those_of_the_original(names: tuple[str, ...]) -> None:
     first, total, length = FEATURES[names]
     found = before_projection(tuned(list(names)))
     assert torch.allclose(found[0, :4], torch.tensor(first), atol=2e-4)
-    assert found.sum().item() == pytest.approx(total, abs=2e-3) and found.norm().item() == pytest.approx(length, abs=1e-4)
+    assert found.sum().item() == pytest.approx(total, abs=2e-3) and found.norm().item() == pytest.approx(
+        length, abs=1e-4
+    )
     if not names:
         assert found[0].norm().item() == pytest.approx(7.197477, abs=1e-5)
 
@@ -93,7 +95,10 @@ def padded(texts: ClassTexts) -> ClassTexts:
 def test_what_follows_the_end_and_what_all_begin_with_change_nothing() -> None:
     """Cut, batched and with a shared beginning, in fp64, against every token of every sentence in every block."""
     sentences = [["a photo of a tench.", "a tench"], ["a photo of a great white shark."], ["an airplane cabin"]]
-    fast, plain = tuned(["text_lora", "text_vpt_deep"]).double(), tuned(["text_lora", "text_vpt_deep"], fast=False).double()
+    fast, plain = (
+        tuned(["text_lora", "text_vpt_deep"]).double(),
+        tuned(["text_lora", "text_vpt_deep"], fast=False).double(),
+    )
     texts = tokenized(tokenize, sentences)
     fast.set_texts(texts), plain.set_texts(padded(texts))
     assert fast.shared == 1 and len(fast.batches) < 4

@@ -19,9 +19,9 @@ from tailtune.models.feature_adapters import FeatureAdapterOptions
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
-from tailtune.models.tuners.peft_table import PEFTS
 from tailtune.models.text_contexts import ContextOptions
 from tailtune.models.text_mode import TextMemoryOptions
+from tailtune.models.tuners.peft_table import PEFTS
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS, AdaptOptions

@@ -142,7 +142,9 @@ class OpenClipBackbone:
         self, config: dict[str, Any], state: dict[str, Tensor] | None, fast: bool
     ) -> Callable[[], TextTower] | None:
         """Makes the text encoder as a host of tuners; None if it is not of OpenAI's kind."""
-        return partial(load_text_tower, config, state, self._tokenizer(config), fast) if is_openai_text(config) else None
+        return (
+            partial(load_text_tower, config, state, self._tokenizer(config), fast) if is_openai_text(config) else None
+        )
 
     def _tokenizer(self, config: dict[str, Any]) -> Callable[[Sequence[str]], Tensor]:
         """Sentences → token ids [n, length]."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tailtune.models.backbones.plain_vit import PlainViT
 from tailtune.models.backbones.transformer_encoder import Sites, TransformerEncoder

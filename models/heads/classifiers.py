@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tailtune.configs.option import option
 from tailtune.models.heads.classifier import Classifier
 from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.heads.tip_adapter import TipAdapter
 
 __all__ = ["HEADS", "Classifier"]
 
@@ -94,6 +95,7 @@ HEADS: dict[str, type[Classifier]] = {
     "LinearClassifier": LinearClassifier,
     "L2NormedClassifier": L2NormedClassifier,
     "LayerNormedClassifier": LayerNormedClassifier,
+    "TipAdapter": TipAdapter,
     "TextClassifier": TextClassifier,  # its rows are the text features, which the text tower computes in training, too
 }
 """Name → head; it is called with the width D, the number of classes C and the fields of its options."""

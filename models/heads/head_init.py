@@ -127,13 +127,18 @@ def k_shot(context: HeadContext, *_: object, shots: int) -> Tensor:
     Returns:
         The weight of the head, [C, D].
     """
+    return class_mean(context, positions=some_of_each_class(context, shots))
+
+
+def some_of_each_class(context: HeadContext, shots: int) -> Tensor:
+    """Positions of up to `shots` random training images of each class, class by class, int64 [n]."""
     order = torch.randperm(len(context.labels), generator=generator(context.seed, "shots"))
     labels = context.labels.cpu()
     order = order[labels[order].argsort(stable=True)]  # class by class, in random order
     counts = labels.bincount(minlength=context.num_classes)
     class_start = (counts.cumsum(0) - counts)[labels[order]]  # where the class of each image begins in `order`
     chosen = order[torch.arange(len(order)) - class_start < shots]
-    return class_mean(context, positions=chosen.to(context.device))
+    return chosen.to(context.device)
 
 
 def linear_probe(context: HeadContext, *_: object) -> Tensor:

@@ -187,7 +187,11 @@ def add_tuners(
             _select(encoder, name, partial)
     encoder.tuners_draw = any(each.draws for each in options.values())
     count = len(encoder.expert_blocks)
-    if isinstance(encoder, TransformerEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
+    if (
+        isinstance(encoder, TransformerEncoder)
+        and count
+        and not any(any(s.values()) for s in encoder.sites[0][-count:])
+    ):
         raise UserError(
             f"expert_split {count}: no tuner acts in the last {count} blocks, so the experts would not differ there; "
             "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"

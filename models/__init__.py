@@ -66,9 +66,8 @@ def build_model(
     split = ExpertSplit(cfg.num_experts, cfg.expert_split, cfg.reduce_dimension)
     check_text_options(cfg, spec)
     texts = in_text_mode(cfg)
-    backbone = spec.build(
-        cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot or classifies_by_text(cfg), fast, split
-    )
+    project = cfg.zero_shot or classifies_by_text(cfg)
+    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project, fast, split)
     encoder = backbone.encoder
     if cfg.residual_dtype and isinstance(encoder, WholeNetworkEncoder):
         raise UserError(f"residual_dtype works on ViTs only, and {cfg.backbone} does not run as one; leave it out")

@@ -74,17 +74,11 @@ class ContextOptions:
         """Raise a `UserError` for options that do not go together."""
         plain = ContextOptions()
         if self.kind == NONE and self != plain:
-            raise UserError(
-                "context_len, context_words and what else begins with context_: `context none` reads none of them"
-            )
+            raise UserError("context_len, context_words and others: nothing reads them without a `context`")
         if self.kind == MAPLE and (self.position, self.per_class) != (plain.position, plain.per_class):
-            raise UserError(
-                "context maple stands before the name, for all classes: leave out context_position and _per_class"
-            )
+            raise UserError("context maple does not read context_position and context_per_class; leave them out")
         if self.kind == COOP and self.depth != plain.depth:
-            raise UserError(
-                "context_depth: context coop acts at the embeddings only; leave it out, or choose context maple"
-            )
+            raise UserError("context_depth: context coop acts at the embeddings only; leave it out")
 
 
 class Vectors(nn.Module):

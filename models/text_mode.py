@@ -36,8 +36,8 @@ class TextMemoryOptions:
 
     text_memory: float = option(
         8.0,
-        "GiB of activations of class texts that are kept for the backward pass. What is beyond is computed again, which "
-        "takes longer and gives the same gradients.",
+        "GiB of activations of class texts that are kept for the backward pass. What is beyond is computed again, "
+        "which takes longer and gives the same gradients.",
         cls="runtime",
         least=0.0,
     )
@@ -64,12 +64,11 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
         UserError: says what to change.
     """
     options_from(ContextOptions, cfg).check()
-    if not in_text_mode(cfg):
-        if asked := _asked(cfg):
-            raise UserError(
-                f"{', '.join(asked)}: only classifier {HEAD} reads the text features while they train; set it, or "
-                "leave this out"
-            )
+    if not in_text_mode(cfg) and (asked := _asked(cfg)):
+        raise UserError(
+            f"{', '.join(asked)}: only classifier {HEAD} reads the text features while they train; set it, or leave "
+            "this out"
+        )
     if not classifies_by_text(cfg):
         return
     if not isinstance(spec, OpenClipBackbone):
@@ -85,8 +84,8 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
         raise UserError(f"context {cfg.context} has sentences of its own; leave out prompt {cfg.prompt}")
     if cfg.num_experts > 1 and not cfg.expert_split:
         raise UserError(
-            f"classifier {HEAD} is the same for all experts, so num_experts {cfg.num_experts} needs blocks of the image "
-            "encoder in which they differ: set expert_split to their number, or num_experts 1"
+            f"classifier {HEAD} is the same for all experts, so num_experts {cfg.num_experts} needs blocks of the "
+            "image encoder in which they differ: set expert_split to their number, or num_experts 1"
         )
 
 

@@ -53,9 +53,7 @@ def report(
 
 def _texts(gflops: float | None, cfg: CfgNode) -> str:
     """What the texts of the classes cost, in GFLOPs, beside the images of a step."""
-    return (
-        f", {gflops:,.0f} GFLOPs the texts of all classes, once in a step of {cfg.batch_size} images" if gflops else ""
-    )
+    return f", {gflops:,.0f} GFLOPs all class texts, once in a step of {cfg.batch_size} images" if gflops else ""
 
 
 def table(rows: dict[str, str]) -> list[str]:

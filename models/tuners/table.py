@@ -1,8 +1,9 @@
 """TUNERS: which parameters train while the backbone is frozen. A tuner's name is its flag on the command line.
 
-A tuner inserts modules at the sites of a ViT's blocks (`TransformerEncoder` lists the sites), selects weights of the backbone,
-or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared site they act in the
-order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts).
+A tuner inserts modules at the sites of a transformer's blocks (`transformer_encoder.py` lists the sites), selects
+weights of the backbone, or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared
+site they act in the order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow
+prompts).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -132,8 +132,8 @@ class ExportedModel:
             )
         if isinstance(self.head, TextClassifier):
             raise UserError(
-                f"export {name}: it holds a network with a head, and clip_adapter acts between them; `export onnx` keeps "
-                "it"
+                f"export {name}: it holds a network with a head, and clip_adapter acts between them; `export onnx` "
+                "keeps it"
             )
         if self.method.changes_head_logits:
             raise UserError(

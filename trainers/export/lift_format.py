@@ -20,8 +20,8 @@ def check(exported: ExportedModel) -> None:
     exported.refuse_experts("lift")
     if exported.zero_shot or exported.peft or exported.encoder.projection is not None:
         raise UserError(
-            "export lift: LIFT has no tuner of the peft library, and saves no zero-shot model and no classifier of text "
-            "features; use export merged"
+            "export lift: LIFT has no tuner of the peft library, and saves no zero-shot model and no classifier of "
+            "text features; use export merged"
         )
     start = next(iter(exported.encoder.block_range(exported.partial)), 0) if exported.partial is not None else 0
     if start and "vpt_shallow" in exported.tuners:

@@ -132,7 +132,26 @@ class ClassificationModel(nn.Module):
     @property
     def batch_coupled(self) -> bool:
         """Whether the logits of an image depend on the others in the batch while training."""
+        if self.samples_classes:
+            return True
         return self.encoder.batch_coupled or self.text is not None and self.text.batch_coupled
+
+    @property
+    def samples_classes(self) -> bool:
+        """Whether logits while training are those of some of the classes."""
+        head = heads_of(self.head)[0]
+        return isinstance(head, TextClassifier) and head.samples is not None
+
+    def choose_classes(self, labels: Tensor, draws: Callable[[str], torch.Generator]) -> None:
+        """Choose the classes of the next training forward, if the head wants only some.
+
+        Args:
+            labels: labels of the images [B].
+            draws: purpose of a random draw → its generator.
+        """
+        head = heads_of(self.head)[0]
+        if isinstance(head, TextClassifier) and head.samples is not None:
+            head.choose(labels, draws("class samples"))
 
     @property
     def depends_on_length(self) -> bool:

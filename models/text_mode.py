@@ -9,7 +9,7 @@ from torch import nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
-from tailtune.configs.option import option, options_from
+from tailtune.configs.option import option, options_from, value_of
 from tailtune.models.backbones.backbone_types import Backbone, BackboneSpec
 from tailtune.models.backbones.class_texts import tokenized
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
@@ -145,6 +145,8 @@ def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str
         add_contexts(tower, contexts, class_names, cfg.seed)
     if contexts.kind == MAPLE:
         add_maple(tower, backbone.encoder, contexts, class_names, cfg.seed)
+    if value_of(cfg, f"{HEAD.lower()}.samples") is not None and not tower.one_sentence_each:
+        raise UserError("textclassifier.samples takes one sentence for each class; choose another prompt")
     return tower
 
 

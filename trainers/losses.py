@@ -60,6 +60,8 @@ class Loss:
     """Whether the value depends on which samples share a micro-batch."""
     adjusts: bool = False
     """Whether the loss adjusts the logits by the class frequencies."""
+    compares_all: bool = False
+    """Whether it reads the logit of every class, and not only their softmax."""
 
     def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
         options = () if self.options is None else (self.options,)
@@ -261,8 +263,11 @@ LOSSES: dict[str, Loss] = {
         AdjustmentOptions(),
         adjusts=True,
     ),
-    "LADE": Loss(lade, without_prior, couples=True, adjusts=True),  # approximate: this neglects the term 0.1·E
-    "LAS": Loss(label_aware_smoothed, as_drawn, SmoothingOptions()),  # approximate: smoothing flattens predictions
+    "LADE": Loss(
+        lade, without_prior, couples=True, adjusts=True, compares_all=True
+    ),  # approximate: this neglects the term 0.1·E
+    # Approximate: smoothing flattens predictions.
+    "LAS": Loss(label_aware_smoothed, as_drawn, SmoothingOptions(), compares_all=True),
     # Approximate: the prior is computed with the mean of the noise. It couples the samples because the noise of a
     # sample depends on its position in the micro-batch.
     "GCL": Loss(

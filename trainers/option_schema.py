@@ -73,8 +73,8 @@ def _declarations() -> Iterator[Declaration]:
         yield Declaration(name, Key(as_bool, False, tuner.doc, zero_shot=False), "Tuners", name)
     for name, tuner in TUNERS.items():
         yield from declarations(type(tuner.options), "Tuners", name, separator="_")
-    for name, tuner in TEXT_TUNERS.items():
-        doc = f"The tuner {tuner} acts in the text tower of classifier TextClassifier."
+    for name, of_images in TEXT_TUNERS.items():
+        doc = f"The tuner {of_images} acts in the text tower of classifier TextClassifier."
         yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
     yield from declarations(TextTunerOptions, "Text tower")
     yield from declarations(ContextOptions, "Text tower")
@@ -115,6 +115,7 @@ def _coupled() -> dict[str, Collection[str]]:
         "loss_type": [name for name, loss in LOSSES.items() if loss.couples],
         "h2t.inner": methods,
         "peft_args": "dropout",
+        "textclassifier.samples": "set",
         **{name: "set" for name, tuner in TUNERS.items() if tuner.on_batch or tuner.draws},
         **{name: "set" for name, tuner in TEXT_TUNERS.items() if TUNERS[tuner].draws},
     }

@@ -71,30 +71,38 @@ class ClassTexts:
         return int(same.long().cumprod(0).sum())
 
     def batches(self) -> list[Batch]:
-        """Batches of sentences of similar length, of which no one has more than MOST_TOKENS tokens.
+        """Batches of all sentences, see `batches_of`."""
+        return batches_of(self.ends, self.shared)
 
-        A sentence is padded to the longest of its batch. The lengths at which batches end are those with the least
-        cost, where a batch costs its tokens and COST_OF_BATCH.
-        """
-        lengths = (self.ends + 1 - self.shared).tolist()
-        groups = [0, *(i + 1 for i, length in enumerate(lengths) if lengths[i + 1 : i + 2] != [length])]
-        cheapest = [(0, 0)]  # cost of all sentences up to the end of each group, and the number of the last cut before
-        for number in range(1, len(groups)):
-            longest = lengths[groups[number] - 1]
-            costs = (
-                (cheapest[cut][0] + COST_OF_BATCH + (groups[number] - groups[cut]) * longest, cut)
-                for cut in range(number)
-            )
-            cheapest.append(min(costs))
-        batches, number = [], len(groups) - 1
-        while number:
-            start, stop = groups[cheapest[number][1]], groups[number]
-            most = max(1, MOST_TOKENS // lengths[stop - 1])
-            for first in range(start, stop, most):
-                last = min(first + most, stop)
-                batches.append(Batch(first, last, int(self.ends[last - 1]) + 1))
-            number = cheapest[number][1]
-        return batches
+
+def batches_of(ends: Tensor, shared: int) -> list[Batch]:
+    """Batches of sentences of similar length, of which no one has more than MOST_TOKENS tokens.
+
+    A sentence is padded to the longest of its batch. The lengths at which batches end are those with the least cost,
+    where a batch costs its tokens and COST_OF_BATCH.
+
+    Args:
+        ends: position of the last token of each sentence [n], ascending.
+        shared: number of first tokens that cost nothing.
+    """
+    lengths = (ends + 1 - shared).tolist()
+    groups = [0, *(i + 1 for i, length in enumerate(lengths) if lengths[i + 1 : i + 2] != [length])]
+    cheapest = [(0, 0)]  # cost of all sentences up to the end of each group, and the number of the last cut before
+    for number in range(1, len(groups)):
+        longest = lengths[groups[number] - 1]
+        costs = (
+            (cheapest[cut][0] + COST_OF_BATCH + (groups[number] - groups[cut]) * longest, cut) for cut in range(number)
+        )
+        cheapest.append(min(costs))
+    batches, number = [], len(groups) - 1
+    while number:
+        start, stop = groups[cheapest[number][1]], groups[number]
+        most = max(1, MOST_TOKENS // lengths[stop - 1])
+        for first in range(start, stop, most):
+            last = min(first + most, stop)
+            batches.append(Batch(first, last, int(ends[last - 1]) + 1))
+        number = cheapest[number][1]
+    return batches
 
 
 def tokenized(tokenizer: Tokenizer, sentences: Sentences) -> ClassTexts:

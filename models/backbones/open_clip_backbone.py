@@ -28,6 +28,7 @@ from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import split_experts
 from tailtune.models.backbones.open_clip_image_encoders import embedding_encoder, meta_image_encoder, vision_config
+from tailtune.models.backbones.plain_text import is_openai_text
 from tailtune.models.backbones.plain_vit import OPENAI_VIT_DEFAULTS, is_openai_vit
 from tailtune.models.backbones.pretrained_weights import (
     download_open_clip_weights,
@@ -38,7 +39,7 @@ from tailtune.models.backbones.pretrained_weights import (
     read_state,
     to_open_clip_layout,
 )
-from tailtune.models.backbones.text_tower import TextTower, is_openai_text, load_text_tower
+from tailtune.models.backbones.text_tower import TextTower, load_text_tower
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 
 open_clip = lazy_module("open_clip")

@@ -19,40 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tailtune.models.backbones.class_texts import Batch, ClassTexts
-from tailtune.models.backbones.plain_vit import NORM_EPS, Block, VitShape, timm_name
+from tailtune.models.backbones.class_texts import Batch, ClassTexts, batches_of
+from tailtune.models.backbones.plain_text import PlainText
+from tailtune.models.backbones.plain_vit import timm_name
 from tailtune.models.backbones.transformer_encoder import Attention, TransformerEncoder
 from tailtune.models.backbones.vit_layers import apply_tuners, norm
 
-OPENAI_TEXT = {"context_length", "vocab_size", "width", "heads", "layers"}
-"""Settings of OpenAI's text encoders in open_clip's configs. One with other settings has other parts."""
 SAVED = 14
 """Numbers that autograd keeps of a token in a block, in units of the width."""
 GIB = 2**30
-
-
-def is_openai_text(config: Mapping[str, Any]) -> bool:
-    """Whether the text encoder of open_clip's config of a model is of OpenAI's kind."""
-    return set(config["text_cfg"]) == OPENAI_TEXT and not config.get("custom_text") and "multimodal_cfg" not in config
-
-
-class PlainText(nn.Module):
-    """The weights of OpenAI's text encoder, under timm's names; on the meta device until they are loaded.
-
-    Args:
-        config: open_clip's config of the whole model.
-    """
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        text = config["text_cfg"]
-        width = text["width"]
-        shape = VitShape(0, 1, width, text["layers"], text["heads"], 4.0, bool(config.get("quick_gelu")))
-        with torch.device("meta"):
-            self.token_embedding = nn.Embedding(text["vocab_size"], width)
-            self.pos_embed = nn.Parameter(torch.empty(text["context_length"], width))
-            self.blocks = nn.Sequential(*(Block(shape) for _ in range(shape.layers)))
-            self.norm = nn.LayerNorm(width, NORM_EPS)
 
 
 class TextTower(TransformerEncoder):
@@ -87,6 +62,7 @@ class TextTower(TransformerEncoder):
         self.adapter: nn.Module | None = None
         self.memory = 8 * GIB
         self._stored: tuple[object, Tensor] | None = None
+        self._plan: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self.shared = 0
         self.batches: Sequence[Batch] = ()
 
@@ -109,6 +85,7 @@ class TextTower(TransformerEncoder):
         for name in ("ids", "ends", "rows", "starts"):
             self.register_buffer(name, getattr(texts, name).to(place), persistent=False)
         self.shared, self.batches, self._stored = texts.shared, texts.batches(), None
+        self._plan = texts.ends, texts.rows  # on the CPU, where batches of some of the classes are chosen
 
     @property
     def tokens(self) -> int:
@@ -123,19 +100,24 @@ class TextTower(TransformerEncoder):
     @property
     def largest_again(self) -> int:
         """Bytes of the largest batch of texts whose activations are computed again."""
-        return max((self._bytes(batch) for batch, again in self._kept() if again), default=0)
+        return max((self._bytes(batch) for batch, again in self._kept(self.batches) if again), default=0)
 
     def _bytes(self, batch: Batch) -> int:
         """Bytes of the activations of a batch."""
         tokens = (batch.stop - batch.start) * batch.length
         return SAVED * self.depth * self.width * tokens * self.compute_dtype.itemsize
 
-    def _kept(self) -> Iterator[tuple[Batch, bool]]:
+    def _kept(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
         """Batches, and whether their activations are computed again, because those before fill the memory."""
         left = self.memory
-        for batch in self.batches:
+        for batch in batches:
             left -= self._bytes(batch)
             yield batch, left < 0
+
+    @property
+    def one_sentence_each(self) -> bool:
+        """Whether each class has one sentence."""
+        return len(self.rows) == len(self.starts)
 
     def class_features(self) -> Tensor:
         """Encode the sentences of the classes.
@@ -143,37 +125,62 @@ class TextTower(TransformerEncoder):
         Returns:
             The mean of the normalised text features of each class, [C, d], at least fp32.
         """
-        assert self.projection is not None
-        features = F.linear(self._end_tokens(), self.projection.to(self.compute_dtype))
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        features = F.normalize(features if self.adapter is None else self.adapter(features), dim=-1)
-        if len(self.rows) == len(self.starts):  # a sentence for each class
+        features = self._projected(self._end_tokens())
+        if self.one_sentence_each:
             return features[self.rows]
         return F.embedding_bag(self.rows, features, self.starts, mode="mean")
 
+    def features_of(self, classes: Tensor) -> Tensor:
+        """Encode the sentences of some classes, each of which has one.
+
+        Args:
+            classes: their numbers, on the CPU [S].
+
+        Returns:
+            Normalised text features [S, d].
+        """
+        ends, rows = self._plan
+        chosen, place = rows[classes].unique(return_inverse=True)
+        device = self.ids.device
+        if not self._blocks_train:
+            return self._projected(self._end_tokens()[chosen.to(device)])[place.to(device)]
+        batches = batches_of(ends[chosen], self.shared)
+        return self._projected(self._run(batches, chosen.to(device)))[place.to(device)]
+
+    def _projected(self, features: Tensor) -> Tensor:
+        """Features of sentences before the projection [n, D] → normalised in the shared space [n, d]."""
+        assert self.projection is not None
+        features = F.linear(features, self.projection.to(self.compute_dtype))
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        return F.normalize(features if self.adapter is None else self.adapter(features), dim=-1)
+
     def _end_tokens(self) -> Tensor:
         """Features of the different sentences before the projection [n, D]. Unless they train, they are kept."""
-        behind = {id(parameter) for parameter in self._behind_blocks()}
-        parameters = [parameter for parameter in self.parameters() if id(parameter) not in behind]
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-            return self._run()
-        state = (self.ids.device, state_of(parameters))
+        if torch.is_grad_enabled() and self._blocks_train:
+            return self._run(self.batches)
+        state = (self.ids.device, state_of(self._of_blocks()))
         if self._stored is None or self._stored[0] != state:
             with torch.no_grad():
-                self._stored = state, self._run()
+                self._stored = state, self._run(self.batches)
         return self._stored[1]
 
-    def _behind_blocks(self) -> Iterator[nn.Parameter]:
-        """The parameters that act on the features of the last block."""
-        if self.projection is not None:
-            yield self.projection
-        if self.adapter is not None:
-            yield from self.adapter.parameters()
+    @property
+    def _blocks_train(self) -> bool:
+        """Whether something trains before the projection."""
+        return any(parameter.requires_grad for parameter in self._of_blocks())
 
-    def _run(self) -> Tensor:
+    def _of_blocks(self) -> Iterator[nn.Parameter]:
+        """The parameters that act before the projection."""
+        behind = {id(self.projection)} | {id(each) for each in (self.adapter.parameters() if self.adapter else ())}
+        return (parameter for parameter in self.parameters() if id(parameter) not in behind)
+
+    def _run(self, batches: Sequence[Batch], chosen: Tensor | None = None) -> Tensor:
+        """Features before the projection [n, D] of the sentences `chosen` [n], or of all."""
+        ids, ends = (self.ids, self.ends) if chosen is None else (self.ids[chosen], self.ends[chosen])
         before, features = self._run_shared(), []
-        for batch, again in self._kept():
-            run = partial(self._run_batch, batch, before)
+        for batch, again in self._kept(batches):
+            rows = slice(batch.start, batch.stop)
+            run = partial(self._run_batch, ids[rows, self.shared : batch.length], ends[rows], before)
             features.append(_computed_again(run) if again and torch.is_grad_enabled() else run())
         return torch.cat(features)
 
@@ -199,10 +206,19 @@ class TextTower(TransformerEncoder):
             seen.append(attention)
         return seen
 
-    def _run_batch(self, batch: Batch, before: Sequence[Attention]) -> Tensor:
-        """Run the other tokens of a batch, and return the features of its sentences [n, D]."""
-        x = self._embed(self.ids[batch.start : batch.stop, self.shared : batch.length], self.shared)
-        place = self.ends[batch.start : batch.stop, None, None] - self.shared  # of the end token, [n, 1, 1]
+    def _run_batch(self, ids: Tensor, ends: Tensor, before: Sequence[Attention]) -> Tensor:
+        """Run the other tokens of a batch.
+
+        Args:
+            ids: ids of its tokens without the shared ones [n, N].
+            ends: position of the end of each sentence [n].
+            before: keys and values of the shared tokens, for each block.
+
+        Returns:
+            Features of the sentences before the projection [n, D].
+        """
+        x = self._embed(ids, self.shared)
+        place = ends[:, None, None] - self.shared  # of the end token, [n, 1, 1]
         end = partial(_token_at, place)
         last = self.depth - 1 if self.fast else self.depth
         for index, (sites, shared) in enumerate(zip(self.sites[0], before, strict=True)):

@@ -1,5 +1,6 @@
 """The classifier whose rows are the text features of the classes, which the text tower computes while it trains."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailtune.configs.option import option
-from tailtune.configs.value_parsers import as_float
+from tailtune.configs.value_parsers import as_float, as_int
 from tailtune.models.backbones.text_tower import TextTower, state_of
 from tailtune.models.heads.classifier import Classifier
 
@@ -26,6 +27,13 @@ class TextScaleOptions:
         least=0.0,
         held_with="head",
     )
+    samples: int | None = option(
+        None,
+        "Number of classes whose texts TextClassifier encodes for a micro-batch in addition to those of its labels. "
+        "They are drawn at random, and their logits stand for those of all others. None means all classes.",
+        as_int,
+        least=1,
+    )
 
 
 class TextClassifier(Classifier):
@@ -38,18 +46,20 @@ class TextClassifier(Classifier):
         dim: width d of the shared space.
         num_classes: number C of classes.
         scale: σ; None: that of the tower.
+        samples: number of classes K beside those of the labels in a training forward; None: all.
     """
 
     Options = TextScaleOptions
 
-    def __init__(self, dim: int, num_classes: int, scale: float | None) -> None:
+    def __init__(self, dim: int, num_classes: int, scale: float | None, samples: int | None = None) -> None:
         super().__init__()
-        self.dim, self.num_classes, self.scale = dim, num_classes, scale
+        self.dim, self.num_classes, self.scale, self.samples = dim, num_classes, scale, samples
         self.adapter: nn.Module | None = None
         """Acts on the features of images [B, d]; None: nothing does."""
         self._tower: tuple[TextTower, ...] = ()  # in a tuple, so that its tensors are not also those of the head
         self._stored: tuple[object, Tensor] | None = None
         self._step: _Step | None = None
+        self._chosen: tuple[Tensor, Tensor] | None = None
 
     def attach(self, tower: TextTower) -> None:
         """Set the tower that computes the text features."""
@@ -72,9 +82,33 @@ class TextClassifier(Classifier):
                 self._stored = state, tower.class_features()
         return self._stored[1]
 
+    def choose(self, labels: Tensor, draws: torch.Generator) -> None:
+        """Choose the classes of the next training forward, if `samples` says so: the labels and some of the others.
+
+        Args:
+            labels: labels of the images [B].
+            draws: a generator on the CPU.
+        """
+        if self.samples is None:
+            return
+        present = labels.unique().cpu()
+        others = torch.ones(self.num_classes, dtype=torch.bool, device="cpu").index_fill_(0, present, False).nonzero()
+        drawn = others[torch.randperm(len(others), generator=draws, device="cpu")[: self.samples], 0]
+        # Each of the drawn classes stands for several, so its probability is raised by their number.
+        raised = math.log(len(others) / len(drawn)) if len(drawn) else 0.0
+        added = torch.tensor([0.0] * len(present) + [raised] * len(drawn), device="cpu")
+        self._chosen = torch.cat([present, drawn]), added
+
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, d] → logits [B, C]."""
-        texts = self.class_features()
+        """Features [B, d] → logits [B, C]; those of classes that were not chosen are -inf."""
+        if self._chosen is not None and torch.is_grad_enabled() and self.tower.training:
+            classes, added = self._chosen
+            logits = self._compare(features, self.tower.features_of(classes)) + added.to(features.device)
+            everywhere = logits.new_full((len(logits), self.num_classes), -torch.inf)
+            return everywhere.index_copy(1, classes.to(features.device), logits)
+        return self._compare(features, self.class_features())
+
+    def _compare(self, features: Tensor, texts: Tensor) -> Tensor:
         assert self.scale is not None, "attached"
         features = features.to(texts.dtype)
         features = F.normalize(features if self.adapter is None else self.adapter(features), dim=-1)

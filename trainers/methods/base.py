@@ -126,6 +126,7 @@ class Method(StagedModule):
         return Prior(self.log_prior, self.class_counts, self.draws)
 
     def forward(self, batch: Batch) -> Step:
+        self.model.choose_classes(batch["label"], self.draws)
         logits = self.expert_logits(batch["image"])
         return self.step(*self.loss(logits, batch), logits)
 

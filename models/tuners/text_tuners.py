@@ -9,7 +9,22 @@ from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.tuners.table import TUNERS, add_tuners
 from tailtune.models.tuners.tuner_options import TunerOptions
 
-TEXT_TUNERS: dict[str, str] = {f"text_{name}": name for name, tuner in TUNERS.items() if not tuner.on_batch}
+TEXT_TUNERS: dict[str, str] = {
+    "text_full_tuning": "full_tuning",
+    "text_bias_tuning": "bias_tuning",
+    "text_ln_tuning": "ln_tuning",
+    "text_mask": "mask",
+    "text_vpt_shallow": "vpt_shallow",
+    "text_vpt_deep": "vpt_deep",
+    "text_lora": "lora",
+    "text_lora_mlp": "lora_mlp",
+    "text_clip_lora": "clip_lora",
+    "text_ssf_attn": "ssf_attn",
+    "text_ssf_mlp": "ssf_mlp",
+    "text_ssf_ln": "ssf_ln",
+    "text_adapter": "adapter",
+    "text_adaptformer": "adaptformer",
+}
 """Tuner of the text tower, as an option names it → the entry of TUNERS. LIFT+ writes `l.` in place of `text_`."""
 
 

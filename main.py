@@ -19,12 +19,11 @@ import argparse
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import MappingProxyType
 
 import tailtune
-from tailtune.configs import CfgNode, Schema, UserError, load_configs, names
+from tailtune.configs import CfgNode, UserError
 from tailtune.configs.command_words import separated
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
@@ -36,6 +35,7 @@ from tailtune.trainers.processes.exit import run_as_process, say
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.processes.launcher import LOST, one_is_lost
 from tailtune.trainers.processes.slow_start import loading_shown
+from tailtune.trainers.stages_of_words import stages_of
 
 EXAMPLES = """
 examples:
@@ -154,26 +154,8 @@ def run_command(argv: Sequence[str]) -> int:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
     with loading_shown():
         schema = cached_schema()
-    if is_folder(args.data):
-        load_configs("fake_lt", args.model, pairs, schema)  # wrong words are refused before the folder is split
-    with data_config(args.data, schema, keep=not args.dry_run) as data:
-        stages = load_configs(data, args.model, pairs, schema)
+    with stages_of(args.data, args.model, pairs, schema, keep=not args.dry_run) as stages:
         return dry_run(stages, args.all) if args.dry_run else run_all(stages)
-
-
-def is_folder(data: str) -> bool:
-    """Whether `-d` names a folder of images. Names of shipped configs have priority."""
-    return data not in names("data") and os.path.isdir(data)
-
-
-def data_config(data: str, schema: Schema, keep: bool) -> AbstractContextManager[str]:
-    """The name or path of the data config that `-d` stands for; a folder gets one, see `config_of_folder`."""
-    if not is_folder(data):
-        return nullcontext(data)
-    from tailtune.datasets.commands.folder_config import config_of_folder
-    from tailtune.trainers.runs.run_folder import OUTPUT
-
-    return config_of_folder(data, OUTPUT, schema.defaults, keep)
 
 
 def dry_run(stages: list[CfgNode], all_options: bool) -> int:

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 __version__ = "0.1.0"
-__all__ = ["TrainedModel", "TrainedRun", "UserError", "__version__", "build_model", "load", "train"]
+__all__ = ["Prediction", "TrainedModel", "TrainedRun", "UserError", "__version__", "build_model", "load", "train"]
 
 ROOT = Path(__file__).resolve().parent
 __path__ = [str(ROOT)]
@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 """True for type checkers only: importing the modules takes seconds, so `__getattr__` does it on first use."""
 if TYPE_CHECKING:
     from tailtune.configs.errors import UserError
-    from tailtune.trainers.python_api import TrainedModel, TrainedRun, build_model, load, train
+    from tailtune.trainers.python_api import Prediction, TrainedModel, TrainedRun, build_model, load, train
 
 
 def __getattr__(name: str) -> object:

@@ -262,7 +262,7 @@ class View(Dataset[Batch]):
 
 
 class _Images:
-    """Collects the images of a batch. An image is copied into the batch at once, while it is in the processor's cache."""
+    """Collects the images of a batch. Each is copied into the batch at once, while it is in the processor's cache."""
 
     def __init__(self, count: int) -> None:
         self.count, self.added = count, 0

@@ -27,7 +27,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
     """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once, and
-    runs in this process make no report (test_report.py makes them)."""
+    runs in this process make no report and no pictures (test_report.py and test_curves.py make them)."""
     import torch
 
     from tailtune.datasets.sources.fake import fake_sources
@@ -37,6 +37,7 @@ def quick() -> Iterator[None]:
         patch.setattr("os.fsync", lambda descriptor: None)
         patch.setattr("tailtune.datasets.sources.fake.fake_sources", cache(fake_sources))
         patch.setattr("tailtune.trainers.evaluation.evaluate.add_report", lambda *_: "")
+        patch.setattr("tailtune.trainers.evaluation.curves_of_evaluation.class_pictures", lambda *_: {})
         yield
 
 

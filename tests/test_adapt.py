@@ -250,7 +250,7 @@ def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypat
         sade = each["predictors"]["sade"]
         assert len(sade["path"]) == len(sade["similarity"]) == 2 and sade["path"][-1] == sade["weights"]
         assert sade["gain"] == pytest.approx(sade["accuracy"] - each["predictors"]["plain"]["accuracy"])
-        assert name in done.stdout and " ".join(f"{weight:.2f}" for weight in sade["weights"]) in done.stdout
+        assert name in done.stdout and "  ".join(f"{weight:.2f}" for weight in sade["weights"]) in done.stdout
     again = launch(RUN, DISTS, "test_only True adapt sade adapt_epochs 2 adapt_batch_size 8")
     assert "finished before" in again.stdout and "backward10" in again.stdout and len(asked) == 6
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -258,6 +258,89 @@ def test_a_finished_run_is_adapted_from_its_stored_logits(launch: Cli, monkeypat
     assert tags | {"test/accuracy", "test/forward10/accuracy"} <= set(events.Tags()["scalars"])
     path = [event.value for event in events.Scalars("test/uniform/sade/weight_1")]
     assert path == pytest.approx([each[1] for each in found["distributions"]["uniform"]["predictors"]["sade"]["path"]])
+
+
+ADAPTED = "expert_weights.json"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the distributions for which weights were learnt, once a pass."""
+    names: list[str] = []
+    original = Learner.learn
+    monkeypatch.setattr(Learner, "learn", lambda self, views: (names.append(self.name), original(self, views)))
+    return names
+
+
+def one_evaluation(words: str, launch: Cli) -> tuple[dict[str, Any], str, Path]:
+    """Result, output and folder of an evaluation whose command was not given before."""
+    before = set(Path("output/run/tests").glob("*"))
+    done = launch(RUN, "adapt_epochs 2 test_only True", words)
+    assert done.returncode == 0, done.stderr
+    (folder,) = set(Path("output/run/tests").glob("*")) - before
+    return metrics(f"run/tests/{folder.name}")["distributions"], done.stdout, folder
+
+
+@pytest.mark.parametrize("adapt_name", ["sade", "sade_online"])
+def test_what_was_learnt_before_is_used_again(adapt_name: str, launch: Cli, asked: list[str]) -> None:
+    """Without images, to the bit; the distributions of one command, then others beside them."""
+    assert launch(RUN).returncode == 0
+    adapts = f"adapt {adapt_name}"
+    whole, _, folder = one_evaluation(f"{adapts} {DISTS}", launch)
+    assert set(asked) == {"forward10", "uniform", "backward10"} and asked.clear() is None
+    with mock.patch("tailtune.trainers.run.build_data", side_effect=AssertionError("images are not needed")):
+        again, output, second = one_evaluation(f"{adapts} {DISTS} target_prior uniform", launch)
+    assert not asked and output.count("using the expert weights of ") == 1
+    assert f"{folder / ADAPTED} for 3 of 3 test distributions\n" in output
+    for name, each in again.items():
+        assert each["predictors"][adapt_name] == whole[name]["predictors"][adapt_name]
+    assert (second / ADAPTED).read_bytes() == (folder / ADAPTED).read_bytes()
+    more, output, _ = one_evaluation(f"{adapts} test_dists backward10,forward5", launch)
+    assert set(asked) == {"forward5"} and "for 1 of 2 test distributions" in output
+    (folder / ADAPTED).unlink(), (second / ADAPTED).unlink(), asked.clear()
+    fresh, output, _ = one_evaluation(f"{adapts} {DISTS} target_prior train", launch)
+    assert "using the expert weights" in output and set(asked) == {"forward10", "uniform"}
+    for name, each in fresh.items():
+        assert each["predictors"][adapt_name] == whole[name]["predictors"][adapt_name], "learnt again, to the bit"
+
+
+def test_other_options_and_damaged_files_are_learnt_again(launch: Cli, asked: list[str]) -> None:
+    assert launch(RUN).returncode == 0
+    first = "adapt sade test_dists uniform"
+    whole, _, folder = one_evaluation(first, launch)
+    for words in ("adapt_seed 1", "adapt_lr 0.2", "adapt_views cifar", "adapt_batch_size 50", "tte True"):
+        asked.clear()
+        _, output, _ = one_evaluation(f"{first} {words}", launch)
+        assert asked and "using the expert weights" not in output, words
+    asked.clear()
+    (folder / ADAPTED).write_text((folder / ADAPTED).read_text().replace('"weights"', '"wrights"'))
+    again, output, _ = one_evaluation(f"{first} target_prior uniform", launch)
+    assert asked and output.count(f"warning: {folder / ADAPTED} is damaged (") == 1
+    assert again["uniform"]["predictors"]["sade"] == whole["uniform"]["predictors"]["sade"]
+
+
+def test_a_result_does_not_need_the_file(launch: Cli, asked: list[str]) -> None:
+    """A disk that is full, or a file of somebody else."""
+    assert launch(RUN).returncode == 0
+    full = UserError("expert_weights.json cannot be written: No space left on device")
+    with mock.patch("tailtune.trainers.evaluation.adapted_results.write_json", side_effect=full):
+        found, output, folder = one_evaluation("adapt sade test_dists uniform", launch)
+    assert "sade" in found["uniform"]["predictors"] and not (folder / ADAPTED).exists()
+    assert output.count("warning: expert_weights.json cannot be written: No space") == 1
+
+
+@pytest.mark.parametrize("kind", [Learner, StreamLearner])
+def test_what_is_stored_makes_the_same_predictions(kind: type[Learner]) -> None:
+    found, views = noisy()
+    recipe = Recipe(batch_size=16, epochs=3)
+    learner = kind("some", found, torch.arange(40), recipe)
+    while learner.running:
+        learner.learn(views)
+    restored = kind("some", found, torch.arange(40), recipe)
+    restored.restore(json.loads(json.dumps(learner.learnt())))
+    assert not restored.running and restored.facts() == learner.facts()
+    for one, other in zip(restored.predictions(), learner.predictions(), strict=True):
+        assert torch.equal(one[:], other[:])
 
 
 def test_a_run_adapts_in_its_own_evaluation(launch: Cli) -> None:
@@ -283,6 +366,13 @@ def test_what_cannot_be_adapted_is_refused(words: str, culprit: str, remedy: str
         done = launch(RUN, words, more)
         assert done.returncode == 2 and culprit in done.stderr and remedy in done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_weights_that_are_not_finite_are_one_line(launch: Cli) -> None:
+    assert launch(RUN).returncode == 0
+    done = launch(RUN, "test_only True adapt sade adapt_lr 1e38 adapt_weight_decay 1e30")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "lower adapt_lr" in done.stderr
+    assert not list(Path("output/run/tests").glob(f"*/{ADAPTED}"))
 
 
 def test_experts_that_are_not_all_asked_are_refused(config: Callable[..., CfgNode]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import trajectories
 from conftest import ROOT, free_port, offline
-from trajectories import LAYOUTS, STEPS, Layout, losses, name_of, trained
+from trajectories import LAYOUTS, MOVES, STEPS, Layout, losses, name_of, scalars, trained
 
 pytestmark = pytest.mark.xdist_group("core")  # its runs are shared
 
@@ -42,6 +42,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     script = [str(ROOT / "tests" / "trajectories.py"), str(folder), request.param]
     environment = offline(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    trajectories.move(folder, request.param, 1, 2, part=0)
     pair = subprocess.Popen(
         [*launcher, "--main_process_port", str(free_port()), *script],
         cwd=folder,
@@ -54,6 +55,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         trajectories.train(folder, request.param, *layout)
     output, _ = pair.communicate(timeout=280)
     assert pair.returncode == 0, output[-3000:]
+    trajectories.move(folder, request.param, 2, 1, part=1)
     return Runs(folder, LAYOUTS[request.param])
 
 
@@ -75,6 +77,17 @@ def test_killed_equals_unkilled_bitwise(runs: Runs) -> None:
             whole, resumed = (trained(runs.of(workers, micro, k, world)) for k in (False, True))
             assert whole.keys() == resumed.keys()
             assert all(torch.equal(whole[name], resumed[name]) for name in whole), (workers, micro, world)
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_a_killed_run_continues_on_another_number_of_processes(runs: Runs, before: int, after: int) -> None:
+    path, reference = runs.folder / MOVES[before, after], runs.of(0, 32, False, 1)
+    assert f"was on {before} processes and continues on {after}" in (path / "log.txt").read_text()
+    assert losses(path) == pytest.approx(losses(reference), rel=1e-6)
+    wanted = trained(reference)
+    assert all(torch.allclose(each, wanted[name], rtol=1e-9, atol=1e-12) for name, each in trained(path).items())
+    for tag in ("train/mean_acc", "train/few_acc"):
+        assert scalars(path, tag) == pytest.approx(scalars(reference, tag), rel=1e-6, nan_ok=True)
 
 
 def test_evaluation_counts_each_image_once(runs: Runs) -> None:

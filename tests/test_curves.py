@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from conftest import Cli
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from test_report import subject
 from tqdm import tqdm
 
+from tailtune.configs.console_text import WIDTH
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
-from tailtune.trainers.processes.console_log import WIDTH, attach_file, console_restored, start_console
+from tailtune.trainers.evaluation.curves_of_evaluation import class_pictures
+from tailtune.trainers.processes.console_log import attach_file, console_restored, start_console
 from tailtune.trainers.progress import Curves, Progress
+from tailtune.trainers.report.plots import accuracy_by_class
 
 COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none batch_size 64 max_test_images 20 num_epochs 1 output_dir run "
 
@@ -64,6 +70,65 @@ def test_hyperparameters(launch: Cli, tmp_path: Path) -> None:
     assert "test/accuracy" in metrics and metrics <= set(events.Tags()["scalars"])
 
 
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+PICTURES = {"test/accuracy_by_frequency", "test/accuracy_by_class"}
+DRAWN_BY = "tailtune.trainers.evaluation.curves_of_evaluation.class_pictures"
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """conftest.py leaves them out."""
+    monkeypatch.setattr(DRAWN_BY, class_pictures)
+
+
+def test_pictures_of_the_class_accuracies(pictures: None, launch: Cli, tmp_path: Path) -> None:
+    assert launch(COMMAND).returncode == 0
+    run = tmp_path / "output" / "run"
+    events, result = events_of(run), json.loads((run / "metrics.json").read_text())
+    assert {*events.Tags()["images"]} == PICTURES
+    for tag in PICTURES:
+        (found,) = events.Images(tag)
+        shown = Image.open(io.BytesIO(found.encoded_image_string))
+        assert found.step == result["train"]["steps"] and shown.size == (found.width, found.height)
+        assert shown.convert("RGB").getcolors(20) is None, "not blank"
+    assert launch(f"{COMMAND} test_only True test_dists uniform").returncode == 0  # an evaluation from stored logits
+    (later,) = (run / "tests").iterdir()
+    assert {*events_of(later).Tags()["images"]} == PICTURES
+
+
+def test_a_picture_that_fails_is_a_note(launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DRAWN_BY, mock.Mock(side_effect=MemoryError("no room")))
+    done = launch(COMMAND)
+    assert done.returncode == 0 and "warning: no pictures of class accuracies (MemoryError: no room)" in done.stdout
+    run = tmp_path / "output" / "run"
+    assert "MemoryError: no room" in str(json.loads((run / "metrics.json").read_text())["notes"])
+    assert "test/accuracy" in events_of(run).Tags()["scalars"]
+
+
+@pytest.mark.parametrize("counts", [[300, 40, 3], [500 - number for number in range(500)]], ids=["names", "many"])
+def test_classes_are_in_the_order_of_their_frequency(counts: list[int]) -> None:
+    """Each class has its own accuracy, and the classes are given in another order."""
+    order = np.random.default_rng(0).permutation(len(counts))
+    shuffled = np.array(counts)[order]
+    drawn = subject(shuffled.tolist(), [f"class of {count}" for count in shuffled])
+    accuracies = 100.0 * shuffled / shuffled.max()
+    drawn.result["test"]["per_class_acc"] = accuracies.tolist()  # type: ignore[index]
+    figure = accuracy_by_class(drawn)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    if len(counts) == 3:
+        bars = sorted((patch.get_x(), patch.get_height()) for patch in axes.patches)
+        assert [height for _, height in bars] == pytest.approx(sorted(accuracies)[::-1])
+        assert [label.get_text() for label in axes.get_xticklabels()] == [f"class of {count}" for count in counts]
+    else:
+        tops = [segment[1] for lines in axes.collections for segment in lines.get_segments()]
+        assert [height for _, height in sorted(tuple(top) for top in tops)] == pytest.approx(sorted(accuracies)[::-1])
+
+
+# --- trackers ------------------------------------------------------------------------------------------------------
+
+
 class Notebook(GeneralTracker):
     """A tracker that keeps what it is given."""
 
@@ -103,9 +168,36 @@ def test_a_tracker_gets_every_point(notebook: type[Notebook], launch: Cli, tmp_p
     assert notebook.begun[0]["num_epochs"] == 1 and notebook.finished == 1
 
 
-def test_only_another_tracker(notebook: type[Notebook], launch: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("single", [False, True])
+def test_a_tracker_that_takes_images_gets_the_pictures(
+    single: bool,
+    pictures: None,
+    notebook: type[Notebook],
+    launch: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[tuple[int | None, dict[str, Any]]] = []
+
+    def log_images(self: Notebook, values: dict[str, Any], step: int | None) -> None:
+        given.append((step, values))
+
+    monkeypatch.setattr(notebook, "log_images", log_images, raising=False)
+    if single:
+        monkeypatch.setattr("tailtune.trainers.evaluation.curves_of_evaluation.ONE_IMAGE", ("notebook",))
     assert launch(f"{COMMAND} trackers notebook").returncode == 0
+    ((step, values),) = given
+    assert step == 3 and {*values} == PICTURES and not (tmp_path / "output" / "run" / "tensorboard").exists()
+    for value in values.values():
+        assert isinstance(value if single else value[0], Image.Image)
+
+
+def test_only_another_tracker(notebook: type[Notebook], launch: Cli, tmp_path: Path) -> None:
+    with mock.patch(DRAWN_BY) as draw:
+        assert launch(f"{COMMAND} trackers notebook").returncode == 0
+        assert launch(f"{COMMAND} output_dir other report none").returncode == 0
     assert notebook.points and not (tmp_path / "output" / "run" / "tensorboard").exists()
+    draw.assert_not_called()  # the one takes no images, the other shall have none
 
 
 def test_trackers_that_cannot_start(notebook: type[Notebook], launch: Cli, tmp_path: Path) -> None:

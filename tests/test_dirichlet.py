@@ -374,11 +374,11 @@ def test_the_summary() -> None:
 def test_its_table() -> None:
     results = {name: {"predictors": {"plain": entry(k * 10.0), "sade": entry(100.0)}} for k, name in enumerate(NINE)}
     lines = dirichlet_lines(dirichlet_summary(results))
-    assert len(lines) == 3 + 2 * 4 and dirichlet_lines({}) == []
-    assert lines[3].split()[:6] == ["uniform", "3", "plain", "10.00", "±", "10.00"]
-    assert lines[4].split()[:4] == ["sade", "100.00", "±", "0.00"] and lines[-2].startswith("all             9")
+    assert len(lines) == 3 + 3 * 4 + 2 and dirichlet_lines({}) == []
+    assert lines[3] == "uniform (3)" and lines[4].split()[:4] == ["plain", "10.00", "±", "10.00"]
+    assert lines[5].split()[:4] == ["sade", "100.00", "±", "0.00"] and lines[12] == "all (9)"
     one = dirichlet_lines(dirichlet_summary({NINE[0]: results[NINE[0]]}))
-    assert len(one) == 3 + 2 and "± n/a" in one[3], "all is said where it is not the only component"
+    assert len(one) == 3 + 3 + 2 and "± n/a" in one[4], "all is said where it is not the only component"
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

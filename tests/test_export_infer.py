@@ -1,6 +1,7 @@
 """infer.py beside each export, run as a user would: in another process, on an image file, without TailTune."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from small import SIDE
 from test_exchange import resnet, subject, timm_vit, trained
 from test_literal import adapted
+from tqdm import tqdm
 
 from tailtune.datasets.images.image_files import load_rgb
 from tailtune.datasets.images.transforms import eval_side, eval_transform
@@ -186,3 +188,26 @@ def test_a_published_base_with_other_weights_is_not_named(tmp_path: Path, monkey
     monkeypatch.setattr("tailtune.trainers.export.peft_format.clip_resolution", lambda _: 64)
     export(open_clip_base, "peft", tmp_path / "offline")
     assert json.loads((tmp_path / "offline" / "facts.json").read_text())["base"] == "base.safetensors"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("screen", [Terminal, io.StringIO])
+@pytest.mark.parametrize(("name", "title"), [("merged", "merging"), ("onnx", "export onnx")])
+def test_a_bar_is_shown_on_a_terminal_only(
+    name: str, title: str, screen: type[io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = screen()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("COLUMNS", "80")
+    for module in ("merged_format", "onnx_format"):
+        shown = lambda *given, **more: tqdm(*given, **{**more, "delay": 0, "mininterval": 0})  # noqa: E731
+        monkeypatch.setattr(f"tailtune.trainers.export.{module}.tqdm", shown)
+    export(trained(subject(timm_vit(), ["lora"])), name, tmp_path / "out")
+    written = stream.getvalue()
+    lines = written.replace("\r", "\n").splitlines()
+    assert any(line.startswith(f"{title}: 100%") for line in lines) if stream.isatty() else not written, written
+    assert all(len(line) <= 80 for line in lines)

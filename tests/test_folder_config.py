@@ -7,6 +7,8 @@ import yaml
 from conftest import Cli
 from test_data_verify import picture
 
+import tailtune
+
 QUICK = "-m tiny_clip pretrained=none max_steps=2 batch_size=8 init_head=none"
 
 
@@ -47,6 +49,18 @@ def test_a_finished_run_is_shown_again(folder: Path, launch: Cli) -> None:
     launch(f"-d {folder} {QUICK}")
     again = launch(f"-d {folder} {QUICK}")
     assert again.returncode == 0 and "finished before" in again.stdout
+
+
+def test_python_takes_a_folder_as_the_command_does(folder: Path, launch: Cli) -> None:
+    options = {"pretrained": None, "max_steps": 2, "batch_size": 8, "init_head": None}
+    net = tailtune.build_model("tiny_clip", folder, pretrained=None, init_head=None)
+    assert net.head.get_parameter("weight").shape[0] == 2 and not Path("output").exists()
+    with pytest.raises(tailtune.UserError, match="train: unknown option 'lrr'"):
+        tailtune.train(folder, "tiny_clip", **options, lrr=1)
+    assert not Path("output").exists(), "wrong words are refused before the split"
+    run = tailtune.train(folder, "tiny_clip", **options)
+    assert len(Path("output/my_birds_data/test.txt").read_text().splitlines()) == 3
+    assert f"the result of {run.folder / 'metrics.json'}" in launch(f"-d {folder} {QUICK}").stdout
 
 
 def test_a_dry_run_writes_nothing(folder: Path, launch: Cli) -> None:

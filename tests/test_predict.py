@@ -340,6 +340,93 @@ def test_embeddings(run: Cli, rows: Callable[..., list[Row]]) -> None:
     assert logits.softmax(1).amax(1).tolist() == pytest.approx([float(row["probability"]) for row in table], rel=1e-4)
 
 
+# --- Python ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(home: Path, monkeypatch: pytest.MonkeyPatch) -> tailtune.TrainedModel:
+    monkeypatch.chdir(home)
+    return tailtune.load("run")
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({}, ""),
+        ({"calibrate": False, "threshold": 0.36}, "--option calibrate False --threshold 0.36"),
+        ({"target_prior": "uniform", "batch_size": 5}, "--target-prior uniform"),
+        (
+            {"target_prior": "estimate", "batch_size": 5, "embeddings": True},
+            "--target-prior estimate --embeddings py.safetensors",
+        ),
+        ({"tte": True}, "--tte"),
+        ({"tte": "tencrop"}, "--tte --option tte_mode tencrop"),
+    ],
+)
+def test_python_predicts_as_the_command(
+    given: dict[str, Any], words: str, model: tailtune.TrainedModel, rows: Callable[..., list[Row]]
+) -> None:
+    found = [*model.predict(TEST, num_workers=0, **given)]
+    for position, (row, made) in enumerate(zip(rows(TEST, words), found, strict=True)):
+        assert (made.index, made.path, made.label) == (position, row["path"], row["label"])
+        assert made.probability == made.top[0][1] == pytest.approx(float(row["probability"]), rel=1e-4)
+        assert [name for name, _ in made.top] == [row[f"label_{n}"] for n in (1, 2, 3)]
+    if "embeddings" in given:
+        features = torch.stack([made.features for made in found if made.features is not None])
+        torch.testing.assert_close(features, load_file("py.safetensors")["embeddings"], atol=1e-5, rtol=1e-4)
+    else:
+        assert found[0].features is None
+
+
+def test_python_takes_images_of_pillow(model: tailtune.TrainedModel, tmp_path: Path) -> None:
+    """Of any mode, turned or damaged: as their files. What was not opened from a file has no path."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, mode in (("a", "RGB"), ("b", "L"), ("c", "RGBA"), ("d", "P")):
+        picture(ord(name)).convert(mode).save(tmp_path / f"{name}.png", exif=exif)
+    (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    paths = sorted(tmp_path.iterdir())
+    expected, found = [*model.predict(tmp_path)], [*model.predict([Image.open(path) for path in paths])]
+    assert [(each.index, each.path, each.top) for each in found] == [
+        (n, str(p), e.top) for n, p, e in zip(range(4), paths, expected, strict=False)
+    ]
+    (alone,) = model.predict(Image.open(paths[1]).rotate(0))
+    assert (alone.index, alone.path) == (0, None) and sum(p for _, p in alone.top) == pytest.approx(1)
+
+
+def test_python_leaves_unreadable_images_out(
+    model: tailtune.TrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture(1).save(tmp_path / "b.png")
+    (tmp_path / "a.png").write_bytes(b"torn")
+    (found,) = model.predict([tmp_path / "a.png", str(tmp_path / "b.png")])
+    assert (found.index, found.path) == (1, str(tmp_path / "b.png"))
+    assert f"cannot read image {tmp_path}/a.png" in caplog.text
+    assert [*model.predict(tmp_path / "a.png")] == []
+
+
+@pytest.mark.parametrize(
+    "images, given, says",
+    [
+        ([], {}, "no image was given"),
+        ("nowhere.png", {}, "no such file or folder: nowhere.png"),
+        (np.zeros((4, 4, 3)), {}, "paths or images of Pillow, not ndarray"),
+        (7, {}, "paths or images of Pillow, not int"),
+        ([Image.new("L", (4, 4)), TEST], {}, "not both"),
+        (TEST, {"threshold": 1.5}, "threshold must be a probability from 0 to 1, not 1.5"),
+        (TEST, {"target_prior": "unifrom"}, "did you mean 'uniform'"),
+        (TEST, {"tte": "tencrops"}, "tte_mode"),
+        (TEST, {"tte": True, "embeddings": True}, "embeddings are of one view"),
+        (TEST, {"batch_size": 0}, "test_batch_size"),
+    ],
+)
+def test_wrong_input_in_python_is_found_at_once(
+    images: Any, given: dict[str, Any], says: str, model: tailtune.TrainedModel
+) -> None:
+    with pytest.raises(UserError, match=says):
+        model.predict(images, **given)
+
+
 # --- memory, interruptions, errors ------------------------------------------------------------------------------------
 
 
@@ -401,7 +488,7 @@ def test_what_ends_early_leaves_nothing(run: Cli, home: Path, monkeypatch: pytes
         ("run insects --threshold 2", "--threshold must be a probability from 0 to 1, not 2"),
         ("run insects --threshold nan", "--threshold must be a probability"),
         ("run insects --format parquet", "name a file with --out"),
-        ("run insects --out labels.parquet", "Parquet needs the package pyarrow"),
+        ("run insects --out labels.parquet", 'needs the package pyarrow: `pip install "tailtune[parquet]"`'),
         ("run insects --format xml", "invalid choice: 'xml'"),
         ("run insects --out void", "--out void is a folder"),
         ("run insects --out insects.yaml/a.csv", "files cannot be written into"),

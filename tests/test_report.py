@@ -133,6 +133,14 @@ def test_the_predictions_are_those_of_the_result(launch: Cli) -> None:
     assert html.count('class="thumb"><img src="data:image/jpeg') == min(24, hits.count(False))
 
 
+def test_the_curves_show_the_epoch_that_was_kept(launch: Cli) -> None:
+    words = "num_epochs 2 max_test_images 20 val_per_class 1 val_every 1 num_workers 0 output_dir run"
+    for keep, shown in (("keep best:mean_acc", True), ("resume False", False)):
+        assert launch("-d fake_lt -m tiny_clip_peft", words, keep).returncode == 0
+        html, _, result = read(RUN)
+        assert ("kept epoch" in html) == shown == ("kept_epoch" in result["train"])
+
+
 def test_nothing_is_asked_of_anybody(launch: Cli) -> None:
     assert launch(FAKE).returncode == 0
     html, _, _ = read(RUN)

@@ -92,15 +92,25 @@ def test_what_the_package_says_about_itself(installed: Path) -> None:
     about = email.message_from_string(found.read_text("METADATA") or "")
     assert (about["Name"], found.version) == ("tailtune", tailtune.__version__)
     assert [(entry.name, entry.value) for entry in found.entry_points] == [("tailtune", "tailtune:command")]
-    all_needed = {Requirement(text) for text in found.requires or []}
-    needed = {each for each in all_needed if each.marker is None}
+    needed = {each for each in map(Requirement, found.requires or []) if each.marker is None}
     listed = requirements("requirements-package.txt")
     assert needed == {Requirement(str(each).lower().replace("_", "-")) for each in listed}  # names as in an index
-    extra = {Requirement(f"{each}; extra == 'serve'") for each in requirements("requirements-serve.txt")}
-    assert all_needed - needed == extra and {each.name for each in extra} == {*PACKAGES_TO_SERVE.values()}
     tools = {each.name for each in requirements("requirements.txt")}
     assert {"pytest", "ruff", "mypy", "hatchling"} <= tools
     assert not tools & {each.name for each in needed}
+
+
+def test_an_extra_has_the_packages_of_its_file(installed: Path) -> None:
+    found = Distribution.at(next(installed.glob("*.dist-info")))
+    assert {each.name for each in requirements("requirements-serve.txt")} == {*PACKAGES_TO_SERVE.values()}
+    extras = {path.stem.removeprefix("requirements-"): path.name for path in ROOT.glob("requirements-*.txt")}
+    del extras["package"]
+    assert set(found.metadata.get_all("Provides-Extra") or []) == extras.keys() == {"parquet", "serve", "sweep"}
+    for extra, file in extras.items():
+        wanted = [Requirement(text) for text in found.requires or [] if f'extra == "{extra}"' in text.replace("'", '"')]
+        assert {(each.name, each.specifier) for each in wanted} == {
+            (each.name.lower(), each.specifier) for each in requirements(file)
+        }
 
 
 def test_the_changelog_has_the_version() -> None:

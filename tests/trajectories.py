@@ -73,11 +73,31 @@ def train(folder: Path, tier: str, workers: int, micro: int, killed: bool, world
     return Path(name)
 
 
+MOVES = {(1, 2): "from_1_to_2", (2, 1): "from_2_to_1"}
+"""Processes of the first part and of the rest of a run → its folder."""
+
+
+def move(folder: Path, tier: str, before: int, after: int, part: int) -> Path:
+    """The first (0) or second (1) part of a run that is killed and resumed on another number of processes."""
+    path = folder / MOVES[before, after]
+    words = f"{COMMAND} {MORE.get(tier, '')} num_workers 0 micro_batch_size 8 output_dir {path}".split()
+    (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
+    with killed_after(7 if part == 0 else None):
+        run(cfg)
+    AcceleratorState._reset_state()
+    return path
+
+
 def losses(folder: Path) -> list[float]:
-    """The loss of every step, by step; a repeated step counts once, as TensorBoard shows it."""
+    """The loss of every step."""
+    return scalars(folder, "train/loss")
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    """The values of a curve, by step; a repeated step counts once, as TensorBoard shows it."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    by_step = {each.step: each.value for each in events.Scalars("train/loss")}
+    by_step = {each.step: each.value for each in events.Scalars(tag)}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -90,3 +110,5 @@ if __name__ == "__main__":
     processes = int(os.environ["WORLD_SIZE"])
     for layout in LAYOUTS[sys.argv[2]][processes]:
         train(Path(sys.argv[1]), sys.argv[2], *layout, world=processes)
+    move(Path(sys.argv[1]), sys.argv[2], 1, 2, part=1)
+    move(Path(sys.argv[1]), sys.argv[2], 2, 1, part=0)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tailtune.configs import CfgNode, schema_of
+from tailtune.configs.console_text import wrapped
 from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
@@ -101,7 +102,7 @@ def _memory(cfg: CfgNode, methods: Sequence[Method]) -> list[str]:
     }
     left_out = "activations, which this run does not let count, and " if memory.image is None else ""
     return [
-        f"estimated memory of training on one GPU, in MB, without {left_out}the workspace of kernels",
+        *wrapped(f"estimated memory of training on one GPU, in MB, without {left_out}the workspace of kernels"),
         *table({name: f"{size / MB:,.0f}" for name, size in rows.items()}),
     ]
 

@@ -1,4 +1,5 @@
-"""`Labeller`: the model of a run, ready to label images that belong to no data set. `predict` and `serve` share it.
+"""`Labeller`: the model of a run, ready to label images that belong to no data set. `predict`, `serve` and Python share
+it.
 
 The images go through the loader, the transform and the model of an evaluation, so their logits are those of
 `test_only`.
@@ -30,7 +31,7 @@ from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.logit_files import VAL_LOGITS, stored_logits
 from tailtune.trainers.evaluation.target_prior import fitted_temperature, target_of
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
-from tailtune.trainers.methods.base import combine
+from tailtune.trainers.methods.base import Method, combine
 from tailtune.trainers.prediction.predictor import Predictor
 from tailtune.trainers.prediction.request import ModelRequest
 from tailtune.trainers.runs.load_run import config_of, trained_method, trained_outline
@@ -83,17 +84,19 @@ class Labeller:
 
     Args:
         cfg, checkpoint: what `config_to_label` has returned.
+        method: the trained method, if it has been loaded and prepared for `test_prec` already.
 
     Raises:
         UserError: a file is damaged, or the options need something that the run does not have.
     """
 
-    def __init__(self, cfg: CfgNode, checkpoint: Checkpoint) -> None:
+    def __init__(self, cfg: CfgNode, checkpoint: Checkpoint, method: Method | None = None) -> None:
         self.cfg, self.checkpoint = cfg, checkpoint
         self.info = build_info(cfg) if checkpoint.foreign else info_of_run(cfg, read_json(checkpoint.home / FACTS))
-        self.device = make_accelerator(Devices.of(cfg)).device
-        self.method = trained_method(cfg, checkpoint, self.info, self.device)
-        tta.prepare(self.method, cfg.test_prec)
+        if method is None:
+            method = trained_method(cfg, checkpoint, self.info, make_accelerator(Devices.of(cfg)).device)
+            tta.prepare(method, cfg.test_prec)
+        self.method, self.device = method, method.log_prior.device
         self.predictor = self._predictor()
 
     def view(self, source: Source) -> View:

@@ -60,7 +60,7 @@ def predict_images(request: PredictRequest, schema: Schema, stdout: BinaryIO) ->
     with Interrupt() as interrupt, open_outputs(request, predictor.class_names, stdout, about) as outputs:
         images = _Images(labeller, view, interrupt)
         batches = images.batches(outputs)
-        found = _collected(batches, count, scratch) if predictor.estimates else None
+        found = collected(batches, count, scratch) if predictor.estimates else None
         used = predictor.frequencies(found, scratch)
         for part in batches if found is None else [found]:
             _write(predictor, predictor.log_odds(part, used), part.index, outputs)
@@ -109,13 +109,23 @@ class _Images:
                 if features is not None:
                     outputs.add_features(features)
                 bar.update(len(logits.index) + len(unreadable))
+                bar.clear()  # the table may go to the same terminal
                 yield logits
                 if self.interrupt.requested:
                     raise KeyboardInterrupt
 
 
-def _collected(batches: Iterator[Logits], count: int, scratch: Scratch) -> Logits:
-    """The logits of all images, in a file if there are many."""
+def collected(batches: Iterator[Logits], count: int, scratch: Scratch) -> Logits:
+    """The logits of all images, in a file if there are many.
+
+    Args:
+        batches: logits of some images each.
+        count: number of all images; some may be missing in the batches.
+        scratch: gives room for them.
+
+    Raises:
+        UserError: there are none.
+    """
     collected = CollectedLogits(count, scratch, summarised=False)
     for batch in batches:
         if collected.rows is None:

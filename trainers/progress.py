@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tailtune.trainers.processes.console_log import SHORT, WIDTH
+from tailtune.configs.console_text import WIDTH
+from tailtune.trainers.processes.console_log import SHORT
 from tailtune.trainers.runs.result_table import COLUMNS, number
 from tailtune.trainers.storage.tensorboard_events import Events
 
@@ -190,6 +191,7 @@ def write_test_curves(
     curves: Mapping[str, float],
     distributions: Mapping[str, Any],
     options: Mapping[str, Any] | None,
+    pictures: Mapping[str, bytes],
 ) -> None:
     """Write the results of a test for TensorBoard. Weights of experts are curves over their updates.
 
@@ -199,6 +201,7 @@ def write_test_curves(
         curves: what `test_curves` returned.
         distributions: name of a test distribution → its results.
         options: training options for TensorBoard's tab of hyperparameters; None: the run has no line there.
+        pictures: tag → content of a PNG file.
     """
     with Events(folder) as writer:
         if options is not None:
@@ -206,6 +209,8 @@ def write_test_curves(
             writer.add_options(shown, [f"test/{name}" for name in COLUMNS if f"test/{name}" in curves])
         for tag, value in curves.items():
             writer.add_scalar(tag, value, step)
+        for tag, png in pictures.items():
+            writer.add_picture(tag, png, step)
         for name, results in distributions.items():
             for predictor, values in results["predictors"].items():
                 for point, weights in enumerate(values.get("path", []), start=1):

@@ -1,18 +1,15 @@
 """The Python API: `tailtune.train`, `tailtune.load` and `tailtune.build_model`."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 
 from tailtune import models
-from tailtune.configs import CfgNode, UserError, load_configs
+from tailtune.configs import CfgNode, UserError
 from tailtune.configs.errors import printable
 from tailtune.configs.launch_environment import check_environment
 from tailtune.datasets.build_data import build_info, stored_info, with_descriptors
@@ -21,16 +18,16 @@ from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.option_schema import declared
+from tailtune.trainers.option_words import words_of
+from tailtune.trainers.predict_in_python import Prediction
 from tailtune.trainers.processes.console_log import console_restored
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.runs.result_table import read_result
 from tailtune.trainers.stages import run_stages
+from tailtune.trainers.stages_of_words import NO_DATA, stages_of
 from tailtune.trainers.trained_model import TrainedModel, load
 
-__all__ = ["TrainedModel", "TrainedRun", "build_model", "load", "train"]
-
-NO_DATA = "fake_lt"
-"""Data config of a model that is built without data. It sets no option of the model."""
+__all__ = ["Prediction", "TrainedModel", "TrainedRun", "build_model", "load", "train"]
 
 log = logging.getLogger("tailtune")
 
@@ -57,15 +54,16 @@ class TrainedRun:
         return load(self.source, device)
 
 
-def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
+def train(data: str | Path, model: str | Path, **options: Any) -> TrainedRun:
     """Train and evaluate, as the command `tailtune -d DATA -m MODEL KEY VALUE …` does.
 
     The same call again resumes an unfinished run, and returns the result of a finished one. The log is printed on
     standard output. Several processes are started by `accelerate launch` with a script that calls this function.
 
     Args:
-        data: name of a data config, or the path of your YAML.
-        model: name of a model config.
+        data: name of a data config, the path of your YAML, or a folder with a folder of images for each class. The
+            split of a folder is made once, in output/<name>_data, and used again by later calls.
+        model: name of a model config, or the path of your YAML.
         **options: options as keywords, such as `lr=0.1` or `lora=True`. Names with a dot:
             `**{"ride.diversity": 0.1}`. A text is parsed as on the command line.
 
@@ -74,7 +72,7 @@ def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
 
     Raises:
         UserError: an unknown name, a wrong value, or options that do not fit each other; nothing is written then.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM. The state is saved, and the same call continues.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1. The state is saved, and the same call continues.
 
     Example:
         ```python
@@ -83,8 +81,7 @@ def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
         ```
     """
     check_environment()
-    stages = load_configs(str(data), model, _words(options), declared(), "train")
-    with console_restored():
+    with stages_of(str(data), str(model), words_of(options), declared(), "train") as stages, console_restored():
         try:
             outcome = run_stages(stages)
         except Interrupted:  # another program knows KeyboardInterrupt only
@@ -93,7 +90,7 @@ def train(data: str | Path, model: str, **options: Any) -> TrainedRun:
 
 
 def build_model(
-    model: str,
+    model: str | Path,
     data: str | Path | None = None,
     *,
     class_names: Sequence[str] | None = None,
@@ -107,8 +104,8 @@ def build_model(
     random weights, with a warning, because no images are given here.
 
     Args:
-        model: name of a model config.
-        data: name of a data config, or the path of your YAML. It gives class names and options of the model.
+        model: as for `train`.
+        data: as for `train`. It gives class names and options of the model.
         class_names: names of the C classes, instead of `data`.
         num_classes: number of classes, instead of `data`, for a classifier that reads no texts. Together with `data`,
             it is the option of this name.
@@ -131,11 +128,12 @@ def build_model(
     _check_classes(data, class_names, num_classes)
     if data is not None and num_classes is not None:
         options["num_classes"] = num_classes
-    cfg = resolve(load_configs(str(data or NO_DATA), model, _words(options), declared(), "build_model")[-1])
-    info = _info_without_images(cfg, data is not None, class_names, num_classes)
+    words = words_of(options)
+    with stages_of(str(data or NO_DATA), str(model), words, declared(), "build_model", keep=False) as stages:
+        cfg = resolve(stages[-1])
+        info = _info_without_images(cfg, data is not None, class_names, num_classes)
     net = models.build_model(cfg, info.class_names, descriptors=info.descriptors, pixel_stats=(info.mean, info.std))
-    _start_head(net, cfg, info.num_classes)
-    return net
+    return _start_head(net, cfg, info.num_classes)
 
 
 def _check_classes(data: Any, class_names: Any, num_classes: Any) -> None:
@@ -149,13 +147,14 @@ def _check_classes(data: Any, class_names: Any, num_classes: Any) -> None:
         raise UserError("build_model: give either data, class_names or num_classes")
 
 
-def _start_head(net: ClassificationModel, cfg: CfgNode, num_classes: int) -> None:
+def _start_head(net: ClassificationModel, cfg: CfgNode, num_classes: int) -> ClassificationModel:
     """Fill the classifier from the class names, or leave it random if it would be filled from training images."""
     if _reads_text(cfg):
         net.init_head(text_context(net, num_classes, cfg.seed, torch.device("cpu")))
     elif net.init is not None:
         log.warning("warning: init_head %s reads training images, so the classifier stays random", cfg.init_head)
         net.init = None
+    return net
 
 
 def _reads_text(cfg: CfgNode) -> bool:
@@ -177,29 +176,3 @@ def _info_without_images(
     if _reads_text(cfg) and cfg.pretrained is not None and no_names:
         raise UserError("build_model: the classifier is made from the names of the classes: give class_names")
     return with_descriptors(cfg, info)
-
-
-def _words(options: Mapping[str, Any]) -> list[str]:
-    """Options as the words of a command line, so that a run has the same name and hash as that of the command."""
-    return [word for key, value in options.items() for word in (key, _word(key, value))]
-
-
-def _word(key: str, value: Any) -> str:
-    if value is None:
-        return "none"
-    value = _without_numpy(value)
-    if not isinstance(value, (list, dict)):
-        return str(value)
-    try:
-        return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).strip()
-    except yaml.YAMLError:
-        raise UserError(f"{key}: '{printable(value)}' must hold texts and numbers only") from None
-
-
-def _without_numpy(value: Any) -> Any:
-    """The value with plain numbers and lists in place of those of NumPy and of tuples."""
-    if isinstance(value, dict):
-        return {_without_numpy(name): _without_numpy(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_without_numpy(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value

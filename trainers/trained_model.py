@@ -1,9 +1,9 @@
 """`load`: the model of a finished run, for predictions in Python."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -25,6 +25,12 @@ from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import config_of, trained_method
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, find_checkpoint
 from tailtune.trainers.storage.manifest import read_json
+
+if TYPE_CHECKING:
+    from tailtune.trainers.predict_in_python import Prediction
+
+Given = str | Path | Image.Image
+"""A path, or an image of Pillow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,52 @@ class TrainedModel:
             UserError: the images have another shape.
         """
         return self.method.model.features(self._placed(images)).float().to(images.device)
+
+    def predict(
+        self,
+        images: Given | Iterable[Given],
+        *,
+        target_prior: str | Path | None = None,
+        threshold: float | None = None,
+        tte: bool | str | None = None,
+        calibrate: bool | None = None,
+        embeddings: bool = False,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+    ) -> "Iterator[Prediction]":
+        """Label images, as the command `predict` does. What is None is as in the run's own evaluation.
+
+        An image that cannot be read is left out, with a warning of the logger `tailtune`; `index` says which are there.
+
+        Args:
+            images: a path or several: files, folders, patterns and list files, as the command takes them; or images of
+                Pillow. One that its EXIF data turn is rotated in place.
+            target_prior: class frequencies of the images: `uniform`, `train`, a JSON file by class name, or `estimate`.
+            threshold: probability below which the label is `unsure`.
+            tte: average several views of each image: True, False, or the name of the views, such as `tencrop`.
+            calibrate: whether the temperature of the validation images divides the logits.
+            embeddings: whether the predictions have features.
+            batch_size: images that are computed at once.
+            num_workers: processes that decode files. Pillow's images stay in this process.
+
+        Returns:
+            A prediction for each image, computed batch by batch. Only an estimated prior needs all of them first.
+
+        Raises:
+            UserError: there is no image, or an argument is wrong.
+
+        Example:
+            ```python
+            for found in classifier.predict("photos", threshold=0.8):
+                print(found.path, found.label, found.probability)
+            ```
+        """
+        from tailtune.trainers.predict_in_python import predictions  # it imports this module
+
+        options = {"target_prior": target_prior, "tte": tte, "calibrate": calibrate, "test_batch_size": batch_size}
+        options |= {"num_workers": num_workers} | ({"tte": True, "tte_mode": tte} if isinstance(tte, str) else {})
+        given = {name: value for name, value in options.items() if value is not None}
+        return predictions(self.folder, self.method, images, given, threshold, embeddings)
 
     def _placed(self, images: Tensor) -> Tensor:
         side = self.resolution

@@ -1,6 +1,6 @@
 """Running loss and accuracy. They are counted on the device and read only for a log line, so that no step waits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,3 +101,21 @@ class TrainingMeters:
     def _mean(self, group: str | None) -> float | None:
         values = self.class_average if group is None else self.class_average[self.groups[group]]
         return None if values.isnan().all() else float(values.nanmean())
+
+
+COUNTS = ("hits", "seen")
+"""What a process has counted alone. All other entries of a state are equal in all processes."""
+
+
+def joined(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of one process that has counted what several processes have counted.
+
+    Args:
+        states: `TrainingMeters.state` of each process.
+    """
+    return {**states[0], **{name: torch.stack([state[name] for state in states]).sum(0) for name in COUNTS}}
+
+
+def without_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a further process, which has counted nothing yet."""
+    return {**state, **{name: torch.zeros_like(state[name]) for name in COUNTS}}

@@ -146,7 +146,11 @@ class RunOptions:
         False, "The log says after each epoch whether training waited for images, and for what.", cls="runtime"
     )
     print_freq: int = option(
-        10, "Number of optimizer steps between two lines of the log.", cls="runtime", least=1, most=10**9
+        10,
+        "Number of optimizer steps between two lines of the log. An epoch of at most twice as many steps has one line.",
+        cls="runtime",
+        least=1,
+        most=10**9,
     )
     save_every: int | None = option(
         None,

@@ -17,6 +17,7 @@ OURS = (
         "metrics.json",
         "logits.safetensors",
         "val_logits.safetensors",
+        "expert_weights.json",
         "log.txt",
         ".lock",
         "tailtune.json",

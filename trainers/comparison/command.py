@@ -10,7 +10,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.program import Parser, print_text, program
 from tailtune.configs.schema import Schema
 from tailtune.trainers.comparison.finished_runs import folder_rows, with_result
-from tailtune.trainers.comparison.formats import FORMATS, format_of, write_table
+from tailtune.trainers.comparison.formats import FORMATS, format_of, format_of_console, write_table
 from tailtune.trainers.comparison.rows import METRICS, check_metrics, ranked
 from tailtune.trainers.comparison.tables import Table
 
@@ -50,7 +50,8 @@ def run_compare(argv: Sequence[str], load_schema: LoadSchema) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose rows, columns and output of a table."""
-    parser.add_argument("--format", choices=FORMATS, help="of the table; default: that of --output, or md")
+    form = "of the table; default: that of --output, text on a terminal, or md"
+    parser.add_argument("--format", choices=FORMATS, help=form)
     parser.add_argument("--output", "-o", metavar="FILE", type=Path, help="write to this file, and print nothing")
     metrics = "names of numbers in metrics.json, such as few_acc or backward50.accuracy"
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=metrics)
@@ -108,7 +109,7 @@ def show(table: Table, args: argparse.Namespace, tests: bool = False) -> None:
         from tailtune.trainers.comparison.answers import compare_with_first, names_of_classes  # imports torch
 
         table = replace(table, paired=compare_with_first(rows), class_names=names_of_classes(rows[0]))
-    kind = args.format or (format_of(args.output) if args.output else "md")
+    kind = args.format or (format_of(args.output) if args.output else format_of_console())
     if args.output:
         write_table(table, args.output, kind)
     else:

@@ -1,11 +1,13 @@
 """FORMATS: the formats in which a table of results is written."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from tailtune.configs.errors import UserError
 from tailtune.trainers.comparison.tables import Table, as_csv, as_latex, as_markdown
+from tailtune.trainers.comparison.text_format import as_text
 from tailtune.trainers.storage.atomic_io import write_bytes
 
 
@@ -16,11 +18,18 @@ def _html(table: Table) -> str:
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = MappingProxyType(
-    {"md": as_markdown, "csv": as_csv, "latex": as_latex, "html": _html}
+    {"text": as_text, "md": as_markdown, "csv": as_csv, "latex": as_latex, "html": _html}
 )
 """Name of a format → function that writes a table in it."""
-ENDINGS: Mapping[str, str] = MappingProxyType({"md": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"})
+ENDINGS: Mapping[str, str] = MappingProxyType(
+    {"text": ".txt", "md": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
+)
 """Format → ending of its files."""
+
+
+def format_of_console() -> str:
+    """The format of a table that is printed: text on a terminal; Markdown in a file or a pipe, where it is used on."""
+    return "text" if sys.stdout is not None and sys.stdout.isatty() else "md"
 
 
 def format_of(path: Path) -> str:

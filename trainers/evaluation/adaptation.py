@@ -55,6 +55,10 @@ class UnlabelledBatch(NamedTuple):
     positions: Tensor  # [B], of the images in the test split
 
 
+Learnt = Mapping[str, Any]
+"""What an adaptation has learnt for one test distribution, in the types of JSON; numbers are exact."""
+
+
 @dataclass(frozen=True)
 class UnlabelledTest:
     """The input of an adaptation. The only labels in it are those in `plain`; only metrics may read them."""
@@ -70,6 +74,8 @@ class UnlabelledTest:
     accelerator: Accelerator
     images: View
     num_workers: int | None = None
+    learnt: Mapping[str, Learnt] = field(default_factory=dict)
+    """Name of a distribution → what an earlier evaluation has learnt from the same images with the same options."""
 
     def batches(self, positions: Tensor, batch_size: int) -> Iterator[UnlabelledBatch]:
         """Read test images in batches, the same batches on every process. Unreadable images are left out.
@@ -92,6 +98,11 @@ class AdaptedPredictions(NamedTuple):
     positions: Tensor  # [n], of the images in the test split
     facts: Mapping[str, Any]
     """Entries of metrics.json in addition to the metrics, such as the weights of the experts."""
+    learnt: Learnt | None = None
+    """What is stored, so that `Adaptation.again` makes the same predictions from it; None: nothing."""
+
+
+Again = Callable[[Logits, Sequence[TestDistribution], Any, Mapping[str, Learnt]], dict[str, AdaptedPredictions]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,9 @@ class Adaptation:
     """Dataclass of the options of this adaptation."""
     check: Callable[[Method, str], str] = field(default=lambda method, name: "")
     """(method on the meta device, its name) → the reason why it cannot be adapted; an empty text if it can."""
+    again: Again | None = None
+    """(logits of all test images, test distributions, options, what was learnt for each of them) → the predictions that
+    `run` has made then, from neither images nor the network; None: this is not possible."""
 
 
 @contextmanager

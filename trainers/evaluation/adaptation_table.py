@@ -1,13 +1,21 @@
 """ADAPTS: the table of test-time adaptations, and the option that chooses one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.option import option
 from tailtune.configs.value_parsers import as_str
-from tailtune.trainers.evaluation.adaptation import Adaptation, AdaptedPredictions, UnlabelledTest, of_predictions
-from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner, adapt
+from tailtune.datasets.data_bundle import TestDistribution
+from tailtune.trainers.evaluation.adaptation import (
+    Adaptation,
+    AdaptedPredictions,
+    Learnt,
+    UnlabelledTest,
+    of_predictions,
+)
+from tailtune.trainers.evaluation.expert_weights import Learner, Recipe, StreamLearner, adapt, learners_of
+from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.methods import Method
 
 
@@ -43,11 +51,23 @@ def needs_experts(method: Method, name: str) -> str:
 def expert_weights(kind: type[Learner]) -> Adaptation:
     """The adaptation that learns a weight for each expert with the given learner class of `expert_weights.py`."""
 
-    def run(test: UnlabelledTest, recipe: Recipe) -> dict[str, AdaptedPredictions]:
-        learners = adapt(kind, recipe, test.plain, test.distributions, test.views, test.accelerator)
-        return {name: AdaptedPredictions(*learner.predictions(), learner.facts()) for name, learner in learners.items()}
+    def predictions(learners: Mapping[str, Learner]) -> dict[str, AdaptedPredictions]:
+        return {
+            name: AdaptedPredictions(*learner.predictions(), learner.facts(), learner.learnt())
+            for name, learner in learners.items()
+        }
 
-    return Adaptation(run, kind.Options, needs_experts)
+    def run(test: UnlabelledTest, recipe: Recipe) -> dict[str, AdaptedPredictions]:
+        return predictions(
+            adapt(kind, recipe, test.plain, test.distributions, test.views, test.accelerator, test.learnt)
+        )
+
+    def again(
+        plain: Logits, tests: Sequence[TestDistribution], recipe: Recipe, learnt: Mapping[str, Learnt]
+    ) -> dict[str, AdaptedPredictions]:
+        return predictions(learners_of(kind, recipe, plain, tests, learnt))
+
+    return Adaptation(run, kind.Options, needs_experts, again)
 
 
 ADAPTS: Mapping[str, Adaptation] = {

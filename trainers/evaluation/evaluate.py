@@ -4,34 +4,32 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from tailtune.configs import values_of
 from tailtune.configs.errors import UserError
-from tailtune.configs.key import TRAIN
 from tailtune.datasets.data_bundle import DataBundle, DataInfo, TestDistribution
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
-from tailtune.trainers.evaluation.adaptation import UnlabelledTest
-from tailtune.trainers.evaluation.adaptation_table import ADAPTS
+from tailtune.trainers.evaluation.adapted_results import LearntFiles, Predict, predicted_from_views
+from tailtune.trainers.evaluation.curves_of_evaluation import add_curves
 from tailtune.trainers.evaluation.distributions import Results, dirichlet_summary, plain_results
-from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
+from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan, with_stored_names
 from tailtune.trainers.evaluation.expert_usage import is_finite, usage_report
 from tailtune.trainers.evaluation.inference import Logits, infer, rows_of
 from tailtune.trainers.evaluation.logit_files import LOGITS, VAL_LOGITS, save_logits, stored_logits
-from tailtune.trainers.evaluation.metrics import evaluate, evaluate_predictions
+from tailtune.trainers.evaluation.metrics import evaluate_predictions
 from tailtune.trainers.evaluation.report_of_evaluation import add_report
 from tailtune.trainers.evaluation.target_prior import add_target_results
 from tailtune.trainers.methods import Method
-from tailtune.trainers.progress import test_curves, write_test_curves
 from tailtune.trainers.report.files import NONE
 from tailtune.trainers.report.subject import EvaluatedImages
 from tailtune.trainers.runs.metrics_file import circumstances, write_metrics
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Decision
-from tailtune.trainers.runs.run_folder import FACTS, RunFolder
+from tailtune.trainers.runs.run_folder import RunFolder
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.manifest import read_json
@@ -63,6 +61,7 @@ class Evaluation:
         for text in (*self.decision.notes, *self.plan.warnings):
             self.note(text, warn=True)
         self.scratch = Scratch(self.folder.path)
+        self._learnt: LearntFiles | None = None
 
     def note(self, text: str, warn: bool = False) -> None:
         """Record a note for metrics.json; with `warn` also log it as a warning."""
@@ -78,35 +77,56 @@ class Evaluation:
         Returns:
             Whether the evaluation is done; if not, `from_images` must be called.
         """
-        test_logits, val = None if self.plan.adapts else self._stored(LOGITS), self._stored(VAL_LOGITS)
-        shifted = {"test_dists", "target_prior"} & set(self.plan.asked)
-        if test_logits is None or (test_logits.bad_images and shifted):  # `shifted` needs the labels of all images
+        stored, val = self._open(LOGITS), self._open(VAL_LOGITS)
+        if stored is None or (stored[1].bad_images and self.plan.asked):  # these options need the labels of all images
             return False
         if val is None and self.plan.needs_val and "val" in read_json(self.folder.metrics):  # saved by older versions
             return False
+        if self.plan.adapts and not self._has_learnt(*stored):
+            return False
+        self._stored(LOGITS)
         if self.accelerator.is_main_process:
+            (_, test_logits), val_logits = stored, val and val[1]
             info = self.build.info()
             distributions = self._asked(self.build.distributions(info, test_logits.labels))
-            self._keep(test_logits, val)
+            self._keep(test_logits, val_logits)
             measured = plain_results(test_logits, distributions, info.groups)
-            info = self._with_stored_names(info)
-            self._aim(test_logits, val, distributions, info, measured)
+            if self.plan.adapts:
+                self._adapt(test_logits, distributions, info, measured)
+            info = with_stored_names(info, self.folder)
+            self._aim(test_logits, val_logits, distributions, info, measured)
             split = "train" if self.plan.test_train else "test"
             images = partial(self.build.images, split, self.decision.fingerprints.get(split))
             every = self.build.outline().asks_every_expert
-            self._finish(self.trained_result(), test_logits, val, info, images, measured, every)
+            self._finish(self.trained_result(), test_logits, val_logits, info, images, measured, every)
         return True
 
     def _stored(self, name: str) -> Logits | None:
         """Logits that an earlier evaluation of this run saved and that this evaluation would compute again, or None."""
+        stored = self._open(name)
+        if stored is not None and name == LOGITS:
+            log.info("using the logits of %s", stored[0])
+            self.note(f"from the logits of {stored[0]}")
+        return stored and stored[1]
+
+    def _open(self, name: str) -> tuple[Path, Logits] | None:
+        """The file that `_stored` reads, and its logits."""
         if self.folder.source != self.folder.path or not self.folder.finished():
             return None
-        stored = stored_logits(self.folder.path, self._key(name), name)
-        if stored is None or name != LOGITS:
-            return stored and stored[1]
-        log.info("using the logits of %s", stored[0])
-        self.note(f"from the logits of {stored[0]}")
-        return stored[1]
+        return stored_logits(self.folder.path, self._key(name), name)
+
+    def _has_learnt(self, path: Path, plain: Logits) -> bool:
+        """Whether earlier evaluations have learnt what `adapt` needs for every test distribution of these logits."""
+        if not (files := self._learnt_files(path)).fitting:
+            return False
+        tests = self.build.distributions(self.build.info(), plain.labels)
+        return files.find(tests)[0].keys() >= {test.name for test in tests if len(rows_of(plain, test.positions))}
+
+    def _learnt_files(self, logits: Path) -> LearntFiles:
+        """The files with what `adapt` has learnt from these logits. They are looked for once."""
+        if self._learnt is None:
+            self._learnt = LearntFiles.of(self.folder, self.plan, self._key(LOGITS), logits)
+        return self._learnt
 
     def trained_result(self) -> dict[str, Any]:
         """The entries about training in the metrics.json of the run that is evaluated; empty without that file."""
@@ -139,7 +159,10 @@ class Evaluation:
             self._keep(test_logits, val)
         measured = {} if test_logits is None else plain_results(test_logits, distributions, data.info.groups)
         if self.plan.adapts:
-            self._adapt(method, data, test_logits, distributions, measured)
+            predict = partial(
+                predicted_from_views, self.plan, method, data, test_logits, self.accelerator, self.scratch
+            )
+            self._adapt(test_logits, distributions, data.info, measured, predict)
 
         def aim() -> None:
             if test_logits is not None:
@@ -161,32 +184,19 @@ class Evaluation:
 
     def _adapt(
         self,
-        method: Method,
-        data: DataBundle,
         plain: Logits | None,
-        distributions: Sequence[TestDistribution],
+        tests: Sequence[TestDistribution],
+        info: DataInfo,
         measured: Results,
+        predict: Predict | None = None,
     ) -> None:
-        """Add the results of `adapt` on each distribution to `measured`, on the first process."""
-        plan, predict = self.plan, test_time.separate(method)
-        assert plan.adapt is not None
-
-        def passes(number: int) -> Logits | None:
-            log.info("views of the test images, pass %d", number + 1)
-            sizes, title = (plan.batch_size, plan.num_workers), f"views, pass {number + 1}"
-            return infer(predict, data.test_views, self.accelerator, *sizes, number, self.scratch, title=title)
-
-        distributions = [candidate for candidate in distributions if candidate.name in measured]
-        test = UnlabelledTest(method, distributions, plain, passes, self.accelerator, data.test, plan.num_workers)
-        adapted = ADAPTS[plan.adapt].run(test, plan.adapt_options)
-        if plain is None:
-            return
-        for name, predictions in adapted.items():
-            labels = plain.labels[rows_of(plain, predictions.positions)]
-            metrics = evaluate(predictions.logits, labels, data.info.groups)
-            predictors = measured[name]["predictors"]
-            gain = metrics["accuracy"] - predictors["plain"]["accuracy"]
-            predictors[plan.adapt] = {**metrics, "gain": gain, **predictions.facts}
+        """Add the results of `adapt` to `measured`, on the first process. Without `predict`, all was learnt before."""
+        if plain is not None:
+            files, target = self._learnt_files(self.decision.target / LOGITS), self.decision.target
+            if origin := files.add_results(target, plain, tests, info.groups, measured, predict):
+                self.note(f"from {origin}")
+        elif predict is not None:
+            predict(tests, {})  # this process takes part in the passes over the images
 
     def _aim(
         self,
@@ -205,13 +215,6 @@ class Evaluation:
         )
         for text in notes:
             self.note(text, warn=True)
-
-    def _with_stored_names(self, info: DataInfo) -> DataInfo:
-        """The facts with the class names of the checkpoint: without image lists, `info` may hold placeholders."""
-        facts = self.folder.source / FACTS
-        if self.folder.foreign is not None or not facts.exists():
-            return info
-        return replace(info, class_names=tuple(read_json(facts)["class_names"]))
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
         """Compute the logits of a split; None on every process but the first."""
@@ -260,6 +263,7 @@ class Evaluation:
         notes = [*result.get("notes", []), *self.notes]
         about = {**self.plan.options, **self.facts, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
         about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
+        result |= {"backbone": self.folder.cfg.backbone}  # older runs did not say it
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, logits in (("test", test_logits), ("val", val)):
             if logits is not None:
@@ -275,12 +279,7 @@ class Evaluation:
             result["dirichlet"] = summary
         target = self.decision.target
         if distributions or target == self.folder.path:
-            options = values_of(self.folder.cfg, TRAIN) if target == self.folder.path else None
-            step = (result.get("train") or {}).get("steps", 0)
-            curves = test_curves(result["test"], distributions)
-            self.accelerator.log(curves, step)
-            if self.plan.tensorboard:
-                write_test_curves(target / "tensorboard", step, curves, distributions, options)
+            add_curves(self.plan, self.accelerator, self.folder, target, result, info)
         kind = self.plan.report
         report = "" if kind == NONE else add_report(self.folder, target, result, test_logits, info, images, kind)
         self.folder.seal(write_metrics(target, result))

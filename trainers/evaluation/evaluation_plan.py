@@ -1,7 +1,7 @@
 """The settings of an evaluation, and functions that build data and models when only stored logits are available."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,8 @@ from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import Method
 from tailtune.trainers.report.subject import EvaluatedImages
 from tailtune.trainers.runs.load_run import outline, outline_of
-from tailtune.trainers.runs.run_folder import RunFolder
+from tailtune.trainers.runs.run_folder import FACTS, RunFolder
+from tailtune.trainers.storage.manifest import read_json
 
 OF_TEST_IMAGES = ("test_dists", "adapt", "target_prior")
 """Options that apply to test images only; they are ignored when training images are evaluated."""
@@ -121,3 +122,11 @@ class Builders:
             trained_outline=lambda: outline_of(folder, cfg),
             images=lambda split, fingerprint: EvaluatedImages.of(cfg, folder.kept(), split, fingerprint),
         )
+
+
+def with_stored_names(info: DataInfo, folder: RunFolder) -> DataInfo:
+    """The facts with the class names of the evaluated checkpoint: without image lists, `info` may hold placeholders."""
+    facts = folder.source / FACTS
+    if folder.foreign is not None or not facts.exists():
+        return info
+    return replace(info, class_names=tuple(read_json(facts)["class_names"]))

@@ -8,16 +8,18 @@ not changed. Its logits are computed once, for all test sets that share the imag
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.distributed import on_main
-from tailtune.trainers.evaluation.adaptation import BatchOptions, of_predictions
+from tailtune.trainers.evaluation.adaptation import BatchOptions, Learnt, of_predictions
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.evaluation.rows import MadeRows, Rows
 from tailtune.trainers.methods.base import combine
@@ -95,6 +97,8 @@ class Learner:
         self.optimizer = torch.optim.SGD(
             [self.w], recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
         )
+        self.known: Tensor | None = None
+        """Weights of the experts that were learnt before, [E]; None: they are learnt now."""
         self.path: list[list[float]] = []
         """Weights of the experts in the course of learning, one list [E] a point."""
         self.similarity: list[float] = []
@@ -103,11 +107,17 @@ class Learner:
     @property
     def weights(self) -> Tensor:
         """Weights of the experts, a = softmax(w) [E]; they sum to 1."""
-        return self.w.detach().softmax(0)
+        return self.w.detach().softmax(0) if self.known is None else self.known
 
     @property
     def running(self) -> bool:
-        """Whether another pass is needed."""
+        """Whether another pass is needed.
+
+        Raises:
+            UserError: the weights are not finite.
+        """
+        if not self.weights.isfinite().all():
+            raise UserError(f"adapt: the weights for {self.name} are not finite; lower adapt_lr or adapt_weight_decay")
         return self.epoch < self.epochs and not (self.epoch and self.lowest < LEAST)
 
     @property
@@ -177,10 +187,18 @@ class Learner:
         shape = (len(rows), logits.shape[-1])
         return MadeRows(shape, lambda part: combine(logits[rows[part]], weights[part])), self.plain.index[rows]
 
+    def learnt(self) -> dict[str, Any]:
+        """Everything that `restore` needs."""
+        return {"weights": self.weights.tolist(), "path": self.path, "similarity": self.similarity}
+
+    def restore(self, learnt: Learnt) -> None:
+        """Take over what another learner of the same test set has learnt with the same options."""
+        self.known, self.epochs = torch.tensor(learnt["weights"], dtype=self.w.dtype), 0
+        self.path, self.similarity = learnt["path"], learnt["similarity"]
+
     def facts(self) -> dict[str, Any]:
         """The entries that metrics.json gets besides the metrics."""
-        learnt = {"weights": self.weights.tolist(), "path": self.path, "similarity": self.similarity}
-        return {**learnt, "learnt_from": len(self.learns)}
+        return {**Learner.learnt(self), "learnt_from": len(self.learns)}
 
 
 class StreamLearner(Learner):
@@ -208,6 +226,44 @@ class StreamLearner(Learner):
         positions, weights = zip(*self.seen, strict=True)
         return self.combined(torch.cat(positions), torch.cat(weights))
 
+    def learnt(self) -> dict[str, Any]:
+        return {**super().learnt(), "of_batches": [weights[0].tolist() for _, weights in self.seen]}
+
+    def restore(self, learnt: Learnt) -> None:
+        super().restore(learnt)
+        of_batches = torch.tensor(learnt["of_batches"], dtype=self.w.dtype)
+        for batch, weights in zip(self.batches(), of_batches, strict=True):
+            self.seen.append((batch, weights.expand(len(batch), -1)))
+
+
+def learners_of(
+    kind: type[Learner],
+    recipe: Recipe,
+    plain: Logits | None,
+    distributions: Sequence[TestDistribution],
+    learnt: Mapping[str, Learnt] = MappingProxyType({}),
+) -> dict[str, Learner]:
+    """A learner for each test set.
+
+    Args:
+        kind: class of the learners.
+        recipe: the hyper-parameters.
+        plain: logits of the images without random transforms; None on every process but the first.
+        distributions: the test sets.
+        learnt: name of a test set → what was learnt for it before; its learner needs no pass.
+
+    Returns:
+        Name of a test set → its learner; empty on every process but the first.
+    """
+    if plain is None:
+        return {}
+    learners = {
+        test.name: kind(test.name, plain, test.positions, recipe, test.learn_positions) for test in distributions
+    }
+    for name in learners.keys() & learnt.keys():
+        learners[name].restore(learnt[name])
+    return learners
+
 
 def adapt(
     kind: type[Learner],
@@ -216,14 +272,12 @@ def adapt(
     distributions: Sequence[TestDistribution],
     passes: Callable[[int], Logits | None],
     accelerator: Accelerator,
+    learnt: Mapping[str, Learnt] = MappingProxyType({}),
 ) -> dict[str, Learner]:
     """Learn the weights of all test sets in the same passes over the images. All processes must call this together.
 
     Args:
-        kind: class of the learners.
-        recipe: the hyper-parameters.
-        plain: logits of the images without random transforms; None on every process but the first.
-        distributions: the test sets.
+        kind, recipe, plain, distributions, learnt: as for `learners_of`.
         passes: number of a pass → logits of two views of every image of the split [N, 2, E, C]. It is called only
             while a learner needs another pass.
         accelerator: the processes.
@@ -231,13 +285,8 @@ def adapt(
     Returns:
         Name of a test set → its learner, after learning; empty on every process but the first.
     """
-    learners: dict[str, Learner] = {}
-    if plain is not None:
-        learners = {
-            test.name: kind(test.name, plain, test.positions, recipe, test.learn_positions) for test in distributions
-        }
-    number = 0
-    while on_main(accelerator, lambda: any(learner.running for learner in learners.values())):
+    learners, number = learners_of(kind, recipe, plain, distributions, learnt), 0
+    while on_main(accelerator, lambda: any([learner.running for learner in learners.values()])):
         _one_pass(learners, passes(number))
         number += 1
     return learners

@@ -9,7 +9,7 @@ import torch
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.rows import HalfRows, slices
 from tailtune.trainers.storage.atomic_io import Damaged, Digest
-from tailtune.trainers.storage.manifest import check_file
+from tailtune.trainers.storage.manifest import check_file, manifest_of
 from tailtune.trainers.storage.tensor_files import open_tensors, stream_tensors
 
 LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
@@ -86,3 +86,10 @@ def open_logits(path: Path) -> tuple[dict[str, Any], Logits]:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(path, str(error)) from error
+
+
+def checksum_of(path: Path) -> str:
+    """SHA-256 of a file in a run's folder, when the run wrote it. Equal logits of equal origin have the same one."""
+    manifest = manifest_of(path)
+    assert manifest is not None, "logits are in the folder of a run"
+    return manifest.files[path.relative_to(manifest.home).as_posix()].sha256

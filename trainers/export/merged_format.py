@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.lazy_module import lazy_module
@@ -90,7 +91,9 @@ def merged(exported: ExportedModel) -> State:
     encoder, peft = exported.encoder, exported.peft
     state = dict(merge_adapter(encoder, peft) if peft else encoder.pretrained_state())
     if isinstance(encoder, ViTEncoder):
-        for index, (name, path) in product(range(encoder.depth), LAYERS.items()):
+        layers = [*product(range(encoder.depth), LAYERS.items())]
+        bar = tqdm(layers, desc="merging", unit="layer", delay=2, leave=False, disable=None)
+        for index, (name, path) in bar:
             state |= _merged_layer(encoder.sites[0][index], name, f"blocks.{index}.{path}", state)
     elif isinstance(encoder.net, open_clip.modified_resnet.ModifiedResNet) and len(encoder.tuners):
         state |= _scaled_feature(encoder, "attnpool.c_proj", state)

@@ -7,10 +7,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tailtune.configs.errors import UserError
 from tailtune.trainers.export.exported_model import ExportedModel
@@ -28,6 +29,19 @@ FILE = "model.onnx"
 NORMALISES = ("value_range", "mean", "std")
 """Fields of `preprocessing` that the graph applies itself."""
 OUTPUTS = ("logits", "expert_logits")
+
+
+class _Steps(NamedTuple):
+    """Shares of the parts in the time of an export: 18, 4 and 13 s for CLIP ViT-B/16 on two busy cores (AMD EPYC)."""
+
+    graph: int = 4
+    file: int = 1
+    comparison: int = 3
+
+
+STEPS = _Steps()
+BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+"""A bar without a number of steps, because they are no unit that a user knows."""
 LOAD = f"""import numpy
 import onnxruntime
 session = onnxruntime.InferenceSession({FILE!r})
@@ -73,7 +87,7 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     """
     model = _Predict(exported).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    with _quiet():
+    with tqdm(total=sum(STEPS), desc="export onnx", leave=False, disable=None, bar_format=BAR) as bar, _quiet():
         torch.onnx.export(
             model,
             (exported.images(2),),
@@ -86,8 +100,10 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
             external_data=size > LARGEST_FILE,
             verbose=False,
         )
+        bar.update(STEPS.graph)
         _finish(exported, folder / FILE)
-    difference = _compare(exported, model, folder / FILE)
+        bar.update(STEPS.file)
+        difference = _compare(exported, model, folder / FILE, bar)
     return {
         "opset": OPSET,
         "normalised_inside": _normalised(exported),
@@ -128,8 +144,10 @@ def _normalised(exported: ExportedModel) -> dict[str, Any]:
     return {name: preprocessing(exported)[name] for name in NORMALISES}
 
 
-def _compare(exported: ExportedModel, model: nn.Module, path: Path) -> dict[str, float]:
+def _compare(exported: ExportedModel, model: nn.Module, path: Path, bar: "tqdm[None]") -> dict[str, float]:
     """Compare the file with the model. The batch sizes differ from the batch size of the export.
+
+    Moves the bar by `STEPS.comparison`.
 
     Raises:
         UserError: their logits differ by more than TOLERANCE.
@@ -138,11 +156,13 @@ def _compare(exported: ExportedModel, model: nn.Module, path: Path) -> dict[str,
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     worst = largest = 0.0
+    bar.update()
     for count in (1, 3):
         images = exported.images(count)
         for expected, logits in zip(model(images), session.run(None, {"image": images.numpy()}), strict=True):
             worst = max(worst, float((torch.from_numpy(logits) - expected).abs().max()))
             largest = max(largest, float(expected.abs().max()))
+        bar.update()
     if not worst <= (HALF_TOLERANCE if exported.half else TOLERANCE) * largest:
         raise UserError(f"export onnx: its logits differ by {worst:.2g} where the largest is {largest:.2g}; not kept")
     return {"largest_difference": worst, "largest_logit": largest}

@@ -45,7 +45,7 @@ class PredictRequest(ModelRequest):
 def check_threshold(threshold: float | None, class_names: Sequence[str]) -> None:
     """Raise a `UserError` if a class is called like the label below the threshold."""
     if threshold is not None and UNSURE in class_names:
-        raise UserError(f"--threshold would mix images of the class '{UNSURE}' with those below it; leave it out")
+        raise UserError(f"a threshold would mix images of the class '{UNSURE}' with those below it; leave it out")
 
 
 def check_outputs(request: PredictRequest) -> None:

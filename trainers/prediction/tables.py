@@ -136,7 +136,10 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("Parquet needs the package pyarrow: `pip install pyarrow`, or choose csv or jsonl") from None
+        raise UserError(
+            'Parquet needs the package pyarrow: `pip install "tailtune[parquet]"`, in a checkout `pip install -r '
+            "requirements-parquet.txt`; or choose csv or jsonl"
+        ) from None
     return pyarrow
 
 

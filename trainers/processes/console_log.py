@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tailtune.configs.console_text import wrapped
+
 MOST_KEPT = 1000
 """Largest number of lines that are kept for a log file that may be opened later."""
 ASCII_OF = str.maketrans({"─": "-", "±": "+/-", "×": "x", "·": "-", "…": "...", "–": "-", "→": "->", "∞": "inf"})
@@ -18,8 +20,6 @@ REPLACE = "tailtune.plain"
 """Name under which `_replace_signs` is registered as an error handler of Python's codecs."""
 SHORT = "short"
 """Attribute of a log record: the text for a terminal, where a log file has a longer one."""
-WIDTH = 80
-"""Largest number of columns of a short text."""
 NO_FILE = "warning: cannot write %s (%s): the run goes on without it"
 """Message for a log file that cannot be written, with its path and the reason."""
 
@@ -121,10 +121,11 @@ class _Console(logging.StreamHandler):
 
 
 class _Short(logging.Formatter):
-    """Takes the short text of a record, if it has one."""
+    """Takes the short text of a record, if it has one, and breaks other lines between words. Paths stay whole."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return str(getattr(record, SHORT, None) or super().format(record))
+        text = str(getattr(record, SHORT, None) or super().format(record))
+        return "\n".join(part for line in text.split("\n") for part in wrapped(line, "  ", whole=True))
 
 
 class _File(logging.FileHandler):

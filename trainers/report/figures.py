@@ -13,6 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from tailtune.trainers.report.plots import (
+    accuracy_by_class,
     accuracy_by_distribution,
     accuracy_by_frequency,
     confusion_block,
@@ -34,6 +35,13 @@ FIGURES: Mapping[str, Callable[[Subject], Figure | None]] = {
     "curves": training_curves,
 }
 """Name → function that draws the figure, or returns None if there is nothing to draw."""
+
+
+PICTURES: Mapping[str, Callable[[Subject], Figure]] = {
+    "accuracy_by_frequency": accuracy_by_frequency,
+    "accuracy_by_class": accuracy_by_class,
+}
+"""Name → function that draws a picture for TensorBoard, which has no table of classes."""
 
 
 def svg_figures(subject: Subject) -> dict[str, str]:
@@ -62,6 +70,22 @@ def write_figures(folder: Path, subject: Subject) -> dict[Path, Digest]:
                 path = folder / f"{name}.{suffix}"
                 digests[path] = write_bytes(path, content.getvalue())
     return digests
+
+
+def png_pictures(subject: Subject) -> dict[str, bytes]:
+    """Name → content of a PNG file, black on white, of each of `PICTURES`.
+
+    Args:
+        subject: what they show. They need no predictions and no images.
+    """
+    with _style("black"):
+        return {name: _png(draw(subject), dpi=150) for name, draw in PICTURES.items()}
+
+
+def _png(figure: Figure, **settings: Any) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", **settings)
+    return content.getvalue()
 
 
 def _drawn(subject: Subject) -> Iterator[tuple[str, Figure]]:

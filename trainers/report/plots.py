@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
@@ -53,7 +54,7 @@ def accuracy_by_frequency(subject: Subject) -> Figure:
             alpha=alpha,
             linewidths=0,
             rasterized=large,
-            label=f"{LABELS[name]}, {len(classes)} classes",
+            label=f"{LABELS[name]} ({len(classes)})",
         )
         mean = subject.result["test"][{group: metric for metric, group in SHOT_GROUPS.items()}[name]]
         if mean is not None:
@@ -63,7 +64,34 @@ def accuracy_by_frequency(subject: Subject) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     scale = 2.5 if large else 1
-    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1, markerscale=scale)
+    title = {"title": "group (number of classes)", "alignment": "left", "title_fontsize": 8}
+    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1, markerscale=scale, **title)
+    return figure
+
+
+def accuracy_by_class(subject: Subject) -> Figure:
+    """Accuracy of each class in the colour of its group, the most frequent class first; with names if there is room."""
+    counts, values = np.array(subject.result["class_counts"]), subject.result["test"]["per_class_acc"]
+    order = np.argsort(-counts, kind="stable")
+    heights = np.array([np.nan if value is None else value for value in values], dtype=float)[order]
+    groups = np.array(subject.group_of)[order]
+    named = len(order) <= MOST_CLASSES
+    figure, axes = _axes((max(SIZE[0], 0.22 * len(order)), 3.6) if named else (7, SIZE[1]))
+    for name in subject.groups:
+        places = np.flatnonzero(groups == name)
+        if len(places) and named:
+            axes.bar(places, heights[places], color=COLORS[name])
+        elif len(places):  # bars of thousands of classes would take seconds
+            axes.vlines(places, 0, heights[places], COLORS[name], linewidth=max(0.3, 400 / len(order)))
+    if named:
+        _name_places(axes, [_short(subject.names[label]) for label in order])
+    else:
+        axes.set(xlabel="classes, the most frequent first")
+    axes.grid(False, axis="x")
+    axes.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-0.6, len(order) - 0.4))
+    present = [name for name, classes in subject.groups.items() if len(classes)]
+    handles = [Patch(color=COLORS[name], label=LABELS[name]) for name in present]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure
 
 
@@ -189,19 +217,29 @@ def _name_places(axes: Axes, names: Sequence[str]) -> None:
 
 
 def training_curves(subject: Subject) -> Figure | None:
-    """Loss, accuracy and learning rate over the steps of the training, as far as they were recorded."""
+    """Loss, accuracy and learning rate over the steps of the training, as far as they were recorded.
+
+    With `keep`, a line is where the weights that were kept are from.
+    """
     curves = read_curves(subject.events)
     panels = {"loss": _losses(curves), "accuracy (%)": _accuracies(curves), "learning rate": _rates(curves)}
     panels = {title: found for title, found in panels.items() if found}
     if not panels:
         return None
-    figure, axes = _axes((4.6, 1.1 + 1.35 * len(panels)), len(panels))
+    figure, axes = _axes((4.6, 1.5 + 1.35 * len(panels)), len(panels))
+    train = subject.result.get("train") or {}
+    steps_of = {each["epoch"]: each["step"] for each in train.get("validations", [])}
+    kept = steps_of.get(train.get("kept_epoch"))
     for panel, (title, found) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        for (name, (steps, values)), color in zip(found.items(), SERIES, strict=False):
-            panel.plot(steps, values, color=COLORS.get(name, color), linewidth=1.2, label=LABELS.get(name, name))
+        for name, (steps, values) in found.items():
+            color = COLORS.get(name, SERIES[name.startswith("validation")])
+            panel.plot(steps, values, color=color, linewidth=1.2, label=LABELS.get(name, name))
         panel.set(ylabel=title)
+        if kept is not None:
+            panel.axvline(kept, color=GREY, linestyle="--", linewidth=1, label="kept epoch")
         if len(found) > 1:
-            panel.legend(ncols=2)
+            place = {"loc": "lower left", "bbox_to_anchor": (-0.13, 0.98)}  # above, where no curve is
+            panel.legend(ncols=3, handlelength=1.4, columnspacing=1.2, **place)
     np.atleast_1d(axes)[-1].set(xlabel="step")
     return figure
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tailtune.configs import CfgNode
+from tailtune.configs.console_text import wrapped
 from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.trainers.distributed import uses_cuda
@@ -59,7 +60,7 @@ class RunLabel:
 
 
 def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
-    """Two lines that describe the run before it starts: its images, and its trained parameters.
+    """What a run begins with: its images, and its trained parameters. No line has more than 80 columns.
 
     Args:
         label: identifies the run.
@@ -67,12 +68,11 @@ def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
         method: the method of the run.
     """
     counts, params = data.info.class_counts, method.counts()
-    sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max()} … {counts.min()} each)"
+    sizes = f"{len(data.train):,} training images of {len(counts)} classes ({counts.max():,} … {counts.min():,} each)"
     trains = f"{params['tuner']:,} parameters of tuners and {params['trainable'] - params['tuner']:,} of the head"
-    return (
-        f"{label.data}: {sizes}, {len(data.test):,} test images\n"
-        f"{label.model}: {label.backbone}, trains {trains} of {params['total']:,}"
-    )
+    images = f"{label.data}: {sizes}, {len(data.test):,} test images"
+    model = f"{label.model}: {label.backbone}, trains {trains} of {params['total']:,}"
+    return "\n".join(wrapped(images, "  ") + wrapped(model, "  "))
 
 
 def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport | None, prec_used: str) -> dict:

@@ -3,10 +3,11 @@
 No module that this one imports needs torch, so a finished run is shown quickly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tailtune.configs.console_text import Column, shortened, table_lines, wrapped
 from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
@@ -26,6 +27,11 @@ COLUMNS = {
     "ece": "ECE",
 }
 """Metric in metrics.json → heading of its column in the terminal."""
+LEGEND = (
+    "all: accuracy in %; mean: over the classes; many, medium, few: over classes with so many training images; worst: "
+    "worst class; ECE: calibration error"
+)
+"""What the columns of the first table are."""
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -73,17 +79,18 @@ def _with_predictors(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """Format a metrics.json for the terminal: one line for each evaluated split, then the test distributions."""
+    """Format a metrics.json for the terminal: a row for each evaluated split, then the test distributions.
+
+    No line has more than 80 columns. Results of older versions do not name the backbone.
+    """
     split = "train" if metrics.get("evaluation", {}).get("test_train") else "test"
     rows = {title: metrics[name] for title, name in ((split, "test"), ("val", "val")) if name in metrics}
-    width = max(len(name) for name in COLUMNS.values()) + 1
-    head = " " * 6 + "".join(f"{title:>{width}}" for title in COLUMNS.values())
-    lines = [f"{metrics['data']} · {metrics['model']} · seed {metrics['seed']}", head, "─" * len(head)]
-    for title, values in rows.items():
-        cells = (values[name] for name in COLUMNS)
-        lines.append(f"{title:<6}" + "".join(f"{number(v):>{width}}" for v in cells))
+    about = [metrics["data"], metrics["model"], metrics.get("backbone"), f"seed {metrics['seed']}"]
+    columns = [_column(title, [values[name] for values in rows.values()]) for name, title in COLUMNS.items()]
+    lines = wrapped(" · ".join(filter(None, about)))
+    lines += [*table_lines(Column("", list(rows)), [columns]), *wrapped(LEGEND)]
     if "experts_used" in metrics["test"]:
-        lines.append(usage_line(metrics["test"]["experts_used"]))
+        lines += ["", *wrapped(usage_line(metrics["test"]["experts_used"]))]
     lines += distribution_lines(metrics.get("distributions", {}))
     return "\n".join([*lines, *dirichlet_lines(metrics.get("dirichlet", {}))])
 
@@ -107,25 +114,38 @@ def distribution_lines(distributions: dict[str, Any]) -> list[str]:
     """
     if not distributions:
         return []
-    every = [result["predictors"] for result in distributions.values()]
-    adapts = sorted({name for predictors in every for name in predictors} - {"plain", "target_prior"})
-    weighs = [name for name in adapts if all("weights" in predictors[name] for predictors in every)]
-    wide = max(max(map(len, distributions)), 12) + 1
-    columns = ["all", "many", "medium", "few", "expected", *(text for name in adapts for text in (name, "gain"))]
-    aims = [predictors["target_prior"]["kind"] for predictors in every if "target_prior" in predictors]
-    columns += [f"for {Path(aims[0]).stem}", "gain", "KL"] if aims else []
-    head = f"{'distribution':<{wide}}{'images':>8}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in columns)
-    head += "   weights of the experts" if weighs else ""
-    lines = ["", head, "─" * len(head)]
-    for (title, result), predictors in zip(distributions.items(), every, strict=True):
-        values = [predictors["plain"][name] for name in ("accuracy", *SHOT_GROUPS)] + [result["expected_accuracy"]]
-        values += [predictors[name][key] for name in adapts for key in ("accuracy", "gain")]
-        values += [predictors["target_prior"][key] for key in ("accuracy", "gain", "kl") if aims]
-        texts = (number(v, 4 if name == "KL" else 2) for name, v in zip(columns, values, strict=True))
-        cells = (f"{text:>{max(9, len(name) + 2)}}" for name, text in zip(columns, texts, strict=True))
-        weights = (" ".join(f"{weight:.2f}" for weight in predictors[name]["weights"]) for name in weighs)
-        lines.append("   ".join([f"{title:<{wide}}{result['n']:>8,}" + "".join(cells), *weights]))
-    return lines
+    results = list(distributions.values())
+    every = [result["predictors"] for result in results]
+    plain = [predictors["plain"] for predictors in every]
+    images = Column("images", [f"{result['n']:,}" for result in results])
+    accuracies = [_column(COLUMNS[name], [values[name] for values in plain]) for name in ("accuracy", *SHOT_GROUPS)]
+    groups = [[images, *accuracies, _column("expected", [result["expected_accuracy"] for result in results])]]
+    legend = ["all … few: accuracy in % on these images", "expected: the mean of all over such test sets"]
+    for name in sorted({name for predictors in every for name in predictors} - {"plain", "target_prior"}):
+        adapted = [predictors[name] for predictors in every]
+        groups.append([_column(name, [values["accuracy"] for values in adapted]), _gains(adapted)])
+        legend.append(f"{name}: all, adapted to the images")
+        if all("weights" in values for values in adapted):
+            weights = zip(*(values["weights"] for values in adapted), strict=True)
+            groups[-1] += [_column(f"w{number}", of_expert) for number, of_expert in enumerate(weights, start=1)]
+            legend[-1] += " by the experts' weights w1 …"
+    if any("target_prior" in predictors for predictors in every):
+        aimed = [predictors["target_prior"] for predictors in every]
+        title = shortened(f"for {Path(aimed[0]['kind']).stem}", 20)
+        kl = _column("KL", [values["kl"] for values in aimed], decimals=4)
+        groups.append([_column(title, [values["accuracy"] for values in aimed]), _gains(aimed), kl])
+        legend.append(f"{title}: all, predicted for class frequencies")
+        legend.append("KL: how far these are from the true ones (0: equal)")
+    legend += ["gain: difference to all"] if len(groups) > 1 else []
+    return ["", *table_lines(Column("distribution", list(distributions)), groups), *wrapped("; ".join(legend))]
+
+
+def _column(title: str, values: Sequence[float | None], decimals: int = 2) -> Column:
+    return Column(title, [number(value, decimals) for value in values])
+
+
+def _gains(predictors: Sequence[Mapping[str, Any]]) -> Column:
+    return _column("gain", [values["gain"] for values in predictors])
 
 
 def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
@@ -138,18 +158,22 @@ def dirichlet_lines(summary: dict[str, Any]) -> list[str]:
     """
     if not summary:
         return []
-    titles = {name: COLUMNS[name] for name in ("accuracy", *SHOT_GROUPS)}
-    wide = max(len(name) for part in summary.values() for name in ("draws", *part["predictors"])) + 2
-    head = f"{'mean ± std':<12}{'draws':>5}  {'':<{wide}}" + "".join(f"{title:>15}" for title in titles.values())
-    lines = ["", head, "─" * len(head)]
     single = len(summary) == 2  # then the entry "all" equals the entry of the only component
+    rows: list[tuple[str, Mapping[str, Any]]] = []
     for component, part in list(summary.items())[: 1 if single else None]:
-        first = f"{component:<12}{part['draws']:>5}"
-        for name, values in part["predictors"].items():
-            cells = (f"{number(values[metric]['mean'])} ± {number(values[metric]['std'])}" for metric in titles)
-            lines.append(f"{first}  {name:<{wide}}" + "".join(f"{cell:>15}" for cell in cells))
-            first = " " * 17
-    return lines
+        rows.append((f"{component} ({part['draws']})", {}))
+        rows += [(f"  {name}", values) for name, values in part["predictors"].items()]
+    columns = [
+        Column(COLUMNS[name], [_spread(values[name]) if values else "" for _, values in rows])
+        for name in ("accuracy", *SHOT_GROUPS)
+    ]
+    lines = table_lines(Column("mean ± std", [title for title, _ in rows]), [columns])
+    legend = "accuracy in %, mean ± standard deviation over randomly drawn test sets, whose number is in brackets"
+    return ["", *lines, *wrapped(legend)]
+
+
+def _spread(value: Mapping[str, float | None]) -> str:
+    return f"{number(value['mean'])} ± {number(value['std'])}"
 
 
 def number(value: float | None, decimals: int = 2) -> str:

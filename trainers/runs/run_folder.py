@@ -28,7 +28,7 @@ OUTPUT = Path("output")
 FACTS = Path("checkpoint") / FACTS_FILE
 TRAINING = ("config.yaml", "log.txt", "splits", "state", "checkpoint", "tensorboard")
 """Entries of the run folder that training creates."""
-RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors", *REPORTS)
+RESULTS = ("metrics.json", "logits.safetensors", "val_logits.safetensors", "expert_weights.json", *REPORTS)
 """Entries of the run folder that the evaluation creates."""
 
 

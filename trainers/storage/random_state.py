@@ -33,6 +33,15 @@ def random_state(rank: int) -> dict[str, Tensor]:
     return {f"rng.{rank}.{name}": tensor for name, tensor in state.items()}
 
 
+def processes_of(tensors: dict[str, Tensor]) -> int:
+    """The number of processes whose generators a saved state has.
+
+    Args:
+        tensors: name → tensor of a saved state.
+    """
+    return len({name.split(".")[1] for name in tensors if name.startswith("rng.")})
+
+
 def restore_random_state(tensors: dict[str, Tensor], rank: int) -> None:
     """Restore the state of the generators that `random_state` returned.
 

@@ -28,8 +28,7 @@ class ResumeStates:
 
     Args:
         folder: the folder with the states.
-        identity: values that have to be equal in a state of this run: config hash, base model, number of processes,
-            data.
+        identity: values that have to be equal in a state of this run: config hash, base model, data.
         any_length: a digest of the options without the number of epochs. A state with the same one and fewer epochs is
             of this run, although it has another config hash. None: there is no such digest.
         epochs: number of epochs of the run.

@@ -3,6 +3,7 @@
 torch's `SummaryWriter` writes in a separate thread, in which a full disk causes a traceback.
 """
 
+import io
 import itertools
 import logging
 import os
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -24,7 +26,7 @@ _file_numbers = itertools.count()
 
 
 class Events:
-    """One file of scalars. If writing fails, one warning is logged, and the run continues without the file.
+    """One file of scalars and pictures. If writing fails, one warning is logged, and the run goes on without the file.
 
     Args:
         folder: folder of the file.
@@ -53,6 +55,13 @@ class Events:
     def add_scalar(self, tag: str, value: float, step: int = 0) -> None:
         """Add a point to the curve `tag`."""
         self._write(Event(summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])), step)
+
+    def add_picture(self, tag: str, png: bytes, step: int = 0) -> None:
+        """Add a picture, the content of a PNG file in RGB or RGBA."""
+        with Image.open(io.BytesIO(png)) as opened:
+            width, height, channels = *opened.size, len(opened.getbands())
+        picture = Summary.Image(width=width, height=height, colorspace=channels, encoded_image_string=png)
+        self._write(Event(summary=Summary(value=[Summary.Value(tag=tag, image=picture)])), step)
 
     def add_options(self, options: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """Add a line to TensorBoard's tab of hyperparameters, as `SummaryWriter.add_hparams` does.

@@ -1,0 +1,184 @@
+"""Compares the time of a training step with that of the original codes, interleaved, each in a process of its own.
+
+    git clone https://github.com/shijxcs/LIFT /somewhere/LIFT
+    python benchmarks/compare.py --lift /somewhere/LIFT
+    python benchmarks/compare.py --lift DIR --sade DIR --ride DIR --dirmixe DIR --h2t DIR --only bf16
+
+Both sides run their own training loop, with the same size of network and batch, random weights and random images, and
+without a data loader. One step of each in turn is measured: its processor time on a CPU (other processes do not change
+it), its wall time on a GPU. Rows whose checkout is not given are skipped. The floor is the time of the matrix products,
+convolutions and fused attention of our step alone (benchmarks/limits.py), measured in the same turns. The exit code is
+1 if a target is missed.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tailtune.benchmarks.steps.side import ROOT, Side
+from tailtune.configs import load_configs
+from tailtune.configs.errors import UserError
+from tailtune.datasets.build_data import build_info
+from tailtune.main import Parser, exit_code_of
+from tailtune.models import resolve
+from tailtune.trainers.option_schema import declared
+from tailtune.trainers.runs.metrics_file import hardware
+
+SOURCES = {
+    "lift": "https://github.com/shijxcs/LIFT",
+    "sade": "https://github.com/Vanint/SADE-AgnosticLT",
+    "ride": "https://github.com/frank-xwang/RIDE-LongTailRecognition",
+    "dirmixe": "https://github.com/scongl/DirMixE",
+    "h2t": "https://github.com/Keke921/H2T",
+}
+Targets = tuple[float | None, float | None]
+"""Smallest ratio of the original's time to ours, and smallest share of the floor in our time."""
+VIT, RESNET32, RESNEXT50 = ("imagenet_lt", 4), ("cifar100_ir100", 128), ("imagenet_lt", 4)
+"""Data config and images of a step on a CPU."""
+GPU_BATCH = {VIT: 128, RESNET32: 128, RESNEXT50: 64}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    name: str
+    original: str
+    """Entry of `SOURCES`."""
+    settings: dict[str, Any]
+    """What the original is told; see `originals.py`."""
+    model: str
+    pairs: tuple[str, ...] = ()
+    """Our model config, and options."""
+    size: tuple[str, int] = VIT
+    targets: Mapping[str, Targets] = field(default_factory=dict)
+    """Precision → what must be reached."""
+
+
+BOTH = {"fp32": (1.3, None), "bf16": (1.6, None)}
+OTHERS = {"fp32": (1.2, None), "bf16": (1.2, None)}
+SSF = {"ssf_attn": True, "ssf_mlp": True, "ssf_ln": True}
+SADE = {"config": "config_cifar100_ir100_sade.json", "change": {}}
+RIDE = {
+    "config": "config_imagenet_lt_resnext50_ride.json",
+    "change": {"arch;args;reduce_dimension": 1, "arch;args;num_experts": 3},
+}
+DIRMIXE = {"config": "train/cifar100.json", "change": {}}
+H2T = {"config": "config/cifar100/cifar100_imb001_stage1_ce_mixup.yaml"}
+
+
+def _lift(name: str, options: dict[str, Any], targets: Mapping[str, Targets]) -> Row:
+    pairs = tuple(word for key, value in options.items() for word in (key, str(value)))
+    return Row(name, "lift", {**options, "loss_type": "LA"}, "clip_vit_b16", pairs, VIT, targets)
+
+
+ROWS = (
+    _lift("AdaptFormer", {"adaptformer": True}, {"fp32": (1.3, 0.93), "bf16": (1.8, 0.85)}),
+    _lift("LoRA", {"lora": True}, BOTH),
+    _lift("VPT-deep", {"vpt_deep": True}, OTHERS),
+    _lift("SSF", SSF, OTHERS),
+    _lift("biases", {"bias_tuning": True}, OTHERS),
+    _lift("full fine-tuning", {"full_tuning": True}, OTHERS),
+    Row("SADE ResNet-32", "sade", SADE, "resnet32_sade", (), RESNET32, {"fp32": (1.6, None), "bf16": (1.6, None)}),
+    Row("RIDE ResNeXt-50", "ride", RIDE, "resnext50_ride", (), RESNEXT50, {"fp32": (1.2, None), "bf16": (1.2, None)}),
+    Row("DirMixE ResNet-32", "dirmixe", DIRMIXE, "resnet32_dirmixe", (), RESNET32, {"fp32": (None, None)}),
+    Row("H2T stage 1 ResNet-32", "h2t", H2T, "resnet32_mixup", (), RESNET32, {"fp32": (None, None)}),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Returns:
+        The exit code: 1 if a target is missed, 2 for wrong input.
+    """
+    return exit_code_of(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    places = {name: getattr(args, name) for name in SOURCES}
+    for name, place in places.items():
+        if place is not None and not place.is_dir():
+            raise UserError(f"--{name} {place} is no folder; run git clone {SOURCES[name]} {place} first")
+    print(f"{hardware()}, torch {torch.__version__}; {args.rounds} rounds, {args.threads} threads; times of an image")
+    print(
+        f"{'step':<24}{'prec':<6}{'original':>10}{'ours':>9}{'ratio':>7}{'minima':>8}{'target':>8}{'floor':>7}{'target':>8}"
+    )
+    missed = False
+    for row in ROWS:
+        place = places[row.original]
+        for prec, targets in row.targets.items():
+            if args.only not in f"{row.name} {prec}":
+                continue
+            if place is None:
+                print(f"{row.name:<24}{prec:<6}skipped: no --{row.original}")
+                continue
+            missed |= compared(row, prec, targets, place.absolute(), args.rounds, args.threads)
+    return int(missed)
+
+
+def compared(row: Row, prec: str, targets: Targets, place: Path, rounds: int, threads: int) -> bool:
+    """Measure a row and print it.
+
+    Returns:
+        Whether a target is missed.
+    """
+    cuda = torch.cuda.is_available()
+    data, batch = row.size[0], GPU_BATCH[row.size] if cuda else row.size[1]
+    cfg = resolve(load_configs(data, row.model, ["pretrained", "none", *row.pairs], declared())[-1])
+    told = {"name": f"{row.name} {prec}", "batch": batch, "prec": prec, "data": data, "model": row.model}
+    told |= {"pairs": list(row.pairs), "original": row.original, "settings": row.settings, "side": cfg.resolution}
+    told["counts"] = build_info(cfg).class_counts.long().tolist()
+    kind = "wall" if cuda else "processor"
+    with ExitStack() as stack:
+        sides = {
+            "original": stack.enter_context(Side("originals", told, place, threads)),
+            "ours": stack.enter_context(Side("ours", told, ROOT, threads)),
+            "floor": stack.enter_context(Side("products", told, ROOT, threads)),
+        }
+        for side in sides.values():
+            side.step()  # warm-up
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                times[name].append(side.step()[kind])
+    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
+    least = {name: min(seconds) for name, seconds in times.items()}
+    ratio, floor = middle["original"] / middle["ours"], middle["floor"] / middle["ours"]
+    wanted = [f"{target:.2f}" if target else "" for target in targets]
+    scale = 1e3 / batch
+    print(
+        f"{row.name:<24}{prec:<6}{scale * middle['original']:>7.1f} ms{scale * middle['ours']:>6.1f} ms{ratio:>7.2f}"
+        f"{least['original'] / least['ours']:>8.2f}{wanted[0]:>8}{floor:>7.2f}{wanted[1]:>8}",
+        flush=True,
+    )
+    return any(target is not None and value < target for value, target in zip((ratio, floor), targets, strict=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python benchmarks/compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, url in SOURCES.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"a checkout of {url}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows with this text in name or precision")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured steps of each side (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

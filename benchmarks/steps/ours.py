@@ -1,0 +1,62 @@
+"""Our trainer with one batch again and again: `python -m tailtune.benchmarks.steps.ours JSON`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import torch
+
+from tailtune.benchmarks.steps.clock import Clock
+from tailtune.configs import load_configs
+from tailtune.datasets.build_data import build_info
+from tailtune.models import build_model, resolve
+from tailtune.trainers import trainer
+from tailtune.trainers.distributed import Devices, make_accelerator
+from tailtune.trainers.methods import build_method
+from tailtune.trainers.optimizers_and_schedules import Plan
+from tailtune.trainers.option_schema import declared
+from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable
+
+STEPS = 10_000
+"""Length of the run, more than is ever measured."""
+
+
+def main(row: dict[str, Any]) -> None:
+    """Train until standard input ends.
+
+    Args:
+        row: `data`, `model` and `pairs` as on the command line; `batch`: images of a step; `prec`.
+    """
+    clock = Clock()
+    pairs = [*row["pairs"], "pretrained", "none", "prec", row["prec"], "batch_size", str(row["batch"])]
+    cfg = resolve(load_configs(row["data"], row["model"], pairs, declared())[-1])
+    info = build_info(cfg)
+    accelerator = make_accelerator(Devices.of(cfg))
+    method = build_method(cfg, build_model(cfg, info.class_names), info)
+    method.model.init = None
+    precision = PRECISIONS[cfg.prec]
+    method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
+    cast_trainable(method, precision.trainable)
+    labels = torch.arange(row["batch"]) % info.num_classes
+    side = cfg.resolution
+    images = torch.randint(0, 256, (row["batch"], 3, side, side), dtype=torch.uint8)
+    batch = {"image": images, "label": labels, "weight": torch.ones(row["batch"])}
+    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    data = MagicMock(info=info)
+    data.train.labels = torch.arange(STEPS * row["batch"]) % info.num_classes
+    states, validation = MagicMock(), MagicMock(seconds=0.0)
+    states.load.return_value, validation.ends.return_value = None, False
+    print(f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,} trained parameters")
+
+    def loader(*_: Any) -> Iterator[Any]:
+        return clock.batches(batch)
+
+    plan = Plan.of(cfg, row["batch"])
+    with patch.object(trainer, "train_loader", loader), patch.object(trainer, "Progress", MagicMock()):
+        trainer.Trainer(accelerator, plan, states, validation, MagicMock()).fit(method, data)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,54 @@
+"""benchmarks/compare.py: the two sides that need no checkout, and what is said where one is missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, offline
+
+from tailtune.benchmarks import compare
+from tailtune.benchmarks.steps.products import products_of
+from tailtune.benchmarks.steps.side import Side
+from tailtune.configs.errors import UserError
+
+TINY = {"name": "tiny", "data": "fake_lt", "model": "tiny_clip_peft", "pairs": [], "prec": "fp32", "batch": 4}
+
+
+def test_our_side_trains_one_step_for_each_command() -> None:
+    with Side("ours", TINY, ROOT, threads=1) as side:
+        assert all(side.step()[kind] > 0 for kind in ("processor", "wall") for _ in range(2))
+
+
+def test_a_side_that_cannot_start_is_named() -> None:
+    with pytest.raises(UserError, match="ours of tiny stopped"):
+        Side("ours", {**TINY, "model": "no_model"}, ROOT, threads=1)
+
+
+def test_the_products_are_those_of_the_step() -> None:
+    weight = torch.randn(3, 4, requires_grad=True)
+    inputs, seen = torch.randn(2, 4), []
+
+    def step() -> None:
+        seen.append(len(seen))
+        torch.nn.functional.gelu(torch.nn.functional.linear(inputs, weight)).sum().backward()
+
+    replay = products_of(step)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        replay()
+    names = [event.key for event in profile.key_averages() if event.key.startswith("aten::")]
+    assert len(seen) == 2 and "aten::mm" in names and not any("gelu" in name for name in names)
+
+
+def test_rows_without_a_checkout_are_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["--only", "LoRA bf16"]) == 0
+    assert "skipped: no --lift" in capsys.readouterr().out
+    assert compare.main(["--lift", "/nowhere"]) == 2
+    assert "git clone https://github.com/shijxcs/LIFT" in capsys.readouterr().err
+
+
+def test_the_help() -> None:
+    command = [sys.executable, str(Path(ROOT, "benchmarks/compare.py")), "--help"]
+    done = subprocess.run(command, env=offline(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--dirmixe DIR" in done.stdout

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from tailtune.configs.option import option
 from tailtune.configs.value_parsers import as_float, as_scale, as_span
 from tailtune.models.backbones.text_tower import TextTower
-from tailtune.models.tuners.table import TUNERS, add_tuners
+from tailtune.models.tuners.table import add_tuners
 from tailtune.models.tuners.tuner_options import TunerOptions
 
 TEXT_TUNERS: dict[str, str] = {

@@ -16,6 +16,7 @@ from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.prompts import Sentences, fill
 from tailtune.models.backbones.text_tower import GIB, TextTower
 from tailtune.models.classification_model import ClassificationModel
+from tailtune.models.feature_adapters import FeatureAdapterOptions, add_feature_adapters
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.text_classifier import TextClassifier
@@ -111,6 +112,31 @@ def starts_at_random(cfg: CfgNode) -> bool:
     if in_text_mode(cfg):
         return bool(cfg.context != NONE and cfg.context_words is None)
     return cfg.init_head is None
+
+
+def connect_texts(
+    cfg: CfgNode, backbone: Backbone, head: nn.Module, class_names: Sequence[str], sentences: Sentences
+) -> TextTower | None:
+    """Give a head that reads text features what it needs: a text tower, adapters of features, or the scale.
+
+    Args:
+        cfg: a resolved config.
+        backbone: the backbone; adapters and contexts change its encoder.
+        head: the head, which is changed in place.
+        class_names: names of the C classes.
+        sentences: one or more sentences of each class; empty on the meta device if they are not known.
+
+    Returns:
+        The text tower; None for other heads.
+    """
+    if isinstance(head, TipAdapter) and head.scale is None:
+        head.scale = backbone.text_encoder.logit_scale if backbone.text_encoder else 1.0
+    if not isinstance(head, TextClassifier):
+        return None
+    tower = build_text_tower(cfg, backbone, class_names, sentences)
+    head.attach(tower)
+    add_feature_adapters(backbone.encoder, head, tower, options_from(FeatureAdapterOptions, cfg), cfg.seed)
+    return tower
 
 
 def build_text_tower(cfg: CfgNode, backbone: Backbone, class_names: Sequence[str], sentences: Sentences) -> TextTower:

@@ -117,18 +117,17 @@ class OpenClipBackbone:
             split_experts(encoder, split, self.arch)
             return Backbone(encoder, pixel_stats, embed_dim, text_tower=self._text_tower(config, None, fast))
         path = None if pretrained is None else self._file(pretrained, source, config)
-        shipped = path is not None and path in self.files.values()
+        shipped = path if path in self.files.values() else None
         clip: Any = None if shipped else self._clip(config, resolution, seed, path)
-        state = clip.state_dict() if path is None or not shipped else read_state(path)
+        state = clip.state_dict() if shipped is None else read_state(shipped)
         projection: Tensor | None = None
         if is_openai_vit(config):
             encoder, projection = openai_clip.image_encoder(state, config, resolution, project, fast)
         else:
             encoder = embedding_encoder(clip.visual, embed_dim, resolution, fast)
         split_experts(encoder, split, self.arch)
-        text_encoder = self._text_encoder(clip, state, config, None if project else projection)
-        tower = self._text_tower(config, state, fast)
-        return Backbone(encoder, pixel_stats, embed_dim, text_encoder, path is None, tower)
+        text = self._text_encoder(clip, state, config, None if project else projection)
+        return Backbone(encoder, pixel_stats, embed_dim, text, path is None, self._text_tower(config, state, fast))
 
     def _text_encoder(
         self, clip: Any, state: dict[str, Tensor], config: dict[str, Any], projection: Tensor | None

@@ -90,6 +90,8 @@ class SplitSettings:
     test_per_class: int
     val_per_class: int
     imb_factor: float | None
+    subset_cap: int | None
+    subset_seed: int
     on_bad_image: str
     data_fingerprint: str
 

@@ -75,6 +75,29 @@ def subsample(labels: np.ndarray, counts: Sequence[int], seed: int = SUBSET_SEED
     return np.concatenate([order[:keep] for order, keep in zip(orders, counts, strict=True)])
 
 
+def capped(counts: Sequence[int], cap: int | None) -> list[int]:
+    """Images per class [C] of a subset with at most `cap` images of each class; None: all."""
+    return list(counts) if cap is None else [min(count, cap) for count in counts]
+
+
+def capped_subset(labels: np.ndarray, cap: int, seed: int) -> np.ndarray:
+    """Choose at most `cap` random images of each class, without replacement, as LT-Soups does.
+
+    One `default_rng` draws for all classes, in the order of the labels.
+
+    Args:
+        labels: label of each image, int64 [N].
+        cap: largest number of images of a class.
+        seed: seed of the draws.
+
+    Returns:
+        Ascending positions in `labels`, int64.
+    """
+    random = np.random.default_rng(seed)
+    by_class = (np.flatnonzero(labels == label) for label in np.unique(labels))
+    return np.sort(np.concatenate([random.choice(each, min(cap, len(each)), replace=False) for each in by_class]))
+
+
 def hold_out(labels: np.ndarray, per_class: int, class_names: Sequence[str], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Hold out the same number of random images of every class.
 

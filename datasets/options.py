@@ -69,6 +69,17 @@ class DataOptions:
         as_float,
         least=0.0,
     )
+    subset_cap: int | None = option(
+        None,
+        "Largest number of training images of a class, to which the training split is cut at random. None means that "
+        "all images are used. The shot groups are those without this cut.",
+        as_int,
+        least=1,
+        most=10**9,
+    )
+    subset_seed: int = option(
+        0, "Random seed of the choice of the images that `subset_cap` keeps.", least=0, most=2**63 - 1
+    )
     on_bad_image: str = option(
         "raise",
         "What happens at an unreadable image: the run stops (raise) or leaves the image out (skip).",

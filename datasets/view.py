@@ -23,6 +23,8 @@ Batch = dict[str, Any]
 Key = int | tuple[int, ...]
 PADDING = -1
 """Index of a black image of weight 0."""
+OTHER_VIEW = 2**32
+"""What is added to the repetition number of a key for the second augmentation of an image."""
 STAGES = ("read", "decode", "transform")
 """What is timed in the loader; see `View.timed`."""
 
@@ -68,6 +70,8 @@ class View(Dataset[Batch]):
         self.prepared: Prepared | None = None
         self.timed = False
         """Whether batches have `seconds`: the time that each of `STAGES` took, float64 [3]."""
+        self.two_views = False
+        """Whether batches have a second augmentation of each image."""
 
     @property
     def labels(self) -> Tensor:
@@ -122,10 +126,11 @@ class View(Dataset[Batch]):
         Returns:
             image: uint8 [B, 3, H, W], or [B, T, 3, H, W] for T draws of each image, or a list of B tensors where sizes
                 differ (such images are cropped on the device);
-            partner: the second images of pairs, as `image`; only if the keys are pairs;
+            partner, partner_label: the second images of pairs and their labels; only if the keys are pairs;
+            other_image, other_partner: the same images with other draws; only with `two_views`;
             label, index: int64 [B], of the first images; `index` is the position in the view;
             weight: float32 [B], 1, or 0 for padding and for an unreadable image that is skipped, also in a pair;
-            image_draws, partner_draws: what `finish` needs; only if it has something to do.
+            image_draws and such: what `finish` needs; only if it has something to do.
 
         Raises:
             BadImage: an image cannot be read, and unreadable images are not skipped.
@@ -135,15 +140,22 @@ class View(Dataset[Batch]):
         seconds = np.zeros(len(STAGES))
         index = table[:, 0]
         self._prefetch(table[:, ::3], seconds)  # of a pair, the two images
-        batch, readable = self._images(table[:, :3], seconds)
-        if table.shape[1] == 5:
-            second, also_readable = self._images(table[:, [3, 1, 4]], seconds)
-            batch |= {"partner" + name.removeprefix("image"): value for name, value in second.items()}
+        wanted = {"image": table[:, :3]} | ({"partner": table[:, [3, 1, 4]]} if table.shape[1] == 5 else {})
+        if self.two_views:
+            wanted |= {f"other_{name}": each + (0, 0, OTHER_VIEW) for name, each in wanted.items()}
+        batch, readable = Batch(), np.ones(len(keys), dtype=bool)
+        for name, each in wanted.items():
+            found, also_readable = self._images(each, seconds)
+            batch |= {name + key.removeprefix("image"): value for key, value in found.items()}
             readable &= also_readable
-        labels = np.where(index == PADDING, 0, self.source.labels[self.indices[index]])
-        batch |= {"label": torch.from_numpy(labels), "index": torch.from_numpy(index.copy())}
+            if name == "partner":
+                batch["partner_label"] = self._labels_of(each[:, 0])
+        batch |= {"label": self._labels_of(index), "index": torch.from_numpy(index.copy())}
         batch["weight"] = torch.from_numpy(readable).float()
         return batch | ({"seconds": torch.from_numpy(seconds)} if self.timed else {})
+
+    def _labels_of(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.where(index == PADDING, 0, self.source.labels[self.indices[index]]))
 
     def _prefetch(self, index: np.ndarray, seconds: np.ndarray) -> None:
         """Let a server send the images of a batch at the same time."""
@@ -159,12 +171,12 @@ class View(Dataset[Batch]):
             batch: what `batch` returned, on any device.
 
         Returns:
-            The batch without `image_draws` and `partner_draws`.
+            The batch without the draws.
         """
-        for name, key in (("image", "image_draws"), ("partner", "partner_draws")):
-            if key in batch:
-                assert isinstance(self.transform, TensorTransform)
-                batch[name] = self.transform.on_device(batch[name], batch.pop(key))
+        for key in [key for key in batch if key.endswith("_draws")]:
+            assert isinstance(self.transform, TensorTransform)
+            name = key.removesuffix("_draws")
+            batch[name] = self.transform.on_device(batch[name], batch.pop(key))
         return batch
 
     def _images(self, keys: np.ndarray, seconds: np.ndarray) -> tuple[Batch, np.ndarray]:

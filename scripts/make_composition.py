@@ -59,6 +59,7 @@ This page is written by `python scripts/make_composition.py`, which `make docs` 
 LOSS = "loss_type CE"
 OF_METHOD = {
     "h2t": "h2t.shift_bn False sampler balanced pair_sampler shuffle",
+    "glmc": "pair_sampler shuffle",
     "tau_norm": "classifier LinearClassifier after.classifier LinearClassifier num_epochs 0",
 }
 """Further options that a method needs."""

@@ -104,8 +104,9 @@ def few(backbone: str, test: str) -> DataBundle:
 def batch(cfg: CfgNode) -> dict[str, Any]:
     draws = torch.Generator().manual_seed(5)
     shape = (6, 3, cfg.resolution, cfg.resolution)
-    found = {name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=draws) for name in ("image", "partner")}
-    return {**found, "label": torch.arange(6), "weight": torch.ones(6)}
+    names = ("image", "partner", "other_image", "other_partner")
+    found = {name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=draws) for name in names}
+    return {**found, "label": torch.arange(6), "partner_label": torch.arange(6).flip(0), "weight": torch.ones(6)}
 
 
 class Training:

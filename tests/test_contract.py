@@ -39,7 +39,9 @@ def build(cfg: CfgNode) -> Method:
 def batch(count: int = 6) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return {"image": images, "partner": images.flip(0), "label": torch.arange(count), "weight": torch.ones(count)}
+    views = {"image": images, "partner": images.flip(0), "other_image": images.flip(3)}
+    labels = {"label": torch.arange(count), "partner_label": torch.arange(count).flip(0)}
+    return {**views, "other_partner": images.flip(0, 3), **labels, "weight": torch.ones(count)}
 
 
 CONVNET = ("backbone", "timm:test_efficientnet.r160_in1k", "resolution", 32, "init_head", "none")
@@ -62,6 +64,7 @@ SEVERAL: tuple[str, ...] = ("ride_ea", "reslt")
 """Methods that mean nothing with one expert."""
 OF_METHOD: dict[str, tuple[object, ...]] = {
     "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),
+    "glmc": ("pair_sampler", "shuffle"),
     "h2t": ("pair_sampler", "shuffle", "h2t.shift_bn", False),
 }
 """What else a method asks for."""

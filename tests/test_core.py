@@ -41,8 +41,10 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("core")
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     script = [str(ROOT / "tests" / "trajectories.py"), str(folder), request.param]
+    more = MORE.get(request.param, "")
+    script += more.split()
     environment = offline(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    trajectories.move(folder, request.param, 1, 2, part=0)
+    trajectories.move(folder, 1, 2, part=0, more=more)
     pair = subprocess.Popen(
         [*launcher, "--main_process_port", str(free_port()), *script],
         cwd=folder,
@@ -52,10 +54,10 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         text=True,
     )
     for layout in LAYOUTS[request.param][1]:
-        trajectories.train(folder, request.param, *layout)
+        trajectories.train(folder, *layout, more=more)
     output, _ = pair.communicate(timeout=280)
     assert pair.returncode == 0, output[-3000:]
-    trajectories.move(folder, request.param, 2, 1, part=1)
+    trajectories.move(folder, 2, 1, part=1, more=more)
     return Runs(folder, LAYOUTS[request.param])
 
 

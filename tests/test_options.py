@@ -34,7 +34,7 @@ from yacs.config import CfgNode
 from tailtune.configs import config_hash, load_configs, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import RUNTIME, TEST, TRAIN
-from tailtune.configs.option import declarations, option
+from tailtune.configs.option import declarations, option, options_from
 from tailtune.configs.schema import Schema
 from tailtune.configs.seeding import seeded
 from tailtune.datasets.build_data import build_data, build_info
@@ -53,6 +53,7 @@ from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.report_of_evaluation import add_report
+from tailtune.trainers.flat_minima import class_shares, noise_factor, rho_at, sam_mode
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Method, build_method
@@ -60,6 +61,7 @@ from tailtune.trainers.methods.h2t import H2T
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, SCHEDULES, Plan, build_optimizer, set_lr
 from tailtune.trainers.option_schema import TABLES, declared
 from tailtune.trainers.run import run
+from tailtune.trainers.runs.merged_runs import MergeOptions, merged
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_options import TrainingOptions
 
@@ -182,6 +184,23 @@ def sizes(*splits: str) -> Callable[[CfgNode], Any]:
         return {split: None if view is None else len(view) for split, view in views.items()}
 
     return see
+
+
+def chosen_images(cfg: CfgNode) -> Any:
+    return build_data(cfg).train.indices.tolist()
+
+
+def merge_start(cfg: CfgNode) -> Any:
+    """What 0 becomes when runs are merged into it, of which run k has trained the number k."""
+
+    def read(checkpoint: Path) -> dict[str, Tensor]:
+        return {"weight": torch.tensor([float(checkpoint.parent.name[-1])])}
+
+    def named(options: MergeOptions) -> list[Path]:
+        return [Path(name) for name in options.runs or ()]
+
+    with mock.patch("tailtune.trainers.runs.merged_runs.folders", named):
+        return merged({"weight": torch.zeros(1)}, options_from(MergeOptions, cfg), read)["weight"]
 
 
 def pixels(split: str, index: int = 0) -> Callable[[CfgNode], Any]:
@@ -308,6 +327,19 @@ def two_updates(cfg: CfgNode) -> Any:
         weight.grad = torch.full_like(weight, 1.0 + epoch)
         optimizer.step()
     return weight
+
+
+def flatness(cfg: CfgNode) -> Any:
+    """What `sam` moves the weights by: mode, length early and late, shares of two classes, noise in a later epoch."""
+    plan, counts = Plan.of(cfg, 32), torch.tensor([9, 1])
+    shares = class_shares(counts, plan.sam_gamma, plan.sam_lambda).tolist()
+    return [
+        sam_mode(plan.sam).gradients,
+        rho_at(plan, 0),
+        rho_at(plan, plan.epochs - 1),
+        shares,
+        noise_factor(plan, 60),
+    ]
 
 
 def decays(cfg: CfgNode) -> Any:
@@ -579,6 +611,11 @@ TIP: Words = ("classifier", "TipAdapter", "num_epochs", 0)
 PROBES: dict[str, Probe] = {
     "dataset": Probe("Fake", "Digits", names),
     "root": Probe("images", "other", pixels("train"), **LISTED),
+    "subset_cap": Probe("none", 2, counts),
+    "subset_seed": Probe(0, 1, chosen_images, ("subset_cap", 2)),
+    "merge_runs": Probe("none", "run1", merge_start),
+    "merge_share": Probe(0.7, 0.5, merge_start, ("merge_runs", "run1")),
+    "merge_together": Probe(1, 2, merge_start, ("merge_runs", "run1,run2")),
     "lists": Probe("one", "two", counts, ("train_list", "far.txt"), **LISTED),
     "num_classes": Probe(10, 5, lambda cfg: built(cfg).head.get_parameter("weight").shape),
     "class_counts": Probe("counts1.json", "counts2.json", outline, **LISTED),
@@ -673,6 +710,13 @@ PROBES: dict[str, Probe] = {
     "lr_factors": Probe("none", "{head: 0.1}", two_updates),
     "sampler": Probe("shuffle", "balanced", batches("forward", "index"), ONE),
     "pair_sampler": Probe("shuffle", "balanced", batches("forward", "partner", H2T), FUSED),
+    "sam": Probe("none", "sam", flatness),
+    "sam_rho": Probe(0.05, 0.1, flatness, ("sam", "sam")),
+    "sam_rho_late": Probe("none", 0.1, flatness, ("sam", "sam")),
+    "sam_gamma": Probe(1, 2, flatness, ("sam", "focal")),
+    "sam_lambda": Probe(0.5, 0.8, flatness, ("sam", "focal")),
+    "gnm_scale": Probe(0.1, 0.2, flatness, ("sam", "gnm")),
+    "gnm_half_life": Probe(59, 20, flatness, ("sam", "gnm")),
     "loss_type": Probe("LA", "CE", loss),
     "tau": Probe(1, 0.5, loss),
     "smooth_head": Probe(0.3, 0.1, loss, ("loss_type", "LAS")),

@@ -198,6 +198,16 @@ def test_all_of_h2t_is_compared() -> None:
     assert H2T["patches"] and H2T["procedure"] and H2T["ours"]
 
 
+# --- Focal-SAM ---------------------------------------------------------------------------------------------------
+
+
+def test_focal_sam_agrees() -> None:
+    part = PARITY["focal_sam"]
+    assert {case["data"] for case in part["cases"]} == {"cifar10_ir100", "cifar100_ir100"} and len(part["cases"]) == 6
+    assert all(0 <= case["after_3_steps"] <= 1e-6 for case in part["cases"])
+    assert len(part["originals"]["focal_sam"]["commit"]) == 40 and part["patches"]
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 SEVERAL_ROWS = {"metrics", "long tail"}

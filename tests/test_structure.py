@@ -158,6 +158,7 @@ SEES_THE_CONFIG = {
     **dict.fromkeys(("python_api.py", "trained_model.py", "labeller.py"), "an entry: it calls the builders"),
     "methods/__init__.py": "build_method, a builder",
     "optimizers_and_schedules.py": "Plan.of and the checks of its options",
+    "flat_minima.py": "the checks of its options",
     "micro_batch_size.py": "it is computed from three options and the number of processes",
     "more_epochs.py": "it makes a digest of all training options",
     "runs/longer_run.py": "it compares the length of a command with a stored config",

@@ -13,7 +13,7 @@ import torch
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
-from tailtune.configs.option import value_of
+from tailtune.configs.option import options_from, value_of
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.models.text_mode import starts_at_random
@@ -24,10 +24,12 @@ from tailtune.trainers.evaluation.validation import ValidationPlan
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
 from tailtune.trainers.evaluation.zero_shot_ensembles import zero_shot_of
 from tailtune.trainers.export import EXPORTS, check_export
+from tailtune.trainers.flat_minima import check_sam, sam_mode
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan, check_factors
 from tailtune.trainers.runs.load_run import make_method, subject_of
+from tailtune.trainers.runs.merged_runs import MergeOptions, check_merge
 from tailtune.trainers.trackers import check_trackers
 
 
@@ -52,7 +54,7 @@ def validate(
     """
     methods = [outline(cfg, counts, trains) for cfg in stages]
     for method, cfg in zip(methods, stages, strict=True) if here else ():
-        check_memory(method, OPTIMIZERS[cfg.optimizer].copies)
+        check_memory(method, OPTIMIZERS[cfg.optimizer].copies + sam_mode(cfg.sam).copies)
     for (before, earlier), (cfg, method) in pairwise(zip(map(resolve, stages), methods, strict=True)):
         method.fits(earlier)
         kept = {"encoder"} if method.frozen_trained else set()
@@ -80,6 +82,8 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
         method = make_method(cfg, info)
     if plan is not None:
         check_factors(method.param_groups(), plan)
+        check_sam(cfg, method)
+        check_merge(options_from(MergeOptions, cfg), cfg.after, method.starts_where_earlier_run_ended)
         ValidationPlan.of(cfg)
         check_trackers(cfg.trackers)
     check_adapt(cfg.adapt, method, cfg.method)

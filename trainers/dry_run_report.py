@@ -9,6 +9,7 @@ from tailtune.configs.console_text import wrapped
 from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
+from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.memory_estimate import TrainingMemory, as_on_a_gpu, training_memory
 from tailtune.trainers.methods import Earlier, Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
@@ -124,4 +125,5 @@ def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
     if before:
         method.after(Earlier(True, lambda: trained_state(before[-1]), lend))
     method = as_on_a_gpu(method, cfg.prec, RESIDUAL[cfg.residual_dtype])
-    return training_memory(method, cfg.resolution, OPTIMIZERS[cfg.optimizer].copies, beside)
+    copies = OPTIMIZERS[cfg.optimizer].copies + sam_mode(cfg.sam).copies
+    return training_memory(method, cfg.resolution, copies, beside)

@@ -111,8 +111,11 @@ def saved(method: Method, resolution: int, count: int) -> int:
     """Bytes that a step of `count` images saves for its backward pass."""
     keeps = SavedBytes(method)
     with torch.device("meta"):
-        batch: dict[str, Any] = {name: torch.empty(count, dtype=torch.int64) for name in ("label", "index")}
-        batch["image"] = batch["partner"] = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
+        batch: dict[str, Any] = {
+            name: torch.empty(count, dtype=torch.int64) for name in ("label", "partner_label", "index")
+        }
+        images = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
+        batch |= dict.fromkeys(("image", "partner", "other_image", "other_partner"), images)
         batch["weight"] = torch.empty(count)
         with keeps:
             step = method(batch)

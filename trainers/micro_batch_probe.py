@@ -48,7 +48,11 @@ def _fits(method: Method, device: torch.device, size: int, resolution: int) -> b
     labels = torch.zeros(size, dtype=torch.int64, device=device)
     batch = {"image": images, "label": labels, "weight": torch.ones(size, device=device)}
     try:
-        method(batch | ({"partner": images} if method.takes_image_pairs else {})).loss_sum.backward()
+        if method.takes_image_pairs:
+            batch |= {"partner": images, "partner_label": labels}
+        if method.takes_two_views:
+            batch |= {f"other_{name}": images for name in ("image", "partner") if name in batch}
+        method(batch).loss_sum.backward()
     except torch.OutOfMemoryError:
         fits = False
     else:

@@ -19,7 +19,7 @@ def any_length(cfg: CfgNode) -> str:
     return config_hash(cfg)
 
 
-def check_more_epochs(before: int, epochs: int, schedule: str, method: Method) -> None:
+def check_more_epochs(before: int, epochs: int, schedule: str, method: Method, late: bool = False) -> None:
     """Check that a run can get more epochs.
 
     Args:
@@ -27,6 +27,7 @@ def check_more_epochs(before: int, epochs: int, schedule: str, method: Method) -
         epochs: the number that is asked for.
         schedule: entry of SCHEDULES.
         method: the method of the run.
+        late: whether `sam_rho_late` is set.
 
     Raises:
         UserError: a step of the run depended on the number of epochs; the message says which part.
@@ -36,6 +37,8 @@ def check_more_epochs(before: int, epochs: int, schedule: str, method: Method) -
         why = f"schedule {schedule} sets the learning rate of each epoch by the number of epochs"
     elif method.depends_on_length:
         why = "its method or its tuner counts the steps up to the end"
+    elif late:
+        why = "sam_rho_late sets the length of a move in the last fifth of the epochs"
     if why:
         raise UserError(
             f"num_epochs {epochs}: the run in this folder has {before}, and it would not continue as a run of {epochs} "

@@ -39,6 +39,13 @@ class Plan:
     warmup_epochs: int
     warmup_steps: int
     lr_factors: dict[str, float] | None
+    sam: str | None
+    sam_rho: float
+    sam_rho_late: float | None
+    sam_gamma: float
+    sam_lambda: float
+    gnm_scale: float
+    gnm_half_life: int
     sampler: str
     pair_sampler: str | None
     seed: int

@@ -29,10 +29,12 @@ from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.evaluation.validation import ValidationOptions
+from tailtune.trainers.flat_minima import SAM_MODES, SamChoice
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.options import MethodOptions
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, SCHEDULES
+from tailtune.trainers.runs.merged_runs import MergeOptions
 from tailtune.trainers.trackers import TrackerOptions
 from tailtune.trainers.training_options import RunOptions, TrainingOptions
 
@@ -50,6 +52,7 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     "PEFTS": PEFTS,
     "PROMPTS": PROMPTS,
     "SAMPLERS": SAMPLERS,
+    "SAM_MODES": SAM_MODES,
     "SCHEDULES": SCHEDULES,
     "TARGETS": TARGETS,
 }
@@ -84,11 +87,15 @@ def _declarations() -> Iterator[Declaration]:
     for name, loss in LOSSES.items():
         if loss.options is not None:
             yield from declarations(type(loss.options), "Method, loss and sampler", name)
+    yield from declarations(MergeOptions, "Method, loss and sampler")
     yield from declarations(TrainingOptions, "Training")
     for name, optimizer in OPTIMIZERS.items():
         yield from declarations(optimizer.Options, "Training", name)
     for name, schedule in SCHEDULES.items():
         yield from declarations(schedule.Options, "Training", name)
+    yield from declarations(SamChoice, "Training")
+    for name, mode in SAM_MODES.items():
+        yield from declarations(mode.Options, "Training", name)
     yield from declarations(ValidationOptions, "Validation during training")
     yield from declarations(TestTimeOptions, "Evaluation")
     yield from declarations(EvaluatedImageOptions, "Evaluation")

@@ -100,7 +100,7 @@ def _subject(folder: Path, home: Path, result: dict[str, Any], schema: Schema) -
     counts = result["class_counts"]
     groups = (
         shot_groups(counts, cfg.many_above, cfg.few_below)
-        if cfg.group_imb_factor is None
+        if cfg.group_imb_factor is None and cfg.subset_cap is None
         else build_info(cfg, counts).groups
     )
     split = "train" if cfg.test_train else "test"

@@ -12,6 +12,7 @@ from tailtune.configs import CfgNode, config_hash, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TRAIN
 from tailtune.configs.loader_options import BY_BACKBONE
+from tailtune.configs.option import options_from
 from tailtune.configs.program import launch_target
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
@@ -44,6 +45,7 @@ from tailtune.trainers.runs.load_run import (
     load_trained,
 )
 from tailtune.trainers.runs.longer_run import epochs_before
+from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
 from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
@@ -240,7 +242,7 @@ class _Run:
         if fresh:
             prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
         elif (before := epochs_before(self.folder.config, cfg)) is not None:
-            check_more_epochs(before, cfg.num_epochs, cfg.schedule, method)
+            check_more_epochs(before, cfg.num_epochs, cfg.schedule, method, cfg.sam_rho_late is not None)
         method.model.init = None
         if self.previous is not None:
             method.after(earlier_run(self.previous, data, accelerator, self.base, cfg, fresh))
@@ -256,6 +258,7 @@ class _Run:
             facts |= {"class_counts": data.info.class_counts.tolist()}
             if self.previous is not None:
                 facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}
+                facts |= facts_of(options_from(MergeOptions, cfg))
             self.folder.seal(save_checkpoint(self.folder.checkpoint, method, facts))
         accelerator.wait_for_everyone()
         return report

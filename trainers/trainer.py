@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -15,25 +15,16 @@ from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.evaluation.validation import Validated, Validation
+from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.methods.base import Batch, Method, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Curves, Progress
 from tailtune.trainers.runs.metrics_file import TrainReport
-from tailtune.trainers.sharding import (
-    copy_to_shard,
-    is_sharded,
-    own_part,
-    prepared,
-    shard_states,
-    whole,
-    without_reduction,
-)
-from tailtune.trainers.storage.checkpoint import (
-    copy_state,
-    trained_state,
-)
+from tailtune.trainers.sharding import copy_to_shard, is_sharded, own_part, prepared, shard_states, whole
+from tailtune.trainers.step_passes import StepPasses
+from tailtune.trainers.storage.checkpoint import copy_state, trained_state
 from tailtune.trainers.storage.optimizer_state import restore_optimizer
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_meters import TrainingMeters
@@ -58,6 +49,7 @@ class Trainer:
     ) -> None:
         self.accelerator, self.plan, self.curves = accelerator, plan, curves
         self.validation, self.kept = validation, TrainingState(accelerator, states, validation)
+        self.sam = sam_mode(plan.sam)
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
         """Train `method` in place. Continue from the newest saved state, if one exists.
@@ -70,7 +62,7 @@ class Trainer:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         run = self._begin(method, data)
-        data.train.timed = self.plan.profile_data
+        data.train.timed, data.train.two_views = self.plan.profile_data, method.takes_two_views
         loader = train_loader(data.train, run.sampler, self.plan.num_workers, self.accelerator.device)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
         validation, started, before = self.validation, time.perf_counter(), run.report.seconds
@@ -111,21 +103,11 @@ class Trainer:
     def _step(self, run: TrainingRun, batches: Iterator[Batch], step: int) -> None:
         """Forward and backward passes over this rank's micro-batches, then one update with the global mean gradient."""
         run.method.before_step(run.report.steps + 1)
-        count, padding = run.sampler.counts(step), run.sampler.is_padding(step)
-        totals = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
-        with run.method.model.one_step() as begin_micro_batch:
-            for index in range(count):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                run.progress.waited += time.perf_counter() - waiting
-                if padding:
-                    batch["weight"] = torch.zeros_like(batch["weight"])
-                is_local = index < count - 1  # gradients are synchronised only in the last micro-batch of a step
-                begin_micro_batch(not is_local)
-                with without_reduction(self.accelerator, run.wrapped) if is_local else nullcontext():
-                    outcome = run.wrapped(batch)
-                    self.accelerator.backward(outcome.loss_sum / self.plan.batch_size)
-                totals += self._count(run, batch, outcome, padding)
+        size, padding = run.sampler.counts(step), run.sampler.is_padding(step)
+        micro_batches = self._micro_batches(run, batches, size, padding)
+        count = partial(self._count, run, padding)
+        passes = StepPasses(self.accelerator, run.method, run.wrapped, self.plan.batch_size, size, micro_batches, count)
+        totals = self.sam.gradients(passes, self.plan, run.report.steps // run.sampler.steps)
         weight, loss, hits, images, bad = self._sum(totals).unbind()
         self._update(run, weight)
         run.method.after_step(run.report.steps + 1)
@@ -134,8 +116,18 @@ class Trainer:
         run.images += torch.stack([images, bad])
         run.meters.end_step(loss / weight.clamp_min(1e-12), 100 * hits / images.clamp_min(1))
 
+    def _micro_batches(self, run: TrainingRun, batches: Iterator[Batch], size: int, padding: bool) -> Iterator[Batch]:
+        """The micro-batches of this rank in one step."""
+        for _ in range(size):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            run.progress.waited += time.perf_counter() - waiting
+            if padding:
+                batch["weight"] = torch.zeros_like(batch["weight"])
+            yield batch
+
     @torch.no_grad()
-    def _count(self, run: TrainingRun, batch: Batch, outcome: Step, padding: bool) -> Tensor:
+    def _count(self, run: TrainingRun, padding: bool, batch: Batch, outcome: Step) -> Tensor:
         """[weight, loss, hits, images, unreadable images] of a micro-batch, on the device."""
         real = batch["weight"] > 0
         hits = ((outcome.logits.argmax(-1) == batch["label"]) & real).sum()
@@ -233,6 +225,8 @@ class Trainer:
         sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair, in_step=is_sharded())
         given, method = method, copy_to_shard(method) if is_sharded() else method
         if given is not method:
+            if plan.sam is not None:
+                raise UserError(f"sam {plan.sam} does not go with FSDP: launch without --use_fsdp, or leave sam out")
             log.info("parameters, gradients and optimizer states are sharded over %d processes (FSDP2)", world)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)

@@ -18,7 +18,7 @@ from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.images.decode_many import decode_many
 from tailtune.datasets.images.inspect_files import inspect_files
 from tailtune.datasets.images.regular_files import NotARegularFile
-from tailtune.datasets.long_tail import capped_counts
+from tailtune.datasets.long_tail import capped, capped_counts
 from tailtune.datasets.sources.available_images import AvailableImages
 from tailtune.datasets.sources.cifar import ARCHIVES, TEST_IMAGES
 from tailtune.datasets.sources.image_folder import SPLITS
@@ -201,10 +201,9 @@ def _verify_built_in(request: VerifyRequest) -> Findings:
     options = request.data
     outline = lookup(DATASETS, options.dataset, "dataset").outline(options)
     findings = _empty_findings(request, outline.class_names)
-    counts = [
-        count - request.splits.val_per_class for count in capped_counts(outline.available, request.splits.imb_factor)
-    ]
-    findings.splits["train"] = SplitFindings(counts)
+    splits = request.splits
+    counts = [count - splits.val_per_class for count in capped_counts(outline.available, splits.imb_factor)]
+    findings.splits["train"] = SplitFindings(capped(counts, splits.subset_cap))
     findings.images_checked = findings.decoded = False
     if (archive := ARCHIVES.get(options.dataset)) is None:
         findings.notes.append("these images come with the program; there are no files to check")

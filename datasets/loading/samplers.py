@@ -23,6 +23,8 @@ Order = Callable[[Tensor, int, int], Tensor]
 
 Returns the images of the epoch in their order, as indices in the split, int64 [N].
 """
+TEMPER = 0.8
+"""Power of the class counts in `tempered`: GLMC draws an image with the weight n^−0.2."""
 
 
 def shuffle(labels: Tensor, seed: int, epoch: int) -> Tensor:
@@ -74,6 +76,22 @@ def reverse(labels: Tensor, seed: int, epoch: int) -> Tensor:
     return _images_of(drawn, labels, random)
 
 
+def tempered(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Slightly balanced sampling: as `balanced`, but a class has probability p_c ∝ n_c^0.8 (GLMC, Du et al. 2023).
+
+    Args:
+        labels: labels of the split, int64 [N].
+        seed: the seed of the run.
+        epoch: index of the epoch, from 0.
+
+    Returns:
+        Indices in the split, int64 [N].
+    """
+    random = generator(seed, "tempered", epoch)
+    powers = labels.unique(return_counts=True)[1].double() ** TEMPER
+    return _images_of(torch.multinomial(powers, len(labels), replacement=True, generator=random), labels, random)
+
+
 def _images_of(drawn: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
     """Choose one image for each drawn class; the images of a class are taken one after another.
 
@@ -111,6 +129,7 @@ class ImageOrder:
 SAMPLERS: dict[str, ImageOrder] = {
     "shuffle": ImageOrder(shuffle, lambda counts: counts / counts.sum()),
     "balanced": ImageOrder(balanced, lambda counts: torch.full_like(counts, 1 / len(counts))),
+    "tempered": ImageOrder(tempered, lambda counts: counts**TEMPER / (counts**TEMPER).sum()),
     "reverse": ImageOrder(reverse, lambda counts: 1 / counts / (1 / counts).sum()),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import derive_seed
 from tailtune.datasets.data_settings import SplitSettings
-from tailtune.datasets.long_tail import SUBSET_SEED, capped_counts, check_hold_out, hold_out, subsample
+from tailtune.datasets.long_tail import SUBSET_SEED, capped_counts, capped_subset, check_hold_out, hold_out, subsample
 from tailtune.datasets.sources.available_images import AvailableImages
 from tailtune.datasets.sources.image_sources import Source
 from tailtune.datasets.sources.named_source import NamedSource
@@ -60,6 +60,8 @@ def choose_splits(options: SplitSettings, data: AvailableImages, stored: StoredS
         splits["val"] = Split(source, held_out)
     elif data.val is not None:
         splits["val"] = Split(data.val, np.arange(len(data.val)))
+    if options.subset_cap is not None:
+        rest = rest[capped_subset(source.labels[rest], options.subset_cap, options.subset_seed)]
     splits["train"] = Split(source, _in_stored_order(source, rest, stored) if stored and has_paths else rest)
     return ChosenSplits(splits, _paths_in_no_split(source, splits) if has_paths else (), ())
 

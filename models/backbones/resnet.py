@@ -28,6 +28,7 @@ class ResNetDesign:
         groups: groups of the 3x3 convolution in a bottleneck block (ResNeXt's cardinality).
         group_width: channels of a group where a block has 64 planes.
         cifar: whether it is for images of 32 pixels: a small stem without pooling, and shortcuts without weights.
+        widening: factor on the planes of every stage.
     """
 
     blocks: tuple[int, ...]
@@ -35,6 +36,7 @@ class ResNetDesign:
     groups: int = 1
     group_width: int = 64
     cifar: bool = False
+    widening: int = 1
 
     def planes(self, reduced: bool = False) -> list[int]:
         """Planes of each stage.
@@ -42,7 +44,7 @@ class ResNetDesign:
         Args:
             reduced: whether the last two stages lose a quarter, whether experts have them for themselves or not.
         """
-        first = CIFAR_WIDTH if self.cifar else IMAGENET_WIDTH
+        first = self.widening * (CIFAR_WIDTH if self.cifar else IMAGENET_WIDTH)
         full = [first * 2**index for index in range(len(self.blocks))]
         return [*full[:-2], *(planes * 3 // 4 for planes in full[-2:])] if reduced else full
 

@@ -30,6 +30,7 @@ BACKBONES: dict[str, BackboneSpec] = {
     "IN21K-ViT-L/16": TimmBackbone("vit_large_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "ResNet-20": ResNetBackbone("ResNet-20", ResNetDesign((3, 3, 3), cifar=True)),
     "ResNet-32": ResNetBackbone("ResNet-32", ResNetDesign((5, 5, 5), cifar=True)),
+    "ResNet-32x4": ResNetBackbone("ResNet-32x4", ResNetDesign((5, 5, 5), cifar=True, widening=4)),  # that of GLMC
     "ResNet-44": ResNetBackbone("ResNet-44", ResNetDesign((7, 7, 7), cifar=True)),
     "ResNet-56": ResNetBackbone("ResNet-56", ResNetDesign((9, 9, 9), cifar=True)),
     # With `pretrained default` these, too, have seen ImageNet-LT's labels.

@@ -90,7 +90,12 @@ def _groups(row: Row) -> dict[str, np.ndarray]:
     """
     result = row.results[0]
     counts, options = result.get("class_counts"), result.get("evaluation", {})
-    if not counts or options.get("group_imb_factor") is not None or "many_above" not in options:
+    if (
+        not counts
+        or "subset_cap" in result
+        or options.get("group_imb_factor") is not None
+        or "many_above" not in options
+    ):
         return {}
     masks = shot_masks(counts, options["many_above"], options["few_below"])
     return {metric: masks[group] for metric, group in SHOT_GROUPS.items()}

@@ -13,6 +13,7 @@ from tailtune.trainers.methods.batchformer import BatchFormer
 from tailtune.trainers.methods.decouple import Normalised, Retrained, WeightScaling
 from tailtune.trainers.methods.dirmixe import DirMixE
 from tailtune.trainers.methods.distill import Distill
+from tailtune.trainers.methods.glmc import GLMC
 from tailtune.trainers.methods.h2t import H2T
 from tailtune.trainers.methods.mixup import Mixup
 from tailtune.trainers.methods.reslt import ResLT
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "mixup": Mixup,
     "h2t": H2T,
     "reslt": ResLT,
+    "glmc": GLMC,
 }
 
 

@@ -1,7 +1,5 @@
 """`Method`, the base class of training methods: a module that holds model and objective, and that Accelerate wraps."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +11,11 @@ from tailtune.models import ClassificationModel
 from tailtune.models.backbones.encoder import Encoder, StagedModule
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import Prior, effective_weights, log_prior
+from tailtune.trainers.methods.earlier import Earlier
 from tailtune.trainers.methods.objective import Batch, NoOptions, Objective, Step, combine
 from tailtune.trainers.storage.checkpoint import trained_state
 
 __all__ = ["Batch", "Earlier", "Method", "NoOptions", "Objective", "Step", "combine"]
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """The finished run that the option `after` names, as the method of the following run sees it."""
-
-    fresh: bool
-    """Whether the following run has just begun. If False it resumes, and its state already holds what it took over."""
-    tensors: Callable[[], dict[str, Tensor]]
-    """→ tensors that the earlier run trained, by name. Raises a `UserError` if its base model or classes differ."""
-    method: Callable[[], "Method"]
-    """→ the trained method of the earlier run: frozen, in eval mode, on the device."""
 
 
 class Method(StagedModule):
@@ -87,6 +74,11 @@ class Method(StagedModule):
         return False
 
     @property
+    def takes_two_views(self) -> bool:
+        """Whether a batch needs a second augmentation of each image: `other_image`, and `other_partner` in pairs."""
+        return False
+
+    @property
     def can_be_wrapped(self) -> bool:
         """Whether `loss`, `head_logits` and `aggregate` define the method, so that a `Wrapper` may run the model.
 
@@ -114,6 +106,11 @@ class Method(StagedModule):
         return self.depends_on_batch or self.objective.loss.couples or self.model.batch_coupled
 
     @property
+    def adds_up_samples(self) -> bool:
+        """Whether the loss is a sum over samples, in which the weight of a sample is a factor on its term."""
+        return not (self.depends_on_batch or self.objective.loss.couples)
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether a step depends on the number of epochs of the run, so that a finished run cannot get more of them."""
         return self.model.depends_on_length
@@ -127,8 +124,13 @@ class Method(StagedModule):
 
     def forward(self, batch: Batch) -> Step:
         self.model.choose_classes(batch["label"], self.draws)
-        logits = self.expert_logits(batch["image"])
-        return self.step(*self.loss(logits, batch), logits)
+        return self.judged(self.expert_logits(batch["image"]), batch)
+
+    def judged(self, logits: Tensor, batch: Batch) -> Step:
+        """The result of `forward`, for expert logits [B, E, C] whose loss is that of `loss`."""
+        shared = {**batch, "weight": batch["weight"] * batch["share"]} if "share" in batch else None
+        part = None if shared is None else self.loss(logits, shared)[0]
+        return self.step(*self.loss(logits, batch), logits)._replace(shared_sum=part)
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Expert logits [B, E, C] → (weighted sum of the samples' losses, sum of the weights), both scalars."""

@@ -85,8 +85,7 @@ class H2T(Wrapper):
             first, second = (self.model.features(batch[name]) for name in ("image", "partner"))
         draws = generator(self.objective.seed, "h2t", self.at_step)  # the same channels for all micro-batches
         features = fused(first, second, self.options.ratio, self.model.num_experts, draws)
-        logits = self.head_logits(features)
-        return self.step(*self.loss(logits, batch), logits)
+        return self.judged(self.head_logits(features), batch)
 
     def head_logits(self, features: Tensor) -> Tensor:
         """The inner method's logits [B, E, C]; with `weight_scaling`, times the trained class factors [E, C]."""

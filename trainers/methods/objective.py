@@ -15,7 +15,9 @@ __all__ = ["Batch", "NoOptions", "Objective", "Step", "combine"]
 Batch = dict[str, Any]
 """`image` uint8 [B, 3, H, W], `label` [B], `weight` [B] (0: left out), `index` [B] (position in the split).
 
-With `pair_sampler` a batch also has `partner`, the second images, in the format of `image`.
+With `pair_sampler` a batch also has `partner`, the second images, in the format of `image`, and their labels,
+`partner_label` [B]. `other_image` and `other_partner` are further augmentations of both. With `sam focal` it has
+`share` [B], the share of each sample's loss that `Step.shared_sum` holds.
 """
 
 
@@ -25,6 +27,7 @@ class Step(NamedTuple):
     loss_sum: Tensor  # weighted sum of the samples' losses, a scalar
     weight: Tensor  # sum of the weights, a scalar
     logits: Tensor  # predictions [B, C]
+    shared_sum: Tensor | None = None  # sum of the samples' losses, weighted also by the batch's `share`; a scalar
 
 
 @dataclass(frozen=True)

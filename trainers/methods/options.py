@@ -32,7 +32,8 @@ class MethodOptions:
     sampler: str = option("shuffle", "Which training images make up an epoch.", table="SAMPLERS")
     pair_sampler: str | None = option(
         None,
-        "How a second training image is chosen beside each one, for method h2t. None means that there is none.",
+        "How a second training image is chosen beside each one, for methods h2t and glmc. None means that there is "
+        "none.",
         as_str,
         table="SAMPLERS",
         zero_shot=False,

@@ -51,6 +51,7 @@ class ExpertAssignment(Method):
     continues_from_earlier_run = True
     predicts_as_earlier_run = True
     asks_every_expert = False
+    adds_up_samples = False  # the loss is not of the classes
     can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:

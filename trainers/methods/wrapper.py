@@ -40,6 +40,10 @@ class Wrapper(Method):
     def batch_coupled(self) -> bool:
         return super().batch_coupled or self.inner.batch_coupled
 
+    @property
+    def adds_up_samples(self) -> bool:
+        return super().adds_up_samples and self.inner.adds_up_samples
+
     def head_logits(self, features: Tensor) -> Tensor:
         return self.inner.head_logits(features)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode, Schema, load_resolved, schema_of
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import options_from
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.datasets.data_settings import DataFolders
@@ -30,6 +31,7 @@ from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_c
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.methods.fixed_texts import with_texts_as_weights
+from tailtune.trainers.runs.merged_runs import MergeOptions, merged
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from tailtune.trainers.storage.manifest import check_file, read_json
@@ -219,13 +221,15 @@ def earlier_run(
         here: resolved config of the present run.
         fresh: True if the present run starts; False if it resumes.
     """
-    checkpoint = folder / "checkpoint"
 
-    def tensors() -> dict[str, Tensor]:
+    def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
         tensors_by_name, facts = read_folder(checkpoint)
         check_base(checkpoint, facts, base)
         check_classes(checkpoint, facts, data.info.class_names)
         return tensors_by_name
+
+    def tensors() -> dict[str, Tensor]:
+        return merged(tensors_of(folder / "checkpoint"), options_from(MergeOptions, here), tensors_of)
 
     def method() -> Method:
         cfg = resolve(config_of(folder, schema_of(here)))

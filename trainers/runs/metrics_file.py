@@ -53,10 +53,12 @@ class RunLabel:
     seed: int
     epochs: int
     """Number of training epochs."""
+    subset_cap: int | None = None
+    """The option: the largest number of training images of a class."""
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "RunLabel":
-        return cls(cfg.data, cfg.model, cfg.backbone, cfg.seed, cfg.num_epochs)
+        return cls(cfg.data, cfg.model, cfg.backbone, cfg.seed, cfg.num_epochs, cfg.subset_cap)
 
 
 def headline(label: RunLabel, data: DataBundle, method: Method) -> str:
@@ -95,6 +97,7 @@ def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport 
         "stopped_early": train is not None and train.epochs < label.epochs,
         "params": method.counts(),
         "class_counts": info.class_counts.tolist(),
+        **({} if label.subset_cap is None else {"subset_cap": label.subset_cap}),
         "train": None if train is None else train_facts(train),
     }
 

@@ -16,6 +16,7 @@ from tailtune.configs.yaml_reader import read_yaml
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "zero-shot": "the text features classify the images; nothing is trained",
+        "text": "the classifier consists of text features, which train, or of text features and a cache of images",
         "experts": "several classifiers on one network, which are trained to differ",
         "two-stage": "the run continues the run of another config, which is trained first",
         "scratch": "the whole network is trained from random weights",
@@ -27,7 +28,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
 """Name of a kind → what its configs train. A config has one kind, the first that fits."""
 
 SMALL_TUNERS = (
-    *("bias_tuning", "ln_tuning", "bn_tuning", "mask", "aft", "vpt_shallow", "vpt_deep", "lora", "lora_mlp"),
+    *("bias_tuning", "ln_tuning", "bn_tuning", "mask", "aft", "vpt_shallow", "vpt_deep"),
+    *("lora", "lora_mlp", "clip_lora"),
     *("ssf_attn", "ssf_mlp", "ssf_ln", "adapter", "adaptformer", "peft"),
 )
 """Options that turn on a tuner in a shipped config: `peft`, and entries of the table of tuners but `full_tuning`."""
@@ -44,6 +46,8 @@ def kind_of(values: Mapping[str, Any]) -> str:
     """
     if values.get("zero_shot"):
         return "zero-shot"
+    if values.get("classifier") in ("TextClassifier", "TipAdapter"):
+        return "text"
     if values.get("num_experts", 1) > 1:
         return "experts"
     if values.get("after"):

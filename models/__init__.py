@@ -10,15 +10,17 @@ from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.option import options_from
 from tailtune.configs.seeding import seeded
-from tailtune.models.backbones.backbone_types import Backbone, ExpertSplit, PixelStats
+from tailtune.models.backbones.backbone_types import Backbone, ExpertSplit, InputSpec, PixelStats
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import DESCRIPTOR, Sentences, fill
 from tailtune.models.backbones.table import BACKBONES, find_backbone
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.classification_model import ClassificationModel
 from tailtune.models.heads.classifiers import HEADS, CosineClassifier
-from tailtune.models.heads.expert_heads import ExpertHeads
+from tailtune.models.heads.expert_heads import ExpertHeads, heads_of
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
+from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.text_mode import check_text_options, classifies_by_text, connect_texts
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, add_tuners
@@ -48,19 +50,14 @@ def build_model(
     Raises:
         UserError: an unknown name, weights that are not there, or options that do not go together.
     """
-    if cfg.pixel_std and min(cfg.pixel_std) <= 0:
-        raise UserError(f"pixel_std {cfg.pixel_std} divides the pixels: all three numbers must be above 0")
     spec = find_backbone(cfg.backbone)
-    inputs = spec.inputs(cfg.pretrained)
+    _check_input(cfg, spec.inputs(cfg.pretrained))
     sentences = _sentences(cfg, class_names, descriptors)
     tuners = [name for name in (*TUNERS, "peft") if cfg[name]]
-    patch_size = inputs.patch_size
-    if patch_size and cfg.resolution % patch_size and cfg.resolution != inputs.resolution:
-        raise UserError(  # the ViT would ignore the pixels that are left over
-            f"resolution {cfg.resolution} must be a multiple of {patch_size}, the patch size of {cfg.backbone}"
-        )
     split = ExpertSplit(cfg.num_experts, cfg.expert_split, cfg.reduce_dimension)
-    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, cfg.zero_shot, fast, split)
+    check_text_options(cfg, spec)
+    project = cfg.zero_shot or classifies_by_text(cfg)
+    backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project, fast, split)
     encoder = backbone.encoder
     if cfg.residual_dtype and isinstance(encoder, WholeNetworkEncoder):
         raise UserError(f"residual_dtype works on ViTs only, and {cfg.backbone} does not run as one; leave it out")
@@ -70,10 +67,25 @@ def build_model(
         add_tuners(encoder, tuner_options(cfg, tuners, len(class_names), encoder), cfg.partial, cfg.seed)
         head = _head(cfg, encoder.feature_dim, len(class_names))
     peft = _peft(cfg, encoder)
-    encoder.set_precision()
+    tower = connect_texts(cfg, backbone, heads_of(head)[0], class_names, sentences)
+    for each in (encoder, tower):
+        if each is not None:
+            each.set_precision()
     mean, std = backbone.pixel_stats or pixel_stats
     stats = (cfg.pixel_mean or mean, cfg.pixel_std or std)
-    return ClassificationModel(encoder, head, stats, _head_init(cfg, backbone, sentences), backbone.random_base, peft)
+    init = _head_init(cfg, backbone, sentences)
+    return ClassificationModel(encoder, head, stats, init, backbone.random_base, peft, tower)
+
+
+def _check_input(cfg: CfgNode, inputs: InputSpec) -> None:
+    """Raise a `UserError` for pixels that the backbone cannot take."""
+    if cfg.pixel_std and min(cfg.pixel_std) <= 0:
+        raise UserError(f"pixel_std {cfg.pixel_std} divides the pixels: all three numbers must be above 0")
+    patch_size = inputs.patch_size
+    if patch_size and cfg.resolution % patch_size and cfg.resolution != inputs.resolution:
+        raise UserError(  # the ViT would ignore the pixels that are left over
+            f"resolution {cfg.resolution} must be a multiple of {patch_size}, the patch size of {cfg.backbone}"
+        )
 
 
 def resolve(cfg: CfgNode) -> CfgNode:
@@ -137,6 +149,8 @@ def _head(cfg: CfgNode, dim: int, classes: int) -> nn.Module:
     head_class = lookup(HEADS, cfg.classifier, "classifier")
     options = asdict(options_from(head_class.Options, cfg, cfg.classifier))
     with seeded(cfg.seed, "head"):
+        if head_class is TextClassifier and cfg.num_experts > 1:
+            return ExpertHeads([head_class(dim, classes, **options)] * cfg.num_experts)  # there is one set of texts
         heads = [head_class(dim, classes, **options) for _ in range(cfg.num_experts)]
     return heads[0] if cfg.num_experts == 1 else ExpertHeads(heads)
 
@@ -152,7 +166,7 @@ def _peft(cfg: CfgNode, encoder: Encoder) -> PeftAdapter | None:
 
 def _head_init(cfg: CfgNode, backbone: Backbone, sentences: Sentences) -> HeadInit | None:
     """How the head is filled before training; None: it keeps its random weights."""
-    name = "text_feat" if cfg.zero_shot else cfg.init_head
+    name = "text_feat" if cfg.zero_shot or classifies_by_text(cfg) else cfg.init_head
     if name is None:
         return None
     initial_weight = lookup(HEAD_INITS, name, "init_head")

@@ -1,19 +1,25 @@
 """Encoder and head together: the model that methods train."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from tailtune.models.backbones.backbone_types import PixelStats, TextEncoder
 from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.heads.expert_heads import ExpertHeads, heads_of, perturb_for_expert
 from tailtune.models.heads.head_init import HeadContext, HeadInit
+from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.heads.tip_adapter import TipAdapter
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 
 
 class ClassificationModel(nn.Module):
     """Images → features → logits of each expert.
 
-    Checkpoints name their tensors after the attributes `encoder`, `head` and `peft`.
+    Checkpoints name their tensors after the attributes `encoder`, `head`, `peft` and `text`.
 
     Args:
         encoder: normalised images → features [B, D], or [B, E, D] if experts have parts of the network of their own.
@@ -22,6 +28,7 @@ class ClassificationModel(nn.Module):
         init: fills the head before the first step. It is dropped afterwards, together with the text encoder.
         random_base: whether the encoder's weights are random although pre-trained ones exist.
         peft: the adapter of the peft library around the encoder, if there is one.
+        text: the text tower of a head that reads text features while they train, if there is one.
     """
 
     mean: Tensor
@@ -35,6 +42,7 @@ class ClassificationModel(nn.Module):
         init: HeadInit | None = None,
         random_base: bool = False,
         peft: PeftAdapter | None = None,
+        text: TextTower | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -42,6 +50,7 @@ class ClassificationModel(nn.Module):
         self.init = init
         self.random_base = random_base
         self.peft = peft
+        self.text = text
         for name, values in zip(("mean", "std"), pixel_stats, strict=True):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
@@ -117,11 +126,32 @@ class ClassificationModel(nn.Module):
     def set_precision(self, compute: torch.dtype = torch.float32, residual: torch.dtype | None = None) -> None:
         """Set the arithmetic of the frozen encoder, see `Encoder.set_precision`. The head keeps its own dtype."""
         self.encoder.set_precision(compute, residual)
+        if self.text is not None:
+            self.text.set_precision(compute, residual)
 
     @property
     def batch_coupled(self) -> bool:
         """Whether the logits of an image depend on the others in the batch while training."""
-        return self.encoder.batch_coupled
+        if self.samples_classes:
+            return True
+        return self.encoder.batch_coupled or self.text is not None and self.text.batch_coupled
+
+    @property
+    def samples_classes(self) -> bool:
+        """Whether logits while training are those of some of the classes."""
+        head = heads_of(self.head)[0]
+        return isinstance(head, TextClassifier) and head.samples is not None
+
+    def choose_classes(self, labels: Tensor, draws: Callable[[str], torch.Generator]) -> None:
+        """Choose the classes of the next training forward, if the head wants only some.
+
+        Args:
+            labels: labels of the images [B].
+            draws: purpose of a random draw → its generator.
+        """
+        head = heads_of(self.head)[0]
+        if isinstance(head, TextClassifier) and head.samples is not None:
+            head.choose(labels, draws("class samples"))
 
     @property
     def depends_on_length(self) -> bool:
@@ -150,6 +180,20 @@ class ClassificationModel(nn.Module):
         if self.peft:
             self.peft.after_step(step)
 
+    @contextmanager
+    def one_step(self) -> Iterator[Callable[[bool], None]]:
+        """Within this block, which is one optimizer step, class texts are encoded once.
+
+        Yields:
+            A function to call before each micro-batch, with whether it is the last one.
+        """
+        head = heads_of(self.head)[0]  # experts share the texts
+        if isinstance(head, TextClassifier):
+            with head.one_step() as begin:
+                yield begin
+        else:
+            yield lambda last: None
+
     def init_head(self, context: HeadContext) -> None:
         """Fill the weight of the head, or of every expert's head, and drop what was needed for that.
 
@@ -158,10 +202,12 @@ class ClassificationModel(nn.Module):
         Args:
             context: the training data.
         """
-        if self.init is not None:
+        if self.init is not None and self.text is None:
             with torch.no_grad():
                 weight = self.init(context)
-                for expert, head in enumerate(heads_of(self.head)):
+                if isinstance(self.head, TipAdapter):
+                    self.head.prepare(weight, context)
+                for expert, head in enumerate([] if isinstance(self.head, TipAdapter) else heads_of(self.head)):
                     head.get_parameter("weight").copy_(perturb_for_expert(weight, expert, context.seed))
         self.init = None
 

@@ -77,6 +77,7 @@ AXES: Mapping[str, Mapping[str, str]] = {
         "head only": "",
         **{name: f"{name} True" for name in TUNERS},
         "peft LoRA": "peft LoRA",
+        "text tower": "classifier TextClassifier text_lora True adaptformer True expert_split 1",
     },
     "method": {name: f"method {name} num_experts 3 {LOSS} {OF_METHOD.get(name, '')}" for name in METHODS},
     "test": {

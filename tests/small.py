@@ -49,6 +49,10 @@ LIFT_TUNERS = (
 """The tuners of LIFT, of which the tests have a plain formulation and published counts; others may be added."""
 
 
+WITH_WEIGHTS = [name for name in classifiers.HEADS if name not in ("TextClassifier", "TipAdapter")]
+"""Heads with weights that train; the others read text features."""
+
+
 def other_value(key: Key) -> object:
     """Another value of an option that is a flag or a number."""
     default = key.default

@@ -20,6 +20,7 @@ from tailtune.models.backbones.prompts import PROMPTS
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.tuners.table import TUNERS
+from tailtune.models.tuners.text_tuners import TEXT_TUNERS
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Earlier, Method, build_method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
@@ -51,6 +52,12 @@ ON_CONVNET = ("full_tuning", "bias_tuning", "bn_tuning", "ssf_attn")
 def alone(name: str) -> tuple[object, ...]:
     """A tuner, on a backbone that has what it acts on."""
     return (*(CONVNET if name == "bn_tuning" else ()), name, True)
+
+
+def of_head(name: str) -> tuple[object, ...]:
+    """A head; one without weights of its own needs something that trains beside it, or that nothing trains."""
+    more = {"TextClassifier": ("adaptformer", True), "TipAdapter": ("num_epochs", 0)}
+    return ("classifier", name, *more.get(name, ()))
 
 
 SEVERAL: tuple[str, ...] = ("ride_ea", "reslt")
@@ -91,10 +98,11 @@ def choices() -> list[tuple[object, ...]]:
     """Every entry once, beside the defaults; tuners also on a network without blocks, and together."""
     tuners = [*map(alone, TUNERS), *((*CONVNET, name, True) for name in ON_CONVNET if name != "bn_tuning")]
     together = (tuple(chain.from_iterable((name, True) for name in ALL_AT_ONCE)),)
-    heads = [("classifier", name) for name in HEADS]
+    heads = [(*of_head(name),) for name in HEADS]
+    texts = [("classifier", "TextClassifier", name, True) for name in TEXT_TUNERS]
     losses = [("loss_type", name) for name in LOSSES]
     methods = [of_method(name, experts) for name in METHODS for experts in (1, 3) if experts > 1 or name not in SEVERAL]
-    return [*tuners, *together, *heads, *losses, *methods]
+    return [*tuners, *together, *heads, *texts, *losses, *methods]
 
 
 def fits_loss(method: str, loss: str) -> bool:
@@ -130,7 +138,7 @@ def fits(row: Mapping[str, str]) -> bool:
 AXES: dict[str, list[str]] = {
     "tuner": ["", *TUNERS],
     "second": ["", *TUNERS],
-    "head": [*HEADS],
+    "head": [name for name in HEADS if name not in ("TextClassifier", "TipAdapter")],  # experts share their features
     "loss": [*LOSSES],
     "partial": ["none", "1", "[1,3]"],
     "method": [*METHODS],

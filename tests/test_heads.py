@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from small import head_context, head_with
+from small import WITH_WEIGHTS, head_context, head_with
 from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -30,7 +30,6 @@ from tailtune.datasets.sources.class_descriptors import class_descriptors
 from tailtune.models import BACKBONES, build_model
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.prompts import PROMPTS, fill
-from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadContext, class_mean, k_shot, linear_probe
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.head_preparation import prepare_head
@@ -83,7 +82,7 @@ def test_logits_are_those_of_the_original(name: str) -> None:
     assert torch.allclose(logits, torch.tensor(FIXTURE[name]), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_logits_of_half_precision_features_are_fp32(name: str) -> None:
     head = head_with(name, 8, 3)
     assert head(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
@@ -98,7 +97,7 @@ def test_the_cosine_head_ignores_lengths() -> None:
     assert before.abs().max() <= 25.0
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_random_weights(name: str) -> None:
     """Unit rows; of the linear head normal ones with variance 2 / D, and no bias."""
     head = head_with(name, 256, 100)
@@ -248,7 +247,7 @@ def test_every_process_has_the_head_that_one_would_have(name: str, config: Confi
     assert torch.equal(first, second) and torch.allclose(first, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 @pytest.mark.parametrize("init", HEAD_INITS)
 def test_an_init_fills_the_weight_of_any_head_and_nothing_else(name: str, init: str, config: Config) -> None:
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none", "classifier", name, "init_head", init)

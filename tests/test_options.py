@@ -47,6 +47,7 @@ from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.tuners.table import TUNERS
+from tailtune.models.tuners.text_tuners import TEXT_TUNERS
 from tailtune.scripts.make_options import FILE, render
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
@@ -613,6 +614,9 @@ FUSED: Words = (*ONE, "method", "h2t", "h2t.shift_bn", False, "after", "tiny_cli
 OF_RUN: Words = (*ONE, "output_dir", "run0", "test_only", True)
 CONVOLUTIONAL: Words = ("backbone", "timm:test_resnet.r160_in1k", "init_head", "none")
 EXPERTS: Words = ("backbone", "ResNet-20", "init_head", "none", "full_tuning", True, "num_experts", 2)
+TEXTS: Words = ("classifier", "TextClassifier")
+COOP: Words = (*TEXTS, "context", "coop")
+TIP: Words = ("classifier", "TipAdapter", "num_epochs", 0)
 PROBES: dict[str, Probe] = {
     "dataset": Probe("Fake", "Digits", names),
     "root": Probe("images", "other", pixels("train"), **LISTED),
@@ -672,6 +676,32 @@ PROBES: dict[str, Probe] = {
     "aft_ratio": Probe("none", 0.01, trains_where, ("aft", True)),
     "aft_loc": Probe("all", "mlp", trains_where, ("aft", True)),
     "aft_seed": Probe(0, 1, aft_positions, ("aft", True)),
+    "clip_lora_alpha": Probe(1, 2, trained, (*ONE, "clip_lora", True)),
+    "clip_lora_dropout": Probe(0.25, 0, trained, (*ONE, "clip_lora", True)),
+    **{name: Probe(False, True, trains_where, TEXTS) for name in TEXT_TUNERS},
+    "text_partial": Probe("none", 1, trains_where, (*TEXTS, "text_lora", True)),
+    "text_adapter_dim": Probe(4, 2, trains_where, (*TEXTS, "text_adapter", True)),
+    "text_vpt_len": Probe(2, 3, trains_where, (*TEXTS, "text_vpt_deep", True)),
+    "text_adaptformer_scale": Probe("learnable", 0.5, trains_where, (*TEXTS, "text_adaptformer", True)),
+    "text_mask_ratio": Probe("none", 0.01, trains_where, (*TEXTS, "text_mask", True)),
+    "context": Probe("none", "coop", on_meta, (*TEXTS, "backbone", "CLIP-ViT-B/32")),
+    "context_len": Probe(4, 3, trains_where, COOP),
+    "context_words": Probe("a photo of a", "a picture of the", logits, COOP),
+    "context_position": Probe("end", "front", logits, (*COOP, "context_len", 4)),
+    "context_per_class": Probe(False, True, trains_where, (*COOP, "context_len", 4)),
+    "context_depth": Probe(1, 2, trains_where, (*TEXTS, "context", "maple")),
+    "clip_adapter": Probe("none", "residual", trains_where, TEXTS),
+    "clip_adapter_dim": Probe("none", 2, trains_where, (*TEXTS, "clip_adapter", "residual")),
+    "clip_adapter_ratio": Probe(0.2, 0.5, logits, (*TEXTS, "clip_adapter", "original")),
+    "projection_tuning": Probe(False, True, trains_where, TEXTS),
+    "text_memory": Probe(8, 0, lambda cfg: built(cfg).text.largest_again, TEXTS),
+    "textclassifier.scale": Probe("none", 10, logits, TEXTS),
+    "textclassifier.samples": Probe("none", 2, trained, (*ONE, *TEXTS, "text_lora", True)),
+    "tipadapter.shots": Probe(1, 2, own_logits, TIP),
+    "tipadapter.alpha": Probe(1.17, 2, own_logits, TIP),
+    "tipadapter.beta": Probe(1, 2, own_logits, TIP),
+    "tipadapter.balanced": Probe(True, False, own_logits, TIP),
+    "tipadapter.scale": Probe("none", 10, own_logits, TIP),
     "peft": Probe("none", "LoRA", trains_where),
     "peft_args": Probe("{r: 4}", "{r: 8}", trains_where, ("peft", "LoRA")),
     "seed": Probe(0, 1, seeds, ("lora", True)),
@@ -871,7 +901,8 @@ def test_an_entry_is_complete() -> None:
 
 def test_tuner_flags_are_the_tuners() -> None:
     flags = {key for key, entry in KEYS.items() if entry.default is False and entry.cls == TRAIN}
-    assert flags - {"zero_shot", "reduce_dimension", "nesterov"} == TUNERS.keys()
+    others = {"zero_shot", "reduce_dimension", "nesterov", "context_per_class", "projection_tuning"}
+    assert flags - others == TUNERS.keys() | TEXT_TUNERS.keys()
 
 
 def test_aliases_are_other_names_of_options() -> None:

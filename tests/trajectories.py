@@ -21,10 +21,13 @@ STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
 Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
 LAYOUTS: dict[str, dict[int, list[Layout]]] = {
     "few": {1: [(0, 32, False), (2, 8, False)], 2: [(2, 8, False), (2, 8, True)]},
+    "text": {1: [(0, 32, False), (0, 8, False), (0, 8, True)], 2: [(0, 8, False)]},
     "pair": {2: [(0, 8, False)]},
     "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
 }
 """Tier → processes → layouts; the first on one process is the reference."""
+MORE = {"text": "classifier TextClassifier text_lora True text_memory 0"}
+"""Tier → further words of the command, which test_core.py gives."""
 COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
 
 
@@ -75,10 +78,10 @@ MOVES = {(1, 2): "from_1_to_2", (2, 1): "from_2_to_1"}
 """Processes of the first part and of the rest of a run → its folder."""
 
 
-def move(folder: Path, before: int, after: int, part: int) -> Path:
+def move(folder: Path, before: int, after: int, part: int, more: str = "") -> Path:
     """The first (0) or second (1) part of a run that is killed and resumed on another number of processes."""
     path = folder / MOVES[before, after]
-    words = f"{COMMAND} num_workers 0 micro_batch_size 8 output_dir {path}".split()
+    words = f"{COMMAND} num_workers 0 micro_batch_size 8 output_dir {path} {more}".split()
     (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
     with killed_after(7 if part == 0 else None):
         run(cfg)
@@ -109,5 +112,5 @@ if __name__ == "__main__":
     for layout in LAYOUTS[sys.argv[2]][processes]:
         train(Path(sys.argv[1]), *layout, processes, " ".join(sys.argv[3:]))
     if sys.argv[2] != "pair":
-        move(Path(sys.argv[1]), 1, 2, part=1)
-        move(Path(sys.argv[1]), 2, 1, part=0)
+        move(Path(sys.argv[1]), 1, 2, part=1, more=" ".join(sys.argv[3:]))
+        move(Path(sys.argv[1]), 2, 1, part=0, more=" ".join(sys.argv[3:]))

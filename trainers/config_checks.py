@@ -13,9 +13,10 @@ import torch
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
-from tailtune.configs.option import options_from
+from tailtune.configs.option import options_from, value_of
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
+from tailtune.models.text_mode import starts_at_random
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
@@ -59,10 +60,10 @@ def validate(
         kept = {"encoder"} if method.frozen_trained else set()
         kept |= {"head"} if kept and not method.discards("model.head.") else set()
         for key, entry in schema_of(cfg).items():
-            if entry.held_with in kept and cfg[key] != before[key]:
+            if entry.held_with in kept and (now := value_of(cfg, key)) != (then := value_of(before, key)):
                 raise UserError(
-                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {before[key]}, "
-                    f"not {cfg[key]}; give both the same (`after.{key}` sets the earlier run's)"
+                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {then}, "
+                    f"not {now}; give both the same (`after.{key}` sets the earlier run's)"
                 )
     return methods
 
@@ -154,7 +155,7 @@ def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -
         raise UserError(f"ensemble {name} evaluates a finished run: train without it, then add test_only True")
     if cfg.export is not None:
         raise UserError(f"export {cfg.export} writes what was trained: leave out ensemble {name}")
-    if entry.start and cfg.init_head is None and not (cfg.after and _keeps_start(method)):
+    if entry.start and starts_at_random(cfg) and not (cfg.after and _keeps_start(method)):
         raise UserError(RANDOM)
     if entry.text:
         _check_text(cfg, class_names)

@@ -8,10 +8,9 @@ from tailtune.configs import CfgNode, values_of
 from tailtune.configs.launch_environment import world_size
 from tailtune.configs.option import key_names
 from tailtune.models import ClassificationModel, resolve, tuner_options
-from tailtune.models.heads.expert_heads import heads_of
 from tailtune.models.tuners.table import TUNERS
 from tailtune.trainers.config_checks import outline
-from tailtune.trainers.evaluation.expert_usage import GIGA, flops_by_experts
+from tailtune.trainers.evaluation.expert_usage import GIGA, flops_by_experts, flops_of_texts
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
 
@@ -33,14 +32,15 @@ def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any],
     method = method or outline(cfg)
     model = method.model
     with torch.device("meta"):
-        flops = forward_flops(model, cfg.resolution)
+        flops, of_texts = forward_flops(model, cfg.resolution), flops_of_texts(model)
     resolved = values_of(cfg) | {"micro_batch_size": micro_batch_size(cfg, world_size())}
-    classes = len(heads_of(model.head)[0].get_parameter("weight"))
+    classes = len(method.class_counts)
     chosen_last = sorted(TUNERS, key=lambda name: bool(cfg[name]))  # some tuners share an option
     for name, filled in tuner_options(cfg, chosen_last, classes, model.encoder).items():
         resolved |= {key: getattr(filled, field) for field, key in key_names(filled, name, "_").items()}
     values = values_of(given)
     result = {"config": values, "params": method.counts(), "gflops_per_image": flops / GIGA}
+    result |= {"gflops_of_texts": of_texts / GIGA} if of_texts else {}
     return result, {key: resolved[key] for key, value in values.items() if value is None and resolved[key] is not None}
 
 

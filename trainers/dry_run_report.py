@@ -48,9 +48,14 @@ def report(
             "",
             *_memory(cfg, methods),
             "",
-            f"forward  {result['gflops_per_image']:.2f} GFLOPs an image",
+            f"forward  {result['gflops_per_image']:.2f} GFLOPs an image" + _texts(result.get("gflops_of_texts"), cfg),
         ]
     )
+
+
+def _texts(gflops: float | None, cfg: CfgNode) -> str:
+    """What the texts of the classes cost, in GFLOPs, beside the images of a step."""
+    return f", {gflops:,.0f} GFLOPs all class texts, once in a step of {cfg.batch_size} images" if gflops else ""
 
 
 def table(rows: dict[str, str]) -> list[str]:
@@ -93,6 +98,7 @@ def _memory(cfg: CfgNode, methods: Sequence[Method]) -> list[str]:
         "gradients": memory.gradients,
         "optimizer state": memory.optimizer,
         **({} if memory.image is None else {f"activations of {images} images": memory.image * images}),
+        **({"activations of class texts": memory.texts} if memory.texts else {}),
         "total": memory.total(images),
     }
     left_out = "activations, which this run does not let count, and " if memory.image is None else ""

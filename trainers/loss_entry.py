@@ -49,6 +49,8 @@ class Loss:
     """Whether the value depends on which samples share a micro-batch."""
     adjusts: bool = False
     """Whether the loss adjusts the logits by the class frequencies."""
+    compares_all: bool = False
+    """Whether it reads the logit of every class, and not only their softmax."""
 
     def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
         options = () if self.options is None else (self.options,)

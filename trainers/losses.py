@@ -197,10 +197,12 @@ LOSSES: dict[str, Loss] = {
         AdjustmentOptions(),
         adjusts=True,
     ),
-    "LADE": Loss(lade, without_prior, couples=True, adjusts=True),  # approximate: this neglects the term 0.1·E
+    # Approximate: this neglects the term 0.1·E.
+    "LADE": Loss(lade, without_prior, couples=True, adjusts=True, compares_all=True),
     # Approximate: each logit is right for its class against the rest, not for a softmax over all classes.
-    "BalBCE": Loss(balanced_bce, without_prior, BalancedBCEOptions(), adjusts=True),
-    "LAS": Loss(label_aware_smoothed, as_drawn, SmoothingOptions()),  # approximate: smoothing flattens predictions
+    "BalBCE": Loss(balanced_bce, without_prior, BalancedBCEOptions(), adjusts=True, compares_all=True),
+    # Approximate: smoothing flattens predictions.
+    "LAS": Loss(label_aware_smoothed, as_drawn, SmoothingOptions(), compares_all=True),
     # Approximate: the prior is computed with the mean of the noise. It couples the samples because the noise of a
     # sample depends on its position in the micro-batch.
     "GCL": Loss(

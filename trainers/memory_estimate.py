@@ -25,10 +25,13 @@ class TrainingMemory:
     """State of the optimizer."""
     image: int | None
     """Activations that the backward pass needs of one image; None where they cannot be counted without numbers."""
+    texts: int = 0
+    """Activations that the backward pass needs of the texts of all classes, whatever the number of images."""
 
     def total(self, micro_batch_size: int) -> int:
         """Bytes in all, with `micro_batch_size` images at once."""
-        return self.parameters + self.gradients + self.optimizer + (self.image or 0) * micro_batch_size
+        of_images = (self.image or 0) * micro_batch_size
+        return self.parameters + self.gradients + self.optimizer + of_images + self.texts
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -81,7 +84,19 @@ def training_memory(method: Method, resolution: int, copies: int, beside: Sequen
     weights = [weight for module in (method, *beside) for weight in module.parameters()]
     trained = 4 * sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
     parameters = sum(weight.numel() * weight.element_size() for weight in weights)
-    return TrainingMemory(parameters, trained, copies * trained, _of_image(method, resolution) if trained else 0)
+    image = _of_image(method, resolution) if trained else 0
+    return TrainingMemory(parameters, trained, copies * trained, image, _of_texts(method))
+
+
+def _of_texts(method: Method) -> int:
+    """Bytes that are kept of the texts, and those of the largest batch that is computed again."""
+    tower = method.model.text
+    if tower is None or not tower.trains:
+        return 0
+    keeps = SavedBytes(method)
+    with torch.device("meta"), keeps:
+        tower.class_features()
+    return keeps.total + tower.largest_again
 
 
 def _of_image(method: Method, resolution: int) -> int | None:

@@ -15,11 +15,15 @@ from tailtune.datasets.table import DATASETS
 from tailtune.datasets.test_distributions.options import DirichletOptions, ShiftOptions
 from tailtune.models import BACKBONES
 from tailtune.models.backbones.prompts import PROMPTS
+from tailtune.models.feature_adapters import FeatureAdapterOptions
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.heads.head_init import HEAD_INITS
 from tailtune.models.options import ExpertOptions, ModelOptions, TunerPlaceOptions
+from tailtune.models.text_contexts import ContextOptions
+from tailtune.models.text_mode import TextMemoryOptions
 from tailtune.models.tuners.peft_table import PEFTS
 from tailtune.models.tuners.table import TUNERS
+from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS, AdaptOptions
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
@@ -72,6 +76,13 @@ def _declarations() -> Iterator[Declaration]:
         yield Declaration(name, Key(as_bool, False, tuner.doc, zero_shot=False), "Tuners", name)
     for name, tuner in TUNERS.items():
         yield from declarations(type(tuner.options), "Tuners", name, separator="_")
+    for name, of_images in TEXT_TUNERS.items():
+        doc = f"The tuner {of_images} acts in the text tower of classifier TextClassifier."
+        yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
+    yield from declarations(TextTunerOptions, "Text tower")
+    yield from declarations(ContextOptions, "Text tower")
+    yield from declarations(FeatureAdapterOptions, "Text tower")
+    yield from declarations(TextMemoryOptions, "Text tower")
     yield from declarations(MethodOptions, "Method, loss and sampler")
     for name, loss in LOSSES.items():
         if loss.options is not None:
@@ -111,7 +122,9 @@ def _coupled() -> dict[str, Collection[str]]:
         "loss_type": [name for name, loss in LOSSES.items() if loss.couples],
         "h2t.inner": methods,
         "peft_args": "dropout",
-        **{name: "set" for name, tuner in TUNERS.items() if tuner.on_batch},
+        "textclassifier.samples": "set",
+        **{name: "set" for name, tuner in TUNERS.items() if tuner.on_batch or tuner.draws},
+        **{name: "set" for name, tuner in TEXT_TUNERS.items() if TUNERS[tuner].draws},
     }
 
 

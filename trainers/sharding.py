@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.methods.base import Method
 
 
@@ -55,6 +56,11 @@ def prepared(
         return accelerator.prepare(method, optimizer)
     if micro_batch_size < 2:
         raise UserError("micro_batch_size 1 does not go with FSDP: set it to 2 or more")
+    if method.model.text is not None:
+        raise UserError(
+            f"classifier {type(heads_of(method.model.head)[0]).__name__} does not go with FSDP, which frees parameters "
+            "between the micro-batches that share the text features: launch without it"
+        )
     if accelerator.scaler is not None:
         raise UserError("prec amp scales the loss, which FSDP does not support here: use prec bf16 or fp32")
     state = accelerator.state

@@ -54,12 +54,14 @@ class StepPasses:
 
     def over(self, micro_batches: Iterable[Batch]) -> Iterator[tuple[Batch, Step]]:
         """One pass; yields each micro-batch and its result after its backward pass."""
-        for index, batch in enumerate(micro_batches):
-            is_local = index < self.size - 1  # gradients are synchronised only in the last micro-batch of a pass
-            with without_reduction(self.accelerator, self.wrapped) if is_local else nullcontext():
-                outcome = self.wrapped(batch)
-                self.backward(outcome.loss_sum)
-            yield batch, outcome
+        with self.method.model.one_step() as begin_micro_batch:
+            for index, batch in enumerate(micro_batches):
+                is_local = index < self.size - 1  # gradients are synchronised only in the last micro-batch of a pass
+                begin_micro_batch(not is_local)
+                with without_reduction(self.accelerator, self.wrapped) if is_local else nullcontext():
+                    outcome = self.wrapped(batch)
+                    self.backward(outcome.loss_sum)
+                yield batch, outcome
 
     def backward(self, loss_sum: Tensor, **options: Any) -> None:
         """Add the gradients of a loss sum, which a method has returned for one micro-batch."""

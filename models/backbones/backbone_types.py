@@ -1,5 +1,6 @@
 """The types that every backbone and the model builder share: what a backbone takes, is asked for, and hands over."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import Sentences
+from tailtune.models.backbones.text_tower import TextTower
 
 PixelStats = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of the pre-training images: RGB, with pixels scaled to [0, 1]."""
@@ -98,6 +100,8 @@ class Backbone:
     """None also on the meta device, where no text is encoded."""
     random_base: bool = False
     """Whether the weights are random although pre-trained ones exist."""
+    text_tower: Callable[[], TextTower] | None = None
+    """Makes the text encoder as a host of tuners; None if there is none that can be one."""
 
 
 NO_SPLIT = ExpertSplit()

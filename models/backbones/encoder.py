@@ -43,6 +43,7 @@ class Encoder(StagedModule):
         feature_dim: width D of the features.
         experts: the number of branches E.
         tuned_blocks: tuner → indices of the blocks that it acts on.
+        tuners_draw: whether tuners draw random numbers in every training forward, as dropout does.
         projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
     """
 
@@ -59,6 +60,7 @@ class Encoder(StagedModule):
         self.projection: nn.Parameter | None = None
         self._trained_batch_norms: list[nn.Module] = []
         self._peft_layers: list[Any] = []
+        self.tuners_draw = False
         self._peft_draws = self._is_frozen = self._batch_norms_follow = False
         self._pretrained_buffers = [(module, name) for module in net.modules() for name in module._buffers]
         self.requires_grad_(False)
@@ -71,7 +73,8 @@ class Encoder(StagedModule):
     @property
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
-        return bool(self._trained_batch_norms) and self._batch_norms_train or self._peft_draws and not self._is_frozen
+        draws = self._peft_draws or self.tuners_draw
+        return bool(self._trained_batch_norms) and self._batch_norms_train or draws and not self._is_frozen
 
     @property
     def is_frozen(self) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -28,6 +28,7 @@ from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import split_experts
 from tailtune.models.backbones.open_clip_image_encoders import embedding_encoder, meta_image_encoder, vision_config
+from tailtune.models.backbones.plain_text import is_openai_text
 from tailtune.models.backbones.plain_vit import OPENAI_VIT_DEFAULTS, is_openai_vit
 from tailtune.models.backbones.pretrained_weights import (
     download_open_clip_weights,
@@ -38,6 +39,7 @@ from tailtune.models.backbones.pretrained_weights import (
     read_state,
     to_open_clip_layout,
 )
+from tailtune.models.backbones.text_tower import TextTower, load_text_tower
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 
 open_clip = lazy_module("open_clip")
@@ -113,19 +115,19 @@ class OpenClipBackbone:
             else:
                 encoder = meta_image_encoder(config, resolution, fast)
             split_experts(encoder, split, self.arch)
-            return Backbone(encoder, pixel_stats, embed_dim=embed_dim)
+            return Backbone(encoder, pixel_stats, embed_dim, text_tower=self._text_tower(config, None, fast))
         path = None if pretrained is None else self._file(pretrained, source, config)
-        shipped = path is not None and path in self.files.values()
+        shipped = path if path in self.files.values() else None
         clip: Any = None if shipped else self._clip(config, resolution, seed, path)
-        state = clip.state_dict() if path is None or not shipped else read_state(path)
+        state = clip.state_dict() if shipped is None else read_state(shipped)
         projection: Tensor | None = None
         if is_openai_vit(config):
             encoder, projection = openai_clip.image_encoder(state, config, resolution, project, fast)
         else:
             encoder = embedding_encoder(clip.visual, embed_dim, resolution, fast)
         split_experts(encoder, split, self.arch)
-        text_encoder = self._text_encoder(clip, state, config, None if project else projection)
-        return Backbone(encoder, pixel_stats, embed_dim, text_encoder, random_base=path is None)
+        text = self._text_encoder(clip, state, config, None if project else projection)
+        return Backbone(encoder, pixel_stats, embed_dim, text, path is None, self._text_tower(config, state, fast))
 
     def _text_encoder(
         self, clip: Any, state: dict[str, Tensor], config: dict[str, Any], projection: Tensor | None
@@ -134,10 +136,21 @@ class OpenClipBackbone:
         text: Any = openai_clip.TextModel.of(state, config) if clip is None else clip
         if clip is not None:
             del clip.visual
+        return ClipTextEncoder(text, self._tokenizer(config), projection)
+
+    def _text_tower(
+        self, config: dict[str, Any], state: dict[str, Tensor] | None, fast: bool
+    ) -> Callable[[], TextTower] | None:
+        """Makes the text encoder as a host of tuners; None if it is not of OpenAI's kind."""
+        return (
+            partial(load_text_tower, config, state, self._tokenizer(config), fast) if is_openai_text(config) else None
+        )
+
+    def _tokenizer(self, config: dict[str, Any]) -> Callable[[Sequence[str]], Tensor]:
+        """Sentences → token ids [n, length]."""
         if self.config is None:
-            return ClipTextEncoder(text, partial(tokenize, self.arch), projection)
-        tokens = partial(open_clip_files.tokenize, config["text_cfg"]["context_length"])
-        return ClipTextEncoder(text, tokens, projection)
+            return partial(tokenize, self.arch)
+        return partial(open_clip_files.tokenize, config["text_cfg"]["context_length"])
 
     def _config(self) -> dict[str, Any]:
         """open_clip's config of the model."""

@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailtune.configs.option import NoOptions, option
+from tailtune.configs.option import option
+from tailtune.models.heads.classifier import Classifier
+from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.heads.tip_adapter import TipAdapter
+
+__all__ = ["HEADS", "Classifier"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,6 @@ class ScaleOptions:
         least=0.0,
         held_with="head",
     )
-
-
-class Classifier(nn.Module):
-    """Base of all heads, which are made by (D, C) and the fields of their options."""
-
-    Options: type = NoOptions
 
 
 class L2NormedClassifier(Classifier):
@@ -96,5 +95,7 @@ HEADS: dict[str, type[Classifier]] = {
     "LinearClassifier": LinearClassifier,
     "L2NormedClassifier": L2NormedClassifier,
     "LayerNormedClassifier": LayerNormedClassifier,
+    "TipAdapter": TipAdapter,
+    "TextClassifier": TextClassifier,  # its rows are the text features, which the text tower computes in training, too
 }
 """Name → head; it is called with the width D, the number of classes C and the fields of its options."""

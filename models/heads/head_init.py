@@ -127,17 +127,18 @@ def k_shot(context: HeadContext, *_: object, shots: int) -> Tensor:
     Returns:
         The weight of the head, [C, D].
     """
-    return class_mean(context, positions=_shots(context, shots))
+    return class_mean(context, positions=some_of_each_class(context, shots))
 
 
-def _shots(context: HeadContext, shots: int) -> Tensor:
-    """Positions of at most `shots` images of each class, int64 [n]."""
+def some_of_each_class(context: HeadContext, shots: int) -> Tensor:
+    """Positions of up to `shots` random training images of each class, class by class, int64 [n]."""
     order = torch.randperm(len(context.labels), generator=generator(context.seed, "shots"))
     labels = context.labels.cpu()
     order = order[labels[order].argsort(stable=True)]  # class by class, in random order
     counts = labels.bincount(minlength=context.num_classes)
     class_start = (counts.cumsum(0) - counts)[labels[order]]  # where the class of each image begins in `order`
-    return order[torch.arange(len(order)) - class_start < shots].to(context.device)
+    chosen = order[torch.arange(len(order)) - class_start < shots]
+    return chosen.to(context.device)
 
 
 def linear_probe(context: HeadContext, *_: object, shots: int | None = None) -> Tensor:
@@ -156,7 +157,7 @@ def linear_probe(context: HeadContext, *_: object, shots: int | None = None) -> 
     Raises:
         UserError: fewer than two classes have an image that can be read.
     """
-    chosen = None if shots is None else _shots(context, shots)
+    chosen = None if shots is None else some_of_each_class(context, shots)
     rows = torch.arange(len(context.labels), device=context.device)  # of the training images in `features`
     labels = context.labels
     if chosen is not None:

@@ -1,9 +1,9 @@
 """TUNERS: which parameters train while the backbone is frozen. A tuner's name is its flag on the command line.
 
-A tuner inserts modules at the sites of a ViT's blocks (`ViTEncoder` lists the sites), selects weights of the backbone,
-or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared site they act in the
-order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts), but for a
-tuner whose option `<tuner>_layers` names other blocks.
+A tuner inserts modules at the sites of a transformer's blocks (`transformer_encoder.py` lists the sites), selects
+weights of the backbone, or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared
+site they act in the order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow
+prompts), but for a tuner whose option `<tuner>_layers` names other blocks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,14 +16,26 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
+from tailtune.models.backbones.transformer_encoder import TransformerEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
-from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf, TensorMasks
+from tailtune.models.tuners.tuner_modules import (
+    Adapter,
+    AdaptFormer,
+    ClipLora,
+    Lora,
+    Mask,
+    Prompts,
+    Ssf,
+    TensorMasks,
+    TextPrompts,
+)
 from tailtune.models.tuners.tuner_options import (
     AdapterOptions,
     AdaptFormerOptions,
     AftOptions,
     BottleneckOptions,
+    ClipLoraOptions,
     LoraOptions,
     MaskOptions,
     PromptOptions,
@@ -42,7 +54,7 @@ class Tuner:
 
     doc: str
     """A sentence that says what its flag does."""
-    insert: Callable[[ViTEncoder, int, Any], dict[str, nn.Module]] | None = None
+    insert: Callable[[TransformerEncoder, int, Any], dict[str, nn.Module]] | None = None
     select: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
     options: TunerOptions = TunerOptions()
     """Its options with their defaults. Those without a `key` of their own are called `<tuner>_<field>`."""
@@ -54,6 +66,8 @@ class Tuner:
     """Whether it is inserted at the weights of layers instead of their outputs."""
     on_batch: bool = False
     """Whether the selected batch norms use the statistics of the batch and update their running ones."""
+    draws: bool = False
+    """Whether it can draw random numbers in training, which then depend on the images that a process holds at once."""
 
     def blocks_of(self, encoder: Encoder, options: TunerOptions, partial: int | Sequence[int] | None) -> list[int]:
         """Indices of the blocks that the tuner acts on.
@@ -71,43 +85,51 @@ class Tuner:
         return blocks[:1] if self.first_only else blocks
 
 
-def _adaptformer(encoder: ViTEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
+def _adaptformer(encoder: TransformerEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
     scale = None if isinstance(options.scale, str) else options.scale
     return {"mlp": AdaptFormer(encoder.width, options.bottleneck, scale, options.init == "uniform")}
 
 
-def _adapter(encoder: ViTEncoder, index: int, options: AdapterOptions) -> dict[str, nn.Module]:
+def _adapter(encoder: TransformerEncoder, index: int, options: AdapterOptions) -> dict[str, nn.Module]:
     return {"mlp": Adapter(encoder.width, options.bottleneck, options.init == "uniform")}
 
 
-def _lora(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+def _lora(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     rank = options.bottleneck
     return {site: Lora(encoder.width, encoder.width, rank) for site in ("q", "v")}
 
 
-def _lora_mlp(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
+def _clip_lora(encoder: TransformerEncoder, index: int, options: ClipLoraOptions) -> dict[str, nn.Module]:
+    sizes = (encoder.width, options.rank, options.alpha, options.dropout)
+    return {site: ClipLora(*sizes) for site in ("q", "k", "v")}
+
+
+def _lora_mlp(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
     width, mlp_width, rank = encoder.width, encoder.mlp_width, options.bottleneck
     return {"fc1": Lora(width, mlp_width, rank), "fc2": Lora(mlp_width, width, rank)}
 
 
-def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
+def _prompts(encoder: TransformerEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
     assert options.length is not None, "filled"
-    return {"tokens": Prompts(options.length, encoder.width, None if options.init == "normal" else encoder.patch_size)}
+    if isinstance(encoder, ViTEncoder):
+        patch_size = None if options.init == "normal" else encoder.patch_size
+        return {"tokens": Prompts(options.length, encoder.width, patch_size)}
+    return {"tokens": TextPrompts(options.length, encoder.width)}
 
 
-def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.Module]]:
+def _ssf(*sites: str) -> Callable[[TransformerEncoder, int, TunerOptions], dict[str, nn.Module]]:
     """Inserts scale and shift at some sites."""
     return lambda encoder, index, options: {
         site: Ssf(encoder.mlp_width if site == "fc1" else encoder.width) for site in sites
     }
 
 
-def _mask(encoder: ViTEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
+def _mask(encoder: TransformerEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
     assert options.ratio is not None, "filled"
     return {name: Mask(layer, options.ratio, options.draw) for name, layer in encoder.layers(index).items()}
 
 
-def _aft(encoder: ViTEncoder, index: int, options: AftOptions) -> dict[str, nn.Module]:
+def _aft(encoder: TransformerEncoder, index: int, options: AftOptions) -> dict[str, nn.Module]:
     assert options.ratio is not None, "filled"
     layers = encoder.layers(index)
     return {name: TensorMasks(layers[name], options.ratio, options.seed) for name in options.in_layers}
@@ -155,6 +177,12 @@ TUNERS: dict[str, Tuner] = {
     "vpt_deep": Tuner("New trained prompt tokens enter before every block.", _prompts, options=PromptOptions()),
     "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=LoraOptions()),
     "lora_mlp": Tuner("Low-rank updates of the MLP's layers train (LoRA).", _lora_mlp, options=BottleneckOptions()),
+    "clip_lora": Tuner(
+        "Low-rank updates of query, key and value train, with dropout (CLIP-LoRA).",
+        _clip_lora,
+        options=ClipLoraOptions(),
+        draws=True,
+    ),
     "ssf_attn": Tuner(
         "Scale and shift of the attention's layers train; in a CLIP ResNet, scale and shift of its feature.",
         insert=_ssf("q", "k", "v", "proj"),
@@ -202,8 +230,13 @@ def add_tuners(
             everywhere = partial is None and options[name].layers is None
             modules = encoder.tunable_modules(None) if everywhere else [encoder.blocks[index] for index in blocks]
             _select(encoder, name, modules)
+    encoder.tuners_draw = any(each.draws for each in options.values())
     count = len(encoder.expert_blocks)
-    if isinstance(encoder, ViTEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
+    if (
+        isinstance(encoder, TransformerEncoder)
+        and count
+        and not any(any(s.values()) for s in encoder.sites[0][-count:])
+    ):
         raise UserError(
             f"expert_split {count}: no tuner acts in the last {count} blocks, so the experts would not differ there; "
             "turn one on (adaptformer, lora …) or widen partial, or set expert_split 0"
@@ -219,7 +252,7 @@ def _insert(encoder: Encoder, name: str, blocks: Sequence[int], options: TunerOp
             with seeded(seed, "tuner", name):
                 encoder.insert(name, tuner.on_feature(encoder.feature_dim))
         return
-    if not isinstance(encoder, ViTEncoder):
+    if not isinstance(encoder, TransformerEncoder):
         others = ", ".join(other for other, entry in TUNERS.items() if entry.select or entry.on_feature)
         raise UserError(f"{name} acts inside the blocks of a ViT, and this backbone runs as a whole; it takes {others}")
     first = replace(options)  # a copy, whose random generator starts anew

@@ -100,6 +100,31 @@ class Lora(nn.Module):
         return y + (x @ self.lora_A.to(x.dtype)) @ (self.lora_B / self.rank).to(x.dtype)
 
 
+class ClipLora(nn.Module):
+    """Low-rank update of a linear layer: y + (α / √r) · (dropout(x) A) B. Source: CLIP-LoRA, Zanella and Ben Ayed 2024.
+
+    A is drawn from U(-1/√D, 1/√D), D the input width; B starts as zero.
+
+    Args:
+        width: input and output width D of the layer.
+        rank: the rank r.
+        alpha: α.
+        dropout: probability with which an entry of the input is set to 0 in training.
+    """
+
+    def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.factor = alpha / math.sqrt(rank)
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.empty(width, rank).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width)))
+        self.lora_B = nn.Parameter(torch.zeros(rank, width))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Output y [B, N, D] and input x [B, N, D] of the layer → [B, N, D]."""
+        x = F.dropout(x, self.dropout, self.training)
+        return y + (x @ self.lora_A.to(x.dtype)) @ (self.lora_B * self.factor).to(x.dtype)
+
+
 class Ssf(nn.Module):
     """Scale and shift: y ⊙ γ + β. Source: Lian et al. 2022.
 
@@ -248,3 +273,20 @@ class Prompts(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Tokens of the image y [B, N, D] → [B, N + P, D]; x is not used."""
         return torch.cat([y, self.prompt.to(y.dtype).expand(y.shape[0], -1, -1)], dim=1)
+
+
+class TextPrompts(nn.Module):
+    """Prompt tokens behind the start token of a text; they replace those of the block before. Source: LIFT+.
+
+    Args:
+        length: number of prompt tokens P.
+        width: width D of the transformer.
+    """
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.empty(length, width).normal_(0.0, 0.02))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Tokens y [B, N, D] → [B, N + P, D]; x is not used."""
+        return torch.cat([y[:, :1], self.prompt.to(y.dtype).expand(y.shape[0], -1, -1), y[:, 1:]], dim=1)

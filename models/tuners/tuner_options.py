@@ -64,6 +64,11 @@ class TunerOptions:
     def check(self) -> None:
         """Raise a `UserError` where filled options cannot be."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether the tuner draws random numbers in every training forward."""
+        return False
+
     def of_expert(self, expert: int) -> Self:
         """The options of an expert's own copy of the tuner; `expert` counts from 1, after the first one."""
         return self
@@ -125,6 +130,21 @@ class AdaptFormerOptions(AdapterOptions):
     scale: float | str = option(
         "learnable", "Factor on AdaptFormer's output: `learnable`, or a fixed number.", as_scale
     )
+
+
+@dataclass(frozen=True)
+class ClipLoraOptions(TunerOptions):
+    """CLIP-LoRA, in the image encoder and in the text tower."""
+
+    rank: int = option(2, "Rank of CLIP-LoRA, in both encoders.", least=1, most=4096)
+    alpha: float = option(1.0, "CLIP-LoRA multiplies its updates with this number over the root of the rank.")
+    dropout: float = option(
+        0.25, "Share of the inputs of CLIP-LoRA's updates that are set to 0 in training.", least=0.0, most=0.99
+    )
+
+    @property
+    def draws(self) -> bool:
+        return self.dropout > 0
 
 
 @dataclass(frozen=True)

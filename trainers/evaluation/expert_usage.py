@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tailtune.configs.lazy_module import lazy_module
 from tailtune.models import ClassificationModel
+from tailtune.models.text_mode import with_fixed_texts
 
 flop_counter = lazy_module("torch.utils.flop_counter")  # it imports triton
 GIGA = 1e9
@@ -41,17 +42,29 @@ def expert_usage(used: Tensor) -> list[float]:
 def flops_by_experts(model: ClassificationModel, resolution: int) -> list[int]:
     """FLOPs of one image in eval mode with 1, …, E experts: convolutions, matrix products and attention products.
 
+    Class texts are left out, because an evaluation encodes them once.
+
     Args:
         model: the model; it is moved to the meta device.
         resolution: side of the image, in pixels.
     """
-    model = model.eval().to("meta")
+    model = with_fixed_texts(model.eval().to("meta"))
     images = torch.empty(1, 3, resolution, resolution, device="meta")
     try:
         return _count(model, images)
     except (NotImplementedError, AssertionError):  # some tuners of peft do not run on the meta device, or uncounted
         with model.encoder.untuned():
             return _count(model, images)
+
+
+@torch.no_grad()
+def flops_of_texts(model: ClassificationModel) -> int:
+    """FLOPs of the texts of all classes, once; 0 for a model without a text tower. It is moved to the meta device."""
+    tower = model.to("meta").text
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        if tower is not None:
+            tower.class_features()
+    return int(counter.get_total_flops())
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data
+from tailtune.models.text_mode import starts_at_random
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, stored_config
@@ -106,7 +107,7 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
                 f"{earlier} is not there, or was trained again; put it back, or repeat the run with `resume False`"
             )
         method.after(earlier_run(Path(earlier), data, run.accelerator, base, cfg, True))
-    if cfg.init_head is None and all(map(torch.equal, fresh, method.model.head.parameters())):
+    if starts_at_random(cfg) and all(map(torch.equal, fresh, method.model.head.parameters())):
         raise UserError(RANDOM)
     start = trained_state(method)
     check_fit(trained_state(run.method), start, str(run.folder.source), "give the options that it was trained with")

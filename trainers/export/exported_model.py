@@ -24,6 +24,8 @@ from tailtune.models.heads.classifiers import (
     LayerNormedClassifier,
     LinearClassifier,
 )
+from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.heads.tip_adapter import TipAdapter
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.trainers.methods import Method
 from tailtune.trainers.storage.atomic_io import write_bytes
@@ -36,6 +38,10 @@ FORMULAS: dict[type[nn.Module], str] = {
     L2NormedClassifier: "logits = features @ F.normalize(weight, dim=-1).T",
     LayerNormedClassifier: (
         "logits = F.layer_norm(features, features.shape[-1:], eps=1e-12) @ F.normalize(weight, dim=-1).T"
+    ),
+    TipAdapter: (
+        "logits = scale * F.normalize(features, dim=-1) @ F.normalize(weight, dim=-1).T + alpha * "
+        "((beta * (torch.einsum('bd,ckd->bck', F.normalize(features, dim=-1), keys) - 1)).exp() * share).sum(-1)"
     ),
 }
 """Class of a head → Python code that applies the head. F is torch.nn.functional; options of the head are variables."""
@@ -122,6 +128,11 @@ class ExportedModel:
                 f"export {name}: it holds one network with one head, and this model has {self.experts} experts; "
                 "`export onnx` keeps them"
             )
+        if isinstance(self.head, TextClassifier):
+            raise UserError(
+                f"export {name}: it holds a network with a head, and clip_adapter acts between them; `export onnx` "
+                "keeps it"
+            )
         if self.method.changes_head_logits:
             raise UserError(
                 f"export {name}: it holds a network with a head, and this method changes the logits of its head; "
@@ -163,10 +174,10 @@ def options_of_head(head: nn.Module) -> dict[str, Any]:
 
 def linear_head(head: nn.Module) -> dict[str, Tensor] | None:
     """The head as one linear layer, `weight` [C, D] and `bias` [C]; None if it is not linear in the features."""
-    weight = head.get_parameter("weight").detach().float()
     if type(head) is LinearClassifier:
-        return {"weight": weight, "bias": head.bias.detach().float()}
+        return {"weight": head.weight.detach().float(), "bias": head.bias.detach().float()}
     if type(head) is L2NormedClassifier:
+        weight = head.weight.detach().float()
         return {"weight": F.normalize(weight, dim=-1), "bias": torch.zeros(len(weight))}
     return None
 

@@ -18,9 +18,10 @@ from tailtune.trainers.storage.atomic_io import write_bytes
 def check(exported: ExportedModel) -> None:
     """Raise a `UserError` if LIFT's code cannot load the model."""
     exported.refuse_experts("lift")
-    if exported.zero_shot or exported.peft:
+    if exported.zero_shot or exported.peft or exported.encoder.projection is not None:
         raise UserError(
-            "export lift: LIFT has no tuner of the peft library and saves no zero-shot model; use export merged"
+            "export lift: LIFT has no tuner of the peft library, and saves no zero-shot model and no classifier of "
+            "text features; use export merged"
         )
     if any(exported.encoder.tuned_blocks.get("vpt_shallow", ())):  # a block with an index above 0
         raise UserError("export lift: LIFT has vpt_shallow at the first block only; use export onnx")

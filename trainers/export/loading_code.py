@@ -5,7 +5,6 @@ The code has to run in the exported folder.
 
 from typing import Any
 
-from tailtune.models.heads.classifiers import LinearClassifier
 from tailtune.trainers.export.exported_model import FORMULAS, ExportedModel, before_head, options_of_head
 
 MODULES = ("functools", "open_clip", "peft", "timm")
@@ -82,8 +81,7 @@ HEAD_WITHIN = ["@torch.no_grad()", "def predict(images):", "    return net(image
 def separate_head(exported: ExportedModel) -> list[str]:
     """Lines of code that read the head from a separate file and apply it."""
     head = exported.head
-    tensors = ["weight", *(["bias"] if isinstance(head, LinearClassifier) else [])]
-    lines = [f"head = load_file({HEAD!r})", *(f"{name} = head[{name!r}]" for name in tensors)]
+    lines = [f"head = load_file({HEAD!r})", *(f"{name} = head[{name!r}]" for name in head.state_dict())]
     lines += [f"{name} = {value!r}" for name, value in options_of_head(head).items()]
     body = ["features = net(images)", *before_head(exported), FORMULAS[type(head)], "return logits"]
     return [*lines, "@torch.no_grad()", "def predict(images):", *(f"    {line}" for line in body)]

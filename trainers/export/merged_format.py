@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.lazy_module import lazy_module
-from tailtune.models.backbones.vit_encoder import LAYERS, SITES, Sites, ViTEncoder
+from tailtune.models.backbones.transformer_encoder import LAYERS, SITES, Sites
+from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.vit_layers import apply_tuners
 from tailtune.models.tuners.peft_adapter import merge_adapter
 from tailtune.trainers.export.exported_model import ExportedModel, affine_of, linear_head, save_head, save_state
@@ -36,6 +37,8 @@ def check(exported: ExportedModel) -> None:
         for tuner, blocks in _inserted(encoder).items()
         if any(site in unmergeable for sites in blocks.values() for site in sites)
     ]
+    if isinstance(encoder, ViTEncoder) and not lost and any(sites["tokens"] for sites in encoder.sites[0]):
+        lost = ["the prompts of context maple"]  # they are a part of the text tower
     if lost:
         raise UserError(f"export merged: a plain network has no place for {', '.join(lost)}; `export onnx` keeps it")
     network(exported)

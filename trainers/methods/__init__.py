@@ -66,6 +66,11 @@ def build_method(cfg: CfgNode, model: ClassificationModel, info: DataInfo) -> Me
         seed=cfg.seed,
     )
     method = _make(cfg, cfg.method, "method", model, objective)
+    if model.samples_classes and (type(method) is not Method or objective.loss.compares_all):
+        raise UserError(
+            "textclassifier.samples leaves out logits of classes, which works with method classify and losses of a "
+            f"softmax, not with method {cfg.method} and loss_type {cfg.loss_type}; leave it out"
+        )
     if cfg.num_epochs and not cfg.zero_shot and not method.param_groups():
         raise UserError(f"method {cfg.method} trains nothing here; set num_epochs 0")
     if cfg.pair_sampler and not method.takes_image_pairs:
@@ -101,6 +106,11 @@ def _make(
         raise UserError(f"{key} {name}: method {name} would wrap itself; name another")
     if kind.continues_from_earlier_run and not cfg.after:
         raise UserError(f"method {name} continues an earlier run: name that one's model config with `after`")
+    if kind.trains_new_head and model.text is not None:
+        raise UserError(
+            f"{key} {name} trains a classifier of its own, and classifier {cfg.classifier} consists of text features; "
+            "choose another classifier in both runs"
+        )
     options = kind.Options(**cfg.get(name, {}))
     if not issubclass(kind, Wrapper):
         return kind(model, objective, options)

@@ -29,11 +29,13 @@ class Method(StagedModule):
         Options: dataclass; its fields are the options `<method>.<field>`, with their texts in `metadata["doc"]`.
         depends_on_batch: whether the loss of an image depends on the other images of its micro-batch.
         continues_from_earlier_run: whether the method needs a finished run, which `after` names.
+        trains_new_head: whether it trains a classifier of its own on the features of that run.
     """
 
     Options: type = NoOptions
     depends_on_batch: bool = False
     continues_from_earlier_run: bool = False
+    trains_new_head: bool = False
     log_prior: Tensor
     class_counts: Tensor
 
@@ -121,6 +123,7 @@ class Method(StagedModule):
         return Prior(self.log_prior, self.class_counts, self.draws)
 
     def forward(self, batch: Batch) -> Step:
+        self.model.choose_classes(batch["label"], self.draws)
         return self.judged(self.expert_logits(batch["image"]), batch)
 
     def judged(self, logits: Tensor, batch: Batch) -> Step:

@@ -24,6 +24,7 @@ class Retrained(Method):
     """cRT: trains a new classifier on the frozen encoder of the earlier run."""
 
     continues_from_earlier_run = True
+    trains_new_head = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)

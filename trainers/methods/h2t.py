@@ -49,6 +49,7 @@ class H2T(Wrapper):
 
     Options = Options
     continues_from_earlier_run = True
+    trains_new_head = True
     can_be_wrapped = False
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any, inner: Method) -> None:

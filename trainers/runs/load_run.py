@@ -23,12 +23,14 @@ from tailtune.datasets.images.transforms import eval_side
 from tailtune.models import build_model, find_backbone, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.tuners.table import TUNERS
+from tailtune.models.tuners.text_tuners import TEXT_TUNERS
 from tailtune.trainers.export import ExportedModel
 from tailtune.trainers.export.run_command import command_of
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_checkpoint
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
+from tailtune.trainers.methods.fixed_texts import with_texts_as_weights
 from tailtune.trainers.runs.merged_runs import MergeOptions, merged
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
@@ -266,9 +268,10 @@ def subject_of(
         more: further fields of `ExportedModel`, which are known of a finished run.
     """
     spec = find_backbone(cfg.backbone)
+    tuners = [*tuners_of(cfg), *(name for name in TEXT_TUNERS if cfg[name])]
     keys = ("data", "model", "backbone", "pretrained", "interpolation", "classifier", "zero_shot")
     return ExportedModel(
-        method=method,
+        method=with_texts_as_weights(method),
         tuners=tuners_of(cfg),
         class_names=class_names,
         resolution=cfg.resolution,
@@ -278,7 +281,7 @@ def subject_of(
         resize=eval_side(cfg.resolution, cfg.augment, cfg.crop_margin),
         interpolation=cfg.interpolation,
         command=command_of(cfg),
-        facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},
+        facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": tuners, "peft": cfg.peft},
         half=cfg.export_fp16,
         **more,
     )

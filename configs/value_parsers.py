@@ -7,6 +7,7 @@ describes the expected value, such as "a whole number". `check_text` is called b
 from typing import Any
 from unicodedata import category
 
+from tailtune.configs.layer_list import as_layers as as_layers  # the stored schema finds every parser here
 from tailtune.configs.yaml_reader import parse_yaml
 
 MAX_FLOAT = 3.4e38

@@ -14,7 +14,6 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 from tailtune.configs import Schema
 from tailtune.configs import value_parsers as values
 from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, plain
-from tailtune.configs.layer_list import as_layers
 from tailtune.scripts._page import ROOT, write_page
 from tailtune.trainers.option_schema import choices_of, declared
 
@@ -37,7 +36,7 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_ints: "[number, …]",
     values.as_numbers: "[number, …]",
     values.as_factors: "{name: number}",
-    as_layers: "k, or [index, …]",
+    values.as_layers: "k, or [index, …]",
 }
 INTRODUCTION = f"""# All options
 

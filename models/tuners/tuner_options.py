@@ -8,10 +8,9 @@ from typing import Self
 import torch
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.layer_list import as_layers
 from tailtune.configs.option import option
 from tailtune.configs.seeding import derive_seed
-from tailtune.configs.value_parsers import as_float, as_int, as_scale, as_str
+from tailtune.configs.value_parsers import as_float, as_int, as_layers, as_scale, as_str
 
 PROMPTS = 10
 """Number of prompt tokens, as LIFT."""

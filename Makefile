@@ -51,7 +51,7 @@ site: .venv/ready
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .mkdocs_cache site
 
-.venv/ready: requirements.txt requirements-package.txt requirements-parquet.txt requirements-serve.txt
+.venv/ready: requirements.txt requirements-package.txt requirements-parquet.txt requirements-serve.txt requirements-sweep.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; make PYTHON=python3.12 names another"; exit 2; }
 	$(PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv (about 5 GB; a few minutes)"

@@ -135,13 +135,19 @@ def read(name: str) -> Grid:
     return Grid(known_as, describe(path), body.get("paper"), metrics, seeds, tuple(cells))
 
 
-def config(words: Sequence[str]) -> CfgNode:
-    """The resolved config of a command, given by its words after `python main.py`."""
-    from tailtune.models import resolve
+def stages(words: Sequence[str]) -> list[CfgNode]:
+    """The configs of all stages of a command, given by its words after `python main.py`."""
     from tailtune.trainers.option_schema import declared
 
     flags, pairs = split_arguments(words)
-    return resolve(load_configs(flags[1], flags[3], pairs, declared())[-1])
+    return load_configs(flags[1], flags[3], pairs, declared())
+
+
+def config(words: Sequence[str]) -> CfgNode:
+    """The resolved config of a command, given by its words after `python main.py`."""
+    from tailtune.models import resolve
+
+    return resolve(stages(words)[-1])
 
 
 def result(words: Sequence[str]) -> Path | None:

@@ -12,7 +12,6 @@ from pathlib import Path
 if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from filelock import FileLock
 
 from tailtune.configs import CfgNode, UserError, load_configs
 from tailtune.datasets.build_data import build_data
@@ -24,8 +23,8 @@ from tailtune.trainers.option_schema import declared
 from tailtune.trainers.processes.console_log import start_console
 from tailtune.trainers.runs.load_run import trained_method
 from tailtune.trainers.runs.run_folder import RunFolder
+from tailtune.trainers.runs.run_lock import RunLock
 from tailtune.trainers.storage.atomic_io import new_folder, write_json
-from tailtune.trainers.storage.manifest import LOCK
 
 EXAMPLES = """
 example:
@@ -97,7 +96,7 @@ def analyze(cfg: CfgNode) -> Path:
     if not cfg.zero_shot and folder.checkpoint_id() is None:
         raise UserError(f"nothing is trained in {folder.path}: run python main.py with the same words first")
     start_console(main=True)
-    lock = FileLock(folder.path / LOCK, timeout=0)
+    lock = RunLock(folder.path)
     try:
         folder.hold(lock)
         return _written(cfg, folder)

@@ -4,11 +4,18 @@
     python scripts/reproduce.py lift/tab6_peft_methods --print
     python scripts/reproduce.py lift/tab6_peft_methods --seeds 0 1 2 --where data places_lt -- root /data/places
     python scripts/reproduce.py my_grid.yaml
+    python scripts/reproduce.py digits_lt --launcher local --jobs 2
+    python scripts/reproduce.py lift/tab6_peft_methods --launcher slurm --slurm partition=gpu gpus-per-node=1 time=240
+    python scripts/reproduce.py lift/tab6_peft_methods --status
 
 A grid is a file in scripts/grids/ or a YAML of your own. Every run is a run of main.py, in a folder of output/. A
 finished run is not repeated, and an interrupted one continues. Ctrl-C saves the state and stops the grid; the same
 command continues it. Before a command that only tests, the command that trains is run. At the end the table (mean ±
 standard deviation over the seeds) is written into output/tables/ as GRID.md, .csv, .tex and .html, and printed.
+
+Without --launcher the runs follow one another in this process. `local` starts processes, N at once, and divides the
+processors among them. `slurm` submits one array of jobs and ends; when all of them are finished, the same command
+writes the table. Neither starts a run that is finished, or that another launch is working on.
 """
 
 import argparse
@@ -24,7 +31,11 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 from tailtune import main as tailtune
 from tailtune.configs.errors import UserError
+from tailtune.configs.launch_environment import world_size
 from tailtune.scripts._grid import Grid, add_selection, names, read, result, runs, select, split_extra
+from tailtune.scripts._launch_local import run_local, slots
+from tailtune.scripts._launch_slurm import submit
+from tailtune.scripts._launches import Launch, table
 from tailtune.scripts.collect import grid_table
 from tailtune.trainers.comparison.formats import ENDINGS, FORMATS, format_of_console, write_table
 from tailtune.trainers.processes.exit import end_at_signals, run_as_process
@@ -58,7 +69,16 @@ def _command(argv: Sequence[str]) -> int:
     if args.print:
         tailtune.print_text("\n".join(f"python main.py {shlex.join(words)}{_mark(words)}" for words in todo))
         return 0
-    code = run_all(todo, args.keep_going)
+    if args.status:
+        tailtune.print_text(table([Launch(tuple(words)) for words in todo]))
+        return 0
+    check_launcher(args)
+    if args.launcher == "slurm" and submitted(grid.name, todo, args):
+        return 0
+    if args.launcher == "local":
+        code = run_local([Launch(tuple(words)) for words in todo], slots(args.jobs, args.gpus), args.keep_going)
+    else:
+        code = 0 if args.launcher else run_all(todo, args.keep_going)
     if first_process() and (code == 0 or (args.keep_going and code != 130)):
         write(grid, seeds, extra)
     return code
@@ -121,6 +141,46 @@ def run_all(todo: Sequence[Sequence[str]], keep_going: bool = False) -> int:
     return first_failure
 
 
+def check_launcher(args: argparse.Namespace) -> None:
+    """Fill in the defaults of the options of launchers, and refuse what does not fit.
+
+    Raises:
+        UserError: an option of another launcher, or a launch of several processes.
+    """
+    if args.launcher is None and (args.jobs or args.gpus):
+        args.launcher = "local"
+    if args.slurm and args.launcher != "slurm":
+        raise UserError("--slurm has the options of sbatch; add --launcher slurm")
+    if args.gpus and args.launcher != "local":
+        raise UserError("--gpus is for --launcher local; with SLURM, ask for GPUs by --slurm gpus-per-node=1")
+    if args.launcher and world_size() > 1:
+        raise UserError(f"--launcher {args.launcher} starts processes itself; leave out accelerate launch or torchrun")
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: the number of runs at once must be at least 1")
+    if args.launcher == "local":
+        args.jobs = args.jobs or len(args.gpus) or 1
+
+
+def submitted(name: str, todo: Sequence[Sequence[str]], args: argparse.Namespace) -> bool:
+    """Submit a grid to SLURM, and say what to do next.
+
+    Returns:
+        False if every command is finished, so that the table can be written.
+    """
+    wrong = [word for word in args.slurm if "=" not in word or word.startswith("-")]
+    if wrong:
+        raise UserError(f"--slurm {wrong[0]}: write KEY=VALUE, such as partition=gpu")
+    options = dict(word.split("=", 1) for word in args.slurm)
+    launches = [Launch(tuple(words)) for words in todo]
+    job = submit(launches, name, args.jobs, options)
+    if job is not None:
+        print(f"submitted as job {job}")
+    elif all(result(launch.words) is not None for launch in launches):
+        return False
+    print(f"{table(launches)}\n\n--status shows this again; when all is finished, the same command writes the results")
+    return True
+
+
 def write(grid: Grid, seeds: Sequence[int], extra: Sequence[str]) -> None:
     """Write the table in every format, and print it as for the console."""
     table = grid_table(grid, seeds, extra)
@@ -146,6 +206,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="show all grids, one a line")
     parser.add_argument("--print", action="store_true", help="show the commands and which are finished; run nothing")
     parser.add_argument("--keep-going", action="store_true", help="go on to the next run when one fails")
+    parser.add_argument("--status", action="store_true", help="show how far each run is; run nothing")
+    launchers = parser.add_argument_group("several runs at once")
+    launchers.add_argument("--launcher", choices=("local", "slurm"), help="processes on this machine, or jobs of SLURM")
+    launchers.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at once; default: 1 locally, no limit with SLURM"
+    )
+    gpus = "local: numbers of GPUs that the runs get in turn; left out: every run sees all of them"
+    launchers.add_argument("--gpus", nargs="+", default=[], metavar="GPU", help=gpus)
+    sbatch = "slurm: options of sbatch without --, such as partition=gpu gpus-per-node=1 cpus-per-task=8 time=240"
+    launchers.add_argument("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=sbatch)
     add_selection(parser)
     return parser
 

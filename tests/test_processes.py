@@ -146,6 +146,7 @@ def test_workers_outlive_a_polite_signal_and_not_the_main_process() -> None:
     assert pids
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGUSR1)
     time.sleep(0.3)
     assert all(runs(pid) for pid in pids)
     job.kill()
@@ -253,9 +254,10 @@ def test_a_second_signal_counts_when_it_is_not_the_first_one_again(monkeypatch: 
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal")
-def test_a_lost_terminal_saves_a_state(launch: Cli) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` begins with it ignored
-    with signal_after(3, signal.SIGHUP):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_lost_terminal_and_a_time_limit_save_a_state(launch: Cli, number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)  # `nohup pytest` begins with SIGHUP ignored
+    with signal_after(3, number):
         done = launch(f"{TRAIN} num_workers 0")
     assert (done.returncode, done.stderr) == (130, "interrupted; the same command continues\n")
 

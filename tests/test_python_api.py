@@ -199,7 +199,7 @@ def test_train_leaves_the_process_as_it_was(
     log, own = logging.getLogger("tailtune"), logging.NullHandler()
     monkeypatch.setattr(log, "handlers", [own])
     monkeypatch.setattr(log, "propagate", True)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [*map(signal.getsignal, numbers), log.propagate, log.level, logging.raiseExceptions]
     tailtune.train("fake_lt", "tiny_clip_peft", **QUICK, pretrained=None)
     assert "run folder" in capsys.readouterr().out

@@ -371,7 +371,7 @@ def test_a_closed_pipe_is_no_traceback(words: str, grid: Callable[[str], str]) -
 
 
 @pytest.mark.parametrize(
-    "name", ["analyze_features", "collect", "make_composition", "make_model_list", "make_options", "reproduce"]
+    "name", ["analyze_features", "collect", "make_composition", "make_model_list", "make_options", "reproduce", "tune"]
 )
 def test_a_script_leaves_the_path_alone(name: str) -> None:
     """Only as a program it needs the checkout on the path, where bare names such as `datasets` would be found first."""
@@ -379,7 +379,7 @@ def test_a_script_leaves_the_path_alone(name: str) -> None:
     assert str(ROOT) not in sys.path
 
 
-@pytest.mark.parametrize("name", ["reproduce", "collect"])
+@pytest.mark.parametrize("name", ["reproduce", "collect", "tune"])
 def test_help_costs_nothing_and_explains(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=offline(), capture_output=True, text=True, timeout=60)

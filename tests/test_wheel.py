@@ -105,7 +105,7 @@ def test_an_extra_has_the_packages_of_its_file(installed: Path) -> None:
     assert {each.name for each in requirements("requirements-serve.txt")} == {*PACKAGES_TO_SERVE.values()}
     extras = {path.stem.removeprefix("requirements-"): path.name for path in ROOT.glob("requirements-*.txt")}
     del extras["package"]
-    assert set(found.metadata.get_all("Provides-Extra") or []) == extras.keys() == {"parquet", "serve"}
+    assert set(found.metadata.get_all("Provides-Extra") or []) == extras.keys() == {"parquet", "serve", "sweep"}
     for extra, file in extras.items():
         wanted = [Requirement(text) for text in found.requires or [] if f'extra == "{extra}"' in text.replace("'", '"')]
         assert {(each.name, each.specifier) for each in wanted} == {

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     AutocastKwargs,
@@ -27,6 +27,7 @@ from tailtune.configs.launch_environment import world_size
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
 from tailtune.trainers.processes.kept_memory import keep_freed_memory
+from tailtune.trainers.sharding import is_sharded, sharding_plugin
 
 Decision = TypeVar("Decision")
 
@@ -106,8 +107,9 @@ def make_accelerator(asked: Devices) -> Accelerator:
     if not cuda:
         keep_freed_memory()
     AcceleratorState._reset_state()  # the stages of a chain may differ in precision, which it would refuse
+    plugin = sharding_plugin() if is_sharded() else None
     with _said_when_late():
-        accelerator = _accelerator(asked.prec, cuda)
+        accelerator = _accelerator(asked.prec, cuda, plugin)
     torch.backends.cudnn.deterministic = asked.deterministic
     torch.backends.cudnn.benchmark = not asked.deterministic
     # Only dropout draws from the global generators. Each process has a seed of its own, because its images differ.
@@ -115,8 +117,9 @@ def make_accelerator(asked: Devices) -> Accelerator:
     return accelerator
 
 
-def _accelerator(prec: str, cuda: bool) -> Accelerator:
+def _accelerator(prec: str, cuda: bool, plugin: FullyShardedDataParallelPlugin | None) -> Accelerator:
     return Accelerator(
+        fsdp_plugin=plugin,
         cpu=not cuda,  # without it Accelerate overlooks the other processes of a CPU launch
         gradient_accumulation_steps=1,
         mixed_precision="fp16" if PRECISIONS[precision_used(prec, cuda)].scaled else "no",

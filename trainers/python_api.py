@@ -72,7 +72,7 @@ def train(data: str | Path, model: str | Path, **options: Any) -> TrainedRun:
 
     Raises:
         UserError: an unknown name, a wrong value, or options that do not fit each other; nothing is written then.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM. The state is saved, and the same call continues.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1. The state is saved, and the same call continues.
 
     Example:
         ```python

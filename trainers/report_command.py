@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from tailtune.configs import CfgNode, Schema, load_resolved
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST
@@ -14,7 +12,8 @@ from tailtune.trainers.report.files import ALL, HTML, REPORT, write_report
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.runs.result_table import REPORTS, read_result
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, kept_splits
-from tailtune.trainers.storage.manifest import LOCK, manifest_of, read_json
+from tailtune.trainers.runs.run_lock import RunLock
+from tailtune.trainers.storage.manifest import manifest_of, read_json
 
 if TYPE_CHECKING:
     from tailtune.trainers.report.subject import Subject
@@ -76,7 +75,7 @@ def write_again(folder: Path, schema: Schema, kind: str) -> None:
             f"{folder / LOGITS} is missing, and the report is made from it; move {folder / 'metrics.json'} away and "
             "launch the command of the run again"
         )
-    lock = FileLock(home.path / LOCK, timeout=0)
+    lock = RunLock(home.path)
     home.hold(lock)
     try:
         if folder == home.path:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from filelock import FileLock
 
 from tailtune.configs import CfgNode, config_hash, values_of
 from tailtune.configs.errors import UserError
@@ -29,7 +28,7 @@ from tailtune.trainers.distributed import Devices, launched_alone, make_accelera
 from tailtune.trainers.evaluation.ensembles import ensemble_named, ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
-from tailtune.trainers.evaluation.validation import Validation, ValidationPlan
+from tailtune.trainers.evaluation.validation import OnValidation, Validation, ValidationPlan
 from tailtune.trainers.export_run import export_run
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
@@ -50,9 +49,10 @@ from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
 from tailtune.trainers.runs.resume_decision import Decision, trained_on
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
+from tailtune.trainers.runs.run_lock import RunLock
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
-from tailtune.trainers.storage.manifest import LOCK, read_json
+from tailtune.trainers.storage.manifest import read_json
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.stored_result import SUGGESTED, show, splits_and_decision
 from tailtune.trainers.trackers import CurvePlan, finish_trackers, start_curves
@@ -78,21 +78,22 @@ def run(cfg: CfgNode, previous: Path | None = None) -> Path:
     return run_to_outcome(cfg, previous).folder
 
 
-def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
+def run_to_outcome(cfg: CfgNode, previous: Path | None = None, on_validation: OnValidation | None = None) -> Outcome:
     """Train, evaluate and export as the config says, as far as it is not done already.
 
     Args:
         cfg: config of the run.
         previous: folder of the finished run that this run continues (`after`).
+        on_validation: as in `run_stages`.
 
     Raises:
         UserError: invalid input.
-        Interrupted: a signal requested a stop; the state has been saved.
+        Interrupted: a signal or `on_validation` requested a stop; the state has been saved.
     """
     given, cfg = cfg, resolve(cfg)
     accelerator = make_accelerator(Devices.of(cfg))
     folder = RunFolder(cfg)
-    lock = FileLock(folder.path / LOCK, timeout=0)
+    lock = RunLock(folder.path)
     start_console(accelerator.is_main_process)
     try:
         on_main(accelerator, lambda: folder.hold(lock))
@@ -103,7 +104,7 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None) -> Outcome:
             if cfg.resume and folder.finished():  # an unfinished run has been validated with all its stages
                 on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
             suggested = {key: cfg[key] for key in BY_BACKBONE if given[key] is None}
-            _Run(cfg, folder, accelerator, plan, kept, previous, suggested).go()
+            _Run(cfg, folder, accelerator, plan, kept, previous, suggested, on_validation).go()
         metrics = plan.stored or plan.target / folder.metrics.name
         if cfg.export is not None:
             on_main(accelerator, lambda: export_run(cfg, folder, metrics, accelerator.device))
@@ -149,6 +150,7 @@ class _Run:
     previous: Path | None
     suggested: Mapping[str, Any]
     """Options that the command left to the backbone → values that the backbone suggests."""
+    on_validation: OnValidation | None
 
     def go(self) -> None:
         cfg, trains = self.cfg, self.plan.trains
@@ -232,7 +234,8 @@ class _Run:
             "base model": self.base,
             "images": data.records["train"].fingerprint,
         }
-        validation = Validation(ValidationPlan.of(cfg), data, accelerator, self.evaluation.scratch)
+        scratch = self.evaluation.scratch
+        validation = Validation(ValidationPlan.of(cfg), data, accelerator, scratch, self.on_validation)
         of_states = {**identity, **validation.identity}
         states = ResumeStates(self.folder.states, of_states, self.folder.seal, any_length(cfg), cfg.num_epochs)
         fresh = not cfg.resume or not states.begun()

@@ -5,22 +5,25 @@ from pathlib import Path
 
 from tailtune.configs import CfgNode
 from tailtune.trainers.config_checks import validate
+from tailtune.trainers.evaluation.validation import OnValidation
 from tailtune.trainers.run import Outcome, run_to_outcome
 from tailtune.trainers.runs.run_folder import RunFolder
 
 
-def run_stages(stages: Sequence[CfgNode]) -> Outcome:
+def run_stages(stages: Sequence[CfgNode], on_validation: OnValidation | None = None) -> Outcome:
     """Run the stages one after another. Stages that are already finished are skipped.
 
     Args:
         stages: the configs of all stages, as `load_configs` returns them.
+        on_validation: gets each validation of the last stage on the first process, and returns whether the training
+            shall stop after it.
 
     Returns:
         Where the last stage has left its files.
 
     Raises:
         UserError: invalid input.
-        Interrupted: a signal requested a stop; the state has been saved.
+        Interrupted: a signal or `on_validation` requested a stop; the state has been saved.
     """
     last = stages[-1]
     finished = last.resume and RunFolder(last).finished()
@@ -33,4 +36,4 @@ def run_stages(stages: Sequence[CfgNode]) -> Outcome:
     folder: Path | None = None
     for cfg in earlier:
         folder = run_to_outcome(cfg, folder).folder
-    return run_to_outcome(last, folder)
+    return run_to_outcome(last, folder, on_validation)

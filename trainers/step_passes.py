@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tailtune.trainers.methods.base import Batch, Method, Step
+from tailtune.trainers.sharding import without_reduction
 
 
 @dataclass
@@ -55,7 +56,7 @@ class StepPasses:
         """One pass; yields each micro-batch and its result after its backward pass."""
         for index, batch in enumerate(micro_batches):
             is_local = index < self.size - 1  # gradients are synchronised only in the last micro-batch of a pass
-            with self.accelerator.no_sync(self.wrapped) if is_local else nullcontext():
+            with without_reduction(self.accelerator, self.wrapped) if is_local else nullcontext():
                 outcome = self.wrapped(batch)
                 self.backward(outcome.loss_sum)
             yield batch, outcome

@@ -3,8 +3,6 @@
 import logging
 from pathlib import Path
 
-from filelock import FileLock
-
 from tailtune.configs import CfgNode
 from tailtune.configs.launch_environment import world_size
 from tailtune.configs.loader_options import BY_BACKBONE
@@ -14,7 +12,8 @@ from tailtune.trainers.processes.console_log import attach_file, detach_file, st
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Command, Decision, decide
 from tailtune.trainers.runs.run_folder import RunFolder, kept_splits
-from tailtune.trainers.storage.manifest import LOCK, Manifest, read_json
+from tailtune.trainers.runs.run_lock import RunLock
+from tailtune.trainers.storage.manifest import Manifest, read_json
 
 SUGGESTED = "suggested"
 """Entry of `evaluation` in metrics.json: the values that the backbone suggested where the command left them open."""
@@ -42,7 +41,7 @@ def shown_again(cfg: CfgNode) -> bool:
     folder = RunFolder(known)
     if not (folder.target() / folder.metrics.name).exists():  # before all images are compared with those of the run
         return False
-    lock = FileLock(folder.path / LOCK, timeout=0)
+    lock = RunLock(folder.path)
     start_console(main=True)
     try:
         folder.hold(lock)

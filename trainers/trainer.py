@@ -3,17 +3,13 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.seeding import derive_seed
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
@@ -25,34 +21,16 @@ from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, le
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Curves, Progress
-from tailtune.trainers.resumed_counters import resume_counters
 from tailtune.trainers.runs.metrics_file import TrainReport
+from tailtune.trainers.sharding import copy_to_shard, is_sharded, own_part, prepared, shard_states, whole
 from tailtune.trainers.step_passes import StepPasses
-from tailtune.trainers.storage.checkpoint import copy_state, trained_state, with_prefix
-from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_optimizer
-from tailtune.trainers.storage.random_state import random_state
+from tailtune.trainers.storage.checkpoint import copy_state, trained_state
+from tailtune.trainers.storage.optimizer_state import restore_optimizer
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_meters import TrainingMeters
+from tailtune.trainers.training_state import TrainingRun, TrainingState
 
 log = logging.getLogger("tailtune")
-
-
-@dataclass
-class _Run:
-    """The objects that change during one `fit`."""
-
-    method: Method
-    wrapped: Any
-    optimizer: Any
-    sampler: StepSampler
-    meters: TrainingMeters
-    report: TrainReport
-    progress: Progress
-    images: Tensor
-    """Numbers of images [used, left out as unreadable] since the last saved state, over all ranks, on the device."""
-    finite: Tensor
-    """Whether every loss so far was finite, on the device."""
-    agreement: Agreement
 
 
 class Trainer:
@@ -69,15 +47,15 @@ class Trainer:
     def __init__(
         self, accelerator: Accelerator, plan: Plan, states: ResumeStates, validation: Validation, curves: Curves
     ) -> None:
-        self.accelerator, self.plan, self.states, self.curves = accelerator, plan, states, curves
-        self.validation, self.sam = validation, sam_mode(plan.sam)
+        self.accelerator, self.plan, self.curves, self.sam = accelerator, plan, curves, sam_mode(plan.sam)
+        self.validation, self.kept = validation, TrainingState(accelerator, states, validation)
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
         """Train `method` in place. Continue from the newest saved state, if one exists.
 
         Raises:
             UserError: the loss is not finite, or a state cannot be read or written.
-            Interrupted: a signal requested a stop; the state has been saved.
+            Interrupted: a signal or `on_validation` requested a stop; the state has been saved.
         """
         cuda = self.accelerator.device.type == "cuda"
         if cuda:
@@ -91,7 +69,7 @@ class Trainer:
             with Interrupt() as interrupt:
                 while run.report.steps < total and not validation.ends(run.report.validations):
                     epoch, first = divmod(run.report.steps, steps)
-                    method.on_epoch(epoch, self.plan.epochs)
+                    run.method.on_epoch(epoch, self.plan.epochs)
                     run.sampler.set_position(epoch, first)
                     batches, begun = iter(loader), time.perf_counter()
                     for step in range(first, min(steps, total - epoch * steps)):
@@ -105,6 +83,7 @@ class Trainer:
             run.progress.close()
         if cuda:
             run.report.peak_memory_bytes = torch.cuda.max_memory_allocated()
+        self._with_trained(run)
         validation.restore_best(method)
         run.report.kept = validation.best_of(run.report.validations)
         return run.report
@@ -120,7 +99,7 @@ class Trainer:
 
     # --- one optimizer step ------------------------------------------------------------------------------------
 
-    def _step(self, run: _Run, batches: Iterator[Batch], step: int) -> None:
+    def _step(self, run: TrainingRun, batches: Iterator[Batch], step: int) -> None:
         """Forward and backward passes over this rank's micro-batches, then one update with the global mean gradient."""
         run.method.before_step(run.report.steps + 1)
         size, padding = run.sampler.counts(step), run.sampler.is_padding(step)
@@ -136,7 +115,7 @@ class Trainer:
         run.images += torch.stack([images, bad])
         run.meters.end_step(loss / weight.clamp_min(1e-12), 100 * hits / images.clamp_min(1))
 
-    def _micro_batches(self, run: _Run, batches: Iterator[Batch], size: int, padding: bool) -> Iterator[Batch]:
+    def _micro_batches(self, run: TrainingRun, batches: Iterator[Batch], size: int, padding: bool) -> Iterator[Batch]:
         """The micro-batches of this rank in one step."""
         for _ in range(size):
             waiting = time.perf_counter()
@@ -147,7 +126,7 @@ class Trainer:
             yield batch
 
     @torch.no_grad()
-    def _count(self, run: _Run, padding: bool, batch: Batch, outcome: Step) -> Tensor:
+    def _count(self, run: TrainingRun, padding: bool, batch: Batch, outcome: Step) -> Tensor:
         """[weight, loss, hits, images, unreadable images] of a micro-batch, on the device."""
         real = batch["weight"] > 0
         hits = ((outcome.logits.argmax(-1) == batch["label"]) & real).sum()
@@ -155,7 +134,7 @@ class Trainer:
         bad = torch.zeros_like(hits) if padding else (~real).sum()
         return torch.stack([value.double() for value in (outcome.weight, outcome.loss_sum, hits, real.sum(), bad)])
 
-    def _update(self, run: _Run, weight: Tensor) -> None:
+    def _update(self, run: TrainingRun, weight: Tensor) -> None:
         """Scale the gradients to those of the mean loss, and take one optimizer step.
 
         Before this, they are gradients of the loss sum / batch_size; under DDP, the mean of these over the ranks. The
@@ -167,7 +146,8 @@ class Trainer:
             weight: sum of the weights over all micro-batches and ranks, a scalar.
         """
         self.accelerator.unscale_gradients(run.optimizer)
-        grads = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = (p for group in run.optimizer.param_groups for p in group["params"])
+        grads = [own_part(p.grad) for p in parameters if p.grad is not None]
         factor = self.plan.batch_size * self.accelerator.num_processes / weight.clamp_min(1e-12)
         torch._foreach_mul_(grads, torch.where(weight > 0, factor, 0.0).to(grads[0].dtype))
         run.optimizer.step()
@@ -175,7 +155,7 @@ class Trainer:
 
     # --- between steps -----------------------------------------------------------------------------------------
 
-    def _after_step(self, run: _Run, interrupt: Interrupt, last: bool) -> None:
+    def _after_step(self, run: TrainingRun, interrupt: Interrupt, last: bool) -> None:
         run.report.steps += 1
         done = run.report.steps
         run.progress.step()
@@ -188,26 +168,39 @@ class Trainer:
             self._check_finite(run, weights=saves)
         if saves:
             share_statistics(self.accelerator, run.method)
-        validated = self._validate(run) if end_of_epoch else None
+        validated = self._validate(run, run.report.steps // run.sampler.steps) if end_of_epoch else None
         if shows:
             run.progress.show(done, self._rate, *run.meters.read(self._sum), validated)
         if saves:
-            self._save(run)
-        if stops:
+            self.kept.save(run)
+        if stops or self.validation.asks_to_stop(validated):
             raise Interrupted
 
-    def _validate(self, run: _Run) -> Validated | None:
-        before, epoch = self.validation.seconds, run.report.steps // run.sampler.steps
-        validated = self.validation.after_epoch(run.method, epoch, run.report.steps, run.report.validations)
+    def _validate(self, run: TrainingRun, epoch: int) -> Validated | None:
+        before = self.validation.seconds
+        if not self.validation.is_due(epoch):
+            return None
+        method = self._with_trained(run)
+        validated = self.validation.after_epoch(method, epoch, run.report.steps, run.report.validations)
+        if method is not run.method:
+            method.to("cpu")
         run.progress.since += self.validation.seconds - before  # the time of a step is without it
         return validated
 
-    def _check_finite(self, run: _Run, weights: bool) -> None:
+    def _with_trained(self, run: TrainingRun) -> Method:
+        """The method that was given, on the device, with the values that are trained so far."""
+        if run.given is not run.method:
+            current = {name: whole(tensor) for name, tensor in trained_state(run.method).items()}
+            copy_state(run.given.to(self.accelerator.device), current, "this run", "start over with `resume False`")
+        return run.given
+
+    def _check_finite(self, run: TrainingRun, weights: bool) -> None:
         """Raise a `UserError` if the loss of a step so far or, with `weights`, a trainable weight is not finite."""
         finite = run.finite
         if weights:
             trainable = (weight for weight in run.method.parameters() if weight.requires_grad)
-            finite = finite & torch.stack([weight.isfinite().all() for weight in trainable]).all()
+            finite = finite & torch.stack([own_part(weight).isfinite().all() for weight in trainable]).all()
+            finite = self._sum((~finite).double()) == 0 if run.given is not run.method else finite  # all shares
         if not bool(finite):
             check_frozen(run.method)
             raise UserError(
@@ -223,72 +216,30 @@ class Trainer:
 
     # --- states ------------------------------------------------------------------------------------------------
 
-    def _begin(self, method: Method, data: DataBundle) -> _Run:
+    def _begin(self, method: Method, data: DataBundle) -> TrainingRun:
         accelerator, plan = self.accelerator, self.plan
         rank, world = accelerator.process_index, accelerator.num_processes
         sizes, order = (plan.batch_size, plan.micro_batch_size), SAMPLERS[plan.sampler].order
         pair = SAMPLERS[plan.pair_sampler].order if plan.pair_sampler else None
-        sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair)
+        sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair, in_step=is_sharded())
+        given, method = method, copy_to_shard(method) if is_sharded() else method
+        if given is not method:
+            log.info("parameters, gradients and optimizer states are sharded over %d processes (FSDP2)", world)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)
-        report = self._resume(method, optimizer, meters)
+        state = self.kept.states.load()
+        report = TrainReport() if state is None else self.kept.resume(*state, method, meters, plan.seed)
         method.train()
-        wrapped, prepared = accelerator.prepare(method, optimizer)
+        wrapped, optimizer = prepared(accelerator, method, optimizer, plan.micro_batch_size)
+        if state is not None:
+            restore_optimizer(optimizer.optimizer, state[0], state[1].get("optimizer"))
+            shard_states(optimizer.optimizer)
         total = self.total_steps(sampler.steps)
         method.before_training(total, sampler.steps)
         progress = Progress(self.curves, plan.epochs, sampler.steps, report.steps, total)
         device = accelerator.device
         images, finite = torch.zeros(2, dtype=torch.float64, device=device), torch.tensor(True, device=device)
         agreement = Agreement(world, report.steps, self._sum_numbers)
-        return _Run(method, wrapped, prepared, sampler, meters, report, progress, images, finite, agreement)
-
-    def _save(self, run: _Run) -> None:
-        """Save the state of the run, with the random state and the counters of every rank."""
-        run.report.epochs = run.report.steps // run.sampler.steps
-        images, bad_images = map(int, run.images.tolist())
-        run.report.images += images
-        run.report.bad_images += bad_images
-        run.images.zero_()
-        if run.report.bad_images and not run.report.images:
-            raise UserError(
-                f"none of the training images could be read in {run.report.steps} steps, so nothing was learnt; check "
-                "`root` and the images"
-            )
-        rank = self.accelerator.process_index
-        meters = {f"meters.{rank}.{name}": tensor for name, tensor in run.meters.state().items()}
-        rank_state = {name: tensor.cpu() for name, tensor in {**random_state(rank), **meters}.items()}
-        all_ranks: dict[str, Tensor] = {}
-        for state in gather_object([rank_state]):
-            all_ranks.update(state)
-        if self.accelerator.is_main_process:
-            trained = {f"method.{name}": tensor for name, tensor in trained_state(run.method).items()}
-            best = self.validation.state(run.report.validations, run.report.steps)
-            of_optimizer, values = optimizer_state(run.optimizer)
-            scaler = self.accelerator.scaler
-            facts = {
-                "report": vars(run.report),
-                "threads": torch.get_num_threads(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "optimizer": values,
-            }
-            self.states.save(run.report.steps, {**trained, **best, **of_optimizer, **all_ranks}, facts)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self, method: Method, optimizer: torch.optim.Optimizer, meters: TrainingMeters) -> TrainReport:
-        state = self.states.load()
-        if state is None:
-            return TrainReport()
-        tensors, facts = state
-        if facts["threads"] != torch.get_num_threads():
-            log.info("using %d threads, as the run did before (results depend on it)", facts["threads"])
-            torch.set_num_threads(facts["threads"])
-        where = str(self.states.folder)
-        trained, report = with_prefix(tensors, "method."), TrainReport(**facts["report"])
-        copy_state(method, trained, where, "start over with `resume False`")
-        self.validation.load(tensors, trained, self.validation.best_of(report.validations))
-        restore_optimizer(optimizer, tensors, facts.get("optimizer"))
-        resume_counters(tensors, meters, self.accelerator, derive_seed(self.plan.seed, "resumed", report.steps))
-        if facts["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
-        log.info("resuming after step %d", report.steps)
-        return report
+        return TrainingRun(
+            given, method, wrapped, optimizer, sampler, meters, report, progress, images, finite, agreement
+        )

@@ -154,6 +154,8 @@ class StepSampler(Sampler[list[Key]]):
         world: number of processes.
         order: chooses the images of an epoch; `ImageOrder.order` of an entry of `SAMPLERS`.
         pair: chooses the second images of pairs in the same way; None for no pairs.
+        in_step: cut the parts of all ranks into equally many micro-batches, because the ranks exchange parameters in
+            each of them. It needs `micro_batch_size` of 2 or more.
 
     Raises:
         ValueError: a size is less than 1, or `rank` is not below `world`.
@@ -169,11 +171,13 @@ class StepSampler(Sampler[list[Key]]):
         world: int = 1,
         order: Order = shuffle,
         pair: Order | None = None,
+        in_step: bool = False,
     ) -> None:
         if min(len(labels), batch_size, micro_batch_size) < 1 or not 0 <= rank < world:
             raise ValueError(f"{len(labels)=}, {batch_size=}, {micro_batch_size=}, {rank=}, {world=}")
         self.labels, self.batch_size, self.micro_batch_size = labels, batch_size, micro_batch_size
         self.seed, self.rank, self.world, self.order, self.pair = seed, rank, world, order, pair
+        self.in_step = in_step
         self.steps = -(-len(labels) // batch_size)
         self.set_position(0, 0)
 
@@ -224,7 +228,7 @@ class StepSampler(Sampler[list[Key]]):
         Args:
             step: index of the step, from 0.
         """
-        return max(1, -(-len(self._part(step)) // self.micro_batch_size))
+        return len(self._chunks(step))
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.step, self.steps):
@@ -237,6 +241,10 @@ class StepSampler(Sampler[list[Key]]):
     def _chunks(self, step: int) -> list[range]:
         """The micro-batches of this rank, as positions in the order of the epoch."""
         part = self._part(step) or self._batch(step)[:1]
+        if self.in_step:
+            largest = -(-len(self._batch(step)) // self.world)  # part of any rank
+            count = -(-largest // self.micro_batch_size)
+            return [part[len(part) * i // count : len(part) * (i + 1) // count] for i in range(count)]
         return [part[i : i + self.micro_batch_size] for i in range(0, len(part), self.micro_batch_size)]
 
     def _batch(self, step: int) -> range:

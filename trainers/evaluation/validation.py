@@ -1,7 +1,7 @@
 """Validation during training: the curve, the best epoch, and when to stop. Training itself is not changed by it."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,8 @@ PREFIX = "best."
 
 Validated = dict[str, Any]
 """One validation: `epoch` and `step`, counted from 1, and the metrics that are one number (None: no such images)."""
+OnValidation = Callable[[Validated], bool]
+"""Gets a validation, and returns whether the training shall stop after it, with its state saved."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +105,27 @@ class Validation:
         data: the data of the run.
         accelerator: device and processes; all processes validate together.
         scratch: gives room for large logits.
+        on_validation: gets each validation, on the first process.
 
     Raises:
         UserError: the data have no validation split.
     """
 
-    def __init__(self, plan: ValidationPlan, data: DataBundle, accelerator: Accelerator, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        plan: ValidationPlan,
+        data: DataBundle,
+        accelerator: Accelerator,
+        scratch: Scratch,
+        on_validation: OnValidation | None = None,
+    ) -> None:
         if plan.every is not None and data.val is None:
             raise UserError(
                 f"val_every {plan.every} needs a validation split, and {data.info.name} has none; the test images must "
                 "not choose the model: hold images out with val_per_class, or give a val_list or a folder val"
             )
         self.plan, self.data, self.accelerator, self.scratch = plan, data, accelerator, scratch
+        self.on_validation = on_validation
         self.best: dict[str, Tensor] = {}
         """Trained tensors of the best epoch, on the CPU; empty if no epoch is chosen."""
         self.seconds = 0.0
@@ -126,6 +137,10 @@ class Validation:
         if self.plan.metric is None or self.data.val is None:
             return {}
         return {"validation images": f"{len(self.data.val)} of {self.data.records['val'].fingerprint}"}
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether this is one of the epochs to validate, counted from 1."""
+        return self.plan.every is not None and epoch % self.plan.every == 0
 
     def after_epoch(self, method: Method, epoch: int, step: int, earlier: list[Validated]) -> Validated | None:
         """Validate, if this is one of the epochs to validate.
@@ -142,7 +157,7 @@ class Validation:
         Raises:
             UserError: no validation image can be read, or the logits are not finite.
         """
-        if self.plan.every is None or epoch % self.plan.every:
+        if not self.is_due(epoch):
             return None
         started = time.perf_counter()
         view = self.data.val
@@ -187,6 +202,15 @@ class Validation:
         if best is None or self.plan.patience is None:
             return False
         return sum(validated["epoch"] > best["epoch"] for validated in validations) >= self.plan.patience
+
+    def asks_to_stop(self, validated: Validated | None) -> bool:
+        """Give the newest validation, if there is one, to `on_validation`.
+
+        Returns:
+            Whether all processes shall stop.
+        """
+        asked = self.on_validation
+        return asked is not None and validated is not None and on_main(self.accelerator, lambda: asked(validated))
 
     def outcome(self, validations: Sequence[Validated], epochs: int) -> Iterator[str]:
         """Sentences about what the validations have decided, for the log and the notes of a run of `epochs` epochs."""

@@ -1,4 +1,4 @@
-"""Lets Ctrl-C and SIGTERM stop the training after the current step, with the state saved."""
+"""Lets Ctrl-C, SIGTERM and SIGUSR1 stop the training after the current step, with the state saved."""
 
 import signal
 import threading
@@ -9,8 +9,9 @@ from typing import Any
 
 from tailtune.trainers.processes.launcher import IMPATIENT
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals of Ctrl-C, of a request to end the process, and of a closed terminal."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals of Ctrl-C, of a request to end the process, of a closed terminal, and of a scheduler that is about to end the
+job (`--signal=USR1` of SLURM)."""
 
 ASK_AFTER, MOST_STEPS = 2.0, 50
 """Several processes exchange whether to stop: about every `ASK_AFTER` seconds, and at least every `MOST_STEPS` steps.

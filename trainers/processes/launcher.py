@@ -25,6 +25,8 @@ IMPATIENT = 1.0
 
 A signal that arrives sooner counts as a copy of the first one: a launcher and a scheduler may both send it.
 """
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+"""Signals after which a process ends even while a library waits for a lost process."""
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 MODULES = ("accelerate.commands", "torch.distributed")
 """Launchers: names of programs (`LAUNCHERS`), and prefixes of modules for `python -m` (`MODULES`)."""
@@ -163,7 +165,7 @@ def _wait_for_signals(reads: int) -> None:
     while True:
         numbers = os.read(reads, 4096) if select.select([reads], [], [], 0.5)[0] else b""
         now = time.monotonic()
-        if {signal.SIGINT, signal.SIGTERM} & set(numbers) and (not signal_times or now - signal_times[-1] > IMPATIENT):
+        if ENDING & set(numbers) and (not signal_times or now - signal_times[-1] > IMPATIENT):
             signal_times.append(now)
         if not signal_times:
             continue

@@ -6,12 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from tailtune.configs.atomic_file import temporary_pattern
 from tailtune.configs.errors import UserError
+from tailtune.trainers.runs.run_lock import RunLock
 from tailtune.trainers.storage.atomic_io import Digest
-from tailtune.trainers.storage.manifest import LOCK, MARKER, Manifest, is_run
+from tailtune.trainers.storage.manifest import HOLDER, LOCK, MARKER, Manifest, is_run
 
 log = logging.getLogger("tailtune")
 
@@ -33,7 +32,7 @@ class OwnedFolder:
         self._aside: Path | None = None
         """Folder into which this launch has moved the earlier run; None if it has moved none."""
 
-    def hold(self, lock: FileLock) -> None:
+    def hold(self, lock: RunLock) -> None:
         """Lock the folder, so that a second launch cannot use it. Nothing else is written.
 
         The operating system releases the lock when the process ends.
@@ -49,10 +48,6 @@ class OwnedFolder:
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"{self.path} is in use by another launch; wait for it or choose another output_dir"
-            ) from None
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
         self._manifest = None  # read the file again: another launch may have ended in the meantime
@@ -97,7 +92,7 @@ class OwnedFolder:
     @staticmethod
     def _harmless(entry: Path) -> bool:
         """Whether an entry may exist before a run starts: a lock, an interrupted write, or folders of other runs."""
-        if entry.name == LOCK or temporary_pattern(MARKER).fullmatch(entry.name):
+        if entry.name in (LOCK, HOLDER) or temporary_pattern(MARKER).fullmatch(entry.name):
             return True
         if not entry.is_dir() or entry.is_symlink():
             return False
@@ -153,7 +148,8 @@ class OwnedFolder:
                     entry.rename(self.path / entry.name)
                 self._aside.rmdir()
         if not (self.path / MARKER).exists():
-            (self.path / LOCK).unlink(missing_ok=True)
+            for name in (LOCK, HOLDER):
+                (self.path / name).unlink(missing_ok=True)
             if self._created and not any(self.path.iterdir()):
                 self.path.rmdir()
 

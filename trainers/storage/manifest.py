@@ -18,6 +18,8 @@ from tailtune.trainers.storage.atomic_io import FACTS, Damaged, Digest, write_by
 
 MARKER = "tailtune.json"
 LOCK = ".tailtune.lock"
+HOLDER = ".tailtune.holder"
+"""Record of the launch that holds the lock, see `runs/run_lock.py`."""
 FORMAT = "tailtune run"
 DEEPEST = 3
 """Largest number of folders between a run's folder and a file in it, as in `tests/<key>/tensorboard/`."""

@@ -1,0 +1,106 @@
+"""Training whose parameters, gradients and optimizer states are sharded over the processes (FSDP2).
+
+`accelerate launch --use_fsdp --fsdp_version 2` asks for it. The whole method is one unit of FSDP: before each forward
+pass every process gathers the parameters, and afterwards gradients and optimizer states of a share stay on each. Units
+for single blocks are not made, because `ViTEncoder` computes blocks without calling their modules.
+
+Everything outside the training loop keeps to a method that is not sharded: it gets the trained values at the end.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tailtune.configs.errors import UserError
+from tailtune.trainers.methods.base import Method
+
+
+def is_sharded() -> bool:
+    """Whether the launch asks for FSDP, on more than one process."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def sharding_plugin() -> FullyShardedDataParallelPlugin:
+    """The settings of FSDP. Those of the launch that choose units of parameters are replaced.
+
+    Raises:
+        UserError: the launch asks for version 1.
+    """
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise UserError("FSDP of version 1 is not supported: set fsdp_version to 2 in the config of accelerate launch")
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT"
+    )
+
+
+def prepared(
+    accelerator: Accelerator, method: Method, optimizer: torch.optim.Optimizer, micro_batch_size: int
+) -> tuple[Any, Any]:
+    """As `accelerator.prepare`, sharded if the launch asks for it.
+
+    Raises:
+        UserError: the precision scales the loss, and a share of the gradients cannot tell whether all are finite; or
+            the ranks may have different numbers of micro-batches.
+    """
+    if not is_sharded():
+        return accelerator.prepare(method, optimizer)
+    if micro_batch_size < 2:
+        raise UserError("micro_batch_size 1 does not go with FSDP: set it to 2 or more")
+    if accelerator.scaler is not None:
+        raise UserError("prec amp scales the loss, which FSDP does not support here: use prec bf16 or fp32")
+    state = accelerator.state
+    before = state.distributed_type
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, sharding_plugin()  # on CPUs it would choose DDP
+    try:
+        return accelerator.prepare(method, optimizer)
+    finally:
+        state.distributed_type = before  # all other collectives are those of plain processes
+
+
+@contextmanager
+def without_reduction(accelerator: Accelerator, wrapped: Any) -> Iterator[None]:
+    """In the block, a backward pass adds to the gradients of this process alone."""
+    if not is_sharded():
+        with accelerator.no_sync(wrapped):
+            yield
+        return
+    wrapped.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        wrapped.set_requires_gradient_sync(True)
+
+
+def copy_to_shard(method: Method) -> Method:
+    """A copy of a method that may be sharded. The method itself waits on the CPU, where it needs no GPU memory."""
+    return copy.deepcopy(method.to("cpu"))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. All processes must call this together for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor. It shares the memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_states(optimizer: torch.optim.Optimizer) -> None:
+    """Shard the states of an optimizer that have the shapes of their parameters, as their parameters are."""
+    for parameter, state in optimizer.state.items():
+        if isinstance(parameter, DTensor):
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and not isinstance(value, DTensor):
+                    state[name] = distribute_tensor(  # each process has the whole value, so none is sent
+                        value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                    )

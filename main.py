@@ -27,6 +27,7 @@ from tailtune.configs import CfgNode, UserError
 from tailtune.configs.command_words import separated
 from tailtune.configs.launch_environment import check_environment
 from tailtune.configs.library_messages import libraries_on_stdout
+from tailtune.configs.lift_plus_words import translated
 from tailtune.configs.program import Parser, launch_target, print_text, program
 from tailtune.configs.shipped_configs import KINDS, list_of_configs, list_of_kind
 from tailtune.trainers.cached_schema import cached_schema
@@ -152,6 +153,7 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
     if args.data is None or args.model is None:
         raise UserError("give a data config with -d and a model config with -m; --list shows them")
+    args.model, pairs = translated(args.backbone, args.model, pairs)
     with loading_shown():
         schema = cached_schema()
     with stages_of(args.data, args.model, pairs, schema, keep=not args.dry_run) as stages:
@@ -212,17 +214,15 @@ def make_parser() -> Parser:
         usage=f"{name} -d DATA -m MODEL [KEY VALUE ...]",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "-d", "--data", metavar="DATA", help="name in configs/data, a YAML, or a folder of class folders"
-    )
-    parser.add_argument("-m", "--model", metavar="MODEL", help="name in configs/model, or a YAML")
+    parser.add_argument("-d", "--data", metavar="DATA", help="name in configs/data, a YAML, or a folder of classes")
+    parser.add_argument("-m", "--model", metavar="MODEL", help="name in configs/model, or a YAML; with -b a method")
+    parser.add_argument("-b", "--backbone", metavar="BACKBONE", help="the line is one of LIFT+: -d DATA -b … -m METHOD")
     parser.add_argument(
         "--list",
         metavar="KIND",
         nargs="?",
         const="",
-        help=f"show the data and model configs, one line each; with KIND only the model configs of one kind: "
-        f"{', '.join(KINDS)}",
+        help=f"show the data and model configs, one line each; with KIND the models of one kind: {', '.join(KINDS)}",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show what a run would be and cost")
     parser.add_argument("--all", action="store_true", help="with --dry-run: show every option")
@@ -242,7 +242,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 )
 """First word of a command → the function that runs it. Its module is imported when the command is given. The function
 takes the arguments after that word, and a function that gives the schema of all options."""
-FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model")
+FLAGS_WITH_VALUE = ("-d", "--data", "-m", "--model", "-b", "--backbone")
 
 
 def _is_kind(flags: list[str], pairs: list[str]) -> bool:

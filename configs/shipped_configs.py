@@ -27,7 +27,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
 """Name of a kind → what its configs train. A config has one kind, the first that fits."""
 
 SMALL_TUNERS = (
-    *("bias_tuning", "ln_tuning", "bn_tuning", "mask", "vpt_shallow", "vpt_deep", "lora", "lora_mlp"),
+    *("bias_tuning", "ln_tuning", "bn_tuning", "mask", "aft", "vpt_shallow", "vpt_deep", "lora", "lora_mlp"),
     *("ssf_attn", "ssf_mlp", "ssf_ln", "adapter", "adaptformer", "peft"),
 )
 """Options that turn on a tuner in a shipped config: `peft`, and entries of the table of tuners but `full_tuning`."""

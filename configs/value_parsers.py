@@ -190,13 +190,20 @@ def as_pair(value: Any) -> list[float]:
     return _numbers(value, 2, "two numbers such as [0.9, 0.999]")
 
 
-def _numbers(value: Any, count: int, expected: str) -> list[float]:
-    """A list of `count` numbers."""
+def as_numbers(value: Any) -> list[float]:
+    """Numbers: `[0, 1.25, 2.5]`, or a single one."""
+    value = _structure(value)
+    expected = "numbers such as [0, 1.25, 2.5]"
+    return _numbers(value if isinstance(value, list) else [value], None, expected)
+
+
+def _numbers(value: Any, count: int | None, expected: str) -> list[float]:
+    """A list of `count` numbers, or of at least one."""
     try:
         numbers = [as_float(number) for number in _structure(value)]
     except (ValueError, TypeError):
         numbers = []
-    if len(numbers) != count:
+    if not numbers or len(numbers) != (count or len(numbers)):
         raise ValueError(expected)
     return numbers
 

@@ -95,6 +95,12 @@ class DataOptions:
     augment: str = option(
         "lift", "Random transform of the training images (crop, flip, colours …).", table="AUGMENTS", data_wins=True
     )
+    mda_func: str = option(
+        "convex",
+        "How the smallest area of the crops of `augment mda` grows from 8 % of the image in the first epoch to all of "
+        "it in the last; min never grows, max is the whole image from the start.",
+        choices=("min", "linear", "convex", "concave", "max"),
+    )
     interpolation: str | None = option(
         None,
         "Interpolation of every resize. None means the one that the backbone was trained with.",
@@ -126,6 +132,15 @@ class EvaluatedImageOptions:
     """Which images are evaluated, and in which groups of classes."""
 
     test_train: bool = option(False, "The training images are evaluated instead of the test images.", cls="test")
+    crop_margin: int | None = option(
+        None,
+        "Pixels by which the short side of a test image is longer than the crop at its centre, without `tte`. None "
+        "means a seventh of the crop, or 0 where the object fills the frame.",
+        as_int,
+        cls="test",
+        least=0,
+        most=4096,
+    )
     max_test_images: int | None = option(
         None,
         "Number of images after which an evaluation stops, for a quick look. None means that it takes all.",

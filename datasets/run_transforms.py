@@ -1,11 +1,12 @@
 """Chooses the transforms of a run from its config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
 from tailtune.datasets.images import tensor_transforms, transforms
+from tailtune.datasets.images.growing_crop import GrowingArea, GrowingCrop
 from tailtune.datasets.images.tensor_transforms import TENSOR_AUGMENTS, TensorTransform
 from tailtune.datasets.images.transforms import Transform
 
@@ -40,9 +41,14 @@ class RunTransforms:
         elif cfg.tte:
             test = made.resize_for_crops(cfg.resolution, cfg.expand, cfg.interpolation)
         else:
-            test = made.eval_transform(*size, cfg.augment)
+            test = made.eval_transform(*size, cfg.augment, cfg.crop_margin)
         if made is tensor_transforms and cfg.augment in TENSOR_AUGMENTS:
             train = TENSOR_AUGMENTS[cfg.augment](*size)
+        area = GrowingArea(cfg.mda_func, cfg.num_epochs)
+        if isinstance(train, GrowingCrop):
+            train = replace(train, area=area)
+        elif isinstance(train, TensorTransform) and train.of_epoch is not None:
+            train = replace(train, of_epoch=area)
         return cls(train, made.unaugmented_transform(*size), test, adapt)
 
 
@@ -60,3 +66,17 @@ def check_cache(where: str | None, backend: str, augment: str) -> None:
     if where is not None and (backend == "pil" or augment not in TENSOR_AUGMENTS):
         made = f"image_backend {backend}" if backend == "pil" else f"augment {augment}"
         raise UserError(f"cache {where} keeps tensors, but {made} works on Pillow images: leave one of them out")
+
+
+def check_crop(augment: str, mda_func: str) -> None:
+    """Refuse a schedule of the crop `mda` where another augmentation is chosen.
+
+    Args:
+        augment: the option `augment`.
+        mda_func: the option `mda_func`.
+
+    Raises:
+        UserError: the schedule would have no effect.
+    """
+    if augment != "mda" and mda_func != GrowingArea().schedule:
+        raise UserError(f"mda_func {mda_func} is of augment mda and does nothing with augment {augment}; leave it out")

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from tailtune.configs.seeding import derive_seed, seeded
 from tailtune.datasets.images.draws import uniform_draws
+from tailtune.datasets.images.growing_crop import GrowingCrop
 from tailtune.datasets.images.tensor_transforms import TensorTransform
 from tailtune.datasets.images.transforms import Transform
 from tailtune.datasets.long_tail import random_positions
@@ -185,6 +186,8 @@ class View(Dataset[Batch]):
             return self._pillow_images(self.transform, keys, seconds)
         draws = uniform_draws(derive_seed(self.seed, "augment"), keys[:, [1, 0, 2]], self.transform.draws)
         cut, finish = np.split(draws, [self.transform.cut_draws], 1)
+        if self.transform.of_epoch is not None:
+            cut = np.column_stack([cut, [self.transform.of_epoch(epoch) for epoch in keys[:, 1].tolist()]])
         images, readable = self._cut_images(self.transform, keys[:, 0], torch.from_numpy(cut), seconds)
         return {"image": images} | ({"image_draws": torch.from_numpy(finish).float()} if finish.size else {}), readable
 
@@ -258,7 +261,7 @@ class View(Dataset[Batch]):
             decoded = perf_counter()
             readable[number] = image is not None
             with seeded(self.seed, "augment", epoch, index, repetition):
-                batch.add(self._black(transform) if image is None else transform(image))
+                batch.add(self._black(transform) if image is None else _of_epoch(transform, image, epoch))
             seconds[1:] += decoded - started, perf_counter() - decoded
         return {"image": batch.joined()}, readable
 
@@ -271,6 +274,11 @@ class View(Dataset[Batch]):
             return torch.zeros_like(transform.prepare(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
         with seeded(0):
             return torch.zeros_like(transform(Image.new("RGB", (32, 32))))
+
+
+def _of_epoch(transform: Transform, image: Image.Image, epoch: int) -> Tensor:
+    """A Pillow image as it is in an epoch, uint8 [..., 3, H, W]."""
+    return transform(image, epoch) if isinstance(transform, GrowingCrop) else transform(image)
 
 
 class _Images:

@@ -22,7 +22,7 @@ from tailtune.models.heads.head_init import HEAD_INITS, NEEDS_TEXT, HeadInit
 from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, add_tuners
-from tailtune.models.tuners.tuner_options import TunerOptions
+from tailtune.models.tuners.tuner_options import Case, TunerOptions
 
 __all__ = ["BACKBONES", "ClassificationModel", "build_model", "find_backbone", "resolve", "tuner_options"]
 
@@ -100,7 +100,7 @@ def resolve(cfg: CfgNode) -> CfgNode:
 
 
 def tuner_options(cfg: CfgNode, names: Iterable[str], classes: int, encoder: Encoder) -> dict[str, TunerOptions]:
-    """The options of tuners, such as the LoRA rank: from the config, or by LIFT's rules where it leaves them open.
+    """The options of tuners, such as the LoRA rank: from the config, or by `tuner_rules` where it leaves them open.
 
     Args:
         cfg: a config.
@@ -111,12 +111,12 @@ def tuner_options(cfg: CfgNode, names: Iterable[str], classes: int, encoder: Enc
     Returns:
         Entry of TUNERS → its options.
     """
-    sizes = (classes, encoder.depth, encoder.feature_dim)
-    return {
-        name: options_from(type(TUNERS[name].options), cfg, name, separator="_").filled(*sizes)
-        for name in names
-        if name in TUNERS
-    }
+    found: dict[str, TunerOptions] = {}
+    for name in (name for name in names if name in TUNERS):
+        options = options_from(type(TUNERS[name].options), cfg, name, separator="_")
+        selected = len(TUNERS[name].blocks_of(encoder, options, cfg.partial))
+        found[name] = options.filled(Case(classes, encoder.depth, selected, encoder.feature_dim, cfg.tuner_rules))
+    return found
 
 
 def _zero_shot_head(cfg: CfgNode, backbone: Backbone, tuners: Sequence[str], classes: int) -> nn.Module:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tailtune.configs.option import option
 from tailtune.configs.value_parsers import as_int, as_mapping, as_path, as_span, as_str, as_triple
+from tailtune.models.tuners.tuner_options import RULES
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,13 @@ class TunerPlaceOptions:
         "Blocks of the backbone that tuners act on: a number k for the last k, or a range [start,end). None means all.",
         as_span,
         most=1000,
+        zero_shot=False,
+    )
+    tuner_rules: str = option(
+        "lift",
+        "Rules for the sizes and the first weights of tuners that nobody gives: those of LIFT depend on all blocks of "
+        "the backbone, and those of LIFT+ (lift_plus) on the blocks that a tuner acts on.",
+        choices=RULES,
         zero_shot=False,
     )
     peft: str | None = option(

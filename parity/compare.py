@@ -22,6 +22,7 @@ from typing import Any
 
 from tailtune.configs.errors import UserError
 from tailtune.main import Parser, exit_code_of
+from tailtune.parity.balpoe.subject import BALPOE
 from tailtune.parity.dirmixe.subject import DIRMIXE
 from tailtune.parity.experts.subject import EXPERTS
 from tailtune.parity.focal_sam.subject import FOCAL_SAM
@@ -30,7 +31,9 @@ from tailtune.parity.lift.subject import LIFT
 from tailtune.parity.report import TOP, about_our_side, commit_of, write
 from tailtune.parity.subject import Row, Subject, compare
 
-SUBJECTS: Mapping[str, Subject] = {subject.name: subject for subject in (LIFT, EXPERTS, DIRMIXE, H2T, FOCAL_SAM)}
+SUBJECTS: Mapping[str, Subject] = {
+    subject.name: subject for subject in (LIFT, EXPERTS, DIRMIXE, H2T, FOCAL_SAM, BALPOE)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from typing import Any
 
 from tailtune.configs import CfgNode, describe, load_configs
 from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.lift_plus_words import translated
 from tailtune.configs.yaml_reader import read_yaml
 from tailtune.main import split_arguments
 from tailtune.trainers.comparison.rows import METRICS, check_metrics
@@ -49,15 +50,16 @@ class Cell:
 
     row: str
     words: tuple[str, ...]
-    """The words after `python main.py`: `-d DATA -m MODEL KEY VALUE …`."""
+    """The words after `python main.py`: `-d DATA -m MODEL KEY VALUE …`, or with `-b` a line of LIFT+."""
     published: Mapping[str, str]
     """Metric → number in the paper, as text."""
 
     @property
     def facts(self) -> dict[str, str]:
         """The facts that `--where` can select by: data, model, row and the options in the command."""
-        options = dict(zip(self.words[4::2], self.words[5::2], strict=True))
-        return {"data": self.words[1], "model": self.words[3], "row": self.row, **options}
+        options = dict(zip(self.words[::2], self.words[1::2], strict=True))
+        flags = {"data": options.pop("-d"), "model": options.pop("-m"), "row": self.row}
+        return flags | ({"backbone": options.pop("-b")} if "-b" in options else {}) | options
 
     def command(self, seed: int, extra: Sequence[str] = ()) -> list[str]:
         """The words of the command with a seed and with further `KEY VALUE` words."""
@@ -140,7 +142,9 @@ def stages(words: Sequence[str]) -> list[CfgNode]:
     from tailtune.trainers.option_schema import declared
 
     flags, pairs = split_arguments(words)
-    return load_configs(flags[1], flags[3], pairs, declared())
+    named = dict(zip(flags[::2], flags[1::2], strict=True))
+    model, pairs = translated(named.get("-b"), named["-m"], pairs)
+    return load_configs(named["-d"], model, pairs, declared())
 
 
 def config(words: Sequence[str]) -> CfgNode:
@@ -202,7 +206,7 @@ def _cells(row: str, entry: Any, axes: Axes, metrics: Sequence[str]) -> Iterator
     for template in [run] if isinstance(run, str) else run:
         for words in _combinations(str(template), axes):
             command = tuple(shlex.split(str(template).format_map(words)))
-            if command[0:4:2] != ("-d", "-m") or len(command) % 2:
+            if tuple(word for word in command[0:6:2] if word in ("-d", "-m")) != ("-d", "-m") or len(command) % 2:
                 raise UserError(f"grid row '{row}': a command is `-d DATA -m MODEL KEY VALUE …`, not `{template}`")
             published = entry.get("published", {}).get(command[1], [])
             numbers = {metric: str(n) for metric, n in zip(metrics, published, strict=False) if n is not None}

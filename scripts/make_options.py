@@ -14,6 +14,7 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 from tailtune.configs import Schema
 from tailtune.configs import value_parsers as values
 from tailtune.configs.key import RUNTIME, TEST, TRAIN, Key, plain
+from tailtune.configs.layer_list import as_layers
 from tailtune.scripts._page import ROOT, write_page
 from tailtune.trainers.option_schema import choices_of, declared
 
@@ -34,7 +35,9 @@ TYPES: Mapping[Callable[[Any], Any], str] = {
     values.as_pair: "[number, number]",
     values.as_names: "name,name …",
     values.as_ints: "[number, …]",
+    values.as_numbers: "[number, …]",
     values.as_factors: "{name: number}",
+    as_layers: "k, or [index, …]",
 }
 INTRODUCTION = f"""# All options
 

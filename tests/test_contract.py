@@ -99,7 +99,9 @@ def choices() -> list[tuple[object, ...]]:
 
 def fits_loss(method: str, loss: str) -> bool:
     """Methods that adjust the logits themselves do not take every loss."""
-    return {"sade": not LOSSES[loss].adjusts, "dirmixe": loss == "CE"}.get(method, True)
+    takes = {"sade": not LOSSES[loss].adjusts, "balpoe": not LOSSES[loss].adjusts}
+    takes |= {"dirmixe": loss == "CE", "lgla": loss == "CE"}
+    return takes.get(method, True)
 
 
 def words_of(row: Mapping[str, str]) -> tuple[object, ...]:
@@ -121,6 +123,7 @@ def fits(row: Mapping[str, str]) -> bool:
         and tuners != {"vpt_shallow", "vpt_deep"}
         and ("method" not in row or "loss" not in row or fits_loss(row["method"], row["loss"]))
         and ("classifier" not in head or row.get("head", "LinearClassifier") == "LinearClassifier")
+        and (row.get("method") != "lgla" or row.get("head", "CosineClassifier") == "CosineClassifier")
     )
 
 
@@ -199,6 +202,8 @@ CHANGED: dict[str, object] = {
     "distill.weight": 0.1,
     "distill.times_experts": True,
     "sade.inverse_strength": 1.0,
+    "balpoe.taus": "[0, 1, 3]",
+    "balpoe.spacing": "uniform",
     "dirmixe.power": 0.5,
     "dirmixe.variance": 50.0,
     "dirmixe.warm": 1.0,

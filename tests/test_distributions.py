@@ -133,7 +133,7 @@ def test_a_run_evaluates_all_distributions_in_one_pass(launch: Cli) -> None:
     for name, each in result["distributions"].items():
         assert each.keys() == {"n", "origin", "predictors", "expected_accuracy"} and name in done.stdout
         assert each["predictors"].keys() == {"plain"}
-        assert each["predictors"]["plain"].keys() == result["test"].keys() - {"bad_images"}
+        assert each["predictors"]["plain"].keys() == result["test"].keys() - {"bad_images", "experts"}
     uniform = result["distributions"]["uniform"]
     assert uniform["predictors"]["plain"]["accuracy"] == result["test"]["accuracy"] == uniform["expected_accuracy"]
     events = EventAccumulator("output/run/tensorboard").Reload().Tags()["scalars"]

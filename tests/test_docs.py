@@ -14,7 +14,8 @@ from mkdocs.exceptions import PluginError
 from PIL import Image
 from tiers import slow_except
 
-from tailtune.configs import load_configs, names
+from tailtune.configs import load_configs
+from tailtune.configs.lift_plus_words import names, translated
 from tailtune.datasets.build_data import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
@@ -55,7 +56,7 @@ def test_the_options_of_the_docs_are_options() -> None:
         words = shlex.split(command.replace("--dry-run", ""))
         flags, pairs = split_arguments(words)
         given = dict(zip(flags[::2], flags[1::2], strict=True))
-        load_configs(given["-d"], given["-m"], pairs, declared())
+        load_configs(given["-d"], *translated(given.get("-b"), given["-m"], pairs), declared())
 
 
 @pytest.mark.parametrize("command", slow_except(OF_README, sorted(OF_PAGES | OF_CONFIGS)))
@@ -64,7 +65,7 @@ def test_a_command_of_the_docs_is_accepted(command: str) -> None:
     words = shlex.split(command.replace("--dry-run", ""))
     flags, pairs = split_arguments(words)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
-    check(load_configs(given["-d"], given["-m"], pairs, declared())[-1])
+    check(load_configs(given["-d"], *translated(given.get("-b"), given["-m"], pairs), declared())[-1])
 
 
 def test_the_examples_of_own_data_work(tmp_path: Path) -> None:

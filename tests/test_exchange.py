@@ -74,7 +74,7 @@ def subject(
     )
     method = Method(model, Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
     side = SIDE if isinstance(host, ViTEncoder) else 64
-    return ExportedModel(method, tuners, partial, [f"c{k}" for k in range(CLASSES)], side, arch="RN50-quickgelu")
+    return ExportedModel(method, tuners, [f"c{k}" for k in range(CLASSES)], side, arch="RN50-quickgelu")
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def test_blocks_of_openai_clip_have_these_names_in_this_order() -> None:
 
 def test_the_layout_of_a_clip_vit() -> None:
     made = subject(clip_vit(), ["full_tuning", "bias_tuning", "ln_tuning", "ssf_attn", "mask"], partial=1)
-    places = {name: place.read() for name, place in lift.layout(made.method.model, made.tuners, 1).items()}
+    places = {name: place.read() for name, place in lift.layout(made.method.model, made.tuners).items()}
     blocks = made.encoder.net.blocks
     wanted = [blocks[0].attn.qkv.bias, blocks[0].attn.proj.bias, blocks[0].norm1.bias, blocks[0].mlp.fc1.bias]
     for k, bias in enumerate(wanted):
@@ -339,7 +339,7 @@ def adapted(tuners: Sequence[str] = ()) -> ExportedModel:
     wrapper = add_peft(host, "LoRA", {"r": 2, "target_modules": ["qkv", "fc2"]}, None, SIDE, 0)
     made = subject(clip_vit(), [])
     model = ClassificationModel(host, made.head, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), peft=wrapper)
-    return trained(ExportedModel(Method(model, made.method.objective).eval(), tuners, None, made.class_names, SIDE))
+    return trained(ExportedModel(Method(model, made.method.objective).eval(), tuners, made.class_names, SIDE))
 
 
 def test_a_tuner_of_peft_goes_there_and_merges(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_the_libraries_own_names(backbone: str, resolution: int, name: str, conf
     with torch.device("meta"):
         model = build_model(cfg, ["a", "b"])
         made = ExportedModel(
-            Method(model, Objective(torch.ones(2), LOSSES["CE"])), [], None, ["a", "b"], resolution, arch=name
+            Method(model, Objective(torch.ones(2), LOSSES["CE"])), [], ["a", "b"], resolution, arch=name
         )
         about = network(made)
     with torch.device("cpu" if "open_clip" in about["create"] else "meta"):  # which insists on it

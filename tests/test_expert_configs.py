@@ -26,10 +26,10 @@ from tailtune.trainers.storage.checkpoint import trained_state
 
 Config = Callable[..., CfgNode]
 KINDS = ("_ride", "_sade", "_dirmixe", "_batchformer", "_ce", "_ldam_drw", "_bs", "_crt", "_lws", "_tau_norm")
-KINDS += ("_mixup", "_dr", "_h2t", "_mislas", "_gcl", "_reslt")
+KINDS += ("_balpoe", "_lgla", "_mixup", "_dr", "_h2t", "_mislas", "_gcl", "_reslt")
 EXPERTS = [pair for pair in PAIRS if any(kind in pair[1] for kind in KINDS)]
 EXPERTS += [("cifar10_ir100", model) for _, model in EXPERTS if model.startswith("resnet32")]
-EXPERTS += [("imagenet_lt", f"clip_vit_b16_{kind}") for kind in ("ride", "sade", "dirmixe", "batchformer")]
+EXPERTS += [("imagenet_lt", f"clip_vit_b16_{kind}") for kind in ("ride", "sade", "dirmixe", "balpoe", "batchformer")]
 
 STEPS = {"schedule": "multistep", "nesterov": True, "momentum": 0.9, "prec": "fp32", "pretrained": None}
 CIFAR = STEPS | {"num_epochs": 200, "batch_size": 128, "lr": 0.1, "lr_steps": [160, 180], "augment": "cifar"}
@@ -46,6 +46,20 @@ SADE |= {"test_dists": ["all"]}
 DIRMIXE = SADE | {"method": "dirmixe", "dirmixe.power": 1.3, "dirmixe.concentration": 1e4, "reduce_dimension": True}
 DIRMIXE |= {"dirmixe.warm": 0.8, "dirmixe.draws": 60, "dirmixe.variance": 1, "lr_gamma": 0.1}
 DIRMIXE_C = DIRMIXE | CIFAR | {"warmup_epochs": 5}
+BALPOE = {"method": "mixup", "mixup.inner": "balpoe", "loss_type": "CE", "num_experts": 3, "scale": 30}
+BALPOE |= {"reduce_dimension": False, "adapt": None, "test_dists": ["all"], "balpoe.taus": None, "nesterov": True}
+BALPOE_C = STEPS | BALPOE | {"num_epochs": 200, "batch_size": 128, "lr": 0.1, "lr_steps": [160, 180], "lr_gamma": 0.1}
+BALPOE_C |= {"warmup_epochs": 5, "weight_decay": 5e-4, "balpoe.tau_min": 0, "balpoe.tau_max": 2, "augment": "cifar"}
+BALPOE_I = BALPOE | {"num_epochs": 180, "batch_size": 64, "lr": 0.025, "weight_decay": 5e-4, "schedule": "cosine"}
+BALPOE_I |= {"mixup.alpha": 0.3, "balpoe.tau_min": 0, "balpoe.tau_max": 2.5, "augment": "imagenet", "warmup_epochs": 0}
+BALPOE_N = BALPOE_I | {"mixup.alpha": 0.2, "balpoe.tau_min": -1, "balpoe.tau_max": 3, "batch_size": 512, "lr": 0.2}
+BALPOE_N |= {"num_epochs": 100, "weight_decay": 2e-4, "augment": "inat"}
+LONG_C = {"num_epochs": 400, "lr_steps": [320, 360], "warmup_epochs": 10}
+LONG = {"num_epochs": 400, "augment": "imagenet_randaug"}
+LGLA = {"method": "lgla", "loss_type": "CE", "num_experts": 3, "scale": 30, "reduce_dimension": False, "nesterov": True}
+LGLA_C = LGLA | {"num_epochs": 400, "lr_steps": [320, 360], "warmup_epochs": 5, "batch_size": 128, "lr": 0.1}
+LGLA_C |= {"weight_decay": 2e-4, "augment": "cifar_auto_cutout", "lgla.tau": 2.5}
+LGLA_I = LGLA | {"num_epochs": 180, "batch_size": 64, "lr": 0.025, "weight_decay": 5e-4, "schedule": "cosine"}
 H2T = {"method": "h2t", "h2t.ratio": 0.25, "h2t.shift_bn": True, "sampler": "balanced", "pair_sampler": "shuffle"}
 H2T |= {"num_epochs": 10, "lr": 0.02, "batch_size": 128, "momentum": 0.9, "nesterov": False, "schedule": "cosine"}
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
@@ -88,6 +102,23 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("inat2018", "resnet50_sade"): LARGE
     | SADE
     | {"sade.inverse_strength": 1, "batch_size": 512, "lr": 0.2, "augment": "inat", "adapt_lr": 0.2},
+    ("cifar100_ir10", "resnet32_balpoe"): BALPOE_C | {"mixup.alpha": 0.4},
+    ("cifar10_ir50", "resnet32_balpoe"): BALPOE_C | {"mixup.alpha": 0.8},
+    ("cifar100_ir100", "resnet32_balpoe_long"): BALPOE_C | LONG_C | {"mixup.alpha": 0.4, "augment": "cifar_auto"},
+    ("cifar10_ir100", "resnet32_balpoe_long"): BALPOE_C | LONG_C | {"mixup.alpha": 0.8, "augment": "cifar_crop"},
+    ("imagenet_lt", "resnet50_balpoe"): BALPOE_I,
+    ("imagenet_lt", "resnext50_balpoe"): BALPOE_I,
+    ("imagenet_lt", "resnet50_balpoe_long"): BALPOE_I | LONG,
+    ("imagenet_lt", "resnext50_balpoe_long"): BALPOE_I | LONG,
+    ("inat2018", "resnet50_balpoe"): BALPOE_N,
+    ("inat2018", "resnet50_balpoe_long"): BALPOE_N | LONG | {"augment": "inat_randaug"},
+    ("cifar100_ir50", "resnet32_lgla"): LGLA_C,
+    ("cifar10_ir100", "resnet32_lgla"): LGLA_C | {"lgla.tau": 3},
+    ("imagenet_lt", "resnet50_lgla"): LGLA_I | {"lgla.tau": 2.8, "augment": "imagenet_randaug"},
+    ("imagenet_lt", "resnext50_lgla"): LGLA_I | {"lgla.tau": 3, "augment": "imagenet_randaug"},
+    ("inat2018", "resnet50_lgla"): LGLA_I
+    | {"lgla.tau": 3, "num_epochs": 400, "batch_size": 512, "lr": 0.2, "weight_decay": 2e-4}
+    | {"augment": "inat_randaug"},
     ("cifar10_ir100", "resnet32_dirmixe"): DIRMIXE_C | {"dirmixe.variance": 15, "weight_decay": 5e-4},
     ("cifar100_ir100", "resnet32_dirmixe"): DIRMIXE_C | {"dirmixe.variance": 5, "weight_decay": 1e-3},
     ("cifar100_ir100", "resnet32_mixup"): CIFAR
@@ -115,6 +146,10 @@ COSTS = {
     ("cifar100_ir100", "resnet32_dirmixe"): (783_856, 100_358_208),
     ("imagenet_lt", "resnext50_dirmixe"): (42_889_024, 6_050_113_536),
     ("inat2018", "resnet50_dirmixe"): (76_587_584, 5_803_342_848),
+    ("cifar100_ir100", "resnet32_balpoe"): (1_362_064, 158_534_400),
+    ("imagenet_lt", "resnet50_balpoe"): (73_778_240, 8_640_430_080),
+    ("imagenet_lt", "resnext50_balpoe"): (72_258_880, 9_016_147_968),
+    ("inat2018", "resnet50_balpoe"): (117_658_688, 8_684_310_528),
     ("imagenet_lt", "resnet10_ride_teacher"): (18_489_920, 1_817_470_976),
     ("cifar100_ir100", "resnet32_ldam_drw"): (469_904, 68_868_352),
 }
@@ -173,10 +208,13 @@ def test_learning_rates(model: str, config: Config) -> None:
 def test_every_row_of_the_table_is_there() -> None:
     rows = {"resnet32": "ce ldam_drw bs ride ride_teacher ride_distill ride_ea ride_batchformer"}
     rows["resnet32"] += " sade dirmixe crt lws tau_norm"
+    rows["resnet32"] += " balpoe balpoe_long lgla"
     rows["resnet32"] += " mixup dr h2t mislas mislas_h2t gcl gcl_h2t ride_h2t reslt reslt_h2t"
     rows["resnet10"] = "ce ride ride_teacher ride_distill ride_ea ride_batchformer"
     rows["resnet50"] = rows["resnext50"] = rows["resnet10"] + " sade dirmixe crt lws tau_norm mixup h2t"
-    rows |= {"resnet152": "ce sade mixup h2t", "clip_vit_b16": "ride sade dirmixe batchformer h2t"}
+    rows["resnet50"] += " balpoe balpoe_long lgla"
+    rows["resnext50"] += " balpoe balpoe_long lgla"
+    rows |= {"resnet152": "ce sade mixup h2t", "clip_vit_b16": "ride sade dirmixe balpoe batchformer h2t"}
     rows["tiny_clip"] = rows["clip_vit_b16"]
     expected = {f"{net}_{kind}" for net, kinds in rows.items() for kind in kinds.split()}
     assert expected <= names("model").keys()
@@ -190,12 +228,13 @@ def test_inaturalist_has_statistics_of_its_own() -> None:
         assert check(cfg).mean.flatten()[2].item() == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("kind", ["ride", "sade", "dirmixe", "batchformer"])
+@pytest.mark.parametrize("kind", ["ride", "sade", "dirmixe", "balpoe", "batchformer"])
 def test_experts_on_clip_train_on_the_digits(kind: str, config: Config, tmp_path: Path) -> None:
     """Two steps: every option of the small config is used, test distributions and adaptation included."""
     words = ("max_steps", 2, "max_test_images", 40, "output_dir", str(tmp_path / "run"))
     found = json.loads((run(config("digits_lt", f"tiny_clip_{kind}", *words)) / "metrics.json").read_text())
     assert found["test"]["accuracy"] > 30 and found["train"]["steps"] == 2
+    assert [each["ece"] > 0 for each in found["test"]["experts"]] == [True] * 3
     assert {"forward50", "uniform", "backward50"} <= found["distributions"].keys()
     predictors = [each["predictors"] for each in found["distributions"].values()]
     assert all(("sade" in each) == (kind in ("sade", "dirmixe")) for each in predictors)

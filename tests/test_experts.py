@@ -387,7 +387,7 @@ def subject(own: int = 1, routes: bool = False) -> ExportedModel:
     host = vit(["lora"], 3, own)
     kind = Routing if routes else Method
     method = kind(classifier(host, 3), Objective(torch.arange(CLASSES) + 1, LOSSES["CE"])).eval()
-    return ExportedModel(method, ["lora"], None, [f"c{k}" for k in range(CLASSES)], SIDE)
+    return ExportedModel(method, ["lora"], [f"c{k}" for k in range(CLASSES)], SIDE)
 
 
 @pytest.mark.parametrize("own", [0, 1])

@@ -96,7 +96,7 @@ def test_a_round_trip_gives_equal_logits(
     ours, other = (method(config, *words, name=name, experts=experts, seed=seed) for seed in (0, 1))
     state = original(ours, prefix)
     torch.save({"state_dict": state, "epoch": 200, "arch": "ResNet32Model"} if prefix else state, tmp_path / "a.pth")
-    report = load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), other, (), None)
+    report = load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), other, ())
     assert f"{len(state)} tensors, heads: {experts}" in report and "left out" not in report
     assert "pixel_mean" in report and ("in the original" not in report)
     side = 64 if "resolution" in words else 32
@@ -129,17 +129,17 @@ def test_an_expert_assignment(config: Make, tmp_path: Path) -> None:
     words = (*CIFAR, "after", "resnet32_ride", "ride_ea.top_choices", 5)
     ours, other = (method(config, *words, name="ride_ea", seed=seed) for seed in (0, 1))
     torch.save({"state_dict": original(ours)}, tmp_path / "a.pth")
-    report = load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), other, (), None)
+    report = load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), other, ())
     assert "left out" not in report
     with torch.no_grad():
         assert torch.equal(ours.expert_logits(noise(32)).nan_to_num(7), other.expert_logits(noise(32)).nan_to_num(7))
     plain = method(config, *CIFAR, name="ride", seed=2)
-    assert "all experts are asked" in load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), plain, (), None)
+    assert "all experts are asked" in load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), plain, ())
     with torch.no_grad():
         assert torch.equal(plain.expert_logits(noise(32)), ours.model(noise(32)))
     torch.save({"state_dict": original(plain)}, tmp_path / "b.pth")
     with pytest.raises(UserError, match=r"6 tensors missing \(hidden.0.bias"):
-        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "b.pth"), other, (), None)
+        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "b.pth"), other, ())
 
 
 @pytest.mark.parametrize("name", ["ride", "batchformer"])
@@ -148,7 +148,7 @@ def test_the_encoder_across_the_batch_is_left_out(name: str, config: Make, tmp_p
     mixer = nn.TransformerEncoderLayer(48, 1, 48).state_dict(prefix="backbone.encoder_layers.")
     torch.save({"state_dict": {**original(ours), **mixer}}, tmp_path / "a.pth")
     assert "encoder across the batch, which is for training only" in load_foreign_checkpoint(
-        ForeignCheckpoint(tmp_path / "a.pth"), other, (), None
+        ForeignCheckpoint(tmp_path / "a.pth"), other, ()
     )
     with torch.no_grad():
         assert torch.equal(ours.expert_logits(noise(32)), other.expert_logits(noise(32)))
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_named(
     other = method(config, *words, experts=experts)
     before = {name: each.clone() for name, each in other.state_dict().items()}
     with pytest.raises(UserError) as caught:
-        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), other, (), None)
+        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), other, ())
     assert all(text in str(caught.value) for text in texts) and "\n" not in str(caught.value), caught.value
     assert all(torch.equal(each, before[name]) for name, each in other.state_dict().items()), "nothing was filled"
 
@@ -191,18 +191,18 @@ def test_a_file_with_a_config_in_it_is_not_opened(
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": original(ours), "config": ConfigParser()}, tmp_path / "model_best.pth")
     with pytest.raises(UserError) as caught:
-        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "model_best.pth"), ours, (), None)
+        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "model_best.pth"), ours, ())
     found = re.search(r'run python -c "(import torch; s = torch\.load.*; torch\.save\(.*\))"$', str(caught.value))
     assert found and "ConfigParser" in str(caught.value) and "run code" in str(caught.value)
     exec(found[1])  # where its classes are known
-    assert "heads: 3" in load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "weights.pth"), ours, (), None)
+    assert "heads: 3" in load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "weights.pth"), ours, ())
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {"a": torch.zeros(1)}}, {"state_dict": 3}, [torch.zeros(1)]])
 def test_other_files_are_refused(content: Any, config: Make, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match="is no checkpoint that can be read here"):
-        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), method(config, *CIFAR), (), None)
+        load_foreign_checkpoint(ForeignCheckpoint(tmp_path / "a.pth"), method(config, *CIFAR), ())
 
 
 # --- classes of iNaturalist ------------------------------------------------------------------------------------------
@@ -224,18 +224,18 @@ def test_classes_by_category_id_are_put_into_the_order_of_names(
     ours, other = (method(config, *words, experts=experts, seed=seed) for seed in (0, 1))
     torch.save({"state_dict": original(ours)}, tmp_path / "a.pth")
     file = ForeignCheckpoint(tmp_path / "a.pth")
-    report = load_foreign_checkpoint(file, other, (), None, Numbering("name", [categories(tmp_path)]))
+    report = load_foreign_checkpoint(file, other, (), Numbering("name", [categories(tmp_path)]))
     assert "numbered by category id, are put into the order of label_field name" in report
     with torch.no_grad():
         by_id, by_name = ours.expert_logits(noise(32)), other.expert_logits(noise(32))
         assert torch.allclose(by_name[:, :, RANKS], by_id, atol=1e-5) and not torch.allclose(by_name, by_id, atol=0.1)
-        report = load_foreign_checkpoint(file, other, (), None, Numbering("id", [tmp_path]))
+        report = load_foreign_checkpoint(file, other, (), Numbering("id", [tmp_path]))
         assert torch.equal(other.expert_logits(noise(32)), by_id) and "category id" not in report
     with pytest.raises(UserError, match="label_field kingdom joins species .* give `label_field id`"):
-        load_foreign_checkpoint(file, other, (), None, Numbering("kingdom", [tmp_path]))
+        load_foreign_checkpoint(file, other, (), Numbering("kingdom", [tmp_path]))
     with pytest.raises(UserError, match="label_field name joins species .* give `label_field id`"):
         homonyms = categories(tmp_path, [*SPECIES[:9], "Mus"])
-        load_foreign_checkpoint(file, other, (), None, Numbering("name", [homonyms]))
+        load_foreign_checkpoint(file, other, (), Numbering("name", [homonyms]))
 
 
 @pytest.mark.parametrize("head", ["CosineClassifier", "LinearClassifier"])
@@ -245,11 +245,11 @@ def test_classes_of_lift_are_ranks_of_names(head: str, tmp_path: Path) -> None:
     file = ForeignCheckpoint(tmp_path / "lift" / "checkpoint.pth.tar")
     five = categories(tmp_path, SPECIES[:5])
     ranks = [sorted(SPECIES[:5]).index(name) for name in SPECIES[:5]]
-    report = load_foreign_checkpoint(file, other.method, ["lora"], None, Numbering("id", [five]))
+    report = load_foreign_checkpoint(file, other.method, ["lora"], Numbering("id", [five]))
     assert "numbered by name, are put into the order of label_field id" in report
     assert torch.allclose(logits(other), logits(ours)[:, ranks], atol=1e-5)
     for field in ("name", "genus"):  # LIFT has data sets of the taxa, too
-        report = load_foreign_checkpoint(file, other.method, ["lora"], None, Numbering(field, [five]))
+        report = load_foreign_checkpoint(file, other.method, ["lora"], Numbering(field, [five]))
         assert torch.equal(logits(other), logits(ours)) and "numbered" not in report
 
 

@@ -181,6 +181,16 @@ def test_a_linear_probe_is_scikit_learns(classes: int, caplog: pytest.LogCapture
     assert ((features @ rows.T).argmax(-1) == labels).float().mean() > 0.8
 
 
+def test_a_linear_probe_of_some_shots_is_that_of_these_images() -> None:
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([150, 40, 120]))[torch.randperm(310)]
+    features = torch.randn(3, 16)[labels] + torch.randn(310, 16)
+    chosen = shots(100, labels)[1]
+    of_these = linear_probe(head_context(features[chosen], labels[chosen], 3))
+    found = HEAD_INITS["100_shot_linear_probe"](head_context(features, labels, 3), None, ())
+    assert torch.allclose(found, of_these, atol=1e-6)
+    assert not torch.allclose(found, linear_probe(head_context(features, labels, 3)), atol=1e-4)
+
+
 def test_a_linear_probe_that_has_not_converged_says_so_in_one_line(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

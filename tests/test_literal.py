@@ -201,9 +201,7 @@ def adapted(host: Encoder, target: str, side: int, **named: Any) -> ExportedMode
     plain = subject(host, [])
     wrapper = add_peft(host, "LoRA", {"r": 2, "target_modules": [target]}, None, side, 0)
     model = ClassificationModel(host, plain.head, STATS, peft=wrapper)
-    return trained(
-        ExportedModel(Method(model, plain.method.objective).eval(), [], None, plain.class_names, side, **named)
-    )
+    return trained(ExportedModel(Method(model, plain.method.objective).eval(), [], plain.class_names, side, **named))
 
 
 def check_literal(made: ExportedModel, folder: Path, base: str) -> None:

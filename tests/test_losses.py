@@ -72,6 +72,16 @@ def test_ldam_at_the_papers_scale() -> None:
     assert float(mean("LDAM", *fixture(), prior(), scale=30.0)) == pytest.approx(12.499870, abs=1e-5)
 
 
+def test_balanced_bce() -> None:
+    """Fixture 43 of the successors: the loss of each class against the rest, summed over the classes; its biases."""
+    logits, labels = (each.double() if each.is_floating_point() else each for each in fixture())
+    assert float(mean("BalBCE", logits, labels, prior(), smoothing=0.0)) == pytest.approx(6.572949, abs=1e-6)
+    biases = torch.tensor([0.597837, -1.056053, -2.674149, -3.630985, -5.036952]).double()
+    targets = 0.8 * F.one_hot(labels, 5) + 0.2 / 5
+    wanted = 5 * F.binary_cross_entropy_with_logits(logits + biases, targets)
+    assert float(mean("BalBCE", logits, labels, prior(), smoothing=0.2)) == pytest.approx(float(wanted), abs=1e-5)
+
+
 def test_smoothing_follows_the_counts() -> None:
     """ε of the specification's fixture, from the loss of logits of which one stands out."""
     counts = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])

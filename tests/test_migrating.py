@@ -22,9 +22,10 @@ ORIGINAL = {
     "BatchFormer": (9, "d3551fe92687382c"),
     "DirMixE": (12, "2bbfbb659598cf57"),
     "H2T": (4, "70e91b40acdc26a4"),
+    "BalPoE": (14, "4c22fa39f153f432"),
 }
 """Commands of the READMEs, without quotes, sorted: number, digest. Commits: RIDE ab8be5c, SADE cba11b8, BatchFormer
-305efaa, DirMixE 2b67827, H2T 3dafa70."""
+305efaa, DirMixE 2b67827, H2T 3dafa70, BalPoE ca607ae, whose optional flag makes two commands of one."""
 PARAMETERS = {
     "-d imagenet_lt -m resnext50_ride": 42_889_024,
     "-d imagenet_lt -m resnet10_ride": 9_401_792,
@@ -32,6 +33,7 @@ PARAMETERS = {
     "-d inat2018 -m resnet50_sade": 76_587_584,
     "-d places_lt -m resnet152_sade": 171_543_616,
     "-d cifar10_ir100 -m resnet32_dirmixe": 770_896,
+    "-d inat2018 -m resnet50_balpoe": 117_658_688,
     "-d cifar100_ir100 -m resnet32_dirmixe": 783_856,
     "-d imagenet_lt -m resnext50_dirmixe": 42_889_024,
     "-d inat2018 -m resnet50_dirmixe": 76_587_584,

@@ -72,13 +72,14 @@ def test_a_longer_run_that_is_killed_continues(moment: str, launch: Cli, tmp_pat
 @pytest.mark.parametrize(
     ("words", "why"),
     [
+        ("schedule constant augment mda", "mda_func convex sets the crops of each epoch by the number of epochs"),
         ("schedule cosine", "schedule cosine sets the learning rate of each epoch by the number of epochs"),
         (
             "schedule constant method dirmixe loss_type CE num_experts 3",
             "its method or its tuner counts the steps up to the end",
         ),
     ],
-    ids=["schedule", "method"],
+    ids=["crop", "schedule", "method"],
 )
 def test_where_the_length_matters_it_says_why_not(words: str, why: str, launch: Cli, tmp_path: Path) -> None:
     assert launch(f"{COMMAND} {words} num_epochs 1 output_dir run").returncode == 0

@@ -254,6 +254,14 @@ def positions(cfg: CfgNode) -> Any:
     return built(cfg).encoder.tuners["mask"]["0"]["qkv"].positions
 
 
+def aft_positions(cfg: CfgNode) -> Any:
+    return built(cfg).encoder.tuners["aft"]["0"]["qkv"].positions
+
+
+def adapter_start(cfg: CfgNode) -> Any:
+    return built(cfg).encoder.tuners["adapter"]["0"]["mlp"].down_proj.weight
+
+
 def on_meta(cfg: CfgNode) -> Any:
     with torch.device("meta"):
         return build_model(cfg, ["a", "b"]).counts()["total"]
@@ -603,6 +611,7 @@ STALE += ("val_every", 1, "keep", "best:accuracy")
 STEPPED: Words = ("schedule", "multistep")
 FUSED: Words = (*ONE, "method", "h2t", "h2t.shift_bn", False, "after", "tiny_clip")
 OF_RUN: Words = (*ONE, "output_dir", "run0", "test_only", True)
+CONVOLUTIONAL: Words = ("backbone", "timm:test_resnet.r160_in1k", "init_head", "none")
 EXPERTS: Words = ("backbone", "ResNet-20", "init_head", "none", "full_tuning", True, "num_experts", 2)
 PROBES: dict[str, Probe] = {
     "dataset": Probe("Fake", "Digits", names),
@@ -626,6 +635,7 @@ PROBES: dict[str, Probe] = {
     "on_bad_image": Probe("raise", "skip", bad_images, ("train_list", "bad.txt"), **LISTED),
     "data_fingerprint": Probe("size", "content", fingerprints, **LISTED),
     "augment": Probe("lift", "none", pixels("train")),
+    "mda_func": Probe("convex", "max", pixels("train"), ("augment", "mda")),
     "interpolation": Probe("bilinear", "bicubic", pixels("test", 3)),
     "image_backend": Probe("torchvision", "pil", pixels("train")),
     "cache": Probe("none", "ram", said("cache ram: 159 images"), ONE),
@@ -647,13 +657,21 @@ PROBES: dict[str, Probe] = {
     "expert_split": Probe(1, 2, trains_where, EXPERTS),
     "reduce_dimension": Probe(False, True, trains_where, EXPERTS),
     **{name: Probe(False, True, trains_where) for name in TUNERS},
-    "bn_tuning": Probe(False, True, trains_where, ("backbone", "timm:test_resnet.r160_in1k", "init_head", "none")),
+    "bn_tuning": Probe(False, True, trains_where, CONVOLUTIONAL),
     "partial": Probe("none", "[1,3)", trains_where, ("lora", True)),
+    **{f"{name}_layers": Probe("none", "[1]", trains_where, (name, True)) for name in TUNERS},
+    "bn_tuning_layers": Probe("none", "[1]", trains_where, ("bn_tuning", True, *CONVOLUTIONAL)),
+    "tuner_rules": Probe("lift", "lift_plus", trains_where, ("vpt_deep", True)),
+    "vpt_init": Probe("uniform", "normal", logits, ("vpt_deep", True)),
+    "adapter_init": Probe("normal", "uniform", adapter_start, ("adapter", True)),
     "vpt_len": Probe("none", 3, trains_where, ("vpt_deep", True)),
     "adapter_dim": Probe(8, "none", trains_where, ("adapter", True)),
     "adaptformer_scale": Probe("learnable", 0.5, trains_where, ("adaptformer", True)),
     "mask_ratio": Probe("none", 0.01, trains_where, ("mask", True)),
     "mask_seed": Probe("none", 1, positions, ("mask", True)),
+    "aft_ratio": Probe("none", 0.01, trains_where, ("aft", True)),
+    "aft_loc": Probe("all", "mlp", trains_where, ("aft", True)),
+    "aft_seed": Probe(0, 1, aft_positions, ("aft", True)),
     "peft": Probe("none", "LoRA", trains_where),
     "peft_args": Probe("{r: 4}", "{r: 8}", trains_where, ("peft", "LoRA")),
     "seed": Probe(0, 1, seeds, ("lora", True)),
@@ -701,6 +719,7 @@ PROBES: dict[str, Probe] = {
     "randaug_times": Probe(1, 3, own_logits, (*SHORT, "tte", True, "tte_mode", "randaug")),
     "test_prec": Probe("fp32", "bf16", own_logits, SHORT),
     "test_train": Probe(False, True, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
+    "crop_margin": Probe("none", 9, own_logits, SHORT),
     "max_test_images": Probe("none", 20, lambda cfg: len(own_logits(cfg)), ("num_epochs", 0)),
     "many_above": Probe(20, 10, group("many")),
     "few_below": Probe(8, 12, group("few")),

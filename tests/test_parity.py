@@ -208,6 +208,33 @@ def test_focal_sam_agrees() -> None:
     assert len(part["originals"]["focal_sam"]["commit"]) == 40 and part["patches"]
 
 
+# --- BalPoE and LGLA ---------------------------------------------------------------------------------------------
+
+BALPOE = PARITY["balpoe"]
+
+
+def test_balpoe_and_lgla_agree() -> None:
+    for case in BALPOE["cases"]:
+        wanted = {"BalPoE": set(TRAINED), "loss of logits": {"loss", "gradients"}}.get(case["name"].split(",")[0])
+        wanted = wanted or ({"rates"} if case["name"].startswith("learning rates") else {"value"})
+        assert all(0 <= case[name] <= 1e-8 for name in wanted), case
+        assert all(case[name] is None for name in (*TRAINED, "value") if name not in wanted), case
+        assert case["name"] != "RandAugment" or case["value"] == 0, "the same pixels"
+
+
+def test_all_of_balpoe_and_lgla_is_compared() -> None:
+    compared = {(case["data"], case["name"]) for case in BALPOE["cases"]}
+    names = {name for _, name in compared}
+    assert {"BalPoE", "BalPoE, mixup, 7 experts", "evenly spaced strengths", "RandAugment"} <= names
+    assert {(data, "BalPoE, mixup") for data in ("cifar10_ir100", "cifar100_ir100", "imagenet_lt")} <= compared
+    assert {(data, "loss of logits, 3 experts") for data in DATA} <= compared
+    rates = {case["model"] for case in BALPOE["cases"] if case["name"].startswith("learning rates")}
+    models = {f"{net}_balpoe{end}" for net in ("resnet32", "resnet50", "resnext50") for end in ("", "_long")}
+    assert models | {"resnext50_lgla"} == rates
+    assert {len(source["commit"]) for source in BALPOE["originals"].values()} == {40} and BALPOE["tolerance"] == 1e-8
+    assert BALPOE["patches"] and BALPOE["procedure"] and BALPOE["ours"]
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 SEVERAL_ROWS = {"metrics", "long tail"}

@@ -47,7 +47,7 @@ def test_values_are_those_of_lift(name: str, config: Config) -> None:
     assert cfg.expand == (21 if "l14" in name else 24) and cfg.interpolation == "bilinear"
 
 
-OTHER_RECIPES = ("focal_sam", "gnm", "soup", "soups", "soup_start")
+OTHER_RECIPES = ("focal_sam", "gnm", "soup", "soups", "soup_start", "lift_plus")
 """Endings of the names of configs whose authors trained for other numbers of epochs."""
 OF_LIFT = [name for name in names("model") if name.startswith(("clip", "zsclip", "in21k"))]
 

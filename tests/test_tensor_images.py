@@ -304,8 +304,11 @@ def test_draws_are_uniform_and_independent() -> None:
     assert np.array_equal(uniform_draws(3, keys[5:7], 6), draws[5:7]) and not (uniform_draws(4, keys, 6) == draws).any()
 
 
-def test_every_augmentation_has_a_tensor_version_but_the_views_of_sade() -> None:
-    assert transforms.AUGMENTS.keys() - TENSOR_AUGMENTS.keys() == {"sade_cifar", "sade_imagenet", "sade_inat"}
+def test_every_augmentation_has_a_tensor_version_but_those_of_other_libraries() -> None:
+    """Pillow makes the views of SADE, AutoAugment and RandAugment."""
+    by_pillow = {"sade_cifar", "sade_imagenet", "sade_inat"}
+    by_pillow |= {"cifar_auto", "cifar_auto_cutout", "imagenet_randaug", "inat_randaug"}
+    assert transforms.AUGMENTS.keys() - TENSOR_AUGMENTS.keys() == by_pillow
     assert TENSOR_AUGMENTS.keys() <= transforms.AUGMENTS.keys()
 
 

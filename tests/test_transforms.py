@@ -1,6 +1,7 @@
 """Transforms: torchvision's own pixels, shapes, five and ten crops, repeated draws."""
 
 import pickle
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -8,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms as v1
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.datasets.images import transforms
+from tailtune.datasets.images import random_steps, transforms
 
 SIZES = [(80, 60), (45, 71), (64, 64)]
 BICUBIC = InterpolationMode.BICUBIC
@@ -55,6 +56,45 @@ def test_augmented_pixels_are_v1(size: tuple[int, int]) -> None:
         [v1.RandomResizedCrop(32, interpolation=BICUBIC), flip],
         image,
     )
+
+
+@pytest.mark.parametrize("name", ["cifar_auto", "cifar_auto_cutout"])
+def test_autoaugment_comes_after_shift_and_flip(name: str) -> None:
+    """The policy that was found on CIFAR-10; what it uncovers is grey."""
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=[128] * 3)
+    steps = [v1.Resize(32), v1.RandomCrop(32, padding=4), v1.RandomHorizontalFlip(), policy]
+    black = [] if name == "cifar_auto" else [random_steps.Cutout(16)]
+    for size in SIZES * 4:
+        assert same(transforms.train_transform(name, 32, "bilinear"), [*steps, *black], photo(size))
+
+
+def test_cutout_is_the_plain_formulation() -> None:
+    """A square of 16 pixels around any pixel, of which a part may lie outside."""
+    image, sizes = Image.new("RGB", (40, 32), "white"), set()
+    for seed in range(60):
+        with seeded(seed):
+            found = np.array(random_steps.Cutout(16)(image))[..., 0]
+        with seeded(seed):
+            x, y = (int(torch.randint(side, ())) for side in (40, 32))
+        expected = np.full((32, 40), 255, dtype=np.uint8)
+        expected[max(0, y - 8) : y + 8, max(0, x - 8) : x + 8] = 0
+        assert np.array_equal(found, expected)
+        sizes.add(int((found == 0).sum()))
+    assert max(sizes) == 256 and min(sizes) < 150 and image.getpixel((20, 16)) == (255, 255, 255)
+
+
+def test_randaugment_draws_from_torch_alone() -> None:
+    """timm's code draws from Python and NumPy, whose generators go on as they were."""
+    image, transform = photo((80, 60)), transforms.train_transform("imagenet_randaug", 32, "bilinear")
+    random.seed(1), np.random.seed(1)
+    expected = random.random(), np.random.random()
+    found = []
+    for seed in (0, 0, 1):
+        random.seed(1), np.random.seed(1)
+        with seeded(seed):
+            found.append(transform(image))
+        assert (random.random(), np.random.random()) == expected
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_a_cifar_image_passes_its_test_transform_unchanged() -> None:

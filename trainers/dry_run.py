@@ -36,7 +36,8 @@ def dry_run(cfg: CfgNode, method: Method | None = None) -> tuple[dict[str, Any],
         flops = forward_flops(model, cfg.resolution)
     resolved = values_of(cfg) | {"micro_batch_size": micro_batch_size(cfg, world_size())}
     classes = len(heads_of(model.head)[0].get_parameter("weight"))
-    for name, filled in tuner_options(cfg, TUNERS, classes, model.encoder).items():
+    chosen_last = sorted(TUNERS, key=lambda name: bool(cfg[name]))  # some tuners share an option
+    for name, filled in tuner_options(cfg, chosen_last, classes, model.encoder).items():
         resolved |= {key: getattr(filled, field) for field, key in key_names(filled, name, "_").items()}
     values = values_of(given)
     result = {"config": values, "params": method.counts(), "gflops_per_image": flops / GIGA}

@@ -26,7 +26,7 @@ def run_export(argv: Sequence[str], load_schema: Callable[[], Schema]) -> int:
     parser = Parser(prog=f"{program()} export", description=DESCRIPTION)
     parser.add_argument("run", metavar="RUN", help="a run folder, or its name in output/")
     parser.add_argument(
-        "format", metavar="FORMAT", help="onnx, merged, peft, lift or hub; docs/exports.md describes them"
+        "format", metavar="FORMAT", help="onnx, merged, peft, lift, lift_plus or hub; docs/exports.md describes them"
     )
     parser.add_argument(
         "options", metavar="KEY VALUE", nargs="*", help="options of the export, such as export_fp16 True"

@@ -5,65 +5,21 @@ The value therefore does not depend on how a batch is split, except for entries 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tailtune.configs.option import option
-from tailtune.configs.seeding import generator
 from tailtune.models.heads.classifiers import ScaleOptions
+from tailtune.trainers.balanced_bce import BalancedBCEOptions, balanced_bce
+from tailtune.trainers.loss_entry import Loss, Prior, Sums, as_drawn, present, without_prior
+
+__all__ = ["LOSSES", "Loss", "Prior", "Sums", "as_drawn", "present", "without_prior"]
 
 CLOUD = 0.5
 """GCL: the largest change of a cosine by the noise, as in the authors' code for CIFAR."""
-
-
-class Prior(NamedTuple):
-    """The training distribution, as the losses read it."""
-
-    log_prior: Tensor  # [C] log of the class frequencies
-    counts: Tensor  # [C] number of training images of each class
-    draws: Callable[[str], torch.Generator] = generator
-    """Purpose of a random draw → a CPU generator for this one draw."""
-
-
-Sums = tuple[Tensor, Tensor]
-"""(weighted sum of the samples' losses, sum of the weights), both scalars."""
-
-
-def as_drawn(drawn: Tensor, prior: Prior, options: Any) -> Tensor:
-    """For losses without logit adjustment: the logits assume the class frequencies as sampled.
-
-    The arguments and the result are those of `Loss.assumes`.
-    """
-    return drawn
-
-
-@dataclass(frozen=True)
-class Loss:
-    """An entry of LOSSES, with its options. Called with (logits [B, C], labels [B], sample weights [B], prior)."""
-
-    function: Callable[..., Sums]
-    """(logits, labels, sample weights, prior[, options]) → sums. A loss without options gets no fifth argument."""
-    assumes: Callable[[Tensor, Prior, Any], Tensor]
-    """The class prior for which softmax(logits) is the correct posterior once the loss is minimised.
-
-    Arguments: log class frequencies of the samples as they are drawn and weighted [C]; the prior; the options.
-    Result: the log class prior [C], up to an additive constant. `target_prior` reads it.
-    """
-    options: Any = None
-    """An instance of the loss's dataclass of `option`s, or None. In the table it holds the defaults."""
-    couples: bool = False
-    """Whether the value depends on which samples share a micro-batch."""
-    adjusts: bool = False
-    """Whether the loss adjusts the logits by the class frequencies."""
-
-    def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> Sums:
-        options = () if self.options is None else (self.options,)
-        return self.function(logits, labels, weights, prior, *options)
 
 
 def log_prior(class_counts: Tensor) -> Tensor:
@@ -222,29 +178,9 @@ def effective_weights(counts: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-def present(logits: Tensor, weights: Tensor) -> Tensor:
-    """Replace the logits of samples of weight 0 by zeros.
-
-    Such logits may be NaN or infinite, and multiplying them by 0 would give NaN.
-
-    Args:
-        logits: [B, …].
-        weights: weight of each sample [B].
-    """
-    return torch.where(weights.view(-1, *[1] * (logits.ndim - 1)) > 0, logits, 0.0)
-
-
 def moved(drawn: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the CPU to the device, without waiting for kernels still queued on the GPU."""
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
-
-
-def without_prior(drawn: Tensor, prior: Prior, options: Any) -> Tensor:
-    """For losses that compensate for the training prior: the logits assume the sampled over the training frequencies.
-
-    The arguments and the result are those of `Loss.assumes`.
-    """
-    return drawn - prior.log_prior
 
 
 LOSSES: dict[str, Loss] = {
@@ -262,6 +198,8 @@ LOSSES: dict[str, Loss] = {
         adjusts=True,
     ),
     "LADE": Loss(lade, without_prior, couples=True, adjusts=True),  # approximate: this neglects the term 0.1·E
+    # Approximate: each logit is right for its class against the rest, not for a softmax over all classes.
+    "BalBCE": Loss(balanced_bce, without_prior, BalancedBCEOptions(), adjusts=True),
     "LAS": Loss(label_aware_smoothed, as_drawn, SmoothingOptions()),  # approximate: smoothing flattens predictions
     # Approximate: the prior is computed with the mean of the noise. It couples the samples because the noise of a
     # sample depends on its position in the micro-batch.

@@ -2,6 +2,7 @@
 
 from tailtune.configs import CfgNode, config_hash
 from tailtune.configs.errors import UserError
+from tailtune.datasets.images.growing_crop import GrowingArea
 from tailtune.trainers.methods import Method
 from tailtune.trainers.optimizers_and_schedules import SCHEDULES
 
@@ -19,28 +20,28 @@ def any_length(cfg: CfgNode) -> str:
     return config_hash(cfg)
 
 
-def check_more_epochs(before: int, epochs: int, schedule: str, method: Method, late: bool = False) -> None:
+def check_more_epochs(before: int, cfg: CfgNode, method: Method) -> None:
     """Check that a run can get more epochs.
 
     Args:
         before: its number of epochs so far.
-        epochs: the number that is asked for.
-        schedule: entry of SCHEDULES.
+        cfg: resolved config with the number that is asked for.
         method: the method of the run.
-        late: whether `sam_rho_late` is set.
 
     Raises:
         UserError: a step of the run depended on the number of epochs; the message says which part.
     """
     why = ""
-    if SCHEDULES[schedule].depends_on_length:
-        why = f"schedule {schedule} sets the learning rate of each epoch by the number of epochs"
+    if SCHEDULES[cfg.schedule].depends_on_length:
+        why = f"schedule {cfg.schedule} sets the learning rate of each epoch by the number of epochs"
+    elif cfg.augment == "mda" and GrowingArea(cfg.mda_func).depends_on_length:
+        why = f"mda_func {cfg.mda_func} sets the crops of each epoch by the number of epochs"
     elif method.depends_on_length:
         why = "its method or its tuner counts the steps up to the end"
-    elif late:
+    elif cfg.sam_rho_late is not None:
         why = "sam_rho_late sets the length of a move in the last fifth of the epochs"
     if why:
         raise UserError(
-            f"num_epochs {epochs}: the run in this folder has {before}, and it would not continue as a run of {epochs} "
-            f"begins, because {why}; choose another output_dir, or start over with `resume False`"
+            f"num_epochs {cfg.num_epochs}: the run in this folder has {before}, and it would not continue as a run of "
+            f"{cfg.num_epochs} begins, because {why}; choose another output_dir, or start over with `resume False`"
         )

@@ -242,7 +242,7 @@ class _Run:
         if fresh:
             prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
         elif (before := epochs_before(self.folder.config, cfg)) is not None:
-            check_more_epochs(before, cfg.num_epochs, cfg.schedule, method, cfg.sam_rho_late is not None)
+            check_more_epochs(before, cfg, method)
         method.model.init = None
         if self.previous is not None:
             method.after(earlier_run(self.previous, data, accelerator, self.base, cfg, fresh))

@@ -219,7 +219,7 @@ def info_of_run(cfg: CfgNode, facts: Mapping[str, Any]) -> DataInfo:
 def _preprocess(cfg: CfgNode, model: ClassificationModel) -> v2.Compose:
     """The transform of the evaluation, from a PIL image of any mode to a normalised float32 tensor [3, R, R]."""
     mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-    cut = eval_transform(cfg.resolution, cfg.interpolation, cfg.augment)
+    cut = eval_transform(cfg.resolution, cfg.interpolation, cfg.augment, cfg.crop_margin)
     return v2.Compose([v2.Lambda(upright_rgb), cut, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 

@@ -47,8 +47,9 @@ class Trainer:
     def __init__(
         self, accelerator: Accelerator, plan: Plan, states: ResumeStates, validation: Validation, curves: Curves
     ) -> None:
-        self.accelerator, self.plan, self.curves, self.sam = accelerator, plan, curves, sam_mode(plan.sam)
+        self.accelerator, self.plan, self.curves = accelerator, plan, curves
         self.validation, self.kept = validation, TrainingState(accelerator, states, validation)
+        self.sam = sam_mode(plan.sam)
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
         """Train `method` in place. Continue from the newest saved state, if one exists.
@@ -224,6 +225,8 @@ class Trainer:
         sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair, in_step=is_sharded())
         given, method = method, copy_to_shard(method) if is_sharded() else method
         if given is not method:
+            if plan.sam is not None:
+                raise UserError(f"sam {plan.sam} does not go with FSDP: launch without --use_fsdp, or leave sam out")
             log.info("parameters, gradients and optimizer states are sharded over %d processes (FSDP2)", world)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)

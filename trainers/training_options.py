@@ -96,7 +96,7 @@ class RunOptions:
         as_str,
         cls="runtime",
         stages="last",
-        choices=("peft", "merged", "onnx", "lift", "hub"),
+        choices=("peft", "merged", "onnx", "lift", "lift_plus", "hub"),
     )
     export_fp16: bool = option(
         False, "The ONNX file of export onnx computes in half precision.", cls="runtime", stages="last"

@@ -3,12 +3,14 @@
 import math
 from functools import cache
 from itertools import permutations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tailtune.configs.lazy_module import lazy_module
+from tailtune.datasets.images.growing_crop import square_box
 from tailtune.datasets.images.transforms import interpolation_mode
 
 v2 = lazy_module("torchvision.transforms.v2")
@@ -37,11 +39,37 @@ def resized_crops(images: Tensor, draws: Tensor, side: int, mode: str, smallest_
     """
     made, interpolation = [], interpolation_mode(mode)
     for image, numbers in zip(images.unbind(), draws.tolist(), strict=True):
-        top, left, height, width = crop_box(image.shape[-2], image.shape[-1], numbers, smallest_area)
-        part = image[None, :, top : top + height, left : left + width]
-        part = part.contiguous(memory_format=torch.channels_last)  # for this layout torch has the faster code
-        made.append(v2.functional.resize(part, [side, side], interpolation, antialias=True))
+        box = crop_box(image.shape[-2], image.shape[-1], numbers, smallest_area)
+        made.append(_resized_part(image, box, side, interpolation))
     return torch.cat(made) if len(made) > 1 else made[0]
+
+
+def square_crops(images: Tensor, draws: Tensor, side: int, mode: str) -> Tensor:
+    """A random square part of each image, resized; see growing_crop.py.
+
+    Args:
+        images: uint8 [B, 3, h, w].
+        draws: three numbers in [0, 1), and the smallest area of the part as a share of the image, [B, 4].
+        side: side of the result in pixels.
+        mode: an entry of `INTERPOLATIONS`.
+
+    Returns:
+        uint8 [B, 3, side, side].
+    """
+    made, interpolation = [], interpolation_mode(mode)
+    for image, (*numbers, smallest_area) in zip(images.unbind(), draws.tolist(), strict=True):
+        top, left, length = square_box(image.shape[-2], image.shape[-1], numbers, smallest_area)
+        made.append(_resized_part(image, (top, left, length, length), side, interpolation))
+    return torch.cat(made) if len(made) > 1 else made[0]
+
+
+def _resized_part(image: Tensor, box: tuple[int, int, int, int], side: int, interpolation: Any) -> Tensor:
+    """The part (top, left, height, width) of an image [3, h, w] → [1, 3, side, side]."""
+    top, left, height, width = box
+    part = image[None, :, top : top + height, left : left + width]
+    part = part.contiguous(memory_format=torch.channels_last)  # for this layout torch has the faster code
+    resized: Tensor = v2.functional.resize(part, [side, side], interpolation, antialias=True)
+    return resized
 
 
 def crop_box(height: int, width: int, draws: list[float], smallest_area: float) -> tuple[int, int, int, int]:

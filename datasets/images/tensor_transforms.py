@@ -13,6 +13,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from tailtune.configs.lazy_module import lazy_module
+from tailtune.datasets.images.growing_crop import GrowingArea
 from tailtune.datasets.images.random_changes import (
     CROP_ATTEMPTS,
     jittered,
@@ -21,6 +22,7 @@ from tailtune.datasets.images.random_changes import (
     resized_crops,
     rotated,
     shifted,
+    square_crops,
 )
 from tailtune.datasets.images.transforms import eval_side, interpolation_mode
 
@@ -56,6 +58,8 @@ class TensorTransform:
     """Makes all images equally large. It runs in the loader."""
     finish: tuple[RandomChange, ...] = field(default=())
     """Further changes, for whole batches on the device. They keep the size."""
+    of_epoch: Callable[[int], float] | None = None
+    """Epoch, counted from 0 → a number that `cut` takes after its random numbers."""
 
     @property
     def draws(self) -> int:
@@ -98,9 +102,9 @@ def unaugmented_transform(resolution: int, interpolation: str) -> TensorTransfor
     return TensorTransform(partial(_resized_centre, resolution=resolution, side=resolution, mode=interpolation))
 
 
-def eval_transform(resolution: int, interpolation: str, augment: str) -> TensorTransform:
+def eval_transform(resolution: int, interpolation: str, augment: str, margin: int | None = None) -> TensorTransform:
     """As `transforms.eval_transform`."""
-    side = eval_side(resolution, augment)
+    side = eval_side(resolution, augment, margin)
     return TensorTransform(partial(_resized_centre, resolution=resolution, side=side, mode=interpolation))
 
 
@@ -136,6 +140,11 @@ def _lift(resolution: int, mode: str) -> TensorTransform:
     return TensorTransform(_unchanged, _random_crop(resolution, mode), (MIRRORED,))
 
 
+def _mda(resolution: int, mode: str) -> TensorTransform:
+    crop = RandomChange(3, partial(square_crops, side=resolution, mode=mode), batched=False)
+    return TensorTransform(_unchanged, crop, of_epoch=GrowingArea())
+
+
 def _imagenet(resolution: int, mode: str) -> TensorTransform:
     jitter = RandomChange(4, partial(jittered, strength=0.4))
     return TensorTransform(_unchanged, _random_crop(resolution, mode), (MIRRORED, jitter))
@@ -163,6 +172,7 @@ def _none(resolution: int, mode: str) -> TensorTransform:
 TENSOR_AUGMENTS: Mapping[str, Callable[[int, str], TensorTransform]] = MappingProxyType(
     {
         "lift": _lift,
+        "mda": _mda,
         "cifar": _cifar,
         "cifar_crop": _cifar_crop,
         "imagenet": _imagenet,

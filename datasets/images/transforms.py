@@ -11,21 +11,21 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from tailtune.configs.errors import lookup, unknown
 from tailtune.configs.lazy_module import lazy_module
+from tailtune.datasets.images.growing_crop import GrowingCrop
+from tailtune.datasets.images.random_steps import Cutout, RandAugment, Step, cifar_policy, simclr
 
 v2 = lazy_module("torchvision.transforms.v2")
 
 Transform = Callable[..., torch.Tensor]
 """PIL image → uint8 [3, H, W], or uint8 [T, 3, H, W] for T draws."""
 
-Step = Callable[..., Image.Image]
-
 INTERPOLATIONS = ("bilinear", "bicubic")
 
-FULL_FRAME = ("cifar", "cifar_crop", "digits", "sade_cifar")
+FULL_FRAME = ("cifar", "cifar_crop", "cifar_auto", "cifar_auto_cutout", "digits", "sade_cifar")
 """Augmentations of small images whose object fills the frame. Their test transform does not crop."""
 
 UNMIRRORED = ("digits",)
@@ -48,15 +48,14 @@ def unaugmented_transform(resolution: int, interpolation: str) -> Transform:
     return _resized_centre(resolution, resolution, interpolation)
 
 
-def eval_transform(resolution: int, interpolation: str, augment: str) -> Transform:
+def eval_transform(resolution: int, interpolation: str, augment: str, margin: int | None = None) -> Transform:
     """The test transform that belongs to an augmentation: the centre of the resized image.
-
-    The centre is 7/8 of the short side (256 → 224 pixels), or all of it for the augmentations in `FULL_FRAME`.
 
     Args:
         resolution: side of the result in pixels.
         interpolation: an entry of `INTERPOLATIONS`.
         augment: name of the augmentation.
+        margin: see `eval_side`.
 
     Returns:
         PIL image → uint8 [3, resolution, resolution].
@@ -64,16 +63,20 @@ def eval_transform(resolution: int, interpolation: str, augment: str) -> Transfo
     Raises:
         UserError: an unknown interpolation.
     """
-    return _resized_centre(resolution, eval_side(resolution, augment), interpolation)
+    return _resized_centre(resolution, eval_side(resolution, augment, margin), interpolation)
 
 
-def eval_side(resolution: int, augment: str) -> int:
+def eval_side(resolution: int, augment: str, margin: int | None = None) -> int:
     """The length in pixels to which `eval_transform` resizes the short side before it crops.
 
     Args:
         resolution: side of the crop in pixels.
         augment: name of the augmentation.
+        margin: by how many pixels the short side is longer than the crop. None: the crop is 7/8 of it (256 → 224
+            pixels), or all of it for the augmentations in `FULL_FRAME`.
     """
+    if margin is not None:
+        return resolution + margin
     return resolution if augment in FULL_FRAME else resolution * 8 // 7
 
 
@@ -187,6 +190,12 @@ def _lift(resolution: int, interpolation: str) -> Transform:
     return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip())
 
 
+def _mda(resolution: int, interpolation: str) -> Transform:
+    """LIFT+: a square crop whose smallest area grows with the epoch. Here it has the crops of the first epoch."""
+    side = [resolution, resolution]
+    return GrowingCrop(_compose(v2.Resize(side, interpolation=interpolation_mode(interpolation))))
+
+
 def _imagenet(resolution: int, interpolation: str) -> Transform:
     """RIDE and SADE on ImageNet-LT and Places-LT: LIFT's augmentation, and colour jitter without hue."""
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0)
@@ -206,6 +215,25 @@ def _cifar_crop(resolution: int, interpolation: str) -> Transform:
     return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip())
 
 
+def _cifar_auto(resolution: int, interpolation: str) -> Transform:
+    """BalPoE's long training on CIFAR: shift by up to 4 of 32 pixels, horizontal flip, AutoAugment."""
+    shift = v2.RandomCrop(resolution, padding=resolution // 8)
+    return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip(), cifar_policy())
+
+
+def _cifar_auto_cutout(resolution: int, interpolation: str) -> Transform:
+    """LGLA on CIFAR: as `cifar_auto`, then a black square of 16 of 32 pixels."""
+    shift = v2.RandomCrop(resolution, padding=resolution // 8)
+    steps = shift, v2.RandomHorizontalFlip(), cifar_policy(), Cutout(resolution // 2)
+    return _compose(_resize(resolution, interpolation), *steps)
+
+
+def _imagenet_randaug(resolution: int, interpolation: str) -> Transform:
+    """BalPoE's long training and LGLA on ImageNet-LT: as `imagenet`, then RandAugment."""
+    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0)
+    return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip(), jitter, RandAugment())
+
+
 def _digits(resolution: int, interpolation: str) -> Transform:
     """A slight rotation, shift and scaling; never a flip, which would change a digit."""
     affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=interpolation_mode("bilinear"))
@@ -215,17 +243,17 @@ def _digits(resolution: int, interpolation: str) -> Transform:
 def _sade_cifar(resolution: int, interpolation: str) -> Transform:
     """SADE's views for test-time learning on CIFAR."""
     shift = v2.RandomCrop(resolution, padding=resolution // 8)
-    return _compose(_resize(resolution, interpolation), shift, *_simclr(blurred=0.2))
+    return _compose(_resize(resolution, interpolation), shift, *simclr(blurred=0.2))
 
 
 def _sade_imagenet(resolution: int, interpolation: str) -> Transform:
     """SADE's views for test-time learning on ImageNet-LT and Places-LT."""
-    return _compose(_random_crop(resolution, interpolation, smallest_area=0.2), *_simclr(blurred=0.5))
+    return _compose(_random_crop(resolution, interpolation, smallest_area=0.2), *simclr(blurred=0.5))
 
 
 def _sade_inat(resolution: int, interpolation: str) -> Transform:
     """SADE's views for test-time learning on iNaturalist."""
-    return _compose(_random_crop(resolution, interpolation), *_simclr(blurred=0.5))
+    return _compose(_random_crop(resolution, interpolation), *simclr(blurred=0.5))
 
 
 def _none(resolution: int, interpolation: str) -> Transform:
@@ -236,10 +264,15 @@ def _none(resolution: int, interpolation: str) -> Transform:
 AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
     {
         "lift": _lift,
+        "mda": _mda,
         "cifar": _cifar,
         "cifar_crop": _cifar_crop,
         "imagenet": _imagenet,
         "inat": _lift,  # SADE uses no colour jitter on iNaturalist, which makes it the same as LIFT's
+        "cifar_auto": _cifar_auto,
+        "cifar_auto_cutout": _cifar_auto_cutout,
+        "imagenet_randaug": _imagenet_randaug,
+        "inat_randaug": _imagenet_randaug,  # BalPoE and LGLA also use its colour jitter on iNaturalist
         "digits": _digits,
         "sade_cifar": _sade_cifar,
         "sade_imagenet": _sade_imagenet,
@@ -248,21 +281,6 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
     }
 )
 """Name → function of resolution and interpolation that makes the training transform: entries of option `augment`."""
-
-
-def _simclr(blurred: float) -> tuple[Step, ...]:
-    """Colour jitter, grey, blur and flip of SimCLR (Chen et al. 2020, appendix A), with half its colour strength.
-
-    Args:
-        blurred: share of the images that are blurred; SADE sets it per data set.
-    """
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    return jitter, v2.RandomGrayscale(0.2), v2.RandomApply([_blur], p=blurred), v2.RandomHorizontalFlip()
-
-
-def _blur(image: Image.Image) -> Image.Image:
-    """PIL's Gaussian blur. PIL approximates it by repeated box blurs, so torchvision's blur gives other pixels."""
-    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
 
 
 def _compose(*steps: Step) -> Transform:

@@ -42,6 +42,7 @@ class Encoder(StagedModule):
             empty.
         feature_dim: width D of the features.
         experts: the number of branches E.
+        tuned_blocks: tuner → indices of the blocks that it acts on.
         projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
     """
 
@@ -53,6 +54,7 @@ class Encoder(StagedModule):
         super().__init__()
         self.net = net.eval()
         self.tuners = nn.ModuleDict()
+        self.tuned_blocks: dict[str, Sequence[int]] = {}
         self.experts = 1
         self.projection: nn.Parameter | None = None
         self._trained_batch_norms: list[nn.Module] = []
@@ -179,6 +181,26 @@ class Encoder(StagedModule):
         if start < 0 or end > depth:
             raise UserError(f"partial {partial}: this backbone has only {depth} blocks; choose a smaller range")
         return range(start, end)
+
+    def listed_blocks(self, layers: int | Sequence[int]) -> list[int]:
+        """Indices of the blocks that an option `<tuner>_layers` means.
+
+        Args:
+            layers: k: the last k; indices: these, where −1 is the last block.
+
+        Raises:
+            UserError: the backbone does not have all of them.
+        """
+        depth = self.depth
+        indices = range(depth - layers, depth) if isinstance(layers, int) else layers
+        found = [index if isinstance(layers, int) or index >= 0 else index + depth for index in indices]
+        if any(not 0 <= index < depth for index in found):
+            raise UserError(
+                f"layers {layers}: this backbone has only {depth} blocks, 0 to {depth - 1}; choose among them"
+            )
+        if len(set(found)) < len(found):
+            raise UserError(f"layers {layers}: a block is there twice; this backbone has {depth} blocks")
+        return found
 
     def tunable_modules(self, partial: int | Sequence[int] | None) -> list[nn.Module]:
         """The modules whose own weights tuners such as full_tuning may train: the blocks of `partial`."""

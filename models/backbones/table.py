@@ -28,6 +28,11 @@ BACKBONES: dict[str, BackboneSpec] = {
     "IN21K-ViT-B/16": TimmBackbone("vit_base_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "IN21K-ViT-B/16@384px": TimmBackbone("vit_base_patch16_384.augreg_in21k_ft_in1k", interpolation="bilinear"),
     "IN21K-ViT-L/16": TimmBackbone("vit_large_patch16_224.augreg_in21k_ft_in1k", interpolation="bilinear"),
+    "IN21K-ViT-L/16@384px": TimmBackbone("vit_large_patch16_384.augreg_in21k_ft_in1k", interpolation="bilinear"),
+    # LIFT+'s names, with the weights that timm gives for them by default. They have seen ImageNet-LT's labels.
+    "IN1K-RN50": TimmBackbone("resnet50.a1_in1k"),
+    "IN1K-RN101": TimmBackbone("resnet101.a1h_in1k"),
+    "IN1K-RN152": TimmBackbone("resnet152.a1h_in1k"),
     "ResNet-20": ResNetBackbone("ResNet-20", ResNetDesign((3, 3, 3), cifar=True)),
     "ResNet-32": ResNetBackbone("ResNet-32", ResNetDesign((5, 5, 5), cifar=True)),
     "ResNet-32x4": ResNetBackbone("ResNet-32x4", ResNetDesign((5, 5, 5), cifar=True, widening=4)),  # that of GLMC

@@ -248,7 +248,8 @@ class ViTEncoder(Encoder):
             sites = {site: [module for blocks in self.sites for module in blocks[index][site]] for site in SITES}
             for name, layer in self.layers(index).items():
                 if sites[f"{name}.weights"] and type(layer) is not nn.Linear:
-                    raise UserError(f"mask and peft both act on {name}; leave {name} out of peft's target_modules")
+                    tuners = " and ".join(tuner for tuner in ("mask", "aft") if tuner in self.tuners)
+                    raise UserError(f"{tuners} and peft both act on {name}; leave {name} out of peft's target_modules")
             tuned = any(sites[name] for name in ("fc1", "fc2", "fc1.weights", "fc2.weights"))
             self._fold_quick_gelu(block.mlp, f"net.blocks.{index}.mlp.", untuned=not tuned)
 

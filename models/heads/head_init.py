@@ -127,16 +127,20 @@ def k_shot(context: HeadContext, *_: object, shots: int) -> Tensor:
     Returns:
         The weight of the head, [C, D].
     """
+    return class_mean(context, positions=_shots(context, shots))
+
+
+def _shots(context: HeadContext, shots: int) -> Tensor:
+    """Positions of at most `shots` images of each class, int64 [n]."""
     order = torch.randperm(len(context.labels), generator=generator(context.seed, "shots"))
     labels = context.labels.cpu()
     order = order[labels[order].argsort(stable=True)]  # class by class, in random order
     counts = labels.bincount(minlength=context.num_classes)
     class_start = (counts.cumsum(0) - counts)[labels[order]]  # where the class of each image begins in `order`
-    chosen = order[torch.arange(len(order)) - class_start < shots]
-    return class_mean(context, positions=chosen.to(context.device))
+    return order[torch.arange(len(order)) - class_start < shots].to(context.device)
 
 
-def linear_probe(context: HeadContext, *_: object) -> Tensor:
+def linear_probe(context: HeadContext, *_: object, shots: int | None = None) -> Tensor:
     """Normalised coefficients of scikit-learn's logistic regression on the features, without the intercept.
 
     It takes one pass over the training images, then up to 100 iterations on the CPU of the main process, which are
@@ -144,6 +148,7 @@ def linear_probe(context: HeadContext, *_: object) -> Tensor:
 
     Args:
         context: the training data.
+        shots: images of each class, as in `k_shot`; None: all.
 
     Returns:
         The weight of the head, [C, D]. A class without images gets the mean over all images.
@@ -151,19 +156,25 @@ def linear_probe(context: HeadContext, *_: object) -> Tensor:
     Raises:
         UserError: fewer than two classes have an image that can be read.
     """
-    features = torch.zeros(len(context.labels), context.feature_dim, device=context.device)
-    seen = torch.zeros(len(context.labels), device=context.device)
-    for batch_features, positions in context.encode_images(None):
-        features[positions], seen[positions] = batch_features.float(), 1.0
+    chosen = None if shots is None else _shots(context, shots)
+    rows = torch.arange(len(context.labels), device=context.device)  # of the training images in `features`
+    labels = context.labels
+    if chosen is not None:
+        labels = labels[chosen]
+        rows[chosen] = torch.arange(len(chosen), device=context.device)
+    features = torch.zeros(len(labels), context.feature_dim, device=context.device)
+    seen = torch.zeros(len(labels), device=context.device)
+    for batch_features, positions in context.encode_images(chosen):
+        features[rows[positions]], seen[rows[positions]] = batch_features.float(), 1.0
     # Every image has a row of its own, so the sum collects all features, in one order for any number of processes.
     features, seen = context.sum_over_processes(features), context.sum_over_processes(seen) > 0
     _check_seen(int(seen.sum()), len(seen))
-    if len(context.labels[seen].unique()) < 2:
+    if len(labels[seen].unique()) < 2:
         raise UserError("init_head linear_probe: only one class has an image that can be read; try class_mean")
     weight = torch.zeros(context.num_classes, context.feature_dim, device=context.device)
     if context.is_main_process:
         weight += features[seen].mean(0)
-        for label, coefficients in _fit_logistic_regression(features[seen], context.labels[seen]):
+        for label, coefficients in _fit_logistic_regression(features[seen], labels[seen]):
             weight[label] = coefficients
     return F.normalize(context.sum_over_processes(weight), dim=-1)  # the same bits on every process
 
@@ -195,6 +206,7 @@ HEAD_INITS: dict[str, Callable[[HeadContext, TextEncoder | None, Sentences], Ten
     "10_shot": partial(k_shot, shots=10),
     "100_shot": partial(k_shot, shots=100),
     "linear_probe": linear_probe,
+    "100_shot_linear_probe": partial(linear_probe, shots=100),
 }
 """Name, as `init_head` takes it → function that makes the weight of the head."""
 NEEDS_TEXT = frozenset({"text_feat"})

@@ -2,7 +2,8 @@
 
 A tuner inserts modules at the sites of a ViT's blocks (`ViTEncoder` lists the sites), selects weights of the backbone,
 or acts on the feature of a backbone that runs as a whole. Tuners can be combined; at a shared site they act in the
-order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts).
+order of the table. `partial` holds for all of them (LIFT ignores it for biases, norms and shallow prompts), but for a
+tuner whose option `<tuner>_layers` names other blocks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,13 @@ from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
-from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf
+from tailtune.models.tuners.tuner_modules import Adapter, AdaptFormer, Lora, Mask, Prompts, Ssf, TensorMasks
 from tailtune.models.tuners.tuner_options import (
+    AdapterOptions,
     AdaptFormerOptions,
+    AftOptions,
     BottleneckOptions,
+    LoraOptions,
     MaskOptions,
     PromptOptions,
     TunerOptions,
@@ -51,14 +55,29 @@ class Tuner:
     on_batch: bool = False
     """Whether the selected batch norms use the statistics of the batch and update their running ones."""
 
+    def blocks_of(self, encoder: Encoder, options: TunerOptions, partial: int | Sequence[int] | None) -> list[int]:
+        """Indices of the blocks that the tuner acts on.
+
+        Args:
+            encoder: the encoder.
+            options: the tuner's options.
+            partial: the blocks of all tuners, see `Encoder.block_range`.
+
+        Raises:
+            UserError: blocks that the network does not have.
+        """
+        own = options.layers
+        blocks = [*encoder.block_range(partial)] if own is None else encoder.listed_blocks(own)
+        return blocks[:1] if self.first_only else blocks
+
 
 def _adaptformer(encoder: ViTEncoder, index: int, options: AdaptFormerOptions) -> dict[str, nn.Module]:
     scale = None if isinstance(options.scale, str) else options.scale
-    return {"mlp": AdaptFormer(encoder.width, options.bottleneck, scale)}
+    return {"mlp": AdaptFormer(encoder.width, options.bottleneck, scale, options.init == "uniform")}
 
 
-def _adapter(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
-    return {"mlp": Adapter(encoder.width, options.bottleneck)}
+def _adapter(encoder: ViTEncoder, index: int, options: AdapterOptions) -> dict[str, nn.Module]:
+    return {"mlp": Adapter(encoder.width, options.bottleneck, options.init == "uniform")}
 
 
 def _lora(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
@@ -73,7 +92,7 @@ def _lora_mlp(encoder: ViTEncoder, index: int, options: BottleneckOptions) -> di
 
 def _prompts(encoder: ViTEncoder, index: int, options: PromptOptions) -> dict[str, nn.Module]:
     assert options.length is not None, "filled"
-    return {"tokens": Prompts(options.length, encoder.width, encoder.patch_size)}
+    return {"tokens": Prompts(options.length, encoder.width, None if options.init == "normal" else encoder.patch_size)}
 
 
 def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.Module]]:
@@ -86,6 +105,12 @@ def _ssf(*sites: str) -> Callable[[ViTEncoder, int, TunerOptions], dict[str, nn.
 def _mask(encoder: ViTEncoder, index: int, options: MaskOptions) -> dict[str, nn.Module]:
     assert options.ratio is not None, "filled"
     return {name: Mask(layer, options.ratio, options.draw) for name, layer in encoder.layers(index).items()}
+
+
+def _aft(encoder: ViTEncoder, index: int, options: AftOptions) -> dict[str, nn.Module]:
+    assert options.ratio is not None, "filled"
+    layers = encoder.layers(index)
+    return {name: TensorMasks(layers[name], options.ratio, options.seed) for name in options.in_layers}
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -115,6 +140,12 @@ TUNERS: dict[str, Tuner] = {
         options=MaskOptions(),
         on_weights=True,
     ),
+    "aft": Tuner(
+        "A random subset of each weight and each bias of the blocks' linear layers trains, drawn as in LIFT+.",
+        insert=_aft,
+        options=AftOptions(),
+        on_weights=True,
+    ),
     "vpt_shallow": Tuner(
         "Trained prompt tokens enter before the first block.",
         insert=_prompts,
@@ -122,7 +153,7 @@ TUNERS: dict[str, Tuner] = {
         first_only=True,
     ),
     "vpt_deep": Tuner("New trained prompt tokens enter before every block.", _prompts, options=PromptOptions()),
-    "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=BottleneckOptions()),
+    "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=LoraOptions()),
     "lora_mlp": Tuner("Low-rank updates of the MLP's layers train (LoRA).", _lora_mlp, options=BottleneckOptions()),
     "ssf_attn": Tuner(
         "Scale and shift of the attention's layers train; in a CLIP ResNet, scale and shift of its feature.",
@@ -131,7 +162,7 @@ TUNERS: dict[str, Tuner] = {
     ),
     "ssf_mlp": Tuner("Scale and shift of the MLP's layers train.", insert=_ssf("fc1", "fc2")),
     "ssf_ln": Tuner("Scale and shift after the layer norms train.", insert=_ssf("norm1", "norm2")),
-    "adapter": Tuner("A bottleneck layer after the MLP trains.", _adapter, options=BottleneckOptions()),
+    "adapter": Tuner("A bottleneck layer after the MLP trains.", _adapter, options=AdapterOptions()),
     "adaptformer": Tuner(
         "A bottleneck layer in parallel to the MLP trains.", _adaptformer, options=AdaptFormerOptions()
     ),
@@ -160,14 +191,17 @@ def add_tuners(
         raise UserError("vpt_shallow and vpt_deep both set the prompt tokens; choose one of them")
     for tuner_options in options.values():
         tuner_options.check()
-    blocks = encoder.block_range(partial)
+    encoder.block_range(partial)  # refuses blocks that are not there, also without a tuner
     encoder.requires_grad_(False)
     for name in (name for name in TUNERS if name in options):
         tuner = TUNERS[name]
+        blocks = encoder.tuned_blocks[name] = tuner.blocks_of(encoder, options[name], partial)
         if tuner.insert is not None:
-            _insert(encoder, name, blocks[:1] if tuner.first_only else blocks, options[name], seed)
+            _insert(encoder, name, blocks, options[name], seed)
         if tuner.select is not None:
-            _select(encoder, name, partial)
+            everywhere = partial is None and options[name].layers is None
+            modules = encoder.tunable_modules(None) if everywhere else [encoder.blocks[index] for index in blocks]
+            _select(encoder, name, modules)
     count = len(encoder.expert_blocks)
     if isinstance(encoder, ViTEncoder) and count and not any(any(s.values()) for s in encoder.sites[0][-count:]):
         raise UserError(
@@ -176,7 +210,7 @@ def add_tuners(
         )
 
 
-def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, seed: int) -> None:
+def _insert(encoder: Encoder, name: str, blocks: Sequence[int], options: TunerOptions, seed: int) -> None:
     """Insert the modules of a tuner; in blocks that experts have for themselves, one set for each expert."""
     tuner = TUNERS[name]
     assert tuner.insert is not None
@@ -200,11 +234,10 @@ def _insert(encoder: Encoder, name: str, blocks: range, options: TunerOptions, s
                 encoder.insert(name, index, tuner.insert(encoder, index, of_expert), tuner.on_weights, expert)
 
 
-def _select(encoder: Encoder, name: str, partial: int | Sequence[int] | None) -> None:
-    """Let the parameters train that a tuner selects."""
+def _select(encoder: Encoder, name: str, modules: Sequence[nn.Module]) -> None:
+    """Let the parameters of modules train that a tuner selects."""
     select = TUNERS[name].select
     assert select is not None
-    modules = encoder.tunable_modules(partial)
     refuse_expert_blocks(encoder, name, modules)
     selected = [parameter for module in modules for parameter in select(module)]
     if modules and not selected:

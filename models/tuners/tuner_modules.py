@@ -17,14 +17,16 @@ class BottleneckAdapter(nn.Module):
     Args:
         width: width D of the transformer.
         dim: width r of the bottleneck.
+        uniform: whether W_down starts from U(-1/√D, 1/√D), as in LIFT+; else from N(0, 1/(3D)), as in LIFT.
     """
 
-    def __init__(self, width: int, dim: int) -> None:
+    def __init__(self, width: int, dim: int, uniform: bool = False) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(width)
         self.down_proj = nn.Linear(width, dim)
         self.up_proj = nn.Linear(dim, width)
-        nn.init.kaiming_normal_(self.down_proj.weight, a=math.sqrt(5))
+        draw = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
+        draw(self.down_proj.weight, a=math.sqrt(5))
         nn.init.zeros_(self.down_proj.bias)
         nn.init.zeros_(self.up_proj.weight)
         nn.init.zeros_(self.up_proj.bias)
@@ -63,10 +65,11 @@ class AdaptFormer(BottleneckAdapter):
         width: width D of the transformer.
         dim: width r of the bottleneck.
         scale: the factor s; None: s is learnt and starts from 1.
+        uniform: as for `BottleneckAdapter`.
     """
 
-    def __init__(self, width: int, dim: int, scale: float | None = None) -> None:
-        super().__init__(width, dim)
+    def __init__(self, width: int, dim: int, scale: float | None = None, uniform: bool = False) -> None:
+        super().__init__(width, dim, uniform)
         self.scale: nn.Parameter | float = nn.Parameter(torch.ones(1)) if scale is None else scale
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -116,33 +119,32 @@ class Ssf(nn.Module):
         return torch.addcmul(self.shift.to(y.dtype), y, self.scale.to(y.dtype))
 
 
-class Mask(nn.Module):
-    """A random share of a linear layer's weights and biases trains. Source: Shi et al. 2024 (arbitrary lightweight
-    fine-tuning).
+class ChosenWeights(nn.Module):
+    """Some of a linear layer's weights and biases train.
 
-    Positions are counted as in LIFT: the layer is an out × (in + 1) matrix whose last column is the bias. They are
-    part of the checkpoint, so a trained model does not depend on a random generator.
+    Which these are is part of the checkpoint, so a trained model does not depend on a random generator.
 
     Args:
-        layer: the layer; the trained values start from its own.
-        share: share of the values that train, above 0 and up to 1.
-        draw: the random generator; it draws one permutation.
+        positions: of the values that train, int32 [n], as the derived class counts them.
+        values: their first values [n].
     """
 
     positions: Tensor
 
-    def __init__(self, layer: nn.Linear, share: float, draw: torch.Generator) -> None:
+    def __init__(self, positions: Tensor, values: Tensor) -> None:
         super().__init__()
-        columns = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
-        matrix = torch.cat(columns, dim=1).detach()  # [out, in + 1]
-        count = int(matrix.numel() * share)
-        if matrix.is_meta:
-            positions = torch.empty(count, dtype=torch.int32, device="meta")
-        else:
-            drawn = torch.randperm(matrix.numel(), generator=draw, device="cpu")[:count]
-            positions = drawn.sort().values.int().to(matrix.device)
         self.register_buffer("positions", positions)
-        self.values = nn.Parameter(matrix.flatten()[positions.long()])
+        self.values = nn.Parameter(values)
+
+    def places(self, width: int, size: int, has_bias: bool) -> Tensor:
+        """The positions, counted through the flat weight and then the bias, int64 [n].
+
+        Args:
+            width: input width of the layer.
+            size: number of its weights.
+            has_bias: whether it has a bias.
+        """
+        return self.positions.long()
 
     def forward(self, y: tuple[Tensor, Tensor | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Put the trained values into the layer's weight and bias.
@@ -155,14 +157,73 @@ class Mask(nn.Module):
             A changed copy of the two.
         """
         weight, bias = y
-        size, width, positions = weight.numel(), weight.shape[1], self.positions.long()
-        columns = width if bias is None else width + 1
-        row, column = positions // columns, positions % columns
+        size = weight.numel()
         # One flat copy with the weight before the bias, so that both stay contiguous for the matrix product.
         flat = torch.cat([weight.flatten()] if bias is None else [weight.flatten(), bias])
-        targets = torch.where(column < width, row * width + column, size + row)
-        flat.scatter_(0, targets, self.values.to(flat.dtype))
+        flat.scatter_(0, self.places(weight.shape[1], size, bias is not None), self.values.to(flat.dtype))
         return flat[:size].view_as(weight), None if bias is None else flat[size:]
+
+
+class Mask(ChosenWeights):
+    """A random share of a linear layer's weights and biases trains. Source: Shi et al. 2024 (arbitrary lightweight
+    fine-tuning).
+
+    Positions are counted as in LIFT: the layer is an out × (in + 1) matrix whose last column is the bias.
+
+    Args:
+        layer: the layer; the trained values start from its own.
+        share: share of the values that train, above 0 and up to 1.
+        draw: the random generator; it draws one permutation.
+    """
+
+    def __init__(self, layer: nn.Linear, share: float, draw: torch.Generator) -> None:
+        columns = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
+        matrix = torch.cat(columns, dim=1).detach()  # [out, in + 1]
+        count = int(matrix.numel() * share)
+        if matrix.is_meta:
+            positions = torch.empty(count, dtype=torch.int32, device="meta")
+        else:
+            drawn = torch.randperm(matrix.numel(), generator=draw, device="cpu")[:count]
+            positions = drawn.sort().values.int().to(matrix.device)
+        super().__init__(positions, matrix.flatten()[positions.long()])
+
+    def places(self, width: int, size: int, has_bias: bool) -> Tensor:
+        positions = self.positions.long()
+        columns = width + 1 if has_bias else width
+        row, column = positions // columns, positions % columns
+        return torch.where(column < width, row * width + column, size + row)
+
+
+class TensorMasks(ChosenWeights):
+    """As `Mask`, in the form of LIFT+: a share of the weights and a share of the biases, each drawn for itself.
+
+    Every draw begins with the same seed, so tensors of one size train at the same positions in all blocks. Positions
+    count through the weight and then the bias.
+
+    Args:
+        layer: the layer; the trained values start from its own.
+        share: share of the values of each tensor that train, above 0 and up to 1.
+        seed: random seed of each draw.
+    """
+
+    def __init__(self, layer: nn.Linear, share: float, seed: int) -> None:
+        tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        parts, start = [], 0
+        for tensor in tensors:
+            parts.append(start + self._drawn(tensor, share, seed))
+            start += tensor.numel()
+        positions = torch.cat(parts).int()
+        super().__init__(positions, torch.cat([tensor.detach().flatten() for tensor in tensors])[positions.long()])
+
+    @staticmethod
+    def _drawn(tensor: Tensor, share: float, seed: int) -> Tensor:
+        """Positions in a flat tensor in ascending order, int64 [n], on its device."""
+        count = int(tensor.numel() * share)
+        if tensor.is_meta:
+            return torch.empty(count, dtype=torch.int64, device="meta")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(tensor.numel(), generator=generator, device="cpu")[:count]
+        return drawn.sort().values.to(tensor.device)
 
 
 class Prompts(nn.Module):
@@ -171,13 +232,18 @@ class Prompts(nn.Module):
     Args:
         length: number of prompt tokens P.
         width: width D of the transformer.
-        patch_size: side of a patch in pixels, which the range of the initial values depends on.
+        patch_size: side of a patch in pixels, which the range of the uniform initial values depends on; None: they are
+            drawn from N(0, 0.02²), as in LIFT+.
     """
 
-    def __init__(self, length: int, width: int, patch_size: int) -> None:
+    def __init__(self, length: int, width: int, patch_size: int | None) -> None:
         super().__init__()
-        bound = math.sqrt(6 / (3 * patch_size * patch_size + width))
-        self.prompt = nn.Parameter(torch.empty(length, width).uniform_(-bound, bound))
+        self.prompt = nn.Parameter(torch.empty(length, width))
+        if patch_size is None:
+            nn.init.normal_(self.prompt, std=0.02)
+        else:
+            bound = math.sqrt(6 / (3 * patch_size * patch_size + width))
+            nn.init.uniform_(self.prompt, -bound, bound)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Tokens of the image y [B, N, D] → [B, N + P, D]; x is not used."""

@@ -1,4 +1,4 @@
-"""Options of tuners: their sizes, and LIFT's rules for sizes that nobody gives."""
+"""Options of tuners: where they act, their sizes, and the rules of LIFT and LIFT+ for what nobody gives."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,26 +8,57 @@ from typing import Self
 import torch
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.layer_list import as_layers
 from tailtune.configs.option import option
 from tailtune.configs.seeding import derive_seed
-from tailtune.configs.value_parsers import as_float, as_int, as_scale
+from tailtune.configs.value_parsers import as_float, as_int, as_scale, as_str
 
 PROMPTS = 10
 """Number of prompt tokens, as LIFT."""
+RULES = ("lift", "lift_plus")
+"""Rules for the sizes and first weights that nobody gives."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules depend on."""
+
+    classes: int
+    """Number of classes."""
+    depth: int
+    """Number of blocks of the backbone."""
+    selected: int
+    """Number of blocks that the tuner acts on."""
+    width: int
+    """Size of the feature of the backbone."""
+    rules: str = "lift"
+    """An entry of RULES."""
+
+    @property
+    def plus(self) -> bool:
+        """Whether the rules of LIFT+ hold."""
+        return self.rules == "lift_plus"
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks by which sizes are divided: LIFT counts all of them, LIFT+ those that the tuner acts on."""
+        return max(1, self.selected if self.plus else self.depth)
 
 
 @dataclass(frozen=True)
 class TunerOptions:
-    """A tuner without options, and the base of all others."""
+    """A tuner without options of its own, and the base of all others."""
 
-    def filled(self, classes: int, depth: int, width: int) -> Self:
-        """The options with a value in place of every None.
+    layers: int | list[int] | None = option(
+        None,
+        "Blocks that this tuner acts on, in place of those of `partial`: a number k for the last k, or indices such as "
+        "[0,11] or range(3). None means those of `partial`.",
+        as_layers,
+        zero_shot=False,
+    )
 
-        Args:
-            classes: number of classes.
-            depth: number of blocks of the backbone.
-            width: size of its feature.
-        """
+    def filled(self, case: Case) -> Self:
+        """The options with a value in place of every None but that of `layers`."""
         return self
 
     def check(self) -> None:
@@ -44,16 +75,16 @@ class BottleneckOptions(TunerOptions):
 
     dim: int | None = option(
         None,
-        "Bottleneck dimension of adapters, which is also the rank of LoRA. None means LIFT's rule, by which the tuner "
-        "has fewer weights than the classifier.",
+        "Bottleneck dimension of adapters, which is also the rank of LoRA. None means the rule of `tuner_rules`, by "
+        "which the tuner has fewer weights than the classifier.",
         as_int,
         key="adapter_dim",
         least=1,
         most=4096,
     )
 
-    def filled(self, classes: int, depth: int, width: int) -> Self:
-        return self if self.dim else replace(self, dim=bottleneck_dim(classes, depth))
+    def filled(self, case: Case) -> Self:
+        return self if self.dim else replace(self, dim=bottleneck_dim(case.classes, case.blocks))
 
     @property
     def bottleneck(self) -> int:
@@ -63,7 +94,32 @@ class BottleneckOptions(TunerOptions):
 
 
 @dataclass(frozen=True)
-class AdaptFormerOptions(BottleneckOptions):
+class LoraOptions(BottleneckOptions):
+    """Low-rank updates of query and value."""
+
+    def filled(self, case: Case) -> Self:
+        return super().filled(replace(case, selected=2 * case.selected) if case.plus else case)
+
+
+@dataclass(frozen=True)
+class AdapterOptions(BottleneckOptions):
+    """Adapters."""
+
+    init: str | None = option(
+        None,
+        "Distribution of an adapter's first weights W_down, both with deviation 1/√(3D). None means normal, and "
+        "uniform with `tuner_rules lift_plus`.",
+        as_str,
+        key="adapter_init",
+        choices=("normal", "uniform"),
+    )
+
+    def filled(self, case: Case) -> Self:
+        return replace(super().filled(case), init=self.init or ("uniform" if case.plus else "normal"))
+
+
+@dataclass(frozen=True)
+class AdaptFormerOptions(AdapterOptions):
     """AdaptFormer."""
 
     scale: float | str = option(
@@ -77,15 +133,25 @@ class PromptOptions(TunerOptions):
 
     length: int | None = option(
         None,
-        f"Number of prompt tokens that VPT puts before a block. None means {PROMPTS}.",
+        f"Number of prompt tokens that VPT puts before a block. None means {PROMPTS}, and with `tuner_rules lift_plus` "
+        "about the number of classes over the number of blocks.",
         as_int,
         key="vpt_len",
         least=1,
-        most=1024,
+        most=4096,
+    )
+    init: str | None = option(
+        None,
+        "Distribution of VPT's first prompt tokens: uniform, with a bound that depends on the size of a patch, or "
+        "normal with deviation 0.02. None means uniform, and normal with `tuner_rules lift_plus`.",
+        as_str,
+        key="vpt_init",
+        choices=("uniform", "normal"),
     )
 
-    def filled(self, classes: int, depth: int, width: int) -> Self:
-        return self if self.length else replace(self, length=PROMPTS)
+    def filled(self, case: Case) -> Self:
+        length = power_of_two(case.classes / case.blocks) if case.plus else PROMPTS
+        return replace(self, length=self.length or length, init=self.init or ("normal" if case.plus else "uniform"))
 
 
 @dataclass(frozen=True)
@@ -104,8 +170,8 @@ class MaskOptions(TunerOptions):
         None, "Random seed of the weights that the tuner `mask` chooses. None means 0.", as_int, least=0, most=2**63 - 1
     )
 
-    def filled(self, classes: int, depth: int, width: int) -> Self:
-        ratio = mask_ratio(classes, depth, width) if self.ratio is None else self.ratio
+    def filled(self, case: Case) -> Self:
+        ratio = mask_ratio(case.classes, case.blocks, case.width) if self.ratio is None else self.ratio
         return replace(self, ratio=ratio, seed=self.seed or 0)
 
     def check(self) -> None:
@@ -121,6 +187,42 @@ class MaskOptions(TunerOptions):
         return torch.Generator().manual_seed(self.seed or 0)
 
 
+@dataclass(frozen=True)
+class AftOptions(TunerOptions):
+    """Random subsets of the weights and of the biases, as in LIFT+."""
+
+    ratio: float | None = option(
+        None,
+        "Share of each weight and of each bias that the tuner `aft` trains. None means LIFT+'s rule, by which it "
+        "trains about as many values as the classifier has.",
+        as_float,
+        least=0.0,
+        most=1.0,
+    )
+    loc: str = option(
+        "all", "Layers in which the tuner `aft` trains: attention, MLP, or both.", choices=("all", "attn", "mlp")
+    )
+    seed: int = option(
+        0, "Random seed with which the tuner `aft` draws the values of each tensor.", least=0, most=2**63 - 1
+    )
+
+    def filled(self, case: Case) -> Self:
+        ratio = aft_ratio(case.classes, case.selected, case.width, self.loc) if self.ratio is None else self.ratio
+        return replace(self, ratio=ratio)
+
+    def check(self) -> None:
+        if self.ratio is None or not 0 < self.ratio <= 1:
+            raise UserError(f"aft_ratio {self.ratio} is no share of the weights; choose one above 0 and up to 1")
+
+    def of_expert(self, expert: int) -> Self:
+        return replace(self, seed=derive_seed(self.seed, "expert", expert))
+
+    @property
+    def in_layers(self) -> tuple[str, ...]:
+        """The layers that `loc` means."""
+        return {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2"), "all": ("qkv", "proj", "fc1", "fc2")}[self.loc]
+
+
 def bottleneck_dim(num_classes: int, depth: int) -> int:
     """LIFT's rule for the LoRA rank and the width of adapters: r = 2^max(0, ⌊log2(C / 2L)⌋).
 
@@ -130,7 +232,12 @@ def bottleneck_dim(num_classes: int, depth: int) -> int:
         num_classes: number C of classes.
         depth: number L of blocks.
     """
-    return 2 ** max(0, int(math.log2(num_classes / (2 * max(1, depth)))))
+    return power_of_two(num_classes / (2 * max(1, depth)))
+
+
+def power_of_two(number: float) -> int:
+    """The largest power of two that is not above a number, at least 1."""
+    return int(2 ** max(0, int(math.log2(number))))
 
 
 def mask_ratio(num_classes: int, depth: int, width: int) -> float:
@@ -144,3 +251,18 @@ def mask_ratio(num_classes: int, depth: int, width: int) -> float:
         width: width D of the transformer.
     """
     return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
+
+
+def aft_ratio(num_classes: int, selected: int, width: int, loc: str) -> float:
+    """LIFT+'s rule for the share of values that `aft` trains: C / (ℓ (12D + 9)), the head's size over the blocks' size.
+
+    For the attention alone it is C / (ℓ (4D + 4)), and for the MLP alone C / (ℓ (8D + 5)).
+
+    Args:
+        num_classes: number C of classes.
+        selected: number ℓ of blocks that the tuner acts on.
+        width: width D of the transformer.
+        loc: `all`, `attn` or `mlp`.
+    """
+    weights, biases = {"all": (12, 9), "attn": (4, 4), "mlp": (8, 5)}[loc]
+    return min(1.0, num_classes / (max(1, selected) * (weights * width + biases)))

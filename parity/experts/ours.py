@@ -141,6 +141,8 @@ def start(method: Method, case: Case, original: Tensors) -> None:
     fill(method, with_prefix(original, "start."))
     if "drawn.priors" in original:
         use_draws(method, original["drawn.experts"], original["drawn.priors"])
+    if "drawn.shares" in original:
+        use_shares(method, original["drawn.shares"], original["drawn.orders"])
     teacher = with_prefix(original, "teacher.")
     if teacher:
         _, earlier = build(case, {}, stage=0)
@@ -160,6 +162,17 @@ def use_draws(method: Any, experts: Tensor, priors: Tensor) -> None:
     count = method.options.draws
     draws = [Draws(*pair) for pair in zip(experts.split(count), priors.split(count), strict=True)]
     method.drawn = lambda _: draws[method.at_step - 1]
+
+
+def use_shares(method: Any, shares: Tensor, orders: Tensor) -> None:
+    """Give mixup the original's draws.
+
+    Args:
+        method: mixup.
+        shares: λ of each step [steps].
+        orders: order of the second images of each step [steps, B].
+    """
+    method.draw = lambda _: (float(shares[method.at_step - 1]), orders[method.at_step - 1])
 
 
 @torch.no_grad()

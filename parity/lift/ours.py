@@ -5,7 +5,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps", "float64"
 PREC = {"float32": "fp32", "float64": "fp64"}
 FLOOR = 1e-3
 """As a share of the largest gradient's norm: what a smaller gradient's error is divided by."""
-TunerChoice = tuple[list[str], Any]
-"""The tuners that are on, and the option `partial`."""
 
 
 @functools.cache
@@ -98,11 +95,11 @@ def training_errors(
         labels: their labels [4, B].
     """
     model, precision = method.model, PRECISIONS[cfg.prec]
-    choice: TunerChoice = ([name for name in TUNERS if cfg[name]], cfg.partial)
-    lift.load(start, model, *choice)
+    chosen = [name for name in TUNERS if cfg[name]]
+    lift.load(start, model, chosen)
     model.set_precision(precision.compute)
     cast_trainable(method, precision.trainable)
-    before = values(model, choice)
+    before = values(model, chosen)
     with torch.no_grad():
         method.eval()
         errors = {"features": error(model.features(images[-1]), original["features"])}
@@ -115,24 +112,24 @@ def training_errors(
         loss.backward()
         if step == 0:
             errors["loss"] = error(loss, original["losses"][0])
-            errors["gradients"] = gradient_error(method, choice, with_prefix(original, "gradient."))
+            errors["gradients"] = gradient_error(method, chosen, with_prefix(original, "gradient."))
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
         logits = method.eval().predict(images[-1])
-    ours, theirs = values(model, choice), with_prefix(original, "after.")
+    ours, theirs = values(model, chosen), with_prefix(original, "after.")
     of_last_step = (error(loss, original["losses"][-1]), error(logits, original["after_logits"]))
     errors["after_3_steps"] = max(*of_last_step, largest_error(ours, theirs))
     our_changes, changes = ({name: value - before[name] for name, value in side.items()} for side in (ours, theirs))
     return errors | {"changes": largest_error(our_changes, changes)}
 
 
-def values(model: ClassificationModel, choice: TunerChoice) -> Tensors:
+def values(model: ClassificationModel, chosen: list[str]) -> Tensors:
     """Trained values and running statistics under the original's names."""
-    return {name: place.read().clone() for name, place in lift.layout(model, *choice).items()}
+    return {name: place.read().clone() for name, place in lift.layout(model, chosen).items()}
 
 
-def gradient_error(method: Method, choice: TunerChoice, original: Tensors) -> float:
+def gradient_error(method: Method, chosen: list[str], original: Tensors) -> float:
     """Largest error of the gradients; infinite if another number of values is trained."""
     if sum(gradient.numel() for gradient in original.values()) != method.model.counts()["trainable"]:
         return math.inf
@@ -141,7 +138,7 @@ def gradient_error(method: Method, choice: TunerChoice, original: Tensors) -> fl
     for parameter in parameters:  # the layout reads values, so gradients take their place meanwhile
         assert parameter.grad is not None
         parameter.data = parameter.grad
-    gradients = values(method.model, choice)
+    gradients = values(method.model, chosen)
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.data = value
     return largest_error(gradients, original, FLOOR)

@@ -190,6 +190,7 @@ WILD: Mapping[Callable[[Any], Any], Texts] = {
     values.as_names: st.lists(_NAME, max_size=3).map(",".join),
     values.as_ints: st.lists(st.integers(-1, 10**10), max_size=3).map(str),
     values.as_factors: st.dictionaries(st.sampled_from(["tuner", "head", "x"]), st.floats() | st.integers()).map(str),
+    values.as_numbers: st.lists(st.floats(-3, 3), max_size=4).map(str),
     values.as_triple: st.lists(st.floats(0, 2), min_size=2, max_size=4).map(str),
     values.as_pair: st.lists(st.floats(0, 1), min_size=1, max_size=3).map(str),
 }

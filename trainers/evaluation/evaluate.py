@@ -268,7 +268,10 @@ class Evaluation:
         for split, logits in (("test", test_logits), ("val", val)):
             if logits is not None:
                 metrics = evaluate_predictions(logits.summary.predictions, info.groups)
-                if not asks_every_expert and not self.plan.tte_mode:  # usage is defined for one view only
+                if asks_every_expert:
+                    experts = logits.summary.expert_metrics(info.groups)
+                    metrics |= {"experts": experts} if experts else {}
+                elif not self.plan.tte_mode:  # usage is defined for one view only
                     model = self.build.outline().model
                     used = usage_report(logits.summary.asked, logits.labels, info.groups, model, self.plan.resolution)
                     metrics["experts_used"] = used

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tailtune.configs.errors import UserError, lookup
-from tailtune.trainers.export import hub_format, lift_format, merged_format, onnx_format, peft_format
+from tailtune.trainers.export import hub_format, lift_format, lift_plus_format, merged_format, onnx_format, peft_format
 from tailtune.trainers.export.exported_model import ExportedModel, SharedRun
 from tailtune.trainers.export.hub_upload import check_push, push
 from tailtune.trainers.export.inference_script import SCRIPT, write_script
@@ -38,6 +38,7 @@ EXPORTS: dict[str, Export] = {
     "onnx": Export(onnx_format.check, onnx_format.write),
     "hub": Export(hub_format.check, hub_format.write),
     "lift": Export(lift_format.check, lift_format.write, is_code=False),
+    "lift_plus": Export(lift_plus_format.check, lift_plus_format.write, is_code=False),
 }
 """Name → format."""
 

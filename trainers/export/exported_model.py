@@ -61,7 +61,6 @@ class ExportedModel:
     Args:
         method: the method with its model.
         tuners: names of the tuners of TUNERS that are enabled.
-        partial: value of the option `partial`.
         class_names: names of the C classes, in label order.
         resolution: side length R of the images, in pixels.
         zero_shot: whether the model is a zero-shot classifier, which is not trained.
@@ -80,7 +79,6 @@ class ExportedModel:
 
     method: Method
     tuners: Sequence[str]
-    partial: Any
     class_names: Sequence[str]
     resolution: int
     zero_shot: bool = False

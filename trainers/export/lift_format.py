@@ -22,10 +22,9 @@ def check(exported: ExportedModel) -> None:
         raise UserError(
             "export lift: LIFT has no tuner of the peft library and saves no zero-shot model; use export merged"
         )
-    start = next(iter(exported.encoder.block_range(exported.partial)), 0) if exported.partial is not None else 0
-    if start and "vpt_shallow" in exported.tuners:
+    if any(exported.encoder.tuned_blocks.get("vpt_shallow", ())):  # a block with an index above 0
         raise UserError("export lift: LIFT has vpt_shallow at the first block only; use export onnx")
-    layout(exported.method.model, exported.tuners, exported.partial)
+    layout(exported.method.model, exported.tuners)
 
 
 def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     Returns:
         Facts for `facts.json`.
     """
-    targets = layout(exported.method.model, exported.tuners, exported.partial)
+    targets = layout(exported.method.model, exported.tuners)
     content: dict[str, dict[str, Tensor]] = {"tuner": {}, "head": {}}
     for key, target in targets.items():
         part, name = key.split(".", 1)
@@ -46,9 +45,23 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     for index, sites in exported.encoder.tuners["adaptformer"].items() if "adaptformer" in exported.tuners else ():
         if isinstance(sites["mlp"].scale, float):  # in LIFT the scale is always learnt, so it is in the file
             content["tuner"][f"adaptformer_list.{index}.scale"] = torch.tensor([sites["mlp"].scale])
+    save(content, folder)
+    return how_to_evaluate(exported, "FOLDER is this folder; LIFT's own main.py takes such options too")
+
+
+def save(content: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """Write tensors into a checkpoint file in a folder."""
     buffer = BytesIO()
     torch.save(content, buffer)
     write_bytes(folder / LIFT_FILE, buffer.getvalue())  # torch.save itself would raise RuntimeError on a full disk
+
+
+def how_to_evaluate(exported: ExportedModel, note: str) -> dict[str, Any]:
+    """The facts that say which command evaluates the file.
+
+    Args:
+        exported: the model.
+        note: a remark on the command.
+    """
     words = [*exported.command, "test_only", "True", "model_dir", "FOLDER"]
-    note = "# FOLDER is this folder; LIFT's own main.py takes such options too"
-    return {"command": words, "how_to_load": f"{shlex.join(['python', 'main.py', *words])}\n{note}"}
+    return {"command": words, "how_to_load": f"{shlex.join(['python', 'main.py', *words])}\n# {note}"}

@@ -81,13 +81,12 @@ NamedTargets = Iterator[tuple[str, Target]]
 """Pairs of a key of LIFT and the tensors that correspond to it."""
 
 
-def layout(model: ClassificationModel, tuners: Sequence[str], partial: Any = None) -> dict[str, Target]:
+def layout(model: ClassificationModel, tuners: Sequence[str]) -> dict[str, Target]:
     """Map LIFT's keys to the corresponding tensors of a model.
 
     Args:
         model: the model.
         tuners: names of the tuners of TUNERS that are enabled.
-        partial: value of the option `partial`.
 
     Returns:
         Key (`tuner.…` or `head.…`) → tensors.
@@ -96,20 +95,20 @@ def layout(model: ClassificationModel, tuners: Sequence[str], partial: Any = Non
         UserError: LIFT does not have this backbone or tuner.
     """
     encoder = model.encoder
-    named = _vit(encoder, tuners, partial) if isinstance(encoder, ViTEncoder) else _resnet(encoder, tuners)
+    named = _vit(encoder, tuners) if isinstance(encoder, ViTEncoder) else _resnet(encoder, tuners)
     of_tuners = {f"tuner.{name}": target for name, target in named}
     head = model.head.state_dict(keep_vars=True)
     return of_tuners | {f"head.{name}": Target([tensor]) for name, tensor in head.items()}
 
 
-def _vit(encoder: ViTEncoder, tuners: Sequence[str], partial: Any) -> NamedTargets:
+def _vit(encoder: ViTEncoder, tuners: Sequence[str]) -> NamedTargets:
     """The keys of tuners on a ViT."""
     blocks, modules = encoder.net.blocks, dict[str, Any](encoder.tuners.items())
     timm_names = {name: name for name, _ in blocks[0].named_parameters()}
     names = CLIP_TO_TIMM if isinstance(encoder.net.norm_pre, nn.LayerNorm) else timm_names
     for tuner in tuners:
         if tuner == "full_tuning":
-            for index in encoder.block_range(partial):
+            for index in encoder.tuned_blocks[tuner]:
                 yield from (
                     (f"block_tuned.{index}.{name}", Target([blocks[index].get_parameter(timm_name)]))
                     for name, timm_name in names.items()
@@ -185,7 +184,6 @@ def load(
     file: ForeignCheckpoint,
     model: ClassificationModel,
     tuners: Sequence[str],
-    partial: Any = None,
     numbering: Numbering | None = None,
 ) -> str:
     """Load a file of LIFT or PEL into a model. Every tensor must have the right name and shape.
@@ -194,7 +192,6 @@ def load(
         file: the file.
         model: the model to fill.
         tuners: names of the tuners of TUNERS that are enabled.
-        partial: value of the option `partial`.
         numbering: class numbering of iNaturalist in the data. LIFT and PEL number the species, or taxa, in the order
             of their names.
 
@@ -204,21 +201,50 @@ def load(
     Raises:
         UserError: names the tensors that are missing, unexpected or of another shape.
     """
-    tensors, targets = file.tensors, layout(model, tuners, partial)
-    lists = Counter(name.split(".")[1] for name in tensors if name.startswith("tuner."))
+    lists = Counter(name.split(".")[1] for name in file.tensors if name.startswith("tuner."))
     tuner_lists = ", ".join(f"{name} ({count})" for name, count in lists.items()) or "nothing"
-    current = {name: target.read() for name, target in targets.items()}
-    check_fit(current, tensors, str(file.path), f"give the options that fit it: its tuner holds {tuner_lists}")
-    theirs = NAME if numbering is None or numbering.field == ID else numbering.field
-    order = numbering.order(theirs) if numbering else None
-    for name, target in targets.items():
-        target.write(tensors[name] if order is None or not name.startswith("head.") else tensors[name][order])
-    model.set_precision()  # again, because some of its tensors are computed from the weights
-    heads = sum(name.startswith("head.") for name in tensors)
-    report = f"read {file.path}: {len(tensors)} tensors"
-    report += f", of the tuner {tuner_lists}, of the head {heads}; none is left out"
+    report = fill(file, model, layout(model, tuners), "head.", tuner_lists, numbering)
     if "mask" in tuners:
         report += "; the positions of the mask are drawn from mask_seed, because the file has none"
     if {"lora", "ssf_attn"} <= set(tuners):
         report += "; lora acts before ssf_attn, as in LIFT (PEL: after it)"
+    return report
+
+
+def fill(
+    file: ForeignCheckpoint,
+    model: ClassificationModel,
+    targets: Mapping[str, Target],
+    head: str,
+    holds: str,
+    numbering: Numbering | None,
+) -> str:
+    """Copy the tensors of a file into a model. Nothing is copied unless all of them fit.
+
+    Args:
+        file: the file.
+        model: the model to fill.
+        targets: key of the file → tensors of the model.
+        head: prefix of the keys of the head, whose rows are classes.
+        holds: what the tuner of the file holds, in words.
+        numbering: class numbering of iNaturalist in the data. The file numbers the species, or taxa, in the order of
+            their names.
+
+    Returns:
+        A report in words.
+
+    Raises:
+        UserError: names the tensors that are missing, unexpected or of another shape.
+    """
+    tensors = file.tensors
+    current = {name: target.read() for name, target in targets.items()}
+    check_fit(current, tensors, str(file.path), f"give the options that fit it: its tuner holds {holds}")
+    theirs = NAME if numbering is None or numbering.field == ID else numbering.field
+    order = numbering.order(theirs) if numbering else None
+    for name, target in targets.items():
+        target.write(tensors[name] if order is None or not name.startswith(head) else tensors[name][order])
+    model.set_precision()  # again, because some of its tensors are computed from the weights
+    heads = sum(name.startswith(head) for name in tensors)
+    report = f"read {file.path}: {len(tensors)} tensors"
+    report += f", of the tuner {holds}, of the head {heads}; none is left out"
     return f"{report}; {numbering.report(theirs)}" if numbering and order is not None else report

@@ -1,16 +1,15 @@
 """`load_foreign_checkpoint` loads a checkpoint file of another project into a method."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from tailtune.trainers.foreign_checkpoints import lift, ride
+from tailtune.trainers.foreign_checkpoints import lift, lift_plus, ride
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.methods import Method
 
 
 def load_foreign_checkpoint(
-    file: ForeignCheckpoint, method: Method, tuners: Sequence[str], partial: Any, numbering: Numbering | None = None
+    file: ForeignCheckpoint, method: Method, tuners: Sequence[str], numbering: Numbering | None = None
 ) -> str:
     """Load a checkpoint file of another project into a method. Every tensor must have the right name and shape.
 
@@ -18,7 +17,6 @@ def load_foreign_checkpoint(
         file: the file.
         method: the method to fill.
         tuners: names of the tuners of TUNERS that are enabled.
-        partial: value of the option `partial`.
         numbering: class numbering of the data; None if all projects number the classes in the same way.
 
     Returns:
@@ -29,4 +27,6 @@ def load_foreign_checkpoint(
     """
     if ride.is_ride(file):
         return ride.load(file, method, numbering)
-    return lift.load(file, method.model, tuners, partial, numbering)
+    if lift_plus.is_lift_plus(file):
+        return lift_plus.load(file, method.model, tuners, numbering)
+    return lift.load(file, method.model, tuners, numbering)

@@ -8,6 +8,7 @@ from tailtune.configs.option import options_from
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import ClassificationModel
 from tailtune.trainers.losses import LOSSES, Loss
+from tailtune.trainers.methods.balpoe import BalPoE
 from tailtune.trainers.methods.base import Earlier, Method, Objective
 from tailtune.trainers.methods.batchformer import BatchFormer
 from tailtune.trainers.methods.decouple import Normalised, Retrained, WeightScaling
@@ -15,6 +16,7 @@ from tailtune.trainers.methods.dirmixe import DirMixE
 from tailtune.trainers.methods.distill import Distill
 from tailtune.trainers.methods.glmc import GLMC
 from tailtune.trainers.methods.h2t import H2T
+from tailtune.trainers.methods.lgla import LGLA
 from tailtune.trainers.methods.mixup import Mixup
 from tailtune.trainers.methods.reslt import ResLT
 from tailtune.trainers.methods.ride import Ride
@@ -30,6 +32,8 @@ METHODS: dict[str, type[Method]] = {
     "distill": Distill,
     "sade": Sade,
     "dirmixe": DirMixE,
+    "balpoe": BalPoE,
+    "lgla": LGLA,
     "ride_ea": ExpertAssignment,
     "batchformer": BatchFormer,
     "crt": Retrained,

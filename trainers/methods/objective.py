@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tailtune.configs.errors import UserError
 from tailtune.configs.option import NoOptions
 from tailtune.datasets.loading.samplers import SAMPLERS
-from tailtune.trainers.losses import Loss, Prior, effective_weights, log_prior
+from tailtune.trainers.losses import LOSSES, Loss, Prior, effective_weights, log_prior
 
 __all__ = ["Batch", "NoOptions", "Objective", "Step", "combine"]
 
@@ -46,6 +47,14 @@ class Objective:
     """Number of training epochs that the run begins; 0: nothing is trained."""
     seed: int = 0
     """Random seed of the initial weights of the method's own modules, and of its random draws during training."""
+
+    def refuse_adjusting_loss(self, method: str) -> None:
+        """Raise a `UserError` if the loss adjusts the logits by the class frequencies, as the method itself does."""
+        if self.loss.adjusts:
+            name = next(name for name, loss in LOSSES.items() if loss.function is self.loss.function)
+            raise UserError(
+                f"loss_type {name} adjusts by the prior, and so does method {method} itself: use loss_type CE"
+            )
 
     def assumed(self) -> Tensor:
         """log p [C] in fp64: the class prior for which softmax(logits) is the correct posterior after training.

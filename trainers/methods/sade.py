@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.models import ClassificationModel
-from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods.base import Batch, Method, Objective
 
 
@@ -38,9 +36,7 @@ class Sade(Method):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
-        if objective.loss.adjusts:
-            name = next(name for name, loss in LOSSES.items() if loss.function is objective.loss.function)
-            raise UserError(f"loss_type {name} adjusts by the prior, and so does method sade itself: use loss_type CE")
+        objective.refuse_adjusting_loss("sade")
         counts = objective.class_counts.double()
         prior = counts / counts.sum()
         log_prior, log_inverse = (prior + 1e-9).log(), (reversed_prior(prior) + 1e-9).log()  # 1e-9 as the original

@@ -98,7 +98,7 @@ def load_trained(fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, class
         method.eval()
         method.prepare(text_context(method.model, len(class_names), cfg.seed, method.log_prior.device))
     elif checkpoint.foreign is not None:
-        log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), cfg.partial, _numbering(cfg)))
+        log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), _numbering(cfg)))
     else:
         load_checkpoint(checkpoint.home / "checkpoint", method, class_names, fresh.base)
     method.model.init = None
@@ -270,13 +270,12 @@ def subject_of(
     return ExportedModel(
         method=method,
         tuners=tuners_of(cfg),
-        partial=cfg.partial,
         class_names=class_names,
         resolution=cfg.resolution,
         zero_shot=cfg.zero_shot,
         arch=spec.arch if isinstance(spec, OpenClipBackbone) else None,
         base=spec.published(cfg.pretrained),
-        resize=eval_side(cfg.resolution, cfg.augment),
+        resize=eval_side(cfg.resolution, cfg.augment, cfg.crop_margin),
         interpolation=cfg.interpolation,
         command=command_of(cfg),
         facts={"of": source, **{key: cfg[key] for key in keys}, "tuners": list(tuners_of(cfg)), "peft": cfg.peft},

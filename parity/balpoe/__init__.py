@@ -1,0 +1,1 @@
+"""BalPoE and LGLA."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tailtune.configs.seeding import derive_seed, seeded
+from tailtune.datasets.collected_images import CollectedImages
 from tailtune.datasets.images.draws import uniform_draws
 from tailtune.datasets.images.growing_crop import GrowingCrop
 from tailtune.datasets.images.tensor_transforms import TensorTransform
@@ -205,7 +206,7 @@ class View(Dataset[Batch]):
                 images[torch.from_numpy(~readable)] = 0
             seconds[STAGES.index("transform")] += perf_counter() - started
             return images, readable
-        batch = _Images(len(index))
+        batch = CollectedImages(len(index))
         readable = np.ones(len(index), dtype=bool)
         for number, position in enumerate(index):
             image = self._image(transform, int(position), seconds)
@@ -248,7 +249,7 @@ class View(Dataset[Batch]):
         return pixels
 
     def _pillow_images(self, transform: Transform, keys: np.ndarray, seconds: np.ndarray) -> tuple[Batch, np.ndarray]:
-        batch = _Images(len(keys))
+        batch = CollectedImages(len(keys))
         readable = np.ones(len(keys), dtype=bool)
         for number, (index, epoch, repetition) in enumerate(keys.tolist()):
             started = perf_counter()
@@ -279,30 +280,3 @@ class View(Dataset[Batch]):
 def _of_epoch(transform: Transform, image: Image.Image, epoch: int) -> Tensor:
     """A Pillow image as it is in an epoch, uint8 [..., 3, H, W]."""
     return transform(image, epoch) if isinstance(transform, GrowingCrop) else transform(image)
-
-
-class _Images:
-    """Collects the images of a batch. Each is copied into the batch at once, while it is in the processor's cache."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.added = count, 0
-        self.stack: Tensor | None = None
-        self.images: list[Tensor] = []
-        """Used as soon as the sizes differ."""
-
-    def add(self, image: Tensor) -> None:
-        """Add an image, uint8 [..., 3, H, W]."""
-        if not self.added:
-            self.stack = image.new_empty(self.count, *image.shape)
-        if self.stack is not None and image.shape != self.stack.shape[1:]:
-            self.images = [earlier.clone() for earlier in self.stack[: self.added]]
-            self.stack = None
-        if self.stack is not None:
-            self.stack[self.added] = image
-        else:
-            self.images.append(image)
-        self.added += 1
-
-    def joined(self) -> Tensor | list[Tensor]:
-        """One tensor if all images have the same size."""
-        return self.images if self.stack is None else self.stack

@@ -337,6 +337,14 @@ def test_what_does_not_fit_is_refused(words: str, message: str, config: Config) 
         outline(config("fake_lt", "tiny_clip", "pretrained", "none", *words.split()))
 
 
+def test_sharded_training_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outline(config("fake_lt", "tiny_clip", "pretrained", "none"))
+    with pytest.raises(UserError, match="sam sam does not go with FSDP"):
+        outline(config("fake_lt", "tiny_clip", "pretrained", "none", "sam", "sam"))
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 

@@ -76,7 +76,7 @@ class TextTunerOptions:
     )
 
     def of(self, options: TunerOptions) -> TunerOptions:
-        """The options of a tuner of the image tower, with these sizes in the fields that it has, on `partial`'s blocks."""
+        """The options of a tuner of the image tower, with these sizes where it has such fields."""
         values: dict[str, Any] = {"dim": self.dim, "length": self.length, "scale": self.scale, "ratio": self.ratio}
         values |= {"layers": None}
         return replace(options, **{field: value for field, value in values.items() if hasattr(options, field)})

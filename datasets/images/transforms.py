@@ -204,28 +204,28 @@ def _imagenet(resolution: int, interpolation: str) -> Transform:
 
 def _cifar(resolution: int, interpolation: str) -> Transform:
     """RIDE and SADE on CIFAR: shift by up to 4 of 32 pixels, horizontal flip, rotation by up to 15°."""
-    shift = v2.RandomCrop(resolution, padding=resolution // 8)
-    # The resize does not change an image of 32 pixels.
-    return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip(), v2.RandomRotation(15))
+    return _shifted_and_flipped(resolution, interpolation, v2.RandomRotation(15))
 
 
 def _cifar_crop(resolution: int, interpolation: str) -> Transform:
     """MisLAS and H2T on CIFAR: shift by up to 4 of 32 pixels, horizontal flip."""
-    shift = v2.RandomCrop(resolution, padding=resolution // 8)
-    return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip())
+    return _shifted_and_flipped(resolution, interpolation)
 
 
 def _cifar_auto(resolution: int, interpolation: str) -> Transform:
     """BalPoE's long training on CIFAR: shift by up to 4 of 32 pixels, horizontal flip, AutoAugment."""
-    shift = v2.RandomCrop(resolution, padding=resolution // 8)
-    return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip(), cifar_policy())
+    return _shifted_and_flipped(resolution, interpolation, cifar_policy())
 
 
 def _cifar_auto_cutout(resolution: int, interpolation: str) -> Transform:
     """LGLA on CIFAR: as `cifar_auto`, then a black square of 16 of 32 pixels."""
+    return _shifted_and_flipped(resolution, interpolation, cifar_policy(), Cutout(resolution // 2))
+
+
+def _shifted_and_flipped(resolution: int, interpolation: str, *more: Step) -> Transform:
     shift = v2.RandomCrop(resolution, padding=resolution // 8)
-    steps = shift, v2.RandomHorizontalFlip(), cifar_policy(), Cutout(resolution // 2)
-    return _compose(_resize(resolution, interpolation), *steps)
+    # The resize does not change an image of 32 pixels.
+    return _compose(_resize(resolution, interpolation), shift, v2.RandomHorizontalFlip(), *more)
 
 
 def _imagenet_randaug(resolution: int, interpolation: str) -> Transform:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import trajectories
 from conftest import ROOT, free_port, offline
-from trajectories import LAYOUTS, MOVES, STEPS, Layout, losses, name_of, scalars, trained
+from trajectories import LAYOUTS, MORE, MOVES, STEPS, Layout, losses, name_of, scalars, trained
 
 pytestmark = pytest.mark.xdist_group("core")  # its runs are shared
 

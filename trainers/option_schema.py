@@ -76,13 +76,7 @@ def _declarations() -> Iterator[Declaration]:
         yield Declaration(name, Key(as_bool, False, tuner.doc, zero_shot=False), "Tuners", name)
     for name, tuner in TUNERS.items():
         yield from declarations(type(tuner.options), "Tuners", name, separator="_")
-    for name, of_images in TEXT_TUNERS.items():
-        doc = f"The tuner {of_images} acts in the text tower of classifier TextClassifier."
-        yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
-    yield from declarations(TextTunerOptions, "Text tower")
-    yield from declarations(ContextOptions, "Text tower")
-    yield from declarations(FeatureAdapterOptions, "Text tower")
-    yield from declarations(TextMemoryOptions, "Text tower")
+    yield from _of_text_tower()
     yield from declarations(MethodOptions, "Method, loss and sampler")
     for name, loss in LOSSES.items():
         if loss.options is not None:
@@ -112,6 +106,16 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(TrackerOptions, "How it runs")
     for name, method in METHODS.items():
         yield from declarations(method.Options, f"Method {name}", name, method=name)
+
+
+def _of_text_tower() -> Iterator[Declaration]:
+    for name, of_images in TEXT_TUNERS.items():
+        doc = f"The tuner {of_images} acts in the text tower of classifier TextClassifier."
+        yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
+    yield from declarations(TextTunerOptions, "Text tower")
+    yield from declarations(ContextOptions, "Text tower")
+    yield from declarations(FeatureAdapterOptions, "Text tower")
+    yield from declarations(TextMemoryOptions, "Text tower")
 
 
 def _coupled() -> dict[str, Collection[str]]:

@@ -32,8 +32,8 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 from tailtune.configs import load_configs
 from tailtune.datasets.build_data import build_info
+from tailtune.datasets.images.fixed_crops import five_crop
 from tailtune.datasets.images.tensor_transforms import TENSOR_AUGMENTS, resize_for_crops
-from tailtune.datasets.images.transforms import five_crop
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.sources.image_sources import ArraySource, FileSource

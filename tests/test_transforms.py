@@ -133,7 +133,7 @@ def test_digits_are_never_mirrored() -> None:
         assert pixels[:, :, :16].mean() > pixels[:, :, 16:].mean()
 
 
-CROPS = [(transforms.five_crop, v1.FiveCrop(28)), (transforms.ten_crop, v1.TenCrop(28))]
+CROPS = [(fixed_crops.five_crop, v1.FiveCrop(28)), (fixed_crops.ten_crop, v1.TenCrop(28))]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), CROPS)
@@ -157,8 +157,8 @@ def test_crops_of_images_that_differ_in_size(ours: Crop, theirs: Crop) -> None:
 
 def test_the_last_five_of_ten_crops_are_of_the_mirrored_image() -> None:
     image = torch.randint(0, 256, (1, 3, 37, 44), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    ten, mirrored = transforms.ten_crop(image, 28), transforms.five_crop(image.flip(-1), 28)
-    assert torch.equal(ten[:5], transforms.five_crop(image, 28)) and torch.equal(ten[5:], mirrored)
+    ten, mirrored = fixed_crops.ten_crop(image, 28), fixed_crops.five_crop(image.flip(-1), 28)
+    assert torch.equal(ten[:5], fixed_crops.five_crop(image, 28)) and torch.equal(ten[5:], mirrored)
 
 
 def test_repeated_draws_are_independent_draws_of_the_transform() -> None:

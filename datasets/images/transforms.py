@@ -5,7 +5,7 @@ as the v1 transforms that LIFT, SADE and RIDE use. All random draws come from to
 `View` (datasets/view.py) seeds for each image.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -145,40 +145,6 @@ def check_interpolation(interpolation: str) -> None:
     """Raise a `UserError` if a word is not an entry of `INTERPOLATIONS`."""
     if interpolation not in INTERPOLATIONS:
         raise unknown("interpolation", interpolation, INTERPOLATIONS)
-
-
-def five_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Crops at the top left, top right, bottom left, bottom right and centre, as torchvision's FiveCrop.
-
-    Args:
-        images: [B, 3, H, W], or B tensors [3, H_b, W_b].
-        size: side of the crops in pixels.
-
-    Returns:
-        [5, B, 3, size, size].
-    """
-    return _crop_batch(v2.functional.five_crop, images, size)
-
-
-def ten_crop(images: torch.Tensor | Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """`five_crop` of the images, then of the images mirrored left to right, as torchvision's TenCrop.
-
-    Args:
-        images: [B, 3, H, W], or B tensors [3, H_b, W_b].
-        size: side of the crops in pixels.
-
-    Returns:
-        [10, B, 3, size, size].
-    """
-    return _crop_batch(v2.functional.ten_crop, images, size)
-
-
-def _crop_batch(
-    crop: Callable[..., Sequence[torch.Tensor]], images: torch.Tensor | Sequence[torch.Tensor], size: int
-) -> torch.Tensor:
-    if isinstance(images, torch.Tensor):
-        return torch.stack(list(crop(images, [size, size])))
-    return torch.stack([torch.stack(list(crop(image, [size, size]))) for image in images], dim=1)
 
 
 def _draw_several(transform: Transform, times: int, image: Image.Image) -> torch.Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from tailtune.configs.errors import lookup
 from tailtune.configs.option import option
 from tailtune.configs.value_parsers import as_int
-from tailtune.datasets.images.transforms import UNMIRRORED, five_crop, ten_crop
+from tailtune.datasets.images.fixed_crops import five_crop, ten_crop
+from tailtune.datasets.images.transforms import UNMIRRORED
 from tailtune.trainers.evaluation.inference import Predict
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable

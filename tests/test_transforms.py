@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.datasets.images import random_steps, transforms
+from tailtune.datasets.images import fixed_crops, random_steps, transforms
 
 SIZES = [(80, 60), (45, 71), (64, 64)]
 BICUBIC = InterpolationMode.BICUBIC

@@ -152,7 +152,7 @@ def test_at_test_time_it_is_not_there(config: Config) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_it_wraps_what_leaves_the_logits_alone(name: str, config: Config) -> None:
     kind = METHODS[name]
-    own = name in ("ride_ea", "lws", "mixup", "h2t", "batchformer")
+    own = name in ("ride_ea", "lws", "mixup", "h2t", "batchformer", "glmc")
     after = ("after", "tiny_clip", "loss_type", "CE") if kind.continues_from_earlier_run else ("loss_type", "CE")
     more = {
         "tau_norm": ("classifier", "LinearClassifier", "num_epochs", 0),

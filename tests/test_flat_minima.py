@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,13 +39,21 @@ COUNTS = torch.tensor([500, 200, 50, 20, 5])
 LABELS = torch.arange(8) * 3 % 5
 
 
+class WithoutTexts:
+    """In place of a model that has no text tower."""
+
+    @contextmanager
+    def one_step(self) -> Iterator[Callable[[bool], None]]:
+        yield lambda last: None
+
+
 class Net(nn.Module):
     """z = X Wᵀ with logit adjustment: the net of the fixtures 42 and 42b. It stands for a method."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(filled((5, 4), 1, 0.5).double())
-        self.class_counts, self.at_step = COUNTS, 0
+        self.class_counts, self.at_step, self.model = COUNTS, 0, WithoutTexts()
         self.begun: list[int] = []
 
     def before_step(self, step: int) -> None:

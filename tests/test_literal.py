@@ -286,7 +286,7 @@ def test_what_a_base_is_called(words: str, published: str | None, config: Config
 # --- tuners on the feature of a plain network ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [name for name in HEADS if name not in ("TextClassifier", "TipAdapter")])
 def test_scales_and_shifts_of_a_feature_stand_before_the_head(head: str, tmp_path: Path) -> None:
     made = trained(
         subject(

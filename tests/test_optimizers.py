@@ -235,7 +235,7 @@ def test_a_run_of_an_earlier_version_resumes_bitwise(
 
     whole = run_in(tmp_path / "whole", None, config, "lr", 0.1)
     with monkeypatch.context() as patched:
-        patched.setattr("tailtune.trainers.trainer.optimizer_state", old_state)
+        patched.setattr("tailtune.trainers.training_state.optimizer_state", old_state)
         cfg = config("fake_lt", "tiny_clip_peft", *QUICK, "lr", 0.1, "output_dir", str(tmp_path / "old"))
         with killed_after(7):
             run(cfg)

@@ -28,8 +28,8 @@ OF_LIFT: dict[str, set[str]] = {
     "loss": {"CE", "Focal", "LDAM", "CB", "GRW", "BS", "LA", "LADE"},
 }
 """Entries that the original has, too."""
-DRAWN = {"1_shot", "10_shot", "100_shot"}
-"""`class_mean` of images that each side draws with its own random generator."""
+DRAWN = {"1_shot", "10_shot", "100_shot", "100_shot_linear_probe"}
+"""Head initialisations with images that each side draws with its own random generator."""
 
 
 def names(kind: str) -> set[str]:

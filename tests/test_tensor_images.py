@@ -344,7 +344,8 @@ def test_pairs_have_draws_of_their_own() -> None:
     source = ArraySource(noise(6, 32, 32, 3).numpy(), np.arange(6), "images")
     view = View(source, np.arange(6), TENSOR_AUGMENTS["cifar"](32, "bilinear"))
     batch = view.finish(view.batch([(1, 2, 0, 1, -1), (4, 2, 0, 5, -1)]))
-    assert batch["label"].tolist() == [1, 4] and batch.keys() == {"image", "partner", "label", "index", "weight"}
+    assert batch["label"].tolist() == [1, 4] and batch["partner_label"].tolist() == [1, 5]
+    assert batch.keys() == {"image", "partner", "partner_label", "label", "index", "weight"}
     assert not torch.equal(batch["image"][0], batch["partner"][0])
     assert torch.equal(batch["partner"][1], view[5, 2, -1]["image"])
 

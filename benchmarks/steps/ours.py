@@ -47,7 +47,8 @@ def main(row: dict[str, Any]) -> None:
     data = MagicMock(info=info)
     data.train.labels = torch.arange(STEPS * row["batch"]) % info.num_classes
     states, validation = MagicMock(), MagicMock(seconds=0.0)
-    states.load.return_value, validation.ends.return_value = None, False
+    states.load.return_value = None
+    validation.ends.return_value = validation.asks_to_stop.return_value = validation.is_due.return_value = False
     print(f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,} trained parameters")
 
     def loader(*_: Any) -> Iterator[Any]:

@@ -33,6 +33,7 @@ class TextScaleOptions:
         "They are drawn at random, and their logits stand for those of all others. None means all classes.",
         as_int,
         least=1,
+        most=10**6,
     )
 
 

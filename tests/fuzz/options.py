@@ -185,6 +185,7 @@ WILD: Mapping[Callable[[Any], Any], Texts] = {
     values.as_paths: st.lists(_PATH, max_size=3).map(",".join),
     values.as_micro: _INT | st.just("auto"),
     values.as_span: _INT | st.lists(st.integers(-1, 14), min_size=1, max_size=3).map(str),
+    values.as_layers: _INT | st.lists(st.integers(-1, 14), max_size=3).map(str) | st.just("range(0,12,2)"),
     values.as_scale: _FLOAT | st.just("learnable"),
     values.as_mapping: _WRITTEN,
     values.as_names: st.lists(_NAME, max_size=3).map(",".join),

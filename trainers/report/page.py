@@ -36,6 +36,7 @@ def page(subject: Subject) -> bytes:
         distributions=tables.distribution_rows(result),
         dirichlet=tables.dirichlet_rows(result),
         calibration={key: number(result["test"]["calibration"][key]) for key in ("ece", "mce")},
+        bins=result["test"]["calibration"]["bins"],
         figures=svg_figures(subject),
         facts=tables.facts(result),
         launch=subject.launch,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import Cli
 from small import SIDE, Sizes, filled, fixture_net, small_net
 from test_exchange import clip_vit, logits, resnet, saved, subject, timm_vit, trained
 
@@ -193,3 +194,9 @@ def test_other_networks_are_refused() -> None:
     made = subject(WholeNetworkEncoder(timm.create_model("test_efficientnet", num_classes=0), 256), [])
     with pytest.raises(UserError, match="LIFT\\+ has ViTs and residual networks only"):
         lift_plus.layout(made.method.model, [])
+
+
+def test_trained_text_features_are_refused(launch: Cli) -> None:
+    command = "-d fake_lt -m tiny_clip_text_peft pretrained none max_steps 1 num_workers 0 output_dir run"
+    done = launch(command, "export lift_plus --dry-run")
+    assert done.returncode == 2 and "no classifier of text features" in done.stderr

@@ -199,4 +199,4 @@ def test_other_networks_are_refused() -> None:
 def test_trained_text_features_are_refused(launch: Cli) -> None:
     command = "-d fake_lt -m tiny_clip_text_peft pretrained none max_steps 1 num_workers 0 output_dir run"
     done = launch(command, "export lift_plus --dry-run")
-    assert done.returncode == 2 and "no classifier of text features" in done.stderr
+    assert done.returncode == 2 and "of text features; use export merged" in done.stderr

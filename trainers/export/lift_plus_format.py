@@ -16,8 +16,8 @@ def check(exported: ExportedModel) -> None:
     exported.refuse_experts("lift_plus")
     if exported.zero_shot or exported.peft or exported.encoder.projection is not None:
         raise UserError(
-            "export lift_plus: LIFT+ has no tuner of the peft library, and saves no zero-shot model and no classifier of "
-            "text features; use export merged"
+            "export lift_plus: LIFT+ has no tuner of the peft library, and saves no zero-shot model and no classifier "
+            "of text features; use export merged"
         )
     layout(exported.method.model, exported.tuners)
 

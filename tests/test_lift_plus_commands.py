@@ -170,12 +170,10 @@ REFUSED = {
     "clip_vit_b16 coop coop_init photo": "coop_init photo ends LIFT\\+ with an error; leave it out",
     "clip_vit_b16 coop coop_ctx_len None": "coop_ctx_len None: there is no rule for this size here",
     "clip_vit_b16 coop l.aft True": "l.aft True: aft acts in the image tower only here",
-    "clip_vit_b16 coop l.pt True l.pt_len None": "l.pt_len None: there is no rule for this size here",
     "clip_vit_b16 coop l.lora True l.lora_dim None": "l.lora_dim None: there is no rule for this size here",
     "clip_vit_b16 coop l.lora True l.adapter True l.lora_dim 8": "l.lora_dim 8, l.adapter_dim 4: all tuners have one",
     "clip_vit_b16 coop l.lora True l.pt True l.lora_layers 3": "all tuners have one text_partial here",
     "clip_vit_b16 coop l.lora True l.lora_layers [0,2]": "l.lora_layers \\[0,2\\]: text_partial, which all tuners",
-    "clip_vit_b16 coop l.lora True l.lora_layers [-1]": "l.lora_layers \\[-1\\]: text_partial, which all tuners",
     "clip_vit_b16 coop l.lora True l.lora_layers half": "l.lora_layers must be .*, not 'half'",
     "clip_vit_b16 lift+ v.lora Yes": "v.lora must be True or False, not 'Yes'",
     "clip_vit_b16 lift+ v.lorra True": "unknown option of LIFT\\+ 'v.lorra'; did you mean 'v.lora'",
@@ -286,8 +284,7 @@ def test_the_command_line_trains_text(launch: Cli) -> None:
 def test_text_tuners_start_as_in_lift_plus() -> None:
     """W_down of adapters from U(-1/√D, 1/√D), which no draw leaves, and not from a normal distribution."""
     line = "-d fake_lt -b tiny_clip -m lp classifier None pretrained none l.adaptformer True clip_adapter True"
-    cfg = _grid.config(line.split())
-    model = build_model(cfg, ["cat"] * 3)
+    model = build_model(_grid.config(line.split()), ["cat"] * 3)
     weights = {name: each for name, each in model.named_parameters() if "down_proj.weight" in name}
     assert len(weights) == 2 + model.text.depth
     for name, each in weights.items():

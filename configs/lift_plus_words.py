@@ -1,24 +1,29 @@
 """Translates the command lines of LIFT+, `-d DATA -b BACKBONE -m METHOD KEY VALUE …`, to those of TailTune.
 
-A backbone with a method is the model config `<backbone>_lift_plus` with some options. The keys of the image tower are
-nested (`v.lora_dim`). Words that LIFT+ does not know stay as they are, so options of TailTune may be among them.
+A backbone with a method is the model config `<backbone>_lift_plus` with some options. The keys of towers are nested:
+`v.lora_dim` of images, `l.lora_dim` of texts. Words that LIFT+ does not know stay as they are, so options of TailTune
+may be among them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from tailtune.configs import names
 from tailtune.configs.command_words import separated
 from tailtune.configs.errors import UserError, lookup, unknown
+from tailtune.configs.lift_plus_text_words import (
+    TEXT_KEYS,
+    WIDTHS,
+    Options,
+    Words,
+    flags_on,
+    is_true,
+    of_text,
+    same_value,
+)
 
 SUFFIX = "_lift_plus"
 """End of the names of the model configs with the recipe of LIFT+."""
-TEXT_TOWER = "the text tower is not tuned here yet"
-"""Why everything that trains text is refused."""
-
-Options = Mapping[str, str]
-Words = Sequence[str]
-
 TUNERS: Mapping[str, str] = MappingProxyType(
     {
         "fft": "full_tuning",
@@ -39,11 +44,11 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "lp": "",
         "fft": "v.fft True",
         "aft": "v.aft True",
-        "coop": "coop True num_epochs 50 batch_size 32 lr 0.002 mda False",
-        "zs": "zero_shot True",
+        "coop": "classifier None coop True num_epochs 50 batch_size 32 lr 0.002 mda False",
+        "zs": "classifier None zero_shot True",
     }
 )
-"""Method of LIFT+ → what it sets, in the keys of LIFT+."""
+"""Method of LIFT+ → what it sets, in the keys of LIFT+. The others have a classifier, as our configs."""
 RENAMED: Mapping[str, str] = MappingProxyType(
     {
         **{
@@ -84,8 +89,6 @@ VALUES: Mapping[str, tuple[str, Options]] = MappingProxyType(
     }
 )
 """Key of LIFT+ → our option, and value of LIFT+ → ours."""
-WIDTHS = ("lora", "adapter", "adaptformer")
-"""Tuners with an option `v.<tuner>_dim`, for all of which we have one option."""
 OF_TOWER = (
     *TUNERS,
     *(f"{name}_layers" for name in TUNERS),
@@ -93,10 +96,6 @@ OF_TOWER = (
     *("pt_len", "aft_ratio", "aft_loc", "aft_seed"),
 )
 """Options of a tower of LIFT+, `v.…` of images and `l.…` of texts."""
-OF_TEXT = ("coop", "proj_tuning", "clip_adapter")
-"""Flags of LIFT+ that train text, or what lies behind both towers."""
-UNUSED = ("coop_init", "coop_ctx_len", "coop_cls_pos", "clip_adapter_dim")
-"""Options of these flags."""
 
 
 def translated(backbone: str | None, model: str, pairs: Words) -> tuple[str, list[str]]:
@@ -121,7 +120,7 @@ def translated(backbone: str | None, model: str, pairs: Words) -> tuple[str, lis
     if "tte_expand" in given:  # in the scripts of LIFT+, whose code has the option `expand`
         given["expand"] = given.pop("tte_expand")
     convnet = "_rn" in backbone
-    ours = dict(_tuners(given, convnet))
+    ours = dict(_tuners(given, convnet)) | dict(of_text(given))
     for key, value in given.items():
         ours |= dict(_option(key, value, given))
     return config, [word for pair in ours.items() for word in pair]
@@ -129,10 +128,7 @@ def translated(backbone: str | None, model: str, pairs: Words) -> tuple[str, lis
 
 def _tuners(given: Options, convnet: bool) -> Iterator[tuple[str, str]]:
     """Our tuners and their sizes; that of the model config is off if the line has others."""
-    for name in TUNERS:
-        if given.get(f"v.{name}", "False").lower() not in ("true", "false"):
-            raise UserError(f"v.{name} must be True or False, not '{given[f'v.{name}']}'")
-    on = [name for name in TUNERS if _is_true(given.get(f"v.{name}", ""))]
+    on = [key.removeprefix("v.") for key in flags_on(given, [f"v.{name}" for name in TUNERS])]
     default = "ssf" if convnet else "adaptformer"
     if default not in on:
         yield TUNERS[default], "False"
@@ -148,12 +144,8 @@ def _tuners(given: Options, convnet: bool) -> Iterator[tuple[str, str]]:
                     f"{TUNERS[name]}_layers, which counts the four stages"
                 )
             yield f"{TUNERS[name]}_layers", "4"  # not the stem and the pooling, as in LIFT+
-    widths = {name: given.get(f"v.{name}_dim", "None") for name in WIDTHS if name in on}
-    if len(set(widths.values())) > 1:
-        raise UserError(
-            f"v.{'_dim, v.'.join(widths)}_dim: all tuners have one adapter_dim here; give them the same number, or none"
-        )
-    yield from (("adapter_dim", width) for width in list(widths.values())[:1] if width != "None")
+    widths = {f"v.{name}_dim": given.get(f"v.{name}_dim", "None") for name in WIDTHS if name in on}
+    yield from (("adapter_dim", width) for width in same_value(widths, "adapter_dim") if width != "None")
 
 
 def _option(key: str, value: str, given: Options) -> Iterator[tuple[str, str]]:
@@ -161,25 +153,17 @@ def _option(key: str, value: str, given: Options) -> Iterator[tuple[str, str]]:
     tower, _, name = key.rpartition(".")
     if tower in ("v", "l") and name not in OF_TOWER:
         raise unknown("option of LIFT+", key, [f"{tower}.{each}" for each in OF_TOWER])
-    if tower == "l" or key in OF_TEXT or key == "classifier" and value == "None":
-        yield from _of_text(key, value, given)
-    elif key in RENAMED:
+    if tower == "l" or key in TEXT_KEYS or key == "classifier" and value == "None":
+        return  # `of_text` has read them
+    if key in RENAMED:
         yield RENAMED[key], value
     elif key in VALUES:
         option, values = VALUES[key]
         yield option, lookup(values, value, f"value of {key}")
     elif key in SPECIAL:
         yield from SPECIAL[key](value, given)
-    elif tower != "v" and key not in UNUSED:
+    elif tower != "v":
         yield key, value  # an option of TailTune, or of nobody, which the loader of the configs refuses
-
-
-def _of_text(key: str, value: str, given: Options) -> Iterator[tuple[str, str]]:
-    """Nothing, where an option of texts has no effect; else the reason why it is refused."""
-    trains = _is_true(value) or key == "classifier" and not _is_true(given.get("zero_shot", ""))
-    if trains:
-        raise UserError(f"{key} {value}: {TEXT_TOWER}; LIFT+ itself tunes the image tower and has a classifier")
-    yield from ()
 
 
 def _accum_step(value: str, given: Options) -> Iterator[tuple[str, str]]:
@@ -192,7 +176,7 @@ def _accum_step(value: str, given: Options) -> Iterator[tuple[str, str]]:
 
 def _expand(value: str, given: Options) -> Iterator[tuple[str, str]]:
     if value != "None":
-        yield "expand" if _is_true(given.get("tte", "")) else "crop_margin", value
+        yield "expand" if is_true(given.get("tte", "")) else "crop_margin", value
 
 
 def _prec_test(value: str, given: Options) -> Iterator[tuple[str, str]]:
@@ -214,7 +198,3 @@ SPECIAL: Mapping[str, Callable[[str, Options], Iterator[tuple[str, str]]]] = Map
     }
 )
 """Key of LIFT+ → function of its value and of all values that gives our options."""
-
-
-def _is_true(value: str) -> bool:
-    return value.lower() == "true"

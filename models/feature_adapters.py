@@ -115,7 +115,7 @@ def add_feature_adapters(
         if options.adapter == ORIGINAL:
             head.adapter = OriginalAdapter(head.dim, options.dim or max(1, head.dim // 4), options.ratio)
         if options.adapter == RESIDUAL:
-            head.adapter, tower.adapter = (ResidualAdapter(head.dim, options.dim or 4) for _ in range(2))
+            head.adapter, tower.adapter = (ResidualAdapter(head.dim, options.dim or 4, uniform=True) for _ in range(2))
     if options.projection:
         if encoder.projection is None or tower.projection is None:
             raise UserError("projection_tuning: this image encoder has no projection of its own; choose a CLIP ViT")

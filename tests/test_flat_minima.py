@@ -396,6 +396,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("flat minima")
 @pytest.mark.parametrize("name", SAM_MODES)
 def test_two_processes_train_as_one(name: str, pairs: Path, tmp_path: Path) -> None:

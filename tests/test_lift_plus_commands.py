@@ -12,10 +12,12 @@ from conftest import Cli
 from yacs.config import CfgNode
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.lift_plus_words import METHODS, OF_TOWER, TEXT_TOWER, translated
+from tailtune.configs.lift_plus_words import METHODS, OF_TOWER, translated
 from tailtune.configs.schema import schema_of
+from tailtune.models import build_model
 from tailtune.scripts import _grid
 from tailtune.trainers.config_checks import check
+from tailtune.trainers.foreign_checkpoints.lift_plus import layout
 
 ORIGINAL = {
     "main": (22, "41bf01a4c55db5fb"),
@@ -133,6 +135,21 @@ COUNTS = {
     "places_lt -b clip_rn50 -m lp v.ssf True": (2_048, 373_760),
     "places_lt -b in1k_rn152 -m lp v.bitfit True": (75_648, 747_520),
     "places_lt -b clip_vit_b16 -m lift+ classifier LinearClassifier": (175_212, 280_685),
+    "places_lt -b clip_vit_b16 -m coop": (2_048, 0),
+    "places_lt -b clip_vit_l14 -m coop": (3_072, 0),
+    "places_lt -b clip_rn50 -m coop": (2_048, 0),
+    "places_lt -b clip_vit_b16 -m coop coop_ctx_len 16 coop_cls_pos middle l.lora True": (16 * 512 + 98_304, 0),
+    "places_lt -b clip_vit_b16 -m lift+ classifier None": (175_212, 0),
+    "places_lt -b clip_vit_b16 -m lift+ classifier None l.adaptformer True": (175_212 + 67_644, 0),
+    "places_lt -b clip_vit_b16 -m lp classifier None l.adapter True": (67_632, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None l.lora True": (147_456, 0),
+    "places_lt -b clip_vit_b16 -m lp classifier None l.pt True": (12_288, 0),
+    "places_lt -b clip_vit_b16 -m lp classifier None l.ssf True": (110_592, 0),
+    "places_lt -b clip_vit_b16 -m lp classifier None l.bitfit True": (67_584, 0),
+    "places_lt -b clip_vit_b16 -m lp classifier None l.fft True": (37_828_608, 0),
+    "places_lt -b clip_vit_b16 -m lp classifier None l.fft True l.fft_layers range(3)": (37_828_608 // 4, 0),
+    "places_lt -b clip_vit_b16 -m lp classifier None clip_adapter True": (11_272 // 2, 11_272 // 2),
+    "places_lt -b clip_vit_b16 -m lp classifier None proj_tuning True": (655_360, 0),
 }
 """Line → learned parameters of tuner and head, as the original counts them."""
 
@@ -143,12 +160,21 @@ def test_parameters_of_a_line(line: str) -> None:
     assert (counts["tuner"], counts["head"]) == COUNTS[line]
 
 
+WITHOUT = "LIFT\\+ trains text without a classifier only; add 'classifier None'"
 REFUSED = {
-    "clip_vit_b16 coop": f"coop True: {TEXT_TOWER}",
-    "clip_vit_b16 lift+ l.lora True": f"l.lora True: {TEXT_TOWER}",
-    "clip_vit_b16 lift+ clip_adapter True": f"clip_adapter True: {TEXT_TOWER}",
-    "clip_vit_b16 lift+ proj_tuning True": f"proj_tuning True: {TEXT_TOWER}",
-    "clip_vit_b16 lift+ classifier None": f"classifier None: {TEXT_TOWER}",
+    "clip_vit_b16 coop classifier CosineClassifier": f"coop True: {WITHOUT}",
+    "clip_vit_b16 lift+ l.lora True": f"l.lora True: {WITHOUT}",
+    "clip_vit_b16 lift+ clip_adapter True proj_tuning True": f"proj_tuning True, clip_adapter True: {WITHOUT}",
+    "clip_vit_b16 zs l.lora True": "l.lora True: zero_shot True trains nothing",
+    "clip_vit_b16 lift+ clip_adapter residual": "clip_adapter must be True or False, not 'residual'",
+    "clip_vit_b16 coop coop_init photo": "coop_init photo ends LIFT\\+ with an error; leave it out",
+    "clip_vit_b16 coop coop_ctx_len None": "coop_ctx_len None: there is no rule for this size here",
+    "clip_vit_b16 coop l.aft True": "l.aft True: aft acts in the image tower only here",
+    "clip_vit_b16 coop l.lora True l.lora_dim None": "l.lora_dim None: there is no rule for this size here",
+    "clip_vit_b16 coop l.lora True l.adapter True l.lora_dim 8": "l.lora_dim 8, l.adapter_dim 4: all tuners have one",
+    "clip_vit_b16 coop l.lora True l.pt True l.lora_layers 3": "all tuners have one text_partial here",
+    "clip_vit_b16 coop l.lora True l.lora_layers [0,2]": "l.lora_layers \\[0,2\\]: text_partial, which all tuners",
+    "clip_vit_b16 coop l.lora True l.lora_layers half": "l.lora_layers must be .*, not 'half'",
     "clip_vit_b16 lift+ v.lora Yes": "v.lora must be True or False, not 'Yes'",
     "clip_vit_b16 lift+ v.lorra True": "unknown option of LIFT\\+ 'v.lorra'; did you mean 'v.lora'",
     "clip_vit_b16 lift+ l.rank 2": "unknown option of LIFT\\+ 'l.rank'",
@@ -170,6 +196,10 @@ def test_what_is_refused_says_why(line: str) -> None:
         translated(backbone, method, pairs)
 
 
+TEXT = "classifier TextClassifier"
+CONTEXT = "context coop context_len 8 context_position end"
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -183,6 +213,34 @@ def test_what_is_refused_says_why(line: str) -> None:
         ("lp v.lora_dim 8 v.lora False", "adaptformer False"),
         ("lp pretrained none resume False", "adaptformer False pretrained none resume False"),
         ("zs classifier None", "adaptformer False zero_shot True"),
+        ("lift+ classifier None", "classifier TextClassifier"),
+        (
+            "coop",
+            "adaptformer False classifier TextClassifier context coop context_len 4 context_position end num_epochs 50 "
+            "batch_size 32 lr 0.002 augment lift",
+        ),
+        ("lift+ coop True classifier None coop_ctx_len 8 coop_init None", f"{TEXT} {CONTEXT}"),
+        (
+            "lift+ classifier None l.pt True l.pt_layers [0]",
+            f"{TEXT} text_vpt_deep True text_partial [0,1] text_vpt_len 2",
+        ),
+        ("lift+ classifier None l.pt True l.pt_layers deep l.pt_len 5", f"{TEXT} text_vpt_deep True text_vpt_len 5"),
+        (
+            "lift+ classifier None l.ssf True l.fft True l.ssf_layers range(3) l.fft_layers [2,0,1]",
+            f"{TEXT} text_full_tuning True text_ssf_attn True text_ssf_mlp True text_partial [0,3]",
+        ),
+        (
+            "lift+ classifier None l.adapter True l.adapter_dim 8 l.adapter_layers 6 l.lora_dim 2",
+            f"{TEXT} text_adapter True adapter_init uniform text_adapter_dim 8 text_partial 6",
+        ),
+        (
+            "lift+ classifier None proj_tuning True clip_adapter True",
+            f"{TEXT} projection_tuning True clip_adapter residual clip_adapter_dim 4",
+        ),
+        (
+            "lift+ classifier None coop_ctx_len 8 clip_adapter_dim 2 l.pt_len 3 text_clip_lora True",
+            f"{TEXT} text_clip_lora True",
+        ),
         ("lp v.ssf True", "adaptformer False ssf_attn True ssf_mlp True"),
     ],
 )
@@ -214,5 +272,28 @@ def test_the_command_line_takes_a_line(launch: Cli) -> None:
     assert again.returncode == 0 and "finished before" in again.stdout, "the same run"
     wrong = launch("-d fake_lt -b tiny_clip -m lift+ l.pt True")
     assert wrong.returncode == 2 and wrong.stderr == (
-        f"error: l.pt True: {TEXT_TOWER}; LIFT+ itself tunes the image tower and has a classifier\n"
+        "error: l.pt True: LIFT+ trains text without a classifier only; add 'classifier None', or leave this out\n"
     )
+
+
+def test_the_command_line_trains_text(launch: Cli) -> None:
+    done = launch("-d fake_lt -b tiny_clip -m coop num_epochs 1 max_test_images 20 pretrained none l.pt True")
+    assert done.returncode == 0, done.stderr
+
+
+def test_text_tuners_start_as_in_lift_plus() -> None:
+    """W_down of adapters from U(-1/√D, 1/√D), which no draw leaves, and not from a normal distribution."""
+    line = "-d fake_lt -b tiny_clip -m lp classifier None pretrained none l.adaptformer True clip_adapter True"
+    model = build_model(_grid.config(line.split()), ["cat"] * 3)
+    weights = {name: each for name, each in model.named_parameters() if "down_proj.weight" in name}
+    assert len(weights) == 2 + model.text.depth
+    for name, each in weights.items():
+        bound = each.shape[1] ** -0.5
+        assert 0.9 * bound < float(each.detach().abs().max()) <= bound, name
+
+
+@pytest.mark.parametrize("line", ["coop", "lift+ classifier None l.lora True"])
+def test_checkpoints_of_lift_plus_with_text_are_refused(line: str) -> None:
+    model = check(_grid.config(f"-d fake_lt -b tiny_clip -m {line} pretrained none".split()))
+    with pytest.raises(UserError, match="not for those whose text tower classifies"):
+        layout(model, [])

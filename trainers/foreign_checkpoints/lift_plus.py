@@ -80,10 +80,13 @@ def layout(model: ClassificationModel, tuners: Sequence[str]) -> dict[str, Targe
         Key (`tuner.…`) → tensors.
 
     Raises:
-        UserError: LIFT+ does not have this backbone or tuner, or the text features of the model train.
+        UserError: LIFT+ does not have this backbone or tuner, or the classifier is made of text features.
     """
     if model.text is not None:
-        raise UserError("checkpoints of LIFT+ whose text features train are not read or written here; use our own runs")
+        raise UserError(
+            "checkpoints of LIFT+ are read and written for runs with a classifier of its own, not for those whose text "
+            "tower classifies"
+        )
     encoder = model.encoder
     named = _vit(encoder, tuners) if isinstance(encoder, ViTEncoder) else _resnet(encoder, tuners)
     head = {f"{HEAD}{name}": Target([tensor]) for name, tensor in model.head.state_dict(keep_vars=True).items()}

@@ -23,14 +23,25 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 from tailtune.configs import load_configs
 from tailtune.datasets.build_data import build_info
+from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import build_model, resolve
-from tailtune.trainers.methods import build_method
+from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
-from tailtune.trainers.precision import PRECISIONS, cast_trainable
+from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable
 from tailtune.trainers.runs.metrics_file import hardware
 
 MIB = 2**20
+
+
+def method_in(cfg: CfgNode, info: DataInfo, prec: str, fast: bool = True) -> Method:
+    """The method of a config with random weights in a precision, as a run casts it."""
+    method = build_method(cfg, build_model(cfg, info.class_names, fast=fast), info)
+    method.model.init = None
+    precision = PRECISIONS[prec]
+    method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
+    cast_trainable(method, precision.trainable)
+    return method
 
 
 def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fast: bool) -> Callable[[], None]:
@@ -44,11 +55,7 @@ def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fa
         fast: True for the fast path, False for the plain formulation.
     """
     info = build_info(cfg)
-    method = build_method(cfg, build_model(cfg, info.class_names, fast=fast), info).to(device).train()
-    method.model.init = None
-    precision = PRECISIONS[prec]
-    method.model.set_precision(precision.compute)
-    cast_trainable(method, precision.trainable)
+    method = method_in(cfg, info, prec, fast).to(device).train()
     optimizer = build_optimizer(method.param_groups(), Plan.of(cfg, batch_size))
     batch = {
         "image": torch.zeros(batch_size, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8, device=device),

@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.launch_environment import world_size
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.methods.base import Method
+from tailtune.trainers.storage.checkpoint import trained_state
 
 
 def is_sharded() -> bool:
     """Whether the launch asks for FSDP, on more than one process."""
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    return wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return wanted and world_size() > 1
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin:
@@ -94,6 +96,11 @@ def copy_to_shard(method: Method) -> Method:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. All processes must call this together for a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(method: Method) -> dict[str, Tensor]:
+    """As `trained_state`, with whole tensors. All processes must call this together."""
+    return {name: whole(tensor) for name, tensor in trained_state(method).items()}
 
 
 def own_part(tensor: Tensor) -> Tensor:

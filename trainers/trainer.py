@@ -22,9 +22,9 @@ from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Curves, Progress
 from tailtune.trainers.runs.metrics_file import TrainReport
-from tailtune.trainers.sharding import copy_to_shard, is_sharded, own_part, prepared, shard_states, whole
+from tailtune.trainers.sharding import copy_to_shard, is_sharded, own_part, prepared, shard_states, whole_state
 from tailtune.trainers.step_passes import StepPasses
-from tailtune.trainers.storage.checkpoint import copy_state, trained_state
+from tailtune.trainers.storage.checkpoint import copy_state
 from tailtune.trainers.storage.optimizer_state import restore_optimizer
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_meters import TrainingMeters
@@ -191,8 +191,8 @@ class Trainer:
     def _with_trained(self, run: TrainingRun) -> Method:
         """The method that was given, on the device, with the values that are trained so far."""
         if run.given is not run.method:
-            current = {name: whole(tensor) for name, tensor in trained_state(run.method).items()}
-            copy_state(run.given.to(self.accelerator.device), current, "this run", "start over with `resume False`")
+            current, given = whole_state(run.method), run.given.to(self.accelerator.device)
+            copy_state(given, current, "this run", "start over with `resume False`")
         return run.given
 
     def _check_finite(self, run: TrainingRun, weights: bool) -> None:
@@ -225,8 +225,6 @@ class Trainer:
         sampler = StepSampler(data.train.labels, *sizes, plan.seed, rank, world, order, pair, in_step=is_sharded())
         given, method = method, copy_to_shard(method) if is_sharded() else method
         if given is not method:
-            if plan.sam is not None:
-                raise UserError(f"sam {plan.sam} does not go with FSDP: launch without --use_fsdp, or leave sam out")
             log.info("parameters, gradients and optimizer states are sharded over %d processes (FSDP2)", world)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)

@@ -8,16 +8,15 @@ from unittest.mock import MagicMock, patch
 
 import torch
 
+from tailtune.benchmarks.step import method_in
 from tailtune.benchmarks.steps.clock import Clock
 from tailtune.configs import load_configs
 from tailtune.datasets.build_data import build_info
-from tailtune.models import build_model, resolve
+from tailtune.models import resolve
 from tailtune.trainers import trainer
 from tailtune.trainers.distributed import Devices, make_accelerator
-from tailtune.trainers.methods import build_method
 from tailtune.trainers.optimizers_and_schedules import Plan
 from tailtune.trainers.option_schema import declared
-from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable
 
 STEPS = 10_000
 """Length of the run, more than is ever measured."""
@@ -34,11 +33,7 @@ def main(row: dict[str, Any]) -> None:
     cfg = resolve(load_configs(row["data"], row["model"], pairs, declared())[-1])
     info = build_info(cfg)
     accelerator = make_accelerator(Devices.of(cfg))
-    method = build_method(cfg, build_model(cfg, info.class_names), info)
-    method.model.init = None
-    precision = PRECISIONS[cfg.prec]
-    method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
-    cast_trainable(method, precision.trainable)
+    method = method_in(cfg, info, cfg.prec)
     labels = torch.arange(row["batch"]) % info.num_classes
     side = cfg.resolution
     images = torch.randint(0, 256, (row["batch"], 3, side, side), dtype=torch.uint8)

@@ -70,10 +70,7 @@ def reverse(labels: Tensor, seed: int, epoch: int) -> Tensor:
     Returns:
         Indices in the split, int64 [N].
     """
-    random = generator(seed, "reverse", epoch)
-    inverse_counts = 1 / labels.unique(return_counts=True)[1].double()
-    drawn = torch.multinomial(inverse_counts, len(labels), replacement=True, generator=random)
-    return _images_of(drawn, labels, random)
+    return _weighted(labels, lambda counts: 1 / counts, generator(seed, "reverse", epoch))
 
 
 def tempered(labels: Tensor, seed: int, epoch: int) -> Tensor:
@@ -87,9 +84,13 @@ def tempered(labels: Tensor, seed: int, epoch: int) -> Tensor:
     Returns:
         Indices in the split, int64 [N].
     """
-    random = generator(seed, "tempered", epoch)
-    powers = labels.unique(return_counts=True)[1].double() ** TEMPER
-    return _images_of(torch.multinomial(powers, len(labels), replacement=True, generator=random), labels, random)
+    return _weighted(labels, lambda counts: counts**TEMPER, generator(seed, "tempered", epoch))
+
+
+def _weighted(labels: Tensor, weights: Callable[[Tensor], Tensor], random: torch.Generator) -> Tensor:
+    """Draw a class for each image of an epoch with a weight that depends on its number of images, then its images."""
+    of_classes = weights(labels.unique(return_counts=True)[1].double())
+    return _images_of(torch.multinomial(of_classes, len(labels), replacement=True, generator=random), labels, random)
 
 
 def _images_of(drawn: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Batch norms whose statistics were folded into the convolutions, as converters for inference leave them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def unfold(network: nn.Module, norms: Sequence[nn.BatchNorm2d], batches: Iterabl
     """
     sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.weight.device) for norm in norms]
 
-    def observer(total: Tensor) -> object:
+    def observer(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             values = inputs[0].double()
             count = torch.full_like(total[0], values.numel() / values.shape[1])

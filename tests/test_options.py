@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import other_value
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import slow_except
 from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
@@ -852,7 +853,23 @@ def first_outcome(key: str) -> Outcome:
     return DEFAULTS[given]
 
 
-@pytest.mark.parametrize("key", PROBES)
+ELSEWHERE = {
+    "test_adapt.py": ("adapt", "adapt_epochs"),
+    "test_cli.py": ("after", "model_dir", "test_train"),
+    "test_curves.py": ("trackers",),
+    "test_ensembles.py": ("ensemble", "ensemble_alpha", "ensemble_runs"),
+    "test_exchange.py": ("export",),
+    "test_export_infer.py": ("export_fp16",),
+    "test_image_cache.py": ("cache",),
+    "test_peft.py": ("peft",),
+    "test_report.py": ("report",),
+    "test_share.py": ("push_to_hub",),
+    "test_validation.py": ("keep", "patience", "val_every"),
+}
+"""Default tests → options whose effect they look at. The probes of these train whole runs: `make test-slow`."""
+
+
+@pytest.mark.parametrize("key", slow_except(sorted(PROBES.keys() - set().union(*ELSEWHERE.values())), PROBES))
 def test_an_option_has_an_effect(key: str) -> None:
     first, second = first_outcome(key), outcome(key, PROBES[key].second)
     assert first.keys() == second.keys() and first

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, Cli, free_port, offline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import slow_except
 from torch import Tensor
 from trajectories import Killed
 
@@ -163,7 +164,7 @@ def killed_run(launch: Cli, words: str, at: int) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("metric", ["mean_acc", "nll"])
+@pytest.mark.parametrize("metric", slow_except(["mean_acc"], ["mean_acc", "nll"]))
 def test_a_killed_run_keeps_the_same_epoch(metric: str, launch: Cli, tmp_path: Path) -> None:
     words = f"{COMMAND} num_epochs 4 val_every 1 keep best:{metric}"
     assert launch(f"{words} output_dir whole").returncode == 0
@@ -217,6 +218,7 @@ def test_other_validation_images_are_refused_when_it_resumes(launch: Cli, tmp_pa
     assert done.returncode == 2 and "validation images is 20 of" in done.stderr
 
 
+@pytest.mark.slow  # test_core.py compares the curves by default
 def test_two_processes(launch: Cli, tmp_path: Path) -> None:
     """As one process, in fp64: the same curve, the same epoch, the same weights."""
     words = f"{VALIDATED} prec fp64 test_prec fp64 num_epochs 2 num_workers 0 output_dir "

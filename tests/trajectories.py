@@ -26,7 +26,12 @@ LAYOUTS: dict[str, dict[int, list[Layout]]] = {
     "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
 }
 """Tier → processes → layouts; the first on one process is the reference."""
-MORE = {"text": "classifier TextClassifier text_lora True text_memory 0"}
+VALIDATED = "val_per_class 1 val_every 1"
+MORE = {
+    "few": VALIDATED,
+    "text": f"{VALIDATED} classifier TextClassifier text_lora True text_memory 0",
+    "all": VALIDATED,
+}
 """Tier → further words of the command, which test_core.py gives."""
 COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
 

@@ -16,6 +16,9 @@ import pytest
 
 import tailtune  # first: it takes this checkout, whose `datasets` is not the library, from sys.path
 
+if os.environ.get("TAILTUNE_TEST_DEVICE", "cpu") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs; also for the processes that tests start
+
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
@@ -109,7 +112,7 @@ def free_port() -> int:
 
 def offline(**environment: str) -> dict[str, str]:
     """An environment without network and without anybody's caches, in which Python keeps compiled modules."""
-    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "", **environment}
 
 

@@ -4,15 +4,18 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tailtune.configs import load_configs
+from tailtune.trainers import distributed
 from tailtune.trainers.methods import Method
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
@@ -111,9 +114,17 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoint" / "tensors.safetensors")
 
 
+def share_a_gpu() -> None:
+    """Let all processes of this launch use the first GPU. NCCL takes one process for each GPU; gloo takes several."""
+    os.environ["LOCAL_RANK"] = "0"
+    distributed.InitProcessGroupKwargs = partial(InitProcessGroupKwargs, backend="gloo")  # type: ignore[misc,assignment]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     processes = int(os.environ["WORLD_SIZE"])
+    if 0 < torch.cuda.device_count() < processes:
+        share_a_gpu()
     for layout in LAYOUTS[sys.argv[2]][processes]:
         train(Path(sys.argv[1]), *layout, processes, " ".join(sys.argv[3:]))
     if sys.argv[2] != "pair":

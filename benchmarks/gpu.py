@@ -113,7 +113,7 @@ def _command(argv: Sequence[str]) -> int:
             for name, facts in row.measure(bench):
                 report.add(name, facts)
         except UserError as error:
-            report.add(row.names[0], {"status": "failed", "why": str(error)})
+            report.add(row.names[0], bench.ended(error))
     print(f"wrote {args.json} and {report.page}")
     return int(bool(bench.device) and report.misses())
 

@@ -44,7 +44,7 @@ class MemoryRows:
                         yield row_of(left[0]), judged(side.step(left[0]), bench)
                         left.pop(0)
             except UserError as error:  # the process ended; the next config gets another one
-                yield row_of(left.pop(0)), {"status": "failed", "why": str(error)}
+                yield row_of(left.pop(0)), bench.ended(error)
 
 
 def row_of(words: str) -> str:
@@ -80,7 +80,7 @@ class TestsRow:
         return [self.name]
 
     def measure(self, bench: Bench) -> Iterator[tuple[str, Facts]]:
-        """The row and its facts: `passed`, `failed` (names), `skipped`, `complete` (whether the limit let it end)."""
+        """The row and its facts: `passed`, `failed` (names), `skipped`, `complete` (no limit stopped it)."""
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow", "-v"]
         environment = {**os.environ, "TAILTUNE_TEST_DEVICE": "cuda" if bench.device else "cpu"}
         started, complete = time.monotonic(), True
@@ -96,10 +96,12 @@ class TestsRow:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)  # with the workers of pytest-xdist
                     process.wait()
-        facts = outcomes(self.log.read_text(encoding="utf-8"))
+        facts = outcomes(self.log.read_text(encoding="utf-8")) | {"complete": complete}
+        facts["tests_took"] = time.monotonic() - started
         failed = facts["failed"]
-        missed = [f"{len(failed)} tests failed"] if failed else [] if facts["passed"] else ["no test passed"]
-        facts |= {"complete": complete, "seconds": time.monotonic() - started, "missed": missed}
+        facts["missed"] = [f"{len(failed)} tests failed"] if failed else [] if facts["passed"] else ["no test passed"]
+        if not complete and not failed and not facts["passed"]:
+            facts = {"status": "not run", "why": f"no test ended within {facts['tests_took']:.0f} s"}
         yield self.name, {"status": "measured", **facts}
 
 

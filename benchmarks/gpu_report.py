@@ -21,7 +21,7 @@ def _outcome(facts: Facts) -> str:
     found = [facts["status"]] if facts["status"] != "measured" else []
     if "passed" in facts:
         found.append(f"{facts['passed']} passed, {len(facts['failed'])} failed, {facts['skipped']} skipped")
-        found += [] if facts["complete"] else ["stopped by the limit of time"]
+        found.append(f"{facts['tests_took']:.0f} s{'' if facts['complete'] else ', then stopped'}")
     return "; ".join([*found, *([facts["why"]] if "why" in facts else []), *facts.get("missed", [])]).replace("|", "/")
 
 

@@ -14,6 +14,7 @@ import torch
 from tailtune.benchmarks import compare
 from tailtune.benchmarks.steps.device import peak_flops
 from tailtune.benchmarks.steps.side import ROOT, Side
+from tailtune.configs.errors import UserError
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS
 
@@ -43,6 +44,11 @@ class Bench:
     def left(self) -> float:
         """Seconds until the end of the time."""
         return self.until - time.monotonic()
+
+    def ended(self, error: UserError) -> Facts:
+        """The facts of a row whose process has ended."""
+        over = self.left() <= 0
+        return {"status": "not run", "why": "the time was over"} if over else {"status": "failed", "why": str(error)}
 
     @contextmanager
     def side(self, module: str, told: Facts, folder: Path = ROOT) -> Iterator[Side]:
@@ -90,33 +96,37 @@ class StepRow:
 
     def _measured(self, bench: Bench) -> Facts:
         """Time, memory, FLOPs and places that wait for the GPU."""
-        row, batch, pairs, place = (
-            self.row,
-            compare.GPU_BATCH[self.row.size],
-            self.pairs,
-            bench.places[self.row.original],
-        )
+        row, pairs = self.row, self.pairs
+        batch, place = compare.GPU_BATCH[row.size], bench.places[row.original]
         if bench.toy:
             model = row.model.replace("clip_vit_b16", "tiny_clip")
             row, batch, place = replace(row, model=model, size=("fake_lt", 4)), 4, None
             pairs = tuple("2" if word.isdigit() else word for word in pairs)
         if "compile" in pairs and "compile" not in {each.name for each in declared().declarations}:
             return {"status": "skipped", "why": "there is no option `compile`"}
-        told = row.told(self.prec, batch, *pairs)
+        told, beside = row.told(self.prec, batch, *pairs), None
         with ExitStack() as stack:
             ours = stack.enter_context(bench.side("ours", told))
+            warm_up(ours)
             sides = {"": ours}
             if self.beside is not None and place is not None:
-                told = {**told, "prec": self.beside}
-                sides["original_"] = stack.enter_context(bench.side("originals", told, place.absolute()))
-            for side in sides.values():
-                for _ in range(WARM):
-                    side.step()
+                beside = f"{row.original} {self.beside}"
+                try:  # ours is worth its row without the original
+                    side = stack.enter_context(bench.side("originals", {**told, "prec": self.beside}, place.absolute()))
+                    warm_up(side)
+                    sides["original_"] = side
+                except UserError as error:
+                    beside = f"{beside} failed: {error}"
             waits = ours.step("waits")["waits"]
             if self.flops_of is None:
                 bench.flops[self.name] = ours.step("flops")["flops"]
-            facts = {"batch": batch, "prec": self.prec, "waits": waits, **timed(sides, bench, batch)}
-        facts["original"] = f"{row.original} {self.beside}" if len(sides) > 1 else None
+            facts = {
+                "batch": batch,
+                "prec": self.prec,
+                "original": beside,
+                "waits": waits,
+                **timed(sides, bench, batch),
+            }
         facts |= self._share_of_peak(facts, ours.facts, bench)
         return {"status": "measured", **facts, "missed": missed(facts, self.targets) if bench.device else []}
 
@@ -127,6 +137,12 @@ class StepRow:
         peak = peak_flops(bench.device, kind) if self.row.size == compare.VIT else None  # convolutions may use another
         mfu = flops / facts["seconds"] / peak if peak and flops else None
         return {"flops": flops, "arithmetic": kind, "peak_flops": peak, "mfu": mfu, **arithmetic}
+
+
+def warm_up(side: Side) -> None:
+    """Make the steps that are not measured."""
+    for _ in range(WARM):
+        side.step()
 
 
 def timed(sides: Mapping[str, Side], bench: Bench, batch: int) -> Facts:

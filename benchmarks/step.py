@@ -48,6 +48,21 @@ def method_in(cfg: CfgNode, info: DataInfo, prec: str, fast: bool = True) -> Met
     return method
 
 
+def stages_at_random(data: str, model: str, *pairs: str) -> list[CfgNode]:
+    """The resolved configs of the one or two stages of a model config, with random weights.
+
+    Args:
+        data: data config.
+        model: model config.
+        pairs: more options.
+    """
+    words = ["pretrained", "none", *pairs]
+    stages = load_configs(data, model, words, declared())
+    if len(stages) > 1:
+        stages = load_configs(data, model, [*words, "after.pretrained", "none"], declared())
+    return [resolve(cfg) for cfg in stages]
+
+
 def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fast: bool) -> Callable[[], None]:
     """Create a function that runs one optimizer step of a config.
 

@@ -6,14 +6,11 @@ from fake_gpu import GPU, fake_gpu, put
 from tiers import slow_except
 
 from tailtune.benchmarks.shipped import PAIRS
-from tailtune.benchmarks.step import method_in
-from tailtune.configs import load_configs
+from tailtune.benchmarks.step import method_in, stages_at_random
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.images.tensor_transforms import TENSOR_AUGMENTS
-from tailtune.models import resolve
 from tailtune.trainers.methods import Earlier
 from tailtune.trainers.micro_batch_probe import blank_batch
-from tailtune.trainers.option_schema import declared
 from tailtune.trainers.storage.checkpoint import trained_state
 from tailtune.trainers.training_meters import TrainingMeters
 
@@ -23,7 +20,7 @@ FEW = [("digits_lt", f"tiny_clip_{name}") for name in ("peft", "sade", "dirmixe"
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(("data", "model"), slow_except(FEW, PAIRS))
 def test_a_step_stays_on_the_gpu(data: str, model: str) -> None:
-    stages = [resolve(cfg) for cfg in load_configs(data, model, ["pretrained", "none"], declared())]
+    stages = stages_at_random(data, model)
     info = build_info(stages[-1])
     earlier, method = (method_in(cfg, info, "fp32") for cfg in (stages[0], stages[-1]))
     with fake_gpu() as mode, torch.no_grad():

@@ -138,8 +138,11 @@ def world(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def clear() -> None:
@@ -357,9 +360,11 @@ def decays(cfg: CfgNode) -> Any:
     return [(len(group["params"]), group["weight_decay"]) for group in groups]
 
 
-def cudnn(cfg: CfgNode) -> Any:
-    make_accelerator(Devices.of(cfg))
-    return {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
+def kernels(cfg: CfgNode) -> Any:
+    """What torch is told to use, on a machine with a GPU that this need not be."""
+    device(cfg)
+    found = {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
+    return found | {"all kernels": torch.are_deterministic_algorithms_enabled()}
 
 
 def device(cfg: CfgNode) -> Any:
@@ -706,7 +711,7 @@ PROBES: dict[str, Probe] = {
     "peft": Probe("none", "LoRA", trains_where),
     "peft_args": Probe("{r: 4}", "{r: 8}", trains_where, ("peft", "LoRA")),
     "seed": Probe(0, 1, seeds, ("lora", True)),
-    "deterministic": Probe(True, False, cudnn),
+    "deterministic": Probe(True, False, kernels),
     "prec": Probe("fp32", "bf16", trained, ONE),
     "residual_dtype": Probe("none", "fp32", trained, (*ONE, "prec", "bf16")),
     "num_epochs": Probe(1, 2, steps, ("batch_size", 512, "max_test_images", 20)),

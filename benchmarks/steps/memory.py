@@ -13,16 +13,13 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from tailtune.benchmarks.step import method_in, step_of
+from tailtune.benchmarks.step import method_in, stages_at_random, step_of
 from tailtune.benchmarks.steps import device
 from tailtune.benchmarks.steps.clock import Clock
-from tailtune.configs import load_configs
 from tailtune.datasets.build_data import build_info
-from tailtune.models import resolve
 from tailtune.trainers.distributed import uses_cuda
 from tailtune.trainers.methods import Earlier, Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import precision_used
 from tailtune.trainers.storage.checkpoint import trained_state
 
@@ -58,7 +55,7 @@ def measured(data: str, model: str, *pairs: str) -> dict[str, Any]:
         `prec`, `batch` and `seconds` of the second step, and the memory; or `why` nothing was measured.
     """
     device.forget_peak()
-    stages = [resolve(cfg) for cfg in load_configs(data, model, ["pretrained", "none", *pairs], declared())]
+    stages = stages_at_random(data, model, *pairs)
     cfg = stages[-1]
     method = built(cfg)
     if not cfg.num_epochs or not method.param_groups():

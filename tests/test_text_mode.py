@@ -115,7 +115,10 @@ def test_a_stage_with_a_classifier_of_its_own_is_refused(method: str, launch: Cl
 TUNED = ("adaptformer", True, "text_lora", True, "prec", "bf16")
 
 
-@pytest.mark.parametrize(("data", "share", "gigabytes"), [("imagenet_lt", 1.3, 10), ("inat2018", 3.0, 20)])
+COSTS = [("imagenet_lt", 1.3, 10), ("inat2018", 3.0, 20)]
+
+
+@pytest.mark.parametrize(("data", "share", "gigabytes"), slow_except(COSTS[:1], COSTS))
 def test_what_text_mode_costs(data: str, share: float, gigabytes: float, config: Any) -> None:
     """Beside 128 images: the forward and backward pass of the texts, and all activations, counted on the meta device.
 

@@ -38,7 +38,10 @@ def result(run: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("model", ["tiny_clip_peft pretrained none", "resnet32_ce"], ids=["tuners", "batch norms"])
+WITH_BATCH_NORMS = "resnet32_ce"
+
+
+@pytest.mark.parametrize("model", slow_except([WITH_BATCH_NORMS], ["tiny_clip_peft pretrained none", WITH_BATCH_NORMS]))
 def test_training_is_the_same_with_and_without(model: str, launch: Cli, tmp_path: Path) -> None:
     command = f"-d fake_lt -m {model} val_per_class 2 batch_size 64 max_test_images 30 num_epochs 2 output_dir "
     assert launch(f"{command}without").returncode == 0

@@ -31,6 +31,7 @@ from yacs.config import CfgNode
 if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tailtune.benchmarks.steps.device import finish
 from tailtune.configs import load_configs
 from tailtune.configs.option import options_from
 from tailtune.datasets.build_data import build_data
@@ -72,8 +73,7 @@ class Clock:
         """
         start = self.now()
         outcome = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        finish()
         self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
         return outcome
 

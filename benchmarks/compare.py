@@ -25,6 +25,7 @@ import torch
 if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tailtune.benchmarks.steps.device import device
 from tailtune.benchmarks.steps.side import ROOT, Side
 from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
@@ -63,6 +64,20 @@ class Row:
     size: tuple[str, int] = VIT
     targets: Mapping[str, Targets] = field(default_factory=dict)
     """Precision → what must be reached."""
+
+    def told(self, prec: str, batch: int, *more: str) -> dict[str, Any]:
+        """What the modules of `steps` are told.
+
+        Args:
+            prec: precision.
+            batch: images of a step.
+            more: more options of ours.
+        """
+        data, pairs = self.size[0], [*self.pairs, *more]
+        cfg = resolve(load_configs(data, self.model, ["pretrained", "none", *pairs], declared())[-1])
+        told = {"name": f"{self.name} {prec}", "batch": batch, "prec": prec, "data": data, "model": self.model}
+        told |= {"pairs": pairs, "original": self.original, "settings": self.settings, "side": cfg.resolution}
+        return told | {"counts": build_info(cfg).class_counts.long().tolist()}
 
 
 BOTH = {"fp32": (1.3, None), "bf16": (1.6, None)}
@@ -134,12 +149,9 @@ def compared(row: Row, prec: str, targets: Targets, place: Path, rounds: int, th
     Returns:
         Whether a target is missed.
     """
-    cuda = torch.cuda.is_available()
-    data, batch = row.size[0], GPU_BATCH[row.size] if cuda else row.size[1]
-    cfg = resolve(load_configs(data, row.model, ["pretrained", "none", *row.pairs], declared())[-1])
-    told = {"name": f"{row.name} {prec}", "batch": batch, "prec": prec, "data": data, "model": row.model}
-    told |= {"pairs": list(row.pairs), "original": row.original, "settings": row.settings, "side": cfg.resolution}
-    told["counts"] = build_info(cfg).class_counts.long().tolist()
+    cuda = device().type == "cuda"
+    batch = GPU_BATCH[row.size] if cuda else row.size[1]
+    told = row.told(prec, batch)
     kind = "wall" if cuda else "processor"
     with ExitStack() as stack:
         sides = {

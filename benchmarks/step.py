@@ -21,17 +21,21 @@ from yacs.config import CfgNode
 if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tailtune.benchmarks.steps.device import device, finish, forget_peak, peak_memory
 from tailtune.configs import load_configs
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import build_model, resolve
 from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.micro_batch_probe import blank_batch
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable
 from tailtune.trainers.runs.metrics_file import hardware
 
 MIB = 2**20
+FEW = 100
+"""Steps of the run that a measured step is said to be part of."""
 
 
 def method_in(cfg: CfgNode, info: DataInfo, prec: str, fast: bool = True) -> Method:
@@ -42,6 +46,21 @@ def method_in(cfg: CfgNode, info: DataInfo, prec: str, fast: bool = True) -> Met
     method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
     cast_trainable(method, precision.trainable)
     return method
+
+
+def stages_at_random(data: str, model: str, *pairs: str) -> list[CfgNode]:
+    """The resolved configs of the one or two stages of a model config, with random weights.
+
+    Args:
+        data: data config.
+        model: model config.
+        pairs: more options.
+    """
+    words = ["pretrained", "none", *pairs]
+    stages = load_configs(data, model, words, declared())
+    if len(stages) > 1:
+        stages = load_configs(data, model, [*words, "after.pretrained", "none"], declared())
+    return [resolve(cfg) for cfg in stages]
 
 
 def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fast: bool) -> Callable[[], None]:
@@ -55,13 +74,24 @@ def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fa
         fast: True for the fast path, False for the plain formulation.
     """
     info = build_info(cfg)
-    method = method_in(cfg, info, prec, fast).to(device).train()
-    optimizer = build_optimizer(method.param_groups(), Plan.of(cfg, batch_size))
-    batch = {
-        "image": torch.zeros(batch_size, 3, cfg.resolution, cfg.resolution, dtype=torch.uint8, device=device),
-        "label": torch.arange(batch_size, device=device) % info.num_classes,
-        "weight": torch.ones(batch_size, device=device),
-    }
+    return step_of(method_in(cfg, info, prec, fast).to(device), cfg, batch_size, device)
+
+
+def step_of(method: Method, cfg: CfgNode, batch_size: int, device: torch.device) -> Callable[[], None]:
+    """Create a function that runs one optimizer step of a method, which is on the device.
+
+    Args:
+        method: the method.
+        cfg: its resolved config.
+        batch_size: number of images in a step.
+        device: device of the computation.
+    """
+    optimizer = build_optimizer(method.train().param_groups(), Plan.of(cfg, batch_size))
+    batch = blank_batch(method, device, batch_size, cfg.resolution)
+    batch["label"] = torch.arange(batch_size, device=device) % len(method.class_counts)
+    method.before_training(FEW, FEW)
+    method.on_epoch(0, 1)
+    method.before_step(1)
 
     def step() -> None:
         outcome = method(batch)
@@ -74,34 +104,29 @@ def make_step(cfg: CfgNode, prec: str, batch_size: int, device: torch.device, fa
 
 def measure(step: Callable[[], None], device: torch.device) -> float:
     """The time of one step in seconds: processor time on a CPU, wall time on a GPU."""
-    if device.type != "cuda":
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    now = time.perf_counter if device.type == "cuda" else time.process_time
+    finish()
+    start = now()
     step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    finish()
+    return now() - start
 
 
-def peak(step: Callable[[], None], device: torch.device) -> str:
+def peak(step: Callable[[], None]) -> str:
     """The largest amount of GPU memory that is allocated during a step, in MiB, as text."""
-    if device.type != "cuda":
-        return "n/a"
-    torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     step()
-    return f"{torch.cuda.max_memory_allocated() / MIB:.0f} MiB"
+    memory = peak_memory()
+    return f"{memory['allocated'] / MIB:.0f} MiB" if memory else "n/a"
 
 
 def main() -> None:
     """Measure, and print one line for each precision and formulation."""
     args = _parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = resolve(load_configs(args.data, args.model, ["pretrained", "none", *args.pairs], declared())[-1])
     print(f"{args.data} {args.model} batch {args.batch} on {hardware()}, torch {torch.__version__}")
     for prec in args.prec:
-        compare(cfg, prec, args.batch, args.rounds, device)
+        compare(cfg, prec, args.batch, args.rounds, device())
 
 
 def compare(cfg: CfgNode, prec: str, batch: int, rounds: int, device: torch.device) -> None:
@@ -125,7 +150,7 @@ def compare(cfg: CfgNode, prec: str, batch: int, rounds: int, device: torch.devi
         median, least = statistics.median(seconds), min(seconds)
         print(
             f"{prec:>5} {name:<6} {1e3 * median / batch:8.1f} ms/image (least {1e3 * least / batch:.1f}) "
-            f"{batch / median:8.1f} images/s  peak {peak(steps[name], device)}"
+            f"{batch / median:8.1f} images/s  peak {peak(steps[name])}"
         )
     print(f"{prec:>5} plain / fast = {statistics.median(times['plain']) / statistics.median(times['fast']):.2f}")
 

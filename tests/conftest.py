@@ -16,6 +16,9 @@ import pytest
 
 import tailtune  # first: it takes this checkout, whose `datasets` is not the library, from sys.path
 
+if os.environ.get("TAILTUNE_TEST_DEVICE", "cpu") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs; also for the processes that tests start
+
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
@@ -26,16 +29,21 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once, and
-    runs in this process make no report and no pictures (test_report.py and test_curves.py make them)."""
+    """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once, the
+    commit and the versions of packages are looked up once, and runs in this process make no report and no pictures
+    (test_report.py and test_curves.py make them)."""
     import torch
 
     from tailtune.datasets.sources.fake import fake_sources
+    from tailtune.trainers.runs.metrics_file import commit
+    from tailtune.trainers.storage.checkpoint import version
 
     torch.set_num_threads(1)  # results and times that do not depend on the machine's load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         patch.setattr("tailtune.datasets.sources.fake.fake_sources", cache(fake_sources))
+        patch.setattr("tailtune.trainers.runs.metrics_file.commit", cache(commit))
+        patch.setattr("tailtune.trainers.storage.checkpoint.version", cache(version))
         patch.setattr("tailtune.trainers.evaluation.evaluate.add_report", lambda *_: "")
         patch.setattr("tailtune.trainers.evaluation.curves_of_evaluation.class_pictures", lambda *_: {})
         yield
@@ -104,7 +112,7 @@ def free_port() -> int:
 
 def offline(**environment: str) -> dict[str, str]:
     """An environment without network and without anybody's caches, in which Python keeps compiled modules."""
-    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "", **environment}
 
 

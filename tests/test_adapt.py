@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import Cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import slow_except
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -281,7 +282,7 @@ def one_evaluation(words: str, launch: Cli) -> tuple[dict[str, Any], str, Path]:
     return metrics(f"run/tests/{folder.name}")["distributions"], done.stdout, folder
 
 
-@pytest.mark.parametrize("adapt_name", ["sade", "sade_online"])
+@pytest.mark.parametrize("adapt_name", slow_except(["sade"], ["sade", "sade_online"]))
 def test_what_was_learnt_before_is_used_again(adapt_name: str, launch: Cli, asked: list[str]) -> None:
     """Without images, to the bit; the distributions of one command, then others beside them."""
     assert launch(RUN).returncode == 0
@@ -304,17 +305,26 @@ def test_what_was_learnt_before_is_used_again(adapt_name: str, launch: Cli, aske
         assert each["predictors"][adapt_name] == whole[name]["predictors"][adapt_name], "learnt again, to the bit"
 
 
-def test_other_options_and_damaged_files_are_learnt_again(launch: Cli, asked: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    slow_except(
+        ["adapt_lr 0.2"], ["adapt_lr 0.2", "adapt_seed 1", "adapt_views cifar", "adapt_batch_size 50", "tte True"]
+    ),
+)
+def test_other_options_are_learnt_again(words: str, launch: Cli, asked: list[str]) -> None:
     assert launch(RUN).returncode == 0
-    first = "adapt sade test_dists uniform"
-    whole, _, folder = one_evaluation(first, launch)
-    for words in ("adapt_seed 1", "adapt_lr 0.2", "adapt_views cifar", "adapt_batch_size 50", "tte True"):
-        asked.clear()
-        _, output, _ = one_evaluation(f"{first} {words}", launch)
-        assert asked and "using the expert weights" not in output, words
+    one_evaluation("adapt sade test_dists uniform", launch)
+    asked.clear()
+    _, output, _ = one_evaluation(f"adapt sade test_dists uniform {words}", launch)
+    assert asked and "using the expert weights" not in output
+
+
+def test_a_damaged_file_is_learnt_again(launch: Cli, asked: list[str]) -> None:
+    assert launch(RUN).returncode == 0
+    whole, _, folder = one_evaluation("adapt sade test_dists uniform", launch)
     asked.clear()
     (folder / ADAPTED).write_text((folder / ADAPTED).read_text().replace('"weights"', '"wrights"'))
-    again, output, _ = one_evaluation(f"{first} target_prior uniform", launch)
+    again, output, _ = one_evaluation("adapt sade test_dists uniform target_prior uniform", launch)
     assert asked and output.count(f"warning: {folder / ADAPTED} is damaged (") == 1
     assert again["uniform"]["predictors"]["sade"] == whole["uniform"]["predictors"]["sade"]
 

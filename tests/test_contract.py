@@ -10,6 +10,7 @@ import pytest
 import torch
 from pairwise import pairwise
 from small import head_context, other_value
+from tiers import slow_except
 from yacs.config import CfgNode
 
 from tailtune.configs.option import declarations
@@ -101,8 +102,12 @@ def choices() -> list[tuple[object, ...]]:
     heads = [(*of_head(name),) for name in HEADS]
     texts = [("classifier", "TextClassifier", name, True) for name in TEXT_TUNERS]
     losses = [("loss_type", name) for name in LOSSES]
-    methods = [of_method(name, experts) for name in METHODS for experts in (1, 3) if experts > 1 or name not in SEVERAL]
+    methods = [of_method("classify", 1), *(of_method(name, 3) for name in METHODS)]
     return [*tuners, *together, *heads, *texts, *losses, *methods]
+
+
+def with_one_expert() -> list[tuple[object, ...]]:
+    return [of_method(name, 1) for name in METHODS if name not in (*SEVERAL, "classify")]
 
 
 def fits_loss(method: str, loss: str) -> bool:
@@ -164,7 +169,11 @@ def test_the_full_size_model_takes_a_step(config: Config) -> None:
         assert all(each.grad is not None for each in method.parameters() if each.requires_grad), name
 
 
-@pytest.mark.parametrize("pairs", choices(), ids=lambda pairs: "-".join(map(str, pairs)))
+@pytest.mark.parametrize(
+    "pairs",
+    [*choices(), *(pytest.param(pairs, marks=pytest.mark.slow) for pairs in with_one_expert())],
+    ids=lambda pairs: "-".join(map(str, pairs)),
+)
 def test_an_entry_trains_exactly_what_it_should_and_survives_a_round_trip(
     pairs: tuple[object, ...], config: Config, tmp_path: Path
 ) -> None:
@@ -326,8 +335,13 @@ def test_every_loss_in_half_precision(name: str, config: Config) -> None:
     assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
-@pytest.mark.parametrize("name", HEAD_INITS)
-@pytest.mark.parametrize("prompt", PROMPTS)
+EACH_INIT_AND_PROMPT = [
+    *((name, next(iter(PROMPTS))) for name in HEAD_INITS),
+    *(("text_feat", each) for each in PROMPTS),
+]
+
+
+@pytest.mark.parametrize(("name", "prompt"), slow_except(EACH_INIT_AND_PROMPT, product(HEAD_INITS, PROMPTS)))
 def test_every_head_init_gives_unit_rows(name: str, prompt: str, config: Config) -> None:
     pairs = ("init_head", name, "prompt", prompt, "descriptors", "strings.json")
     cfg = config("fake_lt", "tiny_clip", "pretrained", "none", *pairs)

@@ -2,7 +2,8 @@
 
 {1, 2 processes} × {0, 2 workers} × {8, 32 images at once} × {killed and resumed, not} give one fp64 loss trajectory;
 within a layout, killed equals unkilled bitwise. By default the plainest layout and those with workers and cut batches;
-with text features that train, a few more. `make test-slow` goes through all of them.
+`make test-slow` goes through all of them, and through a few more with text features that train, of which the default
+tier only cuts the batches.
 """
 
 import json
@@ -16,6 +17,7 @@ import pytest
 import torch
 import trajectories
 from conftest import ROOT, free_port, offline
+from tiers import slow_except
 from trajectories import LAYOUTS, MORE, MOVES, STEPS, Layout, losses, name_of, scalars, trained
 
 pytestmark = pytest.mark.xdist_group("core")  # its runs are shared
@@ -35,13 +37,13 @@ class Runs:
         yield from ((layout, world) for world, layouts in self.layouts.items() for layout in layouts)
 
 
-@pytest.fixture(scope="module", params=["few", "text", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=slow_except(["few"], ["few", "text", "all"]))
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Half of the runs in this process, half on two processes started by `accelerate launch`."""
     folder = tmp_path_factory.mktemp("core")
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     script = [str(ROOT / "tests" / "trajectories.py"), str(folder), request.param]
-    more = MORE.get(request.param, "")
+    more = MORE[request.param]
     script += more.split()
     environment = offline(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     trajectories.move(folder, 1, 2, part=0, more=more)
@@ -73,12 +75,29 @@ def test_one_trajectory_in_every_layout(runs: Runs) -> None:
             assert torch.allclose(tensor, wanted[name], rtol=1e-9, atol=1e-12), (path.name, name)
 
 
+def test_one_validation_in_every_layout(runs: Runs) -> None:
+    curves = {(path := runs.of(*layout, world)).name: scalars(path, "val/nll") for layout, world in runs.all()}
+    reference = curves[runs.of(0, 32, False, 1).name]
+    assert len(reference) == 2
+    assert all(curve == pytest.approx(reference, rel=1e-9) for curve in curves.values())
+
+
 def test_killed_equals_unkilled_bitwise(runs: Runs) -> None:
     for (workers, micro, killed), world in runs.all():
         if killed and runs.of(workers, micro, False, world).exists():
             whole, resumed = (trained(runs.of(workers, micro, k, world)) for k in (False, True))
             assert whole.keys() == resumed.keys()
             assert all(torch.equal(whole[name], resumed[name]) for name in whole), (workers, micro, world)
+
+
+def test_cut_batches_share_the_texts(tmp_path: Path) -> None:
+    """One pass through the text encoder for all micro-batches of a step: the same loss and weights."""
+    whole, cut = (
+        trajectories.train(tmp_path, 0, micro, False, more=f"{MORE['text']} max_steps 3") for micro in (32, 8)
+    )
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-6) and len(losses(cut)) == 3
+    wanted = trained(whole)
+    assert all(torch.allclose(each, wanted[name], rtol=1e-9, atol=1e-12) for name, each in trained(cut).items())
 
 
 @pytest.mark.parametrize(("before", "after"), MOVES)

@@ -61,7 +61,10 @@ BN = "-d fake_lt -m tiny_clip max_steps 2 batch_size 32 max_test_images 30 backb
     "words",
     [
         PEFT,
-        f"{PEFT} adaptformer False lora True num_experts 2 expert_split 1 method ride lr 0.05",
+        pytest.param(
+            f"{PEFT} adaptformer False lora True num_experts 2 expert_split 1 method ride lr 0.05",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(f"{PEFT} adaptformer False full_tuning True lr 0.01 init_head class_mean", marks=pytest.mark.slow),
         pytest.param(f"{PEFT} adaptformer False mask True", marks=pytest.mark.slow),
         f"{BN} pretrained none init_head class_mean full_tuning True bn_tuning True lr 0.05",

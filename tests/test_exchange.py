@@ -130,13 +130,15 @@ TOGETHER = [
     (clip_vit, "lora lora_mlp ssf_attn ssf_mlp ssf_ln mask bias_tuning adaptformer"),
     (resnet, "bias_tuning ssf_attn"),
 ]
-each_tuner = pytest.mark.parametrize(
-    "host, names", [*EACH, *TOGETHER], ids=lambda each: getattr(each, "__name__", each)
+BY_DEFAULT = [(host, names, "CosineClassifier") for host, names in (*EACH, *TOGETHER)]
+BY_DEFAULT += [(host, names, "LinearClassifier") for host, names in TOGETHER]
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "head"),
+    slow_except(BY_DEFAULT, [*BY_DEFAULT, *((host, names, "LinearClassifier") for host, names in EACH)]),
+    ids=lambda each: getattr(each, "__name__", each),
 )
-
-
-@each_tuner
-@pytest.mark.parametrize("head", ["CosineClassifier", "LinearClassifier"])
 def test_a_round_trip_through_lift_gives_equal_logits(
     host: Callable[[], Any], names: str, head: str, tmp_path: Path
 ) -> None:
@@ -484,9 +486,7 @@ def test_a_run_is_exported_by_its_name_alone(launch: Cli) -> None:
     refused = launch("export run merged")
     assert refused.returncode == 2 and "export: run holds no checkpoint" in refused.stderr
     assert launch(TINY).returncode == 0
-    for number, (run, words) in enumerate(
-        (("run", "merged"), (RUN, "peft"), (RUN.absolute(), "onnx export_fp16=True"))
-    ):
+    for number, (run, words) in enumerate((("run", "merged"), (RUN, "peft"), (RUN.absolute(), "lift"))):
         done = launch("export", run, words)
         assert done.returncode == 0 and "exported to output/run/export" in done.stdout and "trained" not in done.stdout
         assert len(list((RUN / "export").iterdir())) == number + 1
@@ -495,6 +495,13 @@ def test_a_run_is_exported_by_its_name_alone(launch: Cli) -> None:
     assert "lr belongs to the training" in launch("export run onnx lr 1").stderr
     (RUN / "metrics.json").unlink()
     assert "output/run is not finished" in launch("export run onnx").stderr
+
+
+@pytest.mark.slow
+def test_an_export_by_name_takes_options(launch: Cli) -> None:
+    assert launch(TINY).returncode == 0
+    done = launch("export run onnx export_fp16=True")
+    assert done.returncode == 0 and "exported to output/run/export" in done.stdout
 
 
 def test_a_format_that_does_not_fit_is_refused_before_training(launch: Cli) -> None:

@@ -5,6 +5,8 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tailtune.datasets.images.transforms import eval_side, eval_transform
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.export import ExportedModel, export
 
+Exports = Callable[[str], tuple[ExportedModel, Path]]
 BLOCKED = {"onnx": ["tailtune", "torch", "torchvision", "timm", "open_clip", "peft"]}
 """Format → packages that its infer.py must not import. All others must do without TailTune alone."""
 RUN_SCRIPT = """
@@ -81,12 +84,24 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Format → a model and the folder of its export; each is exported once."""
+
+    @cache
+    def of(name: str) -> tuple[ExportedModel, Path]:
+        made, folder = with_facts(trained(CASES[name]())), tmp_path_factory.mktemp(name) / "out"
+        export(made, name, folder)
+        return made, folder
+
+    return of
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_script_gives_the_logits_of_the_model(name: str, tmp_path: Path) -> None:
-    made, path = with_facts(trained(CASES[name]())), photograph(tmp_path / "a photo.jpg")
-    export(made, name, tmp_path / "out")
-    script, blocked = tmp_path / "out" / "infer.py", BLOCKED.get(name, ["tailtune"])
-    done = printed(script, "--logits", "a photo.jpg", without=blocked)
+def test_the_script_gives_the_logits_of_the_model(name: str, exports: Exports) -> None:
+    made, folder = exports(name)
+    path, blocked = photograph(folder.parent / "a photo.jpg"), BLOCKED.get(name, ["tailtune"])
+    done = printed(folder / "infer.py", "--logits", "a photo.jpg", without=blocked)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["path"] == "a photo.jpg"
@@ -94,10 +109,9 @@ def test_the_script_gives_the_logits_of_the_model(name: str, tmp_path: Path) -> 
     assert np.ptp(wanted) > 0.05 and np.abs(np.array(found["logits"]) - wanted).max() < 1e-3
 
 
-def test_the_script_prints_calibrated_probabilities_and_refuses_in_one_line(tmp_path: Path) -> None:
-    made, path = with_facts(trained(subject(timm_vit(), []))), photograph(tmp_path / "photo.jpg")
-    export(made, "onnx", tmp_path / "out")
-    script = tmp_path / "out" / "infer.py"
+def test_the_script_prints_calibrated_probabilities_and_refuses_in_one_line(exports: Exports, tmp_path: Path) -> None:
+    made, folder = exports("onnx")
+    path, script = photograph(tmp_path / "photo.jpg"), folder / "infer.py"
     first, *_ = printed(script, path, without=BLOCKED["onnx"]).stdout.splitlines()
     cells = first.split("\t")
     shares = torch.from_numpy(ours(made, path) / 1.7).softmax(0)
@@ -111,20 +125,20 @@ def test_the_script_prints_calibrated_probabilities_and_refuses_in_one_line(tmp_
         assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_onnx_carries_all_facts_and_takes_any_batch(tmp_path: Path) -> None:
+def test_onnx_carries_all_facts_and_takes_any_batch(exports: Exports, tmp_path: Path) -> None:
     import onnx
     import onnxruntime
 
-    made = with_facts(trained(subject(timm_vit(), [])))
-    export(made, "onnx", tmp_path / "full")
-    export(dataclasses.replace(made, half=True), "onnx", tmp_path / "half")
+    made, folder = exports("onnx")
+    folders = {"full": folder, "half": tmp_path / "half"}
+    export(dataclasses.replace(made, half=True), "onnx", folders["half"])
     images = made.images(5).numpy()
     wanted = made.method.predict(made.images(5)).detach().numpy()
     for name, tolerance in (("full", 1e-4), ("half", 2e-2)):
-        path = tmp_path / name / "model.onnx"
+        path = folders[name] / "model.onnx"
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-        facts = json.loads((tmp_path / name / "facts.json").read_text())
+        facts = json.loads((folders[name] / "facts.json").read_text())
         assert about.items() <= facts.items()
         assert about["class_names"] == made.class_names and about["class_counts"] == [9, 5, 3, 2, 1]
         assert about["temperature"] == 1.7
@@ -143,7 +157,7 @@ def test_onnx_carries_all_facts_and_takes_any_batch(tmp_path: Path) -> None:
             )
         opset = next(each.version for each in onnx.load(path).opset_import if each.domain == "")
         assert facts["opset"] == opset and facts["computes_in"] == {"full": "float32", "half": "float16"}[name]
-    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("full", "half")]
+    sizes = [(each / "model.onnx").stat().st_size for each in folders.values()]
     assert sizes[1] < 0.7 * sizes[0]
 
 
@@ -195,8 +209,15 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("screen", [Terminal, io.StringIO])
-@pytest.mark.parametrize(("name", "title"), [("merged", "merging"), ("onnx", "export onnx")])
+@pytest.mark.parametrize(
+    ("name", "title", "screen"),
+    [
+        ("merged", "merging", Terminal),
+        ("merged", "merging", io.StringIO),
+        ("onnx", "export onnx", Terminal),
+        pytest.param("onnx", "export onnx", io.StringIO, marks=pytest.mark.slow),
+    ],
+)
 def test_a_bar_is_shown_on_a_terminal_only(
     name: str, title: str, screen: type[io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

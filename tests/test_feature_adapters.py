@@ -8,6 +8,7 @@ import torch
 from conftest import Cli
 from small import filled
 from small_text import CLASSES, fixture_image_encoder, fixture_images, fixture_tower
+from tiers import slow_except
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
@@ -88,18 +89,24 @@ def test_texts_run_through_frozen_blocks_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("words", ["clip_adapter original", "clip_adapter residual projection_tuning True"])
-def test_runs_train_and_are_exported(words: str, launch: Cli, tmp_path: Path) -> None:
+def test_runs_train_and_no_head_holds_the_adapter(words: str, launch: Cli) -> None:
     done = launch(TEXT, words, "output_dir run")
     assert done.returncode == 0, done.stderr
-    assert launch(TEXT, words, "output_dir run export onnx").returncode == 0
     merged = launch(TEXT, words, "output_dir run export merged")
     assert merged.returncode == 2 and "clip_adapter acts between them" in merged.stderr
 
 
-def test_trained_projections_are_exported_as_weights(launch: Cli, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["clip_adapter original", "clip_adapter residual projection_tuning True"])
+def test_runs_are_exported(words: str, launch: Cli) -> None:
+    assert launch(TEXT, words, "output_dir run export onnx").returncode == 0
+
+
+@pytest.mark.parametrize("formats", slow_except(["merged peft"], ["merged peft", "onnx"]))
+def test_trained_projections_are_exported_as_weights(formats: str, launch: Cli, tmp_path: Path) -> None:
     words = "projection_tuning True text_lora True lora True output_dir run"
     assert launch(TEXT, words).returncode == 0
-    for name in ("merged", "onnx", "peft"):
+    for name in formats.split():
         done = launch(TEXT, words, "export", name)
         assert done.returncode == 0, done.stderr
 

@@ -14,6 +14,7 @@ import trajectories
 from conftest import ROOT, Cli, free_port, offline
 from small import filled
 from test_step import CountSyncs
+from tiers import slow_except
 from torch import Tensor, nn
 from trajectories import losses, trained
 from yacs.config import CfgNode
@@ -356,7 +357,7 @@ def test_sharded_training_is_refused(config: Config, monkeypatch: pytest.MonkeyP
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAM_MODES)
+@pytest.mark.parametrize("name", slow_except(["focal"], SAM_MODES))
 def test_cut_and_killed_runs_are_the_same(name: str, tmp_path: Path) -> None:
     """fp64: 8 images at once as 32, to rounding; killed as not killed, bit for bit."""
     whole, cut, killed = (
@@ -371,6 +372,7 @@ def test_cut_and_killed_runs_are_the_same(name: str, tmp_path: Path) -> None:
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_and_draws_are_the_same_after_a_kill(tmp_path: Path) -> None:
     """A transformer across the batch has dropout: its global random numbers go on as if there were one pass."""
     words = "method batchformer batchformer.inner classify loss_type CE sam sam"

@@ -7,10 +7,10 @@ buffers of single layers, for CUDA itself and for what its allocator wastes.
 
 import pytest
 import torch
-from shipped import PAIRS
 from tiers import slow_except
 from torch import nn
 
+from tailtune.benchmarks.shipped import PAIRS
 from tailtune.configs import load_configs
 from tailtune.models import resolve
 from tailtune.trainers.dry_run_report import memory_of

@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import Cli
 from safetensors.torch import load_file
+from tiers import slow_except
 from torch import Tensor
 from trajectories import Killed, killed_after
 
@@ -33,9 +34,10 @@ def result(run: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    "words", ["", "val_every 1 keep best:nll", "schedule multistep lr_steps [1]"], ids=["constant", "best", "multistep"]
-)
+BEST = "val_every 1 keep best:nll"
+
+
+@pytest.mark.parametrize("words", slow_except([BEST], ["", BEST, "schedule multistep lr_steps [1]"]))
 def test_a_longer_run_equals_one_of_that_length(words: str, launch: Cli, tmp_path: Path) -> None:
     assert launch(f"{OPEN} {words} num_epochs 3 output_dir whole").returncode == 0
     assert launch(f"{OPEN} {words} num_epochs 1 output_dir longer").returncode == 0

@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import other_value
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import slow_except
 from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
@@ -137,8 +138,11 @@ def world(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def clear() -> None:
@@ -356,9 +360,11 @@ def decays(cfg: CfgNode) -> Any:
     return [(len(group["params"]), group["weight_decay"]) for group in groups]
 
 
-def cudnn(cfg: CfgNode) -> Any:
-    make_accelerator(Devices.of(cfg))
-    return {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
+def kernels(cfg: CfgNode) -> Any:
+    """What torch is told to use, on a machine with a GPU that this need not be."""
+    device(cfg)
+    found = {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark}
+    return found | {"all kernels": torch.are_deterministic_algorithms_enabled()}
 
 
 def device(cfg: CfgNode) -> Any:
@@ -705,7 +711,7 @@ PROBES: dict[str, Probe] = {
     "peft": Probe("none", "LoRA", trains_where),
     "peft_args": Probe("{r: 4}", "{r: 8}", trains_where, ("peft", "LoRA")),
     "seed": Probe(0, 1, seeds, ("lora", True)),
-    "deterministic": Probe(True, False, cudnn),
+    "deterministic": Probe(True, False, kernels),
     "prec": Probe("fp32", "bf16", trained, ONE),
     "residual_dtype": Probe("none", "fp32", trained, (*ONE, "prec", "bf16")),
     "num_epochs": Probe(1, 2, steps, ("batch_size", 512, "max_test_images", 20)),
@@ -852,7 +858,23 @@ def first_outcome(key: str) -> Outcome:
     return DEFAULTS[given]
 
 
-@pytest.mark.parametrize("key", PROBES)
+ELSEWHERE = {
+    "test_adapt.py": ("adapt", "adapt_epochs"),
+    "test_cli.py": ("after", "model_dir", "test_train"),
+    "test_curves.py": ("trackers",),
+    "test_ensembles.py": ("ensemble", "ensemble_alpha", "ensemble_runs"),
+    "test_exchange.py": ("export",),
+    "test_export_infer.py": ("export_fp16",),
+    "test_image_cache.py": ("cache",),
+    "test_peft.py": ("peft",),
+    "test_report.py": ("report",),
+    "test_share.py": ("push_to_hub",),
+    "test_validation.py": ("keep", "patience", "val_every"),
+}
+"""Default tests → options whose effect they look at. The probes of these train whole runs: `make test-slow`."""
+
+
+@pytest.mark.parametrize("key", slow_except(sorted(PROBES.keys() - set().union(*ELSEWHERE.values())), PROBES))
 def test_an_option_has_an_effect(key: str) -> None:
     first, second = first_outcome(key), outcome(key, PROBES[key].second)
     assert first.keys() == second.keys() and first

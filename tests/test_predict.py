@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_data_verify import picture
 from test_startup import modules_after
+from tiers import slow_except
 
 import tailtune
 from tailtune.configs.errors import UserError
@@ -119,7 +120,10 @@ def test_probabilities_are_those_of_the_evaluation(rows: Callable[..., list[Row]
     assert 100 * np.mean(right) == pytest.approx(metrics["accuracy"])
 
 
-@pytest.mark.parametrize("prior", ["uniform", "estimate", "estimate_online", "estimate_bbse", "prior.json"])
+PRIORS = ("uniform", "estimate", "estimate_online", "estimate_bbse", "prior.json")
+
+
+@pytest.mark.parametrize("prior", slow_except(["estimate", "prior.json"], PRIORS))
 def test_a_target_prior_is_that_of_an_evaluation(prior: str, run: Cli, rows: Callable[..., list[Row]]) -> None:
     Path("prior.json").write_text('{"bee": 0.2, "ant": 0.7, "wasp": 0.1}')
     table = rows(TEST, "--target-prior", prior)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Cli
 from PIL import Image
+from tiers import slow_except
 
 from tailtune.datasets.build_data import build_data
 
@@ -118,7 +119,10 @@ def make(root: Path, lists: Path, case: Case) -> dict[str, list[int]]:
     return shades
 
 
-@pytest.mark.parametrize("name", CASES)
+ONE_OF_EACH_KIND = ("ImageNet, val/ is one folder", "Places, lists of small images, class folders", "iNaturalist")
+
+
+@pytest.mark.parametrize("name", slow_except(ONE_OF_EACH_KIND, CASES))
 def test_a_layout_is_verified_trained_on_and_evaluated(tmp_path: Path, launch: Cli, name: str) -> None:
     case = CASES[name]
     make(tmp_path / "images", tmp_path / "lists", case)

@@ -12,6 +12,7 @@ from conftest import ROOT, Cli, offline
 from safetensors.torch import load_file
 
 COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none save_every 1 batch_size 8 num_epochs {epochs} output_dir {name}"
+COMMAND += " max_test_images 20"
 STEPS = 20  # of an epoch
 
 ONCE = ((24, signal.SIGKILL),)
@@ -56,7 +57,7 @@ def run_until(words: str, step: int, number: signal.Signals, folder: Path) -> in
         )
         end = time.monotonic() + 120
         while newest(folder) < step and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.send_signal(number)
         code = process.wait(60)
         errors.seek(0)

@@ -161,8 +161,11 @@ def test_maple_has_as_many_parameters_as_the_original(config: Any) -> None:
             assert build_model(config("fake_lt", "clip_vit_b16", *pairs), CLASSES).counts()["trainable"] == count
 
 
+MAPLE = "-d fake_lt -m tiny_clip classifier TextClassifier context maple context_depth 2 num_epochs 1"
+
+
 def test_maple_trains_in_both_encoders_and_survives_a_checkpoint(launch: Cli, tmp_path: Path) -> None:
-    words = "-d fake_lt -m tiny_clip classifier TextClassifier context maple context_depth 2 num_epochs 1"
+    words = MAPLE
     done = launch(words, "output_dir maple max_test_images 20")
     assert done.returncode == 0, done.stderr
     first = (tmp_path / "output/maple/metrics.json").read_text()
@@ -171,4 +174,8 @@ def test_maple_trains_in_both_encoders_and_survives_a_checkpoint(launch: Cli, tm
     assert '"tuner": 8576' in first
     refused = launch(words, "output_dir maple export merged")
     assert refused.returncode == 2 and "no place for the prompts of context maple" in refused.stderr
-    assert launch(words, "output_dir maple export onnx").returncode == 0
+
+
+@pytest.mark.slow
+def test_maple_is_exported(launch: Cli) -> None:
+    assert launch(MAPLE, "output_dir maple max_test_images 20 export onnx").returncode == 0

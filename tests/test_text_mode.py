@@ -9,6 +9,7 @@ import torch
 from conftest import Cli
 from small import filled
 from small_text import CLASSES, fixture_tower, put_text_tuners
+from tiers import slow_except
 
 import tailtune
 from tailtune.configs.errors import UserError
@@ -31,7 +32,8 @@ def metrics(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_trains_is_evaluated_and_exported(launch: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("formats", slow_except(["merged peft hub"], ["merged peft hub", "onnx"]))
+def test_a_run_trains_is_evaluated_and_exported(formats: str, launch: Cli, tmp_path: Path) -> None:
     words = (TEXT, "text_lora True lora True output_dir run")
     done = launch(*words)
     assert done.returncode == 0, done.stderr
@@ -41,7 +43,7 @@ def test_a_run_trains_is_evaluated_and_exported(launch: Cli, tmp_path: Path) -> 
     for more in ("test_only True tte True", "test_only True ensemble wise", "test_only True ensemble gla"):
         again = launch(*words, more)
         assert again.returncode == 0, again.stderr
-    for name in ("merged", "onnx", "peft", "hub"):
+    for name in formats.split():
         exported = launch(*words, "export", name)
         assert exported.returncode == 0, exported.stderr
         facts = json.loads((run / "export" / name / "facts.json").read_text())
@@ -113,7 +115,10 @@ def test_a_stage_with_a_classifier_of_its_own_is_refused(method: str, launch: Cl
 TUNED = ("adaptformer", True, "text_lora", True, "prec", "bf16")
 
 
-@pytest.mark.parametrize(("data", "share", "gigabytes"), [("imagenet_lt", 1.3, 10), ("inat2018", 3.0, 20)])
+COSTS = [("imagenet_lt", 1.3, 10), ("inat2018", 3.0, 20)]
+
+
+@pytest.mark.parametrize(("data", "share", "gigabytes"), slow_except(COSTS[:1], COSTS))
 def test_what_text_mode_costs(data: str, share: float, gigabytes: float, config: Any) -> None:
     """Beside 128 images: the forward and backward pass of the texts, and all activations, counted on the meta device.
 

@@ -50,11 +50,16 @@ def test_the_cache_holds_some_images_of_each_class() -> None:
     assert head(features).isfinite().all()
 
 
+@pytest.mark.slow
+def test_a_run_is_exported_to_onnx(launch: Cli) -> None:
+    assert launch(RUN, "export onnx").returncode == 0
+
+
 def test_a_run_is_evaluated_again_from_its_checkpoint_and_exported(launch: Cli, tmp_path: Path) -> None:
     assert launch(RUN).returncode == 0
     first = json.loads((tmp_path / "output/tip/metrics.json").read_text())
     assert first["params"]["trainable"] == 0
-    for words in ("test_only True tte True", "export merged", "export onnx"):
+    for words in ("test_only True tte True", "export merged"):
         done = launch(RUN, words)
         assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "output/tip/export/merged/facts.json").read_text())

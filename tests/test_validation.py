@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, Cli, free_port, offline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import slow_except
 from torch import Tensor
 from trajectories import Killed
 
@@ -37,7 +38,10 @@ def result(run: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("model", ["tiny_clip_peft pretrained none", "resnet32_ce"], ids=["tuners", "batch norms"])
+WITH_BATCH_NORMS = "resnet32_ce"
+
+
+@pytest.mark.parametrize("model", slow_except([WITH_BATCH_NORMS], ["tiny_clip_peft pretrained none", WITH_BATCH_NORMS]))
 def test_training_is_the_same_with_and_without(model: str, launch: Cli, tmp_path: Path) -> None:
     command = f"-d fake_lt -m {model} val_per_class 2 batch_size 64 max_test_images 30 num_epochs 2 output_dir "
     assert launch(f"{command}without").returncode == 0
@@ -163,7 +167,7 @@ def killed_run(launch: Cli, words: str, at: int) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("metric", ["mean_acc", "nll"])
+@pytest.mark.parametrize("metric", slow_except(["mean_acc"], ["mean_acc", "nll"]))
 def test_a_killed_run_keeps_the_same_epoch(metric: str, launch: Cli, tmp_path: Path) -> None:
     words = f"{COMMAND} num_epochs 4 val_every 1 keep best:{metric}"
     assert launch(f"{words} output_dir whole").returncode == 0
@@ -217,6 +221,7 @@ def test_other_validation_images_are_refused_when_it_resumes(launch: Cli, tmp_pa
     assert done.returncode == 2 and "validation images is 20 of" in done.stderr
 
 
+@pytest.mark.slow  # test_core.py compares the curves by default
 def test_two_processes(launch: Cli, tmp_path: Path) -> None:
     """As one process, in fp64: the same curve, the same epoch, the same weights."""
     words = f"{VALIDATED} prec fp64 test_prec fp64 num_epochs 2 num_workers 0 output_dir "

@@ -4,15 +4,18 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tailtune.configs import load_configs
+from tailtune.trainers import distributed
 from tailtune.trainers.methods import Method
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
@@ -26,7 +29,12 @@ LAYOUTS: dict[str, dict[int, list[Layout]]] = {
     "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
 }
 """Tier → processes → layouts; the first on one process is the reference."""
-MORE = {"text": "classifier TextClassifier text_lora True text_memory 0"}
+VALIDATED = "val_per_class 1 val_every 1"
+MORE = {
+    "few": VALIDATED,
+    "text": f"{VALIDATED} classifier TextClassifier text_lora True text_memory 0",
+    "all": VALIDATED,
+}
 """Tier → further words of the command, which test_core.py gives."""
 COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
 
@@ -106,9 +114,17 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoint" / "tensors.safetensors")
 
 
+def share_a_gpu() -> None:
+    """Let all processes of this launch use the first GPU. NCCL takes one process for each GPU; gloo takes several."""
+    os.environ["LOCAL_RANK"] = "0"
+    distributed.InitProcessGroupKwargs = partial(InitProcessGroupKwargs, backend="gloo")  # type: ignore[misc,assignment]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     processes = int(os.environ["WORLD_SIZE"])
+    if 0 < torch.cuda.device_count() < processes:
+        share_a_gpu()
     for layout in LAYOUTS[sys.argv[2]][processes]:
         train(Path(sys.argv[1]), *layout, processes, " ".join(sys.argv[3:]))
     if sys.argv[2] != "pair":

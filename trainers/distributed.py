@@ -110,11 +110,28 @@ def make_accelerator(asked: Devices) -> Accelerator:
     plugin = sharding_plugin() if is_sharded() else None
     with _said_when_late():
         accelerator = _accelerator(asked.prec, cuda, plugin)
-    torch.backends.cudnn.deterministic = asked.deterministic
-    torch.backends.cudnn.benchmark = not asked.deterministic
+    choose_kernels(asked.deterministic, cuda)
     # Only dropout draws from the global generators. Each process has a seed of its own, because its images differ.
     set_seed(asked.seed % 2**31, device_specific=True)
     return accelerator
+
+
+def choose_kernels(deterministic: bool, cuda: bool) -> None:
+    """Let torch use only kernels whose results are reproducible, or the fastest ones.
+
+    Besides convolutions, the backward pass of fused attention and sums by index are not reproducible on a GPU unless
+    torch is told so. Where torch has no reproducible kernel, it warns.
+
+    Args:
+        deterministic: the option `deterministic`.
+        cuda: whether there is a GPU. The kernels of a CPU are reproducible.
+    """
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time
 
 
 def _accelerator(prec: str, cuda: bool, plugin: FullyShardedDataParallelPlugin | None) -> Accelerator:

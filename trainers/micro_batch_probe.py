@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.encoder import trained_batch_norms
-from tailtune.trainers.methods.base import Method
+from tailtune.trainers.methods.base import Batch, Method
 from tailtune.trainers.micro_batch_size import halve
 
 log = logging.getLogger("tailtune")
@@ -43,16 +43,31 @@ def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, res
     return smallest
 
 
-def _fits(method: Method, device: torch.device, size: int, resolution: int) -> bool:
+def blank_batch(method: Method, device: torch.device, size: int, resolution: int) -> Batch:
+    """A batch of black images of the first class, with all that a method takes.
+
+    Args:
+        method: the method.
+        device: where the batch is made.
+        size: number of images.
+        resolution: side of the images, in pixels.
+
+    Returns:
+        `image` [size, 3, resolution, resolution] and more names of a batch, as `View.batch` makes it.
+    """
     images = torch.zeros(size, 3, resolution, resolution, dtype=torch.uint8, device=device)
     labels = torch.zeros(size, dtype=torch.int64, device=device)
-    batch = {"image": images, "label": labels, "weight": torch.ones(size, device=device)}
+    batch: Batch = {"image": images, "label": labels, "weight": torch.ones(size, device=device)}
+    if method.takes_image_pairs:
+        batch |= {"partner": images, "partner_label": labels}
+    if method.takes_two_views:
+        batch |= {f"other_{name}": images for name in ("image", "partner") if name in batch}
+    return batch
+
+
+def _fits(method: Method, device: torch.device, size: int, resolution: int) -> bool:
     try:
-        if method.takes_image_pairs:
-            batch |= {"partner": images, "partner_label": labels}
-        if method.takes_two_views:
-            batch |= {f"other_{name}": images for name in ("image", "partner") if name in batch}
-        method(batch).loss_sum.backward()
+        method(blank_batch(method, device, size, resolution)).loss_sum.backward()
     except torch.OutOfMemoryError:
         fits = False
     else:

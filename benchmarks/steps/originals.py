@@ -2,7 +2,8 @@
 
 `python -m tailtune.benchmarks.steps.originals JSON`, in a checkout of LIFT, SADE, RIDE, DirMixE or H2T. Nothing of an
 original is changed on disk. Its data loader is replaced in memory, and so is what cannot run without CUDA or with a new
-PyTorch. bf16 is the original below autocast, because none of them has a bf16 mode of its own.
+PyTorch. bf16 is the original below autocast, because none of them has a bf16 mode of its own; amp is LIFT's own mode
+for CUDA. The batch is on the device, so that no side pays for copying it.
 """
 
 import importlib
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from tailtune.benchmarks.steps.clock import Clock
+from tailtune.benchmarks.steps.device import device
 
 VIT_B_16: dict[str, Any] = {
     "embed_dim": 512,
@@ -48,11 +50,11 @@ def main(row: dict[str, Any]) -> None:
     """
     clock = Clock()
     without_cuda()
-    images = torch.randn(row["batch"], 3, row["side"], row["side"])
-    batch = images, torch.arange(row["batch"]) % len(row["counts"])
+    images = torch.randn(row["batch"], 3, row["side"], row["side"], device=device())
+    batch = images, torch.arange(row["batch"], device=device()) % len(row["counts"])
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if row["prec"] == "bf16":
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            stack.enter_context(torch.autocast(device().type, torch.bfloat16))
         LOOPS[row["original"]](row, Endless(clock, batch, row["counts"]), Path(folder))
 
 
@@ -91,7 +93,9 @@ def lift(row: dict[str, Any], loader: Endless, folder: Path) -> None:
     clip: Any = importlib.import_module("clip.model")
     cfg = importlib.import_module("utils.config")._C.clone()
     cfg.merge_from_list([part for pair in row["settings"].items() for part in pair])
-    cfg.backbone, cfg.prec, cfg.num_epochs, cfg.output_dir = "CLIP-ViT-B/16", "fp32", 1, str(folder)
+    cfg.backbone, cfg.num_epochs, cfg.output_dir = "CLIP-ViT-B/16", 1, str(folder)
+    cfg.prec = "amp" if row["prec"] == "amp" else "fp32"
+    cfg.gpu = 0 if device().type == "cuda" else None  # otherwise it uses all of them
     cfg.batch_size = cfg.micro_batch_size = row["batch"]
     trainer.load_clip_to_cpu = lambda *_: clip.CLIP(**VIT_B_16).float().eval()
 

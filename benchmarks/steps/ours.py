@@ -14,9 +14,13 @@ from tailtune.configs import load_configs
 from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
 from tailtune.trainers import trainer
-from tailtune.trainers.distributed import Devices, make_accelerator
+from tailtune.trainers.distributed import Devices, make_accelerator, uses_cuda
+from tailtune.trainers.methods.base import Batch
+from tailtune.trainers.micro_batch_probe import blank_batch
+from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.optimizers_and_schedules import Plan
 from tailtune.trainers.option_schema import declared
+from tailtune.trainers.precision import precision_used
 
 STEPS = 10_000
 """Length of the run, more than is ever measured."""
@@ -31,14 +35,12 @@ def main(row: dict[str, Any]) -> None:
     clock = Clock()
     pairs = [*row["pairs"], "pretrained", "none", "prec", row["prec"], "batch_size", str(row["batch"])]
     cfg = resolve(load_configs(row["data"], row["model"], pairs, declared())[-1])
-    info = build_info(cfg)
+    info, at_once = build_info(cfg), micro_batch_size(cfg, 1)
     accelerator = make_accelerator(Devices.of(cfg))
-    method = method_in(cfg, info, cfg.prec)
-    labels = torch.arange(row["batch"]) % info.num_classes
-    side = cfg.resolution
-    images = torch.randint(0, 256, (row["batch"], 3, side, side), dtype=torch.uint8)
-    batch = {"image": images, "label": labels, "weight": torch.ones(row["batch"])}
-    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    method = method_in(cfg, info, precision_used(cfg.prec, uses_cuda()))
+    batch = blank_batch(method, accelerator.device, row["batch"], cfg.resolution)
+    batch["label"] = torch.arange(row["batch"], device=accelerator.device) % info.num_classes
+    batch["image"] = torch.randint_like(batch["image"], 256)
     data = MagicMock(info=info)
     data.train.labels = torch.arange(STEPS * row["batch"]) % info.num_classes
     states, validation = MagicMock(), MagicMock(seconds=0.0)
@@ -46,10 +48,12 @@ def main(row: dict[str, Any]) -> None:
     validation.ends.return_value = validation.asks_to_stop.return_value = validation.is_due.return_value = False
     print(f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,} trained parameters")
 
-    def loader(*_: Any) -> Iterator[Any]:
-        return clock.batches(batch)
+    def loader(*_: Any) -> Iterator[Batch]:
+        for whole in clock.batches(batch):
+            for start in range(0, row["batch"], at_once):
+                yield {name: value[start : start + at_once] for name, value in whole.items()}
 
-    plan = Plan.of(cfg, row["batch"])
+    plan = Plan.of(cfg, at_once)
     with patch.object(trainer, "train_loader", loader), patch.object(trainer, "Progress", MagicMock()):
         trainer.Trainer(accelerator, plan, states, validation, MagicMock()).fit(method, data)
 

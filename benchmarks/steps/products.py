@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tailtune.benchmarks.step import make_step
 from tailtune.benchmarks.steps.clock import Clock
+from tailtune.benchmarks.steps.device import device
 from tailtune.configs import load_configs
 from tailtune.models import resolve
 from tailtune.trainers.option_schema import declared
@@ -62,11 +63,10 @@ def main(row: dict[str, Any]) -> None:
         row: as in `ours.main`.
     """
     clock = Clock()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
+    if device().type == "cpu":
         keep_freed_memory()
     cfg = resolve(load_configs(row["data"], row["model"], ["pretrained", "none", *row["pairs"]], declared())[-1])
-    replay = products_of(make_step(cfg, row["prec"], row["batch"], device, fast=True))
+    replay = products_of(make_step(cfg, row["prec"], row["batch"], device(), fast=True))
     for _ in clock.batches(None):
         replay()
 

@@ -43,14 +43,17 @@ class Side:
         self.name = f"{module} of {row['name']}"
         self.facts = self._answer()
 
-    def step(self) -> dict[str, float]:
+    def step(self, command: str = "") -> dict[str, Any]:
         """Make one step.
 
+        Args:
+            command: what the module is told; for a training loop, an entry of `clock.OBSERVED`.
+
         Returns:
-            processor, wall: the time that it took in seconds.
+            processor, wall: the time that it took in seconds; what else the module observed.
         """
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
         return self._answer()
 

@@ -17,3 +17,4 @@ PAIRS = [
     for model in names("model")
     for data in next((each for start, each in MAIN.items() if model.startswith(start)), ("inat2018",))
 ]
+"""Data config and model config."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.feature_view import FeatureView
 from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import EncodeTexts, HeadContext, encode_texts
 from tailtune.trainers.feature_store import FeatureStore
@@ -39,20 +40,11 @@ def prepare_head(
     """
     encoder = method.model.encoder
 
-    def encode(images: Tensor) -> Tensor:
-        # Without tuners, all experts have the same pre-trained weights.
-        return encoder.branch(encoder.trunk(method.model.normalised(images)), 0)
-
     def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("encoding %d training images for the head", len(view))
-        rank, world = accelerator.process_index, accelerator.num_processes
-        view = view if features is None else features.untuned(method.model, view, encode)
-        for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
-            real = batch["weight"] > 0
-            index = batch["index"][real]
-            found = batch["image"] if isinstance(view, FeatureView) else encode(batch["image"])
-            yield found[real], index if positions is None else positions[index]
+        for found, index in _encoded(method.model, view, accelerator, batch_size, num_workers, features):
+            yield found, index if positions is None else positions[index]
 
     context = HeadContext(
         labels=data.train_unaugmented.labels.to(accelerator.device),
@@ -68,6 +60,28 @@ def prepare_head(
     method.eval()
     with encoder.untuned():
         method.prepare(context)
+
+
+def _encoded(
+    model: ClassificationModel,
+    view: View,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int | None,
+    features: FeatureStore | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [B, D] and positions [B] of this process's share of the images that can be read."""
+
+    def encode(images: Tensor) -> Tensor:
+        # Without tuners, all experts have the same pre-trained weights.
+        return model.encoder.branch(model.encoder.trunk(model.normalised(images)), 0)
+
+    view = view if features is None else features.untuned(model, view, encode)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
+        real = batch["weight"] > 0
+        found = batch["image"] if isinstance(view, FeatureView) else encode(batch["image"])
+        yield found[real], batch["index"][real]
 
 
 def text_context(

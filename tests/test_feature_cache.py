@@ -64,14 +64,15 @@ def assert_same(run: str, other: str, tolerance: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "entries"),
     [
-        "",  # text features make the head
-        pytest.param("init_head linear_probe prec bf16 image_backend pil", marks=pytest.mark.slow),
-        pytest.param("init_head 10_shot val_per_class 1 val_every 1 num_epochs 2", marks=pytest.mark.slow),
+        ("init_head class_mean", 2),  # the head and the training read the same entry
+        pytest.param("init_head text_feat", 3, marks=pytest.mark.slow),
+        pytest.param("init_head linear_probe prec bf16 image_backend pil", 3, marks=pytest.mark.slow),
+        pytest.param("init_head 10_shot val_per_class 1 val_every 1 num_epochs 2", 4, marks=pytest.mark.slow),
     ],
 )
-def test_a_second_run_encodes_nothing_and_has_the_same_bits(words: str, launch: Cli) -> None:
+def test_a_second_run_encodes_nothing_and_has_the_same_bits(words: str, entries: int, launch: Cli) -> None:
     calls = []
     for run in ("cold", "warm", "off"):
         with counted(ViTEncoder, "trunk") as images, counted(ClipTextEncoder, "class_features") as texts:
@@ -79,6 +80,7 @@ def test_a_second_run_encodes_nothing_and_has_the_same_bits(words: str, launch: 
         assert done.returncode == 0, done.stderr
         calls.append(images.call_count + texts.call_count)
     assert calls[0] and not calls[1] and calls[2] > calls[0]
+    assert len(list(Path("kept").iterdir())) == entries
     assert_same("warm", "cold")
     # Here the batches of the features are not those of the training, so a kernel may round otherwise.
     assert_same("off", "cold", 0.02 if "bf16" in words else 1e-4)

@@ -34,6 +34,7 @@ from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.backbone_types import TextEncoder
+from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import Sentences
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.methods.base import Method
@@ -200,9 +201,10 @@ class FeatureStore:
         return {
             "format": FORMAT,
             "images": image_digest(view, of_transform, self.content),
-            "encoder": _encoder_digest(model, untuned),
+            "encoder": _encoder_digest(encoder, untuned),
+            "pixels": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
             "experts": experts,
-            "arithmetic": [str(getattr(encoder, name, None)) for name in ("compute_dtype", "residual_dtype")],
+            "arithmetic": [str(getattr(encoder, name, None)) for name in ("compute_dtype", "residual_dtype", "fast")],
             "batch_size": self.batch_size,
             **_circumstances(),
         }
@@ -239,20 +241,22 @@ class FeatureStore:
         return joined[0], joined[1]
 
 
-def _encoder_digest(model: ClassificationModel, untuned: bool) -> str:
-    """A digest of what the encoder computes: its tensors, and the numbers and texts among its modules' attributes."""
+def _encoder_digest(encoder: Encoder, untuned: bool) -> str:
+    """A digest of what an encoder computes: its tensors, and the numbers and texts among its modules' attributes.
+
+    Args:
+        encoder: the encoder.
+        untuned: leave out the tuners. Without tuners this is the digest of the same encoder.
+    """
+    untuned = untuned or not (len(encoder.tuners) or encoder.peft_layers)
 
     def wanted(name: str) -> bool:
-        return not untuned or not (name.startswith("tuners") or "default" in name.split("."))  # peft's are `default`
+        return not untuned or not (name.startswith("tuners.") or "default" in name.split("."))  # peft's are `default`
 
-    encoder = model.encoder
-    tensors = [("mean", model.mean), ("std", model.std), *encoder.named_parameters(), *encoder.named_buffers()]
-    modules = [
-        [name, type(module).__qualname__, _plain(vars(module))]
-        for name, module in encoder.named_modules()
-        if wanted(name)
-    ]
-    return f"{_digest((name, tensor) for name, tensor in tensors if wanted(name))}-{_hash(modules)}"
+    tensors = [each for each in (*encoder.named_parameters(), *encoder.named_buffers()) if wanted(each[0])]
+    host = encoder.net if untuned else encoder
+    modules = [[type(each).__qualname__, _plain(vars(each))] for name, each in host.named_modules() if wanted(name)]
+    return f"{_digest(tensors)}-{_hash(modules)}"
 
 
 def _plain(value: Any) -> Any:

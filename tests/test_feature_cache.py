@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.feature_view import FeatureView
+from tailtune.datasets.view import PADDING, View
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.distributed import Devices, make_accelerator
@@ -237,6 +238,24 @@ def test_images_are_encoded_once_where_only_texts_train(
     words: tuple[object, ...], photographs: Path, config: Config
 ) -> None:
     assert encoded(config, "classifier", "TextClassifier", *words) is not None
+
+
+@torch.no_grad()
+def test_a_batch_has_the_features_of_its_images(photographs: Path, config: Config) -> None:
+    """In any order, in pairs, and with black images of weight 0."""
+    methods: list[Method] = []
+    view = encoded(config, change=methods.append)
+    assert view is not None
+    images = View(view.source, view.indices, view.transform)
+    for keys in ([4, 4, 9, PADDING], [(3, 1, 0, 8, -1), (9, 1, 2, 0, -1)]):
+        found, wanted = view.batch(keys), images.batch(keys)
+        assert found.keys() == wanted.keys()
+        for name in found.keys() - {"image", "partner"}:
+            assert torch.equal(found[name], wanted[name]), name
+        for name in found.keys() & {"image", "partner"}:
+            real = wanted["weight"] > 0
+            assert torch.allclose(found[name][real], methods[0].model.features(wanted[name])[real], atol=1e-5)
+            assert methods[0].model.features(found[name]) is found[name], "features pass"
 
 
 def test_an_unreadable_image_has_no_weight_and_nothing_is_kept(photographs: Path, config: Config) -> None:

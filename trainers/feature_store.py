@@ -192,8 +192,8 @@ class FeatureStore:
         """Everything that the features depend on; None if they do not fit into memory."""
         encoder = model.encoder
         size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory() / local_processes()
-        if size > LARGEST_SHARE * free:
-            sizes = f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        if 3 * size > LARGEST_SHARE * free:  # they are copied when they are gathered, and when they are written
+            sizes = f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
             log.warning("warning: feature_cache: the features take %s: every image is encoded again", sizes)
             return None
         of_transform = without_draws(view)
@@ -212,8 +212,8 @@ class FeatureStore:
     def _read(self, kept: KeptTensors, facts: dict[str, Any]) -> Tensor | None:
         """The features of an entry, if every process can read it."""
         found = kept.read(facts)
-        readable = torch.tensor([found is not None], device=self.accelerator.device)
-        if found is None or not self.accelerator.gather(readable).all():
+        everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
+        if found is None or not everywhere:
             return None
         log.info("features of %d images: read from %s", len(found), kept.path(facts))
         return found
@@ -264,7 +264,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         found = {str(key): _plain(each) for key, each in value.items()}
         return {key: each for key, each in found.items() if each not in (None, [], {})}
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, bool | int | float | str):
         return value

@@ -42,7 +42,7 @@ def prepare_head(
 
     def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
-        log.info("encoding %d training images for the head", len(view))
+        log.info("the head starts from features of %d training images", len(view))
         for found, index in _encoded(method.model, view, accelerator, batch_size, num_workers, features):
             yield found, index if positions is None else positions[index]
 

@@ -51,9 +51,9 @@ class KeptTensors:
             facts: as for `path`.
         """
         path = self.path(facts)
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             with safe_open(path, "pt") as file:
                 about, tensor = file.metadata() or {}, file.get_tensor(TENSOR)
             if about.get("facts") != _text(facts) or about.get("sha256") != _checksum(tensor):

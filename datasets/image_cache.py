@@ -112,7 +112,7 @@ class _Images:
     @property
     def key(self) -> str:
         """Changes when the images, what is made of them, or the libraries that decode them change."""
-        return image_digest(self.view, [FORMAT, *described(self.prepare)])
+        return image_digest(self.view, FORMAT, described(self.prepare))
 
 
 def _in_memory(images: _Images) -> KeptImages | None:

@@ -199,8 +199,7 @@ class FeatureStore:
         of_transform = without_draws(view)
         assert of_transform is not None, "asked before"
         return {
-            "format": FORMAT,
-            "images": image_digest(view, of_transform, self.content),
+            "images": image_digest(view, FORMAT, of_transform, self.content),
             "encoder": _encoder_digest(encoder, untuned),
             "pixels": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
             "experts": experts,

@@ -254,7 +254,11 @@ def _encoder_digest(encoder: Encoder, untuned: bool) -> str:
 
     tensors = [each for each in (*encoder.named_parameters(), *encoder.named_buffers()) if wanted(each[0])]
     host = encoder.net if untuned else encoder
-    modules = [[type(each).__qualname__, _plain(vars(each))] for name, each in host.named_modules() if wanted(name)]
+    modules = [
+        [type(module).__qualname__, _plain({key: each for key, each in vars(module).items() if "_hooks" not in key})]
+        for name, module in host.named_modules()
+        if wanted(name)
+    ]  # torch counts hooks in a process, so their numbers say nothing
     return f"{_digest(tensors)}-{_hash(modules)}"
 
 

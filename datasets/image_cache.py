@@ -4,19 +4,14 @@ What is kept is an image after `TensorTransform.prepare`, so it is resized if no
 are the same as without a cache.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -24,6 +19,7 @@ from torch import Tensor
 from tailtune.configs.atomic_file import atomic_file
 from tailtune.configs.errors import UserError
 from tailtune.configs.machine import free_memory, local_processes
+from tailtune.datasets.image_identity import described, image_digest
 from tailtune.datasets.images.ordered_map import ordered_map
 from tailtune.datasets.images.tensor_transforms import TensorTransform
 from tailtune.datasets.sources.named_source import BadImage
@@ -116,19 +112,7 @@ class _Images:
     @property
     def key(self) -> str:
         """Changes when the images, what is made of them, or the libraries that decode them change."""
-        libraries = [PIL.__version__, version("torch"), version("torchvision")]  # torch resizes
-        about = [FORMAT, *libraries, _described(self.prepare), len(self)]
-        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=12)
-        for position in self.view.indices.tolist():
-            digest.update(self.view.source.stamp(position).encode(errors="surrogateescape") + b"\n")
-        return digest.hexdigest()
-
-
-def _described(function: object) -> list[object]:
-    """The name and the arguments of a function of tensor_transforms.py."""
-    if isinstance(function, partial):
-        return [function.func.__name__, *map(repr, function.args), sorted(function.keywords.items())]
-    return [getattr(function, "__name__", repr(function))]
+        return image_digest(self.view, FORMAT, described(self.prepare))
 
 
 def _in_memory(images: _Images) -> KeptImages | None:

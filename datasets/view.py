@@ -59,6 +59,9 @@ class View(Dataset[Batch]):
         skip_bad: give unreadable images weight 0 instead of raising `BadImage`.
     """
 
+    decodes = True
+    """Whether worker processes may have something to do."""
+
     def __init__(
         self,
         source: Source,

@@ -58,12 +58,13 @@ class ClassificationModel(nn.Module):
         """Encode images.
 
         Args:
-            images: [B, 3, H, W], uint8, or floats that are normalised already.
+            images: [B, 3, H, W], uint8, or floats that are normalised already. Features that were computed before, with
+                the shape of the result, pass as they are.
 
         Returns:
             Features [B, D], or [B, E, D] if experts have features of their own.
         """
-        return self.encoder(self.normalised(images))
+        return images if images.ndim < 4 else self.encoder(self.normalised(images))
 
     def normalised(self, images: Tensor) -> Tensor:
         """The encoder's input: uint8 images [B, 3, H, W] are normalised, floats pass as they are."""

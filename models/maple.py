@@ -119,6 +119,7 @@ def add_maple(
         with torch.no_grad():
             contexts.vectors[0].copy_(start[:length])
     tower.context = contexts
+    encoder.prompted_by_texts = True
     for block in range(depth):
         if block:
             tower.sites[0][block]["tokens"].append(_ReplacedTokens(contexts, block))

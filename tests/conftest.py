@@ -28,10 +28,10 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick() -> Iterator[None]:
-    """Most of what a small run waits for is left out: files reach the disk later, generated images are drawn once, the
-    commit and the versions of packages are looked up once, and runs in this process make no report and no pictures
-    (test_report.py and test_curves.py make them)."""
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nobody's caches are used or changed. Most of what a small run waits for is left out: files reach the disk later,
+    generated images are drawn once, the commit and the versions of packages are looked up once, and runs in this process
+    make no report and no pictures (test_report.py and test_curves.py make them)."""
     import torch
 
     from tailtune.datasets.sources.fake import fake_sources
@@ -40,6 +40,7 @@ def quick() -> Iterator[None]:
 
     torch.set_num_threads(1)  # results and times that do not depend on the machine's load
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         patch.setattr("os.fsync", lambda descriptor: None)
         patch.setattr("tailtune.datasets.sources.fake.fake_sources", cache(fake_sources))
         patch.setattr("tailtune.trainers.runs.metrics_file.commit", cache(commit))

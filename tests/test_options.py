@@ -650,6 +650,8 @@ PROBES: dict[str, Probe] = {
     "image_backend": Probe("torchvision", "pil", pixels("train")),
     "cache": Probe("none", "ram", said("cache ram: 159 images"), ONE),
     "cache_dir": Probe("here", "there", cached_in, (*ONE, "cache", "disk")),
+    "feature_cache": Probe(True, False, said("features of 20 images"), ONE),
+    "feature_cache_dir": Probe("here", "there", cached_in, ONE),
     "backbone": Probe("TinyCLIP", "CLIP-ViT-B/16", on_meta),
     "pretrained": Probe("none", "own.safetensors", encoder_weights),
     "resolution": Probe(32, 48, grid),

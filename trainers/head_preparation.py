@@ -8,9 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tailtune.datasets.data_bundle import DataBundle
+from tailtune.datasets.feature_view import FeatureView
 from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
-from tailtune.models.heads.head_init import HeadContext
+from tailtune.models.heads.head_init import EncodeTexts, HeadContext, encode_texts
+from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 
 log = logging.getLogger("tailtune")
@@ -18,7 +21,12 @@ log = logging.getLogger("tailtune")
 
 @torch.no_grad()
 def prepare_head(
-    method: Method, data: DataBundle, accelerator: Accelerator, batch_size: int, num_workers: int | None
+    method: Method,
+    data: DataBundle,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int | None,
+    features: FeatureStore | None = None,
 ) -> None:
     """Run `method.prepare`; each process encodes its share of the training images, if the initialisation needs them.
 
@@ -28,19 +36,15 @@ def prepare_head(
         accelerator: device and processes.
         batch_size: images that a process encodes at once.
         num_workers: processes that read images, for each process of the run; None chooses their number.
+        features: gives features that are known already.
     """
     encoder = method.model.encoder
 
     def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
-        log.info("encoding %d training images for the head", len(view))
-        rank, world = accelerator.process_index, accelerator.num_processes
-        for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
-            real = batch["weight"] > 0
-            index = batch["index"][real]
-            shared = encoder.trunk(method.model.normalised(batch["image"]))
-            features = encoder.branch(shared, 0)[real]  # without tuners, all experts have the same pre-trained weights
-            yield features, index if positions is None else positions[index]
+        log.info("the head starts from features of %d training images", len(view))
+        for found, index in _encoded(method.model, view, accelerator, batch_size, num_workers, features):
+            yield found, index if positions is None else positions[index]
 
     context = HeadContext(
         labels=data.train_unaugmented.labels.to(accelerator.device),
@@ -51,13 +55,38 @@ def prepare_head(
         encode_images=encode_images,
         sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),
         is_main_process=accelerator.is_main_process,
+        encode_texts=encode_texts if features is None else features.texts,
     )
     method.eval()
     with encoder.untuned():
         method.prepare(context)
 
 
-def text_context(model: ClassificationModel, num_classes: int, seed: int, device: torch.device) -> HeadContext:
+def _encoded(
+    model: ClassificationModel,
+    view: View,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int | None,
+    features: FeatureStore | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [B, D] and positions [B] of this process's share of the images that can be read."""
+
+    def encode(images: Tensor) -> Tensor:
+        # Without tuners, all experts have the same pre-trained weights.
+        return model.encoder.branch(model.encoder.trunk(model.normalised(images)), 0)
+
+    view = view if features is None else features.untuned(model, view, encode)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
+        real = batch["weight"] > 0
+        found = batch["image"] if isinstance(view, FeatureView) else encode(batch["image"])
+        yield found[real], batch["index"][real]
+
+
+def text_context(
+    model: ClassificationModel, num_classes: int, seed: int, device: torch.device, texts: EncodeTexts = encode_texts
+) -> HeadContext:
     """What a head needs that is made of texts: no training images.
 
     Args:
@@ -65,6 +94,7 @@ def text_context(model: ClassificationModel, num_classes: int, seed: int, device
         num_classes: number of classes.
         seed: seed of the run; it makes the heads of several experts differ.
         device: where to compute.
+        texts: encodes them.
     """
     return HeadContext(
         labels=torch.empty(0, dtype=torch.int64, device=device),
@@ -74,4 +104,5 @@ def text_context(model: ClassificationModel, num_classes: int, seed: int, device
         device=device,
         encode_images=lambda positions: iter(()),
         sum_over_processes=lambda tensor: tensor,
+        encode_texts=texts,
     )

@@ -29,6 +29,7 @@ from tailtune.trainers.evaluation.ensembles import ENSEMBLES, EnsembleOptions
 from tailtune.trainers.evaluation.target_prior import TARGETS, TargetOptions
 from tailtune.trainers.evaluation.tta import TestTimeOptions
 from tailtune.trainers.evaluation.validation import ValidationOptions
+from tailtune.trainers.feature_store import FeatureOptions
 from tailtune.trainers.flat_minima import SAM_MODES, SamChoice
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
@@ -103,6 +104,7 @@ def _declarations() -> Iterator[Declaration]:
     for name, ensemble in ENSEMBLES.items():
         yield from declarations(ensemble.Options, "Ensembles", name)
     yield from declarations(RunOptions, "How it runs")
+    yield from declarations(FeatureOptions, "How it runs")
     yield from declarations(TrackerOptions, "How it runs")
     for name, method in METHODS.items():
         yield from declarations(method.Options, f"Method {name}", name, method=name)

@@ -30,6 +30,7 @@ from tailtune.trainers.evaluation.evaluate import Evaluation
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
 from tailtune.trainers.evaluation.validation import OnValidation, Validation, ValidationPlan
 from tailtune.trainers.export_run import export_run
+from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_probe import largest_micro_batch
@@ -159,6 +160,7 @@ class _Run:
         self.evaluation = Evaluation(
             evaluation_plan, build, self.accelerator, self.folder, self.plan, {SUGGESTED: dict(self.suggested)}
         )
+        self.features = self.evaluation.features = FeatureStore.of(cfg, self.accelerator, self.evaluation.note)
         if launched_alone():
             self.evaluation.note(
                 "accelerate launch started one process, as it does without GPUs; `accelerate launch --multi_gpu "
@@ -235,12 +237,12 @@ class _Run:
             "images": data.records["train"].fingerprint,
         }
         scratch = self.evaluation.scratch
-        validation = Validation(ValidationPlan.of(cfg), data, accelerator, scratch, self.on_validation)
+        validation = Validation(ValidationPlan.of(cfg), data, accelerator, scratch, self.on_validation, self.features)
         of_states = {**identity, **validation.identity}
         states = ResumeStates(self.folder.states, of_states, self.folder.seal, any_length(cfg), cfg.num_epochs)
         fresh = not cfg.resume or not states.begun()
         if fresh:
-            prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers)
+            prepare_head(method, data, accelerator, cfg.test_batch_size, cfg.num_workers, self.features)
         elif (before := epochs_before(self.folder.config, cfg)) is not None:
             check_more_epochs(before, cfg, method)
         method.model.init = None
@@ -277,9 +279,9 @@ class _Run:
         curves = start_curves(self.accelerator, CurvePlan.of(cfg), home.path, home.manifest.run, options)
         if method.batch_coupled and plan.micro_batch_size < cfg.batch_size:
             note(training_notes.of_micro_batch(plan.micro_batch_size, cfg.batch_size), warn=True)
-        if cfg.cache is not None:
+        if cfg.cache is not None and not self.features.applies(method, data.train):
             keep_images(data.train, cfg.cache, Path(cfg.cache_dir).expanduser())
-        report = Trainer(self.accelerator, plan, states, validation, curves).fit(method, data)
+        report = Trainer(self.accelerator, plan, states, validation, curves, self.features).fit(method, data)
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         for text in validation.outcome(report.validations, cfg.num_epochs):
             log.info(text)

@@ -15,6 +15,7 @@ from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.evaluation.validation import Validated, Validation
+from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.methods.base import Batch, Method, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, learning_rate, set_lr
@@ -42,12 +43,19 @@ class Trainer:
         states: saves the states of the run and loads them to resume it.
         validation: validates after some epochs, and chooses the epoch that is kept.
         curves: where the curves go.
+        features: gives the features of the images if the encoder is frozen.
     """
 
     def __init__(
-        self, accelerator: Accelerator, plan: Plan, states: ResumeStates, validation: Validation, curves: Curves
+        self,
+        accelerator: Accelerator,
+        plan: Plan,
+        states: ResumeStates,
+        validation: Validation,
+        curves: Curves,
+        features: FeatureStore | None = None,
     ) -> None:
-        self.accelerator, self.plan, self.curves = accelerator, plan, curves
+        self.accelerator, self.plan, self.curves, self.features = accelerator, plan, curves, features
         self.validation, self.kept = validation, TrainingState(accelerator, states, validation)
         self.sam = sam_mode(plan.sam)
 
@@ -61,9 +69,10 @@ class Trainer:
         cuda = self.accelerator.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        run = self._begin(method, data)
-        data.train.timed, data.train.two_views = self.plan.profile_data, method.takes_two_views
-        loader = train_loader(data.train, run.sampler, self.plan.num_workers, self.accelerator.device)
+        run = self._begin(method, data)  # a resumed run has the weights of its frozen encoder only now
+        view = data.train if self.features is None else self.features.view_of(run.method, data.train)
+        view.timed, view.two_views = self.plan.profile_data, method.takes_two_views
+        loader = train_loader(view, run.sampler, self.plan.num_workers, self.accelerator.device)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
         validation, started, before = self.validation, time.perf_counter(), run.report.seconds
         try:

@@ -169,6 +169,10 @@ def _none(resolution: int, mode: str) -> TensorTransform:
     return eval_transform(resolution, mode, "none")
 
 
+def _whole(resolution: int, mode: str) -> TensorTransform:
+    return eval_transform(resolution, mode, "whole")
+
+
 TENSOR_AUGMENTS: Mapping[str, Callable[[int, str], TensorTransform]] = MappingProxyType(
     {
         "lift": _lift,
@@ -179,6 +183,7 @@ TENSOR_AUGMENTS: Mapping[str, Callable[[int, str], TensorTransform]] = MappingPr
         "inat": _lift,
         "digits": _digits,
         "none": _none,
+        "whole": _whole,
     }
 )
 """Entry of `AUGMENTS` → the same augmentation of tensors. Pillow makes those that are missing here."""

@@ -25,7 +25,7 @@ Transform = Callable[..., torch.Tensor]
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 
-FULL_FRAME = ("cifar", "cifar_crop", "cifar_auto", "cifar_auto_cutout", "digits", "sade_cifar")
+FULL_FRAME = ("cifar", "cifar_crop", "cifar_auto", "cifar_auto_cutout", "digits", "sade_cifar", "whole")
 """Augmentations of small images whose object fills the frame. Their test transform does not crop."""
 
 UNMIRRORED = ("digits",)
@@ -227,6 +227,11 @@ def _none(resolution: int, interpolation: str) -> Transform:
     return eval_transform(resolution, interpolation, "none")
 
 
+def _whole(resolution: int, interpolation: str) -> Transform:
+    """No augmentation of images whose object fills the frame: the test transform, which does not crop them."""
+    return eval_transform(resolution, interpolation, "whole")
+
+
 AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
     {
         "lift": _lift,
@@ -244,6 +249,7 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
         "sade_imagenet": _sade_imagenet,
         "sade_inat": _sade_inat,
         "none": _none,
+        "whole": _whole,
     }
 )
 """Name → function of resolution and interpolation that makes the training transform: entries of option `augment`."""

@@ -60,7 +60,7 @@ class Loader:
     ) -> None:
         self.view, self.device, self.title = view, device, title
         # The memory is estimated from the size that the transform gives to a square image.
-        wanted = chosen_workers(view) if num_workers is None else num_workers if len(view) else 0
+        wanted = chosen_workers(view) if num_workers is None else num_workers if len(view) and view.decodes else 0
         self.num_workers = usable_workers(
             wanted, lambda: local_processes() * max_images * view[PADDING]["image"].numel()
         )
@@ -146,7 +146,7 @@ def chosen_workers(view: View) -> int:
     Args:
         view: the images.
     """
-    if view.is_batched or len(view) < FEWEST_IMAGES:
+    if not view.decodes or view.is_batched or len(view) < FEWEST_IMAGES:
         return 0
     return min(MOST_WORKERS, available_processors() // local_processes())
 

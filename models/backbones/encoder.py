@@ -44,6 +44,7 @@ class Encoder(StagedModule):
         experts: the number of branches E.
         tuned_blocks: tuner → indices of the blocks that it acts on.
         tuners_draw: whether tuners draw random numbers in every training forward, as dropout does.
+        prompted_by_texts: whether parts of the text tower act in it, which train.
         projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
     """
 
@@ -60,7 +61,7 @@ class Encoder(StagedModule):
         self.projection: nn.Parameter | None = None
         self._trained_batch_norms: list[nn.Module] = []
         self._peft_layers: list[Any] = []
-        self.tuners_draw = False
+        self.tuners_draw = self.prompted_by_texts = False
         self._peft_draws = self._is_frozen = self._batch_norms_follow = False
         self._pretrained_buffers = [(module, name) for module in net.modules() for name in module._buffers]
         self.requires_grad_(False)
@@ -75,6 +76,13 @@ class Encoder(StagedModule):
         """Whether training depends on which images are in memory at once."""
         draws = self._peft_draws or self.tuners_draw
         return bool(self._trained_batch_norms) and self._batch_norms_train or draws and not self._is_frozen
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the features of an image stay the same while a run trains."""
+        follows = bool(self._trained_batch_norms) and self._batch_norms_train
+        changes = follows or self._peft_draws or self.tuners_draw or self.prompted_by_texts
+        return not changes and not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def is_frozen(self) -> bool:

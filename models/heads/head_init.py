@@ -19,6 +19,14 @@ MAX_ITER = 100
 log = logging.getLogger("tailtune")
 
 
+EncodeTexts = Callable[[TextEncoder, Sentences, torch.device], Tensor]
+
+
+def encode_texts(text_encoder: TextEncoder, sentences: Sentences, device: torch.device) -> Tensor:
+    """The text features of the classes [C, d], computed now; see `TextEncoder.class_features`."""
+    return text_encoder.class_features(sentences, device)
+
+
 @dataclass(frozen=True)
 class HeadContext:
     """The training data, as one process of a run sees them.
@@ -33,6 +41,7 @@ class HeadContext:
             the encoder without its tuners on this process's share of these images; unreadable images are left out.
         sum_over_processes: sums a tensor over all processes.
         is_main_process: whether this process does what only one has to do.
+        encode_texts: text encoder, sentences of each class and device → text features of the classes [C, d].
     """
 
     labels: Tensor
@@ -43,6 +52,7 @@ class HeadContext:
     encode_images: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor]]]
     sum_over_processes: Callable[[Tensor], Tensor]
     is_main_process: bool = True
+    encode_texts: EncodeTexts = encode_texts
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def text_feat(context: HeadContext, text_encoder: TextEncoder | None, sentences:
         The weight of the head, [C, D].
     """
     assert text_encoder is not None, "a backbone without text encoder was refused when the model was built"
-    features = text_encoder.class_features(sentences, context.device)
+    features = context.encode_texts(text_encoder, sentences, context.device)
     projection = text_encoder.projection
     return features if projection is None else F.normalize(features @ projection.to(features), dim=-1)
 

@@ -23,6 +23,7 @@ from tailtune.trainers.evaluation.logit_files import LOGITS, VAL_LOGITS, save_lo
 from tailtune.trainers.evaluation.metrics import evaluate_predictions
 from tailtune.trainers.evaluation.report_of_evaluation import add_report
 from tailtune.trainers.evaluation.target_prior import add_target_results
+from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 from tailtune.trainers.report.files import NONE
 from tailtune.trainers.report.subject import EvaluatedImages
@@ -56,6 +57,8 @@ class Evaluation:
     """Further entries of `evaluation` in metrics.json."""
     notes: list[str] = field(default_factory=list)
     """Notes and warnings that metrics.json records."""
+    features: FeatureStore | None = None
+    """Gives the features of the images if the encoder is frozen."""
 
     def __post_init__(self) -> None:
         for text in (*self.decision.notes, *self.plan.warnings):
@@ -221,6 +224,8 @@ class Evaluation:
         plan, view = self.plan, {"train": data.train_as_test, "test": data.test, "val": data.val}[split]
         assert view is not None
         mode = plan.tte_mode
+        if mode is None and self.features is not None:
+            view = self.features.view_of(method, view)
         predict = test_time.averaged(method, mode, plan.resolution) if mode else test_time.plain(method)
         compute = partial(infer, predict, view, self.accelerator, plan.batch_size, plan.num_workers)
         logits = compute(scratch=self.scratch, summarised=True, title=f"{split} images")

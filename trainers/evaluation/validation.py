@@ -19,6 +19,7 @@ from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.expert_usage import is_finite
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.metrics import evaluate_predictions
+from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 from tailtune.trainers.storage.checkpoint import copy_state, trained_state, with_prefix
 from tailtune.trainers.storage.large_tensors import Scratch
@@ -106,6 +107,7 @@ class Validation:
         accelerator: device and processes; all processes validate together.
         scratch: gives room for large logits.
         on_validation: gets each validation, on the first process.
+        features: gives the features of the images if the encoder is frozen.
 
     Raises:
         UserError: the data have no validation split.
@@ -118,6 +120,7 @@ class Validation:
         accelerator: Accelerator,
         scratch: Scratch,
         on_validation: OnValidation | None = None,
+        features: FeatureStore | None = None,
     ) -> None:
         if plan.every is not None and data.val is None:
             raise UserError(
@@ -125,7 +128,8 @@ class Validation:
                 "not choose the model: hold images out with val_per_class, or give a val_list or a folder val"
             )
         self.plan, self.data, self.accelerator, self.scratch = plan, data, accelerator, scratch
-        self.on_validation = on_validation
+        self.on_validation, self.features = on_validation, features
+        self.view = data.val
         self.best: dict[str, Tensor] = {}
         """Trained tensors of the best epoch, on the CPU; empty if no epoch is chosen."""
         self.seconds = 0.0
@@ -160,12 +164,13 @@ class Validation:
         if not self.is_due(epoch):
             return None
         started = time.perf_counter()
-        view = self.data.val
-        assert view is not None
+        assert self.view is not None
         with undisturbed(method, self.accelerator.process_index):
+            if self.features is not None:
+                self.view = self.features.view_of(method, self.view)
             logits = infer(
                 test_time.plain(method),
-                view,
+                self.view,
                 self.accelerator,
                 self.plan.batch_size,
                 self.plan.num_workers,

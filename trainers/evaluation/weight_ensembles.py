@@ -11,6 +11,7 @@ from torch import Tensor
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data
 from tailtune.models.text_mode import starts_at_random
+from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, stored_config
@@ -96,7 +97,8 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
         data = build_data(cfg, kept_splits(run.folder.source), run.folder.class_counts())
     method, base = fresh_method(cfg, data.info, run.accelerator.device)
     check_base(run.folder.source, read_json(run.folder.source / FACTS), base)
-    prepare_head(method, data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers)
+    features = FeatureStore.of(run.cfg, run.accelerator)
+    prepare_head(method, data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers, features)
     fresh = [parameter.clone() for parameter in method.model.head.parameters()]
     if cfg.after is not None:
         facts = read_json(run.folder.source / FACTS)

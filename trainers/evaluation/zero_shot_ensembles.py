@@ -13,6 +13,7 @@ from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.rows import MadeRows, Rows, slices
+from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun, fresh_method, load_trained, outline_of
 from tailtune.trainers.runs.run_folder import FACTS
@@ -68,7 +69,7 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     log.info("prior of the pre-training: zero-shot logits of %d training images", len(run.data.train_unaugmented))
     train_logits = infer(
         test_time.plain(method),
-        run.data.train_unaugmented,
+        FeatureStore.of(run.cfg, accelerator).view_of(method, run.data.train_unaugmented),
         accelerator,
         run.cfg.test_batch_size,
         run.cfg.num_workers,

@@ -44,14 +44,11 @@ class Method(StagedModule):
         self.model = model
         self.options = options
         self.objective = objective
-        self.epoch = 0
+        self.epoch = self._drawn = 0
         self.at_step = 0
         """The optimizer step, counted from 1 over the whole run."""
-        self._drawn = 0
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
         self.register_buffer("class_counts", objective.class_counts, persistent=False)
-
-    # --- what a method is ----------------------------------------------------------------------------------------
 
     @property
     def asks_every_expert(self) -> bool:
@@ -87,6 +84,11 @@ class Method(StagedModule):
         return True
 
     @property
+    def takes_features(self) -> bool:
+        """Whether a batch may have features in the place of images, because only `model.features` reads the images."""
+        return self.can_be_wrapped and not self.loss_needs_images
+
+    @property
     def starts_where_earlier_run_ended(self) -> bool:
         """Whether the weights of the run that `after` names are the initial weights; False if that run is a teacher."""
         return True
@@ -114,8 +116,6 @@ class Method(StagedModule):
     def depends_on_length(self) -> bool:
         """Whether a step depends on the number of epochs of the run, so that a finished run cannot get more of them."""
         return self.model.depends_on_length
-
-    # --- what it computes ----------------------------------------------------------------------------------------
 
     @property
     def prior(self) -> Prior:

@@ -66,6 +66,10 @@ class BatchFormer(Wrapper):
                 model.encoder.feature_dim, opts.layers, opts.heads, opts.dropout, opts.chunks, opts.kaiming
             )
 
+    @property
+    def takes_features(self) -> bool:
+        return not self.loss_needs_images
+
     def forward(self, batch: Batch) -> Step:
         if not self.training:
             return super().forward(batch)

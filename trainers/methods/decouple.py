@@ -43,6 +43,7 @@ class WeightScaling(Method):
     continues_from_earlier_run = True
     changes_head_logits = True
     can_be_wrapped = False
+    takes_features = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)

@@ -69,6 +69,10 @@ class H2T(Wrapper):
         return self.options.ratio > 0
 
     @property
+    def takes_features(self) -> bool:
+        return not self.loss_needs_images
+
+    @property
     def changes_head_logits(self) -> bool:
         return self.scales is not None or super().changes_head_logits
 

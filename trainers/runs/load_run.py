@@ -26,6 +26,7 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS
 from tailtune.trainers.export import ExportedModel
 from tailtune.trainers.export.run_command import command_of
+from tailtune.trainers.feature_store import TextFeatures
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_checkpoint
 from tailtune.trainers.head_preparation import text_context
@@ -98,7 +99,8 @@ def load_trained(fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, class
     method = fresh.method
     if cfg.zero_shot:  # the head is computed from text; no checkpoint holds it
         method.eval()
-        method.prepare(text_context(method.model, len(class_names), cfg.seed, method.log_prior.device))
+        device, texts = method.log_prior.device, TextFeatures.of(cfg)
+        method.prepare(text_context(method.model, len(class_names), cfg.seed, device, texts))
     elif checkpoint.foreign is not None:
         log.info(load_foreign_checkpoint(checkpoint.foreign, method, tuners_of(cfg), _numbering(cfg)))
     else:

@@ -151,10 +151,14 @@ def commit() -> str | None:
 
 def hardware() -> str:
     """The devices of this computation, in words: number and name of the GPUs, or the CPU and its threads."""
-    times = f"{world_size()} × " if world_size() > 1 else ""
+    return (f"{world_size()} × " if world_size() > 1 else "") + device_name()
+
+
+def device_name() -> str:
+    """The device of this process, in words."""
     if uses_cuda():
-        return f"{times}{torch.cuda.get_device_name()}"
-    return f"{times}CPU ({_cpu()}, {torch.get_num_threads()} threads)"
+        return torch.cuda.get_device_name()
+    return f"CPU ({_cpu()}, {torch.get_num_threads()} threads)"
 
 
 def _cpu() -> str:

@@ -1,0 +1,29 @@
+"""`FeatureView`: a view whose batches have features that were computed before, in the place of the images."""
+
+import numpy as np
+from torch import Tensor
+
+from tailtune.datasets.view import PADDING, Batch, View
+
+
+class FeatureView(View):
+    """The features of the images of a view. A batch has them under the names of the images.
+
+    Args:
+        view: the images. Its transform draws no random numbers, so a key gives the same features in every epoch.
+        features: of each image [N, …].
+        readable: which images could be read, bool [N]. The others get weight 0.
+    """
+
+    decodes = False
+
+    def __init__(self, view: View, features: Tensor, readable: Tensor) -> None:
+        super().__init__(view.source, view.indices, view.transform, view.seed, view.skip_bad)
+        self.features, self.readable = features, readable.numpy()
+
+    def _images(self, keys: np.ndarray, seconds: np.ndarray) -> tuple[Batch, np.ndarray]:
+        index = keys[:, 0]
+        return {"image": self.features[index]}, self.readable[index] & (index != PADDING)
+
+    def _prefetch(self, index: np.ndarray, seconds: np.ndarray) -> None:
+        """Do nothing: no image is read."""

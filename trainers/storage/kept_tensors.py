@@ -1,0 +1,96 @@
+"""`KeptTensors`: results that take long to compute, in a folder of the user that all runs share.
+
+An entry is one file. Its name is a digest of everything that its tensor depends on, and its header has these facts and
+the checksum of the tensor. An entry that cannot be read or written is computed again, which a warning says.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tailtune.configs.atomic_file import atomic_file, temporary_pattern
+
+TENSOR = "features"
+ABANDONED = 3600.0
+"""Age in seconds of a temporary file whose process was probably killed."""
+log = logging.getLogger("tailtune")
+
+
+class KeptTensors:
+    """Tensors in a folder.
+
+    Args:
+        folder: the folder, which is made when the first entry is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, facts: Mapping[str, Any]) -> Path:
+        """The file of an entry.
+
+        Args:
+            facts: everything that its tensor depends on, as JSON.
+        """
+        return self.folder / f"{hashlib.sha256(_text(facts).encode()).hexdigest()[:32]}.safetensors"
+
+    def read(self, facts: Mapping[str, Any]) -> Tensor | None:
+        """The tensor of an entry, on the CPU; None if there is none that is complete and unchanged.
+
+        Args:
+            facts: as for `path`.
+        """
+        path = self.path(facts)
+        try:
+            if not path.exists():
+                return None
+            with safe_open(path, "pt") as file:
+                about, tensor = file.metadata() or {}, file.get_tensor(TENSOR)
+            if about.get("facts") != _text(facts) or about.get("sha256") != _checksum(tensor):
+                raise ValueError("its checksum is wrong")
+        except (OSError, ValueError, SafetensorError) as error:
+            log.warning("warning: %s is not used (%s); it is computed again", path, error)
+            return None
+        return tensor
+
+    def write(self, facts: Mapping[str, Any], tensor: Tensor) -> None:
+        """Write an entry completely or not at all.
+
+        Args:
+            facts: as for `path`.
+            tensor: on the CPU.
+        """
+        path = self.path(facts)
+        content = save({TENSOR: tensor}, {"facts": _text(facts), "sha256": _checksum(tensor)})
+        try:
+            self._remove_abandoned(path)
+            with atomic_file(path) as file:
+                file.write(content)
+        except OSError as error:
+            log.warning("warning: cannot write %s (%s); the next run computes it again", path, error.strerror)
+
+    def _remove_abandoned(self, path: Path) -> None:
+        """Remove what a process that was killed while it wrote this entry has left."""
+        written = temporary_pattern(path.name)
+        for left in self.folder.glob(f".{path.name}.*.tmp"):
+            with suppress(FileNotFoundError):  # another process removes it, too
+                if written.fullmatch(left.name) and time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, sort_keys=True)
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()

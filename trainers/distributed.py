@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,7 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
@@ -52,6 +52,36 @@ def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decisio
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def on_first(accelerator: Accelerator, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """The rows of some tensors of all processes, on the CPU of the first process, which alone receives them.
+
+    Args:
+        accelerator: the processes. All must call this together.
+        tensors: tensors [B, …] of this process; their shapes are the same on all processes.
+
+    Returns:
+        The same tensors with the rows of all P processes, [P·B, …], one process after the other; None on every
+        process but the first.
+    """
+    if accelerator.num_processes == 1:
+        return [tensor.cpu() for tensor in tensors]
+    found = []
+    for tensor in (each.contiguous() for each in tensors):
+        parts = [torch.empty_like(tensor) for _ in range(accelerator.num_processes * accelerator.is_main_process)]
+        torch.distributed.gather(tensor, parts or None)
+        found += [torch.cat(parts).cpu()] if parts else []
+    return found or None
+
+
+def objects_on_first(accelerator: Accelerator, own: Any) -> list[Any]:
+    """A picklable object of each process, on the first process; an empty list on the others. All must call this."""
+    if accelerator.num_processes == 1:
+        return [own]
+    found = [None] * accelerator.num_processes * accelerator.is_main_process
+    torch.distributed.gather_object(own, found or None)
+    return found
 
 
 def uses_cuda() -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
+from tailtune.trainers.distributed import on_first, on_main
 from tailtune.trainers.methods import Method
 
 log = logging.getLogger("tailtune")
@@ -31,16 +33,24 @@ def prepare_head(
     """
     encoder = method.model.encoder
 
-    def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def encoded(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features [B, D] and positions [B] of this process's share, and which of them are images that can be read."""
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("encoding %d training images for the head", len(view))
         rank, world = accelerator.process_index, accelerator.num_processes
         for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
-            real = batch["weight"] > 0
-            index = batch["index"][real]
             shared = encoder.trunk(method.model.normalised(batch["image"]))
-            features = encoder.branch(shared, 0)[real]  # without tuners, all experts have the same pre-trained weights
-            yield features, index if positions is None else positions[index]
+            features = encoder.branch(shared, 0)  # without tuners, all experts have the same pre-trained weights
+            yield features, batch["index"] if positions is None else positions[batch["index"]], batch["weight"] > 0
+
+    def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((features[real], index[real]) for features, index, real in encoded(positions))
+
+    def collect_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in encoded(positions):
+            if (found := on_first(accelerator, part)) is not None:
+                features, index, real = found
+                yield features[real], index[real]
 
     context = HeadContext(
         labels=data.train_unaugmented.labels.to(accelerator.device),
@@ -50,7 +60,8 @@ def prepare_head(
         device=accelerator.device,
         encode_images=encode_images,
         sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),
-        is_main_process=accelerator.is_main_process,
+        collect_images=collect_images,
+        on_first=partial(on_main, accelerator),
     )
     method.eval()
     with encoder.untuned():

@@ -83,8 +83,7 @@ class UnlabelledTest:
         """Adapt to each test distribution by itself. The distributions are divided among the processes.
 
         Args:
-            adapt: test distribution → its predictions; it is called on one process. It must leave the method and the
-                random generators as they were.
+            adapt: test distribution → its predictions, the same on every process. It is called on one of them.
 
         Returns:
             Name of a distribution → its predictions, on the first process. All processes must call this together.

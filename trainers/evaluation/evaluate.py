@@ -72,15 +72,11 @@ class Evaluation:
     def from_stored_logits(self) -> bool:
         """Evaluate from the logits that an earlier evaluation saved, if these are sufficient.
 
-        This needs neither the model nor the images, and the first process does it alone. All processes must call this
-        together.
+        This needs neither the model nor the images, and only the first process calls it.
 
         Returns:
             Whether the evaluation is done; if not, `from_images` must be called.
         """
-        return on_main(self.accelerator, self._from_stored_logits)
-
-    def _from_stored_logits(self) -> bool:
         stored, val = self._open(LOGITS), self._open(VAL_LOGITS)
         if stored is None or (stored[1].bad_images and self.plan.asked):  # these options need the labels of all images
             return False
@@ -151,20 +147,12 @@ class Evaluation:
         """
         test_time.prepare(method, self.plan.test_prec)
         distributions = self._asked(data.test_distributions)
-        stored: dict[str, Logits] = {}
-
-        def read() -> set[str]:
-            for name in (LOGITS, VAL_LOGITS):
-                if (logits := self._stored(name)) is not None:
-                    stored[name] = logits
-            return set(stored)
-
-        known = on_main(self.accelerator, read)  # as all logits, these are on the first process only
-        test_logits, val = stored.get(LOGITS), stored.get(VAL_LOGITS)
-        wants_val = LOGITS not in known or self.plan.needs_val
-        if LOGITS not in known:
+        first = self.accelerator.is_main_process  # all logits are on the first process only
+        test_logits, val = (self._stored(name) if first else None for name in (LOGITS, VAL_LOGITS))
+        has_test, has_val = on_main(self.accelerator, lambda: (test_logits is not None, val is not None))
+        if not has_test:
             test_logits = self._infer(method, data, "train" if self.plan.test_train else "test")
-        if VAL_LOGITS not in known and data.val is not None and not self.plan.test_train and wants_val:
+        if not has_val and data.val is not None and not self.plan.test_train and (not has_test or self.plan.needs_val):
             val = self._infer(method, data, "val")
         if test_logits is not None:
             self._keep(test_logits, val)

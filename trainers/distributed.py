@@ -27,7 +27,7 @@ from tailtune.configs.launch_environment import world_size
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
 from tailtune.trainers.processes.kept_memory import keep_freed_memory
-from tailtune.trainers.sharding import is_sharded, sharding_plugin
+from tailtune.trainers.sharding import sharding_plugin
 
 Decision = TypeVar("Decision")
 
@@ -137,9 +137,11 @@ def make_accelerator(asked: Devices) -> Accelerator:
     if not cuda:
         keep_freed_memory()
     AcceleratorState._reset_state()  # the stages of a chain may differ in precision, which it would refuse
-    plugin = sharding_plugin() if is_sharded() else None
+    plugin = sharding_plugin()
     with _said_when_late():
         accelerator = _accelerator(asked.prec, cuda, plugin)
+    if plugin is not None:
+        accelerator.state.fsdp_plugin = plugin  # Accelerate does so on GPUs only
     torch.backends.cudnn.deterministic = asked.deterministic
     torch.backends.cudnn.benchmark = not asked.deterministic
     # Only dropout draws from the global generators. Each process has a seed of its own, because its images differ.

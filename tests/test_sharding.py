@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, Cli, free_port, offline
 from sharded_runs import EXPERTS, part
+from test_bad_input import one_line
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trajectories import losses, scalars, trained
@@ -112,6 +113,17 @@ def test_validation_sees_the_trained_weights(runs: Path) -> None:
     values = scalars(runs / "alone", "val/nll")
     assert len(values) == 2 and values[0] != values[1]
     assert all(scalars(runs / name, "val/nll") == pytest.approx(values, rel=1e-9) for name in RUNS)
+
+
+def test_deepspeed_is_refused_before_anything_is_written(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    one_line(launch("-d fake_lt -m tiny_clip pretrained none max_steps 1"), "DeepSpeed is not supported", "--use_fsdp")
+    assert not Path("output").exists()
+
+
+def test_a_tuner_that_reads_weights_between_the_blocks_is_refused(sharded_alone: None, launch: Cli) -> None:
+    words = "-d fake_lt -m tiny_clip pretrained none peft AdaLoRA num_epochs 2 batch_size 16 max_test_images 8"
+    one_line(launch(words), "peft AdaLoRA reads weights that FSDP has freed")
 
 
 def test_version_1_is_refused(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
-from tailtune.configs.launch_environment import world_size
+from tailtune.configs.launch_environment import is_on, world_size
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
 from tailtune.trainers.processes.kept_memory import keep_freed_memory
@@ -86,7 +86,7 @@ def objects_on_first(accelerator: Accelerator, own: Any) -> list[Any]:
 
 def uses_cuda() -> bool:
     """Whether this run computes on a GPU. `accelerate launch --cpu` turns this off."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+    return torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU")
 
 
 PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")

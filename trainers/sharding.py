@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.launch_environment import world_size
+from tailtune.configs.launch_environment import is_on, world_size
 from tailtune.models.backbones.transformer_encoder import TransformerEncoder
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.methods.base import Method
@@ -28,8 +28,7 @@ from tailtune.trainers.methods.base import Method
 
 def is_sharded() -> bool:
     """Whether the launch asks for FSDP, on more than one process."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    return wanted and world_size() > 1
+    return is_on("ACCELERATE_USE_FSDP") and world_size() > 1
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
@@ -67,8 +66,9 @@ def prepared(
     """As `accelerator.prepare`, sharded if the launch asks for it.
 
     Raises:
-        UserError: the precision scales the loss, and a share of the gradients cannot tell whether all are finite; or
-            the ranks may have different numbers of micro-batches.
+        UserError: the run does not go with FSDP: its micro-batches have one image, its text features train, a tuner
+            reads weights between the blocks, or its precision scales the loss, and a share of the gradients cannot
+            tell whether all are finite.
     """
     if not is_sharded():
         return accelerator.prepare(method, optimizer)
@@ -79,6 +79,8 @@ def prepared(
             f"classifier {type(heads_of(method.model.head)[0]).__name__} does not go with FSDP, which frees parameters "
             "between the micro-batches that share the text features: launch without it"
         )
+    if method.model.peft is not None and method.model.peft.reads_weights:
+        raise UserError(f"peft {method.model.peft.name} reads weights that FSDP has freed: launch without it")
     if accelerator.scaler is not None:
         raise UserError("prec amp scales the loss, which FSDP does not support here: use prec bf16 or fp32")
     state = accelerator.state

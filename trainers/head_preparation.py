@@ -43,9 +43,6 @@ def prepare_head(
             features = encoder.branch(shared, 0)  # without tuners, all experts have the same pre-trained weights
             yield features, batch["index"] if positions is None else positions[batch["index"]], batch["weight"] > 0
 
-    def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((features[real], index[real]) for features, index, real in encoded(positions))
-
     def collect_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         for part in encoded(positions):
             if (found := on_first(accelerator, part)) is not None:
@@ -58,7 +55,7 @@ def prepare_head(
         feature_dim=encoder.feature_dim,
         seed=data.train_unaugmented.seed,
         device=accelerator.device,
-        encode_images=encode_images,
+        encode_images=lambda positions: ((part[real], index[real]) for part, index, real in encoded(positions)),
         sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),
         collect_images=collect_images,
         on_first=partial(on_main, accelerator),

@@ -60,7 +60,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         trajectories.train(folder, *layout, more=more)
     if request.param == "few":
         trajectories.evaluate(folder)
-    output, _ = pair.communicate(timeout=280)
+    output, _ = pair.communicate(timeout=600)
     assert pair.returncode == 0, output[-3000:]
     trajectories.move(folder, 2, 1, part=1, more=more)
     return Runs(folder, LAYOUTS[request.param])

@@ -34,7 +34,7 @@ from tailtune.trainers.cached_schema import cached_schema
 from tailtune.trainers.processes.console_log import show_any_text
 from tailtune.trainers.processes.exit import run_as_process, say
 from tailtune.trainers.processes.interrupts import Interrupted
-from tailtune.trainers.processes.launcher import LOST, one_is_lost
+from tailtune.trainers.processes.launcher import LOST, connection_is_lost, one_is_lost
 from tailtune.trainers.processes.slow_start import loading_shown
 from tailtune.trainers.stages_of_words import stages_of
 
@@ -122,7 +122,7 @@ def exit_code_and_line(error: BaseException, interrupted: str = "interrupted") -
         return 130, interrupted
     if isinstance(error, Interrupted):
         return 130, "interrupted; the same command continues"
-    if isinstance(error, RuntimeError) and one_is_lost(seconds=2):  # connections end shortly before their process
+    if isinstance(error, RuntimeError) and (connection_is_lost(error) or one_is_lost(seconds=2)):
         return 2, LOST
     return (2, f"error: {' '.join(str(error).split())}") if isinstance(error, UserError) else None
 

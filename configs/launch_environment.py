@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from tailtune.configs.errors import UserError, printable
 
 NUMERIC_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+UNSUPPORTED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+"""Variable that `accelerate launch` sets → the library that it asks for."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """A launcher sets all of these for each process."""
 
@@ -15,25 +17,36 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_on(name: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a variable of `accelerate launch` is set to true."""
+    return environment.get(name, "false").lower() in ("true", "1")
+
+
 def is_first_process() -> bool:
     """Whether this is the first process of this launch, which alone shows progress bars."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that variables of another program do not look like a launch of several processes.
+    """Check that the launch is of a supported kind, and that no variables of another program look like a launch.
 
     Args:
         environment: name of an environment variable → value.
 
     Raises:
-        UserError: the working directory has been deleted, a launcher's variable is not a number, or only some of the
-            launcher's variables are set.
+        UserError: the working directory has been deleted, the launch asks for DeepSpeed or Megatron-LM, a launcher's
+            variable is not a number, or only some of the launcher's variables are set.
     """
     try:
         os.getcwd()
     except FileNotFoundError:
         raise UserError("the working directory has been deleted: change to a folder that exists") from None
+    for name, library in UNSUPPORTED.items():
+        if is_on(name, environment):
+            raise UserError(
+                f"{library} is not supported ({name}): shard with FSDP instead, `accelerate launch --use_fsdp "
+                "--fsdp_version 2 …`"
+            )
     for name in NUMERIC_VARIABLES:
         if name in environment and not (environment[name].isascii() and environment[name].isdigit()):
             raise UserError(

@@ -17,9 +17,14 @@ COMMAND = (
 )
 
 
-def part(path: Path, killed: bool) -> None:
+EXPERTS = "full_tuning False lora True num_experts 3 expert_split 2"
+"""Words of a run whose last blocks are computed once for each expert, and whose blocks do not train."""
+
+
+def part(path: Path, killed: bool, more: str = "") -> None:
     """Train in a run folder, from its last state on, to the end or until it is killed after step 7."""
-    (cfg,) = load_configs("fake_lt", "tiny_clip", [*COMMAND.split(), "output_dir", str(path)], declared())
+    words = [*COMMAND.split(), *more.split(), "output_dir", str(path)]
+    (cfg,) = load_configs("fake_lt", "tiny_clip", words, declared())
     with killed_after(7 if killed else None):
         run(cfg)
     AcceleratorState._reset_state()
@@ -30,3 +35,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for name, killed in (("whole", False), ("resumed", True), ("resumed", False), ("to_one", True), ("to_two", False)):
         part(folder / name, killed)
+    part(folder / "experts", killed=False, more=EXPERTS)

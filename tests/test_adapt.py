@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.trainers.config_checks import outline
-from tailtune.trainers.evaluation.adaptation import restored_after
+from tailtune.trainers.evaluation.adaptation import AdaptedPredictions, UnlabelledTest, restored_after
 from tailtune.trainers.evaluation.expert_weights import (
     LEAST,
     Learner,
@@ -219,6 +219,30 @@ def test_images_that_could_not_be_read_are_left_out() -> None:
     labels = found.labels[positions]
     expected = combine(found.logits, learner.weights)[[1, 2, 3, 4, 6, 7, 8, 9]]
     assert torch.allclose(logits[:], expected) and labels.tolist() == [1, 2, 3, 4, 6, 0, 1, 2]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_processes_divide_the_distributions(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is adapted to once, and the first process gets all predictions. Here the processes run in turn."""
+    tests = [TestDistribution(name, torch.ones(C), torch.arange(B), "drawn") for name in "abc"]
+    adapted_to, sent = list[str](), list[Any]()
+
+    def adapt(test: TestDistribution) -> AdaptedPredictions:
+        adapted_to.append(test.name)
+        return AdaptedPredictions(torch.ones(B, C), test.positions, {"of": test.name})
+
+    def objects_on_first(accelerator: Any, own: Any) -> list[Any]:
+        if accelerator.process_index:
+            sent.append(own)
+            return []
+        return [own, *(sent.pop(0) for _ in range(1, world))]
+
+    monkeypatch.setattr("tailtune.trainers.evaluation.adaptation.objects_on_first", objects_on_first)
+    for rank in reversed(range(world)):
+        accelerator: Any = mock.Mock(process_index=rank, num_processes=world)
+        found = UnlabelledTest(mock.Mock(), tests, None, mock.Mock(), accelerator, mock.Mock()).of_each(adapt)
+        assert [(name, each.facts["of"]) for name, each in found.items()] == [(x, x) for x in "abc" if not rank]
+    assert sorted(adapted_to) == ["a", "b", "c"]
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------

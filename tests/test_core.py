@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ import trajectories
 from conftest import ROOT, free_port, offline
 from tiers import slow_except
 from trajectories import LAYOUTS, MORE, MOVES, STEPS, Layout, losses, name_of, scalars, trained
+
+from tailtune.trainers.evaluation.adapted_results import ADAPTED
 
 pytestmark = pytest.mark.xdist_group("core")  # its runs are shared
 
@@ -57,7 +60,9 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     for layout in LAYOUTS[request.param][1]:
         trajectories.train(folder, *layout, more=more)
-    output, _ = pair.communicate(timeout=280)
+    if request.param == "few":
+        trajectories.evaluate(folder)
+    output, _ = pair.communicate(timeout=600)
     assert pair.returncode == 0, output[-3000:]
     trajectories.move(folder, 2, 1, part=1, more=more)
     return Runs(folder, LAYOUTS[request.param])
@@ -119,3 +124,29 @@ def test_evaluation_counts_each_image_once(runs: Runs) -> None:
     assert one["test"]["per_class_acc"] == two["test"]["per_class_acc"]
     assert one["test"]["nll"] == pytest.approx(two["test"]["nll"], rel=1e-9)
     assert two["hardware"].startswith("2 ×")
+
+
+@pytest.mark.parametrize("runs", ["few"], indirect=True)
+def test_two_processes_share_the_images_and_one_of_them_gets_the_results(runs: Runs) -> None:
+    """A head, an evaluation, an adaptation and estimated priors are those of one process."""
+    one, two = (runs.folder / f"evaluated_{world}" for world in (1, 2))
+    for name, part in (("metrics.json", "test"), ("metrics.json", "distributions"), (ADAPTED, "distributions")):
+        found, wanted = (dict(numbers_of(json.loads((run / name).read_text())[part])) for run in (two, one))
+        assert len(found) > 10 and found == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    predictors = json.loads((two / "metrics.json").read_text())["distributions"]["forward5"]["predictors"]
+    assert predictors.keys() == {"plain", "sade", "target_prior"}
+    heads = [trained(run) for run in (one, two)]
+    assert all(torch.allclose(heads[1][name], tensor, atol=1e-6) for name, tensor in heads[0].items())
+    first, second = json.loads((runs.folder / "received.json").read_text())
+    features, views, logits = 159 * 128 * 4, 5 * 100 * 2 * 3 * 10 * 4, 100 * 3 * 10 * 4  # bytes
+    assert first["gather"] > features + views + logits
+    assert sum(second.values()) < features / 8, "decisions and the head: nothing of each image"
+
+
+def numbers_of(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Path and value of every number in what JSON can hold."""
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers_of(each, f"{path}/{key}")
+    elif isinstance(value, int | float):
+        yield path, value

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -202,22 +202,34 @@ def test_a_linear_probe_that_has_not_converged_says_so_in_one_line(
 
 def prepared(cfg: CfgNode, world: int = 1) -> list[Tensor]:
     """The head's weight after `prepare_head` on each of so many processes; threads stand for them."""
-    data, barrier, given = build_data(cfg), Barrier(world, timeout=60), dict[int, Tensor]()
+    data, barrier, given = build_data(cfg), Barrier(world, timeout=60), dict[int, Any]()
     methods = [build_method(cfg, build_model(cfg, data.info.class_names), data.info) for _ in range(world)]
 
-    def total(rank: int, tensor: Tensor) -> Tensor:
-        given[rank] = tensor
+    def shared(rank: int, own: Any) -> list[Any]:
+        given[rank] = own
         barrier.wait()
-        found = sum(given[each] for each in range(world))
+        found = [given[each] for each in range(world)]
         barrier.wait()
         return found
 
+    def on_first(accelerator: Any, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        found = shared(accelerator.process_index, tensors)
+        return [torch.cat(parts) for parts in zip(*found, strict=True)] if accelerator.is_main_process else None
+
+    def on_main(accelerator: Any, compute: Callable[[], Tensor]) -> Tensor:
+        return shared(accelerator.process_index, compute() if accelerator.is_main_process else None)[0]
+
     def one(rank: int) -> None:
         accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world, is_main_process=rank == 0)
-        accelerator.device, accelerator.reduce = torch.device("cpu"), lambda tensor, _: total(rank, tensor)
+        accelerator.device, accelerator.reduce = torch.device("cpu"), lambda tensor, _: sum(shared(rank, tensor))
         prepare_head(methods[rank], data, accelerator, 16, 0)
 
-    with ThreadPoolExecutor(world) as pool:
+    preparation = "tailtune.trainers.head_preparation"
+    with (
+        mock.patch(f"{preparation}.on_first", on_first),
+        mock.patch(f"{preparation}.on_main", on_main),
+        ThreadPoolExecutor(world) as pool,
+    ):
         list(pool.map(one, range(world)))
     return [method.model.head.get_parameter("weight") for method in methods]
 

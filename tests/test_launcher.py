@@ -96,9 +96,10 @@ def wait_for(there: Callable[[], bool], seconds: float = 120) -> None:
             f"if {ONE}: os.kill(os.getpid(), 9)\n    time.sleep(1); raise RuntimeError('Connection closed by peer')",
             LOST,
         ),
+        ("raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection reset by peer [10.0.0.2]:2241')", LOST),
         (f"if {ONE}: 1 / 0\n    {WAIT}", "error: ZeroDivisionError; its traceback stands above"),
     ],
-    ids=["all refuse", "one refuses", "second killed", "first killed", "connection", "bug"],
+    ids=["all refuse", "one refuses", "second killed", "first killed", "connection", "other machine", "bug"],
 )
 def test_the_cause_comes_last(tmp_path: Path, do: str, line: str) -> None:
     process = start(tmp_path, do)

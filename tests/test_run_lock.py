@@ -3,9 +3,14 @@
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import socket
+import sys
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Cli
@@ -93,6 +98,7 @@ def test_where_locks_are_local_the_record_of_another_machine_counts(
         ("/home rw shared:1 - fuse.sshfs me@host:/ rw", "/home is fuse.sshfs"),
         ("/home/my\\040own rw - beegfs server rw", "/home/my own is beegfs"),
         ("/home/my rw - beegfs server rw", None),
+        ("/home rw - afs #cell:home rw,flock=local", "/home is afs with flock=local"),
     ],
 )
 def test_mounts_whose_locks_do_not_reach_other_machines(
@@ -104,12 +110,46 @@ def test_mounts_whose_locks_do_not_reach_other_machines(
     assert why_only_local(Path("/home/my own/output/run")) == reason
 
 
-def test_a_file_system_without_locks(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as NFS 3 without its lock service."""
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(code: int, launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as NFS 3 without its lock service, and Lustre without its option."""
 
     def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", refuse)
-        one_line(launch(SHORT), "output/run has no locks", "No locks available", "put output/ on another one")
+        one_line(launch(SHORT), "output/run has no locks", os.strerror(code), "put output/ on another one")
+    assert not (RUN / "config.yaml").exists()
+
+
+def test_smb_before_linux_5_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mountinfo").write_text("40 22 0:40 / /home rw - cifs //server/home rw,vers=3.1.1\n")
+    monkeypatch.setattr(run_lock, "MOUNTS", tmp_path / "mountinfo")
+    for release, reason in (("5.4.0-150-generic", "whose locks Linux 5.4 keeps"), ("5.5.1", None), ("6.1.0", None)):
+        monkeypatch.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
+        found = why_only_local(Path("/home/output/run"))
+        assert (found is None) == (reason is None) and (reason is None or reason in str(found))
+
+
+def _hold(folder: Path, pipe: Connection) -> None:
+    lock = RunLock(folder)
+    lock.acquire()
+    pipe.send(os.getpid())
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process is forked")
+def test_another_process_keeps_the_folder_until_it_is_killed(folder: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=_hold, args=(folder, theirs))
+    process.start()
+    assert ours.poll(60)
+    with pytest.raises(UserError, match=rf"in use by another launch \(process {ours.recv()} on "):
+        RunLock(folder).acquire()
+    process.kill()
+    process.join()
+    lock = RunLock(folder)
+    lock.acquire()
+    lock.release()

@@ -1,5 +1,6 @@
 """Runs of one training in many layouts, for test_core.py; also the script that its two processes execute."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -7,15 +8,19 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from received import counted
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tailtune.configs import load_configs
 from tailtune.trainers import distributed
+from tailtune.trainers.distributed import objects_on_first
 from tailtune.trainers.methods import Method
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
@@ -97,6 +102,25 @@ def move(folder: Path, before: int, after: int, part: int, more: str = "") -> Pa
     return path
 
 
+EVALUATED = (
+    "pretrained none num_experts 3 init_head linear_probe num_epochs 0 prec fp64 test_prec fp64 test_batch_size 16 "
+    "test_dists forward5,backward5 adapt sade target_prior estimate num_workers 0 report none"
+)
+"""A head from the images, and every kind of evaluation."""
+
+
+def evaluate(folder: Path, world: int = 1) -> Path:
+    """A run that is evaluated and not trained; with it what each process has received from the others."""
+    path = folder / f"evaluated_{world}"
+    (cfg,) = load_configs("fake_lt", "tiny_clip", [*EVALUATED.split(), "output_dir", str(path)], declared())
+    with counted() as received, mock.patch("tailtune.models.heads.head_init.MAX_ITER", 3):  # more magnify rounding
+        run(cfg)
+    if all_received := objects_on_first(Accelerator(cpu=True), received):
+        (folder / "received.json").write_text(json.dumps(all_received))
+    AcceleratorState._reset_state()
+    return path
+
+
 def losses(folder: Path) -> list[float]:
     """The loss of every step."""
     return scalars(folder, "train/loss")
@@ -130,3 +154,5 @@ if __name__ == "__main__":
     if sys.argv[2] != "pair":
         move(Path(sys.argv[1]), 1, 2, part=1, more=" ".join(sys.argv[3:]))
         move(Path(sys.argv[1]), 2, 1, part=0, more=" ".join(sys.argv[3:]))
+    if sys.argv[2] == "few":
+        evaluate(Path(sys.argv[1]), processes)

@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,15 +19,15 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
-from tailtune.configs.launch_environment import world_size
+from tailtune.configs.launch_environment import is_on, world_size
 from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.trainers.precision import PRECISIONS, precision_used
 from tailtune.trainers.processes.kept_memory import keep_freed_memory
-from tailtune.trainers.sharding import is_sharded, sharding_plugin
+from tailtune.trainers.sharding import sharding_plugin
 
 Decision = TypeVar("Decision")
 
@@ -54,9 +54,39 @@ def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decisio
     return outcome[0]
 
 
+def on_first(accelerator: Accelerator, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """The rows of some tensors of all processes, on the CPU of the first process, which alone receives them.
+
+    Args:
+        accelerator: the processes. All must call this together.
+        tensors: tensors [B, …] of this process; their shapes are the same on all processes.
+
+    Returns:
+        The same tensors with the rows of all P processes, [P·B, …], one process after the other; None on every
+        process but the first.
+    """
+    if accelerator.num_processes == 1:
+        return [tensor.cpu() for tensor in tensors]
+    found = []
+    for tensor in (each.contiguous() for each in tensors):
+        parts = [torch.empty_like(tensor) for _ in range(accelerator.num_processes * accelerator.is_main_process)]
+        torch.distributed.gather(tensor, parts or None)
+        found += [torch.cat(parts).cpu()] if parts else []
+    return found or None
+
+
+def objects_on_first(accelerator: Accelerator, own: Any) -> list[Any]:
+    """A picklable object of each process, on the first process; an empty list on the others. All must call this."""
+    if accelerator.num_processes == 1:
+        return [own]
+    found = [None] * accelerator.num_processes * accelerator.is_main_process
+    torch.distributed.gather_object(own, found or None)
+    return found
+
+
 def uses_cuda() -> bool:
     """Whether this run computes on a GPU. `accelerate launch --cpu` turns this off."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+    return torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU")
 
 
 PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
@@ -107,9 +137,11 @@ def make_accelerator(asked: Devices) -> Accelerator:
     if not cuda:
         keep_freed_memory()
     AcceleratorState._reset_state()  # the stages of a chain may differ in precision, which it would refuse
-    plugin = sharding_plugin() if is_sharded() else None
+    plugin = sharding_plugin()
     with _said_when_late():
         accelerator = _accelerator(asked.prec, cuda, plugin)
+    if plugin is not None:
+        accelerator.state.fsdp_plugin = plugin  # Accelerate does so on GPUs only
     choose_kernels(asked.deterministic, cuda)
     # Only dropout draws from the global generators. Each process has a seed of its own, because its images differ.
     set_seed(asked.seed % 2**31, device_specific=True)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import EncodeTexts, HeadContext, encode_texts
+from tailtune.trainers.distributed import on_first, on_main
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 
@@ -40,11 +42,18 @@ def prepare_head(
     """
     encoder = method.model.encoder
 
-    def encode_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def encoded(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features [B, D] and positions [B] of this process's share, and which of them are images that can be read."""
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("the head starts from features of %d training images", len(view))
-        for found, index in _encoded(method.model, view, accelerator, batch_size, num_workers, features):
-            yield found, index if positions is None else positions[index]
+        for found, index, real in _encoded(method.model, view, accelerator, batch_size, num_workers, features):
+            yield found, index if positions is None else positions[index], real
+
+    def collect_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in encoded(positions):
+            if (collected := on_first(accelerator, part)) is not None:
+                found, index, real = collected
+                yield found[real], index[real]
 
     context = HeadContext(
         labels=data.train_unaugmented.labels.to(accelerator.device),
@@ -52,9 +61,10 @@ def prepare_head(
         feature_dim=encoder.feature_dim,
         seed=data.train_unaugmented.seed,
         device=accelerator.device,
-        encode_images=encode_images,
+        encode_images=lambda positions: ((part[real], index[real]) for part, index, real in encoded(positions)),
         sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),
-        is_main_process=accelerator.is_main_process,
+        collect_images=collect_images,
+        on_first=partial(on_main, accelerator),
         encode_texts=encode_texts if features is None else features.texts,
     )
     method.eval()
@@ -69,8 +79,8 @@ def _encoded(
     batch_size: int,
     num_workers: int | None,
     features: FeatureStore | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features [B, D] and positions [B] of this process's share of the images that can be read."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Features [B, D] and positions [B] of this process's share, and which of them are images that can be read."""
 
     def encode(images: Tensor) -> Tensor:
         # Without tuners, all experts have the same pre-trained weights.
@@ -79,9 +89,8 @@ def _encoded(
     view = view if features is None else features.untuned(model, view, encode)
     rank, world = accelerator.process_index, accelerator.num_processes
     for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
-        real = batch["weight"] > 0
         found = batch["image"] if isinstance(view, FeatureView) else encode(batch["image"])
-        yield found[real], batch["index"][real]
+        yield found, batch["index"], batch["weight"] > 0
 
 
 def text_context(

@@ -171,7 +171,7 @@ class _Run:
             log.info("gpu %d is ignored: %s", cfg.gpu, "several processes" if uses_cuda() else "no CUDA")
         if not trains:
             self._claim()
-            if self.evaluation.from_stored_logits():
+            if on_main(self.accelerator, self.evaluation.from_stored_logits):
                 return
         with self.accelerator.local_main_process_first():  # it may download files
             data = build_data(cfg, self.kept, None if trains else self.folder.class_counts())

@@ -1,16 +1,16 @@
 """Training whose parameters, gradients and optimizer states are sharded over the processes (FSDP2).
 
-`accelerate launch --use_fsdp --fsdp_version 2` asks for it. The whole method is one unit of FSDP: before each forward
-pass every process gathers the parameters, and afterwards gradients and optimizer states of a share stay on each. Units
-for single blocks are not made, because `ViTEncoder` computes blocks without calling their modules.
+`accelerate launch --use_fsdp --fsdp_version 2` asks for it. Each block of a transformer is a unit of FSDP, and the rest
+of the method is one more. The processes gather the parameters of a block before its forward pass and its backward pass,
+and free them afterwards. Each process keeps a share of all parameters, gradients and optimizer states.
 
 Everything outside the training loop keeps to a method that is not sharded: it gets the trained values at the end.
 """
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,29 +20,44 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tailtune.configs.errors import UserError
-from tailtune.configs.launch_environment import world_size
+from tailtune.configs.launch_environment import is_on, world_size
+from tailtune.models.backbones.transformer_encoder import TransformerEncoder
 from tailtune.models.heads.expert_heads import heads_of
 from tailtune.trainers.methods.base import Method
-from tailtune.trainers.storage.checkpoint import trained_state
 
 
 def is_sharded() -> bool:
     """Whether the launch asks for FSDP, on more than one process."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    return wanted and world_size() > 1
+    return is_on("ACCELERATE_USE_FSDP") and world_size() > 1
 
 
-def sharding_plugin() -> FullyShardedDataParallelPlugin:
-    """The settings of FSDP. Those of the launch that choose units of parameters are replaced.
+def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
+    """The settings of FSDP, without the units of parameters; None if the launch does not ask for it.
 
     Raises:
         UserError: the launch asks for version 1.
     """
+    if not is_sharded():
+        return None
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise UserError("FSDP of version 1 is not supported: set fsdp_version to 2 in the config of accelerate launch")
     return FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT"
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[],
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
     )
+
+
+def make_units(method: Method, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Make each block of a transformer a unit of FSDP. Other networks stay in one unit with the rest of the method."""
+    names = set()
+    for encoder in method.modules():
+        if isinstance(encoder, TransformerEncoder):
+            encoder.call_blocks()
+            names |= {type(block).__name__ for block in encoder.blocks}
+    plugin.transformer_cls_names_to_wrap = sorted(names)
 
 
 def prepared(
@@ -51,8 +66,9 @@ def prepared(
     """As `accelerator.prepare`, sharded if the launch asks for it.
 
     Raises:
-        UserError: the precision scales the loss, and a share of the gradients cannot tell whether all are finite; or
-            the ranks may have different numbers of micro-batches.
+        UserError: the run does not go with FSDP: its micro-batches have one image, its text features train, a tuner
+            reads weights between the blocks, or its precision scales the loss, and a share of the gradients cannot
+            tell whether all are finite.
     """
     if not is_sharded():
         return accelerator.prepare(method, optimizer)
@@ -63,11 +79,14 @@ def prepared(
             f"classifier {type(heads_of(method.model.head)[0]).__name__} does not go with FSDP, which frees parameters "
             "between the micro-batches that share the text features: launch without it"
         )
+    if method.model.peft is not None and method.model.peft.reads_weights:
+        raise UserError(f"peft {method.model.peft.name} reads weights that FSDP has freed: launch without it")
     if accelerator.scaler is not None:
         raise UserError("prec amp scales the loss, which FSDP does not support here: use prec bf16 or fp32")
     state = accelerator.state
+    make_units(method, state.fsdp_plugin)
     before = state.distributed_type
-    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, sharding_plugin()  # on CPUs it would choose DDP
+    state.distributed_type = DistributedType.FSDP  # on CPUs it would choose DDP
     try:
         return accelerator.prepare(method, optimizer)
     finally:
@@ -76,16 +95,12 @@ def prepared(
 
 @contextmanager
 def without_reduction(accelerator: Accelerator, wrapped: Any) -> Iterator[None]:
-    """In the block, a backward pass adds to the gradients of this process alone."""
-    if not is_sharded():
-        with accelerator.no_sync(wrapped):
-            yield
-        return
-    wrapped.set_requires_gradient_sync(False)
-    try:
+    """In the block, a backward pass adds to the gradients of this process alone, unless they are sharded.
+
+    Gradients of several micro-batches would be whole on every process, so FSDP shares those of each micro-batch.
+    """
+    with nullcontext() if is_sharded() else accelerator.no_sync(wrapped):
         yield
-    finally:
-        wrapped.set_requires_gradient_sync(True)
 
 
 def copy_to_shard(method: Method) -> Method:
@@ -93,14 +108,22 @@ def copy_to_shard(method: Method) -> Method:
     return copy.deepcopy(method.to("cpu"))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor. All processes must call this together for a sharded one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensors: Mapping[str, Tensor], wanted: bool = True) -> dict[str, Tensor]:
+    """Tensors, of which sharded ones are gathered to the CPU one after another. All processes must call this together.
 
-
-def whole_state(method: Method) -> dict[str, Tensor]:
-    """As `trained_state`, with whole tensors. All processes must call this together."""
-    return {name: whole(tensor) for name, tensor in trained_state(method).items()}
+    Args:
+        tensors: name → tensor.
+        wanted: whether this process needs them; False: sharded ones are left out.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            found[name] = tensor
+        else:
+            gathered = tensor.full_tensor()
+            if wanted:
+                found[name] = gathered.cpu()
+    return found
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
 from tailtune.trainers.progress import Curves, Progress
 from tailtune.trainers.runs.metrics_file import TrainReport
-from tailtune.trainers.sharding import copy_to_shard, is_sharded, own_part, prepared, shard_states, whole_state
+from tailtune.trainers.sharding import copy_to_shard, is_sharded, own_part, prepared, shard_states, whole
 from tailtune.trainers.step_passes import StepPasses
-from tailtune.trainers.storage.checkpoint import copy_state
+from tailtune.trainers.storage.checkpoint import copy_state, trained_state
 from tailtune.trainers.storage.optimizer_state import restore_optimizer
 from tailtune.trainers.storage.resume_states import ResumeStates
 from tailtune.trainers.training_meters import TrainingMeters
@@ -200,8 +200,8 @@ class Trainer:
     def _with_trained(self, run: TrainingRun) -> Method:
         """The method that was given, on the device, with the values that are trained so far."""
         if run.given is not run.method:
-            current, given = whole_state(run.method), run.given.to(self.accelerator.device)
-            copy_state(given, current, "this run", "start over with `resume False`")
+            copy_state(run.given, whole(trained_state(run.method)), "this run", "start over with `resume False`")
+            run.given.to(self.accelerator.device)
         return run.given
 
     def _check_finite(self, run: TrainingRun, weights: bool) -> None:

@@ -18,8 +18,8 @@ from tailtune.trainers.processes.interrupts import Agreement
 from tailtune.trainers.progress import Progress
 from tailtune.trainers.resumed_counters import resume_counters
 from tailtune.trainers.runs.metrics_file import TrainReport
-from tailtune.trainers.sharding import whole, whole_state
-from tailtune.trainers.storage.checkpoint import copy_state, with_prefix
+from tailtune.trainers.sharding import whole
+from tailtune.trainers.storage.checkpoint import copy_state, trained_state, with_prefix
 from tailtune.trainers.storage.optimizer_state import optimizer_state
 from tailtune.trainers.storage.random_state import random_state
 from tailtune.trainers.storage.resume_states import ResumeStates
@@ -82,10 +82,11 @@ class TrainingState:
         all_ranks: dict[str, Tensor] = {}
         for state in gather_object([rank_state]):
             all_ranks.update(state)
-        trained = {f"method.{name}": tensor for name, tensor in whole_state(run.method).items()}
+        first = self.accelerator.is_main_process
+        trained = {f"method.{name}": tensor for name, tensor in whole(trained_state(run.method), first).items()}
         of_optimizer, values = optimizer_state(run.optimizer)
-        of_optimizer = {name: whole(tensor) for name, tensor in of_optimizer.items()}
-        if self.accelerator.is_main_process:
+        of_optimizer = whole(of_optimizer, first)
+        if first:
             best = self.validation.state(run.report.validations, run.report.steps)
             scaler = self.accelerator.scaler
             facts = {

@@ -22,6 +22,7 @@ With several experts, each has tuners of its own in the last blocks, around the 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -82,6 +83,7 @@ class TransformerEncoder(Encoder):
         self.sites = [_empty_sites(len(net.blocks))]
         self.num_expert_blocks = 0
         self.fast = fast
+        self.calls_blocks = False
         self.residual_dtype: torch.dtype | None = None
         self._full_precision_weights: dict[str, Tensor] = {}
 
@@ -169,6 +171,20 @@ class TransformerEncoder(Encoder):
         Returns:
             [B, N, D], or [B, M, D] after `pick`.
         """
+        if self.calls_blocks:
+            return cast(Tensor, self.net.blocks[index](x, sites, pick, attention))
+        return self.compute_block(index, x, sites, pick, attention)
+
+    def call_blocks(self) -> None:
+        """From now on compute a block by a call of its module, so that hooks on it run, such as those of FSDP."""
+        for index, block in enumerate(self.net.blocks):
+            block.forward = partial(self.compute_block, index)
+        self.calls_blocks = True
+
+    def compute_block(
+        self, index: int, x: Tensor, sites: Sites, pick: Pick | None, attention: Attention | None
+    ) -> Tensor:
+        """As `run_block`, and never by a call of the module."""
         block = self.net.blocks[index]
         normed = apply_tuners(sites["norm1"], norm(x, block.norm1).to(self.compute_dtype), x)
         queries = normed if pick is None else pick(normed)

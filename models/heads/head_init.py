@@ -40,7 +40,9 @@ class HeadContext:
         encode_images: positions of training images (None: all) → batches of features [B, D] and positions [B]. It runs
             the encoder without its tuners on this process's share of these images; unreadable images are left out.
         sum_over_processes: sums a tensor over all processes.
-        is_main_process: whether this process does what only one has to do.
+        collect_images: as `encode_images`, but the first process gets the images of all processes, on the CPU, and the
+            others get none. None: there is one process.
+        on_first: calls a function on the first process and returns its result, which is on the CPU, on all of them.
         encode_texts: text encoder, sentences of each class and device → text features of the classes [C, d].
     """
 
@@ -51,7 +53,8 @@ class HeadContext:
     device: torch.device
     encode_images: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor]]]
     sum_over_processes: Callable[[Tensor], Tensor]
-    is_main_process: bool = True
+    collect_images: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor]]] | None = None
+    on_first: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute()
     encode_texts: EncodeTexts = encode_texts
 
 
@@ -154,8 +157,8 @@ def some_of_each_class(context: HeadContext, shots: int) -> Tensor:
 def linear_probe(context: HeadContext, *_: object, shots: int | None = None) -> Tensor:
     """Normalised coefficients of scikit-learn's logistic regression on the features, without the intercept.
 
-    It takes one pass over the training images, then up to 100 iterations on the CPU of the main process, which are
-    minutes for ImageNet-LT. Every process holds all features, the main process several times N·C numbers.
+    It takes one pass over the training images, then up to 100 iterations on the CPU of the first process, which are
+    minutes for ImageNet-LT. This process alone holds all features, and several times N·C numbers.
 
     Args:
         context: the training data.
@@ -168,26 +171,23 @@ def linear_probe(context: HeadContext, *_: object, shots: int | None = None) -> 
         UserError: fewer than two classes have an image that can be read.
     """
     chosen = None if shots is None else some_of_each_class(context, shots)
-    rows = torch.arange(len(context.labels), device=context.device)  # of the training images in `features`
-    labels = context.labels
-    if chosen is not None:
-        labels = labels[chosen]
-        rows[chosen] = torch.arange(len(chosen), device=context.device)
-    features = torch.zeros(len(labels), context.feature_dim, device=context.device)
-    seen = torch.zeros(len(labels), device=context.device)
-    for batch_features, positions in context.encode_images(chosen):
-        features[rows[positions]], seen[rows[positions]] = batch_features.float(), 1.0
-    # Every image has a row of its own, so the sum collects all features, in one order for any number of processes.
-    features, seen = context.sum_over_processes(features), context.sum_over_processes(seen) > 0
-    _check_seen(int(seen.sum()), len(seen))
-    if len(labels[seen].unique()) < 2:
-        raise UserError("init_head linear_probe: only one class has an image that can be read; try class_mean")
-    weight = torch.zeros(context.num_classes, context.feature_dim, device=context.device)
-    if context.is_main_process:
-        weight += features[seen].mean(0)
-        for label, coefficients in _fit_logistic_regression(features[seen], labels[seen]):
+    wanted = torch.arange(len(context.labels)) if chosen is None else chosen.cpu()
+    batches = [(part.float().cpu(), at.cpu()) for part, at in (context.collect_images or context.encode_images)(chosen)]
+
+    def fitted() -> Tensor:
+        _check_seen(sum(len(at) for _, at in batches), len(wanted))
+        positions, row = torch.cat([at for _, at in batches]), torch.empty(len(context.labels), dtype=torch.int64)
+        row[wanted] = torch.arange(len(wanted))
+        order = row[positions].argsort()  # one order for any number of processes
+        features, labels = torch.cat([part for part, _ in batches])[order], context.labels.cpu()[positions[order]]
+        if len(labels.unique()) < 2:
+            raise UserError("init_head linear_probe: only one class has an image that can be read; try class_mean")
+        weight = features.mean(0).repeat(context.num_classes, 1)
+        for label, coefficients in _fit_logistic_regression(features, labels):
             weight[label] = coefficients
-    return F.normalize(context.sum_over_processes(weight), dim=-1)  # the same bits on every process
+        return F.normalize(weight, dim=-1)
+
+    return context.on_first(fitted).to(context.device)
 
 
 def _fit_logistic_regression(features: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -29,6 +29,8 @@ class PeftAdapter(nn.Module):
 
     depends_on_length = False
     """Whether a step depends on the number of steps of the run."""
+    reads_weights = False
+    """Whether it reads or changes trained weights outside of the network's forward pass."""
 
     def __init__(self, name: str, model: "PeftModel", targets: Sequence[str], args: Mapping[str, Any]) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class AdaLora(PeftAdapter):
     of the checkpoint.
     """
 
-    depends_on_length = True
+    depends_on_length = reads_weights = True
 
     def __init__(self, name: str, model: "PeftModel", targets: Sequence[str], args: Mapping[str, Any]) -> None:
         super().__init__(name, model, targets, args)

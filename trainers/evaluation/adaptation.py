@@ -19,6 +19,7 @@ from tailtune.configs.option import NoOptions, option
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
+from tailtune.trainers.distributed import objects_on_first
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.rows import Rows
 from tailtune.trainers.methods import Method
@@ -75,10 +76,28 @@ class UnlabelledTest:
     images: View
     num_workers: int | None = None
     learnt: Mapping[str, Learnt] = field(default_factory=dict)
-    """Name of a distribution → what an earlier evaluation has learnt from the same images with the same options."""
+    """Name of a distribution → what an earlier evaluation has learnt from the same images with the same options; empty
+    on processes other than the first."""
+
+    def of_each(self, adapt: "Callable[[TestDistribution], AdaptedPredictions]") -> "dict[str, AdaptedPredictions]":
+        """Adapt to each test distribution by itself. The distributions are divided among the processes.
+
+        Args:
+            adapt: test distribution → its predictions, the same on every process. It is called on one of them.
+
+        Returns:
+            Name of a distribution → its predictions, on the first process. All processes must call this together.
+        """
+        found, world = {}, self.accelerator.num_processes
+        for first in range(0, len(self.distributions), world):
+            tests = self.distributions[first : first + world]
+            own = [adapt(test) for test in tests[self.accelerator.process_index :][:1]]
+            for test, adapted in zip(tests, objects_on_first(self.accelerator, own), strict=False):
+                found[test.name] = adapted[0]
+        return found
 
     def batches(self, positions: Tensor, batch_size: int) -> Iterator[UnlabelledBatch]:
-        """Read test images in batches, the same batches on every process. Unreadable images are left out.
+        """Read test images in batches, on this process alone. Unreadable images are left out.
 
         Args:
             positions: positions of the images in the test split, in the order in which they are read [n].

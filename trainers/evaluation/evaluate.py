@@ -75,7 +75,7 @@ class Evaluation:
     def from_stored_logits(self) -> bool:
         """Evaluate from the logits that an earlier evaluation saved, if these are sufficient.
 
-        This needs neither the model nor the images.
+        This needs neither the model nor the images, and only the first process calls it.
 
         Returns:
             Whether the evaluation is done; if not, `from_images` must be called.
@@ -88,20 +88,19 @@ class Evaluation:
         if self.plan.adapts and not self._has_learnt(*stored):
             return False
         self._stored(LOGITS)
-        if self.accelerator.is_main_process:
-            (_, test_logits), val_logits = stored, val and val[1]
-            info = self.build.info()
-            distributions = self._asked(self.build.distributions(info, test_logits.labels))
-            self._keep(test_logits, val_logits)
-            measured = plain_results(test_logits, distributions, info.groups)
-            if self.plan.adapts:
-                self._adapt(test_logits, distributions, info, measured)
-            info = with_stored_names(info, self.folder)
-            self._aim(test_logits, val_logits, distributions, info, measured)
-            split = "train" if self.plan.test_train else "test"
-            images = partial(self.build.images, split, self.decision.fingerprints.get(split))
-            every = self.build.outline().asks_every_expert
-            self._finish(self.trained_result(), test_logits, val_logits, info, images, measured, every)
+        (_, test_logits), val_logits = stored, val and val[1]
+        info = self.build.info()
+        distributions = self._asked(self.build.distributions(info, test_logits.labels))
+        self._keep(test_logits, val_logits)
+        measured = plain_results(test_logits, distributions, info.groups)
+        if self.plan.adapts:
+            self._adapt(test_logits, distributions, info, measured)
+        info = with_stored_names(info, self.folder)
+        self._aim(test_logits, val_logits, distributions, info, measured)
+        split = "train" if self.plan.test_train else "test"
+        images = partial(self.build.images, split, self.decision.fingerprints.get(split))
+        every = self.build.outline().asks_every_expert
+        self._finish(self.trained_result(), test_logits, val_logits, info, images, measured, every)
         return True
 
     def _stored(self, name: str) -> Logits | None:
@@ -151,17 +150,19 @@ class Evaluation:
         """
         test_time.prepare(method, self.plan.test_prec)
         distributions = self._asked(data.test_distributions)
-        test_logits, val = self._stored(LOGITS), self._stored(VAL_LOGITS)
-        wants_val = test_logits is None or self.plan.needs_val
-        if test_logits is None:
+        first = self.accelerator.is_main_process  # all logits are on the first process only
+        test_logits, val = (self._stored(name) if first else None for name in (LOGITS, VAL_LOGITS))
+        has_test, has_val = on_main(self.accelerator, lambda: (test_logits is not None, val is not None))
+        if not has_test:
             test_logits = self._infer(method, data, "train" if self.plan.test_train else "test")
-        if val is None and data.val is not None and not self.plan.test_train and wants_val:
+        if not has_val and data.val is not None and not self.plan.test_train and (not has_test or self.plan.needs_val):
             val = self._infer(method, data, "val")
-        test_logits = test_logits if self.accelerator.is_main_process else None  # every process has read stored logits
         if test_logits is not None:
             self._keep(test_logits, val)
         measured = {} if test_logits is None else plain_results(test_logits, distributions, data.info.groups)
         if self.plan.adapts:
+            names = on_main(self.accelerator, lambda: list(measured))  # a distribution without images is left out
+            distributions = tuple(test for test in distributions if test.name in names)
             predict = partial(
                 predicted_from_views, self.plan, method, data, test_logits, self.accelerator, self.scratch
             )

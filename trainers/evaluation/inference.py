@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
-from tailtune.trainers.distributed import on_main
+from tailtune.trainers.distributed import on_first, on_main
 from tailtune.trainers.evaluation.row_summary import RowSummary
 from tailtune.trainers.evaluation.rows import HalfRows, Rows
 from tailtune.trainers.storage.large_tensors import Scratch
@@ -78,10 +78,10 @@ def infer(
         out = predict(batch["image"]).float()
         if number == 0:  # without space on the disk, no process goes on
             on_main(accelerator, partial(collected.reserve, out.shape[1:]))
-        gathered = accelerator.gather((out, batch["label"], batch["index"], batch["weight"]))
-        if not accelerator.is_main_process:
+        gathered = on_first(accelerator, (out, batch["label"], batch["index"], batch["weight"]))
+        if gathered is None:
             continue
-        out, label, index, weight = (tensor.cpu() for tensor in gathered)
+        out, label, index, weight = gathered
         real = (index >= 0) & (weight > 0)
         collected.add(*((out, label, index) if real.all() else (out[real], label[real], index[real])))
     return collected.all()
@@ -96,16 +96,17 @@ class CollectedLogits:
     """
 
     def __init__(self, count: int, scratch: Scratch, summarised: bool) -> None:
-        self.scratch, self.summarised = scratch, summarised
+        self.count, self.scratch, self.summarised = count, scratch, summarised
         self.rows: Tensor | HalfRows | None = None
-        """Logits of all images of the view; None before `reserve`."""
-        self.labels = torch.zeros(count, dtype=torch.int64)
-        self.readable = torch.zeros(count, dtype=torch.bool)
+        """Logits of all images of the view; None before `reserve`, which only the first process calls."""
+        self.labels = self.readable = torch.empty(0)
         self.summary: RowSummary | None = None
 
     def reserve(self, row: Sequence[int]) -> None:
         """Make room for logits, of which those of an image have the shape `row`."""
-        shape = (len(self.labels), *row)
+        shape = (self.count, *row)
+        self.labels = torch.zeros(self.count, dtype=torch.int64)
+        self.readable = torch.zeros(self.count, dtype=torch.bool)
         self.rows = HalfRows.empty(shape, self.scratch) if self.scratch.is_large(shape) else torch.zeros(*shape)
         self.summary = RowSummary.empty(shape) if self.summarised else None
 

@@ -27,6 +27,8 @@ A signal that arrives sooner counts as a copy of the first one: a launcher and a
 """
 ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 """Signals after which a process ends even while a library waits for a lost process."""
+NO_ANSWER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
+"""Parts of the messages of Gloo and NCCL after the end of a process that they were connected to."""
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 MODULES = ("accelerate.commands", "torch.distributed")
 """Launchers: names of programs (`LAUNCHERS`), and prefixes of modules for `python -m` (`MODULES`)."""
@@ -89,6 +91,11 @@ def one_is_lost(seconds: float = 0) -> bool:
         if time.monotonic() >= end:
             return False
         time.sleep(0.05)
+
+
+def connection_is_lost(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that a process, perhaps of another machine, no longer answers."""
+    return type(error).__name__ == "DistNetworkError" or any(text in str(error) for text in NO_ANSWER)
 
 
 def _children(process: int) -> int | None:

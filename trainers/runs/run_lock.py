@@ -2,8 +2,8 @@
 
 The lock is `flock` on the file `.tailtune.lock`. The operating system releases it when the process ends, however it
 ends. Between machines it holds where the file system passes locks on to a server: NFS (Linux turns `flock` into a lock
-of the server), CephFS, Lustre with the mount option `flock`. `why_only_local` recognises mounts that keep locks within
-one machine. There, a record of another machine counts as a lock too, and a warning says so.
+of the server), SMB since Linux 5.5, CephFS, Lustre with the mount option `flock`. `why_only_local` recognises mounts
+that keep locks within one machine. There, a record of another machine counts as a lock too, and a warning says so.
 """
 
 import errno
@@ -12,12 +12,13 @@ import logging
 import os
 import re
 import socket
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from tailtune.configs.errors import UserError
 from tailtune.trainers.storage.manifest import HOLDER, LOCK
@@ -33,10 +34,13 @@ LOCAL_BY_OPTION = {
     "lustre": {"localflock"},
     "cifs": {"nobrl"},
     "smb3": {"nobrl"},
+    "afs": {"flock=local"},
 }
 """File system → mount options with which it keeps `flock` within one machine."""
+SMB, SMB_LOCKS = ("cifs", "smb3"), (5, 5)
+"""Names of SMB mounts, and the version of Linux since which they pass `flock` on to the server."""
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # the last one is of Lustre without the option `flock`
 
 log = logging.getLogger("tailtune")
 
@@ -94,7 +98,7 @@ class RunLock:
             OSError: the file system cannot write.
         """
         try:
-            self._lock.acquire()
+            self._acquire()
         except Timeout:
             holder = Holder.read(self.folder)
             raise UserError(
@@ -106,7 +110,8 @@ class RunLock:
                 raise
             raise UserError(
                 f"the file system of {self.folder} has no locks ({error.strerror}), so two launches could not be kept "
-                "apart; put output/ on another one, or let its server lock files (NFS: rpc.statd, or version 4)"
+                "apart; put output/ on another one, or let its server lock files (NFS: rpc.statd, or version 4; "
+                "Lustre: the mount option flock)"
             ) from error
         here, local = Holder.here(), why_only_local(self.folder)
         if local is not None:
@@ -116,6 +121,21 @@ class RunLock:
         except OSError:  # where the lock itself holds, the record only informs
             if local is not None:
                 raise
+
+    def _acquire(self) -> None:
+        """Take the lock of the operating system. Where there is none, filelock would take a file's existence for one.
+
+        Such a lock would outlive a process that is killed.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._lock.acquire()
+        except NotImplementedError:  # versions before 3.24
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+        if isinstance(self._lock, SoftFileLock):
+            self._lock.release()
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def _ask_record(self, here: Holder, why: str) -> None:
         """Refuse the folder if its record is of another machine. A job that SLURM has requeued may take it over."""
@@ -174,6 +194,9 @@ def why_only_local(folder: Path) -> str | None:
     point, kind, text = found
     if kind in LOCAL:
         return f"{point} is {kind}"
+    version = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+    if kind in SMB and version < SMB_LOCKS:
+        return f"{point} is {kind}, whose locks Linux {version[0]}.{version[1]} keeps for itself"
     bad = LOCAL_BY_OPTION.get(kind, set()) & set(text.split(","))
     return f"{point} is {kind} with {min(bad)}" if bad else None
 

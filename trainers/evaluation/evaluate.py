@@ -163,10 +163,8 @@ class Evaluation:
         if self.plan.adapts:
             names = on_main(self.accelerator, lambda: list(measured))  # a distribution without images is left out
             distributions = tuple(test for test in distributions if test.name in names)
-            predict = partial(
-                predicted_from_views, self.plan, method, data, test_logits, self.accelerator, self.scratch
-            )
-            self._adapt(test_logits, distributions, data.info, measured, predict)
+            views = partial(predicted_from_views, self.plan, method, data, test_logits, self.accelerator, self.scratch)
+            self._adapt(test_logits, distributions, data.info, measured, views)
 
         def aim() -> None:
             if test_logits is not None:

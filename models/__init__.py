@@ -13,6 +13,7 @@ from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import Backbone, ExpertSplit, InputSpec, PixelStats
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import DESCRIPTOR, Sentences, fill
+from tailtune.models.backbones.recomputation import computed_again
 from tailtune.models.backbones.table import BACKBONES, find_backbone
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.classification_model import ClassificationModel
@@ -61,6 +62,10 @@ def build_model(
     encoder = backbone.encoder
     if cfg.residual_dtype and isinstance(encoder, WholeNetworkEncoder):
         raise UserError(f"residual_dtype works on ViTs only, and {cfg.backbone} does not run as one; leave it out")
+    if cfg.grad_checkpoint:
+        if cfg.prec == "fp16" and isinstance(encoder, WholeNetworkEncoder):
+            raise UserError(f"grad_checkpoint does not go with prec fp16 on {cfg.backbone}; use prec amp or bf16")
+        encoder.compute_parts_by(computed_again)
     if cfg.zero_shot:
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:

@@ -711,6 +711,7 @@ PROBES: dict[str, Probe] = {
     "num_epochs": Probe(1, 2, steps, ("batch_size", 512, "max_test_images", 20)),
     "max_steps": Probe(1, 2, steps, ("batch_size", 16, "max_test_images", 20)),
     "batch_size": Probe(128, 64, steps, ("num_epochs", 1, "max_test_images", 20)),
+    "grad_checkpoint": Probe(False, True, lambda cfg: built(cfg).encoder.run_part),
     "micro_batch_size": Probe("none", 4, batches("forward"), ONE),
     "lr": Probe(0.1, 0.2, two_updates),
     "weight_decay": Probe(5e-4, 0.1, two_updates),

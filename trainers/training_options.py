@@ -49,6 +49,13 @@ class TrainingOptions:
         recorded="config",
         most=10**6,
     )
+    grad_checkpoint: bool = option(
+        False,
+        "The activations of each block are computed again in the backward pass, and not kept: a step needs less memory "
+        "and more time.",
+        cls="runtime",
+        recorded="config",
+    )
     lr: float = option(0.01, "Learning rate at the start of the schedule.", least=0.0)
     optimizer: str = option("sgd", "Rule by which gradients change the weights.", table="OPTIMIZERS")
     weight_decay: float = option(5e-4, "Strength of weight decay. `decay_rule` says what it acts on.", least=0.0)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.methods import Method
+from tailtune.trainers.methods.base import Batch
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FEW, MANY = 2, 4
@@ -167,14 +168,22 @@ def saved(method: Method, resolution: int, count: int) -> int:
 def _kept(method: Method, resolution: int, count: int) -> int:
     """Bytes that stay from the forward pass of `count` images until the backward pass."""
     keeps = SavedBytes(method)
-    with torch.device("meta"):
-        batch: dict[str, Any] = {
-            name: torch.empty(count, dtype=torch.int64) for name in ("label", "partner_label", "index")
-        }
-        images = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
-        batch |= dict.fromkeys(("image", "partner", "other_image", "other_partner"), images)
-        batch["weight"] = torch.empty(count)
-        with keeps, FusedAttention():
-            step = method(batch)
+    with torch.device("meta"), keeps, FusedAttention():
+        step = method(blank_batch(count, resolution))
     assert step.loss_sum.requires_grad
     return keeps.total
+
+
+def blank_batch(count: int, resolution: int) -> Batch:
+    """A batch on the meta device, with all entries that a method may read.
+
+    Args:
+        count: number of images.
+        resolution: side of the images, in pixels.
+    """
+    with torch.device("meta"):
+        labels = torch.empty(count, dtype=torch.int64)
+        images = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
+        batch = dict.fromkeys(("label", "partner_label", "index"), labels)
+        batch |= dict.fromkeys(("image", "partner", "other_image", "other_partner"), images)
+        return {**batch, "weight": torch.empty(count)}

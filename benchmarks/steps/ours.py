@@ -3,18 +3,22 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
+from accelerate import Accelerator
 
 from tailtune.benchmarks.step import method_in
 from tailtune.benchmarks.steps.clock import Clock
-from tailtune.configs import load_configs
+from tailtune.configs import CfgNode, load_configs
 from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
 from tailtune.trainers import trainer
 from tailtune.trainers.distributed import Devices, make_accelerator
+from tailtune.trainers.methods import Method
+from tailtune.trainers.methods.base import Batch
 from tailtune.trainers.optimizers_and_schedules import Plan
 from tailtune.trainers.option_schema import declared
 
@@ -39,18 +43,28 @@ def main(row: dict[str, Any]) -> None:
     images = torch.randint(0, 256, (row["batch"], 3, side, side), dtype=torch.uint8)
     batch = {"image": images, "label": labels, "weight": torch.ones(row["batch"])}
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    print(f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,} trained parameters")
+    fit(cfg, method, accelerator, clock.batches(batch), row["batch"])
+
+
+def fit(cfg: CfgNode, method: Method, accelerator: Accelerator, batches: Iterator[Batch], batch_size: int) -> None:
+    """Train by our trainer, without a loader, states, validation and log, until `batches` raises an error.
+
+    Args:
+        cfg: resolved config.
+        method: the method, on the device of the accelerator and in the arithmetic of its training.
+        accelerator: device and processes.
+        batches: the batch of each step.
+        batch_size: their number of images.
+    """
+    info = build_info(cfg)
     data = MagicMock(info=info)
-    data.train.labels = torch.arange(STEPS * row["batch"]) % info.num_classes
+    data.train.labels = torch.arange(STEPS * batch_size) % info.num_classes
     states, validation = MagicMock(), MagicMock(seconds=0.0)
     states.load.return_value = None
     validation.ends.return_value = validation.asks_to_stop.return_value = validation.is_due.return_value = False
-    print(f"{sum(p.numel() for p in method.parameters() if p.requires_grad):,} trained parameters")
-
-    def loader(*_: Any) -> Iterator[Any]:
-        return clock.batches(batch)
-
-    plan = Plan.of(cfg, row["batch"])
-    with patch.object(trainer, "train_loader", loader), patch.object(trainer, "Progress", MagicMock()):
+    plan = replace(Plan.of(cfg, batch_size), batch_size=batch_size)
+    with patch.object(trainer, "train_loader", lambda *_: batches), patch.object(trainer, "Progress", MagicMock()):
         trainer.Trainer(accelerator, plan, states, validation, MagicMock()).fit(method, data)
 
 

@@ -40,8 +40,7 @@ def test_no_method_waits_for_the_device_in_a_step(name: str) -> None:
 MORE = {
     "full_tuning": "adaptformer False full_tuning True optimizer adamw",
     "text": "classifier TextClassifier init_head none text_lora True",
-    "samples": "classifier TextClassifier init_head none text_lora True textclassifier.samples 8 adaptformer False",
-    "batch norms": "backbone ResNet-32 adaptformer False full_tuning True bn_tuning True init_head none",
+    "batch norms": "backbone ResNet-32 pretrained none adaptformer False full_tuning True bn_tuning True init_head none",
     "peft": "adaptformer False peft LoRA",
     "sam": "sam sam",
     "focal": "sam focal",

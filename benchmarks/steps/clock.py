@@ -7,6 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from tailtune.trainers.processes.peak_memory import Peak
+
 
 class Clock:
     """Measures the steps of a training loop that this process runs.
@@ -27,10 +31,12 @@ class Clock:
             batch: what the loop gets.
         """
         self.answer({"ready": True})
+        peak = Peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         while sys.stdin.readline():
             processor, wall = time.process_time(), time.perf_counter()
             yield batch
-            self.answer({"processor": time.process_time() - processor, "wall": time.perf_counter() - wall})
+            times = {"processor": time.process_time() - processor, "wall": time.perf_counter() - wall}
+            self.answer({**times, "memory": None if peak.before is None else peak.read() - peak.before})
         os._exit(0)  # out of the middle of any loop
 
     def answer(self, facts: dict[str, Any]) -> None:

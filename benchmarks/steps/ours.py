@@ -15,7 +15,7 @@ from tailtune.benchmarks.steps.clock import Clock
 from tailtune.configs import CfgNode, load_configs
 from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
-from tailtune.trainers import trainer
+from tailtune.trainers import distributed, trainer
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.base import Batch
@@ -30,8 +30,11 @@ def main(row: dict[str, Any]) -> None:
     """Train until standard input ends.
 
     Args:
-        row: `data`, `model` and `pairs` as on the command line; `batch`: images of a step; `prec`.
+        row: `data`, `model` and `pairs` as on the command line; `batch`: images of a step; `prec`; `frees`: give freed
+            memory back to the system, which a training does not do on a CPU.
     """
+    if row.get("frees"):
+        distributed.keep_freed_memory = lambda: None
     clock = Clock()
     pairs = [*row["pairs"], "pretrained", "none", "prec", row["prec"], "batch_size", str(row["batch"])]
     cfg = resolve(load_configs(row["data"], row["model"], pairs, declared())[-1])

@@ -43,11 +43,13 @@ class Side:
         self.name = f"{module} of {row['name']}"
         self.facts = self._answer()
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> dict[str, Any]:
         """Make one step.
 
         Returns:
             processor, wall: the time that it took in seconds.
+            memory: the peak since the first step began, in bytes above the memory before it; None where the system does
+                not tell.
         """
         assert self.process.stdin is not None
         self.process.stdin.write("\n")

@@ -147,6 +147,11 @@ def _chosen(rows: Sequence[Row], only: str, places: Mapping[str, Path | None]) -
                 yield row, prec, targets, place.absolute()
 
 
+def batch_of(row: Row) -> int:
+    """Images of a step whose time is measured."""
+    return GPU_BATCH[row.size] if torch.cuda.is_available() else row.size[1]
+
+
 def told(row: Row, prec: str, batch: int) -> dict[str, Any]:
     """What the sides of a row are told."""
     data = row.size[0]
@@ -162,8 +167,7 @@ def compared(row: Row, prec: str, targets: Targets, place: Path, rounds: int, th
     Returns:
         Whether a target is missed.
     """
-    cuda = torch.cuda.is_available()
-    batch = GPU_BATCH[row.size] if cuda else row.size[1]
+    batch = batch_of(row)
     times = interleaved({"original": ("originals", place), **OUR_SIDES}, told(row, prec, batch), rounds, threads)
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
     least = {name: min(seconds) for name, seconds in times.items()}
@@ -240,10 +244,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, url in SOURCES.items():
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"a checkout of {url}")
+    add_measurement(parser)
+    return parser
+
+
+def add_measurement(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which rows are measured, and how."""
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows with this text in name or precision")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured steps of each side (default: 5)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_the_help() -> None:
 
 @pytest.mark.slow
 def test_memory_is_measured_above_the_model() -> None:
-    """Twice the images need more."""
+    """More images need more memory."""
     needed = []
     for batch in (8, 64):
         with Side("ours", {**TINY, "batch": batch}, ROOT, threads=1) as side:

@@ -36,7 +36,7 @@ class Clock:
             processor, wall = time.process_time(), time.perf_counter()
             yield batch
             times = {"processor": time.process_time() - processor, "wall": time.perf_counter() - wall}
-            self.answer({**times, "memory": None if peak.before is None else peak.read() - peak.before})
+            self.answer({**times, "memory": peak.above()})
         os._exit(0)  # out of the middle of any loop
 
     def answer(self, facts: dict[str, Any]) -> None:

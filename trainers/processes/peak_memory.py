@@ -20,6 +20,8 @@ class Peak:
         before: bytes that were in use when the object was made; None on a system that does not tell.
     """
 
+    before: int | None
+
     def __init__(self, device: torch.device) -> None:
         self.device, self.before = device, None
         if device.type == "cuda":
@@ -38,6 +40,11 @@ class Peak:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return None if self.before is None else _resident("VmHWM")
+
+    def above(self) -> int | None:
+        """The largest number of bytes so far above those before."""
+        now = self.read()
+        return None if now is None or self.before is None else now - self.before
 
 
 def _resident(name: str) -> int:

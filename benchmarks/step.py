@@ -26,8 +26,8 @@ from tailtune.configs import load_configs
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import build_model, resolve
+from tailtune.trainers.memory_estimate import blank_batch
 from tailtune.trainers.methods import Method, build_method
-from tailtune.trainers.micro_batch_probe import blank_batch
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable

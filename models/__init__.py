@@ -13,6 +13,7 @@ from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.backbone_types import Backbone, ExpertSplit, InputSpec, PixelStats
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import DESCRIPTOR, Sentences, fill
+from tailtune.models.backbones.recomputation import computed_again
 from tailtune.models.backbones.table import BACKBONES, find_backbone
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.classification_model import ClassificationModel
@@ -59,8 +60,7 @@ def build_model(
     project = cfg.zero_shot or classifies_by_text(cfg)
     backbone = spec.build(cfg.pretrained, cfg.resolution, cfg.seed, project, fast, split)
     encoder = backbone.encoder
-    if cfg.residual_dtype and isinstance(encoder, WholeNetworkEncoder):
-        raise UserError(f"residual_dtype works on ViTs only, and {cfg.backbone} does not run as one; leave it out")
+    _set_computation(cfg, encoder)
     if cfg.zero_shot:
         head = _zero_shot_head(cfg, backbone, tuners, len(class_names))
     else:
@@ -75,6 +75,17 @@ def build_model(
     stats = (cfg.pixel_mean or mean, cfg.pixel_std or std)
     init = _head_init(cfg, backbone, sentences)
     return ClassificationModel(encoder, head, stats, init, backbone.random_base, peft, tower)
+
+
+def _set_computation(cfg: CfgNode, encoder: Encoder) -> None:
+    """Let blocks be computed again in the backward pass, if wanted. Raises a `UserError` for what it cannot compute."""
+    as_whole = isinstance(encoder, WholeNetworkEncoder)
+    if cfg.residual_dtype and as_whole:
+        raise UserError(f"residual_dtype works on ViTs only, and {cfg.backbone} does not run as one; leave it out")
+    if cfg.grad_checkpoint and cfg.prec == "fp16" and as_whole:  # its weights are other tensors in the backward pass
+        raise UserError(f"grad_checkpoint does not go with prec fp16 on {cfg.backbone}; use prec amp or bf16")
+    if cfg.grad_checkpoint:
+        encoder.compute_parts_by(computed_again)
 
 
 def _check_input(cfg: CfgNode, inputs: InputSpec) -> None:

@@ -30,8 +30,8 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nobody's caches are used or changed. Most of what a small run waits for is left out: files reach the disk later,
-    generated images are drawn once, commit and versions of packages are looked up once, and runs in this process make no
-    report and no pictures (test_report.py and test_curves.py make them)."""
+    generated images are drawn once, commit and versions of packages are looked up once, and runs in this process make
+    no report and no pictures (test_report.py and test_curves.py make them)."""
     import torch
 
     from tailtune.datasets.sources.fake import fake_sources

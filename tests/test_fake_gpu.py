@@ -9,8 +9,8 @@ from tailtune.benchmarks.shipped import PAIRS
 from tailtune.benchmarks.step import method_in, stages_at_random
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.images.tensor_transforms import TENSOR_AUGMENTS
+from tailtune.trainers.memory_estimate import blank_batch
 from tailtune.trainers.methods import Earlier
-from tailtune.trainers.micro_batch_probe import blank_batch
 from tailtune.trainers.storage.checkpoint import trained_state
 from tailtune.trainers.training_meters import TrainingMeters
 

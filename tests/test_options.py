@@ -59,6 +59,7 @@ from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS, Method, build_method
 from tailtune.trainers.methods.h2t import H2T
+from tailtune.trainers.micro_batch_probe import budget_of
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, SCHEDULES, Plan, build_optimizer, set_lr
 from tailtune.trainers.option_schema import TABLES, declared
 from tailtune.trainers.run import run
@@ -719,6 +720,10 @@ PROBES: dict[str, Probe] = {
     "num_epochs": Probe(1, 2, steps, ("batch_size", 512, "max_test_images", 20)),
     "max_steps": Probe(1, 2, steps, ("batch_size", 16, "max_test_images", 20)),
     "batch_size": Probe(128, 64, steps, ("num_epochs", 1, "max_test_images", 20)),
+    "grad_checkpoint": Probe(False, True, lambda cfg: built(cfg).encoder.run_part),
+    "memory_budget_gb": Probe(
+        1, 2, lambda cfg: budget_of(cfg.memory_budget_gb, torch.device("cpu")), ("micro_batch_size", "auto")
+    ),
     "micro_batch_size": Probe("none", 4, batches("forward"), ONE),
     "lr": Probe(0.1, 0.2, two_updates),
     "weight_decay": Probe(5e-4, 0.1, two_updates),

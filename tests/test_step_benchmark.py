@@ -1,5 +1,6 @@
 """benchmarks/compare.py: the two sides that need no checkout, and what is said where one is missing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, offline
 
-from tailtune.benchmarks import compare
+from tailtune.benchmarks import compare, limits
 from tailtune.benchmarks.steps.products import products_of
 from tailtune.benchmarks.steps.side import Side
 from tailtune.configs.errors import UserError
@@ -52,3 +53,23 @@ def test_the_help() -> None:
     command = [sys.executable, str(Path(ROOT, "benchmarks/compare.py")), "--help"]
     done = subprocess.run(command, env=offline(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--dirmixe DIR" in done.stdout
+
+
+@pytest.mark.slow
+def test_memory_is_measured_above_the_model() -> None:
+    """More images need more memory."""
+    needed = []
+    for batch in (8, 64):
+        with Side("ours", {**TINY, "batch": batch}, ROOT, threads=1) as side:
+            needed.append(side.step()["memory"])
+    assert 0 < needed[0] < needed[1]
+
+
+@pytest.mark.slow
+def test_limits_prints_a_step_and_its_floor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = compare.Row("tiny", "lift", {}, "tiny_clip_peft", size=("fake_lt", 4), targets={"fp32": (None, 2.0)})
+    monkeypatch.setattr(limits, "ROWS", (row,))
+    assert limits.main(["--rounds", "1"]) == 1  # no floor is above the step
+    assert re.search(r"tiny +fp32 +[\d.]+ ms +[\d.]+ ms +[01]\.\d\d +2\.00", capsys.readouterr().out)

@@ -115,6 +115,21 @@ def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
         cfg: its resolved config.
         methods: outlines of all stages; used up.
     """
+    method, beside = ready_to_train(cfg, methods)
+    copies = OPTIMIZERS[cfg.optimizer].copies + sam_mode(cfg.sam).copies
+    return training_memory(method, cfg.resolution, copies, beside)
+
+
+def ready_to_train(cfg: CfgNode, methods: Sequence[Method]) -> tuple[Method, list[Method]]:
+    """The last of the methods as it trains on a GPU, but on the meta device.
+
+    Args:
+        cfg: its resolved config.
+        methods: outlines of all stages; used up.
+
+    Returns:
+        The method, and those that it uses beside its own tensors, such as a teacher.
+    """
     *before, method = methods
     beside: list[Method] = []
 
@@ -124,6 +139,4 @@ def memory_of(cfg: CfgNode, methods: Sequence[Method]) -> TrainingMemory:
 
     if before:
         method.after(Earlier(True, lambda: trained_state(before[-1]), lend))
-    method = as_on_a_gpu(method, cfg.prec, RESIDUAL[cfg.residual_dtype])
-    copies = OPTIMIZERS[cfg.optimizer].copies + sam_mode(cfg.sam).copies
-    return training_memory(method, cfg.resolution, copies, beside)
+    return as_on_a_gpu(method, cfg.prec, RESIDUAL[cfg.residual_dtype]), beside

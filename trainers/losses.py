@@ -180,7 +180,7 @@ def effective_weights(counts: Tensor) -> Tensor:
 
 def moved(drawn: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the CPU to the device, without waiting for kernels still queued on the GPU."""
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
 
 LOSSES: dict[str, Loss] = {

@@ -1,14 +1,17 @@
 """Estimate of the memory of training, from a method on the meta device, without images, weights or a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.methods import Method
+from tailtune.trainers.methods.base import Batch
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FEW, MANY = 2, 4
@@ -24,7 +27,8 @@ class TrainingMemory:
     optimizer: int
     """State of the optimizer."""
     image: int | None
-    """Activations that the backward pass needs of one image; None where they cannot be counted without numbers."""
+    """Activations that the backward pass needs of one image; None where they cannot be counted without numbers. With
+    `grad_checkpoint`, those of the largest block are among them."""
     texts: int = 0
     """Activations that the backward pass needs of the texts of all classes, whatever the number of images."""
 
@@ -35,10 +39,15 @@ class TrainingMemory:
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd saves for the backward pass: unique storages, without weights and buffers."""
+    """Counts the bytes that autograd saves for the backward pass: unique storages, without weights and buffers.
 
-    def __init__(self, module: nn.Module) -> None:
-        known = {_storage(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    Args:
+        module: the module whose weights and buffers are not counted.
+        beside: further tensors that are not counted.
+    """
+
+    def __init__(self, module: nn.Module, beside: Sequence[Tensor] = ()) -> None:
+        known = {_storage(tensor) for tensor in [*module.parameters(), *module.buffers(), *beside]}
         self.kept: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -94,9 +103,38 @@ def _of_texts(method: Method) -> int:
     if tower is None or not tower.trains:
         return 0
     keeps = SavedBytes(method)
-    with torch.device("meta"), keeps:
+    with torch.device("meta"), keeps, FusedAttention():
         tower.class_features()
     return keeps.total + tower.largest_again
+
+
+class LargestPart:
+    """Runs the parts of an encoder as `computed_again` does in the backward pass, and counts what the largest saves.
+
+    Args:
+        method: the method, whose weights and buffers are not counted.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.total = method, 0
+
+    def __call__(self, run: Callable[..., Any], modules: Sequence[nn.Module], *inputs: Tensor) -> Any:
+        keeps = SavedBytes(self.method, inputs)
+        with keeps:
+            result = run(*inputs)
+        self.total = max(self.total, keeps.total)
+        return result
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device attention saves what the fused kernels save, and not all probabilities."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **options)
+        q, k, v, mask = (*args, options.get("attn_mask"))[:4]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)[0]
 
 
 def _of_image(method: Method, resolution: int) -> int | None:
@@ -108,16 +146,51 @@ def _of_image(method: Method, resolution: int) -> int | None:
 
 
 def saved(method: Method, resolution: int, count: int) -> int:
-    """Bytes that a step of `count` images saves for its backward pass."""
+    """Bytes that a step of `count` images saves for its backward pass, with those of the largest block computed again.
+
+    Args:
+        method: the method on the meta device.
+        resolution: side of the images, in pixels.
+        count: number of images.
+    """
+    total, encoder = _kept(method, resolution, count), method.model.encoder
+    if encoder.run_part is None:
+        return total
+    largest, before = LargestPart(method), encoder.run_part
+    encoder.run_part = largest
+    try:
+        _kept(method, resolution, count)
+    finally:
+        encoder.run_part = before
+    return total + largest.total
+
+
+def _kept(method: Method, resolution: int, count: int) -> int:
+    """Bytes that stay from the forward pass of `count` images until the backward pass."""
     keeps = SavedBytes(method)
-    with torch.device("meta"):
-        batch: dict[str, Any] = {
-            name: torch.empty(count, dtype=torch.int64) for name in ("label", "partner_label", "index")
-        }
-        images = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
-        batch |= dict.fromkeys(("image", "partner", "other_image", "other_partner"), images)
-        batch["weight"] = torch.empty(count)
-        with keeps:
-            step = method(batch)
+    with torch.device("meta"), keeps, FusedAttention():
+        step = method(blank_batch(method, torch.device("meta"), count, resolution))
     assert step.loss_sum.requires_grad
     return keeps.total
+
+
+def blank_batch(method: Method, device: torch.device, size: int, resolution: int) -> Batch:
+    """A batch of black images of the first class, with all that a method takes.
+
+    Args:
+        method: the method.
+        device: where the batch is made; the meta device, too.
+        size: number of images.
+        resolution: side of the images, in pixels.
+
+    Returns:
+        `image` [size, 3, resolution, resolution] and more names of a batch, as `View.batch` makes it.
+    """
+    images = torch.zeros(size, 3, resolution, resolution, dtype=torch.uint8, device=device)
+    labels = torch.zeros(size, dtype=torch.int64, device=device)
+    batch: Batch = {"image": images, "label": labels, "index": labels, "weight": torch.ones(size, device=device)}
+    if method.takes_image_pairs:
+        batch |= {"partner": images, "partner_label": labels}
+    if method.takes_two_views:
+        batch |= {f"other_{name}": images for name in ("image", "partner") if name in batch}
+    return batch

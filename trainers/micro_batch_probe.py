@@ -1,27 +1,58 @@
 """`micro_batch_size auto`: finds the largest number of images that fit into memory, once before training."""
 
-import copy
 import logging
+import math
+import os
 
 import torch
 from accelerate import Accelerator
 
 from tailtune.configs.errors import UserError
-from tailtune.models.backbones.encoder import trained_batch_norms
-from tailtune.trainers.methods.base import Batch, Method
-from tailtune.trainers.micro_batch_size import halve
+from tailtune.models.backbones.recomputation import StatisticsKept, batch_norms
+from tailtune.trainers.config_checks import memory
+from tailtune.trainers.memory_estimate import FEW, MANY, blank_batch
+from tailtune.trainers.methods.base import Method
+from tailtune.trainers.micro_batch_size import divisor
+from tailtune.trainers.processes.peak_memory import Peak
 
 log = logging.getLogger("tailtune")
 
+GIB = 2**30
+DEFAULT_BUDGET = 20 * GIB
+NEVER = 2**63
+"""Bytes of a step that does not fit, whatever the budget is."""
 
-def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, resolution: int) -> int:
-    """Reduce the number of images until forward and backward pass of a blank batch fit into memory.
+
+def budget_of(memory_budget_gb: float | None, device: torch.device) -> int:
+    """Bytes that this process may use on its device.
 
     Args:
-        method: the method; its running statistics of batch norms are restored.
+        memory_budget_gb: the option; None: 20 GiB, or all that the device has for this process if that is less.
+        device: the device.
+    """
+    if memory_budget_gb is not None:
+        return int(memory_budget_gb * GIB)
+    if device.type == "cuda":
+        return min(DEFAULT_BUDGET, torch.cuda.get_device_properties(device).total_memory)
+    return min(DEFAULT_BUDGET, memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def largest_micro_batch(
+    method: Method, accelerator: Accelerator, size: int, resolution: int, budget: int, later: int = 0
+) -> int:
+    """The largest divisor of a number of images whose forward and backward pass of blank images fit into a budget.
+
+    Steps of two and of four images tell the memory of one image, and with it the number that should fit. It is then
+    tried, and a smaller one after it if it needs more. A system that does not tell the memory of a process can only
+    refuse it.
+
+    Args:
+        method: the method; running statistics of batch norms stay as they are.
         accelerator: device and processes.
-        size: number of images to begin with.
+        size: number of images of this process.
         resolution: side of the images, in pixels.
+        budget: bytes that this process may use.
+        later: bytes that training needs in addition, for the state of the optimizer.
 
     Returns:
         The number that fits on every process.
@@ -29,50 +60,39 @@ def largest_micro_batch(method: Method, accelerator: Accelerator, size: int, res
     Raises:
         UserError: a single image does not fit.
     """
-    norms = trained_batch_norms(method)
-    before = [copy.deepcopy(norm.state_dict()) for norm in norms]  # the statistics of blank images must not stay
+    device = accelerator.device
     method.train()
-    while not _fits(method, accelerator.device, size, resolution):
-        if size == 1:
-            raise UserError("not even one image fits into memory; choose a smaller backbone, resolution or prec bf16")
-        size = halve(size)
-    for norm, state in zip(norms, before, strict=True):
-        norm.load_state_dict(state)
-    smallest = int(accelerator.gather(torch.tensor([size], device=accelerator.device)).min())
-    log.info("micro_batch_size auto: %d images at once", smallest)
+    with StatisticsKept(batch_norms(method)):  # those of blank images must not stay
+        chosen = _promising(method, device, size, resolution, budget - later)
+        while (needed := later + _needed(method, device, chosen, resolution)) > budget:
+            if chosen == 1:
+                raise UserError(
+                    f"not even one image fits into {budget / GIB:.3g} GiB; choose a smaller backbone or resolution, "
+                    "prec bf16, grad_checkpoint True, or a larger memory_budget_gb"
+                )
+            chosen = divisor(size, chosen - 1)
+    smallest = int(accelerator.gather(torch.tensor([chosen], device=device)).min())
+    measured = f"{needed / GIB:.3g} of {budget / GIB:.3g} GiB" if needed > later else "memory cannot be measured here"
+    log.info("micro_batch_size auto: %d images at once (%s)", smallest, measured)
     return smallest
 
 
-def blank_batch(method: Method, device: torch.device, size: int, resolution: int) -> Batch:
-    """A batch of black images of the first class, with all that a method takes.
-
-    Args:
-        method: the method.
-        device: where the batch is made.
-        size: number of images.
-        resolution: side of the images, in pixels.
-
-    Returns:
-        `image` [size, 3, resolution, resolution] and more names of a batch, as `View.batch` makes it.
-    """
-    images = torch.zeros(size, 3, resolution, resolution, dtype=torch.uint8, device=device)
-    labels = torch.zeros(size, dtype=torch.int64, device=device)
-    batch: Batch = {"image": images, "label": labels, "weight": torch.ones(size, device=device)}
-    if method.takes_image_pairs:
-        batch |= {"partner": images, "partner_label": labels}
-    if method.takes_two_views:
-        batch |= {f"other_{name}": images for name in ("image", "partner") if name in batch}
-    return batch
+def _promising(method: Method, device: torch.device, size: int, resolution: int, budget: int) -> int:
+    """The largest divisor of `size` that should fit, if memory grows with the number of images as from FEW to MANY."""
+    if size <= MANY:
+        return size
+    few, many = (_needed(method, device, count, resolution) for count in (FEW, MANY))
+    image = max(1.0, (many - few) / (MANY - FEW))
+    return divisor(size, max(1, min(size, FEW + math.floor((budget - few) / image))))
 
 
-def _fits(method: Method, device: torch.device, size: int, resolution: int) -> bool:
+def _needed(method: Method, device: torch.device, size: int, resolution: int) -> int:
+    """Bytes of this process in a step of blank images; 0 on a system that does not tell."""
+    peak = Peak(device)
     try:
         method(blank_batch(method, device, size, resolution)).loss_sum.backward()
+        needed = peak.read() or 0
     except torch.OutOfMemoryError:
-        fits = False
-    else:
-        fits = True
+        needed = NEVER
     method.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return fits
+    return needed

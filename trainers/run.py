@@ -31,12 +31,13 @@ from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPla
 from tailtune.trainers.evaluation.validation import OnValidation, Validation, ValidationPlan
 from tailtune.trainers.export_run import export_run
 from tailtune.trainers.feature_store import FeatureStore
+from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
-from tailtune.trainers.micro_batch_probe import largest_micro_batch
+from tailtune.trainers.micro_batch_probe import budget_of, largest_micro_batch
 from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.more_epochs import any_length, check_more_epochs
-from tailtune.trainers.optimizers_and_schedules import Plan
+from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
 from tailtune.trainers.runs.load_run import (
@@ -267,11 +268,10 @@ class _Run:
 
     def _fit(self, method: Method, data: DataBundle, states: ResumeStates, validation: Validation) -> TrainReport:
         cfg, note = self.cfg, self.evaluation.note
-        for text in training_notes.of_settings(
-            cfg.prec, self._precision(), cfg.drw_epoch, cfg.lr_steps, cfg.num_epochs
-        ):
+        used = self._precision()
+        for text in training_notes.of_settings(cfg.prec, used, cfg.drw_epoch, cfg.lr_steps, cfg.num_epochs):
             note(text, warn=True)
-        precision = PRECISIONS[self._precision()]
+        precision = PRECISIONS[used]
         method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])
         cast_trainable(method, precision.trainable)
         plan = Plan.of(cfg, self._micro_batch(method))
@@ -293,5 +293,8 @@ class _Run:
     def _micro_batch(self, method: Method) -> int:
         size = micro_batch_size(self.cfg, self.accelerator.num_processes)
         if self.cfg.micro_batch_size == "auto":
-            return largest_micro_batch(method, self.accelerator, size, self.cfg.resolution)
+            budget = budget_of(self.cfg.memory_budget_gb, self.accelerator.device)
+            trained = 4 * sum(each.numel() for each in method.parameters() if each.requires_grad)
+            later = trained * (OPTIMIZERS[self.cfg.optimizer].copies + sam_mode(self.cfg.sam).copies)
+            return largest_micro_batch(method, self.accelerator, size, self.cfg.resolution, budget, later)
         return size

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from tailtune.models.backbones.recomputation import StatisticsKept, batch_norms
 from tailtune.trainers.methods.base import Batch, Method, Step
 from tailtune.trainers.sharding import without_reduction
 
@@ -88,14 +88,8 @@ class StepPasses:
         stay as they are, so that they count each image once.
         """
         self.method.before_step(self.method.at_step)
-        norms = [norm for norm in self.method.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-        for norm in norms:
-            norm.track_running_stats = False
-        try:
+        with StatisticsKept(batch_norms(self.method)):
             yield
-        finally:
-            for norm in norms:
-                norm.track_running_stats = True
 
 
 def take_gradients(parameters: list[Tensor]) -> list[Tensor | None]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tailtune.configs.option import option
-from tailtune.configs.value_parsers import as_factors, as_folder, as_int, as_micro, as_path, as_str
+from tailtune.configs.value_parsers import as_factors, as_float, as_folder, as_int, as_micro, as_path, as_str
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,27 @@ class TrainingOptions:
     batch_size: int = option(128, "Number of images in one optimizer step, over all processes.", least=1, most=10**6)
     micro_batch_size: int | str | None = option(
         None,
-        "Number of images that a process computes at once. `auto` means as many as fit into its memory; None means its "
-        "whole share of `batch_size`.",
+        "Number of images that a process computes at once. `auto` means as many as fit into `memory_budget_gb`; None "
+        "means its whole share of `batch_size`.",
         as_micro,
         cls="runtime",
         recorded="config",
         most=10**6,
+    )
+    memory_budget_gb: float | None = option(
+        None,
+        "GiB of memory that a process may use on its device, for `micro_batch_size auto`. None means 20, or what the "
+        "device has if that is less.",
+        as_float,
+        cls="runtime",
+        least=0.0,
+    )
+    grad_checkpoint: bool = option(
+        False,
+        "The activations of each block are computed again in the backward pass, and not kept: a step needs less memory "
+        "and more time.",
+        cls="runtime",
+        recorded="config",
     )
     lr: float = option(0.01, "Learning rate at the start of the schedule.", least=0.0)
     optimizer: str = option("sgd", "Rule by which gradients change the weights.", table="OPTIMIZERS")

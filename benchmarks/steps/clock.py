@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.flop_counter import FlopCounterMode
 
 from tailtune.benchmarks.steps import device
+from tailtune.trainers.processes.peak_memory import Peak
 
 Facts = dict[str, Any]
 
@@ -40,7 +41,9 @@ class Clock:
         Args:
             batch: what the loop gets.
         """
+        peak: Peak | None = None
         for command in self.commands():
+            peak = peak or Peak(device.device())
             device.finish()
             device.forget_peak()
             with OBSERVED[command]() as observed:
@@ -48,7 +51,7 @@ class Clock:
                 yield batch
                 device.finish()
                 took = {"processor": time.process_time() - processor, "wall": time.perf_counter() - wall}
-            self.answer({**took, **device.peak_memory(), **observed()})
+            self.answer({**took, **device.peak_memory(), "memory": peak.above(), **observed()})
 
     def answer(self, facts: Facts) -> None:
         """Send a line of JSON to the other process."""

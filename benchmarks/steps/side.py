@@ -50,7 +50,8 @@ class Side:
             command: what the module is told; for a training loop, an entry of `clock.OBSERVED`.
 
         Returns:
-            processor, wall: the time that it took in seconds; what else the module observed.
+            processor, wall: the time that it took in seconds; memory: the peak since the first step began, in bytes
+                above the memory before it, or None where the system does not tell; and what else the module observed.
         """
         assert self.process.stdin is not None
         self.process.stdin.write(f"{command}\n")

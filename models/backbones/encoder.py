@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.models.backbones.recomputation import RunPart
 
 
 class StagedModule(nn.Module):
@@ -46,6 +47,7 @@ class Encoder(StagedModule):
         tuners_draw: whether tuners draw random numbers in every training forward, as dropout does.
         prompted_by_texts: whether parts of the text tower act in it, which train.
         projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
+        run_part: how the encoder runs one block after another, such as `computed_again`; None: it just calls them.
     """
 
     net: Any
@@ -59,6 +61,7 @@ class Encoder(StagedModule):
         self.tuned_blocks: dict[str, Sequence[int]] = {}
         self.experts = 1
         self.projection: nn.Parameter | None = None
+        self.run_part: RunPart | None = None
         self._trained_batch_norms: list[nn.Module] = []
         self._peft_layers: list[Any] = []
         self.tuners_draw = self.prompted_by_texts = False
@@ -128,6 +131,16 @@ class Encoder(StagedModule):
     @property
     def _batch_norms_train(self) -> bool:
         return self._batch_norms_follow or not self._is_frozen
+
+    def compute_parts_by(self, run_part: RunPart) -> None:
+        """Let a function run every block, such as `computed_again`.
+
+        Raises:
+            UserError: the backbone has no blocks.
+        """
+        if not self.depth:
+            raise UserError("grad_checkpoint: this backbone has no blocks to compute again; leave it out")
+        self.run_part = run_part
 
     @property
     def expert_blocks(self) -> list[nn.Module]:

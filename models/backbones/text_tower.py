@@ -10,18 +10,18 @@ Four facts keep a training step cheap. All are exact up to rounding, because the
   computed again in the backward pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tailtune.models.backbones.class_texts import Batch, ClassTexts, batches_of
 from tailtune.models.backbones.plain_text import PlainText
 from tailtune.models.backbones.plain_vit import timm_name
+from tailtune.models.backbones.recomputation import computed_again
 from tailtune.models.backbones.transformer_encoder import Attention, TransformerEncoder
 from tailtune.models.backbones.vit_layers import apply_tuners, norm
 
@@ -180,8 +180,9 @@ class TextTower(TransformerEncoder):
         before, features = self._run_shared(), []
         for batch, again in self._kept(batches):
             rows = slice(batch.start, batch.stop)
-            run = partial(self._run_batch, ids[rows, self.shared : batch.length], ends[rows], before)
-            features.append(_computed_again(run) if again and torch.is_grad_enabled() else run())
+            inputs = ids[rows, self.shared : batch.length], ends[rows], before
+            run = self._run_batch
+            features.append(computed_again(run, [self], *inputs) if again else run(*inputs))
         return torch.cat(features)
 
     def _embed(self, ids: Tensor, start: int) -> Tensor:
@@ -245,12 +246,6 @@ def _token_at(place: Tensor, x: Tensor) -> Tensor:
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
     """The mask of `queries` tokens that are the last of `keys` tokens, [queries, keys]: True where one may be seen."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-def _computed_again(run: Callable[[], Tensor]) -> Tensor:
-    """Call a function now, and again in the backward pass, instead of keeping its activations. Dropout is repeated."""
-    result: Tensor = checkpoint(run, use_reentrant=False)
-    return result
 
 
 def load_text_tower(

@@ -5,6 +5,8 @@ those of `TransformerEncoder`. Where only the class token is read, the last bloc
 """
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -96,11 +98,20 @@ class ViTEncoder(TransformerEncoder):
     def _run_blocks(self, x: Tensor, indices: range, sites: Sequence[Sites]) -> Tensor:
         """Run blocks in turn, [B, N, D] → [B, N, D]; after the last block [B, 1, D] if the class token is enough."""
         for index in indices:
-            if sites[index]["tokens"]:
-                x = apply_tuners(sites[index]["tokens"], x[:, : self.num_tokens], x)
-            class_token_only = self.fast and self.pools_class_token and index == self.depth - 1
-            x = self.run_block(x, index, sites[index], _class_token if class_token_only else None)
+            run = partial(self._run_one, index, sites[index])
+            if self.run_part is None:
+                x = run(x)
+            else:
+                tuners = chain.from_iterable(sites[index].values())
+                x = self.run_part(run, [self.net.blocks[index], *tuners], x)
         return x
+
+    def _run_one(self, index: int, sites: Sites, x: Tensor) -> Tensor:
+        """Run one block, and the tuners at its input."""
+        if sites["tokens"]:
+            x = apply_tuners(sites["tokens"], x[:, : self.num_tokens], x)
+        class_token_only = self.fast and self.pools_class_token and index == self.depth - 1
+        return self.run_block(x, index, sites, _class_token if class_token_only else None)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Last norm, pooling and projection, [B, N, D] → [B, feature_dim]."""

@@ -1,7 +1,8 @@
 """The encoder for every network that is no plain ViT: it runs as its library wrote it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.func import functional_call
 
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.encoder import Encoder, named_tensors
+from tailtune.models.backbones.recomputation import RunPart
 
 BLOCK_LISTS = ("blocks", "stages", "layers", "resblocks")
 """Children of a network that hold its blocks or stages one by one."""
@@ -53,6 +55,17 @@ class WholeNetworkEncoder(Encoder):
             module: called as `features = module(features, features)`.
         """
         self.tuners[tuner] = module
+
+    def compute_parts_by(self, run_part: RunPart) -> None:
+        super().compute_parts_by(run_part)
+        for part in parts_of(self.blocks):
+            # The network calls its parts itself. An attribute of the instance, unlike a module around it, keeps names.
+            part.forward = partial(self._run_part, part)
+
+    def _run_part(self, part: nn.Module, *inputs: Any, **options: Any) -> Any:
+        """The forward of a part."""
+        run = partial(type(part).forward, part, **options)
+        return run(*inputs) if self.run_part is None else self.run_part(run, [part], *inputs)
 
     def trunk(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, feature_dim] in `dtype`."""
@@ -117,3 +130,10 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
         return blocks_of(children[name])
     stages = [children[name] for name in RESNET_STAGES if name in children]
     return next((list(children[name].children()) for name in BLOCK_LISTS if name in children), stages)
+
+
+def parts_of(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules, and in place of one that consists of blocks, such as a stage, these blocks."""
+    for module in modules:
+        inner = module.children() if type(module) in (nn.Sequential, nn.ModuleList) else blocks_of(module)
+        yield from parts_of(inner) if inner else [module]

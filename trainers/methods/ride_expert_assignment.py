@@ -97,7 +97,7 @@ class ExpertAssignment(Method):
         for i in range(len(self.hidden)):
             target = ~right[:, i] & right[:, i + 1 :].any(1)
             q = self.asks(i, features if features.ndim == 2 else features[:, i], before[:, i] / (i + 1))
-            weight = q.new_tensor(self.options.pos_weight)
+            weight = q.new_full((), self.options.pos_weight)  # made on the device, so that no step waits for a copy
             losses.append(
                 F.binary_cross_entropy_with_logits(q, target.to(q.dtype), pos_weight=weight, reduction="none")
             )

@@ -1,0 +1,52 @@
+"""`Peak`: the largest memory of this process since a moment: allocated memory of its GPU, resident memory on a CPU."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+"""What Linux wants to be written to `CLEAR` (proc_pid_clear_refs(5))."""
+
+
+class Peak:
+    """The memory since this object was made. On a CPU, what the C library has kept until then is given back first.
+
+    Args:
+        device: the device of the computation.
+
+    Attributes:
+        before: bytes that were in use when the object was made; None on a system that does not tell.
+    """
+
+    before: int | None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before = device, None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        elif CLEAR.exists():
+            libc = ctypes.CDLL(None)
+            if hasattr(libc, "malloc_trim"):
+                libc.malloc_trim(0)
+            CLEAR.write_text(RESET_PEAK)
+            self.before = _resident("VmRSS")
+
+    def read(self) -> int | None:
+        """The largest number of bytes so far; None on a system that does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return None if self.before is None else _resident("VmHWM")
+
+    def above(self) -> int | None:
+        """The largest number of bytes so far above those before."""
+        now = self.read()
+        return None if now is None or self.before is None else now - self.before
+
+
+def _resident(name: str) -> int:
+    """A line of the process's status, in bytes."""
+    return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tailtune.configs import CfgNode
 from tailtune.datasets.build_data import build_info
 from tailtune.models import BACKBONES, ClassificationModel, build_model
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
-from tailtune.parity.errors import error, largest_error, with_prefix
+from tailtune.parity.errors import error, error_of_all, largest_error, with_prefix
 from tailtune.parity.job import Tensors
 from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
@@ -65,6 +66,7 @@ def training_errors(
     original: Tensors,
     images: Tensor,
     labels: Tensor,
+    of_all: bool = False,
 ) -> dict[str, float]:
     """Errors of the first forward and backward pass, and after three steps, from the original's own start.
 
@@ -76,7 +78,9 @@ def training_errors(
         original: its features (if it has them), logits, losses, gradients and values.
         images: batches [4, B, 3, H, W] in the precision of the case; the last is for evaluation.
         labels: their labels [4, B].
+        of_all: whether gradients, and what trains, are measured as one vector, or else each tensor for itself.
     """
+    measure = error_of_all if of_all else largest_error
     model, precision = method.model, PRECISIONS[cfg.prec]
     load(model)
     model.set_precision(precision.compute)
@@ -96,22 +100,25 @@ def training_errors(
         loss.backward()
         if step == 0:
             errors["loss"] = error(loss, original["losses"][0])
-            errors["gradients"] = gradient_error(method, read, with_prefix(original, "gradient."))
+            gradients = error_of_all if of_all else partial(largest_error, floor=FLOOR)
+            errors["gradients"] = gradient_error(method, read, with_prefix(original, "gradient."), gradients)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
         logits = method.eval().predict(images[-1])
     ours, theirs = read(model), with_prefix(original, "after.")
     of_last_step = (error(loss, original["losses"][-1]), error(logits, original["after_logits"]))
-    errors["after_3_steps"] = max(*of_last_step, largest_error(ours, theirs))
+    errors["after_3_steps"] = max(*of_last_step, measure(ours, theirs))
     our_changes, changes = (
         {name: value.double() - before[name].double() for name, value in side.items()} for side in (ours, theirs)
     )
-    return errors | {"changes": largest_error(our_changes, changes)}
+    return errors | {"changes": measure(our_changes, changes)}
 
 
-def gradient_error(method: Method, read: Read, original: Tensors) -> float:
-    """Largest error of the gradients; infinite if another number of values is trained."""
+def gradient_error(
+    method: Method, read: Read, original: Tensors, measure: Callable[[Tensors, Tensors], float]
+) -> float:
+    """Error of the gradients; infinite if another number of values is trained."""
     if sum(gradient.numel() for gradient in original.values()) != method.model.counts()["trainable"]:
         return math.inf
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
@@ -122,7 +129,7 @@ def gradient_error(method: Method, read: Read, original: Tensors) -> float:
     gradients = read(method.model)
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.data = value
-    return largest_error(gradients, original, FLOOR)
+    return measure(gradients, original)
 
 
 def of_precisions(errors: Mapping[str, dict[str, float]]) -> dict[str, float]:

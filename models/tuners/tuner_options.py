@@ -10,8 +10,10 @@ import torch
 from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.configs.seeding import derive_seed
-from tailtune.configs.value_parsers import as_float, as_int, as_layers, as_scale, as_str
+from tailtune.configs.value_parsers import as_float, as_int, as_layers, as_names, as_scale, as_str
 
+ATTENTION = {"q": "q", "k": "k", "v": "v", "o": "proj"}
+"""CLIP-LoRA's name of a matrix of the attention → site at its output."""
 PROMPTS = 10
 """Number of prompt tokens, as LIFT."""
 RULES = ("lift", "lift_plus")
@@ -140,10 +142,26 @@ class ClipLoraOptions(TunerOptions):
     dropout: float = option(
         0.25, "Share of the inputs of CLIP-LoRA's updates that are set to 0 in training.", least=0.0, most=0.99
     )
+    params: list[str] = option(
+        ["q", "k", "v"],
+        "Matrices of the attention that CLIP-LoRA updates: q, k, v, and o for that of the output.",
+        as_names,
+    )
 
     @property
     def draws(self) -> bool:
         return self.dropout > 0
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites of `params`."""
+        return [ATTENTION[name] for name in self.params]
+
+    def check(self) -> None:
+        if len(set(self.params)) < len(self.params) or not set(self.params) <= ATTENTION.keys():
+            raise UserError(
+                f"clip_lora_params [{','.join(self.params)}]: give each of {', '.join(ATTENTION)} at most once"
+            )
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def of_text(vit: str) -> list[Case]:
     """What trains without a classifier."""
     cases = [_network("text", name, vit, **{f"l.{name}": True, "l.pt_layers": None}) for name in TUNERS]
     cases += [
-        _network("text", f"{name}, layers 1", vit, **{f"l.{name}": True, f"l.{name}_layers": 1}) for name in TUNERS
+        _network("text", f"{name}, layer 1", vit, **{f"l.{name}": True, f"l.{name}_layers": "range(1,2)"})
+        for name in TUNERS
     ]
     cases += [
         _network("text", "pt, first layer, 5 prompts", vit, **{"l.pt": True, "l.pt_layers": "range(1)", "l.pt_len": 5})

@@ -64,7 +64,8 @@ def compare_network(case: Case, job: Job) -> list[Row]:
         tuners = [name for name in TUNERS if cfg[name]]
         start = ForeignCheckpoint(job.folder / f"{case['number']}.{prec}" / LIFT_FILE)
         load, read = partial(lift_plus.load, start, tuners=tuners), partial(values, tuners=tuners)
-        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"])
+        of_all = prec == "float32"
+        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"], of_all)
     return [row(case["kind"], case["name"], case["backbone"], case["note"], **figures, **of_precisions(errors))]
 
 

@@ -86,6 +86,10 @@ def of_clip_lora() -> list[Case]:
     changes: list[tuple[str, Case, Case]] = [(f"position {name}", {"position": name}, {}) for name in blocks]
     changes += [(f"encoder {name}", {"encoder": name}, {}) for name in ("text", "vision")]
     changes += [("rank 4, scale 3", {"r": 4, "alpha": 3}, {"clip_lora_rank": 4, "clip_lora_alpha": 3})]
+    changes += [
+        (f"of {', '.join(params)}", {"params": params}, {"clip_lora_params": f"[{','.join(params)}]"})
+        for params in (["q", "v"], ["q", "k", "v", "o"])
+    ]
     changes += [("without dropout", {"dropout_rate": 0.0}, {})]
     cases = []
     for name, theirs, ours in changes:

@@ -43,7 +43,8 @@ def compare_network(case: Case, job: Job) -> list[Row]:
         start = with_prefix(original, "start.")
         load = partial(fill, start=start)
         read = partial(values, shapes={name: tensor.shape for name, tensor in start.items()})
-        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"])
+        of_all = prec == "float32"
+        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"], of_all)
     facts = {key: case[key] for key in ("repository", "name", "backbone")}
     return [facts | dict.fromkeys(FIGURES) | of_precisions(errors) | {"note": case["note"]}]
 

@@ -18,8 +18,9 @@ PROCEDURE = (
     "evaluation mode, before training; CLIP-LoRA's weights are merged then. loss, gradients: the first of three "
     "batches of 8 images of 6 classes, cross-entropy. after_3_steps: what trains, loss and logits after three steps of "
     "Dassl's trainers (SGD 0.002, of MaPLe 0.0035, momentum 0.9, weight decay 5e-4) or of CLIP-LoRA's AdamW, and our "
-    "three steps. Errors as in the part of LIFT. float64: the largest of these errors, and of those of the change over "
-    "the three steps, when both compute in fp64."
+    "three steps. An error is |ours - original| / |original| in the L2 norm; gradients, and what trains, are one "
+    "vector. float64: the largest of these errors when both compute in fp64, each gradient, and each change over the "
+    "three steps, for itself. A gradient with a norm below 1e-3 of the largest one's is measured by that."
 )
 
 TEXT = Subject(

@@ -237,6 +237,10 @@ CONTEXT = "context coop context_len 8 context_position end"
             f"{TEXT} text_clip_lora True",
         ),
         ("lp v.ssf True", "adaptformer False ssf_attn True ssf_mlp True"),
+        (
+            "lp v.ssf True v.ssf_layers 3",
+            "adaptformer False ssf_attn True ssf_mlp True ssf_mlp_layers 3 ssf_attn_layers 3",
+        ),
     ],
 )
 def test_words_of_a_line(line: str, words: str) -> None:

@@ -246,7 +246,7 @@ def test_updates_of_other_matrices_are_merged_products() -> None:
 
 
 def test_the_first_weights_of_clip_lora_are_uniform() -> None:
-    """A from U(-1/√in, 1/√in), and B zero (fixture 34 of successors.md)."""
+    """A from U(-1/√in, 1/√in), and B zero (number 34 of tests/README.md)."""
     module = ClipLora(768, 32, 1.0, 0.0)
     assert 0.999 * 768**-0.5 < float(module.lora_A.detach().abs().max()) <= 768**-0.5 and not module.lora_B.any()
 

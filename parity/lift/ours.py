@@ -76,13 +76,13 @@ def initialisation_error(method: Method, original: Tensors, images: Tensor, labe
 
     Args:
         method: ours, with the backbone's weights.
-        original: its `weight` or `logits`.
+        original: its `weight` or `logits`; `train_features` in place of ours, if there are any.
         images: batches [4, B, 3, H, W]; the last is for evaluation.
         labels: their labels [4, B].
     """
     model = method.model.eval()
     with model.encoder.untuned():
-        features = model.features(images[:3].flatten(0, 1))
+        features = original.get("train_features", model.features(images[:3].flatten(0, 1)))
         context = HeadContext(
             labels=labels[:3].flatten(),
             num_classes=len(COUNTS),

@@ -26,7 +26,13 @@ TUNERS = ("fft", "bitfit", "pt", "lora", "adapter", "adaptformer", "ssf", "aft")
 OF_RESNET = ("fft", "bitfit", "ssf")
 HEADS = ("CosineClassifier", "LinearClassifier", "L2NormClassifier", "LayerNormClassifier")
 LOSSES = ("CE", "Focal", "LDAM", "CB", "GRW", "BS", "LA", "LADE")
-INITS = ("semantic", "class_mean", "linear_probing")
+INITS = {
+    "CLIP-ViT-small": ("semantic", "class_mean", "linear_probing"),
+    "CLIP-RN-small": ("semantic", "class_mean"),  # with its features, the solver of linear_probing ends at zero
+    "IN21K-ViT-small": ("class_mean", "linear_probing"),
+    "IN1K-RN-small": ("class_mean", "linear_probing"),
+}
+"""Backbone → head initialisations."""
 TEXT_ALONE = {"classifier": None, "classifier_init": None}
 """Text features classify."""
 CROPS = {"mda": ("min", "convex", "linear", "concave", "max"), "test": (None, 0, 16), "fivecrop": (None, 12)}
@@ -34,6 +40,7 @@ EPOCHS, PICTURES, SEEDS = 5, ((40, 40), (64, 36), (30, 75), (200, 14)), 3
 """Length of the schedules of crops, sizes of the pictures, and random seeds for each of them."""
 RESOLUTION = 32
 NOTES = {
+    "linear_probing": "of the original's features, in fp64 for its solver, too, whose iterations magnify rounding",
     "LDAM": "the original needs CUDA: compared after its tensor types were replaced",
     "CB": "with the class weights of fp32 on both sides also in fp64, because those of fp64 differ in the fifth digit",
 }
@@ -72,11 +79,9 @@ def networks() -> list[Case]:
     cases += [_network("head", "CosineClassifier, scale 15", vit, classifier_scale=15, **adaptformer)]
     cases += [_network("loss", name, vit, loss_type=name, **adaptformer) for name in LOSSES]
     cases += of_text(vit)
-    for backbone in SIDES:
-        for init in INITS:
-            if backbone in (vit, resnet) or init != "semantic":
-                tuner = adaptformer if backbone in (vit, timm) else {}
-                cases.append(_network("init", init, backbone, classifier_init=init, **tuner))
+    for backbone, inits in INITS.items():
+        tuner = adaptformer if backbone in (vit, timm) else {}
+        cases += [_network("init", init, backbone, classifier_init=init, **tuner) for init in inits]
     return cases
 
 

@@ -53,8 +53,15 @@ def empty_backbone(build: Case) -> nn.Module:
 
 
 def patch() -> None:
-    """No TensorBoard; LDAM without CUDA types; what converts to fp32 converts to the precision of the case."""
-    original("trainer").SummaryWriter = MagicMock()
+    """No TensorBoard; LDAM without CUDA types; conversions to the precision of the case; a solver in fp64."""
+    trainer = original("trainer")
+    trainer.SummaryWriter = MagicMock()
+
+    class Solver(trainer.LogisticRegression):  # type: ignore[misc,name-defined]
+        def fit(self, features: Tensor, labels: Tensor) -> None:
+            super().fit(features.double(), labels)
+
+    trainer.LogisticRegression = Solver
     where, losses = torch.where, original("utils.losses")
     losses.torch.where = lambda condition, *others: where(condition.bool(), *others)
     nn.Module.float = lambda self: self.to(torch.get_default_dtype())  # type: ignore[method-assign]
@@ -161,7 +168,11 @@ def played(case: Case, job: Job, prec: str) -> Tensors:
     torch.manual_seed(1000 + case["number"])
     run = run_of(case, job, job.settings["names"], job.settings["counts"])
     if case["kind"] == "init":
-        return {"weight": run.tuner.classifier.weight}
+        tensors = {"weight": run.tuner.classifier.weight}
+        if case["name"] == "linear_probing":  # so that both sides fit the same features
+            with torch.no_grad():
+                tensors["train_features"] = run.compute_train_features()[0]
+        return tensors
     shake(run.tuner.parameters(), case["number"])
     start = job.folder / f"{case['number']}.{prec}"
     start.mkdir(exist_ok=True)

@@ -92,8 +92,8 @@ def compare_schedule(case: Case, job: Job) -> list[Row]:
     for epoch in range(plan.epochs):
         set_lr(optimizer, plan, epoch)
         rates.append(optimizer.param_groups[0]["lr"])
-    error = max(map(number_error, rates, job.fact("schedule", case), strict=True))
-    return [row("schedule", case["name"], case["backbone"], value=error)]
+    errors = [number_error(*pair) for pair in zip(rates, job.fact("schedule", case), strict=True)]
+    return [row("schedule", case["name"], case["backbone"], value=max(errors))]
 
 
 def compare_pictures(case: Case, job: Job) -> list[Row]:

@@ -44,8 +44,10 @@ def error_of_all(ours: Tensors, original: Tensors) -> float:
     """The error of all tensors as one vector; infinite if one is missing or has another shape."""
     if any(name not in ours or ours[name].shape != tensor.shape for name, tensor in original.items()):
         return math.inf
-    both = (torch.cat([side[name].detach().double().flatten() for name in original]) for side in (ours, original))
-    return error(*both)
+    mine, theirs = (
+        torch.cat([side[name].detach().double().flatten() for name in original]) for side in (ours, original)
+    )
+    return error(mine, theirs)
 
 
 def number_error(ours: float, original: float) -> float:

@@ -53,7 +53,7 @@ def ask(checkouts: Mapping[str, Path]) -> tuple[dict[str, list[Case]], Case]:
     side = SIDES["IN21K-ViT-small"]
     backbones["IN21K-ViT-small"] = {"timm": {"model_name": TIMM, "img_size": side, "num_classes": 0}}
     backbones["IN1K-RN-small"] = {"timm": {"model_name": TIMM_RESNET, "num_classes": 0}}
-    settings = {"backbones": backbones, "clip": str(checkouts["clip"]), "counts": COUNTS, "names": NAMES}
+    settings: Case = {"backbones": backbones, "clip": str(checkouts["clip"]), "counts": COUNTS, "names": NAMES}
     settings |= {"epochs": EPOCHS, "pictures": len(PICTURES), "seeds": SEEDS}
     return cases, settings
 
@@ -69,7 +69,14 @@ def networks() -> list[Case]:
     ]
     cases += [_network("tuner", f"aft, {loc}", vit, **{"v.aft": True, "v.aft_loc": loc}) for loc in ("attn", "mlp")]
     cases += [_network("tuner", "aft, seed 7", vit, **{"v.aft": True, "v.aft_seed": 7})]
-    several = {"v.pt": True, "v.lora": True, "v.ssf": True, "v.adapter": True, "v.adaptformer": True, "v.aft": True}
+    several: Case = {
+        "v.pt": True,
+        "v.lora": True,
+        "v.ssf": True,
+        "v.adapter": True,
+        "v.adaptformer": True,
+        "v.aft": True,
+    }
     cases += [_network("tuner", "all that insert", vit, **several)]
     several |= {"v.pt_layers": "range(1)", "v.lora_layers": 1, "v.ssf_layers": "range(0,3,2)"}
     several |= {"v.aft_layers": "list(range(1))+list(range(2,3))", "v.bitfit": True}

@@ -78,7 +78,14 @@ def of_maple() -> list[Case]:
 
 def of_clip_lora() -> list[Case]:
     """Encoders, positions, ranks and scales, and the path without dropout."""
-    base = {"encoder": "both", "position": "all", "params": ["q", "k", "v"], "r": 2, "alpha": 1, "dropout_rate": 0.25}
+    base: Case = {
+        "encoder": "both",
+        "position": "all",
+        "params": ["q", "k", "v"],
+        "r": 2,
+        "alpha": 1,
+        "dropout_rate": 0.25,
+    }
     blocks = {
         **{"all": "none", "bottom": "[0,4]", "mid": "[4,8]", "up": "4", "half-up": "6", "half-bottom": "[0,6]"},
         "top3": "3",
@@ -93,7 +100,7 @@ def of_clip_lora() -> list[Case]:
     changes += [("without dropout", {"dropout_rate": 0.0}, {})]
     cases = []
     for name, theirs, ours in changes:
-        theirs = base | theirs
+        theirs = {**base, **theirs}
         encoders = {"both": ("clip_lora", "text_clip_lora"), "text": ("text_clip_lora",), "vision": ("clip_lora",)}
         options = {**dict.fromkeys(encoders[theirs["encoder"]], True), "clip_lora_dropout": 0, **ADAMW, **ours}
         if (span := blocks[theirs["position"]]) != "none":

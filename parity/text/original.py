@@ -36,7 +36,7 @@ def main(folder: Path, part: str) -> None:
 
 def patch() -> None:
     """No conversions to half precision and to fp32; what only downloads, reads or prints tables is a stand-in."""
-    Tensor.half = lambda self, *_: self  # type: ignore[method-assign,assignment]
+    Tensor.half = lambda self, *_: self  # type: ignore[method-assign]
     nn.Module.half = nn.Module.float = lambda self: self  # type: ignore[method-assign]
     for name in ("gdown", "tabulate", "wilds", "pandas"):
         sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))

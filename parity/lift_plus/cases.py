@@ -133,7 +133,7 @@ def _case(kind: str, name: str, backbone: str, keys: Case) -> Case:
     model, words = translated(BACKBONES[backbone][1], "lp", [str(word) for pair in keys.items() for word in pair])
     options = dict(zip(words[::2], words[1::2], strict=True))
     theirs = {"backbone": BACKBONES[backbone][0], **keys}
-    case = {"kind": kind, "name": name, "backbone": backbone, "model": model, "theirs": theirs}
+    case = {"kind": kind, "name": name, "backbone": backbone, "config": model, "theirs": theirs}
     return case | {"our_options": options, "note": ""}
 
 

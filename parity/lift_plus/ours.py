@@ -34,7 +34,7 @@ def config_of(case: Case, **more: object) -> CfgNode:
     """Our config of a command line of LIFT+, with further options."""
     options = {**case["our_options"], **more}
     words = [str(word) for pair in options.items() for word in pair]
-    return resolve(load_configs("fake_lt", case["model"], words, declared())[-1])
+    return resolve(load_configs("fake_lt", case["config"], words, declared())[-1])
 
 
 def build(job: Job, case: Case, prec: str, names: tuple[str, ...] = NAMES) -> tuple[CfgNode, Method]:

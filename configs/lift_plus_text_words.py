@@ -22,9 +22,10 @@ TEXT_TUNERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "adapter": ("text_adapter",),
         "adaptformer": ("text_adaptformer",),
         "ssf": ("text_ssf_attn", "text_ssf_mlp"),
+        "aft": ("text_aft",),
     }
 )
-"""Tuner of the text tower of LIFT+ → ours. LIFT+ has `aft`, too."""
+"""Tuner of the text tower of LIFT+ → ours."""
 OF_TEXT: Mapping[str, Words] = MappingProxyType(
     {
         "coop": ("context", "coop"),
@@ -50,7 +51,7 @@ TEXT_KEYS = (*OF_TEXT, *TEXT_SIZES, "coop_init")
 
 def of_text(given: Options) -> Iterator[tuple[str, str]]:
     """Our options for everything that trains text, and for the classifier that reads it."""
-    asked = flags_on(given, [*(f"l.{name}" for name in TEXT_TUNERS), "l.aft", *OF_TEXT])
+    asked = flags_on(given, [*(f"l.{name}" for name in TEXT_TUNERS), *OF_TEXT])
     words = ", ".join(f"{flag} True" for flag in asked)
     if is_true(given.get("zero_shot", "")):
         if asked:
@@ -78,20 +79,38 @@ def of_text(given: Options) -> Iterator[tuple[str, str]]:
 
 
 def _text_tuners(given: Options, on: Words) -> Iterator[tuple[str, str]]:
-    """Our tuners of the text tower with their width and blocks, which are the same for all of them here."""
-    if "aft" in on:
-        raise UserError("l.aft True: aft acts in the image tower only here; text_mask draws other weights of the texts")
+    """Our tuners of the text tower with their widths and blocks: one option for all, or one with those of each."""
     for name in on:
         yield from ((ours, "True") for ours in TEXT_TUNERS[name])
     if {"adapter", "adaptformer"} & set(on):
         yield "adapter_init", "uniform"  # tuner_rules lift_plus says so for the image tower only
-    widths = {f"l.{name}_dim": given.get(f"l.{name}_dim", TEXT_DIM) for name in WIDTHS if name in on}
-    for key, width in widths.items():
-        _given_size(key, width)
-    yield from (("text_adapter_dim", width) for width in same_value(widths, "text_adapter_dim"))
-    keys = [f"l.{name}_layers" for name in on]
-    layers = {key: _text_layers(key, given.get(key, "None")) for key in keys}
-    yield from (("text_partial", span) for span in same_value(layers, "text_partial") if span != "None")
+    widths = {name: given.get(f"l.{name}_dim", TEXT_DIM) for name in WIDTHS if name in on}
+    layers = {name: _text_layers(f"l.{name}_layers", given.get(f"l.{name}_layers", "None")) for name in on}
+    own: dict[str, list[str]] = {}  # options of each of our tuners
+    for name, width in widths.items():
+        _given_size(f"l.{name}_dim", width)
+    if len(set(widths.values())) > 1:
+        _give(own, "dim", widths)
+    elif widths:
+        yield "text_adapter_dim", widths.popitem()[1]
+    different = set(layers.values())
+    span = _span(different.pop()) if len(different) == 1 else None
+    if span is None:
+        _give(own, "layers", layers)
+    elif span:
+        yield "text_partial", span
+    if "aft" in on:  # each of its options, because those of the image tower would be read else
+        for option, default in (("loc", "all"), ("seed", "0"), ("ratio", "None")):
+            _give(own, option, {"aft": given.get(f"l.aft_{option}", default)})
+    if own:
+        yield "text_tuner_args", "{" + ", ".join(f"{ours}: {{{', '.join(args)}}}" for ours, args in own.items()) + "}"
+
+
+def _give(own: dict[str, list[str]], option: str, values: Options) -> None:
+    """Add an option of tuners of LIFT+ to those of ours, but for the value None, which is the default."""
+    for name, value in values.items():
+        for ours in TEXT_TUNERS[name] if value != "None" else ():
+            own.setdefault(ours, []).append(f"{option}: {value}")
 
 
 def _given_size(key: str, value: str) -> str:
@@ -101,22 +120,25 @@ def _given_size(key: str, value: str) -> str:
 
 
 def _text_layers(key: str, value: str) -> str:
-    """The value of `text_partial` that means the blocks of `l.<tuner>_layers`."""
+    """The blocks of `l.<tuner>_layers`: a number of last ones, a list in ascending order, or None for all."""
     if value in ("None", "deep"):  # "deep", the default of l.pt_layers, ends LIFT+ with an error; it means all
         return "None"
     try:
         layers = as_layers(value)
     except ValueError as error:
         raise UserError(f"{key} must be {error}, not '{value}'") from None
-    if isinstance(layers, int) or not layers:
-        return str(layers or 0)
-    first, last = min(layers), max(layers)
-    if first < 0 or last - first + 1 != len(layers):
-        raise UserError(
-            f"{key} {value}: text_partial, which all tuners of the text tower have here, is a number k for the last k "
-            "blocks, or blocks without a gap between them, counted from 0"
-        )
-    return f"[{first},{last + 1}]"
+    return str(layers) if isinstance(layers, int) else str(sorted(layers)).replace(" ", "")
+
+
+def _span(layers: str) -> str | None:
+    """The value of `text_partial` that means these blocks; empty for all, None if there is no such value."""
+    if layers == "None":
+        return ""
+    blocks = as_layers(layers)
+    if isinstance(blocks, int) or not blocks:
+        return str(blocks or 0)
+    is_span = blocks[0] >= 0 and blocks[-1] - blocks[0] + 1 == len(blocks)
+    return f"[{blocks[0]},{blocks[-1] + 1}]" if is_span else None
 
 
 def flags_on(given: Options, flags: Words) -> list[str]:

@@ -137,6 +137,8 @@ def _tuners(given: Options, convnet: bool) -> Iterator[tuple[str, str]]:
             yield TUNERS[name], "True"
         if name == "ssf" and not convnet:
             yield "ssf_mlp", "True"
+            if "v.ssf_layers" in given:
+                yield "ssf_mlp_layers", given["v.ssf_layers"]
         if convnet and name in ("fft", "bitfit"):
             if given.get(f"v.{name}_layers", "None") != "None":
                 raise UserError(

@@ -85,16 +85,18 @@ class Vectors(nn.Module):
     """Learnt vectors, drawn from N(0, 0.02²).
 
     Args:
-        count: their number V.
+        length: number n of vectors in a sentence.
         width: width D of the text tower.
+        copies: number of classes that have vectors of their own; 1: all classes share them.
     """
 
-    def __init__(self, count: int, width: int) -> None:
+    def __init__(self, length: int, width: int, copies: int) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.empty(count, width).normal_(0.0, 0.02))
+        self.copies = copies
+        self.vectors = nn.Parameter(torch.empty(copies * length, width).normal_(0.0, 0.02))
 
     def forward(self) -> Tensor:
-        """The vectors [V, D]."""
+        """The vectors [copies · n, D]."""
         return self.vectors
 
 
@@ -132,7 +134,7 @@ def add_contexts(tower: TextTower, options: ContextOptions, class_names: Sequenc
         tower.set_texts(place.texts(tower.tokenizer, class_names, tower.vocabulary))
     copies = len(class_names) if options.per_class else 1
     with seeded(seed, "context"):
-        tower.context = Vectors(copies * length, tower.width)
+        tower.context = Vectors(length, tower.width, copies)
     if start is not None:
         with torch.no_grad():
             tower.context.get_parameter("vectors").copy_(start.repeat(copies, 1))

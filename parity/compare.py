@@ -28,11 +28,13 @@ from tailtune.parity.experts.subject import EXPERTS
 from tailtune.parity.focal_sam.subject import FOCAL_SAM
 from tailtune.parity.h2t.subject import H2T
 from tailtune.parity.lift.subject import LIFT
+from tailtune.parity.lift_plus.subject import LIFT_PLUS
 from tailtune.parity.report import TOP, about_our_side, commit_of, write
 from tailtune.parity.subject import Row, Subject, compare
+from tailtune.parity.text.subject import TEXT
 
 SUBJECTS: Mapping[str, Subject] = {
-    subject.name: subject for subject in (LIFT, EXPERTS, DIRMIXE, H2T, FOCAL_SAM, BALPOE)
+    subject.name: subject for subject in (LIFT, EXPERTS, DIRMIXE, H2T, FOCAL_SAM, BALPOE, LIFT_PLUS, TEXT)
 }
 
 

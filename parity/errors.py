@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from tailtune.parity.job import Tensors
@@ -37,6 +38,16 @@ def largest_error(ours: Tensors, original: Tensors, floor: float = 0.0) -> float
     return max(
         error(ours[name], tensor, floor * norm) if name in ours else math.inf for name, tensor in original.items()
     )
+
+
+def error_of_all(ours: Tensors, original: Tensors) -> float:
+    """The error of all tensors as one vector; infinite if one is missing or has another shape."""
+    if any(name not in ours or ours[name].shape != tensor.shape for name, tensor in original.items()):
+        return math.inf
+    mine, theirs = (
+        torch.cat([side[name].detach().double().flatten() for name in original]) for side in (ours, original)
+    )
+    return error(mine, theirs)
 
 
 def number_error(ours: float, original: float) -> float:

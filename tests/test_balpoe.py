@@ -119,6 +119,9 @@ def test_calibration() -> None:
     found = calibration(confidence, hits)
     assert hits.double().mean() == pytest.approx(0.225)
     assert (found["ece"], found["mce"]) == pytest.approx((39.6732, 94.9302), abs=1e-4)
+    bins = zip(found["counts"], found["accuracy"], found["confidence"], strict=True)
+    overconfidence = sum(n / 40 * c / 100 * max(c - a, 0) / 100 for n, a, c in bins if n)
+    assert overconfidence == pytest.approx(0.265150, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.adjusts])

@@ -14,7 +14,8 @@ from tailtune.configs.layer_list import as_layers
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.tuners.table import TUNERS, add_tuners
 from tailtune.models.tuners.tuner_modules import Adapter, Lora, Prompts, TensorMasks
-from tailtune.models.tuners.tuner_options import Case, aft_ratio
+from tailtune.models.tuners.tuner_options import Case
+from tailtune.models.tuners.tuner_sizes import aft_ratio
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.dry_run import dry_run
 

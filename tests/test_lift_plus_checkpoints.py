@@ -177,8 +177,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("host", "names", "why"),
     [
-        (clip_vit, "ln_tuning", "LIFT\\+ has no ln_tuning on a ViT"),
-        (clip_vit, "mask", "LIFT\\+ has no mask on a ViT"),
+        (clip_vit, "ln_tuning", "LIFT\\+ has no ln_tuning in a transformer"),
+        (clip_vit, "mask", "LIFT\\+ has no mask in a transformer"),
         (clip_vit, "ssf_attn", "LIFT\\+ scales and shifts attention and MLP of a block together"),
         (resnet, "bn_tuning", "LIFT\\+ has no bn_tuning on a residual network"),
     ],

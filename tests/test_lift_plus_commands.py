@@ -17,7 +17,6 @@ from tailtune.configs.schema import schema_of
 from tailtune.models import build_model
 from tailtune.scripts import _grid
 from tailtune.trainers.config_checks import check
-from tailtune.trainers.foreign_checkpoints.lift_plus import layout
 
 ORIGINAL = {
     "main": (22, "41bf01a4c55db5fb"),
@@ -169,11 +168,7 @@ REFUSED = {
     "clip_vit_b16 lift+ clip_adapter residual": "clip_adapter must be True or False, not 'residual'",
     "clip_vit_b16 coop coop_init photo": "coop_init photo ends LIFT\\+ with an error; leave it out",
     "clip_vit_b16 coop coop_ctx_len None": "coop_ctx_len None: there is no rule for this size here",
-    "clip_vit_b16 coop l.aft True": "l.aft True: aft acts in the image tower only here",
     "clip_vit_b16 coop l.lora True l.lora_dim None": "l.lora_dim None: there is no rule for this size here",
-    "clip_vit_b16 coop l.lora True l.adapter True l.lora_dim 8": "l.lora_dim 8, l.adapter_dim 4: all tuners have one",
-    "clip_vit_b16 coop l.lora True l.pt True l.lora_layers 3": "all tuners have one text_partial here",
-    "clip_vit_b16 coop l.lora True l.lora_layers [0,2]": "l.lora_layers \\[0,2\\]: text_partial, which all tuners",
     "clip_vit_b16 coop l.lora True l.lora_layers half": "l.lora_layers must be .*, not 'half'",
     "clip_vit_b16 lift+ v.lora Yes": "v.lora must be True or False, not 'Yes'",
     "clip_vit_b16 lift+ v.lorra True": "unknown option of LIFT\\+ 'v.lorra'; did you mean 'v.lora'",
@@ -242,6 +237,10 @@ CONTEXT = "context coop context_len 8 context_position end"
             f"{TEXT} text_clip_lora True",
         ),
         ("lp v.ssf True", "adaptformer False ssf_attn True ssf_mlp True"),
+        (
+            "lp v.ssf True v.ssf_layers 3",
+            "adaptformer False ssf_attn True ssf_mlp True ssf_mlp_layers 3 ssf_attn_layers 3",
+        ),
     ],
 )
 def test_words_of_a_line(line: str, words: str) -> None:
@@ -290,10 +289,3 @@ def test_text_tuners_start_as_in_lift_plus() -> None:
     for name, each in weights.items():
         bound = each.shape[1] ** -0.5
         assert 0.9 * bound < float(each.detach().abs().max()) <= bound, name
-
-
-@pytest.mark.parametrize("line", ["coop", "lift+ classifier None l.lora True"])
-def test_checkpoints_of_lift_plus_with_text_are_refused(line: str) -> None:
-    model = check(_grid.config(f"-d fake_lt -b tiny_clip -m {line} pretrained none".split()))
-    with pytest.raises(UserError, match="not for those whose text tower classifies"):
-        layout(model, [])

@@ -11,12 +11,14 @@ from small import fill_tuners, filled
 from small_text import CLASSES, fixture_image_encoder, fixture_images, fixture_tower, put_text_tuners, tokenize
 from torch import Tensor
 
+from tailtune.configs.errors import UserError
 from tailtune.models import build_model
 from tailtune.models.backbones.class_texts import ClassTexts, tokenized
 from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.heads.text_classifier import TextClassifier
 from tailtune.models.tuners.table import add_tuners
 from tailtune.models.tuners.text_tuners import TextTunerOptions
+from tailtune.models.tuners.tuner_modules import ClipLora
 from tailtune.models.tuners.tuner_options import ClipLoraOptions
 
 
@@ -48,7 +50,11 @@ def logits(tower: TextTower) -> Tensor:
 
 
 def test_the_token_ids_are_those_of_clip() -> None:
-    assert tokenize(["a photo of a tench."])[0, :9].tolist() == [49406, 320, 1125, 539, 320, 1149, 634, 269, 49407]
+    begin, end = [49406, 320, 1125, 539, 320], [269, 49407]
+    names = {"tench": [1149, 634], "great white shark": [830, 1579, 7980], "airplane cabin": [16451, 14178]}
+    for name, ids in names.items():
+        found = tokenize([f"a photo of a {name}."])[0]
+        assert found[: 7 + len(ids)].tolist() == [*begin, *ids, *end]
 
 
 FEATURES = {
@@ -217,6 +223,32 @@ def test_clip_lora_in_both_towers_gives_the_logits_of_the_original() -> None:
     head.attach(tower.eval())
     wanted = [[-19.275259, -20.731853, -16.879421], [-21.000938, -23.718613, -18.813889]]
     assert torch.allclose(head(encoder.eval()(fixture_images())), torch.tensor(wanted), atol=2e-3)
+
+
+def test_updates_of_other_matrices_are_merged_products() -> None:
+    """Source: CLIP-LoRA, whose option `params` may be q, k, v and o: a weight is W + (α/√r) B A."""
+    host, plain = fixture_image_encoder(), fixture_image_encoder()
+    add_tuners(host, {"clip_lora": ClipLoraOptions(rank=2, alpha=3.0, params=["k", "o"])})
+    factor = 3 / 2**0.5
+    for index in range(2):
+        modules, attention = host.tuners["clip_lora"][str(index)], plain.net.blocks[index].attn
+        assert set(modules) == {"k", "proj"}
+        with torch.no_grad():
+            for module in modules.values():
+                module.lora_B.normal_(generator=torch.Generator().manual_seed(index))
+            attention.qkv.weight[64:128] += factor * (modules["k"].lora_A @ modules["k"].lora_B).T
+            attention.proj.weight += factor * (modules["proj"].lora_A @ modules["proj"].lora_B).T
+    images = fixture_images()
+    assert torch.allclose(host.eval()(images), plain(images), atol=1e-4)
+    for params in (["q", "q"], ["x"]):
+        with pytest.raises(UserError, match="give each of q, k, v, o at most once"):
+            add_tuners(fixture_image_encoder(), {"clip_lora": ClipLoraOptions(params=params)})
+
+
+def test_the_first_weights_of_clip_lora_are_uniform() -> None:
+    """A from U(-1/√in, 1/√in), and B zero (number 34 of tests/README.md)."""
+    module = ClipLora(768, 32, 1.0, 0.0)
+    assert 0.999 * 768**-0.5 < float(module.lora_A.detach().abs().max()) <= 768**-0.5 and not module.lora_B.any()
 
 
 def test_dropout_is_repeated_where_activations_are_computed_again() -> None:

@@ -17,7 +17,7 @@ from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
 from tailtune.models.backbones.vit_compatibility import unsupported_part
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.heads.classifiers import CosineClassifier
-from tailtune.models.tuners.tuner_options import bottleneck_dim, mask_ratio
+from tailtune.models.tuners.tuner_sizes import bottleneck_dim, mask_ratio
 from tailtune.trainers.losses import LOSSES, Prior, log_prior
 from tailtune.trainers.storage.checkpoint import copy_state, trained_state
 

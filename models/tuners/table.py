@@ -102,7 +102,7 @@ def _lora(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -
 
 def _clip_lora(encoder: TransformerEncoder, index: int, options: ClipLoraOptions) -> dict[str, nn.Module]:
     sizes = (encoder.width, options.rank, options.alpha, options.dropout)
-    return {site: ClipLora(*sizes) for site in ("q", "k", "v")}
+    return {site: ClipLora(*sizes) for site in options.sites}
 
 
 def _lora_mlp(encoder: TransformerEncoder, index: int, options: BottleneckOptions) -> dict[str, nn.Module]:
@@ -179,7 +179,7 @@ TUNERS: dict[str, Tuner] = {
     "lora": Tuner("Low-rank updates of query and value train (LoRA).", _lora, options=LoraOptions()),
     "lora_mlp": Tuner("Low-rank updates of the MLP's layers train (LoRA).", _lora_mlp, options=BottleneckOptions()),
     "clip_lora": Tuner(
-        "Low-rank updates of query, key and value train, with dropout (CLIP-LoRA).",
+        "Low-rank updates of the attention's matrices train, with dropout (CLIP-LoRA).",
         _clip_lora,
         options=ClipLoraOptions(),
         draws=True,

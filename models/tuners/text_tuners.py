@@ -1,20 +1,23 @@
 """TEXT_TUNERS: the tuners of the text tower. Each is a tuner of the image tower with `text_` before its name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.key import Key
 from tailtune.configs.option import option
-from tailtune.configs.value_parsers import as_float, as_scale, as_span
+from tailtune.configs.value_parsers import as_float, as_mapping, as_scale, as_span
 from tailtune.models.backbones.text_tower import TextTower
-from tailtune.models.tuners.table import add_tuners
-from tailtune.models.tuners.tuner_options import Case, TunerOptions
+from tailtune.models.tuners.table import TUNERS, add_tuners
+from tailtune.models.tuners.tuner_options import Case, MaskOptions, TunerOptions
 
 TEXT_TUNERS: dict[str, str] = {
     "text_full_tuning": "full_tuning",
     "text_bias_tuning": "bias_tuning",
     "text_ln_tuning": "ln_tuning",
     "text_mask": "mask",
+    "text_aft": "aft",
     "text_vpt_shallow": "vpt_shallow",
     "text_vpt_deep": "vpt_deep",
     "text_lora": "lora",
@@ -75,11 +78,47 @@ class TextTunerOptions:
         zero_shot=False,
     )
 
-    def of(self, options: TunerOptions) -> TunerOptions:
-        """The options of a tuner of the image tower, with these sizes where it has such fields."""
-        values: dict[str, Any] = {"dim": self.dim, "length": self.length, "scale": self.scale, "ratio": self.ratio}
-        values |= {"layers": None}
-        return replace(options, **{field: value for field, value in values.items() if hasattr(options, field)})
+    args: dict[str, Any] | None = option(
+        None,
+        "Options of single tuners of the text tower, in place of those of all and of those of the image tower, such as "
+        "{text_lora: {layers: [0,11], dim: 8}}.",
+        as_mapping,
+        key="text_tuner_args",
+        zero_shot=False,
+    )
+
+    def of(self, name: str, options: TunerOptions) -> TunerOptions:
+        """The options of a tuner of the image tower, with these sizes where it has such fields.
+
+        Args:
+            name: entry of TEXT_TUNERS.
+            options: those of the image tower.
+
+        Raises:
+            UserError: `args` gives an option that the tuner does not have, or a value that it cannot have.
+        """
+        values: dict[str, Any] = {"layers": None, "dim": self.dim, "length": self.length, "scale": self.scale}
+        values["ratio"] = self.ratio if isinstance(options, MaskOptions) else None
+        changed = {field: value for field, value in values.items() if hasattr(options, field)}
+        return replace(options, **{**changed, **_parsed(name, options, (self.args or {}).get(name, {}))})
+
+
+def _parsed(name: str, options: TunerOptions, given: Any) -> dict[str, Any]:
+    """Values of fields of a tuner's options, which `text_tuner_args` gives."""
+    place, found = f"text_tuner_args: {name}", {}
+    if not isinstance(given, dict):
+        raise UserError(f"{place} must be a mapping such as {{layers: 3}}, not '{given}'")
+    keys: dict[str, Key] = {item.name: item.metadata["option"] for item in fields(options)}
+    for field, value in given.items():
+        key = lookup(keys, field, f"option of {name} in text_tuner_args")
+        try:
+            found[field] = key.parse(value)
+        except ValueError as error:
+            raise UserError(f"{place}: {field} must be {error}, not '{value}'") from None
+        wrong_choice = "" if not key.choices or found[field] in key.choices else f"one of {', '.join(key.choices)}"
+        if expected := key.beyond(found[field]) or wrong_choice:
+            raise UserError(f"{place}: {field} must be {expected}")
+    return found
 
 
 def add_text_tuners(
@@ -99,8 +138,13 @@ def add_text_tuners(
         seed: seed of the initial weights.
 
     Raises:
-        UserError: as `add_tuners`.
+        UserError: as `add_tuners`, or `sizes` has options of a tuner that is off.
     """
-    case = Case(classes, tower.depth, len(tower.block_range(sizes.partial)), tower.width)
-    options = {TEXT_TUNERS[name]: sizes.of(of_images).filled(case) for name, of_images in tuners.items()}
+    if unread := (sizes.args or {}).keys() - tuners.keys():
+        raise UserError(f"text_tuner_args: {', '.join(sorted(unread))} is not on; turn it on, or leave this out")
+    options = {}
+    for name, of_images in tuners.items():
+        tuner, chosen = TEXT_TUNERS[name], sizes.of(name, of_images)
+        blocks = TUNERS[tuner].blocks_of(tower, chosen, sizes.partial)
+        options[tuner] = chosen.filled(Case(classes, tower.depth, len(blocks), tower.width))
     add_tuners(tower, options, sizes.partial, seed)

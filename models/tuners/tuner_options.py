@@ -1,6 +1,5 @@
-"""Options of tuners: where they act, their sizes, and the rules of LIFT and LIFT+ for what nobody gives."""
+"""Options of tuners: where they act and their sizes, with the rules of LIFT and LIFT+ for what nobody gives."""
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -10,8 +9,11 @@ import torch
 from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.configs.seeding import derive_seed
-from tailtune.configs.value_parsers import as_float, as_int, as_layers, as_scale, as_str
+from tailtune.configs.value_parsers import as_float, as_int, as_layers, as_names, as_scale, as_str
+from tailtune.models.tuners.tuner_sizes import aft_ratio, bottleneck_dim, mask_ratio, power_of_two
 
+ATTENTION = {"q": "q", "k": "k", "v": "v", "o": "proj"}
+"""CLIP-LoRA's name of a matrix of the attention → site at its output."""
 PROMPTS = 10
 """Number of prompt tokens, as LIFT."""
 RULES = ("lift", "lift_plus")
@@ -140,10 +142,26 @@ class ClipLoraOptions(TunerOptions):
     dropout: float = option(
         0.25, "Share of the inputs of CLIP-LoRA's updates that are set to 0 in training.", least=0.0, most=0.99
     )
+    params: list[str] = option(
+        ["q", "k", "v"],
+        "Matrices of the attention that CLIP-LoRA updates: q, k, v, and o for that of the output.",
+        as_names,
+    )
 
     @property
     def draws(self) -> bool:
         return self.dropout > 0
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites of `params`."""
+        return [ATTENTION[name] for name in self.params]
+
+    def check(self) -> None:
+        if len(set(self.params)) < len(self.params) or not set(self.params) <= ATTENTION.keys():
+            raise UserError(
+                f"clip_lora_params [{','.join(self.params)}]: give each of {', '.join(ATTENTION)} at most once"
+            )
 
 
 @dataclass(frozen=True)
@@ -240,48 +258,3 @@ class AftOptions(TunerOptions):
     def in_layers(self) -> tuple[str, ...]:
         """The layers that `loc` means."""
         return {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2"), "all": ("qkv", "proj", "fc1", "fc2")}[self.loc]
-
-
-def bottleneck_dim(num_classes: int, depth: int) -> int:
-    """LIFT's rule for the LoRA rank and the width of adapters: r = 2^max(0, ⌊log2(C / 2L)⌋).
-
-    Tuners then stay smaller than the head.
-
-    Args:
-        num_classes: number C of classes.
-        depth: number L of blocks.
-    """
-    return power_of_two(num_classes / (2 * max(1, depth)))
-
-
-def power_of_two(number: float) -> int:
-    """The largest power of two that is not above a number, at least 1."""
-    return int(2 ** max(0, int(math.log2(number))))
-
-
-def mask_ratio(num_classes: int, depth: int, width: int) -> float:
-    """LIFT's rule for the share of weights that `mask` trains: ρ = C / 12LD in whole thousandths, at least one.
-
-    About as many parameters then train as the head has.
-
-    Args:
-        num_classes: number C of classes.
-        depth: number L of blocks.
-        width: width D of the transformer.
-    """
-    return max(1, 1000 * num_classes // (12 * max(1, depth) * width)) / 1000
-
-
-def aft_ratio(num_classes: int, selected: int, width: int, loc: str) -> float:
-    """LIFT+'s rule for the share of values that `aft` trains: C / (ℓ (12D + 9)), the head's size over the blocks' size.
-
-    For the attention alone it is C / (ℓ (4D + 4)), and for the MLP alone C / (ℓ (8D + 5)).
-
-    Args:
-        num_classes: number C of classes.
-        selected: number ℓ of blocks that the tuner acts on.
-        width: width D of the transformer.
-        loc: `all`, `attn` or `mlp`.
-    """
-    weights, biases = {"all": (12, 9), "attn": (4, 4), "mlp": (8, 5)}[loc]
-    return min(1.0, num_classes / (max(1, selected) * (weights * width + biases)))

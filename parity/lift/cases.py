@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tailtune.parity.clips import openai_arguments
 from tailtune.parity.job import Case, Tensors
 
 BATCH, BATCHES = 12, 4
@@ -59,14 +60,7 @@ NOTES = {  # tuner or loss → what a reader of its row has to know
 
 def builds() -> dict[str, Case]:
     """Backbone → arguments of the original's CLIP class, or of `timm.create_model`."""
-    arguments: dict[str, Case] = {}
-    for name, config in OPEN_CLIP.items():
-        vision, text = config["vision_cfg"], config["text_cfg"]
-        assert isinstance(vision, dict) and isinstance(text, dict)
-        clip = {"embed_dim": config["embed_dim"], "context_length": text["context_length"]}
-        clip |= {"image_resolution": vision["image_size"], "vocab_size": text["vocab_size"]}
-        clip |= {f"vision_{key}": vision[key] for key in ("layers", "width", "patch_size")}
-        arguments[name] = {"clip": clip | {f"transformer_{key}": text[key] for key in ("width", "heads", "layers")}}
+    arguments = {name: {"clip": openai_arguments(config)} for name, config in OPEN_CLIP.items()}
     timm = {"model_name": TIMM, "img_size": SIDES["IN21K-ViT-small"], "num_classes": 0}
     return arguments | {"IN21K-ViT-small": {"timm": timm}}
 

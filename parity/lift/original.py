@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tailtune.parity.clips import random_weights, shake
 from tailtune.parity.job import Case, Job, Tensors
 
 # the original's modules
@@ -32,7 +33,7 @@ def main(folder: Path, part: str) -> None:
     """Answer the job in a folder."""
     job = Job.read(folder, part)
     for index, (name, build) in enumerate(job.settings["backbones"].items()):
-        save_file(random_backbone(build, index), folder / f"{name}.safetensors")
+        save_file(random_weights(partial(empty_backbone, build), index), folder / f"{name}.safetensors")
     patch(job)
     job.answer("networks", network, seed=1000)
     set_precision("float32")
@@ -114,28 +115,6 @@ def empty_backbone(build: Case) -> nn.Module:
     return timm.create_model(**build["timm"]) if "timm" in build else clip.CLIP(**build["clip"])
 
 
-@torch.no_grad()
-def random_backbone(build: Case, seed: int) -> Tensors:
-    """Random weights, biases, norms and running statistics of a backbone.
-
-    The shifts of batch norms are near 1 and -1. Otherwise rounding would decide whether some ReLUs are on or off, and
-    that changes a gradient by a percent.
-    """
-    torch.manual_seed(seed)
-    model = empty_backbone(build)
-    for parameter in model.parameters():
-        if parameter.ndim <= 1:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.bias.add_(torch.tensor((1.0, -1.0)).repeat(len(norm.bias) // 2))
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.2)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +149,7 @@ def played(case: Case, job: Job, prec: str) -> Tensors:
         return {"logits": run.model(images[-1])}
     if case["kind"] == "init":
         return {"weight": run.head.weight}
-    shake(run, case["number"])
+    shake((*run.tuner.parameters(), *run.head.parameters()), case["number"])
     start = job.folder / f"{case['number']}.{prec}"
     start.mkdir(exist_ok=True)
     run.save_model(start)
@@ -201,16 +180,6 @@ def trained(run: Run) -> Tensors:
     tensors = {f"gradient.{name}": gradient for name, gradient in gradients.items()}
     tensors |= {f"after.{name}": value for name, value in values(run).items()}
     return {**tensors, "losses": torch.stack(noted_losses)}
-
-
-@torch.no_grad()
-def shake(run: Run, seed: int) -> None:
-    """Move every trained value off its start (zero, one, or the backbone's value), by noise that is exact in fp32."""
-    draws = torch.Generator().manual_seed(seed)
-    for part in (run.tuner, run.head):
-        for parameter in part.parameters():
-            noise = 0.05 * torch.randn(parameter.shape, generator=draws, dtype=torch.float32)
-            parameter.copy_((parameter.float() + noise).to(parameter.dtype))
 
 
 def values(run: Run) -> Tensors:

@@ -1,53 +1,37 @@
 """Our side of the comparison with LIFT: through our builders and the importer of LIFT's checkpoints."""
 
-import functools
-import json
-import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tailtune.configs import CfgNode, load_configs
-from tailtune.datasets.build_data import build_info
 from tailtune.datasets.sources.class_descriptors import class_descriptors
-from tailtune.models import BACKBONES, ClassificationModel, build_model, resolve
-from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models import BACKBONES, ClassificationModel, resolve
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.models.tuners.table import TUNERS
-from tailtune.parity.errors import error, largest_error, number_error, with_prefix
+from tailtune.parity.errors import error, number_error, with_prefix
 from tailtune.parity.job import Case, Job, Tensors
 from tailtune.parity.lift.cases import BATCH, COUNTS, GROUPS, NAMES, OPEN_CLIP, SIDES, TIMM
 from tailtune.parity.subject import Row
+from tailtune.parity.trained import PREC, built, of_precisions, register_clips, training_errors
 from tailtune.trainers.evaluation import metrics
 from tailtune.trainers.foreign_checkpoints import lift
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
-from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.methods import Method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
 from tailtune.trainers.option_schema import declared
-from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps", "float64", "value")
-PREC = {"float32": "fp32", "float64": "fp64"}
-FLOOR = 1e-3
-"""As a share of the largest gradient's norm: what a smaller gradient's error is divided by."""
-
-
-@functools.cache
-def register_backbones(folder: Path) -> None:
-    """Make the small backbones entries of our table."""
-    for name, config in OPEN_CLIP.items():
-        file = folder / f"{name}.json"
-        file.write_text(json.dumps(config))
-        BACKBONES[name] = OpenClipBackbone(name, config=file)
-    BACKBONES["IN21K-ViT-small"] = TimmBackbone(TIMM)
 
 
 def build(job: Job, case: Case, prec: str = "float32") -> tuple[CfgNode, Method]:
     """Config and method of a case, by the same builders as in a run."""
-    register_backbones(job.folder)
+    register_clips(job.folder, OPEN_CLIP)
+    BACKBONES["IN21K-ViT-small"] = TimmBackbone(TIMM)
     options = {"backbone": case["backbone"], "pretrained": job.folder / f"{case['backbone']}.safetensors"}
     options |= {"resolution": SIDES[case["backbone"]], "adapter_dim": "none", "init_head": "none", "prec": PREC[prec]}
     options |= {"lr": 0.01, "num_epochs": 1, "batch_size": BATCH}
@@ -56,9 +40,8 @@ def build(job: Job, case: Case, prec: str = "float32") -> tuple[CfgNode, Method]
     cfg = resolve(load_configs("fake_lt", "tiny_clip", pairs, declared())[-1])
     names = tuple(case["names"])
     counts = torch.tensor(COUNTS) if len(names) == len(COUNTS) else torch.ones(len(names))
-    info = replace(build_info(cfg), class_names=names, class_counts=counts)
     descriptors = class_descriptors(cfg.descriptors, [Path()], names) if cfg.prompt == "descriptor" else None
-    return cfg, build_method(cfg, build_model(cfg, names, descriptors=descriptors), info)
+    return cfg, built(cfg, names, counts, descriptors)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -67,6 +50,7 @@ def build(job: Job, case: Case, prec: str = "float32") -> tuple[CfgNode, Method]
 def compare_network(case: Case, job: Job) -> list[Row]:
     """The row of a tuner, head, loss or head initialisation."""
     figures: dict[str, float] = {}
+    errors: dict[str, dict[str, float]] = {}
     for prec in case["prec"]:
         original = with_prefix(job.tensors(case), f"{prec}.")
         images = job.inputs[case["backbone"]].to(getattr(torch, prec))
@@ -74,74 +58,16 @@ def compare_network(case: Case, job: Job) -> list[Row]:
         if case["kind"] == "init":
             figures["value"] = initialisation_error(method, original, images, job.inputs["labels"])
             continue
+        chosen = [name for name in TUNERS if cfg[name]]
         start = ForeignCheckpoint(job.folder / f"{case['number']}.{prec}" / LIFT_FILE)
-        errors = training_errors(cfg, method, start, original, images, job.inputs["labels"])
-        changes = errors.pop("changes")
-        figures |= errors if prec == "float32" else {"float64": max(changes, *errors.values())}
-    return [row(case["kind"], case["name"], case["backbone"], case["note"], **figures)]
-
-
-def training_errors(
-    cfg: CfgNode, method: Method, start: ForeignCheckpoint, original: Tensors, images: Tensor, labels: Tensor
-) -> dict[str, float]:
-    """Errors of the first forward and backward pass, and after three steps, from the original's own checkpoint.
-
-    Args:
-        cfg: config of the case.
-        method: ours, with any weights.
-        start: the checkpoint that the original started from.
-        original: its features, logits, losses, gradients and values.
-        images: batches [4, B, 3, H, W] in the precision of the case; the last is for evaluation.
-        labels: their labels [4, B].
-    """
-    model, precision = method.model, PRECISIONS[cfg.prec]
-    chosen = [name for name in TUNERS if cfg[name]]
-    lift.load(start, model, chosen)
-    model.set_precision(precision.compute)
-    cast_trainable(method, precision.trainable)
-    before = values(model, chosen)
-    with torch.no_grad():
-        method.eval()
-        errors = {"features": error(model.features(images[-1]), original["features"])}
-        errors["logits"] = error(method.predict(images[-1]), original["logits"])
-    optimizer = build_optimizer(method.param_groups(), Plan.of(cfg, BATCH))
-    method.train()
-    for step, (batch, targets) in enumerate(zip(images[:3], labels[:3], strict=True)):
-        outcome = method({"image": batch, "label": targets, "weight": torch.ones(len(batch), dtype=batch.dtype)})
-        loss = outcome.loss_sum / outcome.weight
-        loss.backward()
-        if step == 0:
-            errors["loss"] = error(loss, original["losses"][0])
-            errors["gradients"] = gradient_error(method, chosen, with_prefix(original, "gradient."))
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        logits = method.eval().predict(images[-1])
-    ours, theirs = values(model, chosen), with_prefix(original, "after.")
-    of_last_step = (error(loss, original["losses"][-1]), error(logits, original["after_logits"]))
-    errors["after_3_steps"] = max(*of_last_step, largest_error(ours, theirs))
-    our_changes, changes = ({name: value - before[name] for name, value in side.items()} for side in (ours, theirs))
-    return errors | {"changes": largest_error(our_changes, changes)}
+        load, read = partial(lift.load, start, tuners=chosen), partial(values, chosen=chosen)
+        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"])
+    return [row(case["kind"], case["name"], case["backbone"], case["note"], **figures, **of_precisions(errors))]
 
 
 def values(model: ClassificationModel, chosen: list[str]) -> Tensors:
     """Trained values and running statistics under the original's names."""
     return {name: place.read().clone() for name, place in lift.layout(model, chosen).items()}
-
-
-def gradient_error(method: Method, chosen: list[str], original: Tensors) -> float:
-    """Largest error of the gradients; infinite if another number of values is trained."""
-    if sum(gradient.numel() for gradient in original.values()) != method.model.counts()["trainable"]:
-        return math.inf
-    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    kept = [parameter.data for parameter in parameters]
-    for parameter in parameters:  # the layout reads values, so gradients take their place meanwhile
-        assert parameter.grad is not None
-        parameter.data = parameter.grad
-    gradients = values(method.model, chosen)
-    for parameter, value in zip(parameters, kept, strict=True):
-        parameter.data = value
-    return largest_error(gradients, original, FLOOR)
 
 
 @torch.no_grad()
@@ -150,13 +76,13 @@ def initialisation_error(method: Method, original: Tensors, images: Tensor, labe
 
     Args:
         method: ours, with the backbone's weights.
-        original: its `weight` or `logits`.
+        original: its `weight` or `logits`; `train_features` in place of ours, if there are any.
         images: batches [4, B, 3, H, W]; the last is for evaluation.
         labels: their labels [4, B].
     """
     model = method.model.eval()
     with model.encoder.untuned():
-        features = model.features(images[:3].flatten(0, 1))
+        features = original.get("train_features", model.features(images[:3].flatten(0, 1)))
         context = HeadContext(
             labels=labels[:3].flatten(),
             num_classes=len(COUNTS),

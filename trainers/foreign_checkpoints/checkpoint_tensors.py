@@ -15,8 +15,8 @@ from tailtune.models.backbones.safe_torch_load import (
 )
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import BACKBONE, ForeignCheckpoint
 
-CLASSIFIER = "classifier."
-"""Prefix of the names of the head's tensors in LIFT+."""
+LIFT_PLUS_NAMES = ("classifier.", "image_", "text_")
+"""Beginnings of all names in LIFT+'s `tuner`: those of the head, and of both encoders and what is behind them."""
 PARALLEL = "module."
 """Prefix that DataParallel adds to names."""
 TUNER_AND_HEAD_OF_SAVED = "{part: s[part] for part in ('tuner', 'head')}"
@@ -53,15 +53,14 @@ def _tensors_of(content: dict[Any, Any], file: ForeignCheckpoint) -> State:
             for name, tensor in _without_parallel(content[part]).items()
         }
     tuner = _without_parallel(content["tuner"]) if _is_state_dict(content.get("tuner")) else {}
-    if "head" not in content and any(name.startswith(CLASSIFIER) for name in tuner):
+    if "head" not in content and any(name.startswith(LIFT_PLUS_NAMES) for name in tuner):
         return {f"tuner.{name}": tensor for name, tensor in tuner.items()}
     state = content.get("state_dict", content)
     if _is_state_dict(state) and any(name.endswith("conv1.weight") for name in state):
         return {f"{BACKBONE}{name.removeprefix(BACKBONE)}": tensor for name, tensor in _without_parallel(state).items()}
     raise UserError(
         f"{file.path} is no checkpoint that can be read here: those of LIFT and PEL are state dicts 'tuner' and "
-        "'head', those of LIFT+ a 'tuner' with a classifier in it, those of RIDE and SADE a 'state_dict' of their "
-        "networks"
+        "'head', those of LIFT+ a 'tuner' alone, those of RIDE and SADE a 'state_dict' of their networks"
     )
 
 

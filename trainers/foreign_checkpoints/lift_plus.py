@@ -1,32 +1,41 @@
 """Maps the keys of `checkpoint.pth.tar` of LIFT+ to TailTune's tensors, for loading and exporting.
 
 The file is {"tuner": …}, and the head is in it as `classifier.…`. Modules in a block are
-`image_encoder.blocks.<block>.<name>`; the network's own weights have their path there, with `_` for every dot.
+`image_encoder.blocks.<block>.<name>`; the network's own weights have their path there, with `_` for every dot. Without
+a head, text features classify: `text_encoder.…` has the same names, and what trains behind both encoders has its own.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
+from tailtune.models.backbones.text_tower import TextTower
+from tailtune.models.backbones.transformer_encoder import TransformerEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import RESNET_STAGES, WholeNetworkEncoder
+from tailtune.models.feature_adapters import ResidualAdapter
+from tailtune.models.heads.expert_heads import heads_of
+from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.models.text_contexts import Vectors
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpoint
+from tailtune.trainers.foreign_checkpoints.checkpoint_tensors import LIFT_PLUS_NAMES
 from tailtune.trainers.foreign_checkpoints.class_numbering import Numbering
 from tailtune.trainers.foreign_checkpoints.lift import NamedTargets, Target, fill
 
 HEAD = "tuner.classifier."
 """Prefix of the names of the head's tensors."""
-BLOCKS = "image_encoder.blocks"
+BLOCKS, TEXT_BLOCKS = "image_encoder.blocks", "text_encoder.blocks"
 PATHS = {"qkv": "attn.in_proj", "proj": "attn.out_proj", "fc1": "mlp.in_proj", "fc2": "mlp.out_proj"}
 """Linear layer of a block → its path in LIFT+."""
 OWN = {"attn.qkv": "attn.in_proj", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.in_proj", "mlp.fc2": "mlp.out_proj"}
 """Path of a linear layer in a block → its path in LIFT+."""
-WORDS = ("prompt", "lora", "adapter", "adaptformer", "ssf", "aft", "text_encoder", "ctx")
+WORDS = ("prompt", "lora", "adapter", "adaptformer", "ssf", "aft", "text_encoder", "ctx", "image_proj", "image_adapter")
 """Parts of the names of what a tuner of LIFT+ may hold."""
 ADAPTER = {"norm": "ln", "down": "down_proj", "up": "up_proj"}
 """Layer of an adapter of LIFT+ → ours."""
@@ -64,9 +73,19 @@ class MaskTarget(Target):
             )
 
 
+class TransposedTarget(Target):
+    """A weight that is transposed in the file."""
+
+    def read(self) -> Tensor:
+        return super().read().T
+
+    def write(self, value: Tensor) -> None:
+        super().write(value.T)
+
+
 def is_lift_plus(file: ForeignCheckpoint) -> bool:
     """Whether a file is a checkpoint of LIFT+."""
-    return any(name.startswith(HEAD) for name in file.tensors)
+    return any(name.removeprefix("tuner.").startswith(LIFT_PLUS_NAMES) for name in file.tensors)
 
 
 def layout(model: ClassificationModel, tuners: Sequence[str]) -> dict[str, Target]:
@@ -80,17 +99,16 @@ def layout(model: ClassificationModel, tuners: Sequence[str]) -> dict[str, Targe
         Key (`tuner.…`) → tensors.
 
     Raises:
-        UserError: LIFT+ does not have this backbone or tuner, or the classifier is made of text features.
+        UserError: LIFT+ does not have this backbone or tuner.
     """
-    if model.text is not None:
-        raise UserError(
-            "checkpoints of LIFT+ are read and written for runs with a classifier of its own, not for those whose text "
-            "tower classifies"
-        )
     encoder = model.encoder
-    named = _vit(encoder, tuners) if isinstance(encoder, ViTEncoder) else _resnet(encoder, tuners)
-    head = {f"{HEAD}{name}": Target([tensor]) for name, tensor in model.head.state_dict(keep_vars=True).items()}
-    return {f"tuner.{name}": target for name, target in named} | head
+    named = _transformer(encoder, tuners, BLOCKS) if isinstance(encoder, ViTEncoder) else _resnet(encoder, tuners)
+    if model.text is not None:
+        named = chain(named, _text(model, model.text))
+    else:
+        head = model.head.state_dict(keep_vars=True)
+        named = chain(named, ((f"classifier.{name}", Target([tensor])) for name, tensor in head.items()))
+    return {f"tuner.{name}": target for name, target in named}
 
 
 def load(
@@ -119,8 +137,8 @@ def load(
     return fill(file, model, targets, HEAD, holds, numbering)
 
 
-def _vit(encoder: ViTEncoder, tuners: Sequence[str]) -> NamedTargets:
-    """The keys of tuners on a ViT."""
+def _transformer(encoder: TransformerEncoder, tuners: Sequence[str], blocks: str) -> NamedTargets:
+    """The keys of tuners on a ViT or a text tower, whose blocks have the names `<blocks>.<number>`."""
     _check_scales(encoder, tuners)
     modules = dict[str, Any](encoder.tuners.items())
     for tuner in tuners:
@@ -130,62 +148,62 @@ def _vit(encoder: ViTEncoder, tuners: Sequence[str]) -> NamedTargets:
                     if tuner == "full_tuning" or name.endswith("bias"):
                         path, _, kind = name.rpartition(".")
                         own = f"{OWN.get(path, path)}.{kind}".replace(".", "_")
-                        yield f"{BLOCKS}.{index}.{own}", Target([weight])
+                        yield f"{blocks}.{index}.{own}", Target([weight])
         elif tuner in MODULES:
             for index, sites in modules[tuner].items():
                 for name, target in MODULES[tuner](encoder, int(index), sites):
-                    yield f"{BLOCKS}.{index}.{name}", target
+                    yield f"{blocks}.{index}.{name}", target
         else:
-            raise UserError(f"LIFT+ has no {tuner} on a ViT")
+            raise UserError(f"LIFT+ has no {tuner} in a transformer")
 
 
-def _check_scales(encoder: ViTEncoder, tuners: Sequence[str]) -> None:
+def _check_scales(encoder: TransformerEncoder, tuners: Sequence[str]) -> None:
     blocks = {name: list(encoder.tuned_blocks[name]) for name in ("ssf_attn", "ssf_mlp") if name in tuners}
     if blocks and (len(blocks) < 2 or blocks["ssf_attn"] != blocks["ssf_mlp"]):
         raise UserError(
-            "LIFT+ scales and shifts attention and MLP of a block together: ssf_attn and ssf_mlp of one ViT"
+            "LIFT+ scales and shifts attention and MLP of a block together: ssf_attn and ssf_mlp of one encoder"
         )
 
 
-def _prompt(encoder: ViTEncoder, index: int, sites: Any) -> NamedTargets:
+def _prompt(encoder: TransformerEncoder, index: int, sites: Any) -> NamedTargets:
     yield "prompt", Target([sites["tokens"].prompt])
 
 
-def _lora(encoder: ViTEncoder, index: int, sites: Any) -> NamedTargets:
+def _lora(encoder: TransformerEncoder, index: int, sites: Any) -> NamedTargets:
     for site in ("q", "v"):
         yield f"attn.lora.{site}.down", Target([sites[site].lora_A])
         yield f"attn.lora.{site}.up", Target([sites[site].lora_B])
 
 
-def _bottleneck(sites: Any, prefix: str) -> NamedTargets:
+def _bottleneck(module: nn.Module, prefix: str) -> NamedTargets:
     for theirs, ours in ADAPTER.items():
         for kind in ("weight", "bias"):
-            yield f"{prefix}.{theirs}.{kind}", Target([sites["mlp"].get_submodule(ours).get_parameter(kind)])
+            yield f"{prefix}.{theirs}.{kind}", Target([module.get_submodule(ours).get_parameter(kind)])
 
 
-def _adapter(encoder: ViTEncoder, index: int, sites: Any) -> NamedTargets:
-    return _bottleneck(sites, "mlp.adapter")
+def _adapter(encoder: TransformerEncoder, index: int, sites: Any) -> NamedTargets:
+    return _bottleneck(sites["mlp"], "mlp.adapter")
 
 
-def _adaptformer(encoder: ViTEncoder, index: int, sites: Any) -> NamedTargets:
+def _adaptformer(encoder: TransformerEncoder, index: int, sites: Any) -> NamedTargets:
     if isinstance(sites["mlp"].scale, nn.Parameter):
         yield "adaptformer.scale", Target([sites["mlp"].scale[0]])  # a number in LIFT+, a vector of one here
-    yield from _bottleneck(sites, "adaptformer")
+    yield from _bottleneck(sites["mlp"], "adaptformer")
 
 
-def _ssf_attn(encoder: ViTEncoder, index: int, sites: Any) -> NamedTargets:
+def _ssf_attn(encoder: TransformerEncoder, index: int, sites: Any) -> NamedTargets:
     for kind in ("scale", "shift"):
         yield f"attn.ssf.in_proj.{kind}", Target([sites[site].get_parameter(kind) for site in "qkv"])
         yield f"attn.ssf.out_proj.{kind}", Target([sites["proj"].get_parameter(kind)])
 
 
-def _ssf_mlp(encoder: ViTEncoder, index: int, sites: Any) -> NamedTargets:
+def _ssf_mlp(encoder: TransformerEncoder, index: int, sites: Any) -> NamedTargets:
     for kind in ("scale", "shift"):
         yield f"mlp.ssf.in_proj.{kind}", Target([sites["fc1"].get_parameter(kind)])
         yield f"mlp.ssf.out_proj.{kind}", Target([sites["fc2"].get_parameter(kind)])
 
 
-def _aft(encoder: ViTEncoder, index: int, sites: Any) -> NamedTargets:
+def _aft(encoder: TransformerEncoder, index: int, sites: Any) -> NamedTargets:
     for name, masks in sites.items():
         tower, _, layer = PATHS[name].partition(".")
         linear: Any = encoder.layers(index)[name]
@@ -209,6 +227,25 @@ MODULES: Any = {
     "aft": _aft,
 }
 """Tuner → function that gives the keys of its modules in a block."""
+
+
+def _text(model: ClassificationModel, tower: TextTower) -> NamedTargets:
+    """The keys of what trains in the text tower and behind both encoders."""
+    yield from _transformer(tower, [*tower.tuned_blocks], TEXT_BLOCKS)
+    if tower.context is not None:
+        if not isinstance(tower.context, Vectors) or tower.context.copies > 1:
+            raise UserError("LIFT+ has no contexts of MaPLe and none of each class")
+        yield "text_encoder.ctx", Target([tower.context.vectors])
+    head = cast(TextClassifier, heads_of(model.head)[0])
+    adapters = {"image_adapter": head.adapter, "text_adapter": tower.adapter}
+    for name, adapter in adapters.items():
+        if adapter is not None:
+            if not isinstance(adapter, ResidualAdapter):
+                raise UserError("LIFT+ has clip_adapter residual only")
+            yield from _bottleneck(adapter, name)
+    for name, projection in (("image_proj", model.encoder.projection), ("text_proj", tower.projection)):
+        if projection is not None and projection.requires_grad:
+            yield name, TransposedTarget([projection])
 
 
 def _resnet(encoder: Any, tuners: Sequence[str]) -> NamedTargets:

@@ -1,0 +1,1 @@
+"""CoOp, MaPLe and CLIP-LoRA."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.methods import Method
+from tailtune.trainers.methods.base import Batch
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 
 FEW, MANY = 2, 4
@@ -72,6 +72,34 @@ def as_on_a_gpu(method: Method, prec: str, residual: torch.dtype | None) -> Meth
     return method.train()
 
 
+@torch.library.impl("aten::scaled_dot_product_attention", "AutogradMeta")
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention on the meta device as a GPU computes it: fused, so that no products of queries and keys are saved.
+
+    Torch itself has no fused kernel for the meta device, and would count one that saves them. Arguments and result are
+    those of `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    given = (dropout_p, is_causal)
+    if query.dim() != 4 or enable_gqa:  # no fused kernel of a GPU takes them
+        whole = torch.ops.aten._scaled_dot_product_attention_math
+        return whole(query, key, value, attn_mask, *given, scale=scale, enable_gqa=enable_gqa)[0]  # type: ignore[no-any-return]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(query, key, value, attn_mask, True, *given, scale=scale)[0]  # type: ignore[no-any-return]
+
+
 def training_memory(method: Method, resolution: int, copies: int, beside: Sequence[nn.Module] = ()) -> TrainingMemory:
     """The memory of training a method.
 
@@ -110,14 +138,18 @@ def _of_image(method: Method, resolution: int) -> int | None:
 def saved(method: Method, resolution: int, count: int) -> int:
     """Bytes that a step of `count` images saves for its backward pass."""
     keeps = SavedBytes(method)
+    batch = meta_batch(resolution, count)
+    with torch.device("meta"), keeps:
+        step = method(batch)
+    assert step.loss_sum.requires_grad
+    return keeps.total
+
+
+def meta_batch(resolution: int, count: int) -> Batch:
+    """A micro-batch of `count` images on the meta device, with all that any method reads."""
     with torch.device("meta"):
-        batch: dict[str, Any] = {
-            name: torch.empty(count, dtype=torch.int64) for name in ("label", "partner_label", "index")
-        }
+        batch: Batch = {name: torch.empty(count, dtype=torch.int64) for name in ("label", "partner_label", "index")}
         images = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
         batch |= dict.fromkeys(("image", "partner", "other_image", "other_partner"), images)
         batch["weight"] = torch.empty(count)
-        with keeps:
-            step = method(batch)
-    assert step.loss_sum.requires_grad
-    return keeps.total
+    return batch

@@ -73,29 +73,6 @@ def configs_of(kind: str) -> dict[str, Path]:
     return {name: path for name, path in names("model").items() if kind_of(read_yaml(path)) == kind}
 
 
-MAIN_DATA: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "tiny_clip": ("digits_lt",),
-        "zstiny_clip": ("digits_lt",),
-        "resnet32": ("cifar100_ir100",),
-        "resnet10": ("imagenet_lt",),
-        "resnet50": ("imagenet_lt", "inat2018"),
-        "resnext50": ("imagenet_lt",),
-        "resnet152": ("places_lt",),
-    }
-)
-"""How a model's name begins → its data; any other model is for all, of which iNaturalist has the most classes."""
-
-
-def main_pairs() -> list[tuple[str, str]]:
-    """The shipped model configs with the data that they are meant for above all: (data config, model config)."""
-    return [
-        (data, model)
-        for model in names("model")
-        for data in next((each for start, each in MAIN_DATA.items() if model.startswith(start)), ("inat2018",))
-    ]
-
-
 def list_of_configs() -> str:
     """The text of `--list`: the shipped configs with their descriptions, one per line."""
     return "\n".join(line for kind in ("data", "model") for line in _lines(kind, names(kind)))

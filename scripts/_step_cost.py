@@ -19,15 +19,8 @@ from tailtune.trainers.step_passes import StepPasses
 
 FORMULAS = FlopCounterMode(display=False).flop_registry
 """Operation → FLOPs of a call: convolutions, matrix products and fused attention."""
-WITHOUT_KERNEL = (
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "_unsafe_view",
-    "promote_types",
-)
+WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+WITHOUT_KERNEL += ("_unsafe_view", "promote_types")
 """Operations that compute nothing on a device, beside those that return a view."""
 
 

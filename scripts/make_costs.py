@@ -18,8 +18,9 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 import torch
 
+from tailtune.benchmarks.shipped import PAIRS as MAIN
 from tailtune.configs import load_configs
-from tailtune.configs.shipped_configs import KINDS, configs_of, main_pairs
+from tailtune.configs.shipped_configs import KINDS, configs_of
 from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
 from tailtune.scripts._page import ROOT
@@ -37,8 +38,10 @@ Pair = tuple[str, str]
 """Data config and model config."""
 TEXT_AND_IMAGES, IMAGES_ONLY = "clip_vit_b16_text_peft", "clip_vit_b16_peft"
 """The same tuner of the image encoder with and without one of the text encoder."""
-PAIRS = main_pairs()
-PAIRS += [("imagenet_lt", model) for model in (IMAGES_ONLY, *configs_of("text")) if ("inat2018", model) in PAIRS]
+PAIRS = [
+    *MAIN,
+    *(("imagenet_lt", model) for model in (IMAGES_ONLY, *configs_of("text")) if ("inat2018", model) in MAIN),
+]
 """The rows of the table. iNaturalist has the most classes; what encodes texts is also counted with 1,000 classes."""
 CARD, MEMORY = "A100", 20
 """The card whose times are estimated, and the memory in GB of the smallest card that is meant."""
@@ -46,13 +49,20 @@ RATE = {"fp32": 95e12, "amp": 190e12, "bf16": 190e12}
 """Value of `prec` → FLOP/s that the card is assumed to reach in products and convolutions."""
 BANDWIDTH, LAUNCH = 1.3e12, 10e-6
 """Bytes per second that it is assumed to move, and seconds that the host is assumed to need for a kernel."""
+TORCH = torch.__version__.partition("+")[0]
 MB, GB, GIGA, TERA = 10**6, 10**9, 10**9, 10**12
 
 
-def counted(data: str, model: str) -> Row:
-    """The row of a config: parameters, work and memory of its training, from the method on the meta device."""
+def counted(data: str, model: str, *words: str) -> Row:
+    """The row of a config: parameters, work and memory of its training, from the method on the meta device.
+
+    Args:
+        data: name of the data config.
+        model: name of the model config.
+        words: `KEY VALUE` pairs.
+    """
     methods: list[Method] = []
-    for stage in load_configs(data, model, [], declared()):
+    for stage in load_configs(data, model, words, declared()):
         cfg = resolve(stage)
         methods.append(outline(cfg))
     method, params = methods[-1], methods[-1].counts()
@@ -77,10 +87,11 @@ def works(row: Row) -> tuple[Work, Work]:
     return Work(**{name: row[name] - texts[name] for name in fields}), Work(**texts)
 
 
-def flops_of_step(row: Row) -> int:
-    """FLOPs of an optimizer step, in which the texts are encoded once."""
+def step_of(row: Row) -> Work:
+    """What an optimizer step computes: its micro-batches, and the texts once."""
     images, texts = works(row)
-    return images.flops * (row["batch"] // row["at_once"]) + texts.flops
+    count = row["batch"] // row["at_once"]
+    return Work(**{name: count * getattr(images, name) + getattr(texts, name) for name in Work.__dataclass_fields__})
 
 
 def estimated_seconds(row: Row) -> float:
@@ -93,69 +104,78 @@ def _seconds(work: Work, prec: str) -> float:
     return max(work.flops / RATE[prec] + work.moved / BANDWIDTH, work.kernels * LAUNCH)
 
 
+COLUMNS = {
+    "trained": "number of parameters that train",
+    "total": "number of all parameters",
+    "GFLOPs": "of a training step, for one image: convolutions, matrix products and fused attention. A multiplication "
+    "and an addition are two.",
+    "saved": "MB that are kept of an image for the backward pass",
+    "kernels": "operations on tensors in the passes of a micro-batch, without views. Each is at least one kernel.",
+    "batch": "images of an optimizer step; in brackets how many of them are computed at once, if not all "
+    "(`micro_batch_size`)",
+    "memory": "GB of the parameters, the gradients, the state of the optimizer and all that is saved of a micro-batch. "
+    "CUDA itself, its allocator and the workspace of kernels need more: 2 or 3 GB, by our guess.",
+    "hours": "**estimated** time of all epochs on one {card}, see [below](#how-the-hours-are-estimated)",
+}
+OF_TEXTS = {
+    "texts, TFLOPs": "of a training step, for the texts of all classes. They are encoded once in a step, while the "
+    "text encoder trains.",
+    "texts, saved": "MB that are kept of the texts for the backward pass",
+}
+OF_SHARES = ("data", "classes", "TFLOPs without texts", "TFLOPs with texts", "ratio of FLOPs", "ratio of bytes")
+OF_SHARES += ("ratio of estimated times", "GB with texts")
 INTRODUCTION = """# What training costs
 
-Every number of this page is **counted or estimated**. Nothing was timed, and no GPU has run this code yet. Measured times
-on a CPU are in [Results](results.md). `python main.py -d DATA -m MODEL --dry-run` counts the memory of your own run.
+Every number of this page is **counted or estimated**. Nothing here was timed, and no GPU has run this code yet.
+[Results](results.md) has times that were measured on a CPU. `--dry-run` counts the memory of a command of your own.
 
 ## How it is counted
 
-The step of each shipped config is run on torch's meta device, which computes shapes and no values: forward and backward
-passes over one micro-batch, with the passes of `sam` and without the optimizer.
+The training step of each shipped config is run on torch's meta device, which computes shapes and no values: forward and
+backward pass of one micro-batch, with all passes of `sam`, and without the optimizer. So the numbers are the same on
+every machine with the same version of torch ({torch}).
 
 | column | what it is |
 |---|---|
-| trained, total | numbers of parameters |
-| GFLOPs | of a training step, for one image: convolutions, matrix products and fused attention. A multiplication and an addition are two. |
-| saved | MB that are kept of an image for the backward pass |
-| kernels | operations on tensors in the passes of a micro-batch, without views. Each is at least one kernel. |
-| batch | images of an optimizer step, and in brackets how many of them are computed at once, if they are fewer (`micro_batch_size`) |
-| memory | GB of parameters, gradients, optimizer state and everything that is saved of a micro-batch. What CUDA itself, its allocator and single kernels need is not in it: 2 or 3 GB more. |
-| hours | **estimated** time of all epochs on one {card}, see [below](#how-the-hours-are-estimated) |
+{columns}
 
-While a text encoder trains, it encodes the texts of all classes once in a step. These costs are in the columns
-*texts* (TFLOPs of a step and MB saved), and not in those of an image.
-
-* The largest memory is {most:.1f} GB (`{largest}` with `{largest_data}`), so each config fits a card of {memory} GB with the
-  batch and the `micro_batch_size` that it names.
-* The passes wait nowhere for the GPU: they were run without values, so none of them reads one.
-* Networks that run as a whole (CLIP's and timm's convolutional networks) are counted in fp32, because autocast does not
-  support the meta device. Their memory is overestimated.
-* A chain of runs (`after`) has the costs of its last stage. The stage before it has a row of its own.
+* The largest memory is {most:.1f} GB (`{largest}` with `{largest_data}`), so each config fits a card of {memory} GB
+  with the batch and the `micro_batch_size` that it names.
+* The passes read no value of a tensor, for which the host would have to wait: they were run without values.
+* Networks that run as a whole (the convolutional ones of CLIP and timm) are counted in fp32, because autocast does not
+  support the meta device. This overestimates their memory and their time.
+* A run that continues another one (`after`) is counted without the run before it, which has a row of its own.
 
 ## How the hours are estimated
 
-Time of a micro-batch = the larger of FLOPs / R + bytes / {bandwidth:.1f} TB/s, and kernels · {launch:.0f} µs. R is {half:.0f} TFLOP/s with
-`prec` amp and bf16, and {single:.0f} with fp32 (TF32). *Bytes* are those that all operations without FLOPs read and write, such as
-norms and activations. The hours are this time for all micro-batches of all epochs.
+The time of a micro-batch is the larger of two: FLOPs / R + bytes / {bandwidth:.1f} TB/s, and kernels · {launch:.0f} µs.
+R is {half:.0f} TFLOP/s with `prec` amp and bf16, and {single:.0f} TFLOP/s with fp32 (TF32). The bytes are those that
+all operations without FLOPs read and write, such as norms and activations. The hours are the time of all micro-batches
+of all epochs.
 
-These rates are **assumptions** for an {card}: about 60 % of its peaks. A card with half of them takes twice as long. The
-loader of images, the optimizer, validation and test are not in it. So take the hours as an order of magnitude.
+These rates are **assumptions** for an {card}: about 60 % of its peaks. The loading of images, the optimizer, validation
+and test are not in them. Take the hours as an order of magnitude, and read the remaining time (`eta`) in the log.
 
 ## What text mode costs
 
-`{text}` trains an AdaptFormer in both encoders, and `{images}` has the one of the image encoder and a classifier. At batch 128:
+`{text}` trains an AdaptFormer in both encoders; `{images}` trains the one of the image encoder, and a
+classifier. Costs of a step of 128 images:
 
-| data | classes | step without texts, TFLOPs | step with texts, TFLOPs | ratio | memory, GB | estimated times, ratio |
-|---|---|---|---|---|---|---|
 {shares}
 """
 
 
-def page(rows: Mapping[Pair, Row]) -> str:
-    """The text of docs/costs.md."""
+def page(version: str, rows: Mapping[Pair, Row]) -> str:
+    """The text of docs/costs.md, for rows that were counted with a version of torch."""
     trained = {pair: row for pair, row in rows.items() if "reason" not in row}
     data, largest = max(trained, key=lambda pair: trained[pair]["memory"])
     values = {"card": CARD, "memory": MEMORY, "largest": largest, "largest_data": data}
     values |= {"most": trained[data, largest]["memory"] / GB, "bandwidth": BANDWIDTH / TERA, "launch": LAUNCH * 1e6}
-    values |= {
-        "half": RATE["amp"] / TERA,
-        "single": RATE["fp32"] / TERA,
-        "text": TEXT_AND_IMAGES,
-        "images": IMAGES_ONLY,
-    }
-    values["shares"] = "\n".join(_share(rows, data) for data in ("imagenet_lt", "inat2018"))
-    parts = [INTRODUCTION.format(**values)]
+    values |= {"half": RATE["amp"] / TERA, "single": RATE["fp32"] / TERA}
+    values |= {"text": TEXT_AND_IMAGES, "images": IMAGES_ONLY}
+    values["shares"] = "\n".join([*_heading(OF_SHARES), *(_share(rows, data) for data in ("imagenet_lt", "inat2018"))])
+    columns = (_line([name, meaning.format(**values)]) for name, meaning in (COLUMNS | OF_TEXTS).items())
+    parts = [INTRODUCTION.format(**values, columns="\n".join(columns), torch=version)]
     for kind, meaning in KINDS.items():
         models = configs_of(kind)
         found = {pair: row for pair, row in rows.items() if pair[1] in models}
@@ -164,18 +184,22 @@ def page(rows: Mapping[Pair, Row]) -> str:
 
 
 def _share(rows: Mapping[Pair, Row], data: str) -> str:
-    with_texts, without = rows[data, TEXT_AND_IMAGES], rows[data, IMAGES_ONLY]
-    classes = len(build_info(resolve(load_configs(data, IMAGES_ONLY, [], declared())[-1])).class_counts)
-    flops = [flops_of_step(row) for row in (without, with_texts)]
-    times = [estimated_seconds(row) for row in (without, with_texts)]
-    cells = [f"`{data}`", f"{classes:,}", *(f"{each / TERA:.2f}" for each in flops), f"{flops[1] / flops[0]:.2f}"]
-    return _line([*cells, f"{with_texts['memory'] / GB:.1f}", f"{times[1] / times[0]:.2f}"])
+    """The row of a data config in the table of text mode."""
+    cfg = resolve(load_configs(data, IMAGES_ONLY, [], declared())[-1])
+    pair = [rows[data, IMAGES_ONLY], rows[data, TEXT_AND_IMAGES]]
+    steps = [step_of(row) for row in pair]
+    cells = [f"`{data}`", f"{build_info(cfg).num_classes:,}", *(f"{each.flops / TERA:.2f}" for each in steps)]
+    cells += [_ratio([each.flops for each in steps]), _ratio([each.moved for each in steps])]
+    return _line([*cells, _ratio([estimated_seconds(row) for row in pair]), f"{pair[1]['memory'] / GB:.1f}"])
+
+
+def _ratio(pair: Sequence[float]) -> str:
+    return f"{pair[1] / pair[0]:.2f}"
 
 
 def _table(rows: Mapping[Pair, Row]) -> str:
-    headings = ["config", "data", "trained", "total", "GFLOPs", "saved", "kernels", "batch", "memory", "hours"]
-    headings += ["texts, TFLOPs", "texts, saved"] if any("texts" in row for row in rows.values()) else []
-    lines = [_line(headings), _line(["---"] * len(headings))]
+    headings = ["config", "data", *COLUMNS, *(OF_TEXTS if any("texts" in row for row in rows.values()) else ())]
+    lines = _heading(headings)
     for (data, model), row in rows.items():
         cells = [f"`{model}`", f"`{data}`", f"{row['trained']:,}", f"{row['total']:,}"]
         cells += [row["reason"]] if "reason" in row else _costs(row)
@@ -194,22 +218,26 @@ def _costs(row: Row) -> list[str]:
     return cells + ([f"{texts['flops'] / TERA:.2f}", f"{texts['saved'] / MB:,.0f}"] if texts else [])
 
 
+def _heading(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), _line(["---"] * len(cells))]
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def stored() -> dict[Pair, Row]:
-    """The rows of docs/costs.json."""
-    rows = json.loads(STORED.read_text(encoding="utf-8"))["rows"]
-    return {(row.pop("data"), row.pop("model")): row for row in rows}
+def stored() -> tuple[str, dict[Pair, Row]]:
+    """docs/costs.json: the version of torch that it was made with, and the rows."""
+    found = json.loads(STORED.read_text(encoding="utf-8"))
+    return found["torch"], {(row.pop("data"), row.pop("model")): row for row in found["rows"]}
 
 
 def write(rows: Mapping[Pair, Row]) -> None:
     """Write both files; a row of the JSON is one line."""
     lines = [json.dumps({"data": data, "model": model, **row}) for (data, model), row in rows.items()]
-    head = json.dumps({"torch": torch.__version__.partition("+")[0]})[:-1]
+    head = json.dumps({"torch": TORCH})[:-1]
     STORED.write_text(f'{head}, "rows": [\n ' + ",\n ".join(lines) + "\n]}\n", encoding="utf-8")
-    PAGE.write_text(page(rows), encoding="utf-8")
+    PAGE.write_text(page(TORCH, rows), encoding="utf-8")
 
 
 def main() -> None:
@@ -217,8 +245,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="count these model configs only")
     asked = parser.parse_args().models
-    before = stored() if asked else {}
-    rows = {pair: before[pair] if asked and pair[1] not in asked else counted(*pair) for pair in PAIRS}
+    if unknown := set(asked) - {model for _, model in PAIRS}:
+        parser.error(f"{min(unknown)} is no shipped model config")
+    kept: dict[Pair, Row] = {}
+    if asked and (before := stored())[0] == TORCH:  # another version counts other kernels
+        kept = {pair: row for pair, row in before[1].items() if pair[1] not in asked}
+    rows = {pair: kept.get(pair) or counted(*pair) for pair in PAIRS}
     write(rows)
     print(f"wrote {PAGE.relative_to(ROOT)} and .json: {len(rows)} rows")
 

@@ -13,12 +13,12 @@ import yaml
 from conftest import Cli
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shipped import PAIRS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import signal_after, states
 from tiers import slow_except
 
 from tailtune import configs, main
+from tailtune.benchmarks.shipped import PAIRS
 from tailtune.configs import config_hash, load_configs, load_resolved, names, values_of
 from tailtune.configs.shipped_configs import KINDS, SMALL_TUNERS, configs_of, kind_of
 from tailtune.datasets.build_data import build_info

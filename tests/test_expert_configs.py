@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from shipped import PAIRS
 from tiers import slow_except
 from yacs.config import CfgNode
 
+from tailtune.benchmarks.shipped import PAIRS
 from tailtune.configs import load_configs, names, values_of
 from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model, resolve

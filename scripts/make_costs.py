@@ -19,8 +19,9 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 import torch
 
 from tailtune.benchmarks.shipped import PAIRS as MAIN
-from tailtune.configs import load_configs
-from tailtune.configs.shipped_configs import KINDS, configs_of
+from tailtune.configs import load_configs, names
+from tailtune.configs.shipped_configs import KINDS, kind_of
+from tailtune.configs.yaml_reader import read_yaml
 from tailtune.datasets.build_data import build_info
 from tailtune.models import resolve
 from tailtune.scripts._page import ROOT
@@ -38,11 +39,12 @@ Pair = tuple[str, str]
 """Data config and model config."""
 TEXT_AND_IMAGES, IMAGES_ONLY = "clip_vit_b16_text_peft", "clip_vit_b16_peft"
 """The same tuner of the image encoder with and without one of the text encoder."""
-PAIRS = [
-    *MAIN,
-    *(("imagenet_lt", model) for model in (IMAGES_ONLY, *configs_of("text")) if ("inat2018", model) in MAIN),
-]
+KIND_OF = {model: kind_of(read_yaml(path)) for model, path in names("model").items()}
+PAIRS = [*MAIN, ("imagenet_lt", IMAGES_ONLY)]
+PAIRS += [("imagenet_lt", model) for data, model in MAIN if data == "inat2018" and KIND_OF[model] == "text"]
 """The rows of the table. iNaturalist has the most classes; what encodes texts is also counted with 1,000 classes."""
+NEEDED = {"clip_vit_b16_lt_soups": ("merge_runs", "[first,second]")}
+"""Options that a model config does not run without. They change no cost."""
 CARD, MEMORY = "A100", 20
 """The card whose times are estimated, and the memory in GB of the smallest card that is meant."""
 RATE = {"fp32": 95e12, "amp": 190e12, "bf16": 190e12}
@@ -62,7 +64,7 @@ def counted(data: str, model: str, *words: str) -> Row:
         words: `KEY VALUE` pairs.
     """
     methods: list[Method] = []
-    for stage in load_configs(data, model, words, declared()):
+    for stage in load_configs(data, model, [*NEEDED.get(model, ()), *words], declared()):
         cfg = resolve(stage)
         methods.append(outline(cfg))
     method, params = methods[-1], methods[-1].counts()
@@ -95,13 +97,12 @@ def step_of(row: Row) -> Work:
 
 
 def estimated_seconds(row: Row) -> float:
-    """Time of an optimizer step on the card, without the optimizer and the loading of images."""
-    images, texts = works(row)
-    return _seconds(images, row["prec"]) * (row["batch"] // row["at_once"]) + _seconds(texts, row["prec"])
+    """Time of an optimizer step on the card, without the optimizer and the loading of images.
 
-
-def _seconds(work: Work, prec: str) -> float:
-    return max(work.flops / RATE[prec] + work.moved / BANDWIDTH, work.kernels * LAUNCH)
+    The host is ahead of the card in a step, because it never waits for it. So the slower of both decides.
+    """
+    work = step_of(row)
+    return max(work.flops / RATE[row["prec"]] + work.moved / BANDWIDTH, work.kernels * LAUNCH)
 
 
 COLUMNS = {
@@ -148,18 +149,17 @@ every machine with the same version of torch ({torch}).
 
 ## How the hours are estimated
 
-The time of a micro-batch is the larger of two: FLOPs / R + bytes / {bandwidth:.1f} TB/s, and kernels · {launch:.0f} µs.
-R is {half:.0f} TFLOP/s with `prec` amp and bf16, and {single:.0f} TFLOP/s with fp32 (TF32). The bytes are those that
-all operations without FLOPs read and write, such as norms and activations. The hours are the time of all micro-batches
-of all epochs.
+The time of a step is the larger of two: FLOPs / R + bytes / {bandwidth:.1f} TB/s, and kernels · {launch:.0f} µs. R is
+{half:.0f} TFLOP/s with `prec` amp and bf16, and {single:.0f} TFLOP/s with fp32 (TF32). The bytes are those that all
+operations without FLOPs read and write, such as norms and activations. The hours are the time of all steps.
 
 These rates are **assumptions** for an {card}: about 60 % of its peaks. The loading of images, the optimizer, validation
 and test are not in them. Take the hours as an order of magnitude, and read the remaining time (`eta`) in the log.
 
 ## What text mode costs
 
-`{text}` trains an AdaptFormer in both encoders; `{images}` trains the one of the image encoder, and a
-classifier. Costs of a step of 128 images:
+`{text}` trains an AdaptFormer in both encoders. `{images}` trains the one of the image
+encoder, and a classifier. Costs of a step of 128 images:
 
 {shares}
 """
@@ -177,8 +177,7 @@ def page(version: str, rows: Mapping[Pair, Row]) -> str:
     columns = (_line([name, meaning.format(**values)]) for name, meaning in (COLUMNS | OF_TEXTS).items())
     parts = [INTRODUCTION.format(**values, columns="\n".join(columns), torch=version)]
     for kind, meaning in KINDS.items():
-        models = configs_of(kind)
-        found = {pair: row for pair, row in rows.items() if pair[1] in models}
+        found = {pair: row for pair, row in rows.items() if KIND_OF[pair[1]] == kind}
         parts.append(f"## {kind}\n\n{meaning[0].upper()}{meaning[1:]}.\n\n{_table(found)}\n")
     return "\n".join(parts)
 

@@ -15,6 +15,8 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.text_classifier import TextClassifier
+from tailtune.trainers.config_checks import outline
+from tailtune.trainers.dry_run import dry_run
 from tailtune.trainers.losses import LOSSES, Prior, log_prior
 from tailtune.trainers.methods import build_method
 from tailtune.trainers.methods.fixed_texts import with_texts_as_weights
@@ -103,6 +105,14 @@ AFTER = "after.classifier TextClassifier after.text_lora True"
 def test_a_stage_with_a_classifier_of_its_own_is_refused(method: str, launch: Cli) -> None:
     done = launch(TEXT, "text_lora True after tiny_clip", AFTER, "method", method)
     assert done.returncode == 2 and "consists of text features; choose another classifier" in done.stderr
+
+
+def test_a_dry_run_counts_the_texts(config: Any) -> None:
+    """The dense layers of a block have 12 D² weights. The last block computes fewer tokens."""
+    cfg = config("fake_lt", "tiny_clip", "classifier", "TextClassifier", "text_lora", True)
+    tower = outline(cfg).model.text
+    block = 2 * 12 * tower.width**2 * tower.tokens
+    assert block < 1e9 * dry_run(cfg)[0]["gflops_of_texts"] < tower.depth * block
 
 
 # --- some of the classes ----------------------------------------------------------------------------------------------

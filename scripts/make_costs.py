@@ -129,6 +129,7 @@ INTRODUCTION = """# What training costs
 
 Every number of this page is **counted or estimated**. Nothing here was timed, and no GPU has run this code yet.
 [Results](results.md) has times that were measured on a CPU. `--dry-run` counts the memory of a command of your own.
+This page is written by `python scripts/make_costs.py`, from `docs/costs.json`, and a test counts again.
 
 ## How it is counted
 

@@ -16,6 +16,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import refuse_expert_blocks
+from tailtune.models.backbones.folded_norms import refuse_folded_norms
 from tailtune.models.backbones.transformer_encoder import TransformerEncoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
@@ -279,4 +280,6 @@ def _select(encoder: Encoder, name: str, modules: Sequence[nn.Module]) -> None:
         parameter.requires_grad_(True)
     if TUNERS[name].on_batch:
         submodules = (submodule for module in modules for submodule in module.modules())
-        encoder.set_trained_batch_norms([norm for norm in submodules if isinstance(norm, nn.BatchNorm2d)])
+        norms = [norm for norm in submodules if isinstance(norm, nn.BatchNorm2d)]
+        refuse_folded_norms(norms, name)
+        encoder.set_trained_batch_norms(norms)

@@ -19,8 +19,8 @@ from tailtune.trainers.step_passes import StepPasses
 
 FORMULAS = FlopCounterMode(display=False).flop_registry
 """Operation → FLOPs of a call: convolutions, matrix products and fused attention."""
-WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-WITHOUT_KERNEL += ("_unsafe_view", "promote_types")
+WITHOUT_KERNEL = {"_unsafe_view", "promote_types"}
+WITHOUT_KERNEL |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 """Operations that compute nothing on a device, beside those that return a view."""
 
 
@@ -59,7 +59,7 @@ class Counter(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes that a kernel reads or writes; an expanded tensor has fewer than numbers."""
+    """Bytes that a kernel reads or writes. The numbers of an expanded tensor share bytes."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 

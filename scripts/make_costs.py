@@ -1,6 +1,6 @@
 """Writes docs/costs.md and .json: what the training of each shipped model config costs, counted without a GPU.
 
-    python scripts/make_costs.py                     # all configs, ten minutes; needs no weights and no images
+    python scripts/make_costs.py                     # all configs, minutes; needs no weights and no images
     python scripts/make_costs.py clip_vit_b16_peft   # this config; the others stay as they are stored
 
 tests/test_costs.py counts again and compares, so that a change of a cost is seen in a review.
@@ -123,8 +123,8 @@ OF_TEXTS = {
     "text encoder trains.",
     "texts, saved": "MB that are kept of the texts for the backward pass",
 }
-OF_SHARES = ("data", "classes", "TFLOPs without texts", "TFLOPs with texts", "ratio of FLOPs", "ratio of bytes")
-OF_SHARES += ("ratio of estimated times", "GB with texts")
+OF_SHARES = ["data", "classes", "TFLOPs without texts", "TFLOPs with texts", "ratio of FLOPs", "ratio of bytes"]
+OF_SHARES += ["ratio of estimated times", "GB with texts"]
 INTRODUCTION = """# What training costs
 
 Every number of this page is **counted or estimated**. Nothing here was timed, and no GPU has run this code yet.

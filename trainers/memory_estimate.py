@@ -91,13 +91,13 @@ def _fused_attention(
     given = (dropout_p, is_causal)
     if query.dim() != 4 or enable_gqa:  # no fused kernel of a GPU takes them
         whole = torch.ops.aten._scaled_dot_product_attention_math
-        return whole(query, key, value, attn_mask, *given, scale=scale, enable_gqa=enable_gqa)[0]  # type: ignore[no-any-return]
+        return whole(query, key, value, attn_mask, *given, scale=scale, enable_gqa=enable_gqa)[0]
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     fused = torch.ops.aten._scaled_dot_product_efficient_attention
-    return fused(query, key, value, attn_mask, True, *given, scale=scale)[0]  # type: ignore[no-any-return]
+    return fused(query, key, value, attn_mask, True, *given, scale=scale)[0]
 
 
 def training_memory(method: Method, resolution: int, copies: int, beside: Sequence[nn.Module] = ()) -> TrainingMemory:

@@ -2,17 +2,19 @@
 
     python benchmarks/step.py -d imagenet_lt -m clip_vit_b16_peft --batch 8 --prec fp32 bf16
     python benchmarks/step.py adaptformer False ssf_attn True -m clip_vit_b16_peft
+    python benchmarks/step.py -m clip_vit_b16_peft --beside clip_vit_b16_text_peft   # two configs by turns
 
 The weights are random, the images are synthetic, and there is no data loader. On a CPU, the processor time of this
 process is measured, which other processes do not change. On a GPU, the wall time after a synchronisation is measured.
-The output is the median and the minimum of the times of all rounds, and the ratio plain / fast.
+The output is the median and the minimum of the times of all rounds, and the ratio plain / fast. While a text encoder
+trains, a step encodes the texts of all classes, whatever the number of images.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -123,36 +125,42 @@ def peak(step: Callable[[], None]) -> str:
 def main() -> None:
     """Measure, and print one line for each precision and formulation."""
     args = _parser().parse_args()
-    cfg = resolve(load_configs(args.data, args.model, ["pretrained", "none", *args.pairs], declared())[-1])
-    print(f"{args.data} {args.model} batch {args.batch} on {hardware()}, torch {torch.__version__}")
+    models = [args.model] if args.beside is None else [args.model, args.beside]
+    stages = {name: load_configs(args.data, name, ["pretrained", "none", *args.pairs], declared()) for name in models}
+    cfgs = {name: resolve(each[-1]) for name, each in stages.items()}
+    print(f"{args.data} {' '.join(models)} batch {args.batch} on {hardware()}, torch {torch.__version__}")
     for prec in args.prec:
-        compare(cfg, prec, args.batch, args.rounds, device())
+        steps = {name: make_step(cfg, prec, args.batch, device(), True) for name, cfg in cfgs.items()}
+        if args.beside is None:
+            steps = {"fast": steps[args.model], "plain": make_step(cfgs[args.model], prec, args.batch, device(), False)}
+        compare(steps, prec, args.batch, args.rounds, device())
 
 
-def compare(cfg: CfgNode, prec: str, batch: int, rounds: int, device: torch.device) -> None:
-    """Measure both formulations alternately. Print their times for one image and the ratio.
+def compare(steps: Mapping[str, Callable[[], None]], prec: str, batch: int, rounds: int, device: torch.device) -> None:
+    """Measure two steps alternately. Print their times for one image and the ratio of the second to the first.
 
     Args:
-        cfg: resolved config.
-        prec: name of a precision in `PRECISIONS`.
+        steps: name → one optimizer step.
+        prec: name of their precision in `PRECISIONS`.
         batch: number of images in a step.
-        rounds: number of measurements of each formulation.
+        rounds: number of measurements of each step.
         device: device of the computation.
     """
-    steps = {name: make_step(cfg, prec, batch, device, fast) for name, fast in (("fast", True), ("plain", False))}
     for step in steps.values():
         step()  # warm-up
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(measure(step, device))
+    width = max(map(len, steps))
     for name, seconds in times.items():
         median, least = statistics.median(seconds), min(seconds)
         print(
-            f"{prec:>5} {name:<6} {1e3 * median / batch:8.1f} ms/image (least {1e3 * least / batch:.1f}) "
+            f"{prec:>5} {name:<{width}} {1e3 * median / batch:8.1f} ms/image (least {1e3 * least / batch:.1f}) "
             f"{batch / median:8.1f} images/s  peak {peak(steps[name])}"
         )
-    print(f"{prec:>5} plain / fast = {statistics.median(times['plain']) / statistics.median(times['fast']):.2f}")
+    first, second = steps
+    print(f"{prec:>5} {second} / {first} = {statistics.median(times[second]) / statistics.median(times[first]):.2f}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="options: adaptformer False ssf_attn True")
     parser.add_argument("-d", "--data", default="imagenet_lt", help="data config")
     parser.add_argument("-m", "--model", default="clip_vit_b16_peft", help="model config")
+    parser.add_argument(
+        "--beside", metavar="MODEL", help="another model config, measured instead of the plain formulation"
+    )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images of a step")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each is measured")
     precisions = [name for name in PRECISIONS if name != "amp"]

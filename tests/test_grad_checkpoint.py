@@ -13,7 +13,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_info
 from tailtune.models.backbones.recomputation import batch_norms
 from tailtune.trainers.dry_run_report import memory_of
-from tailtune.trainers.memory_estimate import FusedAttention, SavedBytes
+from tailtune.trainers.memory_estimate import SavedBytes
 from tailtune.trainers.methods import Method
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.run import run
@@ -121,7 +121,7 @@ def test_vit_b16_keeps_the_inputs_of_its_blocks(config: Config) -> None:
 def saved(method: Method, count: int) -> int:
     """Bytes that autograd saves in a step of some images on the meta device."""
     keeps = SavedBytes(method)
-    with torch.device("meta"), FusedAttention(), keeps:
+    with torch.device("meta"), keeps:
         images = torch.empty(count, 3, 224, 224, dtype=torch.uint8)
         method({"image": images, "label": torch.empty(count, dtype=torch.int64), "weight": torch.empty(count)})
     return keeps.total

@@ -149,8 +149,20 @@ COUNTS = {
     "places_lt -b clip_vit_b16 -m lp classifier None l.fft True l.fft_layers range(3)": (37_828_608 // 4, 0),
     "places_lt -b clip_vit_b16 -m lp classifier None clip_adapter True": (11_272 // 2, 11_272 // 2),
     "places_lt -b clip_vit_b16 -m lp classifier None proj_tuning True": (655_360, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None l.adapter True": (101_424, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None l.adaptformer True": (101_436, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None l.pt True": (18_432, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None l.ssf True": (165_888, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None l.bitfit True": (101_376, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None l.fft True": (85_054_464, 0),
+    "places_lt -b clip_vit_l14 -m lp classifier None clip_adapter True": (16_904 // 2, 16_904 // 2),
+    "places_lt -b clip_vit_l14 -m lp classifier None proj_tuning True": (1_376_256, 0),
+    "cifar100_ir100 -b clip_vit_b16 -m lp classifier LinearClassifier": (0, 76_900),
+    "imagenet_lt -b clip_vit_b16 -m lp classifier L2NormClassifier": (0, 768_000),
+    "inat2018 -b clip_vit_b16 -m lp classifier LinearClassifier": (0, 6_261_198),
+    "inat2018 -b clip_vit_b16 -m lp classifier LayerNormClassifier": (0, 6_253_056),
 }
-"""Line → learned parameters of tuner and head, as the original counts them."""
+"""Line → learned parameters of tuner and head, as the original counts them (successors.md §2.6)."""
 
 
 @pytest.mark.parametrize("line", COUNTS)

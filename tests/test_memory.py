@@ -1,51 +1,16 @@
-"""Every shipped config trains on one GPU of 20 GB, with the `micro_batch_size` that it names.
+"""The memory of training that is counted on the meta device, without a GPU.
 
-What training keeps is counted on the meta device, without a GPU: four bytes for each weight, and again for its gradient
-and momentum where it trains, and what the backward pass of a micro-batch needs. That may be 16 GiB; the rest is for the
-buffers of single layers, for CUDA itself and for what its allocator wastes.
+tests/test_costs.py has the memory of every shipped config, and the limit of a GPU of 20 GB.
 """
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiers import slow_except
 from torch import nn
 
-from tailtune.benchmarks.shipped import PAIRS
-from tailtune.configs import load_configs
-from tailtune.models import resolve
-from tailtune.trainers.dry_run_report import memory_of
+from tailtune.scripts.make_costs import counted
 from tailtune.trainers.memory_estimate import SavedBytes
-from tailtune.trainers.methods import Method
-from tailtune.trainers.micro_batch_size import micro_batch_size
-from tailtune.trainers.option_schema import declared
-from tailtune.trainers.runs.load_run import outline
-
-LIMIT = 16 * 2**30
-
-
-def needed(data: str, model: str, *pairs: str) -> int:
-    """Bytes that a config's training keeps at once."""
-    methods: list[Method] = []
-    for stage in load_configs(data, model, pairs, declared()):
-        cfg, before = resolve(stage), methods[-1:]
-        methods.append(outline(cfg))
-        memory = memory_of(cfg, [*before, methods[-1]])
-    assert memory.image is not None
-    return memory.total(micro_batch_size(cfg, 1))
-
-
-LARGEST = [
-    ("imagenet_lt", "resnet50_ride_batchformer"),
-    ("places_lt", "resnet152_mixup"),
-    ("inat2018", "clip_vit_b16_peft"),
-    ("inat2018", "clip_vit_b16_sade"),
-]
-"""A config of each large network, and of the methods that keep a second one or mix images."""
-
-
-@pytest.mark.parametrize(("data", "model"), slow_except(LARGEST, PAIRS))
-def test_a_config_fits_a_gpu_of_20_gb(data: str, model: str) -> None:
-    assert needed(data, model) < LIMIT
 
 
 @pytest.mark.parametrize(
@@ -55,9 +20,10 @@ def test_a_config_fits_a_gpu_of_20_gb(data: str, model: str) -> None:
         [("places_lt", "resnet152_sade", 128, 45), ("inat2018", "resnet50_sade", 512, 54)],
     ),
 )
-def test_whole_batches_would_not(data: str, model: str, whole: int, least: float) -> None:
+def test_whole_batches_would_not_fit(data: str, model: str, whole: int, least: float) -> None:
     """What the largest two would need at once, in GiB."""
-    assert needed(data, model, "micro_batch_size", str(whole)) / 2**30 == pytest.approx(least, abs=1)
+    row = counted(data, model, "micro_batch_size", str(whole))
+    assert row["memory"] / 2**30 == pytest.approx(least, abs=1)
 
 
 def test_the_count_is_right() -> None:
@@ -69,3 +35,14 @@ def test_the_count_is_right() -> None:
         hidden = layer(images).relu()
         (hidden * layer(images)).sum()
     assert keeps.total == 4 * (16 * 8 + 2 * 16 * 4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_keeps_no_probabilities(masked: bool) -> None:
+    """It keeps queries, keys, values, the result, a sum for each query, and a mask as numbers: fewer than N² a head."""
+    q, k, v = (torch.empty(4, 2, 100, 8, device="meta", requires_grad=True) for _ in range(3))
+    mask = torch.empty(100, 100, dtype=torch.bool, device="meta") if masked else None
+    keeps = SavedBytes(nn.Identity())
+    with keeps:
+        F.scaled_dot_product_attention(q, k, v, mask)
+    assert keeps.total / 4 == pytest.approx(4 * q.numel() + 8 * 100 + 10_000 * masked, rel=0.01)

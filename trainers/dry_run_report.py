@@ -70,12 +70,22 @@ def _classes(counts: Sequence[int]) -> str:
 
 def _length(cfg: CfgNode, images: int) -> str:
     """Steps of an epoch and of the run."""
+    per_epoch, steps = steps_of(cfg, images)
+    return f"{per_epoch:,} steps an epoch, {steps:,} in all" if steps else "none"
+
+
+def steps_of(cfg: CfgNode, images: int) -> tuple[int, int]:
+    """Numbers of optimizer steps of an epoch and of the whole run; both are 0 if nothing is trained.
+
+    Args:
+        cfg: the resolved config.
+        images: number of training images.
+    """
     if cfg.zero_shot or not cfg.num_epochs:
-        return "none"
+        return 0, 0
     per_epoch = math.ceil(images / cfg.batch_size)
     steps = per_epoch * cfg.num_epochs
-    steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
-    return f"{per_epoch:,} steps an epoch, {steps:,} in all"
+    return per_epoch, steps if cfg.max_steps is None else min(steps, cfg.max_steps)
 
 
 def _options(config: dict[str, Any], cfg: CfgNode, derived: dict[str, Any], every: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """Initialises the head of a new method, from the features of the training images if the initialisation needs them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +19,9 @@ from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 
 log = logging.getLogger("tailtune")
+
+Part = Sequence[Tensor]
+"""Features [B, D] of images, their positions [B], and which of them can be read [B]."""
 
 
 @torch.no_grad()
@@ -42,18 +45,12 @@ def prepare_head(
     """
     encoder = method.model.encoder
 
-    def encoded(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Features [B, D] and positions [B] of this process's share, and which of them are images that can be read."""
+    def encoded(positions: Tensor | None) -> Iterator[Part]:
+        """This process's share."""
         view = data.train_unaugmented if positions is None else data.train_unaugmented.take(positions.cpu().numpy())
         log.info("the head starts from features of %d training images", len(view))
         for found, index, real in _encoded(method.model, view, accelerator, batch_size, num_workers, features):
             yield found, index if positions is None else positions[index], real
-
-    def collect_images(positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in encoded(positions):
-            if (collected := on_first(accelerator, part)) is not None:
-                found, index, real = collected
-                yield found[real], index[real]
 
     context = HeadContext(
         labels=data.train_unaugmented.labels.to(accelerator.device),
@@ -61,9 +58,9 @@ def prepare_head(
         feature_dim=encoder.feature_dim,
         seed=data.train_unaugmented.seed,
         device=accelerator.device,
-        encode_images=lambda positions: ((part[real], index[real]) for part, index, real in encoded(positions)),
+        encode_images=lambda positions: _readable(encoded(positions)),
         sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),
-        collect_images=collect_images,
+        collect_images=lambda positions: _readable(_collected(accelerator, encoded(positions))),
         on_first=partial(on_main, accelerator),
         encode_texts=encode_texts if features is None else features.texts,
     )
@@ -79,8 +76,8 @@ def _encoded(
     batch_size: int,
     num_workers: int | None,
     features: FeatureStore | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Features [B, D] and positions [B] of this process's share, and which of them are images that can be read."""
+) -> Iterator[Part]:
+    """This process's share of a view."""
 
     def encode(images: Tensor) -> Tensor:
         # Without tuners, all experts have the same pre-trained weights.
@@ -91,6 +88,19 @@ def _encoded(
     for batch in eval_loader(view, batch_size, num_workers, rank, world, device=accelerator.device, title="head"):
         found = batch["image"] if isinstance(view, FeatureView) else encode(batch["image"])
         yield found, batch["index"], batch["weight"] > 0
+
+
+def _collected(accelerator: Accelerator, parts: Iterable[Part]) -> Iterator[Part]:
+    """On the first process, the parts of all processes, on the CPU; on the others nothing."""
+    for part in parts:
+        if (collected := on_first(accelerator, part)) is not None:
+            yield collected
+
+
+def _readable(parts: Iterable[Part]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and positions of the images that can be read."""
+    for features, positions, real in parts:
+        yield features[real], positions[real]
 
 
 def text_context(

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.trainers.methods import Method
@@ -81,6 +79,34 @@ def as_on_a_gpu(method: Method, prec: str, residual: torch.dtype | None) -> Meth
     return method.train()
 
 
+@torch.library.impl("aten::scaled_dot_product_attention", "AutogradMeta")
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention on the meta device as a GPU computes it: fused, so that no products of queries and keys are saved.
+
+    Torch itself has no fused kernel for the meta device, and would count one that saves them. Arguments and result are
+    those of `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    given = (dropout_p, is_causal)
+    if query.dim() != 4 or enable_gqa:  # no fused kernel of a GPU takes them
+        whole = torch.ops.aten._scaled_dot_product_attention_math
+        return whole(query, key, value, attn_mask, *given, scale=scale, enable_gqa=enable_gqa)[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(query, key, value, attn_mask, True, *given, scale=scale)[0]
+
+
 def training_memory(method: Method, resolution: int, copies: int, beside: Sequence[nn.Module] = ()) -> TrainingMemory:
     """The memory of training a method.
 
@@ -103,7 +129,7 @@ def _of_texts(method: Method) -> int:
     if tower is None or not tower.trains:
         return 0
     keeps = SavedBytes(method)
-    with torch.device("meta"), keeps, FusedAttention():
+    with torch.device("meta"), keeps:
         tower.class_features()
     return keeps.total + tower.largest_again
 
@@ -124,17 +150,6 @@ class LargestPart:
             result = run(*inputs)
         self.total = max(self.total, keeps.total)
         return result
-
-
-class FusedAttention(TorchFunctionMode):
-    """On the meta device attention saves what the fused kernels save, and not all probabilities."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **options)
-        q, k, v, mask = (*args, options.get("attn_mask"))[:4]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)[0]
 
 
 def _of_image(method: Method, resolution: int) -> int | None:
@@ -168,7 +183,7 @@ def saved(method: Method, resolution: int, count: int) -> int:
 def _kept(method: Method, resolution: int, count: int) -> int:
     """Bytes that stay from the forward pass of `count` images until the backward pass."""
     keeps = SavedBytes(method)
-    with torch.device("meta"), keeps, FusedAttention():
+    with torch.device("meta"), keeps:
         step = method(blank_batch(method, torch.device("meta"), count, resolution))
     assert step.loss_sum.requires_grad
     return keeps.total

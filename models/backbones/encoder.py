@@ -238,13 +238,9 @@ class Encoder(StagedModule):
 
     def pretrained_state(self) -> dict[str, Tensor]:
         """State dict of the pre-trained network under its original names, without what tuners have added to it."""
-        state = self.net.state_dict()
         # peft moves a wrapped layer's weights below `base_layer`, and puts its own below `default`.
-        return {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in state.items()
-            if "default" not in name.split(".")
-        }
+        kept = ((name, each) for name, each in self.net.state_dict().items() if "default" not in name.split("."))
+        return {name.replace(".base_layer.", "."): each for name, each in kept}
 
     @contextmanager
     def untuned(self) -> Iterator[None]:

@@ -57,7 +57,7 @@ def patch() -> None:
     trainer = original("trainer")
     trainer.SummaryWriter = MagicMock()
 
-    class Solver(trainer.LogisticRegression):  # type: ignore[misc,name-defined]
+    class Solver(trainer.LogisticRegression):  # type: ignore[name-defined]
         def fit(self, features: Tensor, labels: Tensor) -> None:
             super().fit(features.double(), labels)
 
@@ -117,7 +117,7 @@ def run_of(case: Case, job: Job, names: list[str], counts: list[int]) -> Any:
     images = job.inputs[case["backbone"]].to(torch.get_default_dtype())
     batches = Batches(zip(images, job.inputs["labels"], strict=True))
 
-    class Run(trainer.Trainer):  # type: ignore[misc,name-defined]
+    class Run(trainer.Trainer):  # type: ignore[name-defined]
         def build_data(self) -> None:
             self.classnames, self.cls_num_list, self.num_classes = names, counts, len(names)
             self.many_classes, self.med_classes, self.few_classes = torch.arange(len(names)).split(

@@ -73,7 +73,8 @@ def places(model: ClassificationModel) -> Iterator[tuple[str, Tensor]]:
     tower: Any = model.text
     if tower.context is not None:
         yield from ((context_name(name), each.data) for name, each in tower.context.named_parameters())
-    for prefix, encoder in (("transformer", tower), ("visual.transformer", model.encoder)):
+    hosts: list[tuple[str, Any]] = [("transformer", tower), ("visual.transformer", model.encoder)]
+    for prefix, encoder in hosts:
         for index, sites in encoder.tuners["clip_lora"].items() if "clip_lora" in encoder.tuners else ():
             for site, lora in sites.items():
                 stem = f"{prefix}.resblocks.{index}.attn.{'proj' if site == 'proj' else f'{site}_proj'}.w_lora_"

@@ -57,11 +57,14 @@ def flops_by_experts(model: ClassificationModel, resolution: int) -> list[int]:
             return _count(model, images)
 
 
-@torch.no_grad()
 def flops_of_texts(model: ClassificationModel) -> int:
-    """FLOPs of the texts of all classes, once; 0 for a model without a text tower. It is moved to the meta device."""
+    """FLOPs of the texts of all classes in the forward pass of a training step; 0 for a model without a text tower.
+
+    Args:
+        model: the model; it is moved to the meta device.
+    """
     tower = model.to("meta").text
-    with flop_counter.FlopCounterMode(display=False) as counter:
+    with torch.enable_grad(), flop_counter.FlopCounterMode(display=False) as counter:  # without, stored ones are taken
         if tower is not None:
             tower.class_features()
     return int(counter.get_total_flops())

@@ -118,18 +118,9 @@ def test_no_host_sync_between_prints(config: Config, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     counts = []
     for steps in (20, 40):  # long enough that every shot group has been seen
-        words = ("pretrained", "none", "num_epochs", 1, "batch_size", 4, "max_steps", steps, "print_freq", 1000)
-        # The transforms read values too, so they run in another process.
-        words = (
-            *words,
-            "micro_batch_size",
-            2,
-            "num_workers",
-            1,
-            "feature_cache",
-            False,
-        )  # the second run would read it
-        cfg = config("fake_lt", "tiny_clip_peft", *words)
+        # The transforms read values too, so they run in another process. The second run must not find features.
+        words = f"pretrained none num_epochs 1 batch_size 4 micro_batch_size 2 max_steps {steps} print_freq 1000"
+        cfg = config("fake_lt", "tiny_clip_peft", *words.split(), "num_workers", 1, "feature_cache", False)
         with HostSyncs(torch.device("cpu")) as syncs:
             run(cfg)
         counts.append(len(syncs.found))

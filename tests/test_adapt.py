@@ -231,13 +231,13 @@ def test_processes_divide_the_distributions(world: int, monkeypatch: pytest.Monk
         adapted_to.append(test.name)
         return AdaptedPredictions(torch.ones(B, C), test.positions, {"of": test.name})
 
-    def objects_on_first(accelerator: Any, own: Any) -> list[Any]:
+    def gather_objects_to_main(accelerator: Any, own: Any) -> list[Any]:
         if accelerator.process_index:
             sent.append(own)
             return []
         return [own, *(sent.pop(0) for _ in range(1, world))]
 
-    monkeypatch.setattr("tailtune.trainers.evaluation.adaptation.objects_on_first", objects_on_first)
+    monkeypatch.setattr("tailtune.trainers.evaluation.adaptation.gather_objects_to_main", gather_objects_to_main)
     for rank in reversed(range(world)):
         accelerator: Any = mock.Mock(process_index=rank, num_processes=world)
         found = UnlabelledTest(mock.Mock(), tests, None, mock.Mock(), accelerator, mock.Mock()).of_each(adapt)

@@ -212,7 +212,7 @@ def prepared(cfg: CfgNode, world: int = 1) -> list[Tensor]:
         barrier.wait()
         return found
 
-    def on_first(accelerator: Any, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    def gather_to_main(accelerator: Any, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         found = shared(accelerator.process_index, tensors)
         return [torch.cat(parts) for parts in zip(*found, strict=True)] if accelerator.is_main_process else None
 
@@ -226,7 +226,7 @@ def prepared(cfg: CfgNode, world: int = 1) -> list[Tensor]:
 
     preparation = "tailtune.trainers.head_preparation"
     with (
-        mock.patch(f"{preparation}.on_first", on_first),
+        mock.patch(f"{preparation}.gather_to_main", gather_to_main),
         mock.patch(f"{preparation}.on_main", on_main),
         ThreadPoolExecutor(world) as pool,
     ):

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tailtune.configs import load_configs
 from tailtune.trainers import distributed
-from tailtune.trainers.distributed import objects_on_first
+from tailtune.trainers.distributed import gather_objects_to_main
 from tailtune.trainers.methods import Method
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
@@ -115,7 +115,7 @@ def evaluate(folder: Path, world: int = 1) -> Path:
     (cfg,) = load_configs("fake_lt", "tiny_clip", [*EVALUATED.split(), "output_dir", str(path)], declared())
     with counted() as received, mock.patch("tailtune.models.heads.head_init.MAX_ITER", 3):  # more magnify rounding
         run(cfg)
-    if all_received := objects_on_first(Accelerator(cpu=True), received):
+    if all_received := gather_objects_to_main(Accelerator(cpu=True), received):
         (folder / "received.json").write_text(json.dumps(all_received))
     AcceleratorState._reset_state()
     return path

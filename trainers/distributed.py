@@ -54,7 +54,7 @@ def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decisio
     return outcome[0]
 
 
-def on_first(accelerator: Accelerator, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+def gather_to_main(accelerator: Accelerator, tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """The rows of some tensors of all processes, on the CPU of the first process, which alone receives them.
 
     Args:
@@ -75,7 +75,7 @@ def on_first(accelerator: Accelerator, tensors: Sequence[Tensor]) -> list[Tensor
     return found or None
 
 
-def objects_on_first(accelerator: Accelerator, own: Any) -> list[Any]:
+def gather_objects_to_main(accelerator: Accelerator, own: Any) -> list[Any]:
     """A picklable object of each process, on the first process; an empty list on the others. All must call this."""
     if accelerator.num_processes == 1:
         return [own]

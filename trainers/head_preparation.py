@@ -14,7 +14,7 @@ from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import EncodeTexts, HeadContext, encode_texts
-from tailtune.trainers.distributed import on_first, on_main
+from tailtune.trainers.distributed import gather_to_main, on_main
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 
@@ -61,7 +61,7 @@ def prepare_head(
         encode_images=lambda positions: _readable(encoded(positions)),
         sum_over_processes=lambda tensor: accelerator.reduce(tensor, "sum"),
         collect_images=lambda positions: _readable(_collected(accelerator, encoded(positions))),
-        on_first=partial(on_main, accelerator),
+        on_main=partial(on_main, accelerator),
         encode_texts=encode_texts if features is None else features.texts,
     )
     method.eval()
@@ -93,7 +93,7 @@ def _encoded(
 def _collected(accelerator: Accelerator, parts: Iterable[Part]) -> Iterator[Part]:
     """On the first process, the parts of all processes, on the CPU; on the others nothing."""
     for part in parts:
-        if (collected := on_first(accelerator, part)) is not None:
+        if (collected := gather_to_main(accelerator, part)) is not None:
             yield collected
 
 

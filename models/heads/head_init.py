@@ -42,7 +42,7 @@ class HeadContext:
         sum_over_processes: sums a tensor over all processes.
         collect_images: as `encode_images`, but the first process gets the images of all processes, on the CPU, and the
             others get none. None: there is one process.
-        on_first: calls a function on the first process and returns its result, which is on the CPU, on all of them.
+        on_main: calls a function on the first process and returns its result, which is on the CPU, on all of them.
         encode_texts: text encoder, sentences of each class and device → text features of the classes [C, d].
     """
 
@@ -54,7 +54,7 @@ class HeadContext:
     encode_images: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor]]]
     sum_over_processes: Callable[[Tensor], Tensor]
     collect_images: Callable[[Tensor | None], Iterable[tuple[Tensor, Tensor]]] | None = None
-    on_first: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute()
+    on_main: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute()
     encode_texts: EncodeTexts = encode_texts
 
 
@@ -187,7 +187,7 @@ def linear_probe(context: HeadContext, *_: object, shots: int | None = None) -> 
             weight[label] = coefficients
         return F.normalize(weight, dim=-1)
 
-    return context.on_first(fitted).to(context.device)
+    return context.on_main(fitted).to(context.device)
 
 
 def _fit_logistic_regression(features: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -19,7 +19,7 @@ from tailtune.configs.option import NoOptions, option
 from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
-from tailtune.trainers.distributed import objects_on_first
+from tailtune.trainers.distributed import gather_objects_to_main
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.rows import Rows
 from tailtune.trainers.methods import Method
@@ -92,7 +92,7 @@ class UnlabelledTest:
         for first in range(0, len(self.distributions), world):
             tests = self.distributions[first : first + world]
             own = [adapt(test) for test in tests[self.accelerator.process_index :][:1]]
-            for test, adapted in zip(tests, objects_on_first(self.accelerator, own), strict=False):
+            for test, adapted in zip(tests, gather_objects_to_main(self.accelerator, own), strict=False):
                 found[test.name] = adapted[0]
         return found
 

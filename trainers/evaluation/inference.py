@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
-from tailtune.trainers.distributed import on_first, on_main
+from tailtune.trainers.distributed import gather_to_main, on_main
 from tailtune.trainers.evaluation.row_summary import RowSummary
 from tailtune.trainers.evaluation.rows import HalfRows, Rows
 from tailtune.trainers.storage.large_tensors import Scratch
@@ -78,7 +78,7 @@ def infer(
         out = predict(batch["image"]).float()
         if number == 0:  # without space on the disk, no process goes on
             on_main(accelerator, partial(collected.reserve, out.shape[1:]))
-        gathered = on_first(accelerator, (out, batch["label"], batch["index"], batch["weight"]))
+        gathered = gather_to_main(accelerator, (out, batch["label"], batch["index"], batch["weight"]))
         if gathered is None:
             continue
         out, label, index, weight = gathered

@@ -78,13 +78,12 @@ class Encoder(StagedModule):
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
         draws = self._peft_draws or self.tuners_draw
-        return bool(self._trained_batch_norms) and self._batch_norms_train or draws and not self._is_frozen
+        return self._batch_norms_train or draws and not self._is_frozen
 
     @property
     def is_constant(self) -> bool:
         """Whether the features of an image stay the same while a run trains."""
-        follows = bool(self._trained_batch_norms) and self._batch_norms_train
-        changes = follows or self._peft_draws or self.tuners_draw or self.prompted_by_texts
+        changes = self._batch_norms_train or self._peft_draws or self.tuners_draw or self.prompted_by_texts
         return not changes and not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
@@ -130,7 +129,8 @@ class Encoder(StagedModule):
 
     @property
     def _batch_norms_train(self) -> bool:
-        return self._batch_norms_follow or not self._is_frozen
+        """Whether there are batch norms that normalise by the images in memory while a run trains."""
+        return bool(self._trained_batch_norms) and (self._batch_norms_follow or not self._is_frozen)
 
     def compute_parts_by(self, run_part: RunPart) -> None:
         """Let a function run every block, such as `computed_again`.

@@ -1,6 +1,7 @@
 """`Peak`: the largest memory of this process since a moment: allocated memory of its GPU, resident memory on a CPU."""
 
 import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -28,12 +29,13 @@ class Peak:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
-        elif CLEAR.exists():
+        elif _resident("VmHWM") is not None:
             libc = ctypes.CDLL(None)
             if hasattr(libc, "malloc_trim"):
                 libc.malloc_trim(0)
-            CLEAR.write_text(RESET_PEAK)
-            self.before = _resident("VmRSS")
+            with suppress(OSError):  # some containers do not let a process reset its peak
+                CLEAR.write_text(RESET_PEAK)
+                self.before = _resident("VmRSS")
 
     def read(self) -> int | None:
         """The largest number of bytes so far; None on a system that does not tell."""
@@ -47,6 +49,7 @@ class Peak:
         return None if now is None or self.before is None else now - self.before
 
 
-def _resident(name: str) -> int:
-    """A line of the process's status, in bytes."""
-    return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
+def _resident(name: str) -> int | None:
+    """A line of the process's status, in bytes; None on a system that does not have it."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)

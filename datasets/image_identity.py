@@ -1,4 +1,4 @@
-"""By which a cache of images, or of what was computed from them, is found again."""
+"""Keys of caches: digests of the images of a view, and descriptions of what is made of them."""
 
 import hashlib
 import json

@@ -96,7 +96,7 @@ def _fused_attention(
     those of `torch.nn.functional.scaled_dot_product_attention`.
     """
     given = (dropout_p, is_causal)
-    if query.dim() != 4 or enable_gqa:  # no fused kernel of a GPU takes them
+    if query.dim() != 4 or enable_gqa:  # the fused kernel takes neither
         whole = torch.ops.aten._scaled_dot_product_attention_math
         return whole(query, key, value, attn_mask, *given, scale=scale, enable_gqa=enable_gqa)[0]
     if attn_mask is not None:

@@ -8,6 +8,8 @@ import psutil
 CGROUPS = Path("/sys/fs/cgroup")
 """Where Linux describes the limits of containers and batch jobs (version 2)."""
 OWN_CGROUP = Path("/proc/self/cgroup")
+LARGEST_SHARE = 0.8
+"""Share of the free memory or disk space that a cache may take."""
 
 
 def available_processors() -> int:

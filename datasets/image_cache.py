@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tailtune.configs.atomic_file import atomic_file
 from tailtune.configs.errors import UserError
-from tailtune.configs.machine import free_memory, local_processes
+from tailtune.configs.machine import LARGEST_SHARE, free_memory, local_processes
 from tailtune.datasets.image_identity import described, image_digest
 from tailtune.datasets.images.ordered_map import ordered_map
 from tailtune.datasets.images.tensor_transforms import TensorTransform
@@ -28,8 +28,6 @@ from tailtune.datasets.view import View
 FORMAT = 1
 SAMPLED = 64
 """Images by which the size of the whole cache is estimated."""
-LARGEST_SHARE = 0.8
-"""Share of the free memory or disk space that a cache may take."""
 BLOCK_BYTES = 1 << 26
 """Images in memory are kept in blocks of this size, because a block cannot grow in place."""
 

@@ -354,3 +354,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
         kept.write(FACTS, torch.randn(4, 3))
         assert kept.read(FACTS) is None
     assert len(caplog.records) == 1 and "cannot write" in caplog.text
+
+
+def test_a_disk_that_is_nearly_full(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written, so that other programs keep some space."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: mock.Mock(free=50))
+    kept = KeptTensors(tmp_path)
+    with caplog.at_level(logging.WARNING, "tailtune"):
+        assert not kept.write(FACTS, torch.randn(4, 3))
+    assert len(caplog.records) == 1 and "are free" in caplog.text and not any(tmp_path.iterdir())

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from tailtune.configs import CfgNode
 from tailtune.configs.launch_environment import is_first_process
-from tailtune.configs.machine import free_memory, local_processes
+from tailtune.configs.machine import LARGEST_SHARE, free_memory, local_processes
 from tailtune.configs.option import option, options_from
 from tailtune.configs.value_parsers import as_path
 from tailtune.datasets.feature_view import FeatureView
-from tailtune.datasets.image_cache import LARGEST_SHARE
 from tailtune.datasets.image_identity import image_digest, without_draws
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
@@ -101,7 +100,7 @@ class TextFeatures:
         }
         features = self.kept.read(facts)
         if features is not None:
-            log.info("text features of %d classes: read from %s", len(sentences), self.kept.path(facts))
+            log.info("text features of %d classes: read from the feature cache", len(sentences))
             return features.to(device)
         features = text_encoder.class_features(sentences, device)
         if is_first_process():
@@ -182,10 +181,12 @@ class FeatureStore:
         finally:
             encoder.train(training)
         bad_images = int((~readable).sum())
-        where = f"not kept, because {bad_images} cannot be read" if bad_images else f"kept in {kept.path(facts)}"
-        log.info("features of %d images: computed in %.1f s, %s", len(view), time.perf_counter() - started, where)
-        if not bad_images and self.accelerator.is_local_main_process:
-            kept.write(facts, features)
+        seconds, outcome = time.perf_counter() - started, "not kept"
+        if bad_images:
+            outcome = f"not kept, because {bad_images} cannot be read"
+        elif self.accelerator.is_local_main_process and kept.write(facts, features):
+            outcome = f"{features.nbytes / 1e6:,.1f} MB kept in {kept.folder}"
+        log.info("features of %s images: computed in %.1f s, %s", f"{len(view):,}", seconds, outcome)
         return FeatureView(view, features, readable)
 
     def _facts(self, model: ClassificationModel, view: View, experts: int, untuned: bool) -> dict[str, Any] | None:
@@ -214,7 +215,7 @@ class FeatureStore:
         everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
         if found is None or not everywhere:
             return None
-        log.info("features of %d images: read from %s", len(found), kept.path(facts))
+        log.info("features of %s images: read from the feature cache", f"{len(found):,}")
         return found
 
     @torch.no_grad()

@@ -4,9 +4,11 @@ An entry is one file. Its name is a digest of everything that its tensor depends
 the checksum of the tensor. An entry that cannot be read or written is computed again, which a warning says.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tailtune.configs.atomic_file import atomic_file, temporary_pattern
+from tailtune.configs.machine import LARGEST_SHARE
 
 TENSOR = "features"
 ABANDONED = 3600.0
@@ -63,21 +66,30 @@ class KeptTensors:
             return None
         return tensor
 
-    def write(self, facts: Mapping[str, Any], tensor: Tensor) -> None:
+    def write(self, facts: Mapping[str, Any], tensor: Tensor) -> bool:
         """Write an entry completely or not at all.
 
         Args:
             facts: as for `path`.
             tensor: on the CPU.
+
+        Returns:
+            Whether it is written. If not, because the disk has too little space or refuses to write, a warning says so.
         """
-        path = self.path(facts)
-        content = save({TENSOR: tensor}, {"facts": _text(facts), "sha256": _checksum(tensor)})
+        path, size = self.path(facts), tensor.nbytes
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned(path)
+            free = shutil.disk_usage(self.folder).free
+            if size > LARGEST_SHARE * free:
+                raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+            content = save({TENSOR: tensor}, {"facts": _text(facts), "sha256": _checksum(tensor)})
             with atomic_file(path) as file:
                 file.write(content)
         except OSError as error:
             log.warning("warning: cannot write %s (%s); the next run computes it again", path, error.strerror)
+            return False
+        return True
 
     def _remove_abandoned(self, path: Path) -> None:
         """Remove what a process that was killed while it wrote this entry has left."""

@@ -66,11 +66,11 @@ class FeatureOptions:
     )
 
     def kept(self) -> KeptTensors | None:
-        """The entries of the folder; None without a cache."""
+        """The entries of the folder; None without a cache, or without a home folder, which a warning says."""
         if not self.feature_cache:
             return None
         of_user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tailtune" / "features"
-        return KeptTensors(Path(self.feature_cache_dir or of_user).expanduser())
+        return KeptTensors.below_home(Path(self.feature_cache_dir or of_user))
 
 
 @dataclass(frozen=True)

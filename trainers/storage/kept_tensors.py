@@ -39,6 +39,15 @@ class KeptTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @classmethod
+    def below_home(cls, folder: Path) -> "KeptTensors | None":
+        """The tensors in a folder that may begin with `~`; None, with a warning, for a user without a home folder."""
+        try:
+            return cls(folder.expanduser())
+        except RuntimeError:  # as in containers whose user has no name
+            log.warning("warning: this user has no home folder for %s, so nothing is kept; set HOME", folder)
+            return None
+
     def path(self, facts: Mapping[str, Any]) -> Path:
         """The file of an entry.
 

@@ -17,7 +17,7 @@ class TrainingOptions:
         least=0,
         most=2**63 - 1,
     )
-    deterministic: bool = option(True, "A GPU uses only kernels whose results are reproducible.")
+    deterministic: bool = option(True, "A GPU uses kernels whose results are reproducible, where PyTorch has them.")
     prec: str = option(
         "amp",
         "Arithmetic of training: amp is fp16 with loss scaling; fp64 is for checks.",

@@ -126,10 +126,16 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"a checkout of {compare.SOURCES[name]}")
     parser.add_argument("--minutes", type=float, default=8, metavar="N", help="time of all rows (default: 8)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name has this text")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
-    parser.add_argument("--size", default="full", choices=("full", "toy"), help="default: full")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where the rows run (default: cuda)")
     parser.add_argument(
-        "--json", type=Path, default=Path("output/gpu.json"), metavar="FILE", help="default: output/gpu.json"
+        "--size", default="full", choices=("full", "toy"), help="toy: small enough for a CPU (default: full)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("output/gpu.json"),
+        metavar="FILE",
+        help="file of the results; the table has the same name with .md (default: output/gpu.json)",
     )
     return parser
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     print(f"{hardware()}, torch {torch.__version__}; {args.rounds} rounds, {args.threads} threads; times of an image")
-    print(f"{'step':<24}{'prec':<6}{'step':>10}{'floor':>10}{'share':>8}{'target':>8}")
+    print(f"{'step':<24}{'prec':<6}{'ours':>10}{'floor':>10}{'share':>8}{'target':>8}")
     missed = False
     for row in ROWS:
         for prec, (_, target) in row.targets.items():

@@ -164,17 +164,21 @@ def compare(steps: Mapping[str, Callable[[], None]], prec: str, batch: int, roun
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="options: adaptformer False ssf_attn True")
-    parser.add_argument("-d", "--data", default="imagenet_lt", help="data config")
-    parser.add_argument("-m", "--model", default="clip_vit_b16_peft", help="model config")
+    parser.add_argument("-d", "--data", default="imagenet_lt", help="data config (default: imagenet_lt)")
+    parser.add_argument("-m", "--model", default="clip_vit_b16_peft", help="model config (default: clip_vit_b16_peft)")
     parser.add_argument(
         "--beside", metavar="MODEL", help="another model config, measured instead of the plain formulation"
     )
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images of a step")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each is measured")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images of a step (default: 8)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each is measured (default: 5)")
     precisions = [name for name in PRECISIONS if name != "amp"]
-    parser.add_argument("--prec", nargs="+", default=["fp32"], choices=precisions, help="precisions to measure")
+    parser.add_argument(
+        "--prec", nargs="+", default=["fp32"], choices=precisions, help="precisions to measure (default: fp32)"
+    )
     return parser
 
 

@@ -18,7 +18,7 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 import torch
 
-from tailtune.benchmarks.shipped import PAIRS as MAIN
+from tailtune.benchmarks.shipped import PAIRS as SHIPPED
 from tailtune.configs import load_configs, names
 from tailtune.configs.shipped_configs import KINDS, kind_of
 from tailtune.configs.yaml_reader import read_yaml
@@ -40,8 +40,8 @@ Pair = tuple[str, str]
 TEXT_AND_IMAGES, IMAGES_ONLY = "clip_vit_b16_text_peft", "clip_vit_b16_peft"
 """The same tuner of the image encoder with and without one of the text encoder."""
 KIND_OF = {model: kind_of(read_yaml(path)) for model, path in names("model").items()}
-PAIRS = [*MAIN, ("imagenet_lt", IMAGES_ONLY)]
-PAIRS += [("imagenet_lt", model) for data, model in MAIN if data == "inat2018" and KIND_OF[model] == "text"]
+PAIRS = [*SHIPPED, ("imagenet_lt", IMAGES_ONLY)]
+PAIRS += [("imagenet_lt", model) for data, model in SHIPPED if data == "inat2018" and KIND_OF[model] == "text"]
 """The rows of the table. iNaturalist has the most classes; what encodes texts is also counted with 1,000 classes."""
 NEEDED = {"clip_vit_b16_lt_soups": ("merge_runs", "[first,second]")}
 """Options that a model config does not run without. They change no cost."""
@@ -242,7 +242,9 @@ def write(rows: Mapping[Pair, Row]) -> None:
 
 def main() -> None:
     """Count the costs of the given configs, or of all, and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python scripts/make_costs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="count these model configs only")
     asked = parser.parse_args().models
     if unknown := set(asked) - {model for _, model in PAIRS}:

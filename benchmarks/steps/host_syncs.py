@@ -7,6 +7,7 @@ where the size of a result depends on values, and what is copied between host an
 asynchronous (`non_blocking`). What a CUDA kernel does inside is not seen.
 """
 
+import argparse
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from tailtune.benchmarks.steps.ours import fit
 from tailtune.benchmarks.steps.side import ROOT
 from tailtune.configs import CfgNode, load_configs
+from tailtune.main import Parser, exit_code_of
 from tailtune.models import resolve
 from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.dry_run_report import ready_to_train
@@ -163,11 +165,29 @@ def syncs_of_step(stages: Sequence[CfgNode]) -> list[str]:
     raise AssertionError("the trainer asks for a batch in each step")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the operations, one on a line, and their number."""
-    found = syncs_of_step(load_configs(argv[0], argv[1], argv[2:], declared()))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the operations, one on a line, and their number.
+
+    Returns:
+        The exit code: 2 for wrong input.
+    """
+    return exit_code_of(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="python -m tailtune.benchmarks.steps.host_syncs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data", metavar="DATA", help="data config")
+    parser.add_argument("model", metavar="MODEL", help="model config")
+    parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="options, such as lora True")
+    args = parser.parse_args(argv)
+    found = syncs_of_step(load_configs(args.data, args.model, args.pairs, declared()))
     print("\n".join([*found, f"{len(found)} syncs in a step"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -23,7 +23,7 @@ LABELS = torch.tensor([0, 0, 2, 2])
 
 
 class View(list[dict[str, Any]]):
-    is_batched = True
+    is_batched = decodes = True
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
         """By (index, epoch), as loaders ask."""

@@ -22,6 +22,7 @@ from tailtune.models.backbones.encoder import trained_batch_norms
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone, tokenize
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
+from tailtune.models.heads.head_init import encode_texts
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.dry_run import dry_run
@@ -227,7 +228,7 @@ def test_zero_shot(kind: str, tmp_path: Path, config: Config, monkeypatch: pytes
     words = ("backbone", "Small", "pretrained", path, "resolution", "none", "zero_shot", True)
     cfg = config("fake_lt", "tiny_clip", *words)
     model = build_model(cfg, NAMES)
-    model.init_head(SimpleNamespace(device=torch.device("cpu"), seed=0))  # type: ignore[arg-type]
+    model.init_head(SimpleNamespace(device=torch.device("cpu"), seed=0, encode_texts=encode_texts))  # type: ignore[arg-type]
     tokens = open_clip.get_tokenizer("ViT-B-16")([f"a photo of a {name}." for name in NAMES])[:, :16]
     wanted, _ = clip.get_logits(noise(cfg.resolution), tokens)
     wanted = wanted if clip.logit_bias is None else wanted - clip.logit_bias

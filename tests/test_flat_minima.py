@@ -13,12 +13,12 @@ import torch
 import trajectories
 from conftest import ROOT, Cli, free_port, offline
 from small import filled
-from test_step import CountSyncs
 from tiers import slow_except
 from torch import Tensor, nn
 from trajectories import losses, trained
 from yacs.config import CfgNode
 
+from tailtune.benchmarks.steps.host_syncs import HostSyncs
 from tailtune.configs.errors import UserError
 from tailtune.trainers.config_checks import outline
 from tailtune.trainers.flat_minima import (
@@ -233,9 +233,9 @@ def test_loss_scaling_changes_nothing_and_skips_a_step_that_overflows(name: str)
 @pytest.mark.parametrize("name", SAM_MODES)
 def test_the_host_waits_for_nothing(name: str) -> None:
     passes = passes_of(Net(), fixture(4))
-    with CountSyncs() as syncs:
+    with HostSyncs(torch.device("cpu")) as syncs:
         SAM_MODES[name].gradients(passes, plan(), 0)
-    assert syncs.count == 0
+    assert not syncs.found
 
 
 def test_an_empty_step_moves_nothing() -> None:

@@ -92,6 +92,7 @@ def test_a_worker_killed_while_evaluating(launch: Cli, monkeypatch: pytest.Monke
             yield batch
 
     words = f"{FAKE.replace('tiny_clip_peft', 'tiny_clip')} num_experts 3 max_steps 1 adapt sade test_dists backward5"
+    words += " feature_cache False"  # features are no images
     with monkeypatch.context() as patch:
         patch.setattr(evaluator, "eval_loader", batches)
         one_line(launch(f"{words} num_workers 2 output_dir run"), *LOST)

@@ -193,3 +193,11 @@ def test_not_even_one_image_fits(config: Config, tmp_path: Path, monkeypatch: py
         run(config("fake_lt", "tiny_clip_peft", *words))
     with pytest.raises(UserError, match="only `micro_batch_size auto` reads it"):
         outline(config("fake_lt", "tiny_clip_peft", "memory_budget_gb", 4))
+
+
+@pytest.mark.parametrize("refused", ["STATUS", "CLEAR"])
+def test_a_system_that_does_not_tell_the_memory(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers with another kernel, or with a read-only /proc."""
+    monkeypatch.setattr(f"tailtune.trainers.processes.peak_memory.{refused}", tmp_path / "none" / "file")
+    peak = Peak(torch.device("cpu"))
+    assert peak.before is None and peak.read() is None and peak.above() is None

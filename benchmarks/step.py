@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 
 from tailtune.benchmarks.steps.device import device, finish, forget_peak, peak_memory
 from tailtune.configs import load_configs
+from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import DataInfo
+from tailtune.main import Parser, exit_code_of
 from tailtune.models import build_model, resolve
 from tailtune.trainers.memory_estimate import blank_batch
 from tailtune.trainers.methods import Method, build_method
@@ -122,9 +124,19 @@ def peak(step: Callable[[], None]) -> str:
     return f"{memory['allocated'] / MIB:.0f} MiB" if memory else "n/a"
 
 
-def main() -> None:
-    """Measure, and print one line for each precision and formulation."""
-    args = _parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and print one line for each precision and formulation.
+
+    Returns:
+        The exit code: 2 for wrong input.
+    """
+    return exit_code_of(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    if args.beside == args.model:
+        raise UserError(f"--beside {args.beside} is the config of -m: name another one, or leave --beside out")
     models = [args.model] if args.beside is None else [args.model, args.beside]
     stages = {name: load_configs(args.data, name, ["pretrained", "none", *args.pairs], declared()) for name in models}
     cfgs = {name: resolve(each[-1]) for name, each in stages.items()}
@@ -134,6 +146,7 @@ def main() -> None:
         if args.beside is None:
             steps = {"fast": steps[args.model], "plain": make_step(cfgs[args.model], prec, args.batch, device(), False)}
         compare(steps, prec, args.batch, args.rounds, device())
+    return 0
 
 
 def compare(steps: Mapping[str, Callable[[], None]], prec: str, batch: int, rounds: int, device: torch.device) -> None:
@@ -164,7 +177,7 @@ def compare(steps: Mapping[str, Callable[[], None]], prec: str, batch: int, roun
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python benchmarks/step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="options: adaptformer False ssf_attn True")
@@ -183,4 +196,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

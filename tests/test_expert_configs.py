@@ -119,6 +119,10 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("inat2018", "resnet50_lgla"): LGLA_I
     | {"lgla.tau": 3, "num_epochs": 400, "batch_size": 512, "lr": 0.2, "weight_decay": 2e-4}
     | {"augment": "inat_randaug"},
+    ("places_lt", "resnet152_lgla"): LGLA
+    | {"lgla.tau": 2.4, "num_epochs": 30, "batch_size": 128, "lr": 0.01, "lr_factors": None, "weight_decay": 4e-4}
+    | {"schedule": "multistep", "lr_steps": [10, 20], "lr_gamma": 0.1, "warmup_epochs": 0, "expert_split": None}
+    | {"augment": "imagenet_blur", "momentum": 0.9},
     ("cifar10_ir100", "resnet32_dirmixe"): DIRMIXE_C | {"dirmixe.variance": 15, "weight_decay": 5e-4},
     ("cifar100_ir100", "resnet32_dirmixe"): DIRMIXE_C | {"dirmixe.variance": 5, "weight_decay": 1e-3},
     ("cifar100_ir100", "resnet32_mixup"): CIFAR
@@ -214,7 +218,7 @@ def test_every_row_of_the_table_is_there() -> None:
     rows["resnet50"] = rows["resnext50"] = rows["resnet10"] + " sade dirmixe crt lws tau_norm mixup h2t"
     rows["resnet50"] += " balpoe balpoe_long lgla"
     rows["resnext50"] += " balpoe balpoe_long lgla"
-    rows |= {"resnet152": "ce sade mixup h2t", "clip_vit_b16": "ride sade dirmixe balpoe batchformer h2t"}
+    rows |= {"resnet152": "ce sade mixup h2t lgla", "clip_vit_b16": "ride sade dirmixe balpoe batchformer h2t"}
     rows["tiny_clip"] = rows["clip_vit_b16"]
     expected = {f"{net}_{kind}" for net, kinds in rows.items() for kind in kinds.split()}
     assert expected <= names("model").keys()

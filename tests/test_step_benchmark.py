@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, offline
 
-from tailtune.benchmarks import compare, limits
+from tailtune.benchmarks import compare, limits, step
 from tailtune.benchmarks.steps.products import products_of
 from tailtune.benchmarks.steps.side import Side
 from tailtune.configs.errors import UserError
@@ -25,6 +25,20 @@ def test_our_side_trains_one_step_for_each_command() -> None:
 def test_a_side_that_cannot_start_is_named() -> None:
     with pytest.raises(UserError, match="ours of tiny stopped"):
         Side("ours", {**TINY, "model": "no_model"}, ROOT, threads=1)
+
+
+def test_two_configs_are_measured_by_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its own name, in milliseconds an image, and the ratio of the medians."""
+    seconds = iter([0.01, 0.05, 0.02, 0.06, 0.09, 0.07])
+    monkeypatch.setattr(step, "measure", lambda *_: next(seconds))
+    words = ["-d", "digits_lt", "-m", "tiny_clip_peft", "--batch", "2", "--rounds", "3", "--beside"]
+    assert step.main([*words, "tiny_clip_text_peft"]) == 0
+    first, *lines, ratio = capsys.readouterr().out.splitlines()
+    assert first.startswith("digits_lt tiny_clip_peft tiny_clip_text_peft batch 2 on ")
+    found = [re.fullmatch(r" fp32 (\w+) +([\d.]+) ms/image \(least ([\d.]+)\) .*", line).groups() for line in lines]
+    assert found == [("tiny_clip_peft", "10.0", "5.0"), ("tiny_clip_text_peft", "30.0", "25.0")]
+    assert ratio == " fp32 tiny_clip_text_peft / tiny_clip_peft = 3.00"
+    assert step.main([*words, "tiny_clip_peft"]) == 2 and "name another one" in capsys.readouterr().err
 
 
 def test_the_products_are_those_of_the_step() -> None:

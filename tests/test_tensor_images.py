@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fuzz.pictures import damaged, pictures
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
@@ -263,6 +263,21 @@ def test_colours_are_those_of_pillow() -> None:
             expected = kinds[kind](expected, float(1 + (2 * numbers[kind] - 1) * 0.4))
         assert difference(ours, tv.pil_to_tensor(expected)) <= 1
     assert changes.jittered(images, torch.ones(40, 4), 0.4).shape == images.shape, "in fp32 a draw may be 1"
+
+
+def test_grey_and_blur_are_those_of_pillow() -> None:
+    """Of standard deviations between one that changes nothing and boxes of five pixels. Only ties differ."""
+    images, shares = noise(20, 3, 19, 24), torch.linspace(0, 0.99, 20)
+    photos = [tv.to_pil_image(image) for image in images]
+    grey = torch.stack([tv.pil_to_tensor(tv.rgb_to_grayscale(picture, 3)) for picture in photos])
+    blurs = [ImageFilter.GaussianBlur(2 * share) for share in shares.tolist()]
+    soft = torch.stack([tv.pil_to_tensor(one.filter(blur)) for one, blur in zip(photos, blurs, strict=True)])
+    chosen, spared = (torch.stack([torch.full((20,), draw), shares], 1) for draw in (0.4, 0.6))
+    found = changes.blurred(images, chosen, 0.5, (0, 2))
+    assert difference(found, soft) <= 1 and float((found != soft).float().mean()) < 0.01
+    assert difference(changes.greyed(images, chosen[:, :1], 0.5), grey) <= 1
+    assert torch.equal(changes.greyed(images, spared[:, :1], 0.5), images)
+    assert torch.equal(changes.blurred(images, spared, 0.5, (0.1, 2)), images)
 
 
 @pytest.mark.parametrize("augment", TENSOR_AUGMENTS)

@@ -20,6 +20,8 @@ CROP_ATTEMPTS = 10
 """How often torchvision's RandomResizedCrop draws a crop until one fits into the image."""
 SMALLEST_RATIO, LARGEST_RATIO = 3 / 4, 4 / 3
 """Width over height of a random crop."""
+BOX_BLURS = 3
+"""Box blurs along each axis of which Pillow makes its Gaussian blur."""
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R 601-2), as in Pillow."""
 
@@ -175,10 +177,59 @@ def jittered(images: Tensor, draws: Tensor, strength: float) -> Tensor:
     for place in range(3):
         kind = kinds[:, place, None, None, None]
         factor = factors.gather(1, kinds[:, place, None])[:, :, None, None]
-        grey = sum(weight * channel for weight, channel in zip(LUMA, pixels.split(1, 1), strict=True)).round_()
+        grey = _grey(pixels)
         reference = grey * (kind == 2) + grey.mean((2, 3), keepdim=True).round_() * (kind == 1)
         pixels = torch.lerp(reference, pixels, factor).clamp_(0, 255).floor_()  # Pillow rounds down after each change
     return pixels.to(torch.uint8)
+
+
+def greyed(images: Tensor, draws: Tensor, share: float) -> Tensor:
+    """Make each image grey with the probability `share`. Draws: [B, 1]."""
+    return torch.where((draws < share)[:, :, None, None], _grey(images.float()).to(torch.uint8), images)
+
+
+def blurred(images: Tensor, draws: Tensor, share: float, sigmas: tuple[float, float]) -> Tensor:
+    """Blur each image with the probability `share`; Pillow's GaussianBlur, which is three box blurs along each axis.
+
+    The sides of the boxes are real numbers (Gwosdek et al. 2011, section 2). Outside, the pixels of the border count.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        draws: [B, 2].
+        share: the probability.
+        sigmas: smallest and largest standard deviation in pixels.
+    """
+    smallest, largest = sigmas
+    sigma = torch.where(draws[:, :1] < share, smallest + (largest - smallest) * draws[:, 1:], 0)  # 0 changes nothing
+    reach = int(_whole_radius(torch.tensor(largest))) + 1
+    radius, distances = _box_radius(sigma), torch.arange(-reach, reach + 1, device=draws.device).abs()
+    weights = ((radius + 1 - distances).clamp_(0, 1) / (2 * radius + 1)).T[..., None, None, None]  # [S, B, 1, 1, 1]
+    pixels = images.float()
+    for axis, border in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
+        for _ in range(BOX_BLURS):
+            parts = F.pad(pixels, border, "replicate").unfold(axis, len(distances), 1)
+            pixels = torch.full_like(pixels, 0.5)  # so that the nearest whole number is below
+            for part, weight in zip(parts.unbind(-1), weights, strict=True):
+                pixels.addcmul_(part, weight)
+            pixels.floor_()
+    return pixels.to(torch.uint8)
+
+
+def _box_radius(sigma: Tensor) -> Tensor:
+    """The radius of the box whose blur, applied `BOX_BLURS` times, has the standard deviation `sigma`, in pixels."""
+    variance, whole = sigma.square() / BOX_BLURS, _whole_radius(sigma)
+    return whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
+
+
+def _whole_radius(sigma: Tensor) -> Tensor:
+    """`_box_radius` rounded down."""
+    return ((12 * sigma.square() / BOX_BLURS + 1).sqrt() - 1).div(2).floor()
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """Colours [B, 3, H, W] → whole numbers [B, 1, H, W]."""
+    red, green, blue = (weight * channel for weight, channel in zip(LUMA, pixels.split(1, 1), strict=True))
+    return (red + green + blue).round_()
 
 
 @cache

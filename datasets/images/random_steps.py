@@ -21,21 +21,27 @@ GREY = (128, 128, 128)
 """What AutoAugment fills with what a shift uncovers (Cubuk et al. 2019)."""
 IMAGENET_MEAN = (124, 116, 104)
 """ImageNet's mean colour."""
+GREY_SHARE = 0.2
+"""Share of the images that SimCLR makes grey."""
+BLUR_SIGMAS = (0.1, 2.0)
+"""Smallest and largest standard deviation of its Gaussian blur, in pixels."""
 
 
-def simclr(blurred: float) -> tuple[Step, ...]:
+def simclr(blurred: float, hue: float = 0.1, jittered: float = 0.8) -> tuple[Step, ...]:
     """Colour jitter, grey, blur and flip of SimCLR (Chen et al. 2020, appendix A), with half its colour strength.
 
     Args:
         blurred: share of the images that are blurred; SADE sets it per data set.
+        hue: largest change of the hue, as a share of the colour circle.
+        jittered: share of the images whose colours are changed.
     """
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    return jitter, v2.RandomGrayscale(0.2), v2.RandomApply([_blur], p=blurred), v2.RandomHorizontalFlip()
+    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, hue)], p=jittered)
+    return jitter, v2.RandomGrayscale(GREY_SHARE), v2.RandomApply([_blur], p=blurred), v2.RandomHorizontalFlip()
 
 
 def _blur(image: Image.Image) -> Image.Image:
     """PIL's Gaussian blur. PIL approximates it by repeated box blurs, so torchvision's blur gives other pixels."""
-    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
+    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(*BLUR_SIGMAS))))
 
 
 def cifar_policy() -> Step:

@@ -16,6 +16,8 @@ from tailtune.configs.lazy_module import lazy_module
 from tailtune.datasets.images.growing_crop import GrowingArea
 from tailtune.datasets.images.random_changes import (
     CROP_ATTEMPTS,
+    blurred,
+    greyed,
     jittered,
     mirrored,
     moved,
@@ -24,6 +26,7 @@ from tailtune.datasets.images.random_changes import (
     shifted,
     square_crops,
 )
+from tailtune.datasets.images.random_steps import BLUR_SIGMAS, GREY_SHARE
 from tailtune.datasets.images.transforms import eval_side, interpolation_mode
 
 v2 = lazy_module("torchvision.transforms.v2")
@@ -150,6 +153,12 @@ def _imagenet(resolution: int, mode: str) -> TensorTransform:
     return TensorTransform(_unchanged, _random_crop(resolution, mode), (MIRRORED, jitter))
 
 
+def _imagenet_blur(resolution: int, mode: str) -> TensorTransform:
+    plain, grey = _imagenet(resolution, mode), RandomChange(1, partial(greyed, share=GREY_SHARE))
+    blur = RandomChange(2, partial(blurred, share=0.5, sigmas=BLUR_SIGMAS))
+    return TensorTransform(plain.prepare, plain.cut, (*plain.finish, grey, blur))
+
+
 def _cifar_crop(resolution: int, mode: str) -> TensorTransform:
     shift = RandomChange(2, partial(shifted, side=resolution))
     return TensorTransform(partial(_resized, side=resolution, mode=mode), shift, (MIRRORED,))
@@ -181,6 +190,7 @@ TENSOR_AUGMENTS: Mapping[str, Callable[[int, str], TensorTransform]] = MappingPr
         "cifar_crop": _cifar_crop,
         "imagenet": _imagenet,
         "inat": _lift,
+        "imagenet_blur": _imagenet_blur,
         "digits": _digits,
         "none": _none,
         "whole": _whole,

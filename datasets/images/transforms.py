@@ -200,6 +200,11 @@ def _imagenet_randaug(resolution: int, interpolation: str) -> Transform:
     return _compose(_random_crop(resolution, interpolation), v2.RandomHorizontalFlip(), jitter, RandAugment())
 
 
+def _imagenet_blur(resolution: int, interpolation: str) -> Transform:
+    """LGLA on Places-LT: as `imagenet`, then SimCLR's grey and blur."""
+    return _compose(_random_crop(resolution, interpolation), *simclr(blurred=0.5, hue=0, jittered=1))
+
+
 def _digits(resolution: int, interpolation: str) -> Transform:
     """A slight rotation, shift and scaling; never a flip, which would change a digit."""
     affine = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=interpolation_mode("bilinear"))
@@ -244,6 +249,7 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
         "cifar_auto_cutout": _cifar_auto_cutout,
         "imagenet_randaug": _imagenet_randaug,
         "inat_randaug": _imagenet_randaug,  # BalPoE and LGLA also use its colour jitter on iNaturalist
+        "imagenet_blur": _imagenet_blur,
         "digits": _digits,
         "sade_cifar": _sade_cifar,
         "sade_imagenet": _sade_imagenet,

@@ -15,7 +15,6 @@ from tailtune.benchmarks import compare
 from tailtune.benchmarks.steps.device import peak_flops
 from tailtune.benchmarks.steps.side import ROOT, Side
 from tailtune.configs.errors import UserError
-from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS
 
 GIB = 2**30
@@ -102,8 +101,6 @@ class StepRow:
             model = row.model.replace("clip_vit_b16", "tiny_clip")
             row, batch, place = replace(row, model=model, size=("fake_lt", 4)), 4, None
             pairs = tuple("2" if word.isdigit() else word for word in pairs)
-        if "compile" in pairs and "compile" not in {each.name for each in declared().declarations}:
-            return {"status": "skipped", "why": "there is no option `compile`"}
         told, beside = row.told(self.prec, batch, *pairs), None
         with ExitStack() as stack:
             ours = stack.enter_context(bench.side("ours", told))

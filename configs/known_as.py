@@ -7,6 +7,7 @@ KNOWN_AS = {
     **dict.fromkeys(("bs", "batch", "batchsize", "train_batch_size", "bsz"), "batch_size"),
     **dict.fromkeys(("grad_accum", "gradient_accumulation_steps", "accumulation_steps"), "micro_batch_size"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "use_checkpoint"), "grad_checkpoint"),
+    **dict.fromkeys(("torch_compile", "use_compile"), "compile"),
     **dict.fromkeys(("eval_batch_size", "val_batch_size"), "test_batch_size"),
     **dict.fromkeys(("wd", "decay", "l2"), "weight_decay"),
     **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule", "sched"), "schedule"),

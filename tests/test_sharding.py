@@ -40,17 +40,17 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     counts: dict[str, list[int]] = {"forward": [], "backward": []}
     original = TransformerEncoder.compute_block
 
-    def counted(self: TransformerEncoder, index: int, x: Tensor, *more: Any) -> Tensor:
+    def counted(self: TransformerEncoder, block: Any, x: Tensor, *more: Any) -> Tensor:
         def count(way: str) -> None:
-            whole = [not isinstance(each.get_parameter("mlp.fc1.weight"), DTensor) for each in self.blocks]
-            assert whole[index]
-            counts[way].append(sum(whole))
+            whole = [each for each in self.blocks if not isinstance(each.get_parameter("mlp.fc1.weight"), DTensor)]
+            assert block in whole
+            counts[way].append(len(whole))
 
         if self.calls_blocks:
             count("forward")
             if x.requires_grad:  # not the input of the first block
                 x.register_hook(lambda _: count("backward"))
-        return original(self, index, x, *more)
+        return original(self, block, x, *more)
 
     monkeypatch.setattr(TransformerEncoder, "compute_block", counted)
     return counts

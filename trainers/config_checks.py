@@ -17,6 +17,7 @@ from tailtune.configs.option import options_from, value_of
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.models.text_mode import starts_at_random
+from tailtune.trainers.compilation import check_compile
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
@@ -83,6 +84,8 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
     if plan is not None:
         check_factors(method.param_groups(), plan)
         check_sam(cfg, method)
+        if plan.compile:
+            check_compile(method.model.encoder, cfg.backbone)
         check_merge(options_from(MergeOptions, cfg), cfg.after, method.starts_where_earlier_run_ended)
         ValidationPlan.of(cfg)
         check_trackers(cfg.trackers)

@@ -53,6 +53,7 @@ class Plan:
     save_every: int | None
     num_workers: int | None
     profile_data: bool
+    compile: bool
 
     @classmethod
     def of(cls, cfg: CfgNode, micro_batch_size: int) -> "Plan":

@@ -13,6 +13,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
+from tailtune.trainers.compilation import compiled_blocks
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.evaluation.validation import Validated, Validation
 from tailtune.trainers.feature_store import FeatureStore
@@ -76,7 +77,7 @@ class Trainer:
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
         validation, started, before = self.validation, time.perf_counter(), run.report.seconds
         try:
-            with Interrupt() as interrupt:
+            with compiled_blocks(run.method, self.plan.compile), Interrupt() as interrupt:
                 while run.report.steps < total and not validation.ends(run.report.validations):
                     epoch, first = divmod(run.report.steps, steps)
                     run.method.on_epoch(epoch, self.plan.epochs)

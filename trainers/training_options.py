@@ -64,6 +64,12 @@ class TrainingOptions:
         cls="runtime",
         recorded="config",
     )
+    compile: bool = option(
+        False,
+        "torch.compile makes the code of a ViT's blocks in training. The numbers agree up to rounding.",
+        cls="runtime",
+        recorded="config",
+    )
     lr: float = option(0.01, "Learning rate at the start of the schedule.", least=0.0)
     optimizer: str = option("sgd", "Rule by which gradients change the weights.", table="OPTIMIZERS")
     weight_decay: float = option(5e-4, "Strength of weight decay. `decay_rule` says what it acts on.", least=0.0)

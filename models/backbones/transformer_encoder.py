@@ -173,19 +173,18 @@ class TransformerEncoder(Encoder):
         """
         if self.calls_blocks:
             return cast(Tensor, self.net.blocks[index](x, sites, pick, attention))
-        return self.compute_block(index, x, sites, pick, attention)
+        return self.compute_block(self.net.blocks[index], x, sites, pick, attention)
 
     def call_blocks(self) -> None:
         """From now on compute a block by a call of its module, so that hooks on it run, such as those of FSDP."""
-        for index, block in enumerate(self.net.blocks):
-            block.forward = partial(self.compute_block, index)
+        for block in self.net.blocks:
+            block.forward = partial(self.compute_block, block)
         self.calls_blocks = True
 
     def compute_block(
-        self, index: int, x: Tensor, sites: Sites, pick: Pick | None, attention: Attention | None
+        self, block: Any, x: Tensor, sites: Sites, pick: Pick | None, attention: Attention | None
     ) -> Tensor:
-        """As `run_block`, and never by a call of the module."""
-        block = self.net.blocks[index]
+        """As `run_block`, and never by a call of the module. It gets the block, so that all share one compiled code."""
         normed = apply_tuners(sites["norm1"], norm(x, block.norm1).to(self.compute_dtype), x)
         queries = normed if pick is None else pick(normed)
         attended = self._attend(normed, queries, block.attn, sites, attention or Attention())

@@ -722,6 +722,7 @@ PROBES: dict[str, Probe] = {
     "num_epochs": Probe(1, 2, steps, ("batch_size", 512, "max_test_images", 20)),
     "max_steps": Probe(1, 2, steps, ("batch_size", 16, "max_test_images", 20)),
     "batch_size": Probe(128, 64, steps, ("num_epochs", 1, "max_test_images", 20)),
+    "compile": Probe(False, True, lambda cfg: Plan.of(cfg, 8).compile),
     "grad_checkpoint": Probe(False, True, lambda cfg: built(cfg).encoder.run_part),
     "memory_budget_gb": Probe(
         1, 2, lambda cfg: budget_of(cfg.memory_budget_gb, torch.device("cpu")), ("micro_batch_size", "auto")

@@ -95,7 +95,7 @@ def compiled(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(*inputs: Any) -> Tensor:
         try:
-            with config.patch(recompile_limit=STRUCTURES):
+            with config.patch(recompile_limit=STRUCTURES, optimize_ddp=False):  # a block is small: DDP need not cut it
                 return code(*inputs)
         except exc.TorchDynamoException as error:
             why = str(error).strip().partition("\n")[0]

@@ -19,11 +19,10 @@ from tailtune.trainers.methods.base import Method
 from tailtune.trainers.sharding import is_sharded
 
 BACKEND = "inductor"
-OPTIONS = {"fallback_random": True}
+OPTIONS: dict[str, Any] = {"fallback_random": True}
 """Of the backend: dropout draws the numbers that it draws without `compile`."""
 STRUCTURES = 64
 """How many different blocks are compiled; where blocks of one ViT have different tuners, it may be some dozens."""
-
 
 log = logging.getLogger("tailtune")
 

@@ -25,6 +25,7 @@ from tailtune.trainers.config_checks import validate
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.target_prior import TARGETS
+from tailtune.trainers.flat_minima import SAM_MODES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.option_schema import declared
 
@@ -35,8 +36,8 @@ Choice = dict[str, str]
 
 INTRODUCTION = """# What can be combined
 
-A run combines entries of {axes} tables: a backbone, a tuner, a method and a step at test time. Every pair of entries
-was built as `--dry-run` does, with three experts.
+A run combines entries of {axes} tables: a backbone, a tuner, the step of training, a method and what is done at test
+time. Every pair of entries was built as `--dry-run` does, with three experts.
 
 * {taken} of {total} pairs can be combined. `tests/test_composition.py` trains, resumes and evaluates {rows}
   configurations in which all these pairs occur.
@@ -63,6 +64,8 @@ OF_METHOD = {
     "tau_norm": "classifier LinearClassifier after.classifier LinearClassifier num_epochs 0",
 }
 """Further options that a method needs."""
+TEXT, OF_EXPERTS = "classifier TextClassifier", "adaptformer True expert_split 1"
+"""Text features that train, and adapters in which experts differ, which share the texts."""
 OF_TEST = {"soup": "ensemble_runs [other]"}
 """Further options that an ensemble needs."""
 
@@ -77,8 +80,12 @@ AXES: Mapping[str, Mapping[str, str]] = {
         "head only": "",
         **{name: f"{name} True" for name in TUNERS},
         "peft LoRA": "peft LoRA",
-        "text tower": "classifier TextClassifier text_lora True adaptformer True expert_split 1",
+        "text tower": f"{TEXT} text_lora True {OF_EXPERTS}",
+        "CoOp": f"{TEXT} context coop context_len 4 {OF_EXPERTS}",
+        "MaPLe": f"{TEXT} context maple context_depth 2 {OF_EXPERTS}",
+        "CLIP-Adapter": f"{TEXT} clip_adapter residual {OF_EXPERTS}",
     },
+    "step": {"at the weights": "", **{f"sam {name}": f"sam {name}" for name in SAM_MODES}},
     "method": {name: f"method {name} num_experts 3 {LOSS} {OF_METHOD.get(name, '')}" for name in METHODS},
     "test": {
         "plain": "",
@@ -100,7 +107,7 @@ USUAL = {
 
 def words(choice: Choice) -> list[str]:
     """The `KEY VALUE` words of a choice. In a chain, the earlier run has the same model and the method `classify`."""
-    parts = f"{AXES['backbone'][choice['backbone']]} {AXES['tuner'][choice['tuner']]}".split()
+    parts = " ".join(AXES[axis][choice[axis]] for axis in ("backbone", "tuner", "step")).split()
     pairs = [*COMMON.split(), *parts, *AXES["method"][choice["method"]].split(), *AXES["test"][choice["test"]].split()]
     if METHODS[choice["method"]].continues_from_earlier_run:
         before = [*parts, "pretrained", "none", "num_experts", "3", *LOSS.split()]

@@ -1,4 +1,4 @@
-"""Backbone × tuner × method × test-time step: every pair of entries that goes together, in rows that do all of it.
+"""Backbone × tuner × step × method × test-time step: all pairs of entries that go together, in rows that do all of it.
 
 The rows are the covering array of docs/composition.json: each trains two steps, resumes after the first, saves, loads
 and is evaluated on generated images. By default some rows run, which hold every entry; `make test-slow` adds the other
@@ -35,13 +35,16 @@ from tailtune.trainers.distributed import Devices, make_accelerator
 from tailtune.trainers.evaluation.ensembles import ensembled
 from tailtune.trainers.evaluation.evaluate import Evaluation
 from tailtune.trainers.evaluation.evaluation_plan import Builders, EvaluationPlan
+from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Earlier
+from tailtune.trainers.methods.base import Batch, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import FinishedRun, make_method
 from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
+from tailtune.trainers.step_passes import StepPasses
 from tailtune.trainers.storage.checkpoint import (
     copy_state,
     fingerprint,
@@ -109,6 +112,12 @@ def batch(cfg: CfgNode) -> dict[str, Any]:
     return {**found, "label": torch.arange(6), "partner_label": torch.arange(6).flip(0), "weight": torch.ones(6)}
 
 
+def checked(_: Batch, outcome: Step) -> Tensor:
+    """What is counted of a micro-batch: its weight."""
+    assert torch.isfinite(outcome.loss_sum) and outcome.logits.shape == (6, 10)
+    return outcome.weight
+
+
 class Training:
     """A method and its optimizer, stepped as the trainer steps them."""
 
@@ -125,7 +134,7 @@ class Training:
         self.optimizer = build_optimizer(groups, Plan.of(self.cfg, 6)) if groups else None
         self.method.train()
         self.method.before_training(2, 2)
-        self.method.on_epoch(0, 1)
+        self.method.on_epoch(1, 2)  # in epoch 0, the classifier of glmc has the weight 0
 
     def twin(self) -> "Training":
         """As it begins, built from nothing the same way; a copy takes a tenth of the time."""
@@ -141,9 +150,9 @@ class Training:
         self.method.train()
         self.method.before_step(number)
         torch.manual_seed(number)  # of dropout, whose state the trainer saves
-        outcome = self.method(batch(self.cfg))
-        (outcome.loss_sum / outcome.weight).backward()
-        assert torch.isfinite(outcome.loss_sum) and outcome.logits.shape == (6, 10)
+        batches, accelerator = iter([batch(self.cfg)]), make_accelerator(Devices.of(self.cfg))
+        passes = StepPasses(accelerator, self.method, self.method, 6, 1, batches, checked)
+        sam_mode(self.cfg.sam).gradients(passes, Plan.of(self.cfg, 6), 0)
         for name, each in self.method.named_parameters():
             assert (each.grad is not None) == each.requires_grad, name
         self.optimizer.step()
@@ -171,10 +180,10 @@ class Training:
 
 
 @cache
-def stepped(backbone: str, tuner: str, classifier: str) -> Training:
+def stepped(backbone: str, tuner: str, step: str, classifier: str) -> Training:
     """The earlier run of a chain after one step, which all methods that continue one share."""
     method = "tau_norm" if classifier == "LinearClassifier" else "crt"
-    row = {"backbone": backbone, "tuner": tuner, "method": method, "test": "plain"}
+    row = {"backbone": backbone, "tuner": tuner, "step": step, "method": method, "test": "plain"}
     before = configs(row)[2]
     assert before is not None
     run = Training(before, few(backbone, "plain"))
@@ -186,7 +195,7 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
     """Two steps, and the same two with a resumed run between them, whose result is the same; a checkpoint of both."""
     earlier = None
     if before is not None:
-        ended = stepped(row["backbone"], row["tuner"], before.classifier)
+        ended = stepped(row["backbone"], row["tuner"], row["step"], before.classifier)
         ended.save(RunFolder(before), data)
         first = copy.deepcopy(ended.method)
         tensors = {name: each.clone() for name, each in trained_state(first).items()}

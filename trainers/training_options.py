@@ -66,7 +66,7 @@ class TrainingOptions:
     )
     compile: bool = option(
         False,
-        "torch.compile makes the code of a ViT's blocks in training. The numbers agree up to rounding.",
+        "The blocks of a ViT are compiled by torch.compile in training. The numbers agree up to rounding.",
         cls="runtime",
         recorded="config",
     )

@@ -112,6 +112,26 @@ class Job:
         return facts
 
 
+def in_precisions(
+    set_precision: Callable[[str], None], play: Callable[[Case, Job, str], Tensors]
+) -> Callable[[Case, Job], Tensors]:
+    """A function for `Job.answer` that computes a case in each of its precisions; names begin with the precision.
+
+    Args:
+        set_precision: makes the original compute in a precision, float32 or float64.
+        play: (case, job, precision) → tensors by name.
+    """
+
+    def answer(case: Case, job: Job) -> Tensors:
+        tensors: Tensors = {}
+        for prec in case["prec"]:
+            set_precision(prec)
+            tensors |= {f"{prec}.{name}": tensor for name, tensor in play(case, job, prec).items()}
+        return tensors
+
+    return answer
+
+
 def chosen(cases: Mapping[str, Sequence[Case]], only: str) -> dict[str, list[Case]]:
     """Give the cases numbers and files, and keep those that contain a text.
 

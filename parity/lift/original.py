@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tailtune.parity.clips import random_weights, shake
-from tailtune.parity.job import Case, Job, Tensors
+from tailtune.parity.job import Case, Job, Tensors, in_precisions
 
 # the original's modules
 trainer: Any = importlib.import_module("trainer")
@@ -35,7 +35,7 @@ def main(folder: Path, part: str) -> None:
     for index, (name, build) in enumerate(job.settings["backbones"].items()):
         save_file(random_weights(partial(empty_backbone, build), index), folder / f"{name}.safetensors")
     patch(job)
-    job.answer("networks", network, seed=1000)
+    job.answer("networks", in_precisions(set_precision, played), seed=1000)
     set_precision("float32")
     job.write_facts(part, {"metrics": metrics, "schedule": learning_rates, "size": sizes})
 
@@ -124,15 +124,6 @@ def settings(options: Case, backbone: str, folder: Path) -> Any:
     cfg.merge_from_list([part for pair in options.items() for part in pair])
     cfg.backbone, cfg.prec, cfg.num_epochs, cfg.output_dir = backbone, "fp32", 1, str(folder / "run")
     return cfg
-
-
-def network(case: Case, job: Job) -> Tensors:
-    """What a case leads to in each of its precisions; names begin with the precision."""
-    tensors: Tensors = {}
-    for prec in case["prec"]:
-        set_precision(prec)
-        tensors |= {f"{prec}.{name}": tensor for name, tensor in played(case, job, prec).items()}
-    return tensors
 
 
 def played(case: Case, job: Job, prec: str) -> Tensors:

@@ -1,8 +1,10 @@
 """Our side of the comparison with LIFT: through our builders and the importer of LIFT's checkpoints."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from tailtune.trainers.methods import Method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
 from tailtune.trainers.option_schema import declared
 
+Build = Callable[[Job, Case, str], tuple[CfgNode, Method]]
 FIGURES = ("features", "logits", "loss", "gradients", "after_3_steps", "float64", "value")
 
 
@@ -47,8 +50,18 @@ def build(job: Job, case: Case, prec: str = "float32") -> tuple[CfgNode, Method]
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def compare_network(case: Case, job: Job) -> list[Row]:
-    """The row of a tuner, head, loss or head initialisation."""
+def compare_network(
+    case: Case, job: Job, build: Build = build, importer: Any = lift, one_vector: bool = False
+) -> list[Row]:
+    """The row of a tuner, head, loss, head initialisation, or of what trains text.
+
+    Args:
+        case: the case.
+        job: the answers of the original.
+        build: (job, case, precision) → config and method of the case.
+        importer: module with `load` and `layout` for the checkpoint that the original started from.
+        one_vector: whether gradients in fp32, and what trains, are measured as one vector.
+    """
     figures: dict[str, float] = {}
     errors: dict[str, dict[str, float]] = {}
     for prec in case["prec"]:
@@ -60,14 +73,15 @@ def compare_network(case: Case, job: Job) -> list[Row]:
             continue
         chosen = [name for name in TUNERS if cfg[name]]
         start = ForeignCheckpoint(job.folder / f"{case['number']}.{prec}" / LIFT_FILE)
-        load, read = partial(lift.load, start, tuners=chosen), partial(values, chosen=chosen)
-        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"])
+        load, read = partial(importer.load, start, tuners=chosen), partial(values, importer, tuners=chosen)
+        of_all = one_vector and prec == "float32"
+        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"], of_all)
     return [row(case["kind"], case["name"], case["backbone"], case["note"], **figures, **of_precisions(errors))]
 
 
-def values(model: ClassificationModel, chosen: list[str]) -> Tensors:
+def values(importer: Any, model: ClassificationModel, tuners: list[str]) -> Tensors:
     """Trained values and running statistics under the original's names."""
-    return {name: place.read().clone() for name, place in lift.layout(model, chosen).items()}
+    return {name: place.read().clone() for name, place in importer.layout(model, tuners).items()}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tailtune.parity.clips import random_weights, shake
-from tailtune.parity.job import Case, Job, Tensors
+from tailtune.parity.job import Case, Job, Tensors, in_precisions
 
 
 def main(folder: Path, part: str) -> None:
@@ -30,7 +30,7 @@ def main(folder: Path, part: str) -> None:
     for index, (name, build) in enumerate(job.settings["backbones"].items()):
         save_file(random_weights(partial(empty_backbone, build), index), folder / f"{name}.safetensors")
     patch()
-    job.answer("networks", network, seed=1000)
+    job.answer("networks", in_precisions(set_precision, played), seed=1000)
     set_precision("float32")
     job.answer("pictures", changed_pictures)
     job.write_facts(part, {"size": sizes, "schedule": learning_rates})
@@ -148,15 +148,6 @@ def run_of(case: Case, job: Job, names: list[str], counts: list[int]) -> Any:
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
-
-
-def network(case: Case, job: Job) -> Tensors:
-    """What a case leads to in each of its precisions; names begin with the precision."""
-    tensors: Tensors = {}
-    for prec in case["prec"]:
-        set_precision(prec)
-        tensors |= {f"{prec}.{name}": tensor for name, tensor in played(case, job, prec).items()}
-    return tensors
 
 
 def played(case: Case, job: Job, prec: str) -> Tensors:

@@ -12,17 +12,16 @@ from torch import Tensor
 from tailtune.configs import CfgNode, load_configs
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.images.fixed_crops import five_crop
-from tailtune.models import BACKBONES, ClassificationModel, resolve
+from tailtune.models import BACKBONES, resolve
 from tailtune.models.backbones.timm_backbone import TimmBackbone
-from tailtune.models.tuners.table import TUNERS
-from tailtune.parity.errors import number_error, with_prefix
-from tailtune.parity.job import Case, Job, Tensors
-from tailtune.parity.lift.ours import FIGURES, initialisation_error, row
+from tailtune.parity.errors import number_error
+from tailtune.parity.job import Case, Job
+from tailtune.parity.lift import ours as lift
+from tailtune.parity.lift.ours import FIGURES, row
 from tailtune.parity.lift_plus.cases import COUNTS, NAMES, OPEN_CLIP, SIDES, TIMM, TIMM_RESNET
 from tailtune.parity.subject import Row
-from tailtune.parity.trained import PREC, built, exact_scale, of_precisions, register_clips, training_errors
+from tailtune.parity.trained import PREC, built, exact_scale, register_clips
 from tailtune.trainers.foreign_checkpoints import lift_plus
-from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.methods import Method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, set_lr
 from tailtune.trainers.option_schema import declared
@@ -50,28 +49,7 @@ def build(job: Job, case: Case, prec: str, names: tuple[str, ...] = NAMES) -> tu
     return cfg, built(cfg, names, torch.tensor(COUNTS) if names is NAMES else torch.ones(len(names)))
 
 
-def compare_network(case: Case, job: Job) -> list[Row]:
-    """The row of a tuner, head, loss, head initialisation, or of what trains text."""
-    figures: dict[str, float] = {}
-    errors: dict[str, dict[str, float]] = {}
-    for prec in case["prec"]:
-        original = with_prefix(job.tensors(case), f"{prec}.")
-        images = job.inputs[case["backbone"]].to(getattr(torch, prec))
-        cfg, method = build(job, case, prec)
-        if case["kind"] == "init":
-            figures["value"] = initialisation_error(method, original, images, job.inputs["labels"])
-            continue
-        tuners = [name for name in TUNERS if cfg[name]]
-        start = ForeignCheckpoint(job.folder / f"{case['number']}.{prec}" / LIFT_FILE)
-        load, read = partial(lift_plus.load, start, tuners=tuners), partial(values, tuners=tuners)
-        of_all = prec == "float32"
-        errors[prec] = training_errors(cfg, method, load, read, original, images, job.inputs["labels"], of_all)
-    return [row(case["kind"], case["name"], case["backbone"], case["note"], **figures, **of_precisions(errors))]
-
-
-def values(model: ClassificationModel, tuners: list[str]) -> Tensors:
-    """Trained values and running statistics under the original's names."""
-    return {name: place.read().clone() for name, place in lift_plus.layout(model, tuners).items()}
+compare_network = partial(lift.compare_network, build=build, importer=lift_plus, one_vector=True)
 
 
 def compare_size(case: Case, job: Job) -> list[Row]:

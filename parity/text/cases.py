@@ -121,7 +121,7 @@ def _case(repository: str, name: str, theirs: Case, ours: Case, untouched: bool 
         untouched: whether what trains starts where the original puts it, and not a little beside.
     """
     case = {"repository": repository, "name": name, "theirs": theirs, "our_options": ours, "untouched": untouched}
-    return case | {"backbone": "CLIP-ViT-deep", "note": ""}
+    return case | {"backbone": "CLIP-ViT-deep", "note": "", "prec": ["float32", "float64"]}
 
 
 def inputs(_: Mapping[str, Any]) -> Tensors:

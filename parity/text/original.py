@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tailtune.parity.clips import random_weights, shake
-from tailtune.parity.job import Case, Job, Tensors
+from tailtune.parity.job import Case, Job, Tensors, in_precisions
 
 MAPLE = {"trainer": "MaPLe", "vision_depth": 0, "language_depth": 0, "vision_ctx": 0, "language_ctx": 0}
 
@@ -31,7 +31,7 @@ def main(folder: Path, part: str) -> None:
     job = Job.read(folder, part)
     sys.path.append(job.settings["dassl"])
     patch()
-    job.answer("networks", network, seed=1000)
+    job.answer("networks", in_precisions(set_precision, played), seed=1000)
 
 
 def patch() -> None:
@@ -50,15 +50,10 @@ def set_precision(prec: str) -> None:
     norm.forward = nn.LayerNorm.forward if prec == "float64" else norm.as_written
 
 
-def network(case: Case, job: Job) -> Tensors:
-    """What a case leads to in both precisions; names begin with the precision."""
-    tensors: Tensors = {}
-    for prec in ("float32", "float64"):
-        set_precision(prec)
-        torch.manual_seed(1000 + case["number"])
-        found = PARTS[case["repository"]](case, job, backbone(case, job))
-        tensors |= {f"{prec}.{name}": tensor for name, tensor in found.items()}
-    return tensors
+def played(case: Case, job: Job, prec: str) -> Tensors:
+    """What a case leads to."""
+    torch.manual_seed(1000 + case["number"])
+    return PARTS[case["repository"]](case, job, backbone(case, job))
 
 
 def backbone(case: Case, job: Job) -> Any:

@@ -26,6 +26,7 @@ from tailtune.trainers.evaluation.adaptation_table import ADAPTS
 from tailtune.trainers.evaluation.ensembles import ENSEMBLES
 from tailtune.trainers.evaluation.target_prior import TARGETS
 from tailtune.trainers.flat_minima import SAM_MODES
+from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.option_schema import declared
 
@@ -36,8 +37,9 @@ Choice = dict[str, str]
 
 INTRODUCTION = """# What can be combined
 
-A run combines entries of {axes} tables: a backbone, a tuner, the step of training, a method and what is done at test
-time. Every pair of entries was built as `--dry-run` does, with three experts.
+A run combines entries of {axes} tables: a backbone, a tuner, the step of training, a loss, a method and what is done at
+test time. `Tip-Adapter` and `LT-Soups` stand for several options. Every pair of entries was built as
+`--dry-run` does, with three experts.
 
 * {taken} of {total} pairs can be combined. `tests/test_composition.py` trains, resumes and evaluates {rows}
   configurations in which all these pairs occur.
@@ -57,7 +59,8 @@ This page is written by `python scripts/make_composition.py`, which `make docs` 
 
 | this | with this | is refused, because |
 |---|---|---|"""
-LOSS = "loss_type CE"
+OTHER = "output/other"
+"""Folder of another run of the same model, for what combines several runs."""
 OF_METHOD = {
     "h2t": "h2t.shift_bn False sampler balanced pair_sampler shuffle",
     "glmc": "pair_sampler shuffle",
@@ -66,7 +69,7 @@ OF_METHOD = {
 """Further options that a method needs."""
 TEXT, OF_EXPERTS = "classifier TextClassifier", "adaptformer True expert_split 1"
 """Text features that train, and adapters in which experts differ, which share the texts."""
-OF_TEST = {"soup": "ensemble_runs [other]"}
+OF_TEST = {"soup": f"ensemble_runs [{OTHER}]"}
 """Further options that an ensemble needs."""
 
 AXES: Mapping[str, Mapping[str, str]] = {
@@ -84,9 +87,14 @@ AXES: Mapping[str, Mapping[str, str]] = {
         "CoOp": f"{TEXT} context coop context_len 4 {OF_EXPERTS}",
         "MaPLe": f"{TEXT} context maple context_depth 2 {OF_EXPERTS}",
         "CLIP-Adapter": f"{TEXT} clip_adapter residual {OF_EXPERTS}",
+        "Tip-Adapter": "classifier TipAdapter num_experts 1 num_epochs 0",
     },
     "step": {"at the weights": "", **{f"sam {name}": f"sam {name}" for name in SAM_MODES}},
-    "method": {name: f"method {name} num_experts 3 {LOSS} {OF_METHOD.get(name, '')}" for name in METHODS},
+    "loss": {name: f"loss_type {name}" for name in LOSSES},
+    "method": {
+        **{name: f"method {name} {OF_METHOD.get(name, '')}" for name in METHODS},
+        "LT-Soups": f"method h2t h2t.ratio 0 h2t.shift_bn False merge_runs [{OTHER}]",
+    },
     "test": {
         "plain": "",
         "tte": "tte True",
@@ -96,21 +104,24 @@ AXES: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Axis → its entries. Each entry has the words of a command line that select it, with the model config `tiny_clip`."""
-COMMON = "pretrained none test_only True val_per_class 1"
+COMMON = "pretrained none num_experts 3"
 USUAL = {
     "backbone": AXES["backbone"],
     "tuner": ("head only", "full_tuning", "bn_tuning"),
-    "method": ("sade", "classify"),
+    "method": ("classify", "sade"),
 }
 """Entries of the other axes that are tried with a pair, in this order. For an axis that is missing: its first entry."""
 
 
 def words(choice: Choice) -> list[str]:
     """The `KEY VALUE` words of a choice. In a chain, the earlier run has the same model and the method `classify`."""
-    parts = " ".join(AXES[axis][choice[axis]] for axis in ("backbone", "tuner", "step")).split()
-    pairs = [*COMMON.split(), *parts, *AXES["method"][choice["method"]].split(), *AXES["test"][choice["test"]].split()]
-    if METHODS[choice["method"]].continues_from_earlier_run:
-        before = [*parts, "pretrained", "none", "num_experts", "3", *LOSS.split()]
+    parts, method = (
+        " ".join(AXES[axis][choice[axis]] for axis in axes).split()
+        for axes in (("backbone", "tuner", "step"), ("loss", "method", "test"))
+    )
+    pairs = ["test_only", "True", "val_per_class", "1", *COMMON.split(), *parts, *method]
+    if METHODS[method[method.index("method") + 1]].continues_from_earlier_run:
+        before = [*COMMON.split(), *parts, "loss_type", "CE"]
         pairs += ["after", "tiny_clip"] + [f"after.{w}" if i % 2 == 0 else w for i, w in enumerate(before)]
     return pairs
 
@@ -218,7 +229,8 @@ def _grouped(refused: Mapping[Pair, str]) -> Iterator[tuple[str, tuple[str, str]
     seconds: dict[tuple[str, str], list[str]] = {}
     for ((_, one), (_, other)), reason in refused.items():
         general = reason
-        for text, short in ((f"ensemble {other}", "this ensemble"), (f"adapt {other}", "it"), (other, "it")):
+        names = ((f"loss_type {one}", "this loss"), (f"ensemble {other}", "this ensemble"), (f"adapt {other}", "it"))
+        for text, short in (*names, (other, "it")):
             general = general.replace(text, short)
         seconds.setdefault((one, general), []).append(other)
     firsts: dict[tuple[str, tuple[str, ...]], list[str]] = {}

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.models.heads.classifiers import CosineClassifier
 from tailtune.trainers.config_checks import outline
-from tailtune.trainers.evaluation.metrics import calibration
+from tailtune.trainers.evaluation.metrics import calibration, calibration_error
 from tailtune.trainers.losses import LOSSES
 from tailtune.trainers.methods import Method
 from tailtune.trainers.methods.balpoe import BalPoE
@@ -112,16 +112,20 @@ def test_what_the_experts_assume() -> None:
 
 
 def test_calibration() -> None:
-    """Fixture 40; our errors are in percent."""
+    """Fixture 40; our errors are in percent. In its SCE, a class that is neither label nor prediction is a hit."""
     a, b = torch.meshgrid(torch.arange(40), torch.arange(5), indexing="ij")
-    confidence, classes = (3 * torch.sin(1 + a + 2 * b.double())).softmax(1).max(1)
-    hits = classes == 7 * torch.arange(40) % 5
+    probabilities, labels = (3 * torch.sin(1 + a + 2 * b.double())).softmax(1), 7 * torch.arange(40) % 5
+    confidence, classes = probabilities.max(1)
+    hits = classes == labels
     found = calibration(confidence, hits)
     assert hits.double().mean() == pytest.approx(0.225)
     assert (found["ece"], found["mce"]) == pytest.approx((39.6732, 94.9302), abs=1e-4)
     bins = zip(found["counts"], found["accuracy"], found["confidence"], strict=True)
     overconfidence = sum(n / 40 * c / 100 * max(c - a, 0) / 100 for n, a, c in bins if n)
     assert overconfidence == pytest.approx(0.265150, abs=1e-6)
+    alike = (F.one_hot(classes, 5) == F.one_hot(labels, 5)).T.contiguous()
+    of_classes = [calibration_error(*each, bins=15) for each in zip(probabilities.T.contiguous(), alike, strict=True)]
+    assert sum(of_classes) / 5 == pytest.approx(0.636769, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.adjusts])

@@ -1,4 +1,4 @@
-"""Backbone × tuner × step × method × test-time step: all pairs of entries that go together, in rows that do all of it.
+"""Backbone × tuner × step × loss × method × test-time step: all pairs that go together, in rows that do all of it.
 
 The rows are the covering array of docs/composition.json: each trains two steps, resumes after the first, saves, loads
 and is evaluated on generated images. By default some rows run, which hold every entry; `make test-slow` adds the other
@@ -23,6 +23,7 @@ from tailtune.models import resolve
 from tailtune.scripts.make_composition import (
     ARRAY,
     AXES,
+    OTHER,
     Choice,
     every_pair,
     page,
@@ -41,7 +42,7 @@ from tailtune.trainers.methods import Earlier
 from tailtune.trainers.methods.base import Batch, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
-from tailtune.trainers.runs.load_run import FinishedRun, make_method
+from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, make_method
 from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.step_passes import StepPasses
@@ -57,7 +58,7 @@ from tailtune.trainers.storage.optimizer_state import optimizer_state, restore_o
 
 STORED = json.loads(ARRAY.read_text(encoding="utf-8"))
 SMALL = ["max_test_images", "12", "batch_size", "6", "num_workers", "0", "test_batch_size", "12", "adapt_epochs", "1"]
-OTHER = Path("output/other")
+USUAL = {axis: next(iter(entries)) for axis, entries in AXES.items()}
 
 
 def test_the_stored_rows_are_of_these_tables() -> None:
@@ -96,8 +97,7 @@ def configs(row: Choice) -> tuple[CfgNode, CfgNode, CfgNode | None]:
 @cache
 def few(backbone: str, test: str) -> DataBundle:
     """Generated images in the shape that a backbone and a test-time step ask for; rows share them."""
-    row = {**{axis: next(iter(entries)) for axis, entries in AXES.items()}, "backbone": backbone, "test": test}
-    data = build_data(configs(row)[0])
+    data = build_data(configs({**USUAL, "backbone": backbone, "test": test})[0])
     of_class = [(data.train_unaugmented.labels == k).nonzero()[:2, 0] for k in range(10)]
     few = torch.cat(of_class).numpy()  # enough for a head's start, and quicker
     data.train_unaugmented = data.train_unaugmented.take(few)
@@ -183,8 +183,7 @@ class Training:
 def stepped(backbone: str, tuner: str, step: str, classifier: str) -> Training:
     """The earlier run of a chain after one step, which all methods that continue one share."""
     method = "tau_norm" if classifier == "LinearClassifier" else "crt"
-    row = {"backbone": backbone, "tuner": tuner, "step": step, "method": method, "test": "plain"}
-    before = configs(row)[2]
+    before = configs({**USUAL, "backbone": backbone, "tuner": tuner, "step": step, "method": method})[2]
     assert before is not None
     run = Training(before, few(backbone, "plain"))
     run.step(1)
@@ -197,9 +196,11 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
     if before is not None:
         ended = stepped(row["backbone"], row["tuner"], row["step"], before.classifier)
         ended.save(RunFolder(before), data)
-        first = copy.deepcopy(ended.method)
-        tensors = {name: each.clone() for name, each in trained_state(first).items()}
-        earlier = Earlier(True, lambda: tensors, lambda: first.eval().requires_grad_(False))
+        if row["method"] == "LT-Soups":
+            merged = ended.twin()
+            merged.step(2)
+            save_checkpoint(Path(OTHER) / "checkpoint", merged.method, merged.facts(data))
+        earlier = earlier_run(RunFolder(before).path, data, make_accelerator(Devices.of(cfg)), ended.base, cfg, True)
     run = Training(cfg, data, earlier)
     twin = run.twin()
     start = {name: each.clone() for name, each in run.method.named_parameters()}
@@ -240,7 +241,7 @@ def check_row(row: Choice) -> None:
     RunFolder(train).claim(trains=True)
     run = trained(row, train, before, data)
     if row["test"] == "soup":
-        save_checkpoint(OTHER / "checkpoint", run.method, run.facts(data))
+        save_checkpoint(Path(OTHER) / "checkpoint", run.method, run.facts(data))
     result = evaluated(cfg, run, data)
     assert 0 <= result["test"]["accuracy"] <= 100
     entries = result.get("distributions", {}).get("test", {}).get("predictors", {})
@@ -281,7 +282,7 @@ def test_every_three_entries(tuner: str, method: str, tmp_path: Path, monkeypatc
         first = number + [*AXES["tuner"]].index(tuner) + [*AXES["method"]].index(method)
         for turn in range(len(backbones)):
             backbone = backbones[(first + turn) % len(backbones)]
-            row = {"backbone": backbone, "tuner": tuner, "method": method, "test": test}
+            row = {**USUAL, "backbone": backbone, "tuner": tuner, "method": method, "test": test}
             if refusal(row) is None:
                 (tmp_path / str(number)).mkdir()
                 monkeypatch.chdir(tmp_path / str(number))

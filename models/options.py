@@ -13,7 +13,8 @@ class ModelOptions:
 
     backbone: str = option(
         "CLIP-ViT-B/16",
-        "Image encoder: a name of the table, `open_clip:NAME`, or `timm:NAME`.",
+        "Image encoder: a name of the table, `open_clip:NAME`, `open_clip:FILE.json` for a CLIP of your own, or "
+        "`timm:NAME`.",
         table="BACKBONES",
     )
     pretrained: str | None = option(

@@ -182,6 +182,10 @@ class OpenClipBackbone:
         try:
             with seeded(seed, "backbone"), hub_or_cache() if "hf_model_name" in text else nullcontext():
                 return model_class(**{**arguments, "vision_cfg": vision_config(config, resolution)})
+        except TypeError as error:
+            if self.config is None:
+                raise
+            raise UserError(f"backbone: open_clip cannot make the model of {self.config}: {error}") from error
         except (OSError, hub_errors.HfHubHTTPError) as error:
             raise UserError(
                 f"the text encoder of {self.arch} ({text['hf_model_name']}) is described on the Hugging Face hub, "
@@ -249,9 +253,14 @@ class OpenClipBackbone:
 def find_open_clip_backbone(name: str) -> OpenClipBackbone:
     """The backbone `open_clip:<name>`.
 
+    Args:
+        name: open_clip's model name, or the path of a model config file of open_clip, which ends in .json.
+
     Raises:
-        UserError: open_clip does not know the name.
+        UserError: open_clip does not know the name, or the file is missing or describes no CLIP with CLIP's tokenizer.
     """
+    if name.endswith(".json"):
+        return OpenClipBackbone(name, tag=None, config=open_clip_files.checked_config(name), interpolation=None)
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models())
     return OpenClipBackbone(name, tag=None, interpolation=None)

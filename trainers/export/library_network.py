@@ -66,6 +66,8 @@ def _network(exported: ExportedModel, num_classes: int) -> dict[str, Any]:
         then = f"\nnet.set_input_size({exported.resolution})" if resized else ""
         kwargs = {"model_name": name, "num_classes": num_classes}
         return {"create": "timm.create_model", "kwargs": kwargs, "then": then, "prefix": ""}
+    if exported.arch not in open_clip.list_models():
+        raise NO_LIBRARY
     kwargs = {"model_name": exported.arch}
     if exported.resolution != clip_resolution(exported):
         kwargs["force_image_size"] = exported.resolution

@@ -1,20 +1,27 @@
-"""Pre-trains the miniature CLIP that comes with TailTune, on rendered characters only.
+"""Pre-trains a miniature CLIP: the one that comes with TailTune, on rendered characters only, or one of photographs.
 
     python scripts/pretrain_tiny_clip.py [--seed 0] [--samples N] [--out models/tiny_clip] [--check-digits]
+    python scripts/pretrain_tiny_clip.py --data DATA --out FOLDER [--captions FILE] [--leave-out NAMES] [--samples N]
 
 Glyphs of 36 classes (ten digits and 26 letters) are rendered once into a bank. Training is contrastive learning of
 images and captions; whole batches are augmented. Some fonts are held out, and the model is measured on them.
 `--check-digits` also measures it on scikit-learn's digits outside TailTune's test split. No real image is trained on.
 It runs on one thread: the same seed gives the same weights with the same package versions.
+
+With `--data`, it trains a larger model, 64 pixels, on the images of a data config, and the captions are names of their
+classes. The same command continues a training that was interrupted. TailTune trains the result further with
+`-m tiny_clip backbone open_clip:FOLDER/photo_clip.json pretrained FOLDER/weights.safetensors resolution 64
+pixel_mean [0.5,0.5,0.5] pixel_std [0.5,0.5,0.5]`.
 """
 
 import argparse
 import math
+import shlex
 import shutil
 import string
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,8 +37,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tailtune.main import exit_code_of
+from tailtune.scripts._contrastive import contrastive_loss, learning_rate
 from tailtune.scripts._glyphs import FRAME, SIZE, STROKES, Bank, augment, build_bank
+from tailtune.scripts._photo_clip import BATCH as PHOTO_BATCH
+from tailtune.scripts._photo_clip import Recipe, pretrain
 
+PACKAGES = ("torch", "open_clip_torch", "matplotlib", "pillow", "numpy")
 MODEL_NAME = "tailtune-tiny"
 MODEL_DIR = Path(__file__).resolve().parents[1] / "models" / "tiny_clip"
 BATCH, LR, WEIGHT_DECAY, WARMUP, EMA_DECAY, EMBED_STD = 128, 1.5e-3, 0.05, 150, 0.998, 0.05
@@ -71,16 +83,6 @@ def make_model(seed: int) -> CLIP:
     return model
 
 
-def contrastive_loss(model: CLIP, images: Tensor, captions: Tensor, classes: Tensor) -> Tensor:
-    """Symmetric InfoNCE in which every caption of an image's class is a positive."""
-    image_features = model.encode_image(images, normalize=True)
-    text_features = model.encode_text(captions, normalize=True)
-    logits = model.logit_scale.exp() * image_features @ text_features.T
-    positives = (classes[:, None] == classes[None]).float()
-    positives = positives / positives.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2
-
-
 def batches(bank: Bank, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield batches of glyphs with new augmentations and captions.
 
@@ -114,7 +116,7 @@ def train(bank: Bank, samples: int, seed: int, log: list[str]) -> CLIP:
     average = [p.detach().clone() for p in model.parameters()]
     stream = tqdm(batches(bank, steps, seed + 1), total=steps, unit="batch", mininterval=1)
     for step, batch in enumerate(stream):
-        rate = LR * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rate = learning_rate(LR, step, steps, WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = contrastive_loss(model, *batch)
@@ -185,33 +187,57 @@ def measure_digits(model: CLIP) -> list[str]:
     return lines
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=64_000, help="rendered samples to train on")
+    parser.add_argument("--samples", type=int, help="images to train on (64,000 characters; 1,000,000 photographs)")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder to write to")
     parser.add_argument("--check-digits", action="store_true", help="also measure on digits outside the test split")
-    args = parser.parse_args()
+    of_photos = parser.add_argument_group("photographs")
+    of_photos.add_argument("--data", help="data config whose images are trained on; it needs --out")
+    of_photos.add_argument("--captions", type=Path, help="JSON file: class name → list of its names in captions")
+    of_photos.add_argument("--leave-out", default="", help="names of classes without images, separated by semicolons")
+    of_photos.add_argument("--prec", choices=("fp32", "bf16"), default="bf16", help="precision of the passes")
+    args = parser.parse_args(argv)
+    args.samples = args.samples or (1_000_000 if args.data else 64_000)
     if args.seed < 0 or args.seed >= 2**32 - 2:
         parser.error(f"--seed must be between 0 and {2**32 - 3}, got {args.seed}")
-    if args.samples < BATCH:
-        parser.error(f"--samples must be at least one batch of {BATCH}, got {args.samples}")
+    least = PHOTO_BATCH if args.data else BATCH
+    if args.samples < least:
+        parser.error(f"--samples must be at least one batch of {least}, got {args.samples}")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder, but {args.out} is a file")
+    if args.data and args.out == MODEL_DIR:
+        parser.error("--data needs --out, a folder for the model")
+    if not args.data and (args.captions or args.leave_out):
+        parser.error("--captions and --leave-out describe photographs; name them with --data")
     return args
 
 
-def main() -> None:
-    """Pre-train and save the model, load and measure the saved model, and write the log."""
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 for success, 2 for wrong input, 130 for an interruption."""
+    return exit_code_of(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> int:
+    args = parse_args(argv)
     torch.set_num_threads(1)
+    command = shlex.join(("python", "scripts/pretrain_tiny_clip.py", *argv))
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    head = [f"command: {command}", f"versions: {versions}"]
+    if args.data is None:
+        train_on_characters(args, head)
+        return 0
+    left_out = tuple(filter(None, (name.strip() for name in args.leave_out.split(";"))))
+    pretrain(Recipe(args.data, args.captions, left_out, args.samples, args.seed, args.prec), args.out, head)
+    return 0
+
+
+def train_on_characters(args: argparse.Namespace, log: list[str]) -> None:
+    """Pre-train and save the model, load and measure the saved model, and write the log, which begins with `log`."""
     torch.use_deterministic_algorithms(True)
     args.out.mkdir(parents=True, exist_ok=True)
-    flag = " --check-digits" if args.check_digits else ""
-    log = [f"command: python scripts/pretrain_tiny_clip.py --seed {args.seed} --samples {args.samples}{flag}"]
-    packages = ("torch", "open_clip_torch", "matplotlib", "pillow", "numpy")
-    log.append("versions: " + ", ".join(f"{name} {version(name)}" for name in packages))
     start = time.perf_counter()
     bank = build_bank(FONTS, True, args.seed)
     log.append(f"bank: {len(bank.classes)} glyphs of {len(FONTS)} fonts and {sum(map(len, STROKES.values()))} drawings")
@@ -230,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,8 @@ from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.trainers.compilation import compiled_blocks
 from tailtune.trainers.distributed import share_statistics
-from tailtune.trainers.evaluation.validation import Validated, Validation
+from tailtune.trainers.evaluation.validation import Validation
+from tailtune.trainers.evaluation.validation_metrics import Validated
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.methods.base import Batch, Method, Step

@@ -35,13 +35,14 @@ HasRun = Callable[..., None]
 @pytest.fixture(scope="session", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nobody's caches are used or changed. Most of what a small run waits for is left out: files reach the disk later,
-    generated images and the random weights of the embedded CLIP are drawn once, commit and versions of packages are
-    looked up once, and runs in this process make no report and no pictures (test_report.py and test_curves.py make
-    them)."""
+    generated images and the random weights of the embedded CLIP are drawn once, commit, versions of packages and the
+    stored schema are looked up once, and runs in this process make no report and no pictures (test_report.py and
+    test_curves.py make them)."""
     import torch
 
     from tailtune.datasets.sources.fake import fake_sources
     from tailtune.models.backbones.random_clip import random_clip
+    from tailtune.trainers.cached_schema import cached_schema
     from tailtune.trainers.runs.metrics_file import commit
     from tailtune.trainers.storage.checkpoint import version
 
@@ -51,6 +52,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("os.fsync", lambda descriptor: None)
         patch.setattr("tailtune.datasets.sources.fake.fake_sources", cache(fake_sources))
         patch.setattr("tailtune.models.backbones.open_clip_backbone.random_clip", _drawn_once(random_clip))
+        patch.setattr("tailtune.main.cached_schema", cache(cached_schema))
         patch.setattr("tailtune.trainers.runs.metrics_file.commit", cache(commit))
         patch.setattr("tailtune.trainers.storage.checkpoint.version", cache(version))
         patch.setattr("tailtune.trainers.evaluation.evaluate.add_report", lambda *_: "")

@@ -20,7 +20,8 @@ from tailtune.trainers.storage.checkpoint import trained_state
 
 Config = Callable[..., CfgNode]
 
-QUICK = "pretrained none init_head none loss_type CE num_experts 3 batch_size 32 max_test_images 20 num_epochs 1"
+QUICK = "pretrained none init_head none loss_type CE num_experts 3 batch_size 16 max_test_images 20 num_epochs 1"
+QUICK += " subset_cap 8"
 STUDENT = f"-d fake_lt -m tiny_clip {QUICK} save_every 1 lr 0.05"
 TEACHER = "after tiny_clip after.method ride after.pretrained none after.init_head none after.loss_type CE"
 TEACHER += " after.max_steps 2 after.batch_size 32"

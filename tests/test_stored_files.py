@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import Cli
 from safetensors.torch import load_file, save_file
 from test_bad_input import RUN, SHORT, interrupted, one_line, states, unfinished  # noqa: F401
+from tiers import slow_except
 
 from tailtune import main
 from tailtune.trainers.storage.atomic_io import Damaged, new_folder
@@ -19,6 +21,8 @@ FILES = (
     *("config.yaml", "metrics.json", "logits.safetensors", "splits/splits.json"),
     *("checkpoint/facts.json", "checkpoint/tensors.safetensors"),
 )
+
+EACH_FILE = [*zip(FILES, ("flipped", "gone") * 3, strict=True)]
 
 
 def spoil(path: Path, how: str) -> None:
@@ -45,8 +49,7 @@ def own_run(whole_run: Path, tmp_path: Path) -> Path:
     return tmp_path / RUN
 
 
-@pytest.mark.parametrize("how", ["flipped", pytest.param("cut", marks=pytest.mark.slow), "gone"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "how"), slow_except(EACH_FILE, product(FILES, ("flipped", "cut", "gone"))))
 def test_a_damaged_file_changes_no_number(launch: Cli, own_run: Path, name: str, how: str) -> None:
     """The command that trained the run, and one that answers from what it stored."""
     whole = json.loads((own_run / "metrics.json").read_text())["test"]

@@ -225,16 +225,20 @@ def test_a_published_base_with_other_weights_is_not_named(tmp_path: Path, monkey
     assert json.loads((tmp_path / "offline" / "facts.json").read_text())["base"] == "base.safetensors"
 
 
-@pytest.mark.parametrize(("name", "title"), [("merged", "merging"), ("onnx", "export onnx")])
-def test_a_bar_is_shown_on_a_terminal(name: str, title: str, exports: Exports) -> None:
-    _, folder = exports(name)
-    lines = (folder.parent / "bar.txt").read_text().replace("\r", "\n").splitlines()
-    assert any(line.startswith(f"{title}: 100%") for line in lines), lines
-    assert all(len(line) <= 80 for line in lines)
+def shows_a_bar(written: str, title: str) -> bool:
+    """Whether a bar of this title came to its end, within the width of the terminal."""
+    lines = written.replace("\r", "\n").splitlines()
+    return any(line.startswith(f"{title}: 100%") for line in lines) and all(len(line) <= 80 for line in lines)
 
 
-def test_no_bar_is_shown_elsewhere(tmp_path: Path) -> None:
-    """Here for weights that are merged; above for ONNX."""
-    with shown_on(screen := io.StringIO()):
+def test_the_bar_of_onnx_is_shown_on_a_terminal(exports: Exports) -> None:
+    """Elsewhere not: see above."""
+    _, folder = exports("onnx")
+    assert shows_a_bar((folder.parent / "bar.txt").read_text(), "export onnx")
+
+
+@pytest.mark.parametrize("screen", [Terminal, io.StringIO])
+def test_the_bar_of_merging_is_shown_on_a_terminal_only(screen: type[io.StringIO], tmp_path: Path) -> None:
+    with shown_on(stream := screen()):
         export(trained(subject(timm_vit(), ["lora"])), "merged", tmp_path / "out")
-    assert not screen.getvalue()
+    assert shows_a_bar(stream.getvalue(), "merging") if stream.isatty() else not stream.getvalue()

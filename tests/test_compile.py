@@ -57,7 +57,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Instead of torch's compiler, one that leaves a function as it is; the shape of each input that it computes."""
     found: list[tuple[int, ...]] = []
 
-    def compiled(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def compiled(compute: Callable[..., Tensor], keeps_graph: bool) -> Callable[..., Tensor]:
         def computed(block: Any, x: Tensor, *rest: Any) -> Tensor:
             found.append(tuple(x.shape))
             return compute(block, x, *rest)
@@ -154,3 +154,23 @@ def test_compiled_and_plain_steps_mix(config: Config, tmp_path: Path, monkeypatc
         assert found.keys() == plain.keys() and any("lora" in each for each in found)
         for key, tensor in plain.items():
             assert torch.allclose(found[key], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max())), (name, key)
+
+
+@pytest.mark.slow
+def test_two_backward_passes_of_code_that_another_run_has_compiled(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sam focal` after a run without it, whose code is in torch's cache and allows one backward pass only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    words = "pretrained none prec fp32 batch_size 8 max_steps 2 max_test_images 8 num_workers 0 output_dir"
+
+    def trained(name: str, *more: object) -> dict[str, Tensor]:
+        torch.compiler.reset()
+        path = run(config("fake_lt", "tiny_clip_peft", *words.split(), name, *more))
+        return load_file(path / "checkpoint" / "tensors.safetensors")
+
+    trained("before", "compile", True)
+    compiled, plain = (trained(str(flag), "sam", "focal", "compile", flag) for flag in (True, False))
+    for key, tensor in plain.items():
+        assert torch.allclose(compiled[key], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max())), key

@@ -44,7 +44,7 @@ def check_compile(encoder: Encoder, backbone: str) -> None:
 
 
 @contextmanager
-def compiled_blocks(method: Method, wanted: bool) -> Iterator[None]:
+def compiled_blocks(method: Method, wanted: bool, keeps_graph: bool = False) -> Iterator[None]:
     """Within this block, the encoder of a method trains with compiled blocks.
 
     No module changes, so names of tensors stay as they are.
@@ -52,11 +52,12 @@ def compiled_blocks(method: Method, wanted: bool) -> Iterator[None]:
     Args:
         method: a method that `check_compile` accepts.
         wanted: False: nothing happens.
+        keeps_graph: whether a graph may take two backward passes.
     """
     encoder: Any = method.model.encoder
     if wanted:
         log.info("compile: torch compiles the blocks in the first step, which takes longer")
-        encoder.compute_block = CompiledBlock(encoder.compute_block)
+        encoder.compute_block = CompiledBlock(encoder.compute_block, keeps_graph)
     try:
         yield
     finally:
@@ -71,10 +72,11 @@ class CompiledBlock:
 
     Args:
         compute: the function; its first two arguments are a block and its input [B, N, D].
+        keeps_graph: see `compiled_blocks`.
     """
 
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
-        self.plain, self.compiled, self.largest = compute, compiled(compute), 0
+    def __init__(self, compute: Callable[..., Tensor], keeps_graph: bool) -> None:
+        self.plain, self.compiled, self.largest = compute, compiled(compute, keeps_graph), 0
 
     def __call__(self, block: Any, x: Tensor, *rest: Any) -> Tensor:
         if not torch.is_grad_enabled() or len(x) < self.largest:
@@ -83,18 +85,22 @@ class CompiledBlock:
         return self.compiled(block, x, *rest)
 
 
-def compiled(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(compute: Callable[..., Tensor], keeps_graph: bool) -> Callable[..., Tensor]:
     """A function as torch.compile makes it, when it is first called with arguments of a structure.
 
-    The function that is returned raises a `UserError` where torch cannot compile it, such as without a C++ compiler.
+    Unless a graph is kept, its backward pass may write over what was saved for it (donated buffers). The function that
+    is returned raises a `UserError` where torch cannot compile it, such as without a C++ compiler.
     """
     from torch._dynamo import config, exc  # its import takes seconds
+    from torch._functorch import config as autograd
 
+    donates = autograd.donated_buffer and not keeps_graph
     code = torch.compile(compute, dynamic=False, fullgraph=True, backend=BACKEND, options=OPTIONS)
 
     def run(*inputs: Any) -> Tensor:
         try:
-            with config.patch(recompile_limit=STRUCTURES, optimize_ddp=False):  # a block is small: DDP need not cut it
+            # A block is small, so DDP need not cut it.
+            with config.patch(recompile_limit=STRUCTURES, optimize_ddp=False), autograd.patch(donated_buffer=donates):
                 return code(*inputs)
         except exc.TorchDynamoException as error:
             why = str(error).strip().partition("\n")[0]

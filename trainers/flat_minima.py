@@ -156,11 +156,13 @@ class SamMode:
     """Number of tensors of a parameter's size that a step holds for each trained parameter, beside its gradient."""
     by_class: bool = False
     """Whether the loss of each image is weighted by its class."""
+    keeps_graph: bool = False
+    """Whether a forward pass has two backward passes."""
 
 
 SAM_MODES: dict[str, SamMode] = {
     "sam": SamMode(sharpness_aware, SamOptions, copies=2),
-    "focal": SamMode(focal, FocalOptions, copies=3, by_class=True),
+    "focal": SamMode(focal, FocalOptions, copies=3, by_class=True, keeps_graph=True),
     "gnm": SamMode(noisy, NoiseOptions, copies=2),
 }
 PLAIN = SamMode(plain, NoOptions, copies=0)

@@ -1,13 +1,23 @@
 """`FeatureView`: a view whose batches have features that were computed before, in the place of the images."""
 
+from typing import Protocol
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from tailtune.datasets.view import PADDING, Batch, View
 
 
+class Rows(Protocol):
+    """A tensor [N, …], in memory or in a file."""
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor:
+        """The rows at some positions int64 [n]."""
+
+
 class FeatureView(View):
-    """The features of the images of a view. A batch has them under the names of the images.
+    """The features, or tokens, of the images of a view. A batch has them under the names of the images.
 
     Args:
         view: the images. Its transform draws no random numbers, so a key gives the same features in every epoch.
@@ -17,13 +27,13 @@ class FeatureView(View):
 
     decodes = False
 
-    def __init__(self, view: View, features: Tensor, readable: Tensor) -> None:
+    def __init__(self, view: View, features: Rows, readable: Tensor) -> None:
         super().__init__(view.source, view.indices, view.transform, view.seed, view.skip_bad)
         self.features, self.readable = features, readable.numpy()
 
     def _images(self, keys: np.ndarray, seconds: np.ndarray) -> tuple[Batch, np.ndarray]:
         index = keys[:, 0]
-        return {"image": self.features[index]}, self.readable[index] & (index != PADDING)
+        return {"image": self.features[torch.from_numpy(index).clamp_min(0)]}, self.readable[index] & (index != PADDING)
 
     def _prefetch(self, index: np.ndarray, seconds: np.ndarray) -> None:
         """Do nothing: no image is read."""

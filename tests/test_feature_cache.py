@@ -219,7 +219,6 @@ def test_every_change_of_what_a_feature_depends_on_makes_another_entry(photograp
         ("method", "mixup"),
         ("method", "glmc", "pair_sampler", "shuffle"),
         ("classifier", "TextClassifier", "context", "maple", "context_len", 2, "context_depth", 2),
-        ("classifier", "TextClassifier", "projection_tuning", True),
         ("feature_cache", False),
     ],
     ids=lambda words: " ".join(map(str, words)),

@@ -33,7 +33,7 @@ def blocks_run() -> Iterator[set[int]]:
     run = TransformerEncoder.run_block
 
     def noted(self: TransformerEncoder, x: torch.Tensor, index: int, *rest: object) -> torch.Tensor:
-        found.update({index} if isinstance(self, ViTEncoder) else ())
+        found.update({index} if isinstance(self, ViTEncoder) and not x.is_meta else ())
         return run(self, x, index, *rest)  # type: ignore[arg-type]
 
     with mock.patch.object(TransformerEncoder, "run_block", noted):
@@ -48,6 +48,7 @@ RUNS = [
     "adapter True partial 2 num_experts 2 expert_split 1 method ride",
     "clip_lora True clip_lora_layers 2 micro_batch_size 16",
     "lora True partial 2 bias_tuning True grad_checkpoint True",
+    "peft LoRA partial 2",
     "vpt_deep True partial 3 init_head class_mean method batchformer",
 ]
 
@@ -88,6 +89,7 @@ def test_an_entry_belongs_to_the_blocks_below(photographs: Path, config: Config)
     assert entries(*TOP, change=last_block) == 1
     assert entries("lora", True, "partial", 2, "lr", 3, "batch_size", 5) == 1, "other tuners of the same blocks"
     assert entries("partial", 2, "ln_tuning", True, "method", "ride", "num_experts", 2) == 1
+    assert entries("peft", "LoRA", "partial", 2) == 1
     assert entries(*TOP, change=first_block) == 2
     assert entries("adaptformer", True, "partial", 3) == 3
     assert entries(*TOP, "prec", "bf16") == 4
@@ -139,6 +141,23 @@ def test_without_room_a_run_encodes_images(
         assert encoded(config, *TOP, "augment", "none") is None
     assert len(caplog.messages) == 2 and "are free" in caplog.messages[1] and "\n" not in "".join(caplog.messages)
     assert len(list(TOKENS.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_warns_once_for_each_split(launch: Cli) -> None:
+    words = "val_per_class 1 val_every 1 num_epochs 3 batch_size 330 feature_cache_gb 1e-6 output_dir limited"
+    done = launch(WORDS, *TOP, words)
+    assert done.returncode == 0 and len(outcome("limited")[2]["train"]["validations"]) == 3
+    assert (done.stdout + done.stderr).count("are not kept") == 3
+
+
+def test_dropout_that_goes_on_in_a_frozen_encoder(photographs: Path, config: Config) -> None:
+    methods: list[Method] = []
+    assert encoded(config, "clip_lora", True, "clip_lora_layers", 2, change=methods.append) is not None
+    encoder = methods[0].model.encoder
+    assert isinstance(encoder, ViTEncoder) and encoder.constant_blocks == 4
+    methods[0].freeze_trained(encoder)
+    assert encoder.constant_blocks == 0 and not encoder.is_constant
 
 
 def test_a_damaged_entry_is_written_again(photographs: Path, config: Config, caplog: pytest.LogCaptureFixture) -> None:

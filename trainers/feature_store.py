@@ -34,7 +34,6 @@ from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.backbone_types import TextEncoder
 from tailtune.models.backbones.prompts import Sentences
-from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.feature_keys import circumstances, digest_before, digest_of, encoder_digest, hash_of
 from tailtune.trainers.methods.base import Method
@@ -175,13 +174,13 @@ class FeatureStore:
         """The view of the tokens before the first block that trains, or the view itself."""
         model, tokens, encoder = method.model, self.tokens, method.model.encoder
         possible = self._fixed(view) and method.takes_features and not is_sharded()
-        if not possible or tokens is None or not isinstance(encoder, ViTEncoder) or not tokens.pays(encoder):
+        if not possible or tokens is None or not tokens.applies(encoder, view):
             return view
         block, training = encoder.constant_blocks, encoder.training
         encoder.eval()
         try:
             facts = {"before block": block, **self._key(model, view, digest_before(encoder, block))}
-            found = tokens.view_of(model, view, facts)
+            found = tokens.view_of(model, encoder, view, facts)
         finally:
             encoder.train(training)
         if found is not view:

@@ -7,9 +7,9 @@ pass over the images, in batches of `test_batch_size` and in eval mode.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from tailtune.datasets.feature_view import FeatureView
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
+from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.storage.kept_rows import KeptRows
 
@@ -39,23 +40,26 @@ class TokenStore:
     batch_size: int
     """Number of images that are encoded at once."""
     num_workers: int | None
+    refused: set[View] = field(default_factory=set)
+    """Views whose tokens could not be kept, so that nobody tries and warns in every epoch."""
 
-    def pays(self, encoder: ViTEncoder) -> bool:
-        """Whether tokens may be kept: one process, which finds at least half of the blocks constant."""
-        return self.accelerator.num_processes == 1 and 2 * encoder.constant_blocks >= encoder.depth
+    def applies(self, encoder: Encoder, view: View) -> TypeGuard[ViTEncoder]:
+        """Whether tokens may stand for the images of a view: one process, which finds half of the blocks constant."""
+        if not isinstance(encoder, ViTEncoder) or self.accelerator.num_processes > 1 or view in self.refused:
+            return False
+        block = encoder.constant_blocks
+        return 2 * block >= encoder.depth and encoder.starts_at in (0, block)  # others may have other tokens already
 
-    def view_of(self, model: ClassificationModel, view: View, facts: Mapping[str, Any]) -> View:
+    def view_of(self, model: ClassificationModel, encoder: ViTEncoder, view: View, facts: Mapping[str, Any]) -> View:
         """The view of the tokens of the images; the view itself if they cannot be kept, which a warning says.
 
         Args:
-            model: the model in eval mode. Its encoder is a ViT for which `pays` is true.
+            model: the model.
+            encoder: its encoder, in eval mode, for which `applies` is true.
             view: the images. Its transform draws no random numbers.
             facts: everything that the tokens depend on, as JSON.
         """
-        encoder: Any = model.encoder
         block, started = encoder.constant_blocks, time.perf_counter()
-        if encoder.starts_at not in (0, block):
-            return view  # the tokens before another block stand for other images
         title = f"tokens of {len(view):,} images before block {block}"
         tokens = self.kept.open(facts)
         if tokens is not None:
@@ -66,6 +70,7 @@ class TokenStore:
             size, seconds = prod(tokens.shape) * tokens.dtype.itemsize, time.perf_counter() - started
             log.info("%s: computed in %.1f s, %s MB kept in %s", title, seconds, f"{size / 1e6:,.1f}", self.kept.folder)
         if tokens is None:
+            self.refused.add(view)
             return view
         encoder.starts_at = block
         return FeatureView(view, tokens, torch.ones(len(view), dtype=torch.bool))

@@ -72,24 +72,32 @@ class KeptRows:
             Why it is not written; None if it is.
         """
         path = self._names.path(facts)
-        if lacks := self._lacks_room(path, prod(shape) * dtype.itemsize):
-            return lacks
         try:
+            if lacks := self._lacks_room(path, prod(shape) * dtype.itemsize):
+                return lacks
             self._names.remove_abandoned(path)
             digest = stream_tensors(path, {TENSOR: (dtype, shape, parts)}, as_text(facts))
             write_json(path.with_suffix(".json"), digest._asdict())
-        except CannotWrite as error:
-            return f"cannot write {path}: {getattr(error.__cause__, 'strerror', None) or error}"
+        except (OSError, CannotWrite) as error:
+            refused = error.__cause__ if isinstance(error, CannotWrite) else error
+            return f"cannot write {path}: {getattr(refused, 'strerror', refused)}"
         return None
 
     def _lacks_room(self, path: Path, size: int) -> str | None:
         """Why a file of `size` bytes has no room; None if it has."""
         folder, takes = self.folder, f"they take {size / 1e9:.3g} GB"
-        others = [each for each in folder.glob("*") if each != path]
-        left = max(0.0, self.limit - sum(each.stat().st_size for each in others))
+        left = max(0.0, self.limit - sum(_size(each) for each in folder.glob("*") if each != path))
         if size > left:
             limit = f"feature_cache_gb leaves {left / 1e9:.3g} of {self.limit / 1e9:.3g} GB in {folder}"
             return f"{takes}, and {limit}; delete old files there, or raise it"
         existing = next(each for each in (folder, *folder.parents) if each.is_dir())
         free = shutil.disk_usage(existing).free
         return None if size <= LARGEST_SHARE * free else f"{takes}, and {free / 1e9:.3g} GB are free for {folder}"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 if another process has removed or renamed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

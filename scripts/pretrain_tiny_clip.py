@@ -225,7 +225,7 @@ def _command(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     command = shlex.join(("python", "scripts/pretrain_tiny_clip.py", *argv))
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    head = [f"command: {command}", f"versions: {versions}"]
+    head = [f"command: {command}", f"seed: {args.seed}, images: {args.samples}", f"versions: {versions}"]
     if args.data is None:
         train_on_characters(args, head)
         return 0

@@ -29,13 +29,13 @@ from tailtune.configs.option import option, options_from
 from tailtune.configs.value_parsers import as_path
 from tailtune.datasets.feature_view import FeatureView
 from tailtune.datasets.image_identity import image_digest, without_draws
-from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.backbone_types import TextEncoder
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import Sentences
-from tailtune.trainers.distributed import on_main
+from tailtune.trainers.distributed import copied_from_main, on_main
+from tailtune.trainers.feature_pass import encoded_once
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.runs.metrics_file import device_name
 from tailtune.trainers.sharding import is_sharded
@@ -174,26 +174,34 @@ class FeatureStore:
             facts = on_main(self.accelerator, lambda: self._facts(model, view, experts, untuned))
             if facts is None:
                 return view
+            readable = torch.ones(len(view), dtype=torch.bool)
             if (found := self._read(kept, facts)) is not None:
-                return FeatureView(view, found, torch.ones(len(view), dtype=torch.bool))
+                log.info("features of %s images: read from the feature cache", f"{len(view):,}")
+                return FeatureView(view, found, readable)
             started = time.perf_counter()
-            features, readable = self._computed(view, encode)
+            computed = encoded_once(view, encode, self.accelerator, self.batch_size, self.num_workers)
         finally:
             encoder.train(training)
-        bad_images = int((~readable).sum())
-        seconds, outcome = time.perf_counter() - started, "not kept"
-        if bad_images:
-            outcome = f"not kept, because {bad_images} cannot be read"
-        elif self.accelerator.is_local_main_process and kept.write(facts, features):
-            outcome = f"{features.nbytes / 1e6:,.1f} MB kept in {kept.folder}"
+        seconds = time.perf_counter() - started
+        bad_images, written = on_main(self.accelerator, lambda: _written(kept, facts, computed))
+        outcome = "not kept" + f", because {bad_images} cannot be read" * (bad_images > 0)
+        if computed is not None and written:
+            outcome = f"{computed[0].nbytes / 1e6:,.1f} MB kept in {kept.folder}"
         log.info("features of %s images: computed in %.1f s, %s", f"{len(view):,}", seconds, outcome)
+        if written and (found := self._read(kept, facts)) is not None:
+            return FeatureView(view, found, readable)
+        features, readable = copied_from_main(self.accelerator, computed)
+        if written and self.accelerator.is_local_main_process and not self.accelerator.is_main_process:
+            kept.write(facts, features)  # this machine has a folder of its own
         return FeatureView(view, features, readable)
 
     def _facts(self, model: ClassificationModel, view: View, experts: int, untuned: bool) -> dict[str, Any] | None:
         """Everything that the features depend on; None if they do not fit into memory."""
         encoder = model.encoder
-        size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory() / local_processes()
-        if 3 * size > LARGEST_SHARE * free:  # they are copied when they are gathered, and when they are written
+        size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory()
+        if (
+            1 + local_processes()
+        ) * size > LARGEST_SHARE * free:  # copied when they are written, and if nothing is kept
             sizes = f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
             log.warning("warning: feature_cache: the features take %s: every image is encoded again", sizes)
             return None
@@ -211,34 +219,21 @@ class FeatureStore:
 
     def _read(self, kept: KeptTensors, facts: dict[str, Any]) -> Tensor | None:
         """The features of an entry, if every process can read it."""
-        found = kept.read(facts)
-        everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
-        if found is None or not everywhere:
+        found = kept.read(facts) if self.accelerator.is_main_process else None
+        if not on_main(self.accelerator, lambda: found is not None):
             return None
-        log.info("features of %s images: read from the feature cache", f"{len(found):,}")
-        return found
+        if not self.accelerator.is_main_process:
+            found = kept.read(facts, checked=not self.accelerator.is_local_main_process)
+        everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
+        return found if everywhere else None
 
-    @torch.no_grad()
-    def _computed(self, view: View, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Features [N, …] and which images could be read, bool [N], on the CPU. The processes share the batches."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = torch.arange(len(view)).split(self.batch_size)
-        shares = [torch.cat(batches[each::world] or batches[:1]) for each in range(world)]  # none is empty
-        own = view if world == 1 else view.take(shares[rank].numpy())
-        device, features = self.accelerator.device, torch.empty(0)
-        readable = torch.zeros(len(shares[0]), dtype=torch.bool, device=device)  # the first share is the largest one
-        loader = eval_loader(own, self.batch_size, self.num_workers, device=device, title="features" * (rank == 0))
-        for number, batch in enumerate(loader):
-            found = encode(batch["image"])
-            if number == 0:
-                features = found.new_zeros(len(readable), *found.shape[1:])
-            features[batch["index"]], readable[batch["index"]] = found, batch["weight"] > 0
-        gathered = [self.accelerator.gather(each).cpu().split(len(readable)) for each in (features, readable)]
-        joined = [parts[0].new_zeros(len(view), *parts[0].shape[1:]) for parts in gathered]
-        for tensor, parts in zip(joined, gathered, strict=True):
-            for share, part in zip(shares, parts, strict=True):
-                tensor[share] = part[: len(share)]
-        return joined[0], joined[1]
+
+def _written(kept: KeptTensors, facts: dict[str, Any], computed: tuple[Tensor, Tensor] | None) -> tuple[int, bool]:
+    """Number of images that could not be read; whether the features of all images have become an entry."""
+    assert computed is not None, "asked on the first process"
+    features, readable = computed
+    bad_images = int((~readable).sum())
+    return bad_images, not bad_images and kept.write(facts, features)
 
 
 def _encoder_digest(encoder: Encoder, untuned: bool) -> str:

@@ -1,22 +1,17 @@
 """`feature_cache`: features of a frozen encoder are computed once, and a run ends with the same numbers."""
 
-import json
 import logging
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Cli, free_port, offline
+from conftest import Cli
+from feature_runs import WORDS, assert_same, counted, outcome
 from PIL import Image
-from safetensors.torch import load_file
 from yacs.config import CfgNode
 
 from tailtune.datasets.build_data import build_data
@@ -33,28 +28,6 @@ from tailtune.trainers.storage.resume_states import ResumeStates
 
 Config = Callable[..., CfgNode]
 FOLDER = ("feature_cache_dir", "kept")
-WORDS = "-d digits_lt -m tiny_clip augment whole batch_size 64 max_steps 8 max_test_images 70 feature_cache_dir kept"
-
-
-@contextmanager
-def counted(kind: type, name: str) -> Iterator[mock.Mock]:
-    """Counts the calls of a method."""
-    with mock.patch.object(kind, name, autospec=True, side_effect=getattr(kind, name)) as calls:
-        yield calls
-
-
-def outcome(run: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """What a run has trained, the logits of its test images, and its result."""
-    folder = Path("output", run)
-    head, logits = (load_file(folder / name) for name in ("checkpoint/tensors.safetensors", "logits.safetensors"))
-    return head, logits, json.loads((folder / "metrics.json").read_text())
-
-
-def assert_same(run: str, other: str, tolerance: float = 0.0) -> None:
-    for found, wanted in zip(outcome(run)[:2], outcome(other)[:2], strict=True):
-        assert found.keys() == wanted.keys()
-        for name, tensor in found.items():
-            assert torch.allclose(tensor.double(), wanted[name].double(), rtol=0, atol=tolerance), name
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
@@ -118,59 +91,6 @@ def test_a_resumed_stage_has_the_features_of_its_own_encoder(launch: Cli, monkey
         done = launch(words, "feature_cache_dir other output_dir killed")  # nothing is kept here
     assert done.returncode == 0 and "resuming after step 2" in done.stderr + done.stdout and encoded.call_count
     assert_same("whole", "killed")
-
-
-TWO_PROCESSES = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-TWO_MACHINES = f"""
-import os, sys
-os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", XDG_CACHE_HOME=f"of_{{os.environ['RANK']}}")
-sys.path.insert(0, {str(ROOT)!r})
-import tailtune
-from tailtune import main
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
-def launch_two(script: Path, words: str) -> str:
-    """What a launch of two processes has logged."""
-    command = [*TWO_PROCESSES, "--main_process_port", str(free_port()), str(script), *words.split()]
-    done = subprocess.run(command, env=offline(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work(launch: Cli, tmp_path: Path) -> None:
-    """The features do not depend on the number of processes, so either can use those of the other."""
-    for run, cache in (("cold", True), ("warm", True), ("off", False)):
-        launch_two(ROOT / "main.py", f"{WORDS} output_dir {run} feature_cache {cache} init_head class_mean")
-    assert_same("warm", "cold")
-    assert_same("off", "cold", 1e-4)
-    with counted(ViTEncoder, "trunk") as images:
-        assert launch(WORDS, "output_dir alone init_head class_mean").returncode == 0
-    assert not images.call_count
-
-
-@pytest.mark.slow
-def test_processes_that_cannot_read_the_same_file(launch: Cli, tmp_path: Path) -> None:
-    """Two machines with a folder each, and one machine where nothing can be written: all ranks get the features."""
-    script = tmp_path / "machines.py"
-    script.write_text(TWO_MACHINES)
-    words = f"{WORDS.removesuffix('feature_cache_dir kept')} init_head class_mean output_dir"
-    assert launch(words, "one feature_cache_dir kept").returncode == 0
-    for run, outcome in (("cold", "computed"), ("warm", "read from")):
-        assert f"images: {outcome}" in launch_two(script, f"{words} {run}")
-    for machine in ("of_0", "of_1"):
-        folder = Path(machine, "tailtune/features")
-        assert {path.name for path in folder.iterdir()} == {path.name for path in Path("kept").iterdir()}
-        for path in folder.iterdir():
-            assert torch.equal(load_file(path)["features"], load_file(Path("kept", path.name))["features"])
-    Path("file").touch()
-    log = launch_two(ROOT / "main.py", f"{words} unwritable feature_cache_dir file/kept")
-    assert "cannot write" in log and "not kept" in log
-    assert_same("warm", "cold")
-    assert_same("unwritable", "cold")
-    assert_same("cold", "one", 1e-4)
 
 
 # --- what a feature depends on ---------------------------------------------------------------------------------------
@@ -309,3 +229,14 @@ def test_features_that_do_not_fit_into_memory(
     with caplog.at_level(logging.WARNING, "tailtune"):
         assert encoded(config) is None
     assert "every image is encoded again" in caplog.text
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_images_are_cached_where_their_features_do_not_fit(
+    fits: bool, photographs: Path, launch: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fits:
+        monkeypatch.setattr("tailtune.trainers.feature_store.free_memory", lambda: 100)
+    words = "-d mine.yaml -m tiny_clip pretrained none init_head none augment whole max_steps 1 batch_size 4 cache ram"
+    done = launch(words, *FOLDER, "output_dir run")
+    assert done.returncode == 0 and ("cache ram: 10 images" in done.stdout) is not fits, done.stdout

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ from tailtune.trainers.methods.base import Method
 from tailtune.trainers.runs.metrics_file import device_name
 from tailtune.trainers.sharding import is_sharded
 from tailtune.trainers.storage.kept_tensors import KeptTensors
+from tailtune.trainers.weight_digest import weight_digest
 
 FORMAT = 1
 """A change of the code that changes a bit of a feature needs another number."""
@@ -95,7 +96,7 @@ class TextFeatures:
         facts = {
             "format": FORMAT,
             "texts": _hash([list(each) for each in sentences]),
-            "encoder": [self.backbone, _digest(text_encoder.weights().items())],
+            "encoder": [self.backbone, weight_digest(text_encoder, text_encoder.weights().items())],
             **_circumstances(),
         }
         features = self.kept.read(facts)
@@ -131,17 +132,13 @@ class FeatureStore:
         texts, content = TextFeatures.of(cfg), cfg.data_fingerprint == "content"
         return cls(texts.kept, texts, accelerator, cfg.test_batch_size, cfg.num_workers, content, note)
 
-    def applies(self, method: Method, view: View) -> bool:
-        """Whether features can stand for the images of a view, for a method as it is at present.
-
-        The encoder does not train, the view draws no random numbers, and only the encoder reads the images.
-        """
-        frozen = method.takes_features and method.model.encoder.is_constant and not is_sharded()
-        return self._fixed(view) and frozen
-
     def view_of(self, method: Method, view: View) -> View:
-        """The view of the features of the images, or the view itself. All processes must call this together."""
-        if not self.applies(method, view):
+        """The view of the features of the images, or the view itself. All processes must call this together.
+
+        Features can stand for images if the encoder of the method as it is at present does not train, the view draws no
+        random numbers, and only the encoder reads the images.
+        """
+        if not (method.takes_features and method.model.encoder.is_constant and self._fixed(view)) or is_sharded():
             return view
         model = method.model
         found = self._view(model, view, model.features, model.encoder.experts, untuned=False)
@@ -255,7 +252,7 @@ def _encoder_digest(encoder: Encoder, untuned: bool) -> str:
         for name, module in host.named_modules()
         if wanted(name)
     ]  # torch counts hooks in a process, so their numbers say nothing
-    return f"{_digest(tensors)}-{_hash(modules)}"
+    return f"{weight_digest(encoder, tensors)}-{_hash(modules)}"
 
 
 def _plain(value: Any) -> Any:
@@ -272,14 +269,6 @@ def _plain(value: Any) -> Any:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda each: each[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _circumstances() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from conftest import Cli
 from feature_runs import WORDS, assert_same, counted, outcome
 from PIL import Image
+from safetensors.torch import load_file
 from yacs.config import CfgNode
 
 from tailtune.datasets.build_data import build_data
@@ -68,6 +69,25 @@ def test_tip_adapter_and_zero_shot_encode_nothing_again(launch: Cli) -> None:
         calls.append(images.call_count + texts.call_count)
     assert calls[0] and not any(calls[1:])
     assert_same("first", "second")
+
+
+@pytest.mark.parametrize(("tuner", "of_trained"), [("adapter False", 0), ("adapter True", 2)])
+def test_an_ensemble_encodes_the_test_images_once_with_a_frozen_encoder(
+    tuner: str, of_trained: int, launch: Cli
+) -> None:
+    """Each encoder has two batches of them. With an α of 1 the logits are those of the run."""
+    words = f"{WORDS} {tuner} output_dir run"
+    assert launch(words).returncode == 0
+    calls = []
+    for alpha in (0, 0.5, 1):
+        with counted(ViTEncoder, "trunk") as images:
+            done = launch(words, "test_only True ensemble logits ensemble_alpha", alpha)
+        assert done.returncode == 0, done.stderr
+        calls.append(images.call_count)
+    assert calls == [of_trained + 2, of_trained, of_trained]
+    newest = max(Path("output").glob("run/tests/*/logits.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    found, wanted = load_file(newest), load_file("output/run/logits.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_resumed_stage_has_the_features_of_its_own_encoder(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

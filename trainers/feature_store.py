@@ -27,7 +27,7 @@ from tailtune.configs.launch_environment import is_first_process
 from tailtune.configs.machine import LARGEST_SHARE, free_memory, local_processes
 from tailtune.configs.option import option, options_from
 from tailtune.configs.value_parsers import as_path
-from tailtune.datasets.feature_view import FeatureView
+from tailtune.datasets.feature_view import FeatureView, JoinedView
 from tailtune.datasets.image_identity import image_digest, without_draws
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
@@ -136,15 +136,19 @@ class FeatureStore:
         """The view of the features of the images, or the view itself. All processes must call this together.
 
         Features can stand for images if the encoder of the method as it is at present does not train, the view draws no
-        random numbers, and only the encoder reads the images.
+        random numbers, and only the encoder reads the images. Of a method with several parts, this may be so for some.
         """
-        if not (method.takes_features and method.model.encoder.is_constant and self._fixed(view)) or is_sharded():
+        views = [self._of_part(part, view) for part in method.parts]
+        if all(found is view for found in views):
             return view
+        self.note(NOTE)
+        return views[0] if len(views) == 1 else JoinedView(views)
+
+    def _of_part(self, method: Method, view: View) -> View:
         model = method.model
-        found = self._view(model, view, model.features, model.encoder.experts, untuned=False)
-        if found is not view:
-            self.note(NOTE)
-        return found
+        if not (method.takes_features and model.encoder.is_constant and self._fixed(view)) or is_sharded():
+            return view
+        return self._view(model, view, model.features, model.encoder.experts, untuned=False)
 
     def untuned(self, model: ClassificationModel, view: View, encode: Callable[[Tensor], Tensor]) -> View:
         """As `view_of`, for features of the pre-trained network alone, within `Encoder.untuned`.

@@ -29,12 +29,13 @@ def weight_digest(model: object, tensors: Iterable[tuple[str, Tensor]]) -> str:
         values = tensor.detach().contiguous().view(-1).view(torch.uint8)
         sums = _sums(values)
         if name not in known or known[name][0] != sums:
-            known[name] = sums, _hashed(values)
+            known[name] = sums, value_hash(values)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {known[name][1]}".encode())
     return digest.hexdigest()
 
 
-def _hashed(values: Tensor) -> str:
+def value_hash(values: Tensor) -> str:
+    """SHA-256 of bytes [n]."""
     return hashlib.sha256(values.cpu().numpy().data).hexdigest()
 
 

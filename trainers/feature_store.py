@@ -200,9 +200,8 @@ class FeatureStore:
         """Everything that the features depend on; None if they do not fit into memory."""
         encoder = model.encoder
         size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory()
-        if (
-            1 + local_processes()
-        ) * size > LARGEST_SHARE * free:  # copied when they are written, and if nothing is kept
+        copies = 1 + local_processes()  # one while they are written; one in each process if they cannot be kept
+        if copies * size > LARGEST_SHARE * free:
             sizes = f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
             log.warning("warning: feature_cache: the features take %s: every image is encoded again", sizes)
             return None

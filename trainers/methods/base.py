@@ -275,7 +275,7 @@ class Method(StagedModule):
         return tensors
 
     def before_training(self, steps: int, per_epoch: int) -> None:
-        """Called before the first step of each launch, also a resumed one. A run has `steps`, a full epoch `per_epoch`."""
+        """Called before the first step of a launch, also a resumed one. A run has `steps`, a full epoch `per_epoch`."""
         if not self.model.encoder.is_frozen:
             self.model.before_training(steps)
 

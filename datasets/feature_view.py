@@ -1,5 +1,6 @@
-"""`FeatureView`: a view whose batches have features that were computed before, in the place of the images."""
+"""Views whose batches have features that were computed before, in the place of the images or beside them."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,3 +38,25 @@ class FeatureView(View):
 
     def _prefetch(self, index: np.ndarray, seconds: np.ndarray) -> None:
         """Do nothing: no image is read."""
+
+
+class JoinedView(View):
+    """Several views of the same images. In the place of the images, a batch has a list of what each view has.
+
+    Args:
+        views: the views. Each has the same images in the same order, and no view draws random numbers.
+    """
+
+    def __init__(self, views: Sequence[View]) -> None:
+        first = views[0]
+        super().__init__(first.source, first.indices, first.transform, first.seed, first.skip_bad)
+        self.views = views
+        self.decodes = any(view.decodes for view in views)
+
+    def _images(self, keys: np.ndarray, seconds: np.ndarray) -> tuple[Batch, np.ndarray]:
+        found, readable = zip(*(view._images(keys, seconds) for view in self.views), strict=True)
+        return {"image": [each["image"] for each in found]}, np.logical_and.reduce(readable)
+
+    def _prefetch(self, index: np.ndarray, seconds: np.ndarray) -> None:
+        for view in self.views:
+            view._prefetch(index, seconds)

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.trainers.runs.metrics_file import device_name
+from tailtune.trainers.weight_digest import weight_digest
 
 LIBRARIES = ("torch", "timm", "open_clip_torch", "peft")
 
@@ -44,7 +45,7 @@ def _digest_where(wanted: Callable[[str], bool], encoder: Encoder, host: nn.Modu
         for name, module in host.named_modules()
         if wanted(name)
     ]  # torch counts hooks in a process, so their numbers say nothing
-    return f"{digest_of(tensors)}-{hash_of(modules)}"
+    return f"{weight_digest(encoder, tensors)}-{hash_of(modules)}"
 
 
 def _plain(value: Any) -> Any:
@@ -62,15 +63,6 @@ def _plain(value: Any) -> Any:
 def hash_of(content: Any) -> str:
     """SHA-256 of content that JSON can express."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, dtypes, shapes and values of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda each: each[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def circumstances() -> dict[str, Any]:

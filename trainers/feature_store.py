@@ -26,21 +26,22 @@ from tailtune.configs.launch_environment import is_first_process
 from tailtune.configs.machine import LARGEST_SHARE, free_memory, local_processes
 from tailtune.configs.option import option, options_from
 from tailtune.configs.value_parsers import as_float, as_path
-from tailtune.datasets.feature_view import FeatureView
+from tailtune.datasets.feature_view import FeatureView, JoinedView
 from tailtune.datasets.image_identity import image_digest, without_draws
 from tailtune.datasets.images.transforms import FIXED
-from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.backbone_types import TextEncoder
 from tailtune.models.backbones.prompts import Sentences
-from tailtune.trainers.distributed import on_main
-from tailtune.trainers.feature_keys import circumstances, digest_before, digest_of, encoder_digest, hash_of
+from tailtune.trainers.distributed import copied_from_main, on_main
+from tailtune.trainers.feature_keys import circumstances, digest_before, encoder_digest, hash_of
+from tailtune.trainers.feature_pass import encoded_once
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.sharding import is_sharded
 from tailtune.trainers.storage.kept_rows import KeptRows
 from tailtune.trainers.storage.kept_tensors import KeptTensors
 from tailtune.trainers.token_store import TOKENS_NOTE, TokenStore
+from tailtune.trainers.weight_digest import weight_digest
 
 FORMAT = 1
 """A change of the code that changes a bit of a feature needs another number."""
@@ -111,7 +112,7 @@ class TextFeatures:
         facts = {
             "format": FORMAT,
             "texts": hash_of([list(each) for each in sentences]),
-            "encoder": [self.backbone, digest_of(text_encoder.weights().items())],
+            "encoder": [self.backbone, weight_digest(text_encoder, text_encoder.weights().items())],
             **circumstances(),
         }
         features = self.kept.read(facts)
@@ -152,29 +153,32 @@ class FeatureStore:
         tokens = TokenStore(rows, *how) if rows is not None and cfg.augment in FIXED else None
         return cls(texts.kept, texts, *how, content, note, tokens)
 
-    def applies(self, method: Method, view: View) -> bool:
-        """Whether features can stand for the images of a view, for a method as it is at present.
-
-        The encoder does not train, the view draws no random numbers, and only the encoder reads the images.
-        """
-        frozen = method.takes_features and method.model.encoder.is_constant and not is_sharded()
-        return self._fixed(view) and frozen
-
     def view_of(self, method: Method, view: View) -> View:
-        """The view of the features of the images, or the view itself. All processes must call this together."""
-        if not self.applies(method, view):
-            return self._tokens_of(method, view)
+        """The view of the features of the images, or the view itself. All processes must call this together.
+
+        Features can stand for images if the encoder of the method as it is at present does not train, the view draws no
+        random numbers, and only the encoder reads the images. Of a method with several parts, this may be so for some.
+        """
+        views = [self._of_part(part, view) for part in method.parts]
+        if all(found is view for found in views):
+            return view
+        return views[0] if len(views) == 1 else JoinedView(views)
+
+    def _of_part(self, method: Method, view: View) -> View:
         model = method.model
+        if not (method.takes_features and self._fixed(view)) or is_sharded():
+            return view
+        if not model.encoder.is_constant:
+            return self._tokens_of(model, view)
         found = self._view(model, view, model.features, model.encoder.experts, untuned=False)
         if found is not view:
             self.note(NOTE)
         return found
 
-    def _tokens_of(self, method: Method, view: View) -> View:
+    def _tokens_of(self, model: ClassificationModel, view: View) -> View:
         """The view of the tokens before the first block that trains, or the view itself."""
-        model, tokens, encoder = method.model, self.tokens, method.model.encoder
-        possible = self._fixed(view) and method.takes_features and not is_sharded()
-        if not possible or tokens is None or not tokens.applies(encoder, view):
+        encoder, tokens = model.encoder, self.tokens
+        if tokens is None or not tokens.applies(encoder, view):
             return view
         block, training = encoder.constant_blocks, encoder.training
         encoder.eval()
@@ -212,26 +216,33 @@ class FeatureStore:
             facts = on_main(self.accelerator, lambda: self._facts(model, view, experts, untuned))
             if facts is None:
                 return view
+            readable = torch.ones(len(view), dtype=torch.bool)
             if (found := self._read(kept, facts)) is not None:
-                return FeatureView(view, found, torch.ones(len(view), dtype=torch.bool))
+                log.info("features of %s images: read from the feature cache", f"{len(view):,}")
+                return FeatureView(view, found, readable)
             started = time.perf_counter()
-            features, readable = self._computed(view, encode)
+            computed = encoded_once(view, encode, self.accelerator, self.batch_size, self.num_workers)
         finally:
             encoder.train(training)
-        bad_images = int((~readable).sum())
-        seconds, outcome = time.perf_counter() - started, "not kept"
-        if bad_images:
-            outcome = f"not kept, because {bad_images} cannot be read"
-        elif self.accelerator.is_local_main_process and kept.write(facts, features):
-            outcome = f"{features.nbytes / 1e6:,.1f} MB kept in {kept.folder}"
+        seconds = time.perf_counter() - started
+        bad_images, written = on_main(self.accelerator, lambda: _written(kept, facts, computed))
+        outcome = "not kept" + f", because {bad_images} cannot be read" * (bad_images > 0)
+        if computed is not None and written:
+            outcome = f"{computed[0].nbytes / 1e6:,.1f} MB kept in {kept.folder}"
         log.info("features of %s images: computed in %.1f s, %s", f"{len(view):,}", seconds, outcome)
+        if written and (found := self._read(kept, facts)) is not None:
+            return FeatureView(view, found, readable)
+        features, readable = copied_from_main(self.accelerator, computed)
+        if written and self.accelerator.is_local_main_process and not self.accelerator.is_main_process:
+            kept.write(facts, features)  # this machine has a folder of its own
         return FeatureView(view, features, readable)
 
     def _facts(self, model: ClassificationModel, view: View, experts: int, untuned: bool) -> dict[str, Any] | None:
         """Everything that the features depend on; None if they do not fit into memory."""
         encoder = model.encoder
-        size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory() / local_processes()
-        if 3 * size > LARGEST_SHARE * free:  # they are copied when they are gathered, and when they are written
+        size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory()
+        copies = 1 + local_processes()  # one while they are written; one in each process if they cannot be kept
+        if copies * size > LARGEST_SHARE * free:
             sizes = f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
             log.warning("warning: feature_cache: the features take %s: every image is encoded again", sizes)
             return None
@@ -253,31 +264,18 @@ class FeatureStore:
 
     def _read(self, kept: KeptTensors, facts: dict[str, Any]) -> Tensor | None:
         """The features of an entry, if every process can read it."""
-        found = kept.read(facts)
-        everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
-        if found is None or not everywhere:
+        found = kept.read(facts) if self.accelerator.is_main_process else None
+        if not on_main(self.accelerator, lambda: found is not None):
             return None
-        log.info("features of %s images: read from the feature cache", f"{len(found):,}")
-        return found
+        if not self.accelerator.is_main_process:
+            found = kept.read(facts, checked=not self.accelerator.is_local_main_process)
+        everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
+        return found if everywhere else None
 
-    @torch.no_grad()
-    def _computed(self, view: View, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Features [N, …] and which images could be read, bool [N], on the CPU. The processes share the batches."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = torch.arange(len(view)).split(self.batch_size)
-        shares = [torch.cat(batches[each::world] or batches[:1]) for each in range(world)]  # none is empty
-        own = view if world == 1 else view.take(shares[rank].numpy())
-        device, features = self.accelerator.device, torch.empty(0)
-        readable = torch.zeros(len(shares[0]), dtype=torch.bool, device=device)  # the first share is the largest one
-        loader = eval_loader(own, self.batch_size, self.num_workers, device=device, title="features" * (rank == 0))
-        for number, batch in enumerate(loader):
-            found = encode(batch["image"])
-            if number == 0:
-                features = found.new_zeros(len(readable), *found.shape[1:])
-            features[batch["index"]], readable[batch["index"]] = found, batch["weight"] > 0
-        gathered = [self.accelerator.gather(each).cpu().split(len(readable)) for each in (features, readable)]
-        joined = [parts[0].new_zeros(len(view), *parts[0].shape[1:]) for parts in gathered]
-        for tensor, parts in zip(joined, gathered, strict=True):
-            for share, part in zip(shares, parts, strict=True):
-                tensor[share] = part[: len(share)]
-        return joined[0], joined[1]
+
+def _written(kept: KeptTensors, facts: dict[str, Any], computed: tuple[Tensor, Tensor] | None) -> tuple[int, bool]:
+    """Number of images that could not be read; whether the features of all images have become an entry."""
+    assert computed is not None, "asked on the first process"
+    features, readable = computed
+    bad_images = int((~readable).sum())
+    return bad_images, not bad_images and kept.write(facts, features)

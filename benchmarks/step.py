@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent folder, which is not on the module path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tailtune.benchmarks.steps.device import device, finish, forget_peak, peak_memory
+from tailtune.benchmarks.steps.device import device, finish
 from tailtune.configs import load_configs
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_info
@@ -35,6 +35,7 @@ from tailtune.trainers.methods import Method, build_method
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable
+from tailtune.trainers.processes.peak_memory import Peak
 from tailtune.trainers.runs.metrics_file import hardware
 
 MIB = 2**20
@@ -116,11 +117,11 @@ def measure(step: Callable[[], None], device: torch.device) -> float:
     return now() - start
 
 
-def peak(step: Callable[[], None]) -> str:
+def peak(step: Callable[[], None], device: torch.device) -> str:
     """The largest amount of GPU memory that is allocated during a step, in MiB, as text."""
-    forget_peak()
+    before = Peak(device)
     step()
-    memory = peak_memory()
+    memory = before.of_gpu()
     return f"{memory['allocated'] / MIB:.0f} MiB" if memory else "n/a"
 
 
@@ -170,7 +171,7 @@ def compare(steps: Mapping[str, Callable[[], None]], prec: str, batch: int, roun
         median, least = statistics.median(seconds), min(seconds)
         print(
             f"{prec:>5} {name:<{width}} {1e3 * median / batch:8.1f} ms/image (least {1e3 * least / batch:.1f}) "
-            f"{batch / median:8.1f} images/s  peak {peak(steps[name])}"
+            f"{batch / median:8.1f} images/s  peak {peak(steps[name], device)}"
         )
     first, second = steps
     print(f"{prec:>5} {second} / {first} = {statistics.median(times[second]) / statistics.median(times[first]):.2f}")

@@ -14,7 +14,7 @@ from tailtune.configs.errors import UserError
 from tailtune.scripts._grid import stages
 from tailtune.scripts._packages import required
 from tailtune.scripts._search_space import Range
-from tailtune.trainers.evaluation.validation import LOWER, Validated
+from tailtune.trainers.evaluation.validation_metrics import LOWER, Validated
 from tailtune.trainers.processes.interrupts import Interrupted
 from tailtune.trainers.runs.run_folder import folder_of
 from tailtune.trainers.storage.manifest import read_json

@@ -19,7 +19,8 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
 import torch
 
 from tailtune.benchmarks.shipped import PAIRS as SHIPPED
-from tailtune.configs import load_configs, names
+from tailtune.benchmarks.steps.host_syncs import syncs_of_step
+from tailtune.configs import CfgNode, load_configs, names
 from tailtune.configs.shipped_configs import KINDS, kind_of
 from tailtune.configs.yaml_reader import read_yaml
 from tailtune.datasets.build_data import build_info
@@ -64,7 +65,7 @@ def counted(data: str, model: str, *words: str) -> Row:
         words: `KEY VALUE` pairs.
     """
     methods: list[Method] = []
-    for stage in load_configs(data, model, [*NEEDED.get(model, ()), *words], declared()):
+    for stage in _stages(data, model, *words):
         cfg = resolve(stage)
         methods.append(outline(cfg))
     method, params = methods[-1], methods[-1].counts()
@@ -80,6 +81,21 @@ def counted(data: str, model: str, *words: str) -> Row:
     if memory.texts:
         row["texts"] = {"saved": memory.texts, **vars(work_of_texts(method))}
     return row
+
+
+def waits_of(data: str, model: str) -> int:
+    """How often a step of the trainer makes the host wait for the GPU."""
+    return len(syncs_of_step(_stages(data, model)))
+
+
+def _stages(data: str, model: str, *words: str) -> list[CfgNode]:
+    return load_configs(data, model, [*NEEDED.get(model, ()), *words], declared())
+
+
+def row_of(data: str, model: str) -> Row:
+    """The row of a config in the table: `counted`, and `waits` where something trains."""
+    row = counted(data, model)
+    return row if "reason" in row else row | {"waits": waits_of(data, model)}
 
 
 def works(row: Row) -> tuple[Work, Work]:
@@ -112,6 +128,8 @@ COLUMNS = {
     "and an addition are two.",
     "saved": "MB that are kept of an image for the backward pass",
     "kernels": "operations on tensors in the passes of a micro-batch, without views. Each is at least one kernel.",
+    "waits": "operations of a step of the trainer for which the host waits for the GPU, between two lines of the log "
+    "(`benchmarks/steps/host_syncs.py`)",
     "batch": "images of an optimizer step; in brackets how many of them are computed at once, if not all "
     "(`micro_batch_size`)",
     "memory": "GB of the parameters, the gradients, the state of the optimizer and all that is saved of a micro-batch. "
@@ -143,7 +161,6 @@ every machine with the same version of torch ({torch}).
 
 * The largest memory is {most:.1f} GB (`{largest}` with `{largest_data}`), so each config fits a card of {memory} GB
   with the batch and the `micro_batch_size` that it names.
-* The passes read no value of a tensor, for which the host would have to wait: they were run without values.
 * Networks that run as a whole (the convolutional ones of CLIP and timm) are counted in fp32, because autocast does not
   support the meta device. This overestimates their memory and their time.
 * A run that continues another one (`after`) is counted without the run before it, which has a row of its own.
@@ -212,8 +229,8 @@ def _costs(row: Row) -> list[str]:
     images, _ = works(row)
     hours = estimated_seconds(row) * row["steps"] / 3600
     batch = f"{row['batch']}" + (f" ({row['at_once']})" if row["at_once"] < row["batch"] else "")
-    cells = [f"{images.flops / row['at_once'] / GIGA:.2f}", f"{row['saved'] / MB:.1f}", f"{row['kernels']:,}", batch]
-    cells += [f"{row['memory'] / GB:.1f}", f"{hours:.1f}"]
+    cells = [f"{images.flops / row['at_once'] / GIGA:.2f}", f"{row['saved'] / MB:.1f}", f"{row['kernels']:,}"]
+    cells += [f"{row['waits']}", batch, f"{row['memory'] / GB:.1f}", f"{hours:.1f}"]
     texts = row.get("texts")
     return cells + ([f"{texts['flops'] / TERA:.2f}", f"{texts['saved'] / MB:,.0f}"] if texts else [])
 
@@ -252,7 +269,7 @@ def main() -> None:
     kept: dict[Pair, Row] = {}
     if asked and (before := stored())[0] == TORCH:  # another version counts other kernels
         kept = {pair: row for pair, row in before[1].items() if pair[1] not in asked}
-    rows = {pair: kept.get(pair) or counted(*pair) for pair in PAIRS}
+    rows = {pair: kept.get(pair) or row_of(*pair) for pair in PAIRS}
     write(rows)
     print(f"wrote {PAGE.relative_to(ROOT)} and .json: {len(rows)} rows")
 

@@ -29,7 +29,7 @@ from tailtune.configs.launch_environment import world_size
 from tailtune.scripts._launches import cut
 from tailtune.scripts._search import COMMAND, FOLDER, MOST_FAILURES, Search, counted, open_study
 from tailtune.scripts._search_space import split_space
-from tailtune.trainers.evaluation.validation import BEST, HIGHER, LOWER
+from tailtune.trainers.evaluation.validation_metrics import BEST, HIGHER, LOWER
 from tailtune.trainers.processes.exit import run_as_process
 from tailtune.trainers.processes.interrupts import handled_signals
 from tailtune.trainers.runs.run_folder import OUTPUT

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import Cli
+from conftest import Cli, HasRun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiers import slow_except
 from torch import Tensor, nn
@@ -307,9 +307,9 @@ def one_evaluation(words: str, launch: Cli) -> tuple[dict[str, Any], str, Path]:
 
 
 @pytest.mark.parametrize("adapt_name", slow_except(["sade"], ["sade", "sade_online"]))
-def test_what_was_learnt_before_is_used_again(adapt_name: str, launch: Cli, asked: list[str]) -> None:
+def test_what_was_learnt_before_is_used_again(adapt_name: str, launch: Cli, has_run: HasRun, asked: list[str]) -> None:
     """Without images, to the bit; the distributions of one command, then others beside them."""
-    assert launch(RUN).returncode == 0
+    has_run(RUN)
     adapts = f"adapt {adapt_name}"
     whole, _, folder = one_evaluation(f"{adapts} {DISTS}", launch)
     assert set(asked) == {"forward10", "uniform", "backward10"} and asked.clear() is None
@@ -335,16 +335,16 @@ def test_what_was_learnt_before_is_used_again(adapt_name: str, launch: Cli, aske
         ["adapt_lr 0.2"], ["adapt_lr 0.2", "adapt_seed 1", "adapt_views cifar", "adapt_batch_size 50", "tte True"]
     ),
 )
-def test_other_options_are_learnt_again(words: str, launch: Cli, asked: list[str]) -> None:
-    assert launch(RUN).returncode == 0
+def test_other_options_are_learnt_again(words: str, launch: Cli, has_run: HasRun, asked: list[str]) -> None:
+    has_run(RUN)
     one_evaluation("adapt sade test_dists uniform", launch)
     asked.clear()
     _, output, _ = one_evaluation(f"adapt sade test_dists uniform {words}", launch)
     assert asked and "using the expert weights" not in output
 
 
-def test_a_damaged_file_is_learnt_again(launch: Cli, asked: list[str]) -> None:
-    assert launch(RUN).returncode == 0
+def test_a_damaged_file_is_learnt_again(launch: Cli, has_run: HasRun, asked: list[str]) -> None:
+    has_run(RUN)
     whole, _, folder = one_evaluation("adapt sade test_dists uniform", launch)
     asked.clear()
     (folder / ADAPTED).write_text((folder / ADAPTED).read_text().replace('"weights"', '"wrights"'))
@@ -353,9 +353,9 @@ def test_a_damaged_file_is_learnt_again(launch: Cli, asked: list[str]) -> None:
     assert again["uniform"]["predictors"]["sade"] == whole["uniform"]["predictors"]["sade"]
 
 
-def test_a_result_does_not_need_the_file(launch: Cli, asked: list[str]) -> None:
+def test_a_result_does_not_need_the_file(launch: Cli, has_run: HasRun, asked: list[str]) -> None:
     """A disk that is full, or a file of somebody else."""
-    assert launch(RUN).returncode == 0
+    has_run(RUN)
     full = UserError("expert_weights.json cannot be written: No space left on device")
     with mock.patch("tailtune.trainers.evaluation.adapted_results.write_json", side_effect=full):
         found, output, folder = one_evaluation("adapt sade test_dists uniform", launch)
@@ -402,8 +402,8 @@ def test_what_cannot_be_adapted_is_refused(words: str, culprit: str, remedy: str
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_weights_that_are_not_finite_are_one_line(launch: Cli) -> None:
-    assert launch(RUN).returncode == 0
+def test_weights_that_are_not_finite_are_one_line(launch: Cli, has_run: HasRun) -> None:
+    has_run(RUN)
     done = launch(RUN, "test_only True adapt sade adapt_lr 1e38 adapt_weight_decay 1e30")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "lower adapt_lr" in done.stderr
     assert not list(Path("output/run/tests").glob(f"*/{ADAPTED}"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Cli, offline
+from conftest import ROOT, Cli, HasRun, offline
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
@@ -137,8 +137,8 @@ def test_options(refuses: Callable[..., str], words: str, parts: list[str]) -> N
     refuses(f"-d fake_lt -m tiny_clip_peft pretrained none {words}", *parts)
 
 
-def test_starting_over_is_checked_before_the_old_run_goes(launch: Cli) -> None:
-    assert launch(SHORT).returncode == 0
+def test_starting_over_is_checked_before_the_old_run_goes(launch: Cli, has_run: HasRun) -> None:
+    has_run(SHORT)
     one_line(launch(f"{SHORT} resume False export peft"), "export peft", "adaptformer")
     assert (RUN / "metrics.json").exists() and (RUN / "checkpoint").exists()
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tailtune import configs, main
 from tailtune.benchmarks.shipped import PAIRS
 from tailtune.configs import config_hash, load_configs, load_resolved, names, values_of
 from tailtune.configs.shipped_configs import KINDS, SMALL_TUNERS, configs_of, kind_of
+from tailtune.configs.yaml_reader import read_yaml
 from tailtune.datasets.build_data import build_info
 from tailtune.main import split_arguments
 from tailtune.models import resolve
@@ -62,7 +64,13 @@ def test_list(launch: Cli) -> None:
     assert [line for line in lines if not line.startswith("  ")] == ["data:", "model:"]
 
 
-def test_list_of_a_kind(launch: Cli) -> None:
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind reads all files; here one look at a file serves all kinds."""
+    monkeypatch.setattr("tailtune.configs.shipped_configs.read_yaml", cache(read_yaml))
+
+
+def test_list_of_a_kind(launch: Cli, read_once: None) -> None:
     """Every model config is of one kind, and described there as in the whole list."""
     described = dict(line.split(None, 1) for line in launch("--list").stdout.splitlines() if line.startswith("  "))
     listed: list[str] = []
@@ -84,11 +92,12 @@ def test_list_of_an_unknown_kind(launch: Cli) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_kinds_are_those_of_the_resolved_configs() -> None:
+def test_kinds_are_those_of_the_resolved_configs(read_once: None) -> None:
     """The files are read without the schema; the whole config says the same. All tuners that are used are known."""
+    schema = declared()
     for kind in KINDS:
         for name in configs_of(kind):
-            values = values_of(load_configs("fake_lt", name, [], declared())[-1])
+            values = values_of(load_configs("fake_lt", name, [], schema)[-1])
             assert kind_of(values) == kind, name
             assert {tuner for tuner in TUNERS if values[tuner]} <= {*SMALL_TUNERS, "full_tuning"}, name
 
@@ -184,8 +193,9 @@ def test_own_data_by_path(launch: Cli, tmp_path: Path) -> None:
 
 
 def test_every_config_loads() -> None:
+    schema = declared()
     for data, model in [*PAIRS, *((data, "tiny_clip") for data in names("data"))]:
-        *_, cfg = load_configs(data, model, [], declared())
+        *_, cfg = load_configs(data, model, [], schema)
         assert cfg.run_name == f"{data}_{model}"
 
 

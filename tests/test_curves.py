@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from conftest import Cli
+from conftest import Cli, HasRun
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -29,6 +29,7 @@ from tailtune.trainers.progress import Curves, Progress
 from tailtune.trainers.report.plots import accuracy_by_class
 
 COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none batch_size 64 max_test_images 20 num_epochs 1 output_dir run "
+VALIDATED = f"{COMMAND} val_per_class 1 val_every 1 lr 0.25"
 
 
 def events_of(run: Path) -> EventAccumulator:
@@ -37,8 +38,8 @@ def events_of(run: Path) -> EventAccumulator:
     return events
 
 
-def test_tags_and_steps(launch: Cli, tmp_path: Path) -> None:
-    assert launch(f"{COMMAND} val_per_class 1 val_every 1").returncode == 0
+def test_tags_and_steps(has_run: HasRun, tmp_path: Path) -> None:
+    has_run(VALIDATED)
     run = tmp_path / "output" / "run"
     events, result = events_of(run), json.loads((run / "metrics.json").read_text())
     steps = result["train"]["steps"]
@@ -56,9 +57,9 @@ def test_old_tags(launch: Cli, tmp_path: Path) -> None:
     assert {"train/loss.val", "train/loss.avg", "train/acc.val", "train/acc.avg"} <= tags and "train/loss" not in tags
 
 
-def test_hyperparameters(launch: Cli, tmp_path: Path) -> None:
+def test_hyperparameters(has_run: HasRun, tmp_path: Path) -> None:
     """What TensorBoard's tab reads: the options of the session, and metrics that are curves of this run."""
-    assert launch(f"{COMMAND} lr 0.25").returncode == 0
+    has_run(VALIDATED)
     events = events_of(tmp_path / "output" / "run")
     found = events.summary_metadata
     session = plugin_data_pb2.HParamsPluginData.FromString(

@@ -36,7 +36,8 @@ def weights(run: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("teacher", slow_except([OTHERS["another network"]], OTHERS.values()), ids=OTHERS)
 def test_a_killed_student_finds_its_teacher_again(teacher: str, launch: Cli) -> None:
-    words = f"{STUDENT} method distill {TEACHER} {teacher}"
+    student = f"{STUDENT} subset_cap 8 batch_size 16"
+    words = f"{student} method distill {TEACHER} {teacher}"
     for name in ("whole", "killed"):
         with killed_after(3 if name == "killed" else None):
             launch(words, "output_dir", name)
@@ -44,7 +45,7 @@ def test_a_killed_student_finds_its_teacher_again(teacher: str, launch: Cli) -> 
     assert done.returncode == 0 and "resuming after step" in done.stdout, done.stderr
     found, wanted = weights("killed"), weights("whole")
     assert all(torch.equal(found[name], each) for name, each in wanted.items())
-    assert launch(f"{STUDENT} method ride output_dir alone").returncode == 0
+    assert launch(f"{student} method ride output_dir alone").returncode == 0
     alone = weights("alone")
     assert alone.keys() == wanted.keys(), "a checkpoint holds the student alone"
     assert not any(torch.equal(wanted[name], each) for name, each in alone.items()), "it was taught"

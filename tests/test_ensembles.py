@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli
+from conftest import Cli, HasRun
 from safetensors.torch import load_file
 from tiers import slow_except
 from torch import Tensor
@@ -71,20 +71,20 @@ BN = "-d fake_lt -m tiny_clip max_steps 2 batch_size 32 max_test_images 30 backb
     ],
     ids=["adapter", "lora, experts", "full", "mask", "batch norms"],
 )
-def test_wise_goes_from_the_start_to_the_end(words: str, launch: Cli) -> None:
+def test_wise_goes_from_the_start_to_the_end(words: str, launch: Cli, has_run: HasRun) -> None:
     """α = 1: what was trained, to the bit; α = 0: the same run before its first step; between: neither."""
-    done(launch, words, "output_dir run")
-    done(launch, words, "num_epochs 0 output_dir start")
+    has_run(words, "output_dir run")
+    has_run(words, "num_epochs 0 output_dir start")
     plain, start = (load_file(OUT / name / "logits.safetensors") for name in ("run", "start"))
     alpha = {each: evaluate(launch, words, f"ensemble wise ensemble_alpha {each}") for each in (0, 0.4, 1)}
     assert equal(alpha[1], plain) and not equal(alpha[0.4], plain) and not equal(alpha[0.4], start)
     assert equal(alpha[0], start)
 
 
-def test_between_the_tensors_are_linear(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_between_the_tensors_are_linear(launch: Cli, has_run: HasRun, monkeypatch: pytest.MonkeyPatch) -> None:
     words = f"{BN} pretrained none init_head class_mean full_tuning True bn_tuning True lr 0.05"
-    done(launch, words, "output_dir run")
-    done(launch, words, "num_epochs 0 output_dir start")
+    has_run(words, "output_dir run")
+    has_run(words, "num_epochs 0 output_dir start")
     found = evaluated(monkeypatch)
     evaluate(launch, words, "ensemble wise ensemble_alpha 0.25")
     first, last = tensors("start"), tensors("run")
@@ -110,9 +110,9 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     return found
 
 
-def test_a_soup_is_the_mean(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soup_is_the_mean(launch: Cli, has_run: HasRun, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, rate in (("run", 0.2), ("other", 0.3), ("third", 0.4)):
-        done(launch, PEFT, "lr", rate, "output_dir", name)
+        has_run(PEFT, "lr", rate, "output_dir", name)
     found = evaluated(monkeypatch)
     evaluate(launch, PEFT, "ensemble soup ensemble_runs other,output/third")
     assert any(not torch.equal(each, tensors("run")[name]) for name, each in found.items())
@@ -121,10 +121,10 @@ def test_a_soup_is_the_mean(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(each, mean.float())
 
 
-def test_a_soup_is_evaluated_again_when_another_run_has_changed(launch: Cli) -> None:
+def test_a_soup_is_evaluated_again_when_another_run_has_changed(launch: Cli, has_run: HasRun) -> None:
     words = "test_only True ensemble soup ensemble_runs other output_dir run"
-    for name in ("run", "other"):
-        done(launch, PEFT, "output_dir", name, "lr", 0.2 if name == "run" else 0.3)
+    for name, rate in (("run", 0.2), ("other", 0.3)):
+        has_run(PEFT, "lr", rate, "output_dir", name)
     first = done(launch, PEFT, words).stdout
     assert "finished before" in done(launch, PEFT, words).stdout and "finished before" not in first
     done(launch, PEFT, "output_dir other lr 0.5 resume False")
@@ -132,8 +132,8 @@ def test_a_soup_is_evaluated_again_when_another_run_has_changed(launch: Cli) -> 
     assert "finished before" not in again and "using the logits" not in again
 
 
-def test_what_no_soup_is_made_of(launch: Cli) -> None:
-    done(launch, PEFT, "output_dir run")
+def test_what_no_soup_is_made_of(launch: Cli, has_run: HasRun) -> None:
+    has_run(PEFT, "output_dir run")
     for number, (other, parts) in enumerate(
         [
             ("adapter_dim 4", ["of another shape", "another tuner, head or class count"]),
@@ -182,10 +182,10 @@ OF_TWO = "num_experts 2 expert_split 2 lora True method sade loss_type CE"
 
 
 @pytest.mark.parametrize("experts", slow_except([OF_TWO], ["num_experts 1", OF_TWO]))
-def test_logits_of_each_expert_and_zero_shot(experts: str, launch: Cli) -> None:
+def test_logits_of_each_expert_and_zero_shot(experts: str, launch: Cli, has_run: HasRun) -> None:
     words = f"{PEFT} {experts}"
-    done(launch, words, "output_dir run")
-    done(launch, "-d fake_lt -m zstiny_clip max_test_images 30 output_dir zs")
+    has_run(words, "output_dir run")
+    has_run("-d fake_lt -m zstiny_clip max_test_images 30 output_dir zs")
     z, other = (unrounded(load_file(OUT / name / "logits.safetensors")) for name in ("run", "zs"))
     found = {each: unrounded(evaluate(launch, words, f"ensemble logits ensemble_alpha {each}")) for each in (0, 0.3, 1)}
     assert torch.allclose(found[0.3], 0.3 * z + 0.7 * other, atol=0.03), "both are rounded to half precision"
@@ -203,10 +203,10 @@ def zero_shot_logits(cfg: CfgNode) -> tuple[Tensor, Tensor]:
     return logits, torch.cat([batch["label"] for batch in batches])
 
 
-def test_gla_takes_both_priors_off(launch: Cli, config: Config) -> None:
-    words = f"{PEFT} loss_type CE num_experts 2 method sade lora True"
-    done(launch, words, "output_dir run")
-    done(launch, "-d fake_lt -m zstiny_clip max_test_images 30 output_dir zs")
+def test_gla_takes_both_priors_off(launch: Cli, has_run: HasRun, config: Config) -> None:
+    words = f"{PEFT} {OF_TWO}"
+    has_run(words, "output_dir run")
+    has_run("-d fake_lt -m zstiny_clip max_test_images 30 output_dir zs")
     z, other = (unrounded(load_file(OUT / name / "logits.safetensors")) for name in ("run", "zs"))
     found = unrounded(evaluate(launch, words, "ensemble gla"))
     (path,) = OUT.glob("run/tests/ensemble_gla*/metrics.json")
@@ -287,15 +287,15 @@ def test_what_is_refused(words: str, parts: list[str], launch: Cli) -> None:
         assert all(part in found.stderr for part in parts if more or "nothing is trained" not in found.stderr)
 
 
-def test_a_run_is_in_a_soup_once(launch: Cli) -> None:
-    done(launch, PEFT, "output_dir run")
+def test_a_run_is_in_a_soup_once(launch: Cli, has_run: HasRun) -> None:
+    has_run(PEFT, "output_dir run")
     for twice in ("run", "output/run"):
         found = launch(PEFT, f"output_dir run test_only True ensemble soup ensemble_runs {twice}")
         assert found.returncode == 2 and "there twice" in found.stderr
 
 
-def test_runs_that_are_not_there(launch: Cli) -> None:
-    done(launch, PEFT, "output_dir run")
+def test_runs_that_are_not_there(launch: Cli, has_run: HasRun) -> None:
+    has_run(PEFT, "output_dir run")
     found = launch(PEFT, "output_dir run test_only True ensemble soup ensemble_runs nowhere")
     assert found.returncode == 2 and "ensemble_runs nowhere" in found.stderr
 

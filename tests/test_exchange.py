@@ -14,7 +14,7 @@ import peft
 import pytest
 import timm
 import torch
-from conftest import Cli
+from conftest import Cli, HasRun
 from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
 from small import LIFT_TUNERS, SIDE, Sizes, filled, fixture_net, head_with, put_tuners, small_net
@@ -482,10 +482,10 @@ def test_the_command_trains_exports_and_does_neither_twice(launch: Cli) -> None:
     assert launch(TINY, "resume False").returncode == 0 and not (RUN / "export").exists(), "of another checkpoint"
 
 
-def test_a_run_is_exported_by_its_name_alone(launch: Cli) -> None:
+def test_a_run_is_exported_by_its_name_alone(launch: Cli, has_run: HasRun) -> None:
     refused = launch("export run merged")
     assert refused.returncode == 2 and "export: run holds no checkpoint" in refused.stderr
-    assert launch(TINY).returncode == 0
+    has_run(TINY)
     for number, (run, words) in enumerate((("run", "merged"), (RUN, "peft"), (RUN.absolute(), "lift"))):
         done = launch("export", run, words)
         assert done.returncode == 0 and "exported to output/run/export" in done.stdout and "trained" not in done.stdout
@@ -498,8 +498,8 @@ def test_a_run_is_exported_by_its_name_alone(launch: Cli) -> None:
 
 
 @pytest.mark.slow
-def test_an_export_by_name_takes_options(launch: Cli) -> None:
-    assert launch(TINY).returncode == 0
+def test_an_export_by_name_takes_options(launch: Cli, has_run: HasRun) -> None:
+    has_run(TINY)
     done = launch("export run onnx export_fp16=True")
     assert done.returncode == 0 and "exported to output/run/export" in done.stdout
 
@@ -515,9 +515,9 @@ def nll(path: Path) -> float:
     return json.loads((path / "metrics.json").read_text())["test"]["nll"]
 
 
-def test_a_checkpoint_of_lift_is_evaluated(launch: Cli) -> None:
+def test_a_checkpoint_of_lift_is_evaluated(launch: Cli, has_run: HasRun) -> None:
     """By its folder or its name; the result is that of the run it was exported from, its identity the file's."""
-    assert launch(TINY, "export lift").returncode == 0
+    has_run(TINY, "export lift")
     folder = RUN / "export" / "lift"
     other = TINY.replace("output_dir run", "output_dir other") + " test_only True model_dir"
     for path in (folder, folder / "checkpoint.pth.tar"):
@@ -533,9 +533,9 @@ def test_a_checkpoint_of_lift_is_evaluated(launch: Cli) -> None:
     assert failed.returncode == 2 and "lora_list" in failed.stderr
 
 
-def test_a_folder_that_lift_has_trained_into_is_tested_in_place(launch: Cli) -> None:
+def test_a_folder_that_lift_has_trained_into_is_tested_in_place(launch: Cli, has_run: HasRun) -> None:
     """LIFT's output folders have the names that ours have."""
-    assert launch(TINY, "export lift").returncode == 0
+    has_run(TINY, "export lift")
     folder = Path("output/fake_lt_tiny_clip_lora_True_max_steps_1_pretrained_None")
     folder.mkdir()
     (RUN / "export" / "lift" / "checkpoint.pth.tar").rename(folder / "checkpoint.pth.tar")

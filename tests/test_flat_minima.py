@@ -357,14 +357,17 @@ def test_sharded_training_is_refused(config: Config, monkeypatch: pytest.MonkeyP
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
+FEW = "subset_cap 8 max_test_images 8"
+
+
 @pytest.mark.parametrize("name", slow_except(["focal"], SAM_MODES))
 def test_cut_and_killed_runs_are_the_same(name: str, tmp_path: Path) -> None:
     """fp64: 8 images at once as 32, to rounding; killed as not killed, bit for bit."""
     whole, cut, killed = (
-        trajectories.train(tmp_path, 0, micro, dies, more=f"sam {name}")
+        trajectories.train(tmp_path, 0, micro, dies, more=f"sam {name} {FEW}")
         for micro, dies in ((32, False), (8, False), (8, True))
     )
-    plain = trajectories.train(tmp_path / "plain", 0, 32, False)
+    plain = trajectories.train(tmp_path / "plain", 0, 32, False, more=FEW)
     for key, tensor in trained(whole).items():
         assert torch.allclose(trained(cut)[key], tensor, rtol=1e-9, atol=1e-12), key
         assert torch.equal(trained(killed)[key], trained(cut)[key]), key

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,32 @@ def digest(view: View, workers: int | None = 0) -> str:
     return found.hexdigest()
 
 
-@pytest.mark.parametrize("augment", ["lift", "cifar", "digits", "imagenet"])
+PLANS = ("lift", "cifar", "digits", "imagenet")
+WAYS: list[tuple[str | None, int]] = [("ram", 0), ("disk", 2), ("disk", 0)]
+"""Cache and number of workers. The second `disk` reads what the first one wrote."""
+EVERY_WAY = [*product((None, "ram", "disk", "disk"), (0, 1, 2, 4))]
+
+
+@pytest.mark.parametrize(
+    ("augment", "ways"),
+    [
+        *((augment, [(None, 4), ("ram", 1), *WAYS] if augment == "lift" else WAYS) for augment in PLANS),
+        *(pytest.param(augment, EVERY_WAY, marks=pytest.mark.slow) for augment in PLANS),
+    ],
+)
 def test_the_same_batches_with_a_cache_and_without(
-    photographs: Path, config: Config, monkeypatch: pytest.MonkeyPatch, augment: str
+    photographs: Path,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    augment: str,
+    ways: list[tuple[str | None, int]],
 ) -> None:
     monkeypatch.setattr(worker_module, "available_processors", lambda: 4)
     expected = digest(train_view(config, "augment", augment))
-    for cache in (None, "ram", "disk", "disk"):
+    for cache, workers in ways:
         view = train_view(config, "augment", augment, cache=cache)
         assert (view.prepared is not None) == (cache is not None)
-        for workers in (0, 1, 2, 4) if augment == "lift" else (0, 2):
-            assert digest(view, workers) == expected, (cache, workers)
+        assert digest(view, workers) == expected, (cache, workers)
     assert len(list(Path("cache").glob("*.pixels"))) == 1, "the second run reads the cache of the first"
 
 

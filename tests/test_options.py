@@ -609,7 +609,7 @@ def uploaded(cfg: CfgNode) -> Any:
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
-ADAPTED: Words = (*SHORT, "num_experts", 2, "adapt", "sade")
+ADAPTED: Words = (*SHORT, "num_experts", 2, "adapt", "sade", "adapt_epochs", 2)
 LISTED: dict[str, Any] = {"data": "lists.yaml"}
 SHIFTED: Words = ("test_dists", "forward2")
 DRAWN: Words = ("test_dists", "dirichlet")
@@ -773,7 +773,7 @@ PROBES: dict[str, Probe] = {
     "group_imb_factor": Probe("none", 0.5, groups),
     "adapt": Probe("none", "sade", lambda cfg: "distributions" in result(cfg), (*SHORT, "num_experts", 2)),
     "adapt_views": Probe("sade_imagenet", "none", weights_path, ADAPTED),
-    "adapt_epochs": Probe(5, 2, weights_path, ADAPTED),
+    "adapt_epochs": Probe(3, 2, weights_path, ADAPTED),
     "adapt_lr": Probe(0.1, 0.2, weights_path, ADAPTED),
     "adapt_weight_decay": Probe(5e-4, 0.1, weights_path, ADAPTED),
     "adapt_entropy": Probe(0, 1, weights_path, ADAPTED),

@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import Cli
+from conftest import Cli, HasRun
 from test_bad_input import FAKE, RUN, SHORT, data, one_line, refuses, signal_after  # noqa: F401
 from test_bad_input import OWN as OWN_DATA
 from tiers import slow_except
@@ -52,8 +52,8 @@ def test_another_program_has_a_file_of_the_markers_name(launch: Cli) -> None:
     assert everything(RUN) == {MARKER: b"years"}
 
 
-def test_what_an_export_needs_is_looked_at_before_training(launch: Cli) -> None:
-    assert launch(SHORT).returncode == 0
+def test_what_an_export_needs_is_looked_at_before_training(launch: Cli, has_run: HasRun) -> None:
+    has_run(SHORT)
     put(RUN, "export")
     before = everything(Path("output"))
     one_line(launch(f"{SHORT} export lift resume False"), "output/run/export", "was not made by the run")
@@ -61,9 +61,9 @@ def test_what_an_export_needs_is_looked_at_before_training(launch: Cli) -> None:
 
 
 @pytest.mark.parametrize("name", ["export", "tests"])
-def test_a_name_that_a_run_needs_later(launch: Cli, name: str) -> None:
+def test_a_name_that_a_run_needs_later(launch: Cli, has_run: HasRun, name: str) -> None:
     """It was free when the run began."""
-    assert launch(SHORT).returncode == 0
+    has_run(SHORT)
     put(RUN, name)
     before = everything(RUN)
     words = {"export": "export lift", "tests": "test_only True"}[name]
@@ -130,8 +130,8 @@ def test_a_later_stages_folder_is_looked_at_first(launch: Cli) -> None:
     assert everything(RUN) == {"notes.txt": b"years"}
 
 
-def test_names_that_a_write_might_take(launch: Cli) -> None:
-    assert launch(SHORT).returncode == 0
+def test_names_that_a_write_might_take(launch: Cli, has_run: HasRun) -> None:
+    has_run(SHORT)
     paths = [RUN / name for name in (".config.yaml.tmp", ".checkpoint.new.tmp", ".state.old.tmp")]
     for path in paths:
         path.write_text("years")
@@ -161,16 +161,16 @@ def test_a_pipe_instead_of_a_marker(launch: Cli) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": "tailtune run"}', "[" * 100_000])
-def test_a_damaged_marker(launch: Cli, content: str, refuses: Callable[..., str]) -> None:  # noqa: F811
-    assert launch(SHORT).returncode == 0
+def test_a_damaged_marker(has_run: HasRun, content: str, refuses: Callable[..., str]) -> None:  # noqa: F811
+    has_run(SHORT)
     (RUN / MARKER).write_text(content)
     for words in ("", "resume False", "test_only True"):
         refuses(f"{SHORT} {words}", MARKER, "damaged")
 
 
-def test_a_changed_marker(launch: Cli, refuses: Callable[..., str]) -> None:  # noqa: F811
+def test_a_changed_marker(has_run: HasRun, refuses: Callable[..., str]) -> None:  # noqa: F811
     """A name that is added to what the run has made does not make it the run's."""
-    assert launch(SHORT).returncode == 0
+    has_run(SHORT)
     (RUN / "notes.txt").write_text("years")
     text = (RUN / MARKER).read_text()
     (RUN / MARKER).write_text(text.replace('"made": [', '"made": [\n  "notes.txt",'))

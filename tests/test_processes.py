@@ -36,7 +36,7 @@ from tailtune.trainers.processes.interrupts import ASK_AFTER, Agreement, Interru
 from tailtune.trainers.storage.tensorboard_events import Events
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none max_test_images 40 test_batch_size 4"
-TRAIN = f"{FAKE} batch_size 8 num_epochs 2 save_every 1 output_dir run"
+TRAIN = f"{FAKE} batch_size 8 num_epochs 1 save_every 1 output_dir run"
 RUN = Path("output/run")
 LOST = ("was killed (out of memory?)", "num_workers", "test_batch_size", "the same command continues")
 
@@ -402,7 +402,7 @@ def test_curves_on_a_full_disk(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
-    done = launch(f"{FAKE} num_epochs 2 num_workers 0 output_dir run")
+    done = launch(f"{FAKE} num_epochs 1 num_workers 0 output_dir run")
     assert (done.returncode, done.stderr) == (0, "")
     warnings = [line for line in done.stdout.splitlines() if "tfevents" in line]
     assert len(warnings) == 2, "one of training, one of the test"

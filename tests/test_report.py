@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Cli
+from conftest import Cli, HasRun
 from PIL import Image
 
+from tailtune import main
 from tailtune.datasets.shot_groups import shot_groups
 from tailtune.trainers.evaluation.metrics import Predictions, evaluate_predictions
 from tailtune.trainers.evaluation.report_of_evaluation import add_report
@@ -35,6 +36,16 @@ REFERENCE = re.compile(
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """conftest.py leaves reports out."""
     monkeypatch.setattr("tailtune.trainers.evaluation.evaluate.add_report", add_report)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a report, not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("reported"))
+        patch.setattr("tailtune.trainers.evaluation.evaluate.add_report", add_report)
+        assert main.main(FAKE.split()) == 0
+        return RUN.absolute()
 
 
 class Tables(HTMLParser):
@@ -99,10 +110,9 @@ def subject(counts: Sequence[int], names: Sequence[str], seed: int = 0, **change
     return replace(made, **changes)
 
 
-def test_the_numbers_are_those_of_the_result(launch: Cli) -> None:
-    done = launch(FAKE)
-    assert done.returncode == 0 and f"report {RUN / 'report.html'}" in done.stdout
-    html, tables, result = read(RUN)
+def test_the_numbers_are_those_of_the_result(reported: Path) -> None:
+    assert f"report {RUN / 'report.html'}" in (reported / "log.txt").read_text()
+    html, tables, result = read(reported)
     test, rows = result["test"], {row[0]: row[1] for row in tables["metrics"][1:]}
     shown = {"all": "accuracy", "mean": "mean_acc", "many": "many_acc", "medium": "med_acc", "few": "few_acc"}
     shown |= {"worst": "worst_case_acc", "macro F1": "macro_f1", "ECE": "ece", "error": "error_rate"}
@@ -116,10 +126,9 @@ def test_the_numbers_are_those_of_the_result(launch: Cli) -> None:
     assert all(fingerprint in html for fingerprint in result["evaluation"]["images"].values())
 
 
-def test_the_predictions_are_those_of_the_result(launch: Cli) -> None:
-    assert launch(FAKE).returncode == 0
-    html, tables, result = read(RUN)
-    with (RUN / "predictions.csv").open(newline="") as file:
+def test_the_predictions_are_those_of_the_result(reported: Path) -> None:
+    html, tables, result = read(reported)
+    with (reported / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["path", "true", "predicted", "probability"]
     hits = [row["true"] == row["predicted"] for row in rows]
@@ -141,9 +150,8 @@ def test_the_curves_show_the_epoch_that_was_kept(launch: Cli) -> None:
         assert ("kept epoch" in html) == shown == ("kept_epoch" in result["train"])
 
 
-def test_nothing_is_asked_of_anybody(launch: Cli) -> None:
-    assert launch(FAKE).returncode == 0
-    html, _, _ = read(RUN)
+def test_nothing_is_asked_of_anybody(reported: Path) -> None:
+    html, _, _ = read(reported)
     found = [html[max(0, match.start() - 30) : match.end() + 60] for match in REFERENCE.finditer(html)]
     assert [text for text in found if "www.w3.org/" not in text] == []  # names of XML, which nobody opens
 
@@ -224,8 +232,8 @@ def test_a_run_with_experts_and_distributions(launch: Cli) -> None:
     assert names == {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
 
 
-def test_what_is_there_and_what_is_missing(launch: Cli) -> None:
-    assert launch(FAKE, "report none").returncode == 0
+def test_what_is_there_and_what_is_missing(launch: Cli, has_run: HasRun) -> None:
+    has_run(FAKE, "report none")
     assert not (RUN / "report.html").exists() and not (RUN / "predictions.csv").exists()
     assert "finished before" in launch(FAKE).stdout, "a run without a report is finished"
     assert launch("report run --figures").returncode == 0
@@ -252,15 +260,15 @@ def test_a_report_that_fails_costs_no_result(launch: Cli, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("missing, says", [("metrics.json", "no metrics.json"), ("logits.safetensors", "is missing")])
-def test_a_report_of_nothing_is_refused(missing: str, says: str, launch: Cli) -> None:
-    assert launch(FAKE, "report none").returncode == 0
+def test_a_report_of_nothing_is_refused(missing: str, says: str, launch: Cli, has_run: HasRun) -> None:
+    has_run(FAKE, "report none")
     (RUN / missing).unlink()
     refused = launch("report run")
     assert refused.returncode == 2 and says in refused.stderr and not (RUN / "report.html").exists()
 
 
-def test_a_file_of_somebody_else_stays(launch: Cli) -> None:
-    assert launch(FAKE, "report none").returncode == 0
+def test_a_file_of_somebody_else_stays(launch: Cli, has_run: HasRun) -> None:
+    has_run(FAKE, "report none")
     manifest = Manifest.read(RUN)
     assert manifest is not None and "report.html" in manifest.made  # as runs of earlier versions have it not
     manifest.made = [name for name in manifest.made if name not in ("report.html", "predictions.csv", "figures")]

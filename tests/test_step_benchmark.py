@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, offline
 
 from tailtune.benchmarks import compare, limits, step
+from tailtune.benchmarks.steps import clock
 from tailtune.benchmarks.steps.products import products_of
 from tailtune.benchmarks.steps.side import Side
 from tailtune.configs.errors import UserError
@@ -25,6 +26,24 @@ def test_our_side_trains_one_step_for_each_command() -> None:
 def test_a_side_that_cannot_start_is_named() -> None:
     with pytest.raises(UserError, match="ours of tiny stopped"):
         Side("ours", {**TINY, "model": "no_model"}, ROOT, threads=1)
+
+
+def test_the_memory_is_the_peak_since_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose counters are numbers here; the second step needs less than the first one."""
+    used, answers = {"now": 100, "peak": 900}, []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: used["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: used["peak"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 2 * used["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: used.update(peak=used["now"]))
+    monkeypatch.setattr(clock.device, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(clock.device, "finish", lambda: None)
+    watch = object.__new__(clock.Clock)  # its constructor takes the standard output of the process
+    monkeypatch.setattr(watch, "commands", lambda: iter(["", ""]), raising=False)
+    monkeypatch.setattr(watch, "answer", answers.append, raising=False)
+    for needed, _ in zip((500, 300, 0), watch.batches(None), strict=False):
+        used["peak"] = max(used["peak"], needed)
+    assert [each["memory"] for each in answers] == [400, 400]
 
 
 def test_two_configs_are_measured_by_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

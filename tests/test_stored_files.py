@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Cli
 from safetensors.torch import load_file, save_file
-from test_bad_input import RUN, SHORT, one_line, signal_after, states
+from test_bad_input import RUN, SHORT, interrupted, one_line, states, unfinished  # noqa: F401
+from tiers import slow_except
 
 from tailtune import main
 from tailtune.trainers.storage.atomic_io import Damaged, new_folder
@@ -19,6 +21,8 @@ FILES = (
     *("config.yaml", "metrics.json", "logits.safetensors", "splits/splits.json"),
     *("checkpoint/facts.json", "checkpoint/tensors.safetensors"),
 )
+
+EACH_FILE = [*zip(FILES, ("flipped", "gone") * 3, strict=True)]
 
 
 def spoil(path: Path, how: str) -> None:
@@ -45,8 +49,7 @@ def own_run(whole_run: Path, tmp_path: Path) -> Path:
     return tmp_path / RUN
 
 
-@pytest.mark.parametrize("how", ["flipped", pytest.param("cut", marks=pytest.mark.slow), "gone"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "how"), slow_except(EACH_FILE, product(FILES, ("flipped", "cut", "gone"))))
 def test_a_damaged_file_changes_no_number(launch: Cli, own_run: Path, name: str, how: str) -> None:
     """The command that trained the run, and one that answers from what it stored."""
     whole = json.loads((own_run / "metrics.json").read_text())["test"]
@@ -72,14 +75,6 @@ def test_rows_that_were_swapped(launch: Cli, own_run: Path) -> None:
     assert done.returncode == 0 and "using the logits" not in done.stdout
 
 
-@pytest.fixture
-def unfinished(launch: Cli, tmp_path: Path) -> Path:
-    """Stopped after step 3 of 4, with the states of steps 2 and 3."""
-    with signal_after(3):
-        assert launch(SHORT).returncode == 130
-    return tmp_path / RUN
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -92,7 +87,7 @@ def unfinished(launch: Cli, tmp_path: Path) -> Path:
 def test_an_edited_state_gives_way_to_the_one_before(
     launch: Cli,
     whole_run: Path,
-    unfinished: Path,
+    unfinished: Path,  # noqa: F811
     before: str,
     after: str,
 ) -> None:
@@ -106,7 +101,7 @@ def test_an_edited_state_gives_way_to_the_one_before(
     assert all(torch.equal(ours[name], each) for name, each in whole.items())
 
 
-def test_a_state_that_was_not_taken_down_is_not_used(launch: Cli, unfinished: Path) -> None:
+def test_a_state_that_was_not_taken_down_is_not_used(launch: Cli, unfinished: Path) -> None:  # noqa: F811
     """A kill came between the state and the list of checksums, or someone copied it in."""
     shutil.copytree(states(unfinished)[-1], unfinished / "state" / "00000004")
     assert "resuming after step 3" in launch(SHORT).stdout

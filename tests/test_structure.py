@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_files_and_functions_stay_short() -> None:
 @pytest.mark.parametrize("trap", TRAPS)
 def test_traps(trap: str) -> None:
     # Inference mode (`.eval()`) is a method call and no trap; docstrings may name what code must not do.
-    found = {path.relative_to(ROOT).as_posix() for path, code in CODE.items() if re.search(trap, code, re.MULTILINE)}
+    found = {path.relative_to(ROOT).as_posix() for path in FILES if re.search(trap, code_of(path), re.MULTILINE)}
     assert found == (EXCEPTIONS.keys() if trap == PICKLES else set()), TRAPS[trap]
 
 
@@ -197,7 +198,9 @@ def test_every_module_says_what_it_is_for() -> None:
     assert not silent
 
 
-def _without_docstrings(path: Path) -> str:
+@cache
+def code_of(path: Path) -> str:
+    """The code of a file, without docstrings and comments."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -205,10 +208,6 @@ def _without_docstrings(path: Path) -> str:
             kept = [each for each in body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
             node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
     return ast.unparse(tree)
-
-
-CODE = {path: _without_docstrings(path) for path in FILES}
-"""File → its code, without docstrings and comments."""
 
 
 def private_names() -> set[str]:

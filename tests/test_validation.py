@@ -18,10 +18,12 @@ from tiers import slow_except
 from torch import Tensor
 from trajectories import Killed
 
-from tailtune.trainers.evaluation.validation import HIGHER, Validation, ValidationPlan
+from tailtune.trainers.evaluation.validation import Validation, ValidationPlan
+from tailtune.trainers.evaluation.validation_metrics import HIGHER
 from tailtune.trainers.storage.resume_states import ResumeStates
 
-COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none batch_size 64 val_per_class 2 max_test_images 30 lr 0.3 "
+COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none subset_cap 8 batch_size 32 val_per_class 2 "
+COMMAND += "max_test_images 30 lr 0.3 "
 VALIDATED = COMMAND + "num_epochs 4 val_every 1 keep best:mean_acc "
 
 

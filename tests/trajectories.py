@@ -25,7 +25,8 @@ from tailtune.trainers.methods import Method
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.run import run
 
-STEPS = 10  # two epochs of five steps; the last step of an epoch is partial
+STEPS = 6  # two epochs of three steps; the last step of an epoch is partial
+KILLED = 5  # within the second epoch; the newest state is of the step before it
 Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
 LAYOUTS: dict[str, dict[int, list[Layout]]] = {
     "few": {1: [(0, 32, False), (2, 8, False)], 2: [(2, 8, False), (2, 8, True)]},
@@ -41,7 +42,8 @@ MORE = {
     "all": VALIDATED,
 }
 """Tier → further words of the command, which test_core.py gives."""
-COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 3"
+COMMAND = "pretrained none prec fp64 test_prec fp64 num_epochs 2 batch_size 32 lr 0.05 test_per_class 0 save_every 2 "
+COMMAND += "subset_cap 12"
 
 
 class Killed(BaseException):
@@ -79,7 +81,7 @@ def train(folder: Path, workers: int, micro: int, killed: bool, world: int = 1, 
     words = f"{COMMAND} num_workers {workers} micro_batch_size {at_once} output_dir {name} {more}".split()
     (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
     if killed:
-        with killed_after(7):
+        with killed_after(KILLED):
             run(cfg)
         AcceleratorState._reset_state()
     run(cfg)
@@ -96,7 +98,7 @@ def move(folder: Path, before: int, after: int, part: int, more: str = "") -> Pa
     path = folder / MOVES[before, after]
     words = f"{COMMAND} num_workers 0 micro_batch_size 8 output_dir {path} {more}".split()
     (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
-    with killed_after(7 if part == 0 else None):
+    with killed_after(KILLED if part == 0 else None):
         run(cfg)
     AcceleratorState._reset_state()
     return path

@@ -155,9 +155,16 @@ class LargestPart:
 def _of_image(method: Method, resolution: int) -> int | None:
     try:
         few, many = (saved(method, resolution, count) for count in (FEW, MANY))
-    except (NotImplementedError, AssertionError, RuntimeError):  # some tuners of peft need values
+    except RuntimeError as error:
+        if not _needs_values(error):
+            raise
         return None
     return (many - few) // (MANY - FEW)
+
+
+def _needs_values(error: RuntimeError) -> bool:
+    """Whether a method needs what the meta device does not have; LoHa, LoKr, SHiRA and WaveFT of peft do."""
+    return isinstance(error, NotImplementedError) or "cannot be called on meta tensors" in str(error)
 
 
 def saved(method: Method, resolution: int, count: int) -> int:

@@ -16,12 +16,14 @@ from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
 from tailtune.datasets.view import View
 from tailtune.trainers.compilation import compiled_blocks
 from tailtune.trainers.distributed import share_statistics
-from tailtune.trainers.evaluation.validation import Validated, Validation
+from tailtune.trainers.evaluation.validation import Validation
+from tailtune.trainers.evaluation.validation_metrics import Validated
 from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.methods.base import Batch, Method, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, learning_rate, set_lr
 from tailtune.trainers.precision import check_frozen
 from tailtune.trainers.processes.interrupts import Agreement, Interrupt, Interrupted
+from tailtune.trainers.processes.peak_memory import Peak
 from tailtune.trainers.progress import Curves, Progress
 from tailtune.trainers.runs.metrics_file import TrainReport
 from tailtune.trainers.sharding import copy_to_shard, is_sharded, own_part, prepared, shard_states, whole
@@ -67,13 +69,12 @@ class Trainer:
             UserError: the loss is not finite, or a state cannot be read or written.
             Interrupted: a signal or `on_validation` requested a stop; the state has been saved.
         """
-        cuda = self.accelerator.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        device = self.accelerator.device
+        peak = Peak(device) if device.type == "cuda" else None  # on a CPU, it would reset the peak of the whole process
         run = self._begin(method, data)  # a resumed run has the weights of its frozen encoder only now
         view = data.train if self.view_of is None else self.view_of(run.method, data.train)
         view.timed, view.two_views = self.plan.profile_data, method.takes_two_views
-        loader = train_loader(view, run.sampler, self.plan.num_workers, self.accelerator.device)
+        loader = train_loader(view, run.sampler, self.plan.num_workers, device)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
         validation, started, before = self.validation, time.perf_counter(), run.report.seconds
         try:
@@ -92,8 +93,8 @@ class Trainer:
                         log.info(loader.times.report(epoch + 1, time.perf_counter() - begun))
         finally:
             run.progress.close()
-        if cuda:
-            run.report.peak_memory_bytes = torch.cuda.max_memory_allocated()
+        if peak is not None:
+            run.report.peak_memory_bytes = peak.read()
         self._with_trained(run)
         validation.restore_best(method)
         run.report.kept = validation.best_of(run.report.validations)

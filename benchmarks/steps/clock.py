@@ -45,13 +45,12 @@ class Clock:
         for command in self.commands():
             peak = peak or Peak(device.device())
             device.finish()
-            device.forget_peak()
             with OBSERVED[command]() as observed:
                 processor, wall = time.process_time(), time.perf_counter()
                 yield batch
                 device.finish()
                 took = {"processor": time.process_time() - processor, "wall": time.perf_counter() - wall}
-            self.answer({**took, **device.peak_memory(), "memory": peak.above(), **observed()})
+            self.answer({**took, **peak.of_gpu(), "memory": peak.above(), **observed()})
 
     def answer(self, facts: Facts) -> None:
         """Send a line of JSON to the other process."""

@@ -53,25 +53,6 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def forget_peak() -> None:
-    """Let `peak_memory` count from here on."""
-    if uses_cuda():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def release() -> None:
-    """Give memory that no tensor uses back to the device."""
-    if uses_cuda():
-        torch.cuda.empty_cache()
-
-
-def peak_memory() -> dict[str, int]:
-    """`allocated`: bytes of tensors at their peak; `reserved`: bytes that the allocator held. Empty on a CPU."""
-    if not uses_cuda():
-        return {}
-    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-
-
 def arithmetic() -> dict[str, Any]:
     """Whether products and convolutions of fp32 tensors use TF32. Empty on a CPU."""
     if not uses_cuda():

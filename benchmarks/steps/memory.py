@@ -21,6 +21,7 @@ from tailtune.trainers.distributed import uses_cuda
 from tailtune.trainers.methods import Earlier, Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.precision import precision_used
+from tailtune.trainers.processes.peak_memory import Peak
 from tailtune.trainers.storage.checkpoint import trained_state
 
 
@@ -32,15 +33,15 @@ def main(row: dict[str, Any]) -> None:
     """
     clock = Clock()
     for words in clock.commands():
+        gc.collect()  # what the config before this one has left
+        peak = Peak(device.device())
         try:
             facts = measured(*words.split())
         except torch.OutOfMemoryError:
-            facts = {"why": "out of memory", **device.peak_memory()}
+            facts = {"why": "out of memory"}
         except Exception as error:  # the other configs can still be measured
             facts = {"why": f"{type(error).__name__}: {error}"}
-        gc.collect()
-        device.release()
-        clock.answer(facts)
+        clock.answer({**facts, **peak.of_gpu()})
 
 
 def measured(data: str, model: str, *pairs: str) -> dict[str, Any]:
@@ -52,9 +53,8 @@ def measured(data: str, model: str, *pairs: str) -> dict[str, Any]:
         pairs: more options.
 
     Returns:
-        `prec`, `batch` and `seconds` of the second step, and the memory; or `why` nothing was measured.
+        `prec`, `batch` and `seconds` of the second step; or `why` nothing was measured.
     """
-    device.forget_peak()
     stages = stages_at_random(data, model, *pairs)
     cfg = stages[-1]
     method = built(cfg)
@@ -74,7 +74,6 @@ def measured(data: str, model: str, *pairs: str) -> dict[str, Any]:
         "prec": precision_used(cfg.prec, uses_cuda()),
         "batch": at_once,
         "seconds": time.perf_counter() - start,
-        **device.peak_memory(),
     }
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tailtune.configs.errors import UserError, lookup, prefix_errors, unknown
 from tailtune.configs.lazy_module import lazy_module
-from tailtune.configs.seeding import seeded
 from tailtune.models.backbones import open_clip_files, openai_clip
 from tailtune.models.backbones.backbone_types import (
     NO_SPLIT,
@@ -27,7 +26,7 @@ from tailtune.models.backbones.backbone_types import (
 from tailtune.models.backbones.clip_text_encoder import ClipTextEncoder
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.expert_split import split_experts
-from tailtune.models.backbones.open_clip_image_encoders import embedding_encoder, meta_image_encoder, vision_config
+from tailtune.models.backbones.open_clip_image_encoders import embedding_encoder, meta_image_encoder
 from tailtune.models.backbones.plain_text import is_openai_text
 from tailtune.models.backbones.plain_vit import OPENAI_VIT_DEFAULTS, is_openai_vit
 from tailtune.models.backbones.pretrained_weights import (
@@ -39,6 +38,7 @@ from tailtune.models.backbones.pretrained_weights import (
     read_state,
     to_open_clip_layout,
 )
+from tailtune.models.backbones.random_clip import random_clip
 from tailtune.models.backbones.text_tower import TextTower, load_text_tower
 from tailtune.models.backbones.timm_backbone import TimmBackbone
 
@@ -160,7 +160,12 @@ class OpenClipBackbone:
 
     def _clip(self, config: dict[str, Any], resolution: int, seed: int, path: Path | None) -> Any:
         """open_clip's model with the weights of a file, or with random weights if `path` is None."""
-        clip = self._random_clip(config, resolution, seed)
+        try:
+            clip = random_clip(self.arch, config, resolution, seed)
+        except TypeError as error:
+            if self.config is None:
+                raise
+            raise UserError(f"backbone: open_clip cannot make the model of {self.config}: {error}") from error
         if path is not None:
             with prefix_errors("pretrained"):
                 state = to_open_clip_layout(clip, read_state(path))
@@ -168,29 +173,6 @@ class OpenClipBackbone:
                     open_clip.model.resize_pos_embed(state, clip)
                 load_strict(clip, state, self.arch, path)
         return clip
-
-    def _random_clip(self, config: dict[str, Any], resolution: int, seed: int) -> Any:
-        """open_clip's model with random weights, of the class that its own factory would choose."""
-        text = config["text_cfg"]
-        model_class = (
-            open_clip.CustomTextCLIP if config.get("custom_text") or "hf_model_name" in text else open_clip.CLIP
-        )
-        model_class = open_clip.CoCa if "multimodal_cfg" in config else model_class
-        arguments = {name: value for name, value in config.items() if name != "custom_text"}
-        if "hf_model_name" in text:
-            arguments["text_cfg"] = {**text, "hf_model_pretrained": False}
-        try:
-            with seeded(seed, "backbone"), hub_or_cache() if "hf_model_name" in text else nullcontext():
-                return model_class(**{**arguments, "vision_cfg": vision_config(config, resolution)})
-        except TypeError as error:
-            if self.config is None:
-                raise
-            raise UserError(f"backbone: open_clip cannot make the model of {self.config}: {error}") from error
-        except (OSError, hub_errors.HfHubHTTPError) as error:
-            raise UserError(
-                f"the text encoder of {self.arch} ({text['hf_model_name']}) is described on the Hugging Face hub, "
-                "which cannot be reached; choose another backbone, or go online once"
-            ) from error
 
     # --- weights -----------------------------------------------------------------------------------------------
 

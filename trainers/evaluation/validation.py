@@ -19,23 +19,16 @@ from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.expert_usage import is_finite
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.metrics import evaluate_predictions
+from tailtune.trainers.evaluation.validation_metrics import BEST, HIGHER, LOWER, Validated
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 from tailtune.trainers.storage.checkpoint import copy_state, trained_state, with_prefix
 from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.random_state import random_state, restore_random_state
 
-HIGHER = ("mean_acc", "accuracy", "macro_f1", "worst_case_acc", "hmean_acc", "gmean_acc")
-"""Metrics of which a higher value is better. Those of class groups are left out: options of evaluation change the
-groups, and such options must not change what is trained."""
-LOWER = ("error_rate", "ece", "nll")
-"""Metrics of which a lower value is better."""
-BEST = "best:"
 PREFIX = "best."
 """Beginning of the names of the best epoch's tensors in a saved state."""
 
-Validated = dict[str, Any]
-"""One validation: `epoch` and `step`, counted from 1, and the metrics that are one number (None: no such images)."""
 OnValidation = Callable[[Validated], bool]
 """Gets a validation, and returns whether the training shall stop after it, with its state saved."""
 

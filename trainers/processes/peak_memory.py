@@ -1,4 +1,7 @@
-"""`Peak`: the largest memory of this process since a moment: allocated memory of its GPU, resident memory on a CPU."""
+"""`Peak`: the largest memory of this process since a moment: allocated memory of its GPU, resident memory on a CPU.
+
+Nothing else resets or reads the peak. A device has one: a second `Peak` lets the first one count from there on.
+"""
 
 import ctypes
 from contextlib import suppress
@@ -12,7 +15,7 @@ RESET_PEAK = "5"
 
 
 class Peak:
-    """The memory since this object was made. On a CPU, what the C library has kept until then is given back first.
+    """The memory since this object was made. What the C library or the allocator of a GPU keeps is given back first.
 
     Args:
         device: the device of the computation.
@@ -42,6 +45,13 @@ class Peak:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return None if self.before is None else _resident("VmHWM")
+
+    def of_gpu(self) -> dict[str, int]:
+        """`allocated`: bytes of tensors at their peak; `reserved`: bytes that the allocator held. Empty on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        found = {"allocated": torch.cuda.max_memory_allocated, "reserved": torch.cuda.max_memory_reserved}
+        return {name: peak(self.device) for name, peak in found.items()}
 
     def above(self) -> int | None:
         """The largest number of bytes so far above those before."""

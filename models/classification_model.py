@@ -59,7 +59,7 @@ class ClassificationModel(nn.Module):
 
         Args:
             images: [B, 3, H, W], uint8, or floats that are normalised already. Features that were computed before, with
-                the shape of the result, pass as they are.
+                the shape of the result, pass as they are; so do tokens of a ViT [B, 1, N, D], to the encoder.
 
         Returns:
             Features [B, D], or [B, E, D] if experts have features of their own.

@@ -1,20 +1,16 @@
 """`feature_cache`: features of a frozen encoder are computed once, and a run ends with the same numbers."""
 
-import json
 import logging
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Cli, free_port, offline
+from conftest import Cli
+from feature_runs import WORDS, assert_same, counted, outcome
 from PIL import Image
 from safetensors.torch import load_file
 from yacs.config import CfgNode
@@ -33,28 +29,6 @@ from tailtune.trainers.storage.resume_states import ResumeStates
 
 Config = Callable[..., CfgNode]
 FOLDER = ("feature_cache_dir", "kept")
-WORDS = "-d digits_lt -m tiny_clip augment whole batch_size 64 max_steps 8 max_test_images 70 feature_cache_dir kept"
-
-
-@contextmanager
-def counted(kind: type, name: str) -> Iterator[mock.Mock]:
-    """Counts the calls of a method."""
-    with mock.patch.object(kind, name, autospec=True, side_effect=getattr(kind, name)) as calls:
-        yield calls
-
-
-def outcome(run: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """What a run has trained, the logits of its test images, and its result."""
-    folder = Path("output", run)
-    head, logits = (load_file(folder / name) for name in ("checkpoint/tensors.safetensors", "logits.safetensors"))
-    return head, logits, json.loads((folder / "metrics.json").read_text())
-
-
-def assert_same(run: str, other: str, tolerance: float = 0.0) -> None:
-    for found, wanted in zip(outcome(run)[:2], outcome(other)[:2], strict=True):
-        assert found.keys() == wanted.keys()
-        for name, tensor in found.items():
-            assert torch.allclose(tensor.double(), wanted[name].double(), rtol=0, atol=tolerance), name
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
@@ -97,6 +71,25 @@ def test_tip_adapter_and_zero_shot_encode_nothing_again(launch: Cli) -> None:
     assert_same("first", "second")
 
 
+@pytest.mark.parametrize(("tuner", "of_trained"), [("adapter False", 0), ("adapter True", 2)])
+def test_an_ensemble_encodes_the_test_images_once_with_a_frozen_encoder(
+    tuner: str, of_trained: int, launch: Cli
+) -> None:
+    """Each encoder has two batches of them. With an α of 1 the logits are those of the run."""
+    words = f"{WORDS} {tuner} output_dir run"
+    assert launch(words).returncode == 0
+    calls = []
+    for alpha in (0, 0.5, 1):
+        with counted(ViTEncoder, "trunk") as images:
+            done = launch(words, "test_only True ensemble logits ensemble_alpha", alpha)
+        assert done.returncode == 0, done.stderr
+        calls.append(images.call_count)
+    assert calls == [of_trained + 2, of_trained, of_trained]
+    newest = max(Path("output").glob("run/tests/*/logits.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    found, wanted = load_file(newest), load_file("output/run/logits.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_a_resumed_stage_has_the_features_of_its_own_encoder(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The frozen encoder of a second stage is that of the first, which a resumed run knows from its state only."""
     experts = "adapter True num_experts 2 expert_split 1"
@@ -118,24 +111,6 @@ def test_a_resumed_stage_has_the_features_of_its_own_encoder(launch: Cli, monkey
         done = launch(words, "feature_cache_dir other output_dir killed")  # nothing is kept here
     assert done.returncode == 0 and "resuming after step 2" in done.stderr + done.stdout and encoded.call_count
     assert_same("whole", "killed")
-
-
-TWO_PROCESSES = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work(launch: Cli, tmp_path: Path) -> None:
-    """The features do not depend on the number of processes, so either can use those of the other."""
-    command = [*TWO_PROCESSES, "--main_process_port", str(free_port()), str(ROOT / "main.py"), *WORDS.split()]
-    for run, cache in (("cold", "kept"), ("warm", "kept"), ("off", "none")):
-        words = ["output_dir", run, "feature_cache", str(cache == "kept"), "init_head", "class_mean"]
-        done = subprocess.run([*command, *words], env=offline(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    assert_same("warm", "cold")
-    assert_same("off", "cold", 1e-4)
-    with counted(ViTEncoder, "trunk") as images:
-        assert launch(WORDS, "output_dir alone init_head class_mean").returncode == 0
-    assert not images.call_count
 
 
 # --- what a feature depends on ---------------------------------------------------------------------------------------
@@ -219,7 +194,6 @@ def test_every_change_of_what_a_feature_depends_on_makes_another_entry(photograp
         ("method", "mixup"),
         ("method", "glmc", "pair_sampler", "shuffle"),
         ("classifier", "TextClassifier", "context", "maple", "context_len", 2, "context_depth", 2),
-        ("classifier", "TextClassifier", "projection_tuning", True),
         ("feature_cache", False),
     ],
     ids=lambda words: " ".join(map(str, words)),
@@ -274,3 +248,14 @@ def test_features_that_do_not_fit_into_memory(
     with caplog.at_level(logging.WARNING, "tailtune"):
         assert encoded(config) is None
     assert "every image is encoded again" in caplog.text
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_images_are_cached_where_their_features_do_not_fit(
+    fits: bool, photographs: Path, launch: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fits:
+        monkeypatch.setattr("tailtune.trainers.feature_store.free_memory", lambda: 100)
+    words = "-d mine.yaml -m tiny_clip pretrained none init_head none augment whole max_steps 1 batch_size 4 cache ram"
+    done = launch(words, *FOLDER, "output_dir run")
+    assert done.returncode == 0 and ("cache ram: 10 images" in done.stdout) is not fits, done.stdout

@@ -653,6 +653,7 @@ PROBES: dict[str, Probe] = {
     "cache_dir": Probe("here", "there", cached_in, (*ONE, "cache", "disk")),
     "feature_cache": Probe(True, False, said("features of 20 images"), ONE),
     "feature_cache_dir": Probe("here", "there", cached_in, ONE),
+    "feature_cache_gb": Probe(0, 1, said("tokens of 159"), (*ONE, "augment", "none", "lora", True, "partial", 1)),
     "backbone": Probe("TinyCLIP", "CLIP-ViT-B/16", on_meta),
     "pretrained": Probe("none", "own.safetensors", encoder_weights),
     "resolution": Probe(32, 48, grid),

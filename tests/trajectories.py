@@ -114,7 +114,8 @@ EVALUATED = (
 def evaluate(folder: Path, world: int = 1) -> Path:
     """A run that is evaluated and not trained; with it what each process has received from the others."""
     path = folder / f"evaluated_{world}"
-    (cfg,) = load_configs("fake_lt", "tiny_clip", [*EVALUATED.split(), "output_dir", str(path)], declared())
+    folders = ["output_dir", str(path), "feature_cache_dir", str(folder / f"features_{world}")]  # nothing is kept there
+    (cfg,) = load_configs("fake_lt", "tiny_clip", [*EVALUATED.split(), *folders], declared())
     with counted() as received, mock.patch("tailtune.models.heads.head_init.MAX_ITER", 3):  # more magnify rounding
         run(cfg)
     if all_received := gather_objects_to_main(Accelerator(cpu=True), received):

@@ -30,6 +30,8 @@ from tailtune.trainers.processes.kept_memory import keep_freed_memory
 from tailtune.trainers.sharding import sharding_plugin
 
 Decision = TypeVar("Decision")
+COPIED_ROWS = 1 << 14
+"""Number of rows of a tensor that a process sends to the others at once."""
 
 
 def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
@@ -73,6 +75,23 @@ def gather_to_main(accelerator: Accelerator, tensors: Sequence[Tensor]) -> list[
         torch.distributed.gather(tensor, parts or None)
         found += [torch.cat(parts).cpu()] if parts else []
     return found or None
+
+
+def copied_from_main(accelerator: Accelerator, tensors: Sequence[Tensor] | None) -> list[Tensor]:
+    """Tensors of the first process, on the CPU of every process.
+
+    Args:
+        accelerator: the processes. All must call this together.
+        tensors: tensors [N, …] on the CPU; only those of the first process are read.
+    """
+    kinds = on_main(accelerator, lambda: [(each.shape, each.dtype) for each in tensors or ()])
+    if tensors is None or not accelerator.is_main_process:
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+    for part in (part for each in tensors for part in each.split(COPIED_ROWS)) if accelerator.num_processes > 1 else ():
+        sent = part.to(accelerator.device)  # a GPU holds a part at a time
+        torch.distributed.broadcast(sent, 0)
+        part.copy_(sent)
+    return list(tensors)
 
 
 def gather_objects_to_main(accelerator: Accelerator, own: Any) -> list[Any]:

@@ -5,45 +5,48 @@ Features that stand for images are always those of one pass over the images, in 
 numbers whether the features have been there before or not. Everything that can change a bit of a feature is a part of
 the key of an entry: the images and their transform, weights and attributes of the encoder, its arithmetic, the size of
 the batches, the device and the libraries.
+
+Where only the last blocks of a ViT train, the tokens before them are kept in the same way (`token_store.py`).
 """
 
-import hashlib
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from tailtune.configs import CfgNode
 from tailtune.configs.launch_environment import is_first_process
 from tailtune.configs.machine import LARGEST_SHARE, free_memory, local_processes
 from tailtune.configs.option import option, options_from
-from tailtune.configs.value_parsers import as_path
-from tailtune.datasets.feature_view import FeatureView
+from tailtune.configs.value_parsers import as_float, as_path
+from tailtune.datasets.feature_view import FeatureView, JoinedView
 from tailtune.datasets.image_identity import image_digest, without_draws
-from tailtune.datasets.loading.data_loader import eval_loader
+from tailtune.datasets.images.transforms import FIXED
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel
 from tailtune.models.backbones.backbone_types import TextEncoder
-from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.prompts import Sentences
-from tailtune.trainers.distributed import on_main
+from tailtune.trainers.distributed import copied_from_main, on_main
+from tailtune.trainers.feature_keys import circumstances, digest_before, encoder_digest, hash_of
+from tailtune.trainers.feature_pass import encoded_once
 from tailtune.trainers.methods.base import Method
-from tailtune.trainers.runs.metrics_file import device_name
 from tailtune.trainers.sharding import is_sharded
+from tailtune.trainers.storage.kept_rows import KeptRows
 from tailtune.trainers.storage.kept_tensors import KeptTensors
+from tailtune.trainers.token_store import TOKENS_NOTE, TokenStore
+from tailtune.trainers.weight_digest import weight_digest
 
 FORMAT = 1
 """A change of the code that changes a bit of a feature needs another number."""
-LIBRARIES = ("torch", "timm", "open_clip_torch", "peft")
+TOKENS_GB = 10.0
+"""Limit of the tokens on a CPU."""
 NOTE = "the features of the frozen encoder were computed once for each image (feature_cache)"
 log = logging.getLogger("tailtune")
 
@@ -64,6 +67,14 @@ class FeatureOptions:
         as_path,
         cls="runtime",
     )
+    feature_cache_gb: float | None = option(
+        None,
+        "GB (10⁹ bytes) that tokens in this folder may take. They are kept where only the last blocks of a ViT train, "
+        f"and `augment` is none or whole. None means {TOKENS_GB:g} on a CPU, and 0 on a GPU.",
+        as_float,
+        cls="runtime",
+        least=0.0,
+    )
 
     def kept(self) -> KeptTensors | None:
         """The entries of the folder; None without a cache, or without a home folder, which a warning says."""
@@ -71,6 +82,12 @@ class FeatureOptions:
             return None
         of_user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tailtune" / "features"
         return KeptTensors.below_home(Path(self.feature_cache_dir or of_user))
+
+    def kept_tokens(self, below: KeptTensors | None, device: torch.device) -> KeptRows | None:
+        """The entries of tokens in a folder of features; None without a cache or with a limit of 0."""
+        limit = self.feature_cache_gb
+        limit = TOKENS_GB * (device.type == "cpu") if limit is None else limit
+        return KeptRows(below.folder / "tokens", limit * 1e9) if below is not None and limit > 0 else None
 
 
 @dataclass(frozen=True)
@@ -94,9 +111,9 @@ class TextFeatures:
             return text_encoder.class_features(sentences, device)
         facts = {
             "format": FORMAT,
-            "texts": _hash([list(each) for each in sentences]),
-            "encoder": [self.backbone, _digest(text_encoder.weights().items())],
-            **_circumstances(),
+            "texts": hash_of([list(each) for each in sentences]),
+            "encoder": [self.backbone, weight_digest(text_encoder, text_encoder.weights().items())],
+            **circumstances(),
         }
         features = self.kept.read(facts)
         if features is not None:
@@ -123,30 +140,55 @@ class FeatureStore:
     """Whether images are known again by their whole content."""
     note: Callable[[str], None] = field(default=lambda text: None)
     """Gets a sentence for the result when features are used."""
+    tokens: TokenStore | None = None
+    """Gives tokens where the encoder is constant up to a block; None: images stay images."""
 
     @classmethod
     def of(
         cls, cfg: CfgNode, accelerator: Accelerator, note: Callable[[str], None] = lambda text: None
     ) -> "FeatureStore":
         texts, content = TextFeatures.of(cfg), cfg.data_fingerprint == "content"
-        return cls(texts.kept, texts, accelerator, cfg.test_batch_size, cfg.num_workers, content, note)
-
-    def applies(self, method: Method, view: View) -> bool:
-        """Whether features can stand for the images of a view, for a method as it is at present.
-
-        The encoder does not train, the view draws no random numbers, and only the encoder reads the images.
-        """
-        frozen = method.takes_features and method.model.encoder.is_constant and not is_sharded()
-        return self._fixed(view) and frozen
+        rows = options_from(FeatureOptions, cfg).kept_tokens(texts.kept, accelerator.device)
+        how = (accelerator, cfg.test_batch_size, cfg.num_workers)
+        tokens = TokenStore(rows, *how) if rows is not None and cfg.augment in FIXED else None
+        return cls(texts.kept, texts, *how, content, note, tokens)
 
     def view_of(self, method: Method, view: View) -> View:
-        """The view of the features of the images, or the view itself. All processes must call this together."""
-        if not self.applies(method, view):
+        """The view of the features of the images, or the view itself. All processes must call this together.
+
+        Features can stand for images if the encoder of the method as it is at present does not train, the view draws no
+        random numbers, and only the encoder reads the images. Of a method with several parts, this may be so for some.
+        """
+        views = [self._of_part(part, view) for part in method.parts]
+        if all(found is view for found in views):
             return view
+        return views[0] if len(views) == 1 else JoinedView(views)
+
+    def _of_part(self, method: Method, view: View) -> View:
         model = method.model
+        if not (method.takes_features and self._fixed(view)) or is_sharded():
+            return view
+        if not model.encoder.is_constant:
+            return self._tokens_of(model, view)
         found = self._view(model, view, model.features, model.encoder.experts, untuned=False)
         if found is not view:
             self.note(NOTE)
+        return found
+
+    def _tokens_of(self, model: ClassificationModel, view: View) -> View:
+        """The view of the tokens before the first block that trains, or the view itself."""
+        encoder, tokens = model.encoder, self.tokens
+        if tokens is None or not tokens.applies(encoder, view):
+            return view
+        block, training = encoder.constant_blocks, encoder.training
+        encoder.eval()
+        try:
+            facts = {"before block": block, **self._key(model, view, digest_before(encoder, block))}
+            found = tokens.view_of(model, encoder, view, facts)
+        finally:
+            encoder.train(training)
+        if found is not view:
+            self.note(TOKENS_NOTE)
         return found
 
     def untuned(self, model: ClassificationModel, view: View, encode: Callable[[Tensor], Tensor]) -> View:
@@ -174,124 +216,66 @@ class FeatureStore:
             facts = on_main(self.accelerator, lambda: self._facts(model, view, experts, untuned))
             if facts is None:
                 return view
+            readable = torch.ones(len(view), dtype=torch.bool)
             if (found := self._read(kept, facts)) is not None:
-                return FeatureView(view, found, torch.ones(len(view), dtype=torch.bool))
+                log.info("features of %s images: read from the feature cache", f"{len(view):,}")
+                return FeatureView(view, found, readable)
             started = time.perf_counter()
-            features, readable = self._computed(view, encode)
+            computed = encoded_once(view, encode, self.accelerator, self.batch_size, self.num_workers)
         finally:
             encoder.train(training)
-        bad_images = int((~readable).sum())
-        seconds, outcome = time.perf_counter() - started, "not kept"
-        if bad_images:
-            outcome = f"not kept, because {bad_images} cannot be read"
-        elif self.accelerator.is_local_main_process and kept.write(facts, features):
-            outcome = f"{features.nbytes / 1e6:,.1f} MB kept in {kept.folder}"
+        seconds = time.perf_counter() - started
+        bad_images, written = on_main(self.accelerator, lambda: _written(kept, facts, computed))
+        outcome = "not kept" + f", because {bad_images} cannot be read" * (bad_images > 0)
+        if computed is not None and written:
+            outcome = f"{computed[0].nbytes / 1e6:,.1f} MB kept in {kept.folder}"
         log.info("features of %s images: computed in %.1f s, %s", f"{len(view):,}", seconds, outcome)
+        if written and (found := self._read(kept, facts)) is not None:
+            return FeatureView(view, found, readable)
+        features, readable = copied_from_main(self.accelerator, computed)
+        if written and self.accelerator.is_local_main_process and not self.accelerator.is_main_process:
+            kept.write(facts, features)  # this machine has a folder of its own
         return FeatureView(view, features, readable)
 
     def _facts(self, model: ClassificationModel, view: View, experts: int, untuned: bool) -> dict[str, Any] | None:
         """Everything that the features depend on; None if they do not fit into memory."""
         encoder = model.encoder
-        size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory() / local_processes()
-        if 3 * size > LARGEST_SHARE * free:  # they are copied when they are gathered, and when they are written
+        size, free = 4 * len(view) * experts * encoder.feature_dim, free_memory()
+        copies = 1 + local_processes()  # one while they are written; one in each process if they cannot be kept
+        if copies * size > LARGEST_SHARE * free:
             sizes = f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
             log.warning("warning: feature_cache: the features take %s: every image is encoded again", sizes)
             return None
+        return {"experts": experts, **self._key(model, view, encoder_digest(encoder, untuned))}
+
+    def _key(self, model: ClassificationModel, view: View, encoder: str) -> dict[str, Any]:
+        """What features depend on besides the digest of what computes them."""
         of_transform = without_draws(view)
         assert of_transform is not None, "asked before"
+        dtypes = [str(getattr(model.encoder, name, None)) for name in ("compute_dtype", "residual_dtype", "fast")]
         return {
             "images": image_digest(view, FORMAT, of_transform, self.content),
-            "encoder": _encoder_digest(encoder, untuned),
+            "encoder": encoder,
             "pixels": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
-            "experts": experts,
-            "arithmetic": [str(getattr(encoder, name, None)) for name in ("compute_dtype", "residual_dtype", "fast")],
+            "arithmetic": dtypes,
             "batch_size": self.batch_size,
-            **_circumstances(),
+            **circumstances(),
         }
 
     def _read(self, kept: KeptTensors, facts: dict[str, Any]) -> Tensor | None:
         """The features of an entry, if every process can read it."""
-        found = kept.read(facts)
-        everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
-        if found is None or not everywhere:
+        found = kept.read(facts) if self.accelerator.is_main_process else None
+        if not on_main(self.accelerator, lambda: found is not None):
             return None
-        log.info("features of %s images: read from the feature cache", f"{len(found):,}")
-        return found
-
-    @torch.no_grad()
-    def _computed(self, view: View, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Features [N, …] and which images could be read, bool [N], on the CPU. The processes share the batches."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = torch.arange(len(view)).split(self.batch_size)
-        shares = [torch.cat(batches[each::world] or batches[:1]) for each in range(world)]  # none is empty
-        own = view if world == 1 else view.take(shares[rank].numpy())
-        device, features = self.accelerator.device, torch.empty(0)
-        readable = torch.zeros(len(shares[0]), dtype=torch.bool, device=device)  # the first share is the largest one
-        loader = eval_loader(own, self.batch_size, self.num_workers, device=device, title="features" * (rank == 0))
-        for number, batch in enumerate(loader):
-            found = encode(batch["image"])
-            if number == 0:
-                features = found.new_zeros(len(readable), *found.shape[1:])
-            features[batch["index"]], readable[batch["index"]] = found, batch["weight"] > 0
-        gathered = [self.accelerator.gather(each).cpu().split(len(readable)) for each in (features, readable)]
-        joined = [parts[0].new_zeros(len(view), *parts[0].shape[1:]) for parts in gathered]
-        for tensor, parts in zip(joined, gathered, strict=True):
-            for share, part in zip(shares, parts, strict=True):
-                tensor[share] = part[: len(share)]
-        return joined[0], joined[1]
+        if not self.accelerator.is_main_process:
+            found = kept.read(facts, checked=not self.accelerator.is_local_main_process)
+        everywhere = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device)).all()
+        return found if everywhere else None
 
 
-def _encoder_digest(encoder: Encoder, untuned: bool) -> str:
-    """A digest of what an encoder computes: its tensors, and the numbers and texts among its modules' attributes.
-
-    Args:
-        encoder: the encoder.
-        untuned: leave out the tuners. Without tuners this is the digest of the same encoder.
-    """
-    untuned = untuned or not (len(encoder.tuners) or encoder.peft_layers)
-
-    def wanted(name: str) -> bool:
-        return not untuned or not (name.startswith("tuners.") or "default" in name.split("."))  # peft's are `default`
-
-    tensors = [each for each in (*encoder.named_parameters(), *encoder.named_buffers()) if wanted(each[0])]
-    host = encoder.net if untuned else encoder
-    modules = [
-        [type(module).__qualname__, _plain({key: each for key, each in vars(module).items() if "_hooks" not in key})]
-        for name, module in host.named_modules()
-        if wanted(name)
-    ]  # torch counts hooks in a process, so their numbers say nothing
-    return f"{_digest(tensors)}-{_hash(modules)}"
-
-
-def _plain(value: Any) -> Any:
-    """The numbers, texts and names of functions in a value, also within lists and dicts; None for the rest."""
-    if isinstance(value, dict):
-        found = {str(key): _plain(each) for key, each in value.items()}
-        return {key: each for key, each in found.items() if each not in (None, [], {})}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, bool | int | float | str):
-        return value
-    return getattr(value, "__qualname__", None) if callable(value) and not isinstance(value, nn.Module) else None
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda each: each[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _circumstances() -> dict[str, Any]:
-    """Device, libraries and settings on which the last bits of a result depend."""
-    cudnn = torch.backends.cudnn
-    return {
-        "device": device_name(),
-        "libraries": [version(name) for name in LIBRARIES],
-        "kernels": [cudnn.deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision()],
-    }
+def _written(kept: KeptTensors, facts: dict[str, Any], computed: tuple[Tensor, Tensor] | None) -> tuple[int, bool]:
+    """Number of images that could not be read; whether the features of all images have become an entry."""
+    assert computed is not None, "asked on the first process"
+    features, readable = computed
+    bad_images = int((~readable).sum())
+    return bad_images, not bad_images and kept.write(facts, features)

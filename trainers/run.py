@@ -20,6 +20,7 @@ from tailtune.datasets.image_cache import keep_images
 from tailtune.datasets.splits.compare_records import first_few, seen_in_training
 from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
+from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
 from tailtune.trainers import training_notes
@@ -40,12 +41,7 @@ from tailtune.trainers.more_epochs import any_length, check_more_epochs
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
-from tailtune.trainers.runs.load_run import (
-    FinishedRun,
-    earlier_run,
-    fresh_method,
-    load_trained,
-)
+from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, load_trained
 from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
@@ -232,11 +228,7 @@ class _Run:
 
     def _train(self, method: Method, data: DataBundle) -> TrainReport | None:
         cfg, accelerator = self.cfg, self.accelerator
-        identity = {
-            "config": config_hash(cfg),
-            "base model": self.base,
-            "images": data.records["train"].fingerprint,
-        }
+        identity = {"config": config_hash(cfg), "base model": self.base, "images": data.records["train"].fingerprint}
         scratch = self.evaluation.scratch
         validation = Validation(ValidationPlan.of(cfg), data, accelerator, scratch, self.on_validation, self.features)
         of_states = {**identity, **validation.identity}
@@ -279,9 +271,7 @@ class _Run:
         curves = start_curves(self.accelerator, CurvePlan.of(cfg), home.path, home.manifest.run, options)
         if method.batch_coupled and plan.micro_batch_size < cfg.batch_size:
             note(training_notes.of_micro_batch(plan.micro_batch_size, cfg.batch_size), warn=True)
-        if cfg.cache is not None and not self.features.applies(method, data.train):
-            keep_images(data.train, cfg.cache, Path(cfg.cache_dir).expanduser())
-        report = Trainer(self.accelerator, plan, states, validation, curves, self.features).fit(method, data)
+        report = Trainer(self.accelerator, plan, states, validation, curves, self._view_of).fit(method, data)
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         for text in validation.outcome(report.validations, cfg.num_epochs):
             log.info(text)
@@ -289,6 +279,13 @@ class _Run:
         for text in training_notes.of_report(report):
             note(text, warn=True)
         return report
+
+    def _view_of(self, method: Method, images: View) -> View:
+        """The features of the training images; if it has to be the images, the option `cache` keeps them."""
+        view = self.features.view_of(method, images)
+        if view is images and self.cfg.cache is not None:
+            keep_images(images, self.cfg.cache, Path(self.cfg.cache_dir).expanduser())
+        return view
 
     def _micro_batch(self, method: Method) -> int:
         size = micro_batch_size(self.cfg, self.accelerator.num_processes)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,11 +13,11 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.loading.data_loader import train_loader
 from tailtune.datasets.loading.samplers import SAMPLERS, StepSampler
+from tailtune.datasets.view import View
 from tailtune.trainers.compilation import compiled_blocks
 from tailtune.trainers.distributed import share_statistics
 from tailtune.trainers.evaluation.validation import Validation
 from tailtune.trainers.evaluation.validation_metrics import Validated
-from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.flat_minima import sam_mode
 from tailtune.trainers.methods.base import Batch, Method, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer, learning_rate, set_lr
@@ -46,7 +46,7 @@ class Trainer:
         states: saves the states of the run and loads them to resume it.
         validation: validates after some epochs, and chooses the epoch that is kept.
         curves: where the curves go.
-        features: gives the features of the images if the encoder is frozen.
+        view_of: (method as it starts or continues, training images) → the view that is trained on; None: the images.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Trainer:
         states: ResumeStates,
         validation: Validation,
         curves: Curves,
-        features: FeatureStore | None = None,
+        view_of: Callable[[Method, View], View] | None = None,
     ) -> None:
-        self.accelerator, self.plan, self.curves, self.features = accelerator, plan, curves, features
+        self.accelerator, self.plan, self.curves, self.view_of = accelerator, plan, curves, view_of
         self.validation, self.kept = validation, TrainingState(accelerator, states, validation)
         self.sam = sam_mode(plan.sam)
 
@@ -72,7 +72,7 @@ class Trainer:
         device = self.accelerator.device
         peak = Peak(device) if device.type == "cuda" else None  # on a CPU, it would reset the peak of the whole process
         run = self._begin(method, data)  # a resumed run has the weights of its frozen encoder only now
-        view = data.train if self.features is None else self.features.view_of(run.method, data.train)
+        view = data.train if self.view_of is None else self.view_of(run.method, data.train)
         view.timed, view.two_views = self.plan.profile_data, method.takes_two_views
         loader = train_loader(view, run.sampler, self.plan.num_workers, device)
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)

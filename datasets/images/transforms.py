@@ -259,6 +259,8 @@ AUGMENTS: Mapping[str, Callable[[int, str], Transform]] = MappingProxyType(
     }
 )
 """Name → function of resolution and interpolation that makes the training transform: entries of option `augment`."""
+FIXED = ("none", "whole")
+"""Those that draw no random numbers."""
 
 
 def _compose(*steps: Step) -> Transform:

@@ -6,6 +6,7 @@ mode.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -109,8 +110,7 @@ def plain(method: Method) -> Predict:
     """Predict one centre crop of each image, which the loader has made: [B, 3, R, R] → [B, E, C]."""
 
     def predict(images: Tensor | list[Tensor]) -> Tensor:
-        assert isinstance(images, Tensor)
-        return method.expert_logits(images)
+        return method.expert_logits(cast(Tensor, images))  # a list if the method has several `parts`
 
     return predict
 

@@ -45,8 +45,13 @@ class WithZeroShot(Method):
 
     can_be_wrapped = False
 
-    def expert_logits(self, images: Tensor) -> Tensor:
-        return self.join(self.trained.expert_logits(images), self.zero_shot.expert_logits(images))
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.trained, self.zero_shot
+
+    def expert_logits(self, images: Tensor | list[Tensor]) -> Tensor:
+        of_trained, of_zero_shot = images if isinstance(images, list) else (images, images)
+        return self.join(self.trained.expert_logits(of_trained), self.zero_shot.expert_logits(of_zero_shot))
 
     def aggregate(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
         return self.trained.aggregate(logits, weights)

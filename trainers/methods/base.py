@@ -45,8 +45,7 @@ class Method(StagedModule):
         self.options = options
         self.objective = objective
         self.epoch = self._drawn = 0
-        self.at_step = 0
-        """The optimizer step, counted from 1 over the whole run."""
+        self.at_step = 0  # the optimizer step, counted from 1 over the whole run
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)
         self.register_buffer("class_counts", objective.class_counts, persistent=False)
 
@@ -87,6 +86,11 @@ class Method(StagedModule):
     def takes_features(self) -> bool:
         """Whether a batch may have features in the place of images, because only `model.features` reads the images."""
         return self.can_be_wrapped and not self.loss_needs_images
+
+    @property
+    def parts(self) -> "tuple[Method, ...]":
+        """The methods that read the images. If there are several, a batch may have a list of what each one takes."""
+        return (self,)
 
     @property
     def starts_where_earlier_run_ended(self) -> bool:
@@ -271,12 +275,7 @@ class Method(StagedModule):
         return tensors
 
     def before_training(self, steps: int, per_epoch: int) -> None:
-        """Called in each launch before the first step, also when a run resumes.
-
-        Args:
-            steps: number of optimizer steps of the whole run.
-            per_epoch: number of steps of a full epoch, regardless of `max_steps`.
-        """
+        """Called before the first step of a launch, also a resumed one. A run has `steps`, a full epoch `per_epoch`."""
         if not self.model.encoder.is_frozen:
             self.model.before_training(steps)
 

@@ -26,6 +26,10 @@ class Damaged(UserError):
         super().__init__(f"{path} is damaged ({reason}){remedy}")
 
 
+class CannotWrite(UserError):
+    """The file system refuses to write. The cause is its `OSError`."""
+
+
 class Digest(NamedTuple):
     """Checksum and size in bytes of a file when it was written."""
 
@@ -121,4 +125,4 @@ def remove_folder(path: Path) -> None:
 
 
 def _write_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; free the space or choose another output_dir")
+    return CannotWrite(f"cannot write {path}: {error.strerror}; free the space or choose another output_dir")

@@ -54,13 +54,16 @@ class KeptTensors:
         Args:
             facts: everything that its tensor depends on, as JSON.
         """
-        return self.folder / f"{hashlib.sha256(_text(facts).encode()).hexdigest()[:32]}.safetensors"
+        return self.folder / f"{hashlib.sha256(as_text(facts).encode()).hexdigest()[:32]}.safetensors"
 
-    def read(self, facts: Mapping[str, Any]) -> Tensor | None:
+    def read(self, facts: Mapping[str, Any], checked: bool = False) -> Tensor | None:
         """The tensor of an entry, on the CPU; None if there is none that is complete and unchanged.
+
+        Its memory is the file, which the processes of a machine share, and of which they load what they use.
 
         Args:
             facts: as for `path`.
+            checked: leave out the checksum, because another process of this machine has compared it.
         """
         path = self.path(facts)
         try:
@@ -68,7 +71,7 @@ class KeptTensors:
                 return None
             with safe_open(path, "pt") as file:
                 about, tensor = file.metadata() or {}, file.get_tensor(TENSOR)
-            if about.get("facts") != _text(facts) or about.get("sha256") != _checksum(tensor):
+            if about.get("facts") != as_text(facts) or not checked and about.get("sha256") != _checksum(tensor):
                 raise ValueError("its checksum is wrong")
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("warning: %s is not used (%s); it is computed again", path, error)
@@ -88,11 +91,11 @@ class KeptTensors:
         path, size = self.path(facts), tensor.nbytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_abandoned(path)
+            self.remove_abandoned(path)
             free = shutil.disk_usage(self.folder).free
             if size > LARGEST_SHARE * free:
                 raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
-            content = save({TENSOR: tensor}, {"facts": _text(facts), "sha256": _checksum(tensor)})
+            content = save({TENSOR: tensor}, {"facts": as_text(facts), "sha256": _checksum(tensor)})
             with atomic_file(path) as file:
                 file.write(content)
         except OSError as error:
@@ -100,8 +103,8 @@ class KeptTensors:
             return False
         return True
 
-    def _remove_abandoned(self, path: Path) -> None:
-        """Remove what a process that was killed while it wrote this entry has left."""
+    def remove_abandoned(self, path: Path) -> None:
+        """Remove what a process that was killed while it wrote the entry of this file has left."""
         written = temporary_pattern(path.name)
         for left in self.folder.glob(f".{path.name}.*.tmp"):
             with suppress(FileNotFoundError):  # another process removes it, too
@@ -109,7 +112,8 @@ class KeptTensors:
                     left.unlink()
 
 
-def _text(facts: Mapping[str, Any]) -> str:
+def as_text(facts: Mapping[str, Any]) -> str:
+    """Facts as JSON, the same text for equal facts."""
     return json.dumps(facts, sort_keys=True)
 
 

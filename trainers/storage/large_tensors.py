@@ -49,7 +49,7 @@ class FileTensor:
             while done < end:
                 read = self._file.readinto(content[done:end])  # type: ignore[attr-defined]
                 if not read:
-                    raise UserError("a file with logits was cut off while it was read; start the command again")
+                    raise UserError("a file with tensors was cut off while it was read; start the command again")
                 done += read
         return found
 

@@ -26,7 +26,13 @@ from tailtune.trainers.storage.atomic_io import (
 from tailtune.trainers.storage.large_tensors import FileTensor
 from tailtune.trainers.storage.manifest import read_bytes, read_json
 
-DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16"}
+DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 """Dtypes of streamed tensors → their names in a safetensors file."""
 NAMED = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -49,7 +55,7 @@ def stream_tensors(
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    parts = (part.reshape(-1).numpy().data for _, _, parts in tensors.values() for part in parts)
+    parts = (part.reshape(-1).view(torch.uint8).numpy().data for _, _, parts in tensors.values() for part in parts)
     return write_parts(path, chain([len(text).to_bytes(8, "little"), text], parts))
 
 

@@ -167,3 +167,9 @@ def test_the_wide_network_has_the_parameters_of_the_original(config: Config) -> 
 def test_a_second_image_is_needed(config: Config) -> None:
     with pytest.raises(UserError, match="takes two images at a time"):
         outline(config("fake_lt", "tiny_clip", "pretrained", "none", "method", "glmc"))
+
+
+def test_text_features_are_refused(config: Config) -> None:
+    """W would be a second text tower that no optimizer knows."""
+    with pytest.raises(UserError, match="method glmc trains a classifier of its own, and classifier TextClassifier"):
+        outline(config("fake_lt", "tiny_clip", *WORDS, "classifier", "TextClassifier", "text_lora", True))

@@ -46,6 +46,7 @@ class GLMC(Method):
     """
 
     Options = Options
+    trains_new_head = True
     takes_image_pairs = True
     takes_two_views = True
     adds_up_samples = False  # an image has two labels

@@ -22,6 +22,7 @@ from tailtune.datasets.splits.split_records import StoredSplits
 from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
+from tailtune.models.text_mode import classifies_by_text
 from tailtune.trainers import training_notes
 from tailtune.trainers.config_checks import validate
 from tailtune.trainers.distributed import Devices, launched_alone, make_accelerator, on_main, uses_cuda
@@ -40,12 +41,7 @@ from tailtune.trainers.more_epochs import any_length, check_more_epochs
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
-from tailtune.trainers.runs.load_run import (
-    FinishedRun,
-    earlier_run,
-    fresh_method,
-    load_trained,
-)
+from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, load_trained
 from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
@@ -198,7 +194,8 @@ class _Run:
         if model.random_base:
             text = f"{cfg.backbone} has RANDOM weights (pretrained none): results mean nothing"
             self.evaluation.note(text, warn=True)
-        texts = cfg.zero_shot or cfg.init_head in NEEDS_TEXT or ensemble_named(cfg.ensemble).text
+        texts = cfg.zero_shot or classifies_by_text(cfg) or cfg.init_head in NEEDS_TEXT
+        texts = texts or ensemble_named(cfg.ensemble).text
         if texts and names[0] == "class 0" and not model.random_base:
             text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
             self.evaluation.note(text, warn=True)

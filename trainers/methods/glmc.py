@@ -59,7 +59,7 @@ class GLMC(Method):
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
         if objective.loss.function in (class_balanced, reweighted):
-            raise UserError("method glmc weighs the classes itself (glmc.label_weighting): use loss_type CE")
+            raise UserError("method glmc weighs the classes itself: use loss_type CE")
         width, dim = model.encoder.feature_dim, self.options.dim
         self.plain_head = copy.deepcopy(model.head)
         with seeded(objective.seed, "glmc"):

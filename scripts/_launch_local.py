@@ -16,6 +16,7 @@ from tailtune.scripts._launches import (
     INTERRUPTED,
     Launch,
     chains,
+    may_start,
     slurm_queue,
     state_of,
 )
@@ -90,11 +91,20 @@ def run_local(todo: Sequence[Launch], places: Sequence[Slot], keep_going: bool) 
                 while place.process is None and (place.rest or waiting) and not asked:
                     if first_failure and not keep_going:
                         break
-                    place.rest = place.rest or waiting.pop(0)
+                    place.rest = place.rest or _next(waiting, places)
+                    if not place.rest:
+                        break
                     _start(place, place.rest.pop(0), todo, queue)
             if all(place.process is None for place in places):
                 return INTERRUPTED if asked else first_failure
             time.sleep(ASK_AFTER)
+
+
+def _next(waiting: list[list[Launch]], places: Sequence[Slot]) -> list[Launch]:
+    """Take the first chain that may start; empty if all have to wait for commands that run."""
+    busy = [launch for place in places if place.process for launch in (place.launch, *place.rest) if launch]
+    free = may_start(waiting, busy) or ([] if busy else waiting)
+    return waiting.pop(waiting.index(free[0])) if free else []
 
 
 def _start(place: Slot, launch: Launch, todo: Sequence[Launch], queue: dict[str, str]) -> None:

@@ -17,7 +17,17 @@ from typing import Any
 
 import tailtune
 from tailtune.configs.errors import UserError
-from tailtune.scripts._launches import INTERRUPTED, LAUNCHES, Launch, Words, chains, slurm_queue, state_of
+from tailtune.scripts._launches import (
+    FINISHED,
+    INTERRUPTED,
+    LAUNCHES,
+    Launch,
+    Words,
+    chains,
+    may_start,
+    slurm_queue,
+    state_of,
+)
 from tailtune.scripts._packages import required
 from tailtune.trainers.processes.last_line import has_ended
 
@@ -104,7 +114,11 @@ def submit(todo: Sequence[Launch], name: str, jobs: int | None, options: Mapping
     queue = slurm_queue(todo)
     busy = {launch for launch in todo if not state_of(launch, queue).startable}
     open_chains = [[launch for launch in chain if launch not in busy] for chain in chains(todo)]
-    open_chains = [chain for chain in open_chains if chain]
+    running = [launch for launch in busy if state_of(launch, queue).kind != FINISHED]
+    todo_now = may_start([chain for chain in open_chains if chain], running)
+    if held := sum(map(len, open_chains)) - sum(map(len, todo_now)):
+        print(f"{held} merge runs that are not finished; when these are, the same command submits them")
+    open_chains = todo_now
     if not open_chains:
         return None
     try:

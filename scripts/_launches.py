@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from getpass import getuser
 from pathlib import Path
 
@@ -233,6 +234,32 @@ def chains(launches: Sequence[Launch]) -> list[list[Launch]]:
     return sorted(sorted_groups, key=lambda members: order[members[0]])
 
 
+def may_start(waiting: Sequence[list[Launch]], busy: Iterable[Launch]) -> list[list[Launch]]:
+    """The groups of `waiting` that merge no runs (`merge_runs`) of other groups, or of commands that run at present.
+
+    Args:
+        waiting: groups of `chains` that have not begun.
+        busy: further commands that are not finished.
+    """
+    owner = {folder: number for number, chain in enumerate(waiting) for launch in chain for folder in _folders(launch)}
+    owner |= {folder: -1 for launch in busy for folder in _folders(launch)}
+    return [
+        chain
+        for number, chain in enumerate(waiting)
+        if all(owner.get(folder, number) == number for launch in chain for folder in _merged(launch))
+    ]
+
+
+@cache
+def _merged(launch: Launch) -> frozenset[Path]:
+    """The folders of the runs that a command merges."""
+    with suppress(UserError):
+        names = stages(launch.words)[-1].merge_runs or ()
+        return frozenset(path for name in names for path in (Path(name), OUTPUT / name))
+    return frozenset()
+
+
+@cache
 def _folders(launch: Launch) -> set[Path]:
     """The run folders that a command writes into or reads; none for a command that will be refused."""
     with suppress(UserError):

@@ -24,6 +24,7 @@ from tailtune.trainers.config_checks import outline
 from tailtune.trainers.flat_minima import (
     PLAIN,
     SAM_MODES,
+    ascent,
     class_shares,
     gaussian,
     noise_factor,
@@ -278,6 +279,14 @@ def test_each_image_counts_once(name: str) -> None:
     assert len(net.masks) == (2 if name == "gnm" else 4)
     assert all(torch.equal(mask, plain.masks[index % 2]) for index, mask in enumerate(net.masks))
     assert net.begun == [1] * (1 if name == "gnm" else 2)
+
+
+@pytest.mark.parametrize("slope", [1e-7, 0.0])
+def test_half_precision_holds_the_move_of_a_small_gradient(slope: float) -> None:
+    """With prec fp16 the factor ρ/‖g‖ may be too large for the gradients' dtype, and the move is not."""
+    (move,) = ascent([torch.full((4,), slope, dtype=torch.float16)], 0.05)
+    assert move is not None and move.dtype == torch.float16
+    assert float(move.float().norm()) == pytest.approx(0.05 if slope else 0.0, rel=1e-3)
 
 
 def test_rho_of_the_last_fifth() -> None:

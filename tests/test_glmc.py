@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_the_fixture() -> None:
         return LOSSES["CE"](logits[:, 0], batch["label"], batch["weight"], Prior(log_prior(COUNTS), COUNTS))
 
     method: Any = SimpleNamespace(alpha=1 - (100 / 200) ** 2, class_weights=weights, loss=cross_entropy)
-    method.options = SimpleNamespace(consistency=4.0)
+    method.options, method.sample_weights = SimpleNamespace(consistency=4.0), lambda batch: batch["weight"]
     batch = {"label": labels, "partner_label": labels[[3, 0, 1, 2, 7, 4, 5, 6]], "weight": torch.ones(8).double()}
     cosines = consistency([p1, p2], [z1, z2])
     loss_sum, weight = GLMC.mixture_loss(method, [heads[0], heads[2]], [heads[1], heads[3]], cosines, 0.3, batch)
@@ -68,6 +68,32 @@ def test_samples_of_weight_0_count_for_nothing(config: Config) -> None:
         each[3] = torch.nan
     found = method.mixture_loss(plain, logits, cosines, 0.3, batch)
     assert [float(value) for value in found] == pytest.approx([float(value) for value in wanted])
+
+
+def test_a_step_may_be_cut_with_deferred_weights(config: Config) -> None:
+    """The loss is a sum over samples, with their class weights, too."""
+    method = made(config("fake_lt", "tiny_clip", *WORDS, "drw_epoch", 0))
+    assert isinstance(method, GLMC) and method.deferred
+    torch.manual_seed(0)
+    plain, logits = ([torch.randn(4, 1, 10) for _ in range(2)] for _ in range(2))
+    cosines, labels = torch.rand(4), torch.tensor([0, 0, 9, 9])
+    batch = {"label": labels, "partner_label": labels[[0, 2, 1, 3]], "weight": torch.ones(4)}
+    whole = method.mixture_loss(plain, logits, cosines, 0.3, batch)
+
+    def part(rows: slice) -> tuple[Tensor, Tensor]:
+        cut = {name: value[rows] for name, value in batch.items()}
+        return method.mixture_loss([p[rows] for p in plain], [z[rows] for z in logits], cosines[rows], 0.3, cut)
+
+    parts = [part(slice(0, 3)), part(slice(3, 4))]
+    assert [float(value) for value in whole] == pytest.approx(
+        [float(sum(values)) for values in zip(*parts, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("loss", ["CB", "GRW"])
+def test_losses_with_class_weights_are_refused(loss: str, config: Config) -> None:
+    with pytest.raises(UserError, match="method glmc weighs the classes itself"):
+        outline(config("fake_lt", "tiny_clip", *WORDS, "loss_type", loss))
 
 
 def original_box(height: int, width: int, share: float, row: int, column: int) -> tuple[int, ...]:
@@ -167,3 +193,9 @@ def test_the_wide_network_has_the_parameters_of_the_original(config: Config) -> 
 def test_a_second_image_is_needed(config: Config) -> None:
     with pytest.raises(UserError, match="takes two images at a time"):
         outline(config("fake_lt", "tiny_clip", "pretrained", "none", "method", "glmc"))
+
+
+def test_text_features_are_refused(config: Config) -> None:
+    """W would be a second text tower that no optimizer knows."""
+    with pytest.raises(UserError, match="method glmc trains a classifier of its own, and classifier TextClassifier"):
+        outline(config("fake_lt", "tiny_clip", *WORDS, "classifier", "TextClassifier", "text_lora", True))

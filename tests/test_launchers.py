@@ -18,7 +18,7 @@ from tailtune.configs.machine import available_processors
 from tailtune.scripts import reproduce
 from tailtune.scripts._grid import config, read
 from tailtune.scripts._launch_local import run_local, slots
-from tailtune.scripts._launches import WIDTH, Launch, chains, state_of, table
+from tailtune.scripts._launches import WIDTH, Launch, chains, may_start, state_of, table
 from tailtune.trainers.runs.run_folder import RunFolder, folder_of
 from tailtune.trainers.runs.run_lock import RunLock
 
@@ -82,6 +82,20 @@ def test_two_rows_that_link_two_groups_join_them(tmp_path: Path, monkeypatch: py
     names = [folder_of(config(each.split())).name for each in words]
     words.append(f"-d fake_lt -m tiny_clip test_only True model_dir {names[0]} ensemble_runs [{names[1]}]")
     assert [len(chain) for chain in chains([launch_of(each) for each in words])] == [3]
+
+
+def test_a_merge_waits_for_the_runs_that_it_merges(program: Callable[[str], None]) -> None:
+    """It would be refused without them. Other commands need not wait, so the three are three chains."""
+    program(
+        "import os, sys, time\nprint(sorted(name for name in os.listdir() if name.endswith('.done')))\n"
+        "time.sleep(0.4)\nopen(f'{sys.argv[-1]}.done', 'w')"
+    )
+    runs = [launch_of(f"-d fake_lt -m tiny_clip lr 0.1 output_dir {name}") for name in ("one", "two")]
+    merge = launch_of("-d fake_lt -m tiny_clip_h2t merge_runs [one,two] output_dir merged")
+    assert chains([merge, *runs]) == [[merge], *([run] for run in runs)]
+    assert may_start([[merge], runs[:1]], runs[1:]) == [runs[:1]] and may_start([[merge]], []) == [[merge]]
+    assert run_local([merge, *runs], slots(2, []), keep_going=False) == 0
+    assert merge.last_line() == "['one.done', 'two.done']"
 
 
 # --- processes on this machine ---------------------------------------------------------------------------------------

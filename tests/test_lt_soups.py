@@ -4,6 +4,8 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +18,13 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.long_tail import capped_subset
+from tailtune.datasets.splits.split_records import Record
 from tailtune.models import resolve
 from tailtune.scripts import _grid
 from tailtune.trainers.config_checks import outline
-from tailtune.trainers.runs import merged_runs
+from tailtune.trainers.runs import merged_runs, resume_decision
 from tailtune.trainers.runs.merged_runs import MergeOptions, merge_weights, merged
+from tailtune.trainers.runs.run_folder import FACTS
 
 Config = Callable[..., CfgNode]
 CAPS = (5, 10, 20, 40, 80, 160, 320)
@@ -118,6 +122,27 @@ def test_runs_that_do_not_fit_are_refused() -> None:
 def test_what_does_not_fit_is_refused(words: str, message: str, config: Config) -> None:
     with pytest.raises(UserError, match=message):
         outline(config("fake_lt", "tiny_clip", "pretrained", "none", *words.split()))
+
+
+def test_training_images_of_merged_runs_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test images that a merged run was trained on are named, also if it had merged or continued others itself."""
+    about = {"last": ("start", ["one", "two"]), "two": ("start", ["three"]), "one": (None, []), "three": ("last", [])}
+    for name, (after, runs) in about.items():
+        (tmp_path / name / "checkpoint").mkdir(parents=True)
+        facts = {"after": after and str(tmp_path / after), "merged": {str(tmp_path / each): "" for each in runs}}
+        (tmp_path / name / FACTS).write_text(json.dumps(facts))
+    splits = {name: SimpleNamespace(records={"train": Record(name)}) for name in (*about, "start")}
+    monkeypatch.setattr(resume_decision, "kept_splits", lambda home: splits[home.name])
+    folder: Any = SimpleNamespace(source=tmp_path / "last", soup=(), foreign=None)
+    assert {each.fingerprint for each in resume_decision.trained_on(folder, None)} == splits.keys()
+
+
+def test_the_start_of_runs_that_were_trained_again_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ensemble wise` goes from the start of a run to its end."""
+    monkeypatch.setattr(merged_runs, "facts_of", lambda options: {"merged": {"one": "new"}})
+    merged_runs.check_unchanged(MergeOptions(["one"]), {"merged": {"one": "new"}, "after": "start"})
+    with pytest.raises(UserError, match="a run that was merged was trained again"):
+        merged_runs.check_unchanged(MergeOptions(["one"]), {"merged": {"one": "old"}})
 
 
 def tensors(run: Path) -> dict[str, Tensor]:

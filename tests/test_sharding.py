@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trajectories import losses, scalars, trained
 
+from tailtune.datasets.build_data import build_info
 from tailtune.models.backbones.transformer_encoder import TransformerEncoder
+from tailtune.trainers.runs.load_run import make_method
+from tailtune.trainers.sharding import copy_to_shard
 
 RUNS = ("whole", "resumed", "to_one", "to_two")
 
@@ -64,6 +67,25 @@ def test_one_block_at_a_time_is_whole(
     request.getfixturevalue("sharded_alone")
     part(tmp_path / "sharded", killed=False, more="max_steps 2 max_test_images 8")
     assert set(gathered["forward"]) == set(gathered["backward"]) == {1}
+    wanted, found = trained(tmp_path / "alone"), trained(tmp_path / "sharded")
+    assert wanted.keys() == found.keys()
+    assert all(torch.allclose(found[key], tensor, rtol=1e-8, atol=1e-10) for key, tensor in wanted.items())
+
+
+def test_weights_of_a_convnet_can_be_sharded(config: Any) -> None:
+    """They are channels_last, which FSDP does not take. The method itself stays as it is."""
+    cfg = config("fake_lt", "tiny_clip", "backbone", "ResNet-20", "pretrained", "none", "init_head", "none")
+    method = make_method(cfg, build_info(cfg))
+    assert all(each.is_contiguous() for each in copy_to_shard(method).parameters())
+    assert not all(each.is_contiguous() for each in method.parameters())
+
+
+@pytest.mark.slow
+def test_a_convnet_is_sharded(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    words = "backbone ResNet-20 init_head none bn_tuning True max_steps 2 max_test_images 8 val_every none"
+    part(tmp_path / "alone", killed=False, more=words)
+    request.getfixturevalue("sharded_alone")
+    part(tmp_path / "sharded", killed=False, more=words)
     wanted, found = trained(tmp_path / "alone"), trained(tmp_path / "sharded")
     assert wanted.keys() == found.keys()
     assert all(torch.allclose(found[key], tensor, rtol=1e-8, atol=1e-10) for key, tensor in wanted.items())

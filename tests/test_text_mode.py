@@ -180,5 +180,6 @@ def test_other_losses_and_methods_refuse_some_classes(launch: Cli) -> None:
 
 
 def test_a_run_with_sampled_classes(launch: Cli) -> None:
-    done = launch(TEXT, "text_lora True textclassifier.samples 3 output_dir sampled")
+    done = launch(TEXT, "text_lora True textclassifier.samples 3 init_head none output_dir sampled")
     assert done.returncode == 0, done.stderr
+    assert "the classes have no names, so their text features say nothing" in done.stdout + done.stderr

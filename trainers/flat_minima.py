@@ -238,6 +238,7 @@ def ascent(gradients: list[Tensor | None], rho: float) -> list[Tensor | None]:
     wide = torch.promote_types(present[0].dtype, torch.float32)
     norm = torch.stack([each.norm(dtype=wide) for each in present]).norm()
     scale = rho / (norm + 1e-12)
-    return [
-        None if each is None else torch.where(norm.isfinite(), each * scale.to(each.dtype), 0.0) for each in gradients
+    return [  # the factor may be too large for fp16
+        None if each is None else torch.where(norm.isfinite(), each.to(wide) * scale, 0.0).to(each.dtype)
+        for each in gradients
     ]

@@ -23,6 +23,7 @@ from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, Unreada
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
+from tailtune.models.text_mode import classifies_by_text
 from tailtune.trainers import training_notes
 from tailtune.trainers.config_checks import validate
 from tailtune.trainers.distributed import Devices, launched_alone, make_accelerator, on_main, uses_cuda
@@ -194,7 +195,8 @@ class _Run:
         if model.random_base:
             text = f"{cfg.backbone} has RANDOM weights (pretrained none): results mean nothing"
             self.evaluation.note(text, warn=True)
-        texts = cfg.zero_shot or cfg.init_head in NEEDS_TEXT or ensemble_named(cfg.ensemble).text
+        texts = cfg.zero_shot or classifies_by_text(cfg) or cfg.init_head in NEEDS_TEXT
+        texts = texts or ensemble_named(cfg.ensemble).text
         if texts and names[0] == "class 0" and not model.random_base:
             text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
             self.evaluation.note(text, warn=True)

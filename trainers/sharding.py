@@ -105,7 +105,10 @@ def without_reduction(accelerator: Accelerator, wrapped: Any) -> Iterator[None]:
 
 def copy_to_shard(method: Method) -> Method:
     """A copy of a method that may be sharded. The method itself waits on the CPU, where it needs no GPU memory."""
-    return copy.deepcopy(method.to("cpu"))
+    copied = copy.deepcopy(method.to("cpu"))
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.contiguous()  # those of a convnet are channels_last, which FSDP does not take
+    return copied
 
 
 def whole(tensors: Mapping[str, Tensor], wanted: bool = True) -> dict[str, Tensor]:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.option import options_from
 from tailtune.datasets.build_data import build_data
 from tailtune.models.text_mode import starts_at_random
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, stored_config
+from tailtune.trainers.runs.merged_runs import MergeOptions, check_unchanged
 from tailtune.trainers.runs.run_folder import FACTS, kept_splits
 from tailtune.trainers.storage.checkpoint import (
     check_base,
@@ -108,6 +110,7 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
                 f"ensemble wise: {run.folder.source} began where another run ended (after {cfg.after}), whose folder "
                 f"{earlier} is not there, or was trained again; put it back, or repeat the run with `resume False`"
             )
+        check_unchanged(options_from(MergeOptions, cfg), facts)
         method.after(earlier_run(Path(earlier), data, run.accelerator, base, cfg, True))
     if starts_at_random(cfg) and all(map(torch.equal, fresh, method.model.head.parameters())):
         raise UserError(RANDOM)

@@ -107,9 +107,10 @@ def _make(
     if kind.continues_from_earlier_run and not cfg.after:
         raise UserError(f"method {name} continues an earlier run: name that one's model config with `after`")
     if kind.trains_new_head and model.text is not None:
+        where = " in both runs" if kind.continues_from_earlier_run else ""
         raise UserError(
             f"{key} {name} trains a classifier of its own, and classifier {cfg.classifier} consists of text features; "
-            "choose another classifier in both runs"
+            f"choose another classifier{where}"
         )
     options = kind.Options(**cfg.get(name, {}))
     if not issubclass(kind, Wrapper):

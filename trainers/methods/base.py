@@ -29,7 +29,7 @@ class Method(StagedModule):
         Options: dataclass; its fields are the options `<method>.<field>`, with their texts in `metadata["doc"]`.
         depends_on_batch: whether the loss of an image depends on the other images of its micro-batch.
         continues_from_earlier_run: whether the method needs a finished run, which `after` names.
-        trains_new_head: whether it trains a classifier of its own on the features of that run.
+        trains_new_head: whether it trains a classifier of its own, beside that of the model or in its place.
     """
 
     Options: type = NoOptions

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.configs.seeding import generator, seeded
 from tailtune.models import ClassificationModel
 from tailtune.models.heads.head_init import HeadContext
-from tailtune.trainers.losses import present
+from tailtune.trainers.losses import class_balanced, present, reweighted
 from tailtune.trainers.methods.base import Batch, Method, Objective, Step
 
 
@@ -39,13 +40,15 @@ class GLMC(Method):
     Each sample is two images: one of `sampler` and one of `pair_sampler`, with two augmentations each. The first view
     is mixed (mixup), the second gets a box of the second image (cutmix), with one λ ~ Beta(1, 1). L is
     λ L(y) + (1 − λ) L(y′), and L_w weighs either term by 1/n^k of its label, scaled to mean 1. α = 1 − (e/E)² in epoch
-    e of E. z = h(f) is a linear projection of the features, and p = q(z) is another; z₂ and z₁ have no gradient.
+    e of E. From `drw_epoch` on, the cosines have the class weights of the labels, too. z = h(f) is a linear projection
+    of the features, and p = q(z) is another; z₂ and z₁ have no gradient.
 
     The prediction is that of W_r, the head of the model. W, h and q are for training only. λ and the box are the same
     for all images of a step, so that the micro-batch size does not change the loss.
     """
 
     Options = Options
+    trains_new_head = True
     takes_image_pairs = True
     takes_two_views = True
     adds_up_samples = False  # an image has two labels
@@ -55,6 +58,8 @@ class GLMC(Method):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)
+        if objective.loss.function in (class_balanced, reweighted):
+            raise UserError("method glmc weighs the classes itself: use loss_type CE")
         width, dim = model.encoder.feature_dim, self.options.dim
         self.plain_head = copy.deepcopy(model.head)
         with seeded(objective.seed, "glmc"):
@@ -118,8 +123,9 @@ class GLMC(Method):
                 loss_sum, weight_of_label = self.loss(one, of_plain)
                 total = total + part * (self.alpha * loss_sum + (1 - self.alpha) * self.loss(other, of_balanced)[0])
             weight = weight + part * weight_of_label
-        agreement = (present(cosines, batch["weight"]) * batch["weight"]).sum() / batch["weight"].sum().clamp_min(1e-12)
-        return total - self.options.consistency * weight * agreement, torch.as_tensor(weight)
+            agreement = present(cosines, batch["weight"]) * self.sample_weights(of_plain)
+            total = total - self.options.consistency * part * agreement.sum()
+        return torch.as_tensor(total), torch.as_tensor(weight)
 
     def assumed_prior(self) -> Tensor:
         """An approximation: the prior of the configured loss, times 1/n^k."""

@@ -1,6 +1,6 @@
 """`merge_runs`: a run starts from the weights of several finished runs, merged one after another (LT-Soups)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,15 @@ def facts_of(options: MergeOptions) -> dict[str, Any]:
     """The entry of a checkpoint's facts that says which runs were merged: folder → identity of its checkpoint."""
     merged_runs = {path.as_posix(): read_json(path / FACTS)["sha256"] for path in folders(options)}
     return {"merged": merged_runs} if merged_runs else {}
+
+
+def check_unchanged(options: MergeOptions, facts: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if the merged runs are not those of a checkpoint's facts, because they were trained again."""
+    if facts_of(options) != {name: value for name, value in facts.items() if name == "merged"}:
+        raise UserError(
+            "merge_runs: a run that was merged was trained again since, so the start cannot be computed; repeat the "
+            "merging run with `resume False`"
+        )
 
 
 def merged(start: Tensors, options: MergeOptions, read: Callable[[Path], Tensors]) -> Tensors:

@@ -235,7 +235,8 @@ def _new_images(chosen: ChosenSplits | None) -> list[str]:
 def trained_on(folder: RunFolder, kept: StoredSplits | None) -> list[Record]:
     """The training images of every run that contributed to the evaluated model.
 
-    These are the run itself, the runs that `ensemble_runs` names, and the earlier runs that each of them continued.
+    These are the run itself, the runs that `ensemble_runs` names, and the runs that each of them continued (`after`) or
+    merged (`merge_runs`).
 
     Args:
         folder: run folder of the command.
@@ -245,15 +246,9 @@ def trained_on(folder: RunFolder, kept: StoredSplits | None) -> list[Record]:
         The different training splits. Runs that have not recorded their splits are missing.
     """
     homes = [folder.source, *folder.soup] if folder.foreign is None else []
-    recorded = [kept] if kept is not None else []
-    for home in homes:
-        recorded += [splits for splits in (_kept_or_none(home),) if splits is not None]
-        for _ in range(5):  # follow `after` back, at most five runs
-            earlier = _earlier(home)
-            if earlier is None:
-                break
-            home = earlier
-            recorded += [splits for splits in (_kept_or_none(home),) if splits is not None]
+    for home in homes:  # grows in the loop
+        homes += [earlier for earlier in _earlier(home) if earlier not in homes]
+    recorded = [splits for splits in (kept, *map(_kept_or_none, homes)) if splits is not None]
     return list({splits.records["train"].fingerprint: splits.records["train"] for splits in recorded}.values())
 
 
@@ -265,11 +260,10 @@ def _kept_or_none(home: Path) -> StoredSplits | None:
         return None
 
 
-def _earlier(home: Path) -> Path | None:
-    """Folder of the run that the run in a folder continued (option `after`); None if it continued no run."""
-    facts = home / FACTS
-    after = read_json(facts).get("after") if facts.exists() else None
-    return Path(after) if after else None
+def _earlier(home: Path) -> list[Path]:
+    """Folders of the runs from whose weights the run in a folder started (options `after` and `merge_runs`)."""
+    facts = read_json(home / FACTS) if (home / FACTS).exists() else {}
+    return [Path(name) for name in (facts.get("after"), *facts.get("merged", ())) if name]
 
 
 def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -> bool:

@@ -137,7 +137,7 @@ def _command(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} {place} is no folder; run git clone {SOURCES[name]} {place} first")
     print(f"{hardware()}, torch {torch.__version__}; {args.rounds} rounds, {args.threads} threads; times of an image")
     print(
-        f"{'step':<24}{'prec':<6}{'original':>10}{'ours':>9}{'ratio':>7}{'minima':>8}{'target':>8}{'floor':>7}{'target':>8}"
+        f"{'step':<24}{'prec':<6}{'original':>10}{'ours':>11}{'ratio':>7}{'minima':>8}{'target':>8}{'floor':>7}{'target':>8}"
     )
     missed = False
     for row, prec, targets, place in _chosen(ROWS, args.only, places):
@@ -182,7 +182,7 @@ def compared(row: Row, prec: str, targets: Targets, place: Path, rounds: int, th
     wanted = [f"{target:.2f}" if target else "" for target in targets]
     scale = 1e3 / batch
     print(
-        f"{row.name:<24}{prec:<6}{scale * middle['original']:>7.1f} ms{scale * middle['ours']:>6.1f} ms{ratio:>7.2f}"
+        f"{row.name:<24}{prec:<6}{scale * middle['original']:>7.1f} ms{scale * middle['ours']:>8.1f} ms{ratio:>7.2f}"
         f"{least['original'] / least['ours']:>8.2f}{wanted[0]:>8}{floor:>7.2f}{wanted[1]:>8}",
         flush=True,
     )

@@ -78,8 +78,7 @@ class Trainer:
         steps, total = run.sampler.steps, self.total_steps(run.sampler.steps)
         validation, started, before = self.validation, time.perf_counter(), run.report.seconds
         try:
-            keeps_graph = sam_mode(self.plan.sam).keeps_graph
-            with compiled_blocks(run.method, self.plan.compile, keeps_graph), Interrupt() as interrupt:
+            with compiled_blocks(run.method, self.plan.compile, self.sam.keeps_graph), Interrupt() as interrupt:
                 while run.report.steps < total and not validation.ends(run.report.validations):
                     epoch, first = divmod(run.report.steps, steps)
                     run.method.on_epoch(epoch, self.plan.epochs)

@@ -4,9 +4,8 @@ The images are those of a data config, cropped and mirrored as in a training. A 
 which the same command continues bit for bit.
 """
 
+import io
 import json
-import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +25,7 @@ from tailtune.datasets.loading.data_loader import eval_loader, train_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.view import View
 from tailtune.models import resolve
-from tailtune.scripts._contrastive import contrastive_loss, learning_rate
+from tailtune.scripts._contrastive import ContrastiveTraining, running_mean
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.storage.atomic_io import write_bytes
 
@@ -81,6 +79,8 @@ def photographs(recipe: Recipe) -> DataBundle:
             raise UserError(f"--leave-out {name}: the data has no such class")
     wanted = torch.tensor([name not in recipe.left_out for name in names])
     data.train, data.test = (_of_classes(view, wanted) for view in (data.train, data.test))
+    if len(data.train) < BATCH:
+        raise UserError(f"--data {recipe.data}: {len(data.train)} training images are less than one batch of {BATCH}")
     return data
 
 
@@ -98,15 +98,18 @@ def names_of(recipe: Recipe, class_names: Sequence[str]) -> list[list[str]]:
         return [[name] for name in class_names]
     try:
         found = json.loads(recipe.captions.read_text(encoding="utf-8"))
-        return [[str(each) for each in found[name]] for name in class_names]
-    except (OSError, ValueError, KeyError) as error:
+        names = [[str(each) for each in found[name]] for name in class_names]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--captions {recipe.captions}: {error!r}; it maps each class name to a list of names"
         ) from error
+    if not all(names):
+        raise UserError(f"--captions {recipe.captions}: {class_names[names.index([])]} has no name; give it one")
+    return names
 
 
 class Pretraining:
-    """The model, its optimizer and its moving average, at a step.
+    """A training with the step that it has reached.
 
     Args:
         recipe: what to train on.
@@ -116,11 +119,10 @@ class Pretraining:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.state_file, self.log_file = recipe, folder / "state.pt", folder / "pretrain_log.txt"
         with seeded(recipe.seed, "backbone"):
-            self.model = open_clip.CLIP(**MODEL)
-            torch.nn.init.normal_(self.model.token_embedding.weight, std=0.05)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-        self.average = [each.detach().clone() for each in self.model.parameters()]
+            model = open_clip.CLIP(**MODEL)
+            torch.nn.init.normal_(model.token_embedding.weight, std=0.05)
         self.step, self.seconds, self.steps = 0, 0.0, recipe.samples // BATCH
+        self.training = ContrastiveTraining(model, self.steps, LR, WEIGHT_DECAY, WARMUP, EMA_DECAY)
         if self.state_file.exists():
             self._resume()
 
@@ -128,37 +130,34 @@ class Pretraining:
         state = torch.load(self.state_file, weights_only=True)
         if state["recipe"] != str(self.recipe):
             raise UserError(f"{self.state_file} is of another command ({state['recipe']}); choose another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+        self.training.model.load_state_dict(state["model"])
+        self.training.optimizer.load_state_dict(state["optimizer"])
+        self.training.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
         print(f"resuming after step {self.step} of {self.steps}")
 
     def save(self) -> None:
         """Write the state in one piece: an interruption leaves the one before it."""
-        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
-        beside = self.state_file.with_suffix(".tmp")
-        torch.save({**states, "recipe": str(self.recipe), "step": self.step, "seconds": self.seconds}, beside)
-        os.replace(beside, self.state_file)
+        own, content = self.training, io.BytesIO()
+        states = {"model": own.model.state_dict(), "optimizer": own.optimizer.state_dict(), "average": own.average}
+        torch.save({**states, "recipe": str(self.recipe), "step": self.step, "seconds": self.seconds}, content)
+        write_bytes(self.state_file, content.getvalue())
 
     def log(self, line: str) -> None:
         tqdm.write(line)
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def train(self, view: View, names: Sequence[Sequence[str]], num_workers: int | None = None) -> None:
+    def train(self, view: View, names: Sequence[Sequence[str]]) -> None:
         """Train to the last step.
 
         Args:
             view: the training images.
             names: the names of each class.
-            num_workers: worker processes that decode images; None chooses the number.
         """
-        started, before = time.perf_counter(), self.seconds
-        running = 0.0
+        started, before, running = time.perf_counter(), self.seconds, None
         bar = tqdm(total=self.steps, initial=self.step, unit="batch", mininterval=1)
-        for images, captions, classes in self._batches(view, names, num_workers):
-            loss = self._one_step(images, captions, classes)
-            running = loss if running == 0 else 0.95 * running + 0.05 * loss
+        for batch in self._batches(view, names):
+            running = running_mean(running, self.training.update(self.step, *batch, bf16=self.recipe.prec == "bf16"))
             self.step, self.seconds = self.step + 1, before + time.perf_counter() - started
             bar.update()
             if self.step % SAVE_EVERY == 0 or self.step == self.steps:
@@ -166,24 +165,7 @@ class Pretraining:
                 self.save()
         bar.close()
 
-    def _one_step(self, images: Tensor, captions: Tensor, classes: Tensor) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(LR, self.step, self.steps, WARMUP)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.prec == "bf16"):
-            loss = contrastive_loss(self.model.train(), images, captions, classes)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, math.log(100))
-            decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
-            torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - decay)
-        return loss.item()
-
-    def _batches(
-        self, view: View, names: Sequence[Sequence[str]], num_workers: int | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self, view: View, names: Sequence[Sequence[str]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images [B, 3, S, S], tokens of their captions [B, L] and classes [B], from the present step on."""
         tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
         tokens = [tokenize([text.format(name) for text in TEMPLATES for name in each]) for each in names]
@@ -191,21 +173,13 @@ class Pretraining:
         whole = len(view) // BATCH  # the last batch of an epoch is smaller and left out
         while self.step < self.steps:
             sampler.set_position(self.step // whole, self.step % whole)
-            for batch in train_loader(view, sampler, num_workers):
+            for batch in train_loader(view, sampler, None):
                 if len(batch["label"]) < BATCH or self.step == self.steps:
                     break
                 picks = torch.rand(BATCH, generator=generator(self.recipe.seed, "captions", self.step)).tolist()
-                captions = [
-                    tokens[c][int(pick * len(tokens[c]))] for c, pick in zip(batch["label"], picks, strict=True)
-                ]
+                of_images = [tokens[each] for each in batch["label"]]
+                captions = [each[int(pick * len(each))] for each, pick in zip(of_images, picks, strict=True)]
                 yield normalised(batch["image"]), torch.stack(captions), batch["label"]
-
-    def averaged(self) -> open_clip.CLIP:
-        """The model with the moving average of its weights, in evaluation mode."""
-        with torch.no_grad():
-            for parameter, value in zip(self.model.parameters(), self.average, strict=True):
-                parameter.copy_(value)
-        return self.model.eval()
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -245,10 +219,7 @@ def pretrain(recipe: Recipe, folder: Path, head: Sequence[str]) -> None:
         classes = len(data.info.class_names) - len(recipe.left_out)
         training.log(f"images: {len(data.train)} of {classes} classes; names: {sum(map(len, names))}")
     training.train(data.train, names)
-    model = training.averaged()
-    save_file(
-        {key: value.half().contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors"
-    )
+    model = training.training.finish(folder / "weights.safetensors")
     write_bytes(folder / f"{MODEL_NAME}.json", json.dumps(MODEL, indent=2).encode())
     found = zero_shot(model, data.test, data.info.class_names)
     training.log(f"zero-shot on {len(data.test)} test images among {len(names)} classes: {found:.2f} %")

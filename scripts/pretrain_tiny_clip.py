@@ -15,7 +15,6 @@ pixel_mean [0.5,0.5,0.5] pixel_std [0.5,0.5,0.5]`.
 """
 
 import argparse
-import math
 import shlex
 import shutil
 import string
@@ -33,12 +32,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tailtune.main import exit_code_of
-from tailtune.scripts._contrastive import contrastive_loss, learning_rate
+from tailtune.main import Parser, exit_code_of
+from tailtune.scripts._contrastive import ContrastiveTraining, running_mean
 from tailtune.scripts._glyphs import FRAME, SIZE, STROKES, Bank, augment, build_bank
 from tailtune.scripts._photo_clip import BATCH as PHOTO_BATCH
 from tailtune.scripts._photo_clip import Recipe, pretrain
@@ -99,43 +97,28 @@ def batches(bank: Bank, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor,
         yield augment(bank, index, rng), captions, classes
 
 
-def train(bank: Bank, samples: int, seed: int, log: list[str]) -> CLIP:
+def train(bank: Bank, samples: int, seed: int, weights: Path, log: list[str]) -> CLIP:
     """Train a model.
 
     Args:
         bank: the glyphs to draw images from.
         samples: number of images to train on.
         seed: seed of the initial weights and of all random draws.
+        weights: the file to write.
         log: receives lines about the loss.
 
     Returns:
-        The model with the moving average of its weights, in evaluation mode.
+        The model with the weights of the file, in evaluation mode.
     """
-    model, steps, running = make_model(seed), samples // BATCH, 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    average = [p.detach().clone() for p in model.parameters()]
+    steps, running = samples // BATCH, None
+    training = ContrastiveTraining(make_model(seed), steps, LR, WEIGHT_DECAY, WARMUP, EMA_DECAY)
     stream = tqdm(batches(bank, steps, seed + 1), total=steps, unit="batch", mininterval=1)
     for step, batch in enumerate(stream):
-        rate = learning_rate(LR, step, steps, WARMUP)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = contrastive_loss(model, *batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
-            torch._foreach_lerp_(average, list(model.parameters()), 1 - decay)
-        running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
+        running = running_mean(running, training.update(step, *batch))
         if (step + 1) % max(1, steps // 20) == 0:
-            log.append(f"samples {(step + 1) * BATCH:7d}  loss {running:.4f}  rate {rate:.2e}")
+            log.append(f"samples {(step + 1) * BATCH:7d}  loss {running:.4f}  rate {training.rate(step):.2e}")
             tqdm.write(log[-1])
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), average, strict=True):
-            parameter.copy_(value)
-    return model.eval()
+    return training.finish(weights)
 
 
 @torch.no_grad()
@@ -189,7 +172,11 @@ def measure_digits(model: CLIP) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python scripts/pretrain_tiny_clip.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, help="images to train on (64,000 characters; 1,000,000 photographs)")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder to write to")
@@ -198,7 +185,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     of_photos.add_argument("--data", help="data config whose images are trained on; it needs --out")
     of_photos.add_argument("--captions", type=Path, help="JSON file: class name → list of its names in captions")
     of_photos.add_argument("--leave-out", default="", help="names of classes without images, separated by semicolons")
-    of_photos.add_argument("--prec", choices=("fp32", "bf16"), default="bf16", help="precision of the passes")
+    of_photos.add_argument("--prec", choices=("fp32", "bf16"), help="precision of the passes (bf16)")
     args = parser.parse_args(argv)
     args.samples = args.samples or (1_000_000 if args.data else 64_000)
     if args.seed < 0 or args.seed >= 2**32 - 2:
@@ -210,8 +197,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--out must be a folder, but {args.out} is a file")
     if args.data and args.out == MODEL_DIR:
         parser.error("--data needs --out, a folder for the model")
-    if not args.data and (args.captions or args.leave_out):
-        parser.error("--captions and --leave-out describe photographs; name them with --data")
+    if not args.data and (args.captions or args.leave_out or args.prec):
+        parser.error("--captions, --leave-out and --prec are for photographs; name them with --data")
+    if args.data and args.check_digits:
+        parser.error("--check-digits measures the model of characters; leave it out with --data")
     return args
 
 
@@ -230,7 +219,7 @@ def _command(argv: Sequence[str]) -> int:
         train_on_characters(args, head)
         return 0
     left_out = tuple(filter(None, (name.strip() for name in args.leave_out.split(";"))))
-    pretrain(Recipe(args.data, args.captions, left_out, args.samples, args.seed, args.prec), args.out, head)
+    pretrain(Recipe(args.data, args.captions, left_out, args.samples, args.seed, args.prec or "bf16"), args.out, head)
     return 0
 
 
@@ -241,13 +230,10 @@ def train_on_characters(args: argparse.Namespace, log: list[str]) -> None:
     start = time.perf_counter()
     bank = build_bank(FONTS, True, args.seed)
     log.append(f"bank: {len(bank.classes)} glyphs of {len(FONTS)} fonts and {sum(map(len, STROKES.values()))} drawings")
-    model = train(bank, args.samples, args.seed, log)
+    model = train(bank, args.samples, args.seed, args.out / "weights.safetensors", log)
     log.append(f"seconds: {time.perf_counter() - start:.0f} (one thread)")
-    weights = args.out / "weights.safetensors"
-    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, weights)
     if args.out.resolve() != MODEL_DIR:
         shutil.copy(MODEL_DIR / f"{MODEL_NAME}.json", args.out)
-    model.load_state_dict({key: value.float() for key, value in load_file(weights).items()}, strict=True)
     log += measure_held_out(model, args.seed)
     log += measure_digits(model) if args.check_digits else []
     log.append(f"recipe: {RECIPE_NOTE}")

@@ -10,6 +10,7 @@ from conftest import Cli
 from safetensors.torch import load_file
 
 from tailtune.scripts import _photo_clip, pretrain_tiny_clip
+from tailtune.scripts._contrastive import ContrastiveTraining
 
 DATA = "fake_lt"
 SMALL: dict[str, Any] = {
@@ -42,15 +43,15 @@ def test_an_interrupted_training_continues_bit_for_bit_and_tailtune_has_the_same
 ) -> None:
     assert trained("whole") == 0
     with monkeypatch.context() as patch:
-        step, calls = _photo_clip.Pretraining._one_step, []
+        update, calls = ContrastiveTraining.update, []
 
-        def interrupted(self: Any, *batch: Any) -> float:
-            calls.append(self.step)
+        def interrupted(self: Any, step: int, *batch: Any, **how: Any) -> float:
+            calls.append(step)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return step(self, *batch)
+            return update(self, step, *batch, **how)
 
-        patch.setattr(_photo_clip.Pretraining, "_one_step", interrupted)
+        patch.setattr(ContrastiveTraining, "update", interrupted)
         assert trained("cut") == 130
     assert calls == [0, 1, 2, 3] and not Path("cut/weights.safetensors").exists()
     assert trained("cut") == 0
@@ -73,10 +74,13 @@ def test_an_interrupted_training_continues_bit_for_bit_and_tailtune_has_the_same
     [
         (["--leave-out", "no class"], "--leave-out no class: the data has no such class"),
         (["--captions", "nope.json"], "--captions nope.json"),
+        (["--captions", "list.json"], "--captions list.json"),
+        (["--check-digits"], "--check-digits measures the model of characters"),
         (["--data", "nope"], "nope"),
     ],
 )
 def test_wrong_input_ends_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("list.json").write_text("[1]", encoding="utf-8")
     assert trained("wrong", *words) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1] and not Path("wrong").exists()

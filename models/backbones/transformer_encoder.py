@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
+from tailtune.models.backbones.attention import fused_attention
 from tailtune.models.backbones.encoder import Encoder
 from tailtune.models.backbones.plain_vit import is_quick_gelu
 from tailtune.models.backbones.vit_layers import apply_tuners, layer_scale, linear, norm, project_qkv
@@ -204,7 +205,7 @@ class TransformerEncoder(Encoder):
                 torch.cat([before.expand(len(own), -1, -1, -1), own], dim=2)
                 for before, own in zip(attention.before, (k, v), strict=True)
             )
-        out = F.scaled_dot_product_attention(q, k, v, attention.mask).transpose(1, 2).flatten(2)  # [B, M, D]
+        out = fused_attention(q, k, v, attention.mask).transpose(1, 2).flatten(2)  # [B, M, D]
         return apply_tuners(sites["proj"], linear(out, attn.proj, sites["proj.weights"]), out)
 
     def _mlp(self, x: Tensor, mlp: Any, sites: Sites) -> Tensor:

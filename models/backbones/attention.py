@@ -1,0 +1,65 @@
+"""Attention as a ViT computes it, with the fastest kernel that torch has for the device and the dtype."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_GRADIENTS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √D + mask) v (arXiv 1706.03762, equation 1).
+
+    In bf16 on a CPU without AMX, torch's fused backward pass takes 1.2 to 4 times as long as in fp32 (docs/results.md),
+    so where gradients are wanted the arithmetic is fp32 there. What is kept for the backward pass stays in bf16.
+
+    Args:
+        q: queries [B, H, M, D].
+        k: keys [B, H, N, D].
+        v: values [B, H, N, D].
+        mask: what may be seen, broadcastable to [B, H, M, N]: True, or a number that is added; None: all.
+
+    Returns:
+        [B, H, M, D].
+    """
+    if _slow_in_training(q) and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+        return cast(Tensor, _InFp32.apply(q, k, v, _added(mask, q, k)))
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def _slow_in_training(q: Tensor) -> bool:
+    return (
+        q.dtype == torch.bfloat16
+        and q.device.type == "cpu"
+        and not torch.cpu._is_amx_tile_supported()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _added(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A mask as the kernel takes it: numbers [B, H, M, N] in fp32."""
+    if mask is None:
+        return None
+    numbers = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask.float()
+    return numbers.expand(*q.shape[:3], k.shape[2])
+
+
+class _InFp32(torch.autograd.Function):
+    """Attention in fp32 of tensors in another dtype, which are kept in theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out, logsumexp = _ATTENTION(q.float(), k.float(), v.float(), attn_mask=mask)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, logsumexp, mask)
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, logsumexp, mask = ctx.saved_tensors
+        wide = (tensor.float() for tensor in (*grads, q, k, v, out))
+        found = _GRADIENTS(*wide, logsumexp, 0.0, False, attn_mask=mask)
+        return (*(gradient.to(q.dtype) for gradient in found), None)

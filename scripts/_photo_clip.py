@@ -26,6 +26,7 @@ from tailtune.datasets.loading.data_loader import eval_loader, train_loader
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.view import View
 from tailtune.models import resolve
+from tailtune.models.backbones.safe_torch_load import READ_ERRORS, safe_torch_load
 from tailtune.scripts._contrastive import ContrastiveTraining, running_mean
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.storage.atomic_io import write_bytes
@@ -131,12 +132,16 @@ class Pretraining:
             self._resume()
 
     def _resume(self) -> None:
-        state = torch.load(self.state_file, weights_only=True)
+        try:
+            state = safe_torch_load(self.state_file)
+        except READ_ERRORS as error:
+            raise UserError(f"{self.state_file} is damaged ({error}); remove it to train anew") from error
         if state["recipe"] != str(self.recipe):
             raise UserError(f"{self.state_file} is of another command ({state['recipe']}); choose another --out")
         self.training.model.load_state_dict(state["model"])
         self.training.optimizer.load_state_dict(state["optimizer"])
-        self.training.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+        self.training.average = [each.clone() for each in state["average"]]
+        self.step, self.seconds = state["step"], state["seconds"]
         print(f"resuming after step {self.step} of {self.steps}")
 
     def save(self) -> None:
@@ -147,9 +152,12 @@ class Pretraining:
         write_bytes(self.state_file, content.getvalue())
 
     def log(self, line: str) -> None:
+        """Print a line and add it to the log, unless a training that had ended has left it there."""
         tqdm.write(line)
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self.log_file.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            if line not in file.read().splitlines():
+                file.write(line + "\n")
 
     def train(self, view: View, names: Sequence[Sequence[str]]) -> None:
         """Train to the last step.

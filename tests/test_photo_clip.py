@@ -60,6 +60,9 @@ def test_an_interrupted_training_continues_bit_for_bit_and_tailtune_has_the_same
     log = Path("cut/pretrain_log.txt").read_text()
     assert "--data fake_lt" in log and log.count("loss") == 3
 
+    assert trained("cut") == 0
+    assert Path("cut/pretrain_log.txt").read_text() == log, "nothing was left to do"
+
     own = "backbone open_clip:cut/photo_clip.json pretrained cut/weights.safetensors resolution 32"
     pixels = "pixel_mean [0.5,0.5,0.5] pixel_std [0.5,0.5,0.5] expand 0"
     done = launch(f"-d {DATA} -m zstiny_clip {own} {pixels} output_dir zero")
@@ -91,3 +94,12 @@ def test_a_folder_of_another_command_is_refused(capsys: pytest.CaptureFixture[st
     assert trained("once") == 0
     assert trained("once", "--seed", "1") == 2
     assert "is of another command" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small")
+def test_a_damaged_state_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trained("once") == 0
+    state = Path("once/state.pt")
+    state.write_bytes(state.read_bytes()[:-100])
+    assert trained("once") == 2
+    assert "state.pt is damaged" in (said := capsys.readouterr().err) and "Traceback" not in said

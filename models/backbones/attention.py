@@ -9,11 +9,14 @@ from torch import Tensor
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _GRADIENTS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+AT_ONCE = 2**19
+"""Number of queries times their width that a thread computes at once: 2 MB in fp32."""
+
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √D + mask) v (arXiv 1706.03762, equation 1).
 
-    In bf16 on a CPU without AMX, torch's fused backward pass takes 1.2 to 4 times as long as in fp32 (docs/results.md),
+    In bf16 on a CPU without AMX, torch's fused backward pass takes 1.2 to 6 times as long as in fp32 (docs/results.md),
     so where gradients are wanted the arithmetic is fp32 there. What is kept for the backward pass stays in bf16.
 
     Args:
@@ -48,18 +51,32 @@ def _added(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 class _InFp32(torch.autograd.Function):
-    """Attention in fp32 of tensors in another dtype, which are kept in theirs."""
+    """Attention in fp32 of tensors in another dtype, a few images at once: the copies in fp32 fit in the cache."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        out, logsumexp = _ATTENTION(q.float(), k.float(), v.float(), attn_mask=mask)
-        out = out.to(q.dtype)
+        out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        for part in _parts(q, k):
+            seen = None if mask is None else mask[part]
+            out[part], logsumexp[part] = _ATTENTION(q[part].float(), k[part].float(), v[part].float(), attn_mask=seen)
         ctx.save_for_backward(q, k, v, out, logsumexp, mask)
-        return cast(Tensor, out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logsumexp, mask = ctx.saved_tensors
-        wide = (tensor.float() for tensor in (*grads, q, k, v, out))
-        found = _GRADIENTS(*wide, logsumexp, 0.0, False, attn_mask=mask)
-        return (*(gradient.to(q.dtype) for gradient in found), None)
+        *narrow, logsumexp, mask = ctx.saved_tensors
+        q, k, v, _ = narrow
+        found = tuple(torch.empty_like(tensor) for tensor in (q, k, v))
+        for part in _parts(q, k):
+            seen = None if mask is None else mask[part]
+            wide = (tensor[part].float() for tensor in (*grads, *narrow))
+            gradients = _GRADIENTS(*wide, logsumexp[part], 0.0, False, attn_mask=seen)
+            for whole, gradient in zip(found, gradients, strict=True):
+                whole[part] = gradient
+        return (*found, None)
+
+
+def _parts(q: Tensor, k: Tensor) -> list[slice]:
+    """The images that are computed at once."""
+    images = max(1, AT_ONCE * torch.get_num_threads() // max(q[0].numel(), k[0].numel()))
+    return [slice(start, start + images) for start in range(0, len(q), images)]

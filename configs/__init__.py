@@ -164,6 +164,7 @@ def _stages(
         raise UserError(f"zero_shot loads no checkpoint: leave out model_dir {chosen['model_dir']}, or zero_shot")
     if earlier and not chosen["after"]:
         raise UserError(f"'{next(iter(earlier))}': this run has no stage before it; `after` names one")
+    chosen["given"] = list(given) or None
     chosen["micro_explicit"] = "micro_batch_size" in given
     for values in (base, chosen):
         values["coupled_micro"] = _coupled_micro(values, schema)

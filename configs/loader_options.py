@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tailtune.configs.option import option
-from tailtune.configs.value_parsers import as_micro
+from tailtune.configs.value_parsers import as_micro, as_names
 
 BY_BACKBONE = ("resolution", "interpolation", "expand")
 """Options whose value None means what the backbone suggests. `models.resolve` fills them in."""
@@ -37,5 +37,8 @@ class LoaderOptions:
         "The micro-batch size, in images, where the loss or the method depends on it.",
         as_micro,
         internal=True,
+    )
+    given: list[str] | None = option(
+        None, "Options of the command line, by name.", as_names, cls="runtime", internal=True
     )
     micro_explicit: bool = option(False, "The user has set micro_batch_size.", cls="runtime", internal=True)

@@ -158,7 +158,7 @@ def test_the_command_of_a_run_gives_its_config_again(config: Config, tmp_path: P
     assert words[:4] == ["-d", str(yaml), "-m", "tiny_clip"]
     again = config(words[1], words[3], *words[4:])
     changed = {key for key in cfg if cfg[key] != again[key]}
-    assert changed <= {"export", "test_key", "run_name"}
+    assert changed <= {"export", "given", "test_key", "run_name"}
 
 
 def test_the_command_names_the_model_config_of_the_user(config: Config, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_command_names_the_model_config_of_the_user(config: Config, tmp_path
     words = command_of(cfg)
     again = config(words[1], words[3], *words[4:])
     changed = {key for key in cfg if cfg[key] != again[key]}
-    assert changed <= {"model", "model_file", "run_name", "test_key"}
+    assert changed <= {"given", "model", "model_file", "run_name", "test_key"}
 
 
 # --- the base of an adapter ------------------------------------------------------------------------------------------

@@ -17,11 +17,6 @@ MASKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-
-
 def inputs(dtype: torch.dtype, queries: int = 9) -> list[Tensor]:
     """q [4, 2, queries, 16], k and v [4, 2, 9, 16], as parts of a packed tensor."""
     packed = torch.randn(4, 9, 3, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16().to(dtype)

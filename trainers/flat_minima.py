@@ -18,7 +18,7 @@ from tailtune.configs.seeding import generator
 from tailtune.configs.value_parsers import as_float, as_str
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods import Method
-from tailtune.trainers.optimizers_and_schedules import Plan, refuse_unread_options
+from tailtune.trainers.optimizers_and_schedules import Plan, refuse_options_of_other_entries
 from tailtune.trainers.sharding import is_sharded
 from tailtune.trainers.step_passes import StepPasses, displaced, put_gradients, take_gradients
 
@@ -190,7 +190,7 @@ def check_sam(cfg: CfgNode, method: Method) -> None:
     """
     mode = sam_mode(cfg.sam)
     tables = {"none": NoOptions, **{name: entry.Options for name, entry in SAM_MODES.items()}}
-    refuse_unread_options(cfg, "sam", cfg.sam or "none", tables)
+    refuse_options_of_other_entries(cfg, "sam", cfg.sam or "none", tables)
     if mode is not PLAIN and is_sharded():
         raise UserError(f"sam {cfg.sam} does not go with FSDP: launch with --multi_gpu, or set sam none")
     if mode.by_class and not method.adds_up_samples:

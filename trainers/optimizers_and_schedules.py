@@ -84,13 +84,17 @@ def _check(cfg: CfgNode) -> None:
         )
     if cfg.schedule == "multistep" and not cfg.lr_steps:
         raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
-    refuse_unread_options(cfg, "schedule", cfg.schedule, {name: entry.Options for name, entry in SCHEDULES.items()})
+    refuse_options_of_other_entries(
+        cfg, "schedule", cfg.schedule, {name: entry.Options for name, entry in SCHEDULES.items()}
+    )
 
 
 def _check_optimizer(cfg: CfgNode) -> None:
     """Refuse options that the chosen optimizer does not read, and values that are invalid for it."""
     lookup(OPTIMIZERS, cfg.optimizer, "optimizer")
-    refuse_unread_options(cfg, "optimizer", cfg.optimizer, {name: entry.Options for name, entry in OPTIMIZERS.items()})
+    refuse_options_of_other_entries(
+        cfg, "optimizer", cfg.optimizer, {name: entry.Options for name, entry in OPTIMIZERS.items()}
+    )
     if cfg.nesterov and cfg.momentum == 0:
         raise UserError("nesterov True needs momentum above 0, such as 0.9")
     if max(cfg.adam_betas) >= 1:
@@ -102,7 +106,7 @@ def _check_optimizer(cfg: CfgNode) -> None:
         )
 
 
-def refuse_unread_options(cfg: CfgNode, kind: str, chosen: str, tables: Mapping[str, type]) -> None:
+def refuse_options_of_other_entries(cfg: CfgNode, kind: str, chosen: str, tables: Mapping[str, type]) -> None:
     """Refuse options that only other entries of a table read, if they differ from their defaults.
 
     Args:

@@ -23,7 +23,8 @@ from tailtune.configs import values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.scripts import _grid, collect, reproduce
-from tailtune.trainers.comparison.rows import ALL_METRICS, number
+from tailtune.trainers.comparison.rows import ALL_METRICS, Row, number
+from tailtune.trainers.comparison.tables import footnotes
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.evaluation.metrics import evaluate
 
@@ -201,6 +202,15 @@ def test_a_number_is_of_the_test_set_or_of_a_distribution() -> None:
     assert number({"test": {"accuracy": 4.0}}, "backward50.accuracy") is None, "a run without distributions"
     with pytest.raises(UserError, match="unknown metric"):
         number(result, "backward50.path")
+
+
+def test_a_table_says_which_numbers_are_not_adapted() -> None:
+    facts = {"seed": 0, "test": {"accuracy": 4.0}}
+    said = []
+    for predictors in ({"plain": {"accuracy": 1.0}}, {"plain": {"accuracy": 1.0}, "target_prior": {"accuracy": 2.0}}):
+        result = {**facts, "distributions": {"backward50": {"n": 9, "predictors": predictors}}}
+        said.append(any("plain predictions" in line for line in footnotes([Row("fake", "row", 1, [result])], None)))
+    assert said == [False, True]
 
 
 def test_columns_of_distributions_have_short_titles(half_run: str, script: Words) -> None:

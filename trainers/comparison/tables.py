@@ -213,11 +213,22 @@ def footnotes(rows: Sequence[Row], paper: str | None) -> list[str]:
         lines.append(
             f"Published: {paper}; empty where the number is not known here." + (f" {MEMORY}" if unsure else "")
         )
+    if any(map(_adapted, results)):
+        lines.append(
+            "Metrics without the name of a test distribution are those of the plain predictions; `uniform.accuracy` is "
+            "that of the adapted ones."
+        )
     notes: dict[str, int] = {}
     for note in (note for result in results for note in [*result.get("notes", []), *_cut_short(result)]):
         notes[note] = notes.get(note, 0) + 1
     listed = [f"- {note} ({count} of {len(results)} runs)" for note, count in notes.items()]
     return lines + (["\n".join(listed)] if listed else [])
+
+
+def _adapted(result: Result) -> bool:
+    """Whether predictions were adapted to the test distributions (test-time adaptation, or a target prior)."""
+    distributions = result.get("distributions", {}).values()
+    return any(name != "plain" for distribution in distributions for name in distribution["predictors"])
 
 
 def _cut_short(result: Result) -> list[str]:

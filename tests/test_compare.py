@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from math import comb
 from pathlib import Path
@@ -25,6 +26,7 @@ from tailtune.trainers.comparison.rows import Row, ranked
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.logit_files import save_logits
 from tailtune.trainers.option_schema import declared
+from tailtune.trainers.storage.atomic_io import FACTS
 from tailtune.trainers.storage.tensorboard_events import Events
 
 LABELS = [0] * 4 + [1] * 4 + [2] * 2
@@ -136,6 +138,61 @@ def test_seeds_are_averaged_for_each_image(run: Make) -> None:
     assert paired[0].differences is not None
     assert paired[0].differences["accuracy"].difference == pytest.approx(10), "80 against the mean of 60 and 80"
     assert paired[0].mcnemar is None, "McNemar's test compares two runs"
+
+
+def test_classes_that_several_runs_answer_equally_well_are_equal(run: Make) -> None:
+    """Means of ⅓ and ⅔ that are added up in another order differ by 1e-17."""
+    wrong, right = BASE[:1] + [1] + BASE[2:], BASE
+    rows = [run(f"a_seed_{seed}", right if seed else wrong, seed=seed) for seed in range(3)]
+    others = [run(f"b_seed_{seed}", wrong if seed == 2 else right, seed=seed, lr=0.3) for seed in range(3)]
+    paired = compare_with_first(rows_of(*rows, *others))
+    assert paired[0].classes == (0, 0, 3)
+
+
+def test_evaluations_of_different_runs_are_different_rows(run: Make) -> None:
+    """`test_only True model_dir X` writes into the folder of another run, whose config says nothing about X."""
+    home, *origins = run("home", BASE), run("a", BASE, lr=0.3), run("b", BASE, lr=0.4), run("b_1", BASE, lr=0.4, seed=1)
+    evaluated = [home / "tests" / f"of_{origin.name}" for origin in origins]
+    for folder, origin in zip(evaluated, origins, strict=True):
+        folder.mkdir(parents=True)
+        result = json.loads((origin / "metrics.json").read_text())
+        result["evaluation"]["of"] = str(origin)
+        (folder / "metrics.json").write_text(json.dumps(result))
+    assert [len(row.results) for row in rows_of(*evaluated)] == [1, 2], "the runs b differ in their seed"
+    for origin in origins:
+        shutil.rmtree(origin)
+    assert [len(row.results) for row in rows_of(*evaluated)] == [1, 1, 1], "nothing says how they were trained"
+
+
+def test_seeds_of_runs_with_an_earlier_stage_are_one_row(run: Make) -> None:
+    """The config of a run holds a hash of the config before it, in which the seed is another one, too."""
+
+    def chain(name: str, **options: object) -> Path:
+        first = run(f"{name}_stage1", BASE, lr=options.pop("first_lr", 0.1), seed=options["seed"])
+        last = run(name, BASE, **{"after": "tiny_clip", **options})
+        for folder, facts in ((first, {"sha256": name}), (last, {"after": str(first), "after_id": name})):
+            (folder / "checkpoint").mkdir()
+            (folder / "checkpoint" / FACTS).write_text(json.dumps(facts))
+        return last
+
+    chains = [chain("a", seed=0), chain("b", seed=1)]
+    assert [len(row.results) for row in rows_of(*chains)] == [2]
+    chains += [chain("c", seed=2, first_lr=0.2)]
+    assert [len(row.results) for row in rows_of(*chains)] == [2, 1], "another first stage"
+    Path("output/b_stage1/checkpoint", FACTS).write_text(json.dumps({"sha256": "trained again"}))
+    assert [len(row.results) for row in rows_of(*chains)] == [1, 1, 1]
+
+
+def test_a_seed_counts_once_in_a_row(run: Make) -> None:
+    folders = [run("base", BASE), run("base_seed_1", BETTER, seed=1), run("again", BASE)]
+    assert [(row.name, len(row.results)) for row in rows_of(*folders)] == [("base", 2), ("again", 1)]
+
+
+def test_rows_of_one_name_get_their_paths(run: Make, launch: Cli) -> None:
+    folders = [run("one/base", BASE), run("two/base", BETTER, lr=0.3)]
+    assert [row.name for row in rows_of(*folders)] == ["output/one/base", "output/two/base"]
+    done = launch("compare", *folders, "--format text")
+    assert "2 output/two/base, classes with the largest differences" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tailtune.configs import load_resolved, values_of
 from tailtune.configs.errors import UserError
@@ -11,13 +14,15 @@ from tailtune.configs.key import TRAIN
 from tailtune.configs.schema import Schema
 from tailtune.trainers.comparison.rows import Result, Row
 from tailtune.trainers.runs.result_table import read_result
+from tailtune.trainers.runs.run_folder import FACTS
+from tailtune.trainers.storage.manifest import read_json
 
 SHOWN = 5
 """Number of folders without a result that the message names."""
 
 
 def folder_rows(folders: Sequence[Path], schema: Schema) -> list[Row]:
-    """Create one row for all runs that differ only in their seed.
+    """Create one row for all runs that differ only in their seed. Another result of the same seed is another row.
 
     Args:
         folders: finished run folders, or folders `tests/KEY` within them.
@@ -26,11 +31,15 @@ def folder_rows(folders: Sequence[Path], schema: Schema) -> list[Row]:
     Raises:
         UserError: a file of a run is damaged.
     """
-    groups: dict[str, list[tuple[Path, Result]]] = {}
+    groups: dict[tuple[str, int], list[tuple[Path, Result]]] = {}
+    times_seen: Counter[tuple[str, int]] = Counter()
     for folder in dict.fromkeys(folders):
         contents = read_result(folder / "metrics.json")
-        groups.setdefault(_identity(folder, contents, schema), []).append((folder, contents))
-    return [_row(group) for group in groups.values()]
+        identity = _identity(folder, contents, schema)
+        of_seed = identity, contents["seed"]
+        groups.setdefault((identity, times_seen[of_seed]), []).append((folder, contents))
+        times_seen[of_seed] += 1
+    return _with_different_names([_row(group) for group in groups.values()])
 
 
 def with_result(names: Sequence[str]) -> tuple[list[Path], str]:
@@ -75,9 +84,42 @@ def _why_no_result(folder: Path) -> str:
 
 def _identity(folder: Path, contents: Result, schema: Schema) -> str:
     """All options of a run and of its evaluation, without the seed and the checkpoint, as text for comparison."""
-    trained = values_of(load_resolved(run_folder(folder) / "config.yaml", schema), TRAIN)
-    tested = {key: value for key, value in contents.get("evaluation", {}).items() if key not in ("checkpoint", "of")}
-    return json.dumps([{**trained, "seed": None}, tested], sort_keys=True)
+    about = contents.get("evaluation", {})
+    tested = {key: value for key, value in about.items() if key not in ("checkpoint", "of")}
+    return json.dumps([_trained(_evaluated_run(folder, about), schema), tested], sort_keys=True)
+
+
+def _evaluated_run(folder: Path, about: Mapping[str, Any]) -> Path | dict[str, Any]:
+    """Folder of the run whose checkpoint a result is of; what the result says of it if that folder is not there."""
+    home = run_folder(folder)
+    origin = Path(about.get("of") or home)
+    if folder == home or origin.name == home.name:  # the folder may have been moved since
+        return home
+    return origin if (origin / "config.yaml").is_file() else {key: about.get(key) for key in ("of", "checkpoint")}
+
+
+def _trained(run: Path | dict[str, Any], schema: Schema) -> dict[str, Any]:
+    """The training options of a run and of the runs before it (`after`), without their seeds.
+
+    The config of a run holds the hash of the config before it, which differs by the seed. It is replaced by the options
+    of that config. If the earlier run is not there any more or has become another one, the hash stays.
+    """
+    if isinstance(run, dict):
+        return run
+    cfg = load_resolved(run / "config.yaml", schema)
+    values = {**values_of(cfg, TRAIN), "seed": None}
+    facts = read_json(run / FACTS) if cfg.after is not None and (run / FACTS).is_file() else {}
+    earlier = Path(facts.get("after", ""))
+    same = (earlier / FACTS).is_file() and read_json(earlier / FACTS).get("sha256") == facts.get("after_id")
+    if facts and same and (earlier / "config.yaml").is_file():
+        values["after_hash"] = _trained(earlier, schema)
+    return values
+
+
+def _with_different_names(rows: list[Row]) -> list[Row]:
+    """The rows. Those with the same name get the path of their first folder as name."""
+    times = Counter(row.name for row in rows)
+    return [replace(row, name=row.folders[0].as_posix()) if times[row.name] > 1 else row for row in rows]
 
 
 def _row(group: list[tuple[Path, Result]]) -> Row:

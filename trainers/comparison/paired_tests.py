@@ -94,7 +94,10 @@ def mcnemar(correct: np.ndarray, other: np.ndarray) -> McNemar:
 
 
 def class_means(scores: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Mean score of the images of each class, fp64 [C]; NaN for a class without images.
+    """Mean score of the images of each class, fp64 [C], rounded to 12 digits; NaN for a class without images.
+
+    The scores of several runs are rounded fractions. Without rounding, equal classes could differ by 1e-17, and would
+    count as won or lost.
 
     Args:
         scores: score of each image [N].
@@ -102,7 +105,7 @@ def class_means(scores: np.ndarray, labels: np.ndarray, classes: int) -> np.ndar
         classes: number C of classes.
     """
     sums, counts = (np.bincount(labels, weights, minlength=classes) for weights in (scores, None))
-    return np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0)
+    return np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0).round(12)
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:

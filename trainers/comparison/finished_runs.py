@@ -1,9 +1,11 @@
 """Finds the results among folders, and puts those that differ only in their seed into one row."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tailtune.configs import load_resolved, values_of
 from tailtune.configs.errors import UserError
@@ -16,21 +18,37 @@ SHOWN = 5
 """Number of folders without a result that the message names."""
 
 
-def folder_rows(folders: Sequence[Path], schema: Schema) -> list[Row]:
+def folder_rows(folders: Sequence[Path], schema: Schema) -> tuple[list[Row], str]:
     """Create one row for all runs that differ only in their seed.
+
+    A row has each seed once, because a standard deviation over a repetition of a seed would not be one over seeds. So a
+    second run of the same seed, such as one that `resume False` has moved aside, begins another row. A copy of a run is
+    left out, and so is its evaluation with the same options.
 
     Args:
         folders: finished run folders, or folders `tests/KEY` within them.
         schema: all options.
 
+    Returns:
+        The rows; and one line about the copies that were left out, empty if there are none.
+
     Raises:
         UserError: a file of a run is damaged.
     """
-    groups: dict[str, list[tuple[Path, Result]]] = {}
+    copies: list[str] = []
+    groups: dict[tuple[str, int], list[tuple[Path, Result]]] = {}
+    checkpoints: dict[tuple[str, Any], dict[str, Path]] = {}
     for folder in dict.fromkeys(folders):
         contents = read_result(folder / "metrics.json")
-        groups.setdefault(_identity(folder, contents, schema), []).append((folder, contents))
-    return [_row(group) for group in groups.values()]
+        identity, seed = _identity(folder, contents, schema)
+        known = checkpoints.setdefault((identity, seed), {})
+        checkpoint = contents.get("evaluation", {}).get("checkpoint") or os.path.realpath(folder)
+        if checkpoint in known:
+            copies.append(f"{folder} (the same as {known[checkpoint]})")
+            continue
+        groups.setdefault((identity, len(known)), []).append((folder, contents))
+        known[checkpoint] = folder
+    return [_row(group) for group in groups.values()], _left_out(copies, len(folders))
 
 
 def with_result(names: Sequence[str]) -> tuple[list[Path], str]:
@@ -53,10 +71,15 @@ def with_result(names: Sequence[str]) -> tuple[list[Path], str]:
     others = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if not folders:
         raise UserError(f"no metrics.json of a run in {', '.join(others[:SHOWN])}; name the folder of a finished run")
-    if not others:
-        return folders, ""
-    shown = ", ".join([*others[:SHOWN], *(["…"] if len(others) > SHOWN else [])])
-    return folders, f"left out {len(others)} of {len(reasons)}: {shown}"
+    return folders, _left_out(others, len(reasons))
+
+
+def _left_out(folders: Sequence[str], total: int) -> str:
+    """One line about the folders that were left out, out of `total`; empty if there are none."""
+    if not folders:
+        return ""
+    shown = ", ".join([*folders[:SHOWN], *(["…"] if len(folders) > SHOWN else [])])
+    return f"left out {len(folders)} of {total}: {shown}"
 
 
 def run_folder(folder: Path) -> Path:
@@ -73,11 +96,11 @@ def _why_no_result(folder: Path) -> str:
     return "not finished" if run_folder(folder) == folder else "no evaluation"
 
 
-def _identity(folder: Path, contents: Result, schema: Schema) -> str:
-    """All options of a run and of its evaluation, without the seed and the checkpoint, as text for comparison."""
+def _identity(folder: Path, contents: Result, schema: Schema) -> tuple[str, Any]:
+    """All options of a run and of its evaluation, without the seed and the checkpoint, as text; and the seed."""
     trained = values_of(load_resolved(run_folder(folder) / "config.yaml", schema), TRAIN)
     tested = {key: value for key, value in contents.get("evaluation", {}).items() if key not in ("checkpoint", "of")}
-    return json.dumps([{**trained, "seed": None}, tested], sort_keys=True)
+    return json.dumps([{**trained, "seed": None}, tested], sort_keys=True), trained["seed"]
 
 
 def _row(group: list[tuple[Path, Result]]) -> Row:

@@ -211,6 +211,8 @@ def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Value
         raise UserError(f"{model_path}: by_dataset must map patterns of data names to options")
     name = data_path.stem
     (_, internal), (_, of_data) = _data_layers(data_path, schema)
+    if "dataset" in body:
+        raise UserError(f"{model_path} is a data config, because it sets `dataset`: give it with -d")
     own = model_path.resolve().parent != FOLDER / "model"
     internal |= {"model": model_path.stem, "model_file": str(model_path.resolve()) if own else ""}
     final = {key: value for key, value in of_data.items() if key in schema and schema[key].data_wins}
@@ -235,7 +237,8 @@ def _find(kind: str, name: str) -> Path:
     """Find a shipped config by its name, or a YAML of the user by its path."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
         if not os.path.isfile(name):  # `Path.is_file` raises an error if the name is too long
-            raise UserError(f"{kind} config '{printable(name)}' does not exist")
+            given = "a YAML file or of a folder with class folders" if kind == "data" else "a YAML file"
+            raise UserError(f"{kind} config '{printable(name)}' does not exist: give the path of {given}")
         try:
             check_text(Path(name).name)
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Checks the environment in which a command is started: the working directory and the variables of a launcher."""
 
 import os
+import sys
 from collections.abc import Mapping
 
 from tailtune.configs.errors import UserError, printable
@@ -28,15 +29,18 @@ def is_first_process() -> bool:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that the launch is of a supported kind, and that no variables of another program look like a launch.
+    """Check what a command is started in: the encoding of file names, the folder, and the variables of a launcher.
 
     Args:
         environment: name of an environment variable → value.
 
     Raises:
-        UserError: the working directory has been deleted, the launch asks for DeepSpeed or Megatron-LM, a launcher's
-            variable is not a number, or only some of the launcher's variables are set.
+        UserError: file names are not read as UTF-8, the working directory has been deleted, the launch asks for
+            DeepSpeed or Megatron-LM, a launcher's variable is not a number, or only some of the launcher's variables
+            are set.
     """
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":  # paths in lists and YAML files would name other files
+        raise UserError(f"Python reads file names as {encoding} here, and not as UTF-8: set PYTHONUTF8=1")
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -131,7 +131,7 @@ def _read_lists(options: DataSettings) -> SplitListings:
     num_classes = image_list.number_of_classes(train, listings, options.num_classes)
     names = _class_names(options, taxa or image_list.folder_names(train, num_classes), num_classes)
     for listing in listings:
-        listing.check_labels(len(names))
+        listing.check_labels(num_classes)
     check_names(options, names, num_classes)
     return _checked(options, names, train, test, val)
 

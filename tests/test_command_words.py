@@ -55,11 +55,17 @@ def test_a_model_config_of_the_user(tmp_path: Path, launch: Cli) -> None:
     assert (cfg.lora, cfg.adapter_dim, cfg.model, cfg.model_file) == (True, 2, "my model", str(mine))
     assert cfg.run_name == "fake_lt_my-model_lr_0.3"
     assert load_configs("fake_lt", "tiny_clip", [], declared())[-1].model_file == ""
+    mine.write_text("dataset: ImageFolder\nroot: images\n")
+    with pytest.raises(UserError, match="my model.yaml is a data config, because it sets `dataset`: give it with -d"):
+        load_configs("fake_lt", str(mine), [], declared())
     mine.write_text("lr: fast\n")
     with pytest.raises(UserError, match="my model.yaml: lr must be a number"):
         load_configs("fake_lt", str(mine), [], declared())
     done = launch("-d fake_lt -m none.yaml")
-    assert (done.returncode, done.stderr) == (2, "error: model config 'none.yaml' does not exist\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: model config 'none.yaml' does not exist: give the path of a YAML file\n",
+    )
 
 
 @pytest.mark.parametrize(

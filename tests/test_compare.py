@@ -70,7 +70,21 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def rows_of(*folders: Path) -> list[Row]:
-    return folder_rows(folders, declared())
+    return folder_rows(folders, declared())[0]
+
+
+def test_a_row_has_each_seed_once(run: Make, launch: Cli) -> None:
+    """A copy of a run is no further seed, and neither is an earlier run of the same seed."""
+    first, other = run("base", BASE), run("base_seed_1", BETTER, seed=1)
+    aside, copy = run("base.previous-1", BETTER), run("copy", BASE)
+    for folder, checkpoint in ((first, "a"), (other, "b"), (aside, "c"), (copy, "a")):
+        result = json.loads((folder / "metrics.json").read_text())
+        result["evaluation"]["checkpoint"] = checkpoint
+        (folder / "metrics.json").write_text(json.dumps(result))
+    rows = rows_of(first, other, aside, copy, first.absolute())
+    assert [row.folders for row in rows] == [(first, other), (aside,)]
+    done = launch("compare", first, copy)
+    assert done.stderr == f"left out 1 of 2: {copy} (the same as {first})\n" and "±" not in done.stdout.splitlines()[2]
 
 
 # --- the tests against a hand computation ----------------------------------------------------------------------------

@@ -411,6 +411,12 @@ def test_bad_lines(listed: Path, text: str, message: str) -> None:
         build_data(lists(listed, num_classes=2))
 
 
+def test_too_few_class_names(listed: Path) -> None:
+    (listed / "names.txt").write_text("cat\n")
+    with pytest.raises(UserError, match=r"classnames names.txt: 1 names for 2 classes"):
+        build_info(lists(listed, classnames="names.txt"))
+
+
 def test_a_list_in_another_encoding(listed: Path) -> None:
     (listed / "train.txt").write_bytes("train/cat/\xe9.png 0\n".encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):

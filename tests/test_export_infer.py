@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,6 +128,17 @@ def test_the_script_gives_the_logits_of_the_model(name: str, exports: Exports) -
     assert found["path"] == "a photo.jpg"
     wanted = ours(made, path)
     assert np.ptp(wanted) > 0.05 and np.abs(np.array(found["logits"]) - wanted).max() < 1e-3
+
+
+def test_the_script_can_be_cut_short(exports: Exports, tmp_path: Path) -> None:
+    """As `infer.py IMAGES | head -1` does."""
+    script, path = exports("onnx")[1] / "infer.py", photograph(tmp_path / "photo.jpg")
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-I", str(script), *([str(path)] * 3)]
+    done = subprocess.run(command, env=offline(), stdout=writes, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_script_prints_calibrated_probabilities_and_refuses_in_one_line(exports: Exports, tmp_path: Path) -> None:

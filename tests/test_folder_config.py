@@ -1,5 +1,7 @@
 """`-d FOLDER`: a folder of class folders is split once, by the rules of `data new`, and every run has this split."""
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from conftest import Cli
 from test_data_verify import picture
 
 import tailtune
+from tailtune.main import main
 
 QUICK = "-m tiny_clip pretrained=none max_steps=2 batch_size=8 init_head=none"
 
@@ -66,7 +69,8 @@ def test_python_takes_a_folder_as_the_command_does(folder: Path, launch: Cli) ->
 def test_a_dry_run_writes_nothing(folder: Path, launch: Cli) -> None:
     done = launch(f"-d {folder} {QUICK} --dry-run")
     assert done.returncode == 0, done.stderr
-    assert "my_birds" in done.stdout and not Path("output").exists()
+    assert "would be made, not written: output/my_birds_data: 2 classes" in done.stdout
+    assert not Path("output").exists()
 
 
 @pytest.mark.parametrize("has_test", [False, True])
@@ -108,3 +112,43 @@ def test_several_processes_do_not_split(folder: Path, launch: Cli, monkeypatch: 
     monkeypatch.setattr("tailtune.datasets.commands.folder_config.world_size", lambda: 2)
     done = launch(f"-d {folder} {QUICK}")
     assert done.returncode == 2 and "data new" in done.stderr and not Path("output").exists()
+
+
+def test_a_run_is_exported_without_its_images(folder: Path, launch: Cli) -> None:
+    assert launch(f"-d {folder} {QUICK} output_dir run").returncode == 0
+    folder.rename(folder.with_name("elsewhere"))
+    done = launch("export run hub")
+    assert done.returncode == 0, done.stderr
+    assert "class_counts" in Path("output/run/export/hub/facts.json").read_text()
+    done = launch(f"-d {folder} {QUICK}")
+    assert (done.returncode, done.stdout) == (2, "") and "give the path of a YAML file or of a folder" in done.stderr
+
+
+def test_a_folder_that_holds_the_outputs(folder: Path, launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    done = launch(f"-d . {QUICK}")
+    assert done.returncode == 2 and "start the command in another folder" in done.stderr, done.stderr
+    assert not Path("output").exists()
+
+
+def test_a_command_to_copy_is_quoted(tmp_path: Path, launch: Cli) -> None:
+    images(tmp_path / "a/our birds", {"owl": 3, "wren": 3})
+    images(tmp_path / "our birds", {"owl": 3, "wren": 3})
+    assert main(["-d", "a/our birds", *QUICK.split()]) == 0
+    assert "data new 'our birds' --output FOLDER`" in error_of("-d", "our birds", *QUICK.split())
+    assert "data new 'our birds'` makes" in error_of("data", "verify", "our birds")
+
+
+def error_of(*words: str) -> str:
+    """The line of a command whose words may hold blanks."""
+    with redirect_stderr(io.StringIO()) as errors:
+        assert main(words) == 2
+    return errors.getvalue()
+
+
+def test_an_image_that_begins_well(folder: Path, launch: Cli) -> None:
+    """Only decoding it finds the damage; the message says what to do."""
+    for image in folder.glob("owl/*.png"):
+        image.write_bytes(image.read_bytes()[:-30])
+    done = launch(f"-d {folder} {QUICK}")
+    assert done.returncode == 2 and "on_bad_image skip" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -391,6 +392,13 @@ def test_leftovers_of_a_launcher(environment: dict[str, str], part: str) -> None
     with pytest.raises(UserError, match="unset") as raised:
         check_environment(environment)
     assert part in str(raised.value)
+
+
+def test_file_names_in_another_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists and YAML files are UTF-8, so their paths would name other files."""
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    with pytest.raises(UserError, match="iso8859-1 .* set PYTHONUTF8=1"):
+        check_environment({})
 
 
 @pytest.mark.parametrize("environment", [{}, LAUNCH, {"RANK": "0", "WORLD_SIZE": "1"}, {"MASTER_PORT": "29500"}])

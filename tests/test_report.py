@@ -208,7 +208,8 @@ def test_images_that_are_gone(launch: Cli, tmp_path: Path) -> None:
     assert launch("report", RUN).returncode == 0
     assert read(RUN)[0] == html, "the same page is made again"
     (tmp_path / "birds").rename(tmp_path / "elsewhere")
-    assert launch("report run").returncode == 0
+    done = launch("report run")
+    assert done.returncode == 0 and "the images are not where they were" in done.stdout
     again, tables_again, _ = read(RUN)
     assert "data:image/jpeg" not in again and "no pictures" in again
     assert tables_again["metrics"] == tables["metrics"] and (RUN / "predictions.csv").read_bytes() == before

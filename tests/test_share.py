@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import Cli
+from conftest import Cli, HasRun
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
@@ -25,6 +25,7 @@ import tailtune
 from tailtune.configs.errors import UserError
 from tailtune.trainers.export import SharedRun, export
 from tailtune.trainers.export.hub_format import crop_share, without_places
+from tailtune.trainers.export.hub_upload import push
 
 SHORT = "-d fake_lt -m tiny_clip pretrained none max_steps 1 max_test_images 20 num_workers 0 output_dir run"
 WORDS = f"{SHORT} val_per_class 1 export hub"
@@ -234,6 +235,27 @@ def test_an_upload_is_checked_before_training(
 ) -> None:
     one_line(launch(f"{SHORT} {words}"), "push_to_hub", says)
     assert not RUN.exists() and uploads == []
+
+
+@pytest.mark.parametrize("words", ["export onnx push_to_hub ann/digits", "push_to_hub ann/digits", "export_fp16 True"])
+def test_options_of_an_export_are_checked_for_a_finished_run_too(
+    words: str, launch: Cli, has_run: HasRun, uploads: list[dict[str, Any]]
+) -> None:
+    has_run(SHORT)
+    one_line(launch(f"{SHORT} {words}"), "add `export ")
+    assert not (RUN / "export").exists() and uploads == []
+
+
+def test_a_machine_without_a_network_uploads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Errors of the client's HTTP library need not be OSErrors."""
+
+    def unreachable(self: Any, *_: Any, **__: Any) -> None:
+        raise HfHubHTTPError.__bases__[0]("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", unreachable)
+    (tmp_path / "facts.json").write_text('{"files": []}')
+    with pytest.raises(UserError, match="push_to_hub ann/digits: Name or service not known; .* repeat the command"):
+        push(tmp_path, "ann/digits")
 
 
 def test_nobody_is_logged_in(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

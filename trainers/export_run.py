@@ -11,7 +11,9 @@ from tailtune.trainers.evaluation.stored_temperature import stored_temperature
 from tailtune.trainers.export import SharedRun, export, push
 from tailtune.trainers.runs.load_run import subject_of, trained_method
 from tailtune.trainers.runs.result_table import read_result
-from tailtune.trainers.runs.run_folder import RunFolder
+from tailtune.trainers.runs.run_folder import FACTS, RunFolder
+from tailtune.trainers.storage.manifest import read_json
+from tailtune.trainers.trained_model import info_of_run
 
 log = logging.getLogger("tailtune")
 
@@ -28,18 +30,18 @@ def export_run(cfg: CfgNode, folder: RunFolder, metrics: Path, device: torch.dev
     Raises:
         UserError: the format cannot hold the model, a file is damaged, or the Hub refuses the upload.
     """
-    data = build_data(cfg, folder.kept(), folder.class_counts())
-    method = trained_method(cfg, folder.evaluated, data.info, device).to("cpu")
+    is_ours = folder.foreign is None
+    info = info_of_run(cfg, read_json(folder.source / FACTS)) if is_ours else build_data(cfg).info
+    method = trained_method(cfg, folder.evaluated, info, device).to("cpu")
     if cfg.model_dir is None:
         folder.own("export")
     home = folder.path if cfg.model_dir is None else metrics.parent
-    is_ours = folder.foreign is None
     subject = subject_of(
         cfg,
         method,
-        data.info.class_names,
+        info.class_names,
         folder.origin,
-        class_counts=data.info.class_counts.tolist(),
+        class_counts=info.class_counts.tolist(),
         temperature=stored_temperature(folder.source, method) if is_ours else None,
         run=SharedRun(folder.source, read_result(metrics)) if is_ours else None,
     )

@@ -39,7 +39,9 @@ def run_report_command(argv: Sequence[str], load_schema: Callable[[], Schema]) -
     parser.add_argument("--figures", action="store_true", help="also write every figure as PNG and PDF, for papers")
     args = parser.parse_args(list(argv))
     folder = _with_result(args.run)
-    write_again(folder, load_schema(), ALL if args.figures else HTML)
+    subject = write_again(folder, load_schema(), ALL if args.figures else HTML)
+    if subject.images.source is None:
+        print_text("the images are not where they were, or have changed, so the report shows none of them")
     print_text(f"report {folder / REPORT}")
     return 0
 
@@ -54,13 +56,16 @@ def _with_result(name: str) -> Path:
     raise UserError(f"report {name}: there is no metrics.json in it; name the folder of a finished run")
 
 
-def write_again(folder: Path, schema: Schema, kind: str) -> None:
+def write_again(folder: Path, schema: Schema, kind: str) -> "Subject":
     """Write the files of a report.
 
     Args:
         folder: the folder of the result.
         schema: all options.
         kind: `html` or `all`.
+
+    Returns:
+        What the report shows.
 
     Raises:
         UserError: a file of the result is missing or damaged, or another launch uses the run's folder.
@@ -80,9 +85,11 @@ def write_again(folder: Path, schema: Schema, kind: str) -> None:
     try:
         if folder == home.path:
             home.own(*REPORTS)
-        home.seal(write_report(folder, _subject(folder, home.path, result, schema), kind))
+        subject = _subject(folder, home.path, result, schema)
+        home.seal(write_report(folder, subject, kind))
     finally:
         lock.release()
+    return subject
 
 
 def _subject(folder: Path, home: Path, result: dict[str, Any], schema: Schema) -> "Subject":

@@ -17,9 +17,10 @@ from tailtune.configs.program import launch_target
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.datasets.image_cache import keep_images
+from tailtune.datasets.sources.named_source import BadImage
 from tailtune.datasets.splits.compare_records import first_few, seen_in_training
 from tailtune.datasets.splits.split_records import StoredSplits
-from tailtune.datasets.splits.unreadable_images import MAX_NAMED_IMAGES, UnreadableImages
+from tailtune.datasets.splits.unreadable_images import LEAVE_OUT, MAX_NAMED_IMAGES, UnreadableImages
 from tailtune.datasets.view import View
 from tailtune.models import ClassificationModel, resolve
 from tailtune.models.heads.head_init import NEEDS_TEXT
@@ -112,6 +113,8 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None, on_validation: On
     except UserError as error:
         if accelerator.is_main_process and isinstance(error, UnreadableImages):
             error = _listed(cfg, error)
+        elif isinstance(error, BadImage):  # it begins like an image, so that only decoding it has found the damage
+            error = BadImage(f"{error}; {LEAVE_OUT}, which decodes every image before the training")
         detach_file()
         if lock.is_locked:
             folder.withdraw()

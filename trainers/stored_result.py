@@ -33,7 +33,8 @@ def shown_again(cfg: CfgNode) -> bool:
     Raises:
         UserError: the data have changed since the run was trained, or another launch uses the run folder.
     """
-    if world_size() > 1 or cfg.export is not None or not cfg.resume:
+    exports = cfg.export is not None or cfg.export_fp16 or cfg.push_to_hub is not None
+    if world_size() > 1 or exports or not cfg.resume:
         return False
     known = _with_stored_inputs(cfg)
     if known is None:

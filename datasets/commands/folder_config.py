@@ -1,6 +1,7 @@
 """The data config of a folder that `-d FOLDER` names: it is made once, by the rules of `data new`, and then reused."""
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +43,18 @@ def config_of_folder(data: str, outputs: Path, defaults: Mapping[str, Any], keep
     names = set(class_folders(folder))
     split = names <= set(SPLITS)
     images = folder / "train" if split and "test" not in names else folder
+    if Path(os.path.realpath(home)).is_relative_to(os.path.realpath(images)):
+        raise UserError(
+            f"the folder of the images, {os.path.abspath(images)}, holds {outputs}/, where the split and the runs go: "
+            "start the command in another folder"
+        )
     if os.path.lexists(home):
         yield str(_used_again(home / f"{name}.yaml", images))
         return
     if world_size() > 1:
         raise UserError(
-            f"{folder} has no split yet, and several processes cannot make it: start `{program()} data new {images} "
-            f"--output {home}` first"
+            f"{folder} has no split yet, and several processes cannot make it: start `{_command(images)} "
+            f"--output {shlex.quote(str(home))}` first"
         )
     shots = {key: defaults[key] for key in ("many_above", "few_below")}
     with TemporaryDirectory() as scratch:
@@ -56,9 +62,8 @@ def config_of_folder(data: str, outputs: Path, defaults: Mapping[str, Any], keep
         if split and "test" in names:
             _write(target, name, {"dataset": "ImageFolder", "root": os.path.abspath(images), **shots})
         else:
-            print_text(
-                new_data(NewRequest(images, target, many_above=shots["many_above"], few_below=shots["few_below"]))
-            )
+            made = new_data(NewRequest(images, target, many_above=shots["many_above"], few_below=shots["few_below"]))
+            print_text(made if keep else f"would be made, not written: {made.replace(str(target), str(home), 1)}")
         yield str(target / f"{name}.yaml")
 
 
@@ -72,9 +77,16 @@ def _used_again(path: Path, images: Path) -> Path:
     root = values.get("root") if isinstance(values, dict) else None
     if root != os.path.abspath(images):
         found = f"holds the split of {root}" if root else f"has no {path.name}"
-        raise UserError(f"{path.parent} {found}; rename one of the folders, or make a YAML: data new {images}")
+        raise UserError(
+            f"{path.parent} {found}; rename one of the folders, or make a YAML: `{_command(images)} --output FOLDER`"
+        )
     print_text(f"the split of {path.parent} is used; images that were added later are not in it")
     return path
+
+
+def _command(images: Path) -> str:
+    """The command that splits a folder, to copy."""
+    return f"{program()} data new {shlex.quote(str(images))}"
 
 
 def _write(home: Path, name: str, values: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ from tailtune.datasets.splits.split_records import ChosenSplits, Split, StoredSp
 log = logging.getLogger("tailtune")
 MAX_NAMED_IMAGES = 10
 """Number of unreadable images that a message names."""
+LEAVE_OUT = "replace them by images, or leave them out with `on_bad_image skip`"
+"""The remedy for images that cannot be read."""
 
 
 class UnreadableImages(UserError):
@@ -29,7 +31,7 @@ class UnreadableImages(UserError):
         named = [f"{location}: {reason}" for location, reason in list(problems.items())[:MAX_NAMED_IMAGES]]
         more = f"; and {len(problems) - MAX_NAMED_IMAGES} more" if len(problems) > MAX_NAMED_IMAGES else ""
         count = f"{len(problems):,} images" if len(problems) > 1 else "1 image"
-        remedy = remedy or "replace them by images, or leave them out with `on_bad_image skip`"
+        remedy = remedy or LEAVE_OUT
         super().__init__(f"cannot read {count}: {'; '.join(named)}{more}; {remedy}")
 
 

@@ -75,9 +75,10 @@ def compare(names: Sequence[str], args: argparse.Namespace, load_schema: LoadSch
     """
     check_arguments(args)
     folders, left_out = with_result(names)
-    if left_out:
-        print(left_out, file=sys.stderr)
-    show(Table(folder_rows(folders, load_schema()), args.metrics or METRICS), args, args.tests)
+    rows, copies = folder_rows(folders, load_schema())
+    for line in filter(None, (left_out, copies)):
+        print(line, file=sys.stderr)
+    show(Table(rows, args.metrics or METRICS), args, args.tests)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

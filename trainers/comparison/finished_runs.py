@@ -1,6 +1,7 @@
 """Finds the results among folders, and puts those that differ only in their seed into one row."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,25 +22,37 @@ SHOWN = 5
 """Number of folders without a result that the message names."""
 
 
-def folder_rows(folders: Sequence[Path], schema: Schema) -> list[Row]:
-    """Create one row for all runs that differ only in their seed. Another result of the same seed is another row.
+def folder_rows(folders: Sequence[Path], schema: Schema) -> tuple[list[Row], str]:
+    """Create one row for all runs that differ only in their seed.
+
+    A row has each seed once, because a standard deviation over a repetition of a seed would not be one over seeds. So a
+    second run of the same seed, such as one that `resume False` has moved aside, begins another row. A copy of a run is
+    left out, and so is its evaluation with the same options.
 
     Args:
         folders: finished run folders, or folders `tests/KEY` within them.
         schema: all options.
 
+    Returns:
+        The rows; and one line about the copies that were left out, empty if there are none.
+
     Raises:
         UserError: a file of a run is damaged.
     """
+    copies: list[str] = []
     groups: dict[tuple[str, int], list[tuple[Path, Result]]] = {}
-    times_seen: Counter[tuple[str, int]] = Counter()
+    checkpoints: dict[tuple[str, int], dict[str, Path]] = {}
     for folder in dict.fromkeys(folders):
         contents = read_result(folder / "metrics.json")
         identity = _identity(folder, contents, schema)
-        of_seed = identity, contents["seed"]
-        groups.setdefault((identity, times_seen[of_seed]), []).append((folder, contents))
-        times_seen[of_seed] += 1
-    return _with_different_names([_row(group) for group in groups.values()])
+        known = checkpoints.setdefault((identity, contents["seed"]), {})
+        checkpoint = contents.get("evaluation", {}).get("checkpoint") or os.path.realpath(folder)
+        if checkpoint in known:
+            copies.append(f"{folder} (the same as {known[checkpoint]})")
+            continue
+        groups.setdefault((identity, len(known)), []).append((folder, contents))
+        known[checkpoint] = folder
+    return _with_different_names([_row(group) for group in groups.values()]), _left_out(copies, len(folders))
 
 
 def with_result(names: Sequence[str]) -> tuple[list[Path], str]:
@@ -62,10 +75,15 @@ def with_result(names: Sequence[str]) -> tuple[list[Path], str]:
     others = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if not folders:
         raise UserError(f"no metrics.json of a run in {', '.join(others[:SHOWN])}; name the folder of a finished run")
-    if not others:
-        return folders, ""
-    shown = ", ".join([*others[:SHOWN], *(["…"] if len(others) > SHOWN else [])])
-    return folders, f"left out {len(others)} of {len(reasons)}: {shown}"
+    return folders, _left_out(others, len(reasons))
+
+
+def _left_out(folders: Sequence[str], total: int) -> str:
+    """One line about the folders that were left out, out of `total`; empty if there are none."""
+    if not folders:
+        return ""
+    shown = ", ".join([*folders[:SHOWN], *(["…"] if len(folders) > SHOWN else [])])
+    return f"left out {len(folders)} of {total}: {shown}"
 
 
 def run_folder(folder: Path) -> Path:

@@ -30,14 +30,13 @@ def check_push(repository: str) -> None:
         raise UserError("push_to_hub: you are not logged in; run `hf auth login`, or set HF_TOKEN to an access token")
 
 
-def network_errors() -> tuple[type[BaseException], ...]:
-    """The exceptions of the HTTP library that the Hub's client uses, such as those of a machine without a network.
+def upload_errors() -> tuple[type[BaseException], ...]:
+    """The exceptions of the Hub's client, and of the HTTP library that it uses, such as those without a network.
 
-    Not all of them are an `OSError`, and the library differs between the versions of the client. The client's own
-    exception is derived from the common base of the library's.
+    Not all of the library's are an `OSError`, and the library differs between the versions of the client. The client's
+    own exception is derived from the common base of the library's.
     """
-    bases: tuple[type[BaseException], ...] = hub.errors.HfHubHTTPError.__bases__
-    return bases
+    return OSError, ValueError, *hub.errors.HfHubHTTPError.__bases__
 
 
 def push(folder: Path, repository: str) -> str:
@@ -62,7 +61,7 @@ def push(folder: Path, repository: str) -> str:
             allow_patterns=[*facts["files"], FACTS],  # other files in the folder are the user's
             commit_message="Model exported by TailTune",
         )
-    except (OSError, ValueError, *network_errors()) as error:
+    except upload_errors() as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"push_to_hub {repository}: {reason}; {folder} is complete, so repeat the command") from error
     return f"uploaded to {url}"

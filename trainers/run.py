@@ -211,7 +211,7 @@ class _Run:
                     text = (
                         f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"
                     )
-                    self.evaluation.note(text, warn=True)
+                    self.evaluation.note(text, warn=True, own=True)
 
     def _claim(self, data: DataBundle | None = None) -> None:
         """Claim the run folder, store the splits and start the log file. Nothing is written into the folder before."""

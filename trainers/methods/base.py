@@ -153,7 +153,7 @@ class Method(StagedModule):
 
     def step(self, loss_sum: Tensor, weight: Tensor, logits: Tensor) -> Step:
         """The result of `forward`, for expert logits [B, E, C]. It adds the penalty of the tuners to the loss."""
-        if (penalty := self.model.penalty()) is not None:  # a term of the mean loss: the trainer divides the sum by the weight
+        if (penalty := self.model.penalty()) is not None:  # of the mean loss: the trainer divides by the weight
             loss_sum = loss_sum + weight * penalty
         return Step(loss_sum, weight, self.aggregate(logits))
 

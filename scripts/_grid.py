@@ -62,8 +62,8 @@ class Cell:
         return flags | ({"backbone": options.pop("-b")} if "-b" in options else {}) | options
 
     def command(self, seed: int, extra: Sequence[str] = ()) -> list[str]:
-        """The words of the command with a seed and with further `KEY VALUE` words."""
-        return [*self.words, *extra, *_seed(seed)]
+        """The words of the command with further `KEY VALUE` words, and with a seed unless they set one themselves."""
+        return [*self.words, *extra, *([] if _sets_seed(self.words, extra) else _seed(seed))]
 
     def commands(self, seed: int, extra: Sequence[str] = ()) -> list[list[str]]:
         """The commands of this cell. A `test_only` command is preceded by the command that trains its model.
@@ -73,7 +73,8 @@ class Cell:
         if "test_only" not in self.words:
             return [self.command(seed, extra)]
         training = self.words[: self.words.index("test_only")]
-        return [[*training, *extra, *_seed(seed)], self.command(seed, extra)]
+        own = [] if _sets_seed(training, extra) else _seed(seed)
+        return [[*training, *extra, *own], self.command(seed, extra)]
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,31 @@ def config(words: Sequence[str]) -> CfgNode:
 
 
 def result(words: Sequence[str]) -> Path | None:
-    """Path of the metrics.json that a command has written; None if the command has not finished."""
+    """Path of the metrics.json that a command has written; None if the command has not finished.
+
+    The folder of an `output_dir` may hold a run of other options. Its result is not that of the command.
+    """
+    from tailtune.trainers.runs.longer_run import epochs_before
     from tailtune.trainers.runs.resume_decision import still_true
     from tailtune.trainers.runs.run_folder import RunFolder
 
-    folder = RunFolder(config(words))
+    cfg = config(words)
+    folder = RunFolder(cfg)
     path = folder.target() / "metrics.json"
-    return path if path.exists() and still_true(path, folder, {}) else None
+    if not path.exists() or not still_true(path, folder, {}):
+        return None
+    try:
+        if folder.config.exists():
+            folder.compare()
+    except UserError:
+        return None
+    return path if epochs_before(folder.config, cfg) is None else None
 
 
 def runs(cell: Cell, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[int]:
-    """The seeds with which a cell is run. A zero-shot command has only one, because no seed changes its result."""
-    return list(seeds[:1] if config(cell.command(seeds[0], extra)).zero_shot else seeds)
+    """The seeds with which a cell is run: one if it sets `seed` itself, or is zero-shot, so that no seed matters."""
+    once = _sets_seed(cell.words, extra) or config(cell.command(seeds[0], extra)).zero_shot
+    return list(seeds[:1] if once else seeds)
 
 
 def split_extra(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -191,6 +205,11 @@ def select(args: argparse.Namespace) -> tuple[Grid, list[int]]:
 def _seed(seed: int) -> list[str]:
     """The words that set a seed; empty for the default seed, so that the command has no superfluous words."""
     return [] if seed == TrainingOptions().seed else ["seed", str(seed)]
+
+
+def _sets_seed(*words: Sequence[str]) -> bool:
+    """Whether the words of a command set the option `seed`."""
+    return any(word == "seed" or word.startswith("seed=") for part in words for word in part)
 
 
 def _values(axis: str, values: Any) -> list[dict[str, str]]:

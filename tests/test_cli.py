@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Cli
+from conftest import ROOT, Cli
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -507,6 +507,30 @@ def test_other_evaluation_of_a_finished_run(launch: Cli, run: Path) -> None:
     assert other["test"]["many_acc"] is None
     assert (run / "metrics.json").read_bytes() == before
     assert "using the logits" not in launch(f"{SHORT} max_test_images 30").stdout
+
+
+def test_notes_of_an_evaluation_are_not_those_of_another(launch: Cli, run: Path) -> None:
+    assert launch(f"{SHORT} test_only True max_test_images 30 report none").returncode == 0
+    part = json.loads(next((run / "tests").glob("max*/metrics.json")).read_text())
+    assert "max_test_images 30: not all images" in part["notes"]
+    words = f"{FAKE} num_epochs 2 output_dir cut report none"
+    assert launch(f"{words} max_test_images 30").returncode == 0
+    assert launch(f"{words} test_only True").returncode == 0
+    own, whole = (
+        json.loads(Path("output/cut", name).read_text()) for name in ("metrics.json", "tests/default/metrics.json")
+    )
+    assert "max_test_images 30: not all images" in own["notes"] and own["evaluation"]["notes"]
+    assert not any("max_test_images" in note for note in whole["notes"])
+    assert any("RANDOM weights" in note for note in whole["notes"]), "what is true of every evaluation stays"
+
+
+def test_a_result_names_the_data_that_were_evaluated(launch: Cli, run: Path) -> None:
+    text = (ROOT / "configs" / "data" / "fake_lt.yaml").read_text()
+    Path("other.yaml").write_text(text)
+    command = SHORT.replace("-d fake_lt", "-d other.yaml").replace("output_dir run", "output_dir other")
+    assert launch(f"{command} test_only True model_dir run report none").returncode == 0
+    (folder,) = Path("output/other/tests").iterdir()
+    assert json.loads((folder / "metrics.json").read_text())["data"] == "other"
 
 
 def test_test_train(launch: Cli, run: Path) -> None:

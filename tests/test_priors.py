@@ -25,6 +25,8 @@ from tailtune.trainers.evaluation.distributions import plain_results
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
 from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, TargetPlan, add_target_results, target_of
+from tailtune.trainers.evaluation.validation import Validation
+from tailtune.trainers.evaluation.validation_metrics import HIGHER
 from tailtune.trainers.losses import LOSSES, Prior, effective_weights, log_prior
 from tailtune.trainers.methods import METHODS
 from tailtune.trainers.methods.base import Objective
@@ -418,6 +420,36 @@ def test_logits_of_an_earlier_run_assume_what_that_one_did(launch: Cli) -> None:
     shutil.move("output/run/stage1", "output/elsewhere")
     done = launch(run, words, "many_above 3")
     assert done.returncode == 2 and "run before it" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_trains_nothing_assumes_what_the_run_before_it_did(launch: Cli) -> None:
+    after = "after tiny_clip after.max_steps 2 after.batch_size 8 after.pretrained none after.loss_type CE"
+    run = f"-d fake_lt -m tiny_clip pretrained none num_epochs 0 loss_type LA max_test_images 40 output_dir run {after}"
+    assert launch(run, "target_prior train calibrate False").returncode == 0
+    entry = metrics("run")["distributions"]["test"]["predictors"]
+    assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
+
+
+def test_a_kept_epoch_before_deferred_weights_assumes_the_classes_as_drawn(launch: Cli) -> None:
+    """`keep` chooses the first of two epochs, and class weights come with the second one."""
+    run = "-d fake_lt -m tiny_clip pretrained none batch_size 8 max_test_images 40 val_per_class 2 output_dir run"
+    run += " num_epochs 2 loss_type CE drw_epoch 1 val_every 1 keep best:nll target_prior train calibrate False"
+
+    def falling(self: Validation, *rest: Any) -> dict[str, float | None]:
+        return {**dict.fromkeys((*HIGHER, "many_acc", "med_acc", "few_acc"), 1.0), "nll": float(rest[-1])}
+
+    def check(name: str) -> None:
+        entry = metrics(name)["distributions"]["test"]["predictors"]
+        assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
+
+    with mock.patch.object(Validation, "_measured", falling):
+        done = launch(run)
+    assert done.returncode == 0, done.stderr
+    assert metrics("run")["train"]["kept_epoch"] == 1
+    check("run")
+    assert launch(run, "test_only True").returncode == 0
+    (folder,) = Path("output/run/tests").iterdir()
+    check(f"run/tests/{folder.name}")
 
 
 def test_training_images_have_no_target(launch: Cli) -> None:

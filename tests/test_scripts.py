@@ -349,6 +349,29 @@ def test_what_cannot_be_collected_is_one_line(half_run: str, script: Words, word
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_a_command_with_a_seed_of_its_own_is_run_once(grid: Callable[[str], str], script: Words) -> None:
+    """The same run would otherwise count once for each seed of --seeds."""
+    name = grid("# Own seeds\nrows:\n  own: -d fake_lt -m tiny_clip seed 3\n  other: -d fake_lt -m tiny_clip lr 0.3\n")
+    _, out, _ = script(reproduce, f"{name} --seeds 1 2 --print")
+    assert out.splitlines() == [
+        "python main.py -d fake_lt -m tiny_clip seed 3",
+        "python main.py -d fake_lt -m tiny_clip lr 0.3 seed 1",
+        "python main.py -d fake_lt -m tiny_clip lr 0.3 seed 2",
+    ]
+    _, out, _ = script(reproduce, f"{name} --seeds 1 2 --print -- seed 5")
+    assert len(out.splitlines()) == 2 and all(line.endswith("seed 5") for line in out.splitlines()[1:])
+
+
+def test_a_folder_with_a_run_of_other_options_is_not_collected(grid: Callable[[str], str], script: Words) -> None:
+    words = "-d fake_lt -m tiny_clip output_dir mine lr"
+    name = grid(f"# One run\nmetrics: [accuracy]\nrows:\n  row: {words} 0.3\n")
+    fake_result(f"{words} 0.3")
+    assert "not run" not in script(collect, f"{name} --format md")[1]
+    for other in ("0.1", "0.3 num_epochs 500"):
+        grid(f"# One run\nmetrics: [accuracy]\nrows:\n  row: {words} {other}\n")
+        assert "not run" in script(collect, f"{name} --format md")[1]
+
+
 def test_what_is_no_run_is_left_out_and_counted(grid: Callable[[str], str], script: Words) -> None:
     grid(SMALL)
     fake_result("-d fake_lt -m tiny_clip")

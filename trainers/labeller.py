@@ -141,14 +141,15 @@ class Labeller:
     def _predictor(self) -> Predictor:
         """Find the temperature and the target prior."""
         cfg, method, info = self.cfg, self.method, self.info
-        computes = trained_outline(self.checkpoint.home, cfg) if method.predicts_as_earlier_run else method
+        val, plan = self._stored_val(), EvaluationPlan.of(cfg).target
+        reads_prior = plan is not None or (val is not None and cfg.calibrate)
+        stored = reads_prior and self.checkpoint.foreign is None
+        computes = trained_outline(self.checkpoint.home, cfg, info) if stored else method
         prior = computes.assumed_prior().cpu().mean(0).log_softmax(0)
-        val = self._stored_val()
         if val is None and cfg.calibrate:
             log.info(
                 "the probabilities are not calibrated: the run has no logits of validation images for these options"
             )
-        plan = EvaluationPlan.of(cfg).target
         if plan is not None and plan.name == "estimate_bbse" and val is None:
             raise UserError(
                 "target_prior estimate_bbse needs a run with validation images (val_per_class); try estimate"

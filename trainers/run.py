@@ -43,6 +43,7 @@ from tailtune.trainers.more_epochs import any_length, check_more_epochs
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
+from tailtune.trainers.runs.kept_epoch import facts_of_epoch
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, load_trained
 from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
@@ -213,7 +214,7 @@ class _Run:
                     text = (
                         f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"
                     )
-                    self.evaluation.note(text, warn=True)
+                    self.evaluation.note(text, warn=True, own=True)
 
     def _claim(self, data: DataBundle | None = None) -> None:
         """Claim the run folder, store the splits and start the log file. Nothing is written into the folder before."""
@@ -255,7 +256,10 @@ class _Run:
                 "base": self.base,
                 "class_names": list(data.info.class_names),
             }
-            facts |= {"class_counts": data.info.class_counts.tolist()}
+            facts |= {
+                "class_counts": data.info.class_counts.tolist(),
+                **facts_of_epoch(report.kept if report else None),
+            }
             if self.previous is not None:
                 facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}
                 facts |= facts_of(options_from(MergeOptions, cfg))

@@ -103,7 +103,7 @@ def _why_no_result(folder: Path) -> str:
 def _identity(folder: Path, contents: Result, schema: Schema) -> str:
     """All options of a run and of its evaluation, without the seed and the checkpoint, as text for comparison."""
     about = contents.get("evaluation", {})
-    tested = {key: value for key, value in about.items() if key not in ("checkpoint", "of")}
+    tested = {key: value for key, value in about.items() if key not in ("checkpoint", "of", "notes")}
     return json.dumps([_trained(_evaluated_run(folder, about), schema), tested], sort_keys=True)
 
 

@@ -27,7 +27,7 @@ from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 from tailtune.trainers.report.files import NONE
 from tailtune.trainers.report.subject import EvaluatedImages
-from tailtune.trainers.runs.metrics_file import circumstances, write_metrics
+from tailtune.trainers.runs.metrics_file import circumstances, of_training, write_metrics
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import RunFolder
@@ -36,9 +36,6 @@ from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.manifest import read_json
 
 log = logging.getLogger("tailtune")
-
-OUTCOMES = ("test", "val", "distributions", "dirichlet", "evaluation")
-"""Entries of metrics.json that belong to one evaluation, not to training."""
 
 
 @dataclass
@@ -56,19 +53,21 @@ class Evaluation:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of `evaluation` in metrics.json."""
     notes: list[str] = field(default_factory=list)
-    """Notes and warnings that metrics.json records."""
+    """Notes and warnings that metrics.json records, of the training and of this evaluation."""
     features: FeatureStore | None = None
     """Gives the features of the images if the encoder is frozen."""
 
     def __post_init__(self) -> None:
+        self._own_notes: list[str] = []
         for text in (*self.decision.notes, *self.plan.warnings):
-            self.note(text, warn=True)
+            self.note(text, warn=True, own=True)
         self.scratch = Scratch(self.folder.path)
         self._learnt: LearntFiles | None = None
 
-    def note(self, text: str, warn: bool = False) -> None:
-        """Record a note for metrics.json; with `warn` also log it as a warning."""
+    def note(self, text: str, warn: bool = False, own: bool = False) -> None:
+        """Record a note for metrics.json; `warn`: log it, too; `own`: not of other evaluations."""
         self.notes.append(text)
+        self._own_notes += [text] if own else []
         if warn:
             log.warning("warning: %s", text)
 
@@ -108,7 +107,7 @@ class Evaluation:
         stored = self._open(name)
         if stored is not None and name == LOGITS:
             log.info("using the logits of %s", stored[0])
-            self.note(f"from the logits of {stored[0]}")
+            self.note(f"from the logits of {stored[0]}", own=True)
         return stored and stored[1]
 
     def _open(self, name: str) -> tuple[Path, Logits] | None:
@@ -134,11 +133,10 @@ class Evaluation:
         """The entries about training in the metrics.json of the run that is evaluated; empty without that file."""
         path = self.folder.source / "metrics.json"
         try:
-            result = read_result(path) if path.exists() and self.folder.foreign is None else {}
+            return of_training(read_result(path)) if path.exists() and self.folder.foreign is None else {}
         except Damaged as error:
-            self.note(f"{error}; the result is without what it says of the training", warn=True)
-            result = {}
-        return {key: value for key, value in result.items() if key not in OUTCOMES}
+            self.note(f"{error}; the result is without what it says of the training", warn=True, own=True)
+            return {}
 
     def from_images(self, method: Method, data: DataBundle, result: dict[str, Any]) -> None:
         """Evaluate from images. All processes must call this together.
@@ -181,7 +179,7 @@ class Evaluation:
         if not self.plan.test_train:
             return distributions
         if self.plan.asked:
-            self.note(f"test_train: {', '.join(self.plan.asked)}: of test images, and left out")
+            self.note(f"test_train: {', '.join(self.plan.asked)}: of test images, and left out", own=True)
         return ()
 
     def _adapt(
@@ -196,7 +194,7 @@ class Evaluation:
         if plain is not None:
             files, target = self._learnt_files(self.decision.target / LOGITS), self.decision.target
             if origin := files.add_results(target, plain, tests, info.groups, measured, predict):
-                self.note(f"from {origin}")
+                self.note(f"from {origin}", own=True)
         elif predict is not None:
             predict(tests, {})  # this process takes part in the passes over the images
 
@@ -216,7 +214,7 @@ class Evaluation:
             self.plan.target, method, test_logits, val, distributions, info, measured, self.scratch
         )
         for text in notes:
-            self.note(text, warn=True)
+            self.note(text, warn=True, own=True)
 
     def _infer(self, method: Method, data: DataBundle, split: str) -> Logits | None:
         """Compute the logits of a split; None on every process but the first."""
@@ -233,9 +231,10 @@ class Evaluation:
         if len(logits.labels) == 0:
             raise UserError(f"none of the {len(view)} images could be read; check root")
         if logits.bad_images:
-            self.note(f"{logits.bad_images} of {len(view)} images could not be read and are left out", warn=True)
+            text = f"{logits.bad_images} of {len(view)} images could not be read and are left out"
+            self.note(text, warn=True, own=True)
         if len(view) == plan.max_images:
-            self.note(f"max_test_images {len(view)}: not all images")
+            self.note(f"max_test_images {len(view)}: not all images", own=True)
         if not is_finite(logits.summary.asked, logits.summary.finite, method.asks_every_expert):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "
@@ -266,8 +265,9 @@ class Evaluation:
         """
         notes = [*result.get("notes", []), *self.notes]
         about = {**self.plan.options, **self.facts, "checkpoint": self.folder.checkpoint_id(), "of": self.folder.origin}
-        about["files"], about["images"] = self.folder.files_read(), self.decision.fingerprints
-        result |= {"backbone": self.folder.cfg.backbone}  # older runs did not say it
+        about |= {"files": self.folder.files_read(), "images": self.decision.fingerprints, "notes": self._own_notes}
+        # Older runs did not name the backbone. A run may be evaluated on other data than those of its training.
+        result |= {"backbone": self.folder.cfg.backbone, "data": self.folder.cfg.data}
         result = {**result, **circumstances(), "notes": list(dict.fromkeys(notes)), "evaluation": about}
         for split, logits in (("test", test_logits), ("val", val)):
             if logits is not None:

@@ -30,12 +30,14 @@ class Method(StagedModule):
         depends_on_batch: whether the loss of an image depends on the other images of its micro-batch.
         continues_from_earlier_run: whether the method needs a finished run, which `after` names.
         trains_new_head: whether it trains a classifier of its own, beside that of the model or in its place.
+        changes_start: whether it changes what it takes over from the earlier run before the first step.
     """
 
     Options: type = NoOptions
     depends_on_batch: bool = False
     continues_from_earlier_run: bool = False
     trains_new_head: bool = False
+    changes_start: bool = False
     log_prior: Tensor
     class_counts: Tensor
 
@@ -151,8 +153,7 @@ class Method(StagedModule):
 
     def step(self, loss_sum: Tensor, weight: Tensor, logits: Tensor) -> Step:
         """The result of `forward`, for expert logits [B, E, C]. It adds the penalty of the tuners to the loss."""
-        penalty = self.model.penalty()
-        if penalty is not None:  # a term of the mean loss: the trainer divides the sum by the weight
+        if (penalty := self.model.penalty()) is not None:  # of the mean loss: the trainer divides by the weight
             loss_sum = loss_sum + weight * penalty
         return Step(loss_sum, weight, self.aggregate(logits))
 

@@ -74,6 +74,7 @@ class Normalised(Method):
 
     Options = Options
     continues_from_earlier_run = True
+    changes_start = True
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__(model, objective, options)

@@ -18,6 +18,9 @@ from tailtune.trainers.runs.result_table import SCHEMA_VERSION
 from tailtune.trainers.storage.atomic_io import Digest, write_json
 from tailtune.trainers.storage.checkpoint import package_versions
 
+OUTCOMES = ("test", "val", "distributions", "dirichlet", "evaluation")
+"""Entries of metrics.json that belong to one evaluation, not to training."""
+
 
 @dataclass
 class TrainReport:
@@ -100,6 +103,13 @@ def summary(label: RunLabel, info: DataInfo, method: Method, train: TrainReport 
         **({} if label.subset_cap is None else {"subset_cap": label.subset_cap}),
         "train": None if train is None else train_facts(train),
     }
+
+
+def of_training(result: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a metrics.json about the training, without the notes about its evaluation."""
+    own = result.get("evaluation", {}).get("notes", ())  # earlier versions did not tell them apart
+    notes = [note for note in result.get("notes", ()) if note not in own]
+    return {**{key: value for key, value in result.items() if key not in OUTCOMES}, "notes": notes}
 
 
 def circumstances() -> dict[str, Any]:

@@ -110,7 +110,7 @@ class RunFolder(OwnedFolder):
         starts_over = not self.cfg.resume and not self.cfg.test_only
         trained = any(path.exists() for path in (self.config, self.states, self.checkpoint, self.metrics))
         if trained and not self.empty() and not starts_over:
-            self._compare()
+            self.compare()
         self.check_free(*(("tests",) if self.cfg.test_only else (*TRAINING, *RESULTS)))
         if self.cfg.export is not None and self.cfg.model_dir is None:
             self.check_free("export")
@@ -212,7 +212,7 @@ class RunFolder(OwnedFolder):
             return str(error)
         return ""
 
-    def _compare(self) -> None:
+    def compare(self) -> None:
         """Raise a `UserError` if the stored config is damaged or has other training options than the command."""
         try:
             stored = values_of(load_resolved(self.config, schema_of(self.cfg)))

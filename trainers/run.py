@@ -250,16 +250,9 @@ class _Run:
         self._claim(data)
         report = None if cfg.zero_shot or not cfg.num_epochs else self._fit(method, data, states, validation)
         if accelerator.is_main_process:
-            facts = {
-                **identity,
-                "processes": accelerator.num_processes,
-                "base": self.base,
-                "class_names": list(data.info.class_names),
-            }
-            facts |= {
-                "class_counts": data.info.class_counts.tolist(),
-                **facts_of_epoch(report.kept if report else None),
-            }
+            facts: dict[str, Any] = {**identity, "processes": accelerator.num_processes, "base": self.base}
+            facts |= {"class_names": list(data.info.class_names), "class_counts": data.info.class_counts.tolist()}
+            facts |= facts_of_epoch(report.kept if report else None)
             if self.previous is not None:
                 facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}
                 facts |= facts_of(options_from(MergeOptions, cfg))

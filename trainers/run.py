@@ -252,7 +252,7 @@ class _Run:
         if accelerator.is_main_process:
             facts: dict[str, Any] = {**identity, "processes": accelerator.num_processes, "base": self.base}
             facts |= {"class_names": list(data.info.class_names), "class_counts": data.info.class_counts.tolist()}
-            facts |= facts_of_epoch(report.kept if report else None)
+            facts |= facts_of_epoch(report)
             if self.previous is not None:
                 facts |= {"after": self.previous.as_posix(), "after_id": read_json(self.previous / FACTS)["sha256"]}
                 facts |= facts_of(options_from(MergeOptions, cfg))

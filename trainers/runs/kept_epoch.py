@@ -1,9 +1,9 @@
 """The epoch whose weights a run has kept (`keep`), where it decides what the logits mean."""
 
 from pathlib import Path
-from typing import Any
 
 from tailtune.configs import CfgNode
+from tailtune.trainers.runs.metrics_file import TrainReport
 from tailtune.trainers.runs.run_folder import FACTS
 from tailtune.trainers.storage.manifest import read_json
 
@@ -11,9 +11,9 @@ KEPT = "kept_epoch"
 """Entry of the checkpoint's facts, and of `train` in metrics.json: number of the epoch, counted from 1."""
 
 
-def facts_of_epoch(kept: dict[str, Any] | None) -> dict[str, int]:
-    """The entry of a checkpoint's facts, from the validation of the epoch; empty if no metric has chosen one."""
-    return {} if kept is None else {KEPT: kept["epoch"]}
+def facts_of_epoch(report: TrainReport | None) -> dict[str, int]:
+    """The entry of a checkpoint's facts; empty if nothing was trained, or no metric has chosen an epoch."""
+    return {} if report is None or report.kept is None else {KEPT: report.kept["epoch"]}
 
 
 def with_kept_epoch(cfg: CfgNode, home: Path) -> CfgNode:

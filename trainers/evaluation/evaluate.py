@@ -107,7 +107,8 @@ class Evaluation:
         stored = self._open(name)
         if stored is not None and name == LOGITS:
             log.info("using the logits of %s", stored[0])
-            self.note(f"from the logits of {stored[0]}", own=True)
+            for text in (f"from the logits of {stored[0]}", *stored[1].notes(self.plan.max_images)):
+                self.note(text, own=True)
         return stored and stored[1]
 
     def _open(self, name: str) -> tuple[Path, Logits] | None:
@@ -230,11 +231,8 @@ class Evaluation:
             return None
         if len(logits.labels) == 0:
             raise UserError(f"none of the {len(view)} images could be read; check root")
-        if logits.bad_images:
-            text = f"{logits.bad_images} of {len(view)} images could not be read and are left out"
-            self.note(text, warn=True, own=True)
-        if len(view) == plan.max_images:
-            self.note(f"max_test_images {len(view)}: not all images", own=True)
+        for text, warn in logits.notes(plan.max_images).items():
+            self.note(text, warn, own=True)
         if not is_finite(logits.summary.asked, logits.summary.finite, method.asks_every_expert):
             raise UserError(
                 "the logits are not finite, so training diverged: lower lr, or use prec bf16 or fp32, and start over "

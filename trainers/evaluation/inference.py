@@ -38,6 +38,19 @@ class Logits:
         """What the metrics and checks need to know of each image's logits [N, E, C]."""
         return self.measured or RowSummary.of(self.logits, self.labels)
 
+    def notes(self, max_images: int | None) -> dict[str, bool]:
+        """What these images lack: a note for metrics.json → whether it is a warning.
+
+        Args:
+            max_images: number of images that the evaluation asks for; None: all.
+        """
+        asked, notes = len(self.labels) + self.bad_images, {}
+        if self.bad_images:
+            notes[f"{self.bad_images} of {asked} images could not be read and are left out"] = True
+        if asked == max_images:
+            notes[f"max_test_images {asked}: not all images"] = False
+        return notes
+
 
 Predict = Callable[[Tensor | list[Tensor]], Tensor]
 """Images of a batch → expert logits [B, E, C], or [B, V, E, C] for several views."""

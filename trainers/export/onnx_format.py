@@ -87,7 +87,8 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     """
     model = _Predict(exported).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    with tqdm(total=sum(STEPS), desc="export onnx", leave=False, disable=None, bar_format=BAR) as bar, _quiet():
+    shown = {"leave": False, "disable": None, "mininterval": 0, "bar_format": BAR}  # the steps are few: show each
+    with tqdm(total=sum(STEPS), desc="export onnx", **shown) as bar, _quiet():
         torch.onnx.export(
             model,
             (exported.images(2),),

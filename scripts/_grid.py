@@ -63,7 +63,7 @@ class Cell:
 
     def command(self, seed: int, extra: Sequence[str] = ()) -> list[str]:
         """The words of the command with further `KEY VALUE` words, and with a seed unless they set one themselves."""
-        return [*self.words, *extra, *([] if _sets_seed(self.words, extra) else _seed(seed))]
+        return _with_seed([*self.words, *extra], seed)
 
     def commands(self, seed: int, extra: Sequence[str] = ()) -> list[list[str]]:
         """The commands of this cell. A `test_only` command is preceded by the command that trains its model.
@@ -73,8 +73,7 @@ class Cell:
         if "test_only" not in self.words:
             return [self.command(seed, extra)]
         training = self.words[: self.words.index("test_only")]
-        own = [] if _sets_seed(training, extra) else _seed(seed)
-        return [[*training, *extra, *own], self.command(seed, extra)]
+        return [_with_seed([*training, *extra], seed), self.command(seed, extra)]
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def result(words: Sequence[str]) -> Path | None:
 
 def runs(cell: Cell, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[int]:
     """The seeds with which a cell is run: one if it sets `seed` itself, or is zero-shot, so that no seed matters."""
-    once = _sets_seed(cell.words, extra) or config(cell.command(seeds[0], extra)).zero_shot
+    once = _sets_seed([*cell.words, *extra]) or config(cell.command(seeds[0], extra)).zero_shot
     return list(seeds[:1] if once else seeds)
 
 
@@ -202,14 +201,14 @@ def select(args: argparse.Namespace) -> tuple[Grid, list[int]]:
     return grid.where(dict(args.where)) if args.where else grid, list(args.seeds or grid.seeds)
 
 
-def _seed(seed: int) -> list[str]:
-    """The words that set a seed; empty for the default seed, so that the command has no superfluous words."""
-    return [] if seed == TrainingOptions().seed else ["seed", str(seed)]
+def _with_seed(words: list[str], seed: int) -> list[str]:
+    """The words of a command with those that set a seed. A seed of its own, or the default one, needs no words."""
+    return words if _sets_seed(words) or seed == TrainingOptions().seed else [*words, "seed", str(seed)]
 
 
-def _sets_seed(*words: Sequence[str]) -> bool:
+def _sets_seed(words: Sequence[str]) -> bool:
     """Whether the words of a command set the option `seed`."""
-    return any(word == "seed" or word.startswith("seed=") for part in words for word in part)
+    return any(word == "seed" or word.startswith("seed=") for word in words)
 
 
 def _values(axis: str, values: Any) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from tailtune.configs import Schema, load_data_config, names, options_of_data
 from tailtune.configs.errors import UserError, lookup
 from tailtune.configs.program import Parser, print_text, program
 from tailtune.datasets.commands.foreign_shards import index_folder
-from tailtune.datasets.commands.new import NewRequest, config_name, new_data
+from tailtune.datasets.commands.new import NewRequest, config_name, new_data, split_command
 from tailtune.datasets.commands.prepare import PrepareRequest, prepare
 from tailtune.datasets.commands.published_files import PUBLISHED_SETS
 from tailtune.datasets.commands.result_files import write_json
@@ -80,8 +80,7 @@ def _run_verify(argv: Sequence[str], load_schema: LoadSchema) -> int:
     if args.lists and (args.decode or args.near):
         raise UserError("--lists looks for no image; leave out --decode and --near, or --lists")
     if Path(args.data).is_dir() and args.data not in names("data") and not (Path(args.data) / "train").is_dir():
-        command = f"{program()} data new {shlex.quote(args.data)}"
-        raise UserError(f"{args.data} holds no folder train; `{command}` makes splits of it")
+        raise UserError(f"{args.data} holds no folder train; `{split_command(args.data)}` makes splits of it")
     cfg = load_data_config(args.data, args.pairs, load_schema())
     request = VerifyRequest(
         DataSettings.of(cfg),

@@ -13,9 +13,9 @@ import yaml
 from tailtune.configs.atomic_file import atomic_file, atomic_folder
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
-from tailtune.configs.program import print_text, program
+from tailtune.configs.program import print_text
 from tailtune.configs.yaml_reader import read_yaml
-from tailtune.datasets.commands.new import NewRequest, config_name, new_data
+from tailtune.datasets.commands.new import NewRequest, config_name, new_data, split_command
 from tailtune.datasets.commands.result_files import cannot_write
 from tailtune.datasets.sources.image_folder import SPLITS, class_folders
 
@@ -53,7 +53,7 @@ def config_of_folder(data: str, outputs: Path, defaults: Mapping[str, Any], keep
         return
     if world_size() > 1:
         raise UserError(
-            f"{folder} has no split yet, and several processes cannot make it: start `{_command(images)} "
+            f"{folder} has no split yet, and several processes cannot make it: start `{split_command(images)} "
             f"--output {shlex.quote(str(home))}` first"
         )
     shots = {key: defaults[key] for key in ("many_above", "few_below")}
@@ -77,16 +77,10 @@ def _used_again(path: Path, images: Path) -> Path:
     root = values.get("root") if isinstance(values, dict) else None
     if root != os.path.abspath(images):
         found = f"holds the split of {root}" if root else f"has no {path.name}"
-        raise UserError(
-            f"{path.parent} {found}; rename one of the folders, or make a YAML: `{_command(images)} --output FOLDER`"
-        )
+        command = f"{split_command(images)} --output FOLDER"
+        raise UserError(f"{path.parent} {found}; rename one of the folders, or make a YAML: `{command}`")
     print_text(f"the split of {path.parent} is used; images that were added later are not in it")
     return path
-
-
-def _command(images: Path) -> str:
-    """The command that splits a folder, to copy."""
-    return f"{program()} data new {shlex.quote(str(images))}"
 
 
 def _write(home: Path, name: str, values: Mapping[str, Any]) -> None:

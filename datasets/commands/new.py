@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from tailtune.configs.atomic_file import atomic_file, atomic_folder
 from tailtune.configs.errors import UserError
+from tailtune.configs.program import program
 from tailtune.datasets.commands.assign_splits import assign_splits
 from tailtune.datasets.commands.class_curve import LABELS, class_curve
 from tailtune.datasets.commands.copies import exact_copies
@@ -217,6 +219,11 @@ def _files(request: NewRequest, data: NewData) -> Mapping[str, bytes]:
     files = {file: content.encode(errors="backslashreplace") for file, content in text.items()}
     title = f"{name}: {int(counts.sum()):,} training images"
     return files | {"class_counts.png": class_curve(counts, request.many_above, request.few_below, title)}
+
+
+def split_command(folder: Path | str) -> str:
+    """The command that makes a data config of a folder of images, as text to copy."""
+    return f"{program()} data new {shlex.quote(str(folder))}"
 
 
 def config_name(folder: Path) -> str:

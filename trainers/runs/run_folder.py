@@ -18,7 +18,7 @@ from tailtune.datasets.test_distributions.frequency_rules import distribution_na
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
 from tailtune.trainers.runs.longer_run import epochs_before, forget_results
-from tailtune.trainers.runs.ownership import OwnedFolder
+from tailtune.trainers.runs.ownership import OtherRun, OwnedFolder
 from tailtune.trainers.runs.result_table import REPORTS
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
 from tailtune.trainers.storage.atomic_io import Damaged, write_bytes
@@ -213,7 +213,7 @@ class RunFolder(OwnedFolder):
         return ""
 
     def compare(self) -> None:
-        """Raise a `UserError` if the stored config is damaged or has other training options than the command."""
+        """Raise a `UserError` if the stored config is damaged, `OtherRun` if its training options are not these."""
         try:
             stored = values_of(load_resolved(self.config, schema_of(self.cfg)))
             read_bytes(self.config)
@@ -224,11 +224,11 @@ class RunFolder(OwnedFolder):
         home = stored.get("data_dir")
         if home and home != self.cfg.data_dir and Path(home).is_dir():  # otherwise the data have been moved
             what = f"a run on '{self.cfg.data}' of {home}, another data config of that name"
-            raise UserError(f"{self.path} holds {what}; choose another output_dir")
+            raise OtherRun(f"{self.path} holds {what}; choose another output_dir")
         more = {"num_epochs"} if epochs_before(self.config, self.cfg) is not None else set()  # `more_epochs.py` decides
         for key, value in values_of(self.cfg, TRAIN).items():
             if stored.get(key) != value and key not in more:
-                raise UserError(
+                raise OtherRun(
                     f"{self.path} holds another run: {key} is {stored.get(key)} there and {value} here; set {key} to "
                     "that value, choose another output_dir, or start over with `resume False`"
                 )

@@ -562,6 +562,17 @@ def test_another_runs_result_is_not_taken_for_its_own(launch: Cli, run: Path) ->
     assert found["test"]["accuracy"] == own["test"]["accuracy"]
 
 
+def test_another_run_is_evaluated_again_with_other_options(launch: Cli, run: Path) -> None:
+    """`scale` changes no tensor, but what is computed with them."""
+    words = f"{SHORT.replace('output_dir run', 'output_dir other')} test_only True model_dir run"
+    assert launch(words).returncode == 0
+    assert "finished before" in launch(words).stdout
+    other = launch(f"{words} scale 5")
+    assert other.returncode == 0 and "finished before" not in other.stdout
+    found = json.loads(Path("output/other/tests/of_run/metrics.json").read_text())
+    assert found["test"]["nll"] != json.loads((run / "metrics.json").read_text())["test"]["nll"]
+
+
 def test_a_retrained_run_is_evaluated_again(launch: Cli, run: Path) -> None:
     assert launch(f"{SHORT} test_only True").returncode == 0
     assert launch(f"{SHORT} resume False lr 0.3").returncode == 0

@@ -17,7 +17,7 @@ from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredS
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
-from tailtune.trainers.runs.longer_run import epochs_before, forget_results
+from tailtune.trainers.runs.longer_run import epochs_before, forget_results, is_trained_as
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.runs.result_table import REPORTS
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
@@ -165,15 +165,16 @@ class RunFolder(OwnedFolder):
     def checkpoint_id(self) -> str | None:
         """Digests of the trained tensors and of the base model, also of `ensemble_runs`; None without a checkpoint.
 
-        A file of another project does not record its base model. Its identifier holds the config hash instead.
+        Of a file of another project, or a run of other training options than the command's, it has the config hash.
         """
         if self.foreign is not None:
             return f"{self.foreign.digest}-{self.foreign.kind}-{config_hash(self.cfg)}"
-        homes = [self.source, *self.soup]
         if not (self.source / FACTS).exists():
             return None
-        stored = [read_json(home / FACTS) for home in homes]
-        return "+".join(f"{str(facts.get('sha256'))[:16]}-{facts.get('base')}" for facts in stored)
+        stored = [read_json(home / FACTS) for home in (self.source, *self.soup)]
+        parts = [f"{str(facts.get('sha256'))[:16]}-{facts.get('base')}" for facts in stored]
+        same = self.source == self.path or is_trained_as(self.source / self.config.name, self.cfg)
+        return "+".join(parts if same else [*parts, config_hash(self.cfg)])
 
     def class_counts(self) -> list[int] | None:
         """Number of training images of each class, [C], of the evaluated run; None if it is not recorded."""

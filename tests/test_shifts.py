@@ -363,7 +363,8 @@ def test_own_data_by_stable_descending_training_count() -> None:
 
 
 def test_capped_training_images_do_not_change_the_order_of_the_classes(tmp_path: Path) -> None:
-    (tmp_path / "train.txt").write_text("".join(f"{k}-{n}.png {k}\n" for k, many in enumerate((3, 9, 6)) for n in range(many)))
+    trained = [(label, number) for label, count in enumerate((3, 9, 6)) for number in range(count)]
+    (tmp_path / "train.txt").write_text("".join(f"{label}-{number}.png {label}\n" for label, number in trained))
     (tmp_path / "test.txt").write_text("".join(f"t{n}.png {n % 3}\n" for n in range(60)))
     lists = {"data_dir": str(tmp_path), "train_list": "train.txt", "test_list": "test.txt", "test_dists": ["forward10"]}
     labels = torch.arange(60) % 3

@@ -318,10 +318,49 @@ def test_with_all_else(launch: Cli) -> None:
 
 def test_the_prior_that_an_ensemble_assumes() -> None:
     prior = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log()
-    found = {name: each.assumes(prior, 0.25) for name, each in ENSEMBLES.items()}
-    assert torch.equal(found["wise"], prior) and torch.equal(found["soup"], prior)
+    other = torch.tensor([[0.2, 0.2, 0.6], [0.4, 0.3, 0.3]]).log()
+    found = {name: each.assumes(prior, [other], 0.25) for name, each in ENSEMBLES.items()}
+    assert torch.equal(found["wise"], prior) and torch.equal(ENSEMBLES["wise"].assumes(prior, [other], 0), other)
+    assert torch.allclose(found["soup"], (prior.exp() * other.exp()).sqrt().log().log_softmax(1))
     assert torch.allclose(found["logits"], (prior.exp() ** 0.25).log().log_softmax(1))
     assert torch.allclose(found["gla"].exp(), torch.full((2, 3), 1 / 3))
+
+
+AIMED = "test_only True target_prior mine.json calibrate False"
+
+
+def aimed(launch: Cli, words: str, ensemble: str) -> tuple[dict[str, Any], list[str]]:
+    """The predictors of an evaluation that predicts for the frequencies of mine.json, and its notes."""
+    done(launch, words, AIMED, ensemble)
+    newest = max(OUT.glob("run/tests/*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+    result = json.loads(newest.read_text())
+    return result["distributions"]["test"]["predictors"], result["evaluation"]["notes"]
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "power", "guess"),
+    [
+        ("wise ensemble_alpha 0", 0, False),
+        ("wise ensemble_alpha 0.5", 1, True),
+        ("wise ensemble_alpha 1", 1, False),
+        ("soup ensemble_runs ce", 1, False),
+        ("soup ensemble_runs bs", 0.5, True),
+    ],
+)
+def test_a_prediction_for_the_prior_that_an_ensemble_assumes_is_the_plain_one(
+    ensemble: str, power: float, guess: bool, launch: Cli, has_run: HasRun, config: Config
+) -> None:
+    """∝ π^power: π of a run with CE, uniform of its start and of a run with BS; a soup is between its runs."""
+    has_run(PEFT, "loss_type CE output_dir run")
+    has_run(PEFT, "loss_type CE lr 0.3 output_dir ce")
+    has_run(PEFT, "loss_type BS output_dir bs")
+    frequencies = build_info(config("fake_lt", "tiny_clip_peft")).class_counts.double() ** power
+    Path("mine.json").write_text(json.dumps((frequencies / frequencies.sum()).tolist()))
+    for _ in range(2):  # from images, and from the stored logits
+        found, notes = aimed(launch, f"{PEFT} loss_type CE output_dir run", f"ensemble {ensemble}")
+        assert found["target_prior"]["nll"] == pytest.approx(found["plain"]["nll"], rel=1e-5)
+        assert any("different class priors" in note for note in notes) == guess
+        ensemble += " many_above 7"
 
 
 def test_experts_that_are_summed_take_their_share(config: Config) -> None:

@@ -210,9 +210,8 @@ class Evaluation:
         """Add the results of `target_prior` on each distribution to `measured`."""
         if self.plan.target is None or self.plan.test_train:
             return
-        method = self.build.trained_outline()
         notes = add_target_results(
-            self.plan.target, method, test_logits, val, distributions, info, measured, self.scratch
+            self.plan.target, self.build.assumed(), test_logits, val, distributions, info, measured, self.scratch
         )
         for text in notes:
             self.note(text, warn=True, own=True)

@@ -14,11 +14,12 @@ from tailtune.datasets.data_bundle import DataInfo, TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
+from tailtune.trainers.evaluation.ensembles import Assumed
 from tailtune.trainers.evaluation.target_prior import TargetPlan
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import Method
 from tailtune.trainers.report.subject import EvaluatedImages
-from tailtune.trainers.runs.load_run import outline, outline_of
+from tailtune.trainers.runs.load_run import outline
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.storage.manifest import read_json
 
@@ -100,9 +101,8 @@ class Builders:
     """(properties of the data, labels of the test images [N]) → the test distributions."""
     outline: Callable[[], Method]
     """→ the method of this command, on the meta device."""
-    trained_outline: Callable[[], Method]
-    """→ the method that computed the logits, on the meta device. If a run with other options is evaluated, this is the
-    method of that run."""
+    assumed: Callable[[], Assumed]
+    """→ what the logits assume. If a run with other options is evaluated, its own options count."""
     images: Callable[[str, str | None], EvaluatedImages]
     """(`test` or `train`, fingerprint) → these images, as far as they are there."""
 
@@ -119,7 +119,7 @@ class Builders:
             info=lambda: build_info(cfg, None if trains else folder.class_counts()),
             distributions=lambda info, labels: build_distributions(DistributionSettings.of(cfg), info, labels),
             outline=lambda: outline(cfg),
-            trained_outline=lambda: outline_of(folder, cfg),
+            assumed=lambda: Assumed.of(folder, cfg),
             images=lambda split, fingerprint: EvaluatedImages.of(cfg, folder.kept(), split, fingerprint),
         )
 

@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from tailtune.trainers.evaluation.logit_files import VAL_LOGITS, open_logits
 from tailtune.trainers.evaluation.target_prior import fitted_temperature
-from tailtune.trainers.methods import Method
 
 
-def stored_temperature(home: Path, outline: Callable[[], Method]) -> float | None:
+def stored_temperature(home: Path, assumed: Callable[[], Tensor]) -> float | None:
     """The temperature T as `target_prior` fits it: softmax(z/T) is calibrated under the prior that the logits assume.
 
     Args:
         home: folder of the run.
-        outline: gives the method that computed its logits, without weights; it knows that prior.
+        assumed: gives the logarithm of that prior [E, C].
 
     Returns:
         None if the run has evaluated no validation images.
@@ -25,4 +26,4 @@ def stored_temperature(home: Path, outline: Callable[[], Method]) -> float | Non
     if not path.exists():
         return None
     _, val = open_logits(path)
-    return fitted_temperature(val, outline().assumed_prior().cpu().mean(0).log_softmax(0))
+    return fitted_temperature(val, assumed().cpu().mean(0).log_softmax(0))

@@ -32,11 +32,10 @@ from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_c
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.methods.fixed_texts import with_texts_as_weights
-from tailtune.trainers.runs.kept_epoch import with_kept_epoch
 from tailtune.trainers.runs.merged_runs import MergeOptions, merged
-from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
+from tailtune.trainers.runs.run_folder import Checkpoint, RunFolder
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
-from tailtune.trainers.storage.manifest import check_file, read_json
+from tailtune.trainers.storage.manifest import check_file
 from tailtune.trainers.storage.tensor_files import read_folder
 
 log = logging.getLogger("tailtune")
@@ -171,53 +170,6 @@ def config_of(home: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgNode:
     """
     check_file(home / "config.yaml")
     return load_resolved(home / "config.yaml", schema, pairs)
-
-
-def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
-    """The method, without weights, of the run whose checkpoint a command evaluates.
-
-    Args:
-        folder: run folder of the command.
-        cfg: config of the command.
-    """
-    has_config = folder.foreign is None and (folder.source / "config.yaml").exists()
-    return trained_outline(folder.source, stored_config(folder.source, cfg) if has_config else cfg)
-
-
-def trained_outline(home: Path, cfg: CfgNode, info: DataInfo | None = None) -> Method:
-    """The method, without weights, that computed the stored logits of a run.
-
-    Some methods predict with the model of the earlier run (`after`), and so does a run that trains no epoch of it. For
-    these, the earlier run's method is returned. If `keep` has chosen an epoch, the method is that of a run of so many.
-
-    Args:
-        home: folder of the run.
-        cfg: config of the run.
-        info: facts about its data; None: they are looked for where the data are.
-
-    Raises:
-        UserError: the folder of the earlier run is missing.
-    """
-    cfg = with_kept_epoch(resolve(cfg), home)
-    info = info or build_info(cfg, counts_of(home))
-    with torch.device("meta"):
-        method = make_method(cfg, info)
-    if not (method.predicts_as_earlier_run or _is_as_before(cfg, method)):
-        return method
-    earlier = Path(read_json(home / FACTS).get("after", ""))
-    if not (earlier / "config.yaml").is_file():
-        raise UserError(
-            f"the logits of {home} are those of the run before it (after {cfg.after}), whose folder "
-            f"{earlier} is not there; put it back, or repeat the run with `resume False`"
-        )
-    return trained_outline(earlier, stored_config(earlier, cfg))
-
-
-def _is_as_before(cfg: CfgNode, method: Method) -> bool:
-    """Whether a run has the logits of the earlier run because it takes over its weights and trains no epoch."""
-    if cfg.after is None or cfg.zero_shot or cfg.merge_runs is not None or method.objective.epochs:
-        return False
-    return method.starts_where_earlier_run_ended and not method.changes_start and not method.discards("model.head.")
 
 
 def earlier_run(

@@ -23,8 +23,8 @@ from tailtune.trainers.runs.run_folder import RunFolder
 from tailtune.trainers.runs.trained_outline import outline_of, prior_of_run, prior_of_start, priors_of_soup
 
 GUESSED = (
-    "the mixed weights assume different class priors, so that the prior of the mixture is a guess: for wise that of the "
-    "trained run, for soup the mean of the logarithms"
+    "the mixed weights assume different class priors, so that the prior of the mixture is a guess: for wise that of "
+    "the trained run, for soup the mean of the logarithms"
 )
 
 

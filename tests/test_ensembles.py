@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cli, HasRun
+from PIL import Image
 from safetensors.torch import load_file
 from tiers import slow_except
 from torch import Tensor
@@ -254,6 +255,54 @@ def test_it_is_the_least_of_the_balanced_risk() -> None:
 
     found = pretraining_prior(logits, labels)
     assert all(risk(found) < risk(found + 0.01 * torch.randn(3, generator=draws)) for _ in range(20))
+
+
+# --- of changed training images --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_images(tmp_path: Path) -> str:
+    """Images of three classes in lists. The last training image of each class is not in the list yet."""
+    for split, count in (("train", 7), ("test", 5)):
+        lines = []
+        for label, number in ((label, number) for label in range(3) for number in range(count)):
+            path = tmp_path / f"{split}/{label}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (80 * label, 36 * number, 90)).save(path)
+            lines += [f"{split}/{label}/{number}.png {label}\n"] if split == "test" or number < 6 else []
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    body = "dataset: ImageList\nroot: .\ntrain_list: train.txt\ntest_list: test.txt\naugment: digits\n"
+    (tmp_path / "mine.yaml").write_text(body)
+    return "-d mine.yaml -m tiny_clip_peft max_steps 2 batch_size 8 num_workers 0 output_dir run"
+
+
+def add_images() -> None:
+    with Path("train.txt").open("a") as file:
+        file.write("".join(f"train/{label}/6.png {label}\n" for label in range(3)))
+
+
+def test_gla_estimates_its_prior_on_the_training_images_that_are_there(own_images: str, launch: Cli) -> None:
+    def facts(words: str = "") -> list[float]:
+        done(launch, own_images, "test_only True ensemble gla", words)
+        newest = max(OUT.glob("run/tests/*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+        prior: list[float] = json.loads(newest.read_text())["ensemble"]["pretraining_prior"]
+        return prior
+
+    done(launch, own_images)
+    first = facts()
+    assert first == facts("many_above 4"), "from the stored logits"
+    add_images()
+    assert first != facts() == facts("many_above 4")
+
+
+def test_wise_of_class_means_of_other_images_is_refused(own_images: str, launch: Cli) -> None:
+    for words in ("init_head class_mean", "output_dir text"):
+        done(launch, own_images, words)
+        done(launch, own_images, words, "test_only True ensemble wise")
+    add_images()
+    done(launch, own_images, "output_dir text test_only True ensemble wise ensemble_alpha 0.3")
+    found = launch(own_images, "init_head class_mean test_only True ensemble wise ensemble_alpha 0.3")
+    assert found.returncode == 2 and "training images" in found.stderr and "ensemble wise" in found.stderr
 
 
 # --- what is refused, and what goes with it --------------------------------------------------------------------------

@@ -81,6 +81,8 @@ class Ensemble:
     """Whether the ensemble needs the initial weights of the run."""
     text: bool = False
     """Whether the ensemble runs the zero-shot classifier."""
+    reads_train: bool = False
+    """Whether its logits also depend on the training images that are there."""
     others: Callable[[RunFolder, CfgNode], list[Tensor]] = lambda folder, cfg: []
     """→ the log class prior [E, C] that each of the other mixed weights assumes."""
     assumes: Callable[[Tensor, list[Tensor], float], Tensor] = lambda prior, others, alpha: prior
@@ -115,7 +117,7 @@ ENSEMBLES: Mapping[str, Ensemble] = {
     "logits": Ensemble(
         logits, AlphaOptions, text=True, assumes=lambda prior, _, alpha: (alpha * prior).log_softmax(-1)
     ),
-    "gla": Ensemble(gla, text=True, assumes=lambda prior, *_: torch.zeros_like(prior).log_softmax(-1)),
+    "gla": Ensemble(gla, text=True, reads_train=True, assumes=lambda prior, *_: torch.zeros_like(prior).log_softmax(-1)),
 }
 
 

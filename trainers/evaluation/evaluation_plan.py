@@ -14,7 +14,7 @@ from tailtune.datasets.data_bundle import DataInfo, TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
-from tailtune.trainers.evaluation.ensembles import Assumed
+from tailtune.trainers.evaluation.ensembles import Assumed, ensemble_named
 from tailtune.trainers.evaluation.target_prior import TargetPlan
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import Method
@@ -35,6 +35,8 @@ class EvaluationPlan:
     """All options of evaluations, as metrics.json records them."""
     options_of_logits: dict[str, Any]
     """The subset of `options` that changes the logits."""
+    reads_train: bool
+    """The logits also depend on the training images, whatever images are evaluated."""
     asked: tuple[str, ...]
     """The options of `OF_TEST_IMAGES` that are set."""
     test_train: bool
@@ -64,6 +66,7 @@ class EvaluationPlan:
         return cls(
             options=options,
             options_of_logits={key: value for key, value in options.items() if schema[key].logits},
+            reads_train=ensemble_named(cfg.ensemble).reads_train,
             asked=tuple(key for key in OF_TEST_IMAGES if cfg[key] is not None),
             test_train=cfg.test_train,
             adapt=cfg.adapt,

@@ -117,7 +117,9 @@ ENSEMBLES: Mapping[str, Ensemble] = {
     "logits": Ensemble(
         logits, AlphaOptions, text=True, assumes=lambda prior, _, alpha: (alpha * prior).log_softmax(-1)
     ),
-    "gla": Ensemble(gla, text=True, reads_train=True, assumes=lambda prior, *_: torch.zeros_like(prior).log_softmax(-1)),
+    "gla": Ensemble(
+        gla, text=True, reads_train=True, assumes=lambda prior, *_: torch.zeros_like(prior).log_softmax(-1)
+    ),
 }
 
 

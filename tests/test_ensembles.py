@@ -141,6 +141,8 @@ def test_what_no_soup_is_made_of(launch: Cli, has_run: HasRun) -> None:
             ("lora True", ["unexpected", "lora"]),
             ("backbone timm:test_vit.r160_in1k pretrained none init_head none", ["another base model"]),
             ("imb_factor none num_classes 5", ["class"]),
+            ("scale 5", ["ensemble_runs", "scale 5", "not 25"]),
+            ("classifier L2NormedClassifier", ["ensemble_runs", "classifier L2NormedClassifier"]),
         ]
     ):
         done(launch, PEFT, other, f"output_dir other{number}")

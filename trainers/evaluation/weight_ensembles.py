@@ -15,7 +15,13 @@ from tailtune.models.text_mode import starts_at_random
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
-from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, stored_config
+from tailtune.trainers.runs.load_run import (
+    FinishedRun,
+    check_same_network,
+    earlier_run,
+    fresh_method,
+    stored_config,
+)
 from tailtune.trainers.runs.merged_runs import MergeOptions, check_unchanged
 from tailtune.trainers.runs.run_folder import FACTS, kept_splits
 from tailtune.trainers.storage.checkpoint import (
@@ -50,6 +56,7 @@ def soup(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     weights = copied(run.method)
     others = []
     for folder in run.folder.soup:
+        check_same_network(run.cfg, folder, "ensemble_runs")
         load_checkpoint(folder / "checkpoint", run.method, run.data.info.class_names, run.base)
         others.append(copied(run.method))
     copy_state(run.method, weights, "", "")

@@ -4,7 +4,7 @@ The functions of this module build models, so they take a whole config. The func
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode, Schema, load_resolved, schema_of
 from tailtune.configs.errors import UserError
-from tailtune.configs.option import options_from
+from tailtune.configs.option import options_from, value_of
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.datasets.data_settings import DataFolders
@@ -32,7 +32,7 @@ from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_c
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.methods.fixed_texts import with_texts_as_weights
-from tailtune.trainers.runs.merged_runs import MergeOptions, merged
+from tailtune.trainers.runs.merged_runs import MergeOptions, folders, merged
 from tailtune.trainers.runs.run_folder import Checkpoint, RunFolder
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from tailtune.trainers.storage.manifest import check_file
@@ -172,6 +172,39 @@ def config_of(home: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgNode:
     return load_resolved(home / "config.yaml", schema, pairs)
 
 
+def differently_held(cfg: CfgNode, other: CfgNode, parts: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Options that change parts of a model without a change of its tensors (`Key.held_with`), where two configs differ.
+
+    Args:
+        cfg, other: resolved configs.
+        parts: of `encoder` and `head`.
+
+    Returns:
+        Name of the option, and its values in both configs.
+    """
+    for key, entry in schema_of(cfg).items():
+        if entry.held_with in parts and (here := value_of(cfg, key)) != (there := value_of(other, key)):
+            yield key, here, there
+
+
+def check_same_network(cfg: CfgNode, home: Path, what: str) -> None:
+    """Check that the weights of another run can be averaged with those of a model. Tensors are not compared.
+
+    Args:
+        cfg: resolved config of the model.
+        home: folder of the other run.
+        what: the option that names it.
+
+    Raises:
+        UserError: an option differs that changes what is computed with the same tensors.
+    """
+    for key, here, there in differently_held(cfg, resolve(config_of(home, schema_of(cfg))), ("encoder", "head")):
+        raise UserError(
+            f"{what}: {home} was trained with {key} {there}, and not {here}, so its weights mean something else; name "
+            "runs of equal networks"
+        )
+
+
 def earlier_run(
     folder: Path, data: DataBundle, accelerator: Accelerator, base: str, here: CfgNode, fresh: bool
 ) -> Earlier:
@@ -193,7 +226,10 @@ def earlier_run(
         return tensors_by_name
 
     def tensors() -> dict[str, Tensor]:
-        return merged(tensors_of(folder / "checkpoint"), options_from(MergeOptions, here), tensors_of)
+        options = options_from(MergeOptions, here)
+        for other in folders(options):
+            check_same_network(resolve(config_of(folder, schema_of(here))), other, "merge_runs")
+        return merged(tensors_of(folder / "checkpoint"), options, tensors_of)
 
     def method() -> Method:
         cfg = resolve(config_of(folder, schema_of(here)))

@@ -297,6 +297,27 @@ def test_gla_estimates_its_prior_on_the_training_images_that_are_there(own_image
     assert first != facts() == facts("many_above 4")
 
 
+def test_class_names_and_descriptions_that_changed_are_read_again(own_images: str, launch: Cli) -> None:
+    """The zero-shot classifier is made of them. Other names are other classes, so they are refused."""
+    words = own_images.replace("tiny_clip_peft max_steps 2 batch_size 8", "zstiny_clip prompt descriptor")
+    words += " descriptors texts.json"
+    Path("mine.yaml").write_text(f"{Path('mine.yaml').read_text()}classnames: names.txt\n")
+    Path("names.txt").write_text("one\ntwo\nthree\n")
+
+    def nll(sentence: str) -> float:
+        texts = {name: [sentence.format(name)] for name in ("one", "two", "three")}
+        Path("texts.json").write_text(json.dumps(texts))
+        done(launch, words)
+        found: float = json.loads((OUT / "run/metrics.json").read_text())["test"]["nll"]
+        return found
+
+    assert nll("a {}") == nll("a {}") != nll("the digit {}")
+    Path("names.txt").write_text("two\none\nthree\n")
+    for more in ("", "test_dists uniform"):
+        refused = launch(words, more)
+        assert refused.returncode == 2 and "other classes" in refused.stderr and "resume False" in refused.stderr
+
+
 def test_wise_of_class_means_of_other_images_is_refused(own_images: str, launch: Cli) -> None:
     for words in ("init_head class_mean", "output_dir text"):
         done(launch, own_images, words)

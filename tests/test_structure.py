@@ -171,6 +171,7 @@ SEES_THE_CONFIG = {
     "flat_minima.py": "the checks of its options",
     "micro_batch_size.py": "it is computed from three options and the number of processes",
     "more_epochs.py": "it makes a digest of all training options",
+    "runs/files_read.py": "it finds the files that options name",
     "runs/longer_run.py": "it compares a command with a stored config",
     "runs/kept_epoch.py": "it puts the kept epoch into the config of a run",
     "runs/load_run.py": "it builds the models of finished runs",

@@ -33,9 +33,9 @@ from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.methods.fixed_texts import with_texts_as_weights
 from tailtune.trainers.runs.merged_runs import MergeOptions, folders, merged
-from tailtune.trainers.runs.run_folder import Checkpoint, RunFolder
+from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
-from tailtune.trainers.storage.manifest import check_file
+from tailtune.trainers.storage.manifest import check_file, read_json
 from tailtune.trainers.storage.tensor_files import read_folder
 
 log = logging.getLogger("tailtune")
@@ -99,6 +99,8 @@ def load_trained(fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, class
     method = fresh.method
     if cfg.zero_shot:  # the head is computed from text; no checkpoint holds it
         method.eval()
+        if checkpoint.foreign is None and (checkpoint.home / FACTS).exists():
+            check_classes(checkpoint.home / "checkpoint", read_json(checkpoint.home / FACTS), class_names)
         device, texts = method.log_prior.device, TextFeatures.of(cfg)
         method.prepare(text_context(method.model, len(class_names), cfg.seed, device, texts))
     elif checkpoint.foreign is not None:

@@ -143,6 +143,7 @@ def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None) -> DataI
         groups=shot_groups(counts_of_groups, cfg.many_above, cfg.few_below),
         mean=outline.mean,
         std=outline.std,
+        counts_before_cap=None if cfg.subset_cap is None else torch.tensor(list(whole), dtype=torch.int64),
     )
 
 

@@ -117,4 +117,5 @@ class TunerPlaceOptions:
         "Configuration of the tuner that `peft` names, such as {r: 8, target_modules: [qkv]}.",
         as_mapping,
         zero_shot=False,
+        held_with="encoder",
     )

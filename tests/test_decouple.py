@@ -1,6 +1,7 @@
 """Classifiers made after the representation: cRT, LWS, tau-normalisation."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from yacs.config import CfgNode
 
-from tailtune.configs import UserError
+from tailtune.configs import UserError, load_configs
 from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.trainers.config_checks import check
+from tailtune.trainers.config_checks import check, validate
 from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.storage.checkpoint import trained_state
 from tailtune.trainers.storage.resume_states import ResumeStates
@@ -118,6 +120,21 @@ def test_what_is_kept_and_what_is_lost(name: str, first: tuple[object, ...], con
     method = build(config, name, "adaptformer", True)
     with pytest.raises(UserError, match="which did not" if name == "lws" else "more tensors"):
         method.start_from(trained_state(earlier(config, *first)))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("clip_lora True after.clip_lora True after.clip_lora_alpha 4", "clip_lora_alpha is 4.0, not 1.0"),
+        ("adaptformer_scale 1 after.adaptformer_scale 2 adaptformer True after.adaptformer True", "is 2.0, not 1.0"),
+        ("peft LoRA peft_args {r: 2} after.peft LoRA after.peft_args {r: 2, lora_alpha: 3}", "peft_args is .*, not {"),
+    ],
+)
+def test_a_tuner_that_is_held_has_the_factor_that_it_was_trained_with(words: str, message: str) -> None:
+    """The factor is no tensor, so the checkpoint does not show it."""
+    pairs = ["method", "crt", "after", "tiny_clip", "sampler", "balanced", *re.split(r" (?![^{]*})", words)]
+    with pytest.raises(UserError, match=message):
+        validate(load_configs("fake_lt", "tiny_clip", pairs, declared()))
 
 
 @pytest.mark.parametrize("prec", PRECISIONS)

@@ -43,6 +43,7 @@ from tailtune.trainers.more_epochs import any_length, check_more_epochs
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
+from tailtune.trainers.processes.interrupts import Interrupted, how_to_continue, with_hint
 from tailtune.trainers.runs.kept_epoch import facts_of_epoch
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, load_trained
 from tailtune.trainers.runs.longer_run import epochs_before
@@ -103,7 +104,7 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None, on_validation: On
             on_main(accelerator, lambda: show(stored, plan, folder))
         else:
             if cfg.resume and folder.finished():  # an unfinished run has been validated with all its stages
-                on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
+                on_main(accelerator, lambda: validate([cfg], counts=folder.class_counts(), trains=False))
             suggested = {key: cfg[key] for key in BY_BACKBONE if given[key] is None}
             _Run(cfg, folder, accelerator, plan, kept, previous, suggested, on_validation).go()
         metrics = plan.stored or plan.target / folder.metrics.name
@@ -124,11 +125,6 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None, on_validation: On
         finish_trackers(accelerator)
         detach_file()
         lock.release()
-
-
-def _validate_evaluation(cfg: CfgNode, folder: RunFolder) -> None:
-    """Check that a finished run can be evaluated as the config says, with the class counts of its training."""
-    validate([cfg], counts=folder.class_counts(), trains=False)
 
 
 def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
@@ -191,7 +187,8 @@ class _Run:
             run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
             method, facts = ensembled(run, cfg.ensemble)
             result |= {"ensemble": facts} if facts else {}
-        self.evaluation.from_images(method, data, result)
+        with with_hint(how_to_continue(cfg.resume) if trains and result["train"] else ""):  # its last state is saved
+            self.evaluation.from_images(method, data, result)
 
     def _warn(self, model: ClassificationModel, data: DataBundle) -> None:
         """Warn about conditions under which the result is misleading."""
@@ -273,7 +270,10 @@ class _Run:
         curves = start_curves(self.accelerator, CurvePlan.of(cfg), home.path, home.manifest.run, options)
         if method.batch_coupled and plan.micro_batch_size < cfg.batch_size:
             note(training_notes.of_micro_batch(plan.micro_batch_size, cfg.batch_size), warn=True)
-        report = Trainer(self.accelerator, plan, states, validation, curves, self._view_of).fit(method, data)
+        try:
+            report = Trainer(self.accelerator, plan, states, validation, curves, self._view_of).fit(method, data)
+        except Interrupted:
+            raise Interrupted(how_to_continue(cfg.resume)) from None
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         for text in validation.outcome(report.validations, cfg.num_epochs):
             log.info(text)

@@ -75,7 +75,7 @@ def _dirichlet_test_sets(
         ranks=order.argsort()[classes],
         positions=[images_by_label[label] for label in classes],
         largest_class=split.largest_class(),
-        train_images=int(info.class_counts.max()) + options.val_per_class if draws_training_images else None,
+        train_images=int(info.natural_counts.max()) + options.val_per_class if draws_training_images else None,
     )
     return draw_test_sets(options.dirichlet, options.shift_seed, images, origin)
 

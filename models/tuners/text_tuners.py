@@ -67,6 +67,7 @@ class TextTunerOptions:
         as_scale,
         key="text_adaptformer_scale",
         zero_shot=False,
+        held_with="head",
     )
     ratio: float | None = option(
         None,

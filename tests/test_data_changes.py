@@ -1,6 +1,7 @@
 """Data that change between two commands: what a user is told, and which numbers are shown."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 from conftest import Cli
 from PIL import Image
 from test_bad_input import one_line, signal_after
+from yacs.config import CfgNode
 
+from tailtune.datasets.build_data import build_data
+from tailtune.datasets.long_tail import random_positions
 from tailtune.datasets.splits.compare_records import compare_records
-from tailtune.datasets.splits.split_records import Record, parse_splits, split_files
+from tailtune.datasets.splits.split_records import Record, StoredSplits, parse_splits, split_files
 
 TRAIN = "-d insects.yaml -m tiny_clip_peft pretrained none num_epochs 1 num_workers 0 output_dir run"
 RUN = Path("output/run")
@@ -114,6 +118,18 @@ def test_a_later_stage_keeps_the_hold_out(launch: Cli, insects: Path) -> None:
     assert split("test", Path("output/two")) == held
 
 
+@pytest.mark.parametrize("own, before, counts", [(2, None, (6, 21)), (None, 2, (21, 6))])
+def test_each_stage_has_its_own_subset(
+    launch: Cli, insects: Path, own: int | None, before: int | None, counts: tuple[int, int]
+) -> None:
+    words = f"{TRAIN} method crt after tiny_clip_peft after.num_epochs 1 after.pretrained none"
+    done(launch, f"{words} subset_cap {own} after.subset_cap {before}")
+    stages = [RUN, RUN / "stage1"]
+    assert tuple(len(split("train", run)) for run in stages) == counts
+    assert split("test", stages[0]) == split("test", stages[1])
+    assert not {*split("train", stages[0])} & {*split("test")}
+
+
 def test_gone_test_images(launch: Cli, insects: Path) -> None:
     done(launch, TRAIN)
     for path in split("test")[:2]:
@@ -161,6 +177,17 @@ def test_an_unfinished_run_that_got_more_images(launch: Cli, listed: Path) -> No
     one_line(launch(f"{TRAIN} batch_size 8 save_every 1"), "was begun, 2 training images are new (train/ant/008.png, ")
     (listed / "train.txt").write_text(lines)
     done(launch, f"{TRAIN} batch_size 8 save_every 1", "resuming after step")
+
+
+def test_a_line_that_stands_twice(launch: Cli, listed: Path) -> None:
+    """It counts twice in training. Where images are held out, one could be evaluated and the other trained on."""
+    with (listed / "train.txt").open("a") as file:
+        file.write("train/ant/000.png 0\n")
+    done(launch, TRAIN, "19 training images")
+    done(launch, TRAIN, "finished before")
+    done(launch, f"{TRAIN} test_only True many_above 6", "using the logits")
+    said = "val_per_class 2: train/ant/000.png is listed several times", "list each image once"
+    one_line(launch(f"{TRAIN} val_per_class 2 output_dir other"), *said)
 
 
 def test_a_name_that_no_list_can_hold(launch: Cli, insects: Path) -> None:
@@ -307,3 +334,25 @@ def test_the_order_of_a_training_list_is_that_of_the_beginning(launch: Cli, list
     done(launch, words, "resuming after step")
     whole, other = (Path("output") / name / "checkpoint/tensors.safetensors" for name in ("whole", "run"))
     assert whole.read_bytes() == other.read_bytes()
+
+
+def test_the_order_of_a_test_list_is_that_of_the_run(listed: Path, config: Callable[..., CfgNode]) -> None:
+    """Stored logits name images by their positions, and so do test sets that a list gives."""
+    lines = (listed / "test.txt").read_text().splitlines()
+    (listed / "uniform.txt").write_text("\n".join(line for line in lines if "7.png" in line))
+    shifts = ("shift_files", "{name}.txt", "test_dists", "uniform", "shift_max", 1)
+    cfg = config(str(listed / "insects.yaml"), "tiny_clip_peft", "num_workers", 0, *shifts)
+    first = build_data(cfg)
+    stored = StoredSplits(first.records, (), {})
+    (listed / "test.txt").write_text("\n".join([*lines[1::2], *lines[::2]]))  # 7.png before 6.png in each class
+    again = build_data(cfg, stored)
+    for data in (first, again):
+        assert [
+            f"{path} {label}" for path, label in zip(data.records["test"].paths, data.test.labels, strict=True)
+        ] == lines
+        assert data.test_distributions[0].positions.tolist() == [1, 3, 5]
+    cut = build_data(config(str(listed / "insects.yaml"), "tiny_clip_peft", "max_test_images", 4, *shifts), stored)
+    kept = random_positions(6, 4)
+    assert [kept[place] for place in cut.test_distributions[0].positions] == [
+        place for place in (1, 3, 5) if place in kept
+    ]

@@ -258,6 +258,23 @@ def test_images_that_were_trained_on_are_named(launch: Cli, listed: Path) -> Non
     assert any("were trained on" in note for note in result()["notes"])
 
 
+def test_validation_images_that_are_test_images(launch: Cli, listed: Path) -> None:
+    (listed / "val.txt").write_text("".join((listed / "test.txt").read_text().splitlines(keepends=True)[:2]))
+    said = "2 of 2 validation images are test images, too"
+    done(launch, f"{TRAIN} val_list val.txt val_every 1 keep best:mean_acc", said)
+    assert any(note.startswith(said) for note in result()["notes"])
+    done(launch, f"{TRAIN} val_list val.txt val_every 1 keep best:mean_acc", "finished before")
+
+
+def test_equal_names_are_noted_where_texts_are_used(launch: Cli, listed: Path) -> None:
+    (listed / "names.txt").write_text("small bee\nant\nSmall_bee\n")
+    words = TRAIN.replace("pretrained none", "classnames names.txt")
+    said = "classes 0 'small bee' and 2 'Small_bee' have the same name"
+    done(launch, words, said)
+    assert any(note.startswith(said) for note in result()["notes"])
+    assert said not in done(launch, f"{words} init_head class_mean output_dir other")
+
+
 def test_copies_are_found_where_root_is_relative_to_the_yaml(launch: Cli, listed: Path) -> None:
     own = listed / "own"
     own.mkdir()

@@ -201,8 +201,7 @@ class _Run:
             self.evaluation.note(text, warn=True)
         texts = cfg.zero_shot or classifies_by_text(cfg) or cfg.init_head in NEEDS_TEXT
         texts = texts or ensemble_named(cfg.ensemble).text
-        if texts and names[0] == "class 0" and not model.random_base:
-            text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
+        if texts and not model.random_base and (text := training_notes.of_names(cfg.classnames, names)):
             self.evaluation.note(text, warn=True)
         trained = [data.records["train"]] if self.plan.trains else trained_on(self.folder, self.kept)
         for split in ("test", "val"):
@@ -215,6 +214,8 @@ class _Run:
                         f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"
                     )
                     self.evaluation.note(text, warn=True, own=True)
+        if text := training_notes.of_val(data.records):
+            self.evaluation.note(text, warn=True)
 
     def _claim(self, data: DataBundle | None = None) -> None:
         """Claim the run folder, store the splits and start the log file. Nothing is written into the folder before."""

@@ -223,6 +223,26 @@ def test_a_cut_training_list_is_no_finished_run(launch: Cli, listed: Path) -> No
     assert result(RUN / "tests/many_above_5")["test"]["many_acc"] == result()["test"]["accuracy"]
 
 
+def test_a_cut_test_list_of_a_zero_shot_classifier(launch: Cli, listed: Path) -> None:
+    """Nothing was trained, so no run has stored its splits."""
+    words = "-d insects.yaml -m tiny_clip zero_shot True test_only True num_workers 0 output_dir run"
+    done(launch, words, "6 test images")
+    done(launch, words, "finished before")
+    (listed / "test.txt").write_text("".join((listed / "test.txt").read_text().splitlines(keepends=True)[:5]))
+    assert "finished before" not in done(launch, words, "5 test images")
+    (listed / "pics").rename(listed / "moved")
+    done(launch, words, "finished before", "the data are not there to be compared")
+
+
+def test_another_subset_of_built_in_data(launch: Cli) -> None:
+    """Its images have no fingerprint of their own, and a folder of evaluations alone has no options to compare."""
+    words = "-d digits_lt -m tiny_clip_peft pretrained none max_steps 1 num_workers 0 output_dir"
+    done(launch, f"{words} run")
+    words += " tests test_only True model_dir run test_train True max_test_images 99 imb_factor"
+    for imb_factor in (0.1, 0.5):
+        assert "finished before" not in done(launch, f"{words} {imb_factor}")
+
+
 def test_another_label(launch: Cli, listed: Path) -> None:
     done(launch, TRAIN)
     (listed / "test.txt").write_text((listed / "test.txt").read_text().replace("bee/006.png 1", "bee/006.png 0"))

@@ -268,6 +268,17 @@ def test_a_replaced_file_of_the_same_size(launch: Cli, listed: Path) -> None:
     done(launch, f"{TRAIN} test_only True", "the files of the test images have other content")
 
 
+def test_lists_of_test_images_without_a_test_list(launch: Cli, listed: Path) -> None:
+    """As where a shipped data config, which names such lists, is used with other data: images are drawn at random."""
+    (listed / "insects.yaml").write_text(
+        "dataset: ImageList\nroot: pics\ntrain_list: train.txt\ntest_per_class: 2\ndirichlet_list: test.txt\n"
+        "shift_files: test.txt.{name}\ntest_dists: [uniform, dirichlet]\nshift_max: 1\n"
+    )
+    done(launch, TRAIN)
+    origins = {each["origin"] for each in result()["distributions"].values()}
+    assert origins == {"drawn with seed 0", "drawn with seed 0, without the list test.txt"}
+
+
 def test_images_that_were_trained_on_are_named(launch: Cli, listed: Path) -> None:
     """By their path, and moved or copied under another one."""
     with (listed / "test.txt").open("a") as file:

@@ -309,6 +309,11 @@ GOOD = [*sample("a", 0, b"0"), *sample("b", 1, b"1")]
     [
         ("train-0.tar", [*GOOD, ("c.jpg", picture(1))], "train-0.tar: key c has no label: a member .cls with a whole"),
         ("train-0.tar", [*GOOD, *sample("c", 2, b"dog")], "train-0.tar: key c has no label"),
+        (
+            "train-0.tar",
+            [*sample("c", 2, b"1"), ("c.json", b'{"label": 0}')],
+            "c.json has label 0, but its key has label 1",
+        ),
         ("train-0.tar", [*GOOD, *sample("c", 2, b"-1")], "train-0.tar: key c has no label"),
         ("train-0.tar", [*GOOD, *sample("c", 2, b'{"label": "dog"}', "jpeg", "json")], "key c has no label"),
         ("train-0.tar", [*GOOD, ("c.cls", b"0")], "train-0.tar: key c has no image (.jpg .jpeg"),

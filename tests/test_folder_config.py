@@ -100,6 +100,12 @@ def test_a_folder_with_train(has_test: bool, tmp_path: Path, launch: Cli) -> Non
     assert launch(f"-d birds {QUICK}").returncode == 0
 
 
+def test_a_folder_val_without_test(tmp_path: Path, launch: Cli) -> None:
+    images(tmp_path / "birds/train", {"owl": 5, "wren": 5})
+    images(tmp_path / "birds/val", {"owl": 2, "wren": 2}, first=50)
+    assert "note: birds/val is not read" in launch(f"-d birds {QUICK} --dry-run").stdout
+
+
 def test_another_folder_of_that_name_is_refused(folder: Path, tmp_path: Path, launch: Cli) -> None:
     assert launch(f"-d {folder} {QUICK}").returncode == 0
     images(tmp_path / "other/my.birds", {"owl": 3, "wren": 3})

@@ -62,6 +62,10 @@ def config_of_folder(data: str, outputs: Path, defaults: Mapping[str, Any], keep
         if split and "test" in names:
             _write(target, name, {"dataset": "ImageFolder", "root": os.path.abspath(images), **shots})
         else:
+            if split and "val" in names:
+                print_text(
+                    f"note: {folder / 'val'} is not read; a YAML with dataset ImageFolder makes it the validation split"
+                )
             made = new_data(NewRequest(images, target, many_above=shots["many_above"], few_below=shots["few_below"]))
             print_text(made if keep else f"would be made, not written: {made.replace(str(target), str(home), 1)}")
         yield str(target / f"{name}.yaml")

@@ -178,14 +178,15 @@ def _add(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: s
         return
     file = tar.extractfile(member)
     assert file is not None, "it is a regular file"
-    content = file.read()
+    content, where = file.read(), f"{path}: {printable(member.name)}"
     if len(content) != member.size:
         raise tarfile.ReadError("it ends before its last member does")
     if not is_image:
         found = _label(content, extension)
+        if None not in (found, sample.label) and found != sample.label:
+            raise UserError(f"{where} has label {found}, but its key has label {sample.label} already; keep one")
         sample.label = found if found is not None else sample.label
         return
-    where = f"{path}: {printable(member.name)}"
     if sample.image:
         raise UserError(f"{where} is a second image of the same key; keep one")
     if format_of(content[:HEADER_BYTES]) is None:

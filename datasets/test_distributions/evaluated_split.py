@@ -90,7 +90,7 @@ class EvaluatedSplit:
         """
         options, positions = self.options, np.arange(len(self.labels))
         list_file = options.dirichlet.list
-        name = (list_file or options.test_list) if options.may_have_lists else None
+        name = (list_file or options.test_list) if options.may_have_lists and options.test_list else None
         path = first_file(name, options.folders.for_lists()) if name else None
         if list_file and path:
             positions = self._positions_in_list(path, self.counts)

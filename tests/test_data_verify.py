@@ -114,6 +114,16 @@ def test_two_classes_of_one_name(folder: Path, report: Report, tmp_path: Path) -
     assert code == 1 and "classes 0 'ant' and 1 'ant' (and 1 more) have the same name" in text
 
 
+def test_names_that_begin_with_the_folder(folder: Path, report: Report, tmp_path: Path) -> None:
+    """As the files that LIFT publishes, of which its code takes the second word on."""
+    for names, count in (("ant tiny ant", "bee a bee", "wasp wasp"), 1), (("ant tiny ant", "bee a bee", "hornet"), 0):
+        (tmp_path / "names.txt").write_text("\n".join(names))
+        code, _, found = report(folder, "classnames", tmp_path / "names.txt")
+        assert (
+            code == 0 and sum("begins with the folder of its class, as 'ant tiny" in n for n in found["notes"]) == count
+        )
+
+
 def test_what_a_folder_leaves_out_is_a_note(folder: Path, report: Report) -> None:
     (folder / "train" / "ant" / "notes.txt").touch()
     assert "1 file of another kind (.txt)" in report(folder)[2]["notes"][0]

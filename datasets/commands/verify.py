@@ -120,8 +120,8 @@ def _read(request: VerifyRequest) -> tuple[tuple[str, ...], dict[str, Split], di
         available = AvailableImages(outline, train.files(root), test_files, val_files)
         by_split = {"train": train, "test": test or train, "val": val or train}
     chosen, names = choose_splits(request.splits, available), available.outline.class_names
-    train = chosen.by_name["train"]
-    check_classes(np.bincount(train.source.labels[train.indices], minlength=len(names)), names, options.data)
+    trained = chosen.by_name["train"]
+    check_classes(np.bincount(trained.source.labels[trained.indices], minlength=len(names)), names, options.data)
     order = sorted(chosen.by_name, key=SPLITS.index)
     return names, {name: chosen.by_name[name] for name in order}, by_split
 

@@ -234,6 +234,25 @@ def test_a_cut_test_list_of_a_zero_shot_classifier(launch: Cli, listed: Path) ->
     done(launch, words, "finished before", "the data are not there to be compared")
 
 
+def test_other_class_names(launch: Cli, listed: Path) -> None:
+    """The classifier starts from them; the one that is not trained is made of them."""
+    trained = TRAIN.replace("pretrained none", "classnames names.txt max_steps 1")
+    zero_shot = "-d insects.yaml -m tiny_clip zero_shot True num_workers 0 classnames names.txt output_dir zero"
+    commands = (trained, zero_shot, f"{zero_shot}_test test_only True")
+    (listed / "names.txt").write_text("ant\nbee\nfly\n")
+    for words in commands:
+        done(launch, words)
+        done(launch, words, "finished before")
+    (listed / "names.txt").write_text("ant\nbumble bee\nfly\n")
+    for words in commands[:2]:
+        one_line(launch(words), "class 1 is 'bumble bee' and not 'bee' any more", "`resume False`")
+    done(launch, f"{trained} test_only True many_above 5", "class 1 is 'bumble bee' and not 'bee' any more")
+    assert "finished before" not in done(launch, commands[2])
+    assert "finished before" not in done(launch, f"{zero_shot} resume False")
+    (listed / "names.txt").write_text("ant\nbee\nfly\n")
+    done(launch, trained, "finished before")
+
+
 def test_another_subset_of_built_in_data(launch: Cli) -> None:
     """Its images have no fingerprint of their own, and a folder of evaluations alone has no options to compare."""
     words = "-d digits_lt -m tiny_clip_peft pretrained none max_steps 1 num_workers 0 output_dir"

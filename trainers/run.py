@@ -48,9 +48,10 @@ from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_meth
 from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
-from tailtune.trainers.runs.resume_decision import Decision, trained_on
+from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
 from tailtune.trainers.runs.run_lock import RunLock
+from tailtune.trainers.runs.trained_images import trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import read_json
@@ -201,7 +202,8 @@ class _Run:
             self.evaluation.note(text, warn=True)
         texts = cfg.zero_shot or classifies_by_text(cfg) or cfg.init_head in NEEDS_TEXT
         texts = texts or ensemble_named(cfg.ensemble).text
-        if texts and not model.random_base and (text := training_notes.of_names(cfg.classnames, names)):
+        read = names if texts and not model.random_base else ()
+        for text in training_notes.of_data(cfg.classnames, read, data.records):
             self.evaluation.note(text, warn=True)
         trained = [data.records["train"]] if self.plan.trains else trained_on(self.folder, self.kept)
         for split in ("test", "val"):
@@ -214,8 +216,6 @@ class _Run:
                         f"{len(seen)} of {len(tested.paths)} {split} images were trained on ({first_few(sorted(seen))})"
                     )
                     self.evaluation.note(text, warn=True, own=True)
-        if text := training_notes.of_val(data.records):
-            self.evaluation.note(text, warn=True)
 
     def _claim(self, data: DataBundle | None = None) -> None:
         """Claim the run folder, store the splits and start the log file. Nothing is written into the folder before."""

@@ -25,27 +25,24 @@ def of_settings(
         yield f"lr_steps {lr_steps} never come: the last epoch is {epochs - 1}"
 
 
-def of_names(classnames: str | None, names: Sequence[str]) -> str:
-    """Note about class names that say nothing to a text encoder; empty if there is none.
+def of_data(classnames: str | None, names: Sequence[str], records: Mapping[str, Record]) -> Iterator[str]:
+    """Notes about class names that say nothing to a text encoder, and about validation images that are test images.
 
     Args:
         classnames: the option. In the known set `imagenet` two names stand for two classes each, which is no mistake.
-        names: the names of the C classes.
+        names: the names of the C classes; empty if no text encoder reads them.
+        records: split → its images.
     """
-    if names[0] == "class 0":
-        return "the classes have no names, so their text features say nothing; set classnames to a file of names"
-    return "" if classnames == "imagenet" else same_names(names)
-
-
-def of_val(records: Mapping[str, Record]) -> str:
-    """Note about validation images that are test images; empty if there are none."""
+    if names and names[0] == "class 0":
+        yield "the classes have no names, so their text features say nothing; set classnames to a file of names"
+    elif classnames != "imagenet" and (same := same_names(names)):
+        yield same
     test, val = (set(records[name].paths) if name in records else set() for name in ("test", "val"))
-    if not test & val:
-        return ""
-    return (
-        f"{len(test & val)} of {len(val)} validation images are test images, too: what is chosen by them (keep, "
-        "patience, a temperature) is chosen by the test"
-    )
+    if test & val:
+        yield (
+            f"{len(test & val)} of {len(val)} validation images are test images, too: what is chosen by them (keep, "
+            "patience, a temperature) is chosen by the test"
+        )
 
 
 def of_micro_batch(size: int, batch_size: int) -> str:

@@ -69,7 +69,8 @@ def choose_splits(options: SplitSettings, data: AvailableImages, stored: StoredS
         rest = rest[capped_subset(source.labels[rest], options.subset_cap, options.subset_seed)]
     has_paths = isinstance(source, NamedSource)
     splits["train"] = Split(source, _in_stored_order(source, rest, stored) if stored and has_paths else rest)
-    return ChosenSplits(splits, _paths_in_no_split(source, splits) if has_paths else (), ())
+    unused = _paths_in_no_split(source, splits) if has_paths else ()
+    return ChosenSplits(splits, unused, (), class_names=names)
 
 
 def _hold_out(
@@ -146,7 +147,8 @@ def _restored(data: AvailableImages, stored: StoredSplits) -> ChosenSplits | Non
     known |= {*stored.unused, *stored.unreadable}
     unused = _paths_in_no_split(data.train, splits)
     new = tuple(path for path in unused if path not in known)
-    return ChosenSplits(splits, tuple(path for path in unused if path in known), new)
+    unused = tuple(path for path in unused if path in known)
+    return ChosenSplits(splits, unused, new, class_names=data.outline.class_names)
 
 
 def _paths_in_no_split(source: Source, splits: Mapping[str, Split]) -> tuple[str, ...]:

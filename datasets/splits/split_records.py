@@ -135,6 +135,8 @@ class ChosenSplits:
     """Path of an image that cannot be read → the reason."""
     left_out: int = 0
     """Number of unreadable images that are left out of training."""
+    class_names: tuple[str, ...] = ()
+    """C names in the order of the labels."""
 
     def has(self, path: str) -> bool:
         """Whether the image of a path is there, also if it is in no split; false for built-in data.

@@ -1,8 +1,9 @@
 """Decides which parts of a command are already finished, and whether the data have changed since."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from tailtune.configs import CfgNode, schema_of
@@ -11,7 +12,8 @@ from tailtune.datasets.build_records import build_records
 from tailtune.datasets.sources.named_source import MissingData
 from tailtune.datasets.splits.compare_records import compare_records, first_few, seen_in_training
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits
-from tailtune.trainers.runs.run_folder import FACTS, RunFolder, kept_splits
+from tailtune.trainers.runs.run_folder import FACTS, RunFolder
+from tailtune.trainers.runs.trained_images import trained_on
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
 
@@ -164,6 +166,8 @@ def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Deci
     for name in ("train", "val"):
         if described := _difference(kept, now, name, {"train": "training", "val": "validation"}[name]):
             _train_changed(command, folder, plan, described)
+    if chosen is not None and not plan.trains and (described := _renamed(folder, chosen.class_names)):
+        _train_changed(command, folder, plan, described)
     plan.notes += _new_images(chosen)
     described = _difference(kept, now, "test", "test")
     if not described:
@@ -235,6 +239,15 @@ def _train_changed(command: Command, folder: RunFolder, plan: Decision, describe
         )
 
 
+def _renamed(folder: RunFolder, names: Sequence[str]) -> str:
+    """Describe a class that has another name than when a finished run was trained; empty if there is none."""
+    if folder.foreign is not None or not (folder.source / FACTS).exists():
+        return ""
+    before = read_json(folder.source / FACTS)["class_names"]
+    both = enumerate(zip_longest(before, names))
+    return next((f"class {label} is '{now}' and not '{was}' any more" for label, (was, now) in both if was != now), "")
+
+
 def _new_images(chosen: ChosenSplits | None) -> list[str]:
     """A note about images that were added after the run recorded its splits; an empty list if there are none."""
     if chosen is None or not chosen.new:
@@ -244,40 +257,6 @@ def _new_images(chosen: ChosenSplits | None) -> list[str]:
         f"{count} new since the run wrote its splits down ({first_few(chosen.new)}), and in none of them; "
         "`resume False` starts over with all images"
     ]
-
-
-def trained_on(folder: RunFolder, kept: StoredSplits | None) -> list[Record]:
-    """The training images of every run that contributed to the evaluated model.
-
-    These are the run itself, the runs that `ensemble_runs` names, and the runs that each of them continued (`after`) or
-    merged (`merge_runs`).
-
-    Args:
-        folder: run folder of the command.
-        kept: splits recorded by the run; None if the run has not recorded any.
-
-    Returns:
-        The different training splits. Runs that have not recorded their splits are missing.
-    """
-    homes = [folder.source, *folder.soup] if folder.foreign is None else []
-    for home in homes:  # grows in the loop
-        homes += [earlier for earlier in _earlier(home) if earlier not in homes]
-    recorded = [splits for splits in (kept, *map(_kept_or_none, homes)) if splits is not None]
-    return list({splits.records["train"].fingerprint: splits.records["train"] for splits in recorded}.values())
-
-
-def _kept_or_none(home: Path) -> StoredSplits | None:
-    """The splits recorded by the run in a folder; None if they are missing or damaged."""
-    try:
-        return kept_splits(home)
-    except Damaged:
-        return None
-
-
-def _earlier(home: Path) -> list[Path]:
-    """Folders of the runs from whose weights the run in a folder started (options `after` and `merge_runs`)."""
-    facts = read_json(home / FACTS) if (home / FACTS).exists() else {}
-    return [Path(name) for name in (facts.get("after"), *facts.get("merged", ())) if name]
 
 
 def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -> bool:

@@ -185,7 +185,8 @@ class RunFolder(OwnedFolder):
         Files that do not exist are left out.
         """
         cfg = self.cfg
-        names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
+        of_command = [cfg.target_prior, cfg.dirichlet_list, *([cfg.classnames] if cfg.zero_shot else [])]
+        names = [name for name in of_command if name and "." in name]
         if cfg.shift_files:
             names += [
                 cfg.shift_files.replace("{name}", shift) for shift in distribution_names(DistributionSettings.of(cfg))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -116,6 +117,7 @@ class Builders:
             trains: whether the command trains the run that it evaluates.
         """
 
+        @cache  # it asks the file system for each image
         def images(split: str, fingerprint: str | None) -> EvaluatedImages:
             return EvaluatedImages.of(cfg, folder.kept(), split, fingerprint)
 

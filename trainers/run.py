@@ -49,9 +49,10 @@ from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_meth
 from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
-from tailtune.trainers.runs.resume_decision import Decision, trained_on
+from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
 from tailtune.trainers.runs.run_lock import RunLock
+from tailtune.trainers.runs.trained_images import trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import read_json
@@ -198,8 +199,8 @@ class _Run:
             self.evaluation.note(text, warn=True)
         texts = cfg.zero_shot or classifies_by_text(cfg) or cfg.init_head in NEEDS_TEXT
         texts = texts or ensemble_named(cfg.ensemble).text
-        if texts and names[0] == "class 0" and not model.random_base:
-            text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
+        read = names if texts and not model.random_base else ()
+        for text in training_notes.of_data(cfg.classnames, read, data.records):
             self.evaluation.note(text, warn=True)
         trained = [data.records["train"]] if self.plan.trains else trained_on(self.folder, self.kept)
         for split in ("test", "val"):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tailtune.datasets.long_tail import shot_masks
+from tailtune.datasets.sources.class_names import same_names
 
 SCHEMA = 1
 """Version of the JSON report; docs/data.md describes it."""
@@ -64,6 +65,8 @@ class Findings:
             for number, what in ((len(split.missing), "missing"), (len(split.unreadable), "unreadable")):
                 if number:
                     found.append(f"{number:,} of {sum(split.counts):,} {name} images are {what}")
+        if same := same_names(self.class_names):
+            found.append(same)
         found += [f"{file} {self.lists[file]}" for file in self.bad_lists]
         found += [f"{file}: {problem}" for file, problem in self.files.items() if problem]
         if self.exact:

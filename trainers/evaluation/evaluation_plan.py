@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -100,8 +101,8 @@ class Builders:
 
     info: Callable[[], DataInfo]
     """→ properties of the data on which the evaluated run was trained."""
-    distributions: Callable[[DataInfo, Tensor], tuple[TestDistribution, ...]]
-    """(properties of the data, labels of the test images [N]) → the test distributions."""
+    distributions: Callable[[DataInfo, Tensor, str | None], tuple[TestDistribution, ...]]
+    """(properties of the data, labels of the test images [N], their fingerprint) → the test distributions."""
     outline: Callable[[], Method]
     """→ the method of this command, on the meta device."""
     assumed: Callable[[], Assumed]
@@ -118,12 +119,21 @@ class Builders:
             folder: folder of the run that is evaluated.
             trains: whether the command trains the run that it evaluates.
         """
+
+        @cache  # it asks the file system for each image
+        def images(split: str, fingerprint: str | None) -> EvaluatedImages:
+            return EvaluatedImages.of(cfg, folder.kept(), split, fingerprint)
+
+        def distributions(info: DataInfo, labels: Tensor, fingerprint: str | None) -> tuple[TestDistribution, ...]:
+            options = DistributionSettings.of(cfg)
+            return build_distributions(options, info, labels, lambda: images("test", fingerprint).indices)
+
         return cls(
             info=lambda: build_info(cfg, None if trains else folder.class_counts()),
-            distributions=lambda info, labels: build_distributions(DistributionSettings.of(cfg), info, labels),
+            distributions=distributions,
             outline=lambda: outline(cfg),
             assumed=lambda: Assumed.of(folder, cfg),
-            images=lambda split, fingerprint: EvaluatedImages.of(cfg, folder.kept(), split, fingerprint),
+            images=images,
         )
 
 

@@ -120,6 +120,31 @@ def test_what_is_kept_and_what_is_lost(name: str, first: tuple[object, ...], con
         method.start_from(trained_state(earlier(config, *first)))
 
 
+@torch.no_grad()
+def stir_updates(method: Method) -> Method:
+    """Move low-rank updates away from 0."""
+    for name, each in method.named_parameters():
+        if "lora_B" in name:
+            each.fill_(0.1)
+    return method
+
+
+@pytest.mark.parametrize("tuner", [("clip_lora", True), ("peft", "LoRA", "peft_args", "{lora_dropout: 0.5}")])
+def test_a_frozen_encoder_has_no_dropout(tuner: tuple[object, ...], config: Config) -> None:
+    method = stir_updates(build(config, "crt", *tuner)).train()
+    in_training, encoder = method.model.features(images()), method.model.encoder
+    assert torch.equal(in_training, method.eval().model.features(images()))
+    assert encoder.is_constant and encoder.constant_blocks == encoder.depth and not method.batch_coupled
+
+
+def test_texts_of_a_frozen_tower_have_no_dropout(config: Config) -> None:
+    """What is computed in training is kept, and an evaluation reads it."""
+    words = ("classifier", "TextClassifier", "text_clip_lora", True)
+    trained, evaluated = (stir_updates(build(config, "lws", *words, experts=1)) for _ in range(2))
+    in_training = trained.train().model.head.class_features()
+    assert torch.equal(in_training, evaluated.eval().model.head.class_features())
+
+
 @pytest.mark.parametrize("prec", PRECISIONS)
 @pytest.mark.parametrize("tuner", ["full_tuning", "adaptformer"])
 @torch.no_grad()

@@ -70,6 +70,11 @@ class Encoder(StagedModule):
         self.requires_grad_(False)
 
     @property
+    def width(self) -> int:
+        """Width D of the transformer; of another network, that of its feature."""
+        return self.feature_dim
+
+    @property
     def depth(self) -> int:
         """How many blocks there are."""
         return len(self.blocks)

@@ -31,7 +31,7 @@ class Case:
     selected: int
     """Number of blocks that the tuner acts on."""
     width: int
-    """Size of the feature of the backbone."""
+    """Width D of the transformer, see `Encoder.width`."""
     rules: str = "lift"
     """An entry of RULES."""
 

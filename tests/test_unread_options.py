@@ -69,7 +69,7 @@ READ_BY_CHOSEN = (
     "tau 2",
     "scale 30 classifier LinearClassifier loss_type LDAM",
     "method mixup mixup.inner ride num_experts 2 loss_type CE ride.diversity -1",
-    "balpoe.taus none",
+    "tau 1 loss_type BS",
 )
 
 
@@ -81,7 +81,7 @@ def test_an_option_of_another_loss_classifier_or_method_is_named(words: str, con
 
 
 @pytest.mark.parametrize("words", READ_BY_CHOSEN)
-def test_an_option_of_what_is_chosen_passes(words: str, config: Config) -> None:
+def test_an_option_of_what_is_chosen_or_its_default_passes(words: str, config: Config) -> None:
     check(config("fake_lt", "tiny_clip", "pretrained", "none", *words.split()))
 
 

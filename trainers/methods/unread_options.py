@@ -1,9 +1,9 @@
-"""`refuse_unread_options`: an option of losses, classifiers or methods that the command line gives and nothing reads."""
+"""`refuse_unread_options`: options of losses, classifiers or methods that the command line gives and nothing reads."""
 
 from collections import defaultdict
 from collections.abc import Mapping
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.option import key_names, value_of
 from tailtune.configs.run_names import methods_in_use
@@ -34,6 +34,6 @@ def refuse_unread_options(cfg: CfgNode, methods: Mapping[str, type]) -> None:
     chosen = {("loss_type", cfg.loss_type), ("classifier", cfg.classifier)}
     chosen |= {("method", name) for name in methods_in_use(cfg)}
     for key in cfg.given or ():
-        if key in readers and chosen.isdisjoint(readers[key]) and value_of(cfg, key) is not None:
+        if key in readers and chosen.isdisjoint(readers[key]) and value_of(cfg, key) != schema_of(cfg)[key].default:
             shown = " or ".join(" ".join(reader) for reader in readers[key])
             raise UserError(f"{key} {value_of(cfg, key)} does nothing: nothing but {shown} reads it; leave {key} out")

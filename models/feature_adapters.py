@@ -46,6 +46,7 @@ class FeatureAdapterOptions:
         least=0.0,
         most=1.0,
         zero_shot=False,
+        held_with="texts",
     )
     projection: bool = option(
         False,

@@ -1,6 +1,7 @@
 """Classifiers made after the representation: cRT, LWS, tau-normalisation."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from yacs.config import CfgNode
 
-from tailtune.configs import UserError
+from tailtune.configs import UserError, load_configs
 from tailtune.datasets.build_data import build_info
 from tailtune.models import build_model
 from tailtune.models.heads.expert_heads import heads_of
-from tailtune.trainers.config_checks import check
+from tailtune.trainers.config_checks import check, validate
 from tailtune.trainers.methods import Method, build_method
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.precision import PRECISIONS, cast_trainable
 from tailtune.trainers.storage.checkpoint import trained_state
 from tailtune.trainers.storage.resume_states import ResumeStates
@@ -118,6 +120,31 @@ def test_what_is_kept_and_what_is_lost(name: str, first: tuple[object, ...], con
     method = build(config, name, "adaptformer", True)
     with pytest.raises(UserError, match="which did not" if name == "lws" else "more tensors"):
         method.start_from(trained_state(earlier(config, *first)))
+
+
+TEXTS = "method lws classifier TextClassifier after.classifier TextClassifier"
+OTHERWISE = {
+    "clip_lora_alpha": "method crt clip_lora True after.clip_lora True clip_lora_alpha 8",
+    "adaptformer_scale": "method crt adaptformer True after.adaptformer True adaptformer_scale 0.1"
+    " after.adaptformer_scale 0.7",
+    "peft": "method crt peft LoRA after.peft rsLoRA",
+    "peft_args": "method crt peft LoRA after.peft LoRA peft_args '{lora_alpha: 64}'",
+    "clip_adapter_ratio": f"{TEXTS} clip_adapter original after.clip_adapter original clip_adapter_ratio 0.9",
+    "text_adaptformer_scale": f"{TEXTS} text_adaptformer True after.text_adaptformer True text_adaptformer_scale 0.1"
+    " after.text_adaptformer_scale 0.7",
+    "text_tuner_args": f"{TEXTS} text_clip_lora True after.text_clip_lora True"
+    " text_tuner_args '{text_clip_lora: {alpha: 8}}'",
+    "prompt": f"{TEXTS} text_lora True after.text_lora True prompt classname",
+}
+"""Option that no tensor shows → words that set it for one of two stages, or otherwise for both."""
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_what_no_tensor_shows_has_to_be_that_of_the_earlier_run(option: str) -> None:
+    words = shlex.split(f"after tiny_clip pretrained none {OTHERWISE[option]}")
+    stages = load_configs("fake_lt", "tiny_clip", words, declared())
+    with pytest.raises(UserError, match=rf"whose {option} is .* give both the same"):
+        validate(stages)
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ def validate(
         method.fits(earlier)
         kept = {"encoder"} if method.frozen_trained else set()
         kept |= {"head"} if kept and not method.discards("model.head.") else set()
+        kept |= {"texts"} if "head" in kept and method.model.text is not None else set()
         for key, entry in schema_of(cfg).items():
             if entry.held_with in kept and (now := value_of(cfg, key)) != (then := value_of(before, key)):
                 raise UserError(

@@ -129,7 +129,7 @@ class AdaptFormerOptions(AdapterOptions):
     """AdaptFormer."""
 
     scale: float | str = option(
-        "learnable", "Factor on AdaptFormer's output: `learnable`, or a fixed number.", as_scale
+        "learnable", "Factor on AdaptFormer's output: `learnable`, or a fixed number.", as_scale, held_with="encoder"
     )
 
 
@@ -138,7 +138,9 @@ class ClipLoraOptions(TunerOptions):
     """CLIP-LoRA, in the image encoder and in the text tower."""
 
     rank: int = option(2, "Rank of CLIP-LoRA, in both encoders.", least=1, most=4096)
-    alpha: float = option(1.0, "CLIP-LoRA multiplies its updates with this number over the root of the rank.")
+    alpha: float = option(
+        1.0, "CLIP-LoRA multiplies its updates with this number over the root of the rank.", held_with="encoder"
+    )
     dropout: float = option(
         0.25, "Share of the inputs of CLIP-LoRA's updates that are set to 0 in training.", least=0.0, most=0.99
     )

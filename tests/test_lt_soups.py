@@ -23,7 +23,7 @@ from tailtune.models import resolve
 from tailtune.scripts import _grid
 from tailtune.trainers.config_checks import outline
 from tailtune.trainers.runs import merged_runs, resume_decision
-from tailtune.trainers.runs.merged_runs import MergeOptions, merge_weights, merged
+from tailtune.trainers.runs.merged_runs import MergeOptions, merged
 from tailtune.trainers.runs.run_folder import FACTS
 
 Config = Callable[..., CfgNode]
@@ -31,15 +31,13 @@ CAPS = (5, 10, 20, 40, 80, 160, 320)
 SIZES = (500, 949, 1705, 2926, 4777, 7296, 9959)
 
 
-def test_sizes_and_weights_are_those_of_the_fixture(config: Config) -> None:
+def test_sizes_are_those_of_the_fixture(config: Config) -> None:
     sizes = []
     for cap in CAPS:
         info = build_info(resolve(config("cifar100_ir100", "tiny_clip", "subset_cap", cap)))
         sizes.append(int(info.class_counts.sum()))
         assert {name: len(each) for name, each in info.groups.items()} == {"many": 35, "med": 35, "few": 30}
     assert tuple(sizes) == SIZES
-    wanted = [0.000219, 0.000510, 0.001701, 0.005670, 0.018900, 0.063000, 0.21, 0.7]
-    assert merge_weights(7, 0.7) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_grid_trains_for_the_steps_of_the_fixture() -> None:
@@ -99,6 +97,14 @@ def test_runs_are_merged_one_after_another() -> None:
     assert found["weight"].tolist() == pytest.approx([0.3 * 0.7 * 1.5 + 0.7 * 7] * 2)
     assert found["weight"].dtype == torch.float32 and found["positions"].tolist() == [3, 5]
     assert merged(start, MergeOptions([]), numbered)["weight"].tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("paths")
+def test_the_weights_of_seven_runs_are_those_of_the_fixture() -> None:
+    tensors = [{"weight": row} for row in torch.eye(8)]
+    found = merged(tensors[0], MergeOptions([*"1234567"]), lambda checkpoint: tensors[int(checkpoint.parent.name)])
+    wanted = [0.000219, 0.000510, 0.001701, 0.005670, 0.018900, 0.063000, 0.21, 0.7]
+    assert found["weight"].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.usefixtures("paths")

@@ -23,9 +23,9 @@ class Method(StagedModule):
 
     A new method usually overrides `loss`, which gets the experts' logits. A method whose loss needs more than logits
     overrides `forward`. Other code reads the properties below and never tests for a class; a subclass overrides them
-    by a property or a class attribute. Two of them are class attributes, since they are read before a model is built.
+    by a property or a class attribute.
 
-    Class attributes:
+    Class attributes, of which some are read before a model is built:
         Options: dataclass; its fields are the options `<method>.<field>`, with their texts in `metadata["doc"]`.
         depends_on_batch: whether the loss of an image depends on the other images of its micro-batch.
         continues_from_earlier_run: whether the method needs a finished run, which `after` names.

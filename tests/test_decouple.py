@@ -87,6 +87,8 @@ def test_tau_norm(experts: int, config: Config) -> None:
         assert torch.allclose(own.get_parameter("weight"), rows, atol=1e-6)
         assert not own.get_parameter("bias").any() and old.get_parameter("bias").any()
     assert not method.param_groups()
+    wrapped = build(config, "mixup", "mixup.inner", "tau_norm", "num_epochs", 0, *LINEAR, experts=experts)
+    assert method.changes_start and wrapped.changes_start, "so the prior is not that of the earlier run"
     equal = build(config, "tau_norm", *LINEAR, "tau_norm.power", 1, experts=experts)
     equal.start_from(trained_state(first))
     assert torch.allclose(heads_of(equal.model.head)[0].get_parameter("weight").norm(dim=1), torch.ones(10))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
-from tailtune.models.backbones.encoder import Encoder, StagedModule
+from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.staged_module import StagedModule
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import Prior, effective_weights, log_prior
 from tailtune.trainers.methods.earlier import Earlier
@@ -43,9 +44,7 @@ class Method(StagedModule):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__()
-        self.model = model
-        self.options = options
-        self.objective = objective
+        self.model, self.objective, self.options = model, objective, options
         self.epoch = self._drawn = 0
         self.at_step = 0  # the optimizer step, counted from 1 over the whole run
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 Class = Literal["train", "test", "runtime"]
 Recorded = Literal["", "config", "command"]
-Holder = Literal["", "encoder", "head"]
+Holder = Literal["", "encoder", "head", "texts"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Key:
     """For `runtime` options: where the value is recorded, so that the run can be identified and repeated elsewhere.
     `config`: in the run's config.yaml. `command`: also in the command that an export contains."""
     held_with: Holder = ""
-    """The part of the model that the option changes without a change of its tensors. A later stage that continues this
-    part needs the same value, because the checkpoint does not show it."""
+    """The part of the model that the option changes without a change of its tensors; `texts` are the text features of a
+    classifier. A later stage that continues this part needs the same value, because the checkpoint does not show it."""
     zero_shot: bool = True
     """The option also applies to the zero-shot classifier. False for additions to the backbone and training options."""
     holds_out: bool = False

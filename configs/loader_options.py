@@ -39,6 +39,6 @@ class LoaderOptions:
         internal=True,
     )
     given: list[str] | None = option(
-        None, "Options of the command line, by name.", as_names, cls="runtime", internal=True
+        None, "Options of the command line, by name.", as_names, cls="runtime", internal=True, zero_shot=False
     )
     micro_explicit: bool = option(False, "The user has set micro_batch_size.", cls="runtime", internal=True)

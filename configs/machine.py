@@ -23,26 +23,42 @@ def local_processes() -> int:
     return max(1, int(count)) if count.isdecimal() else 1
 
 
+def total_memory() -> int:
+    """Bytes of main memory that the machine has, or the container or batch job of this process if that is less."""
+    limits = (_limit(group) for group in _cgroups())
+    return min([psutil.virtual_memory().total, *(each for each in limits if each is not None)])
+
+
 def free_memory() -> int:
     """Bytes of memory that this process can still use, within the limit of its container or batch job."""
-    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+    left = (_left(group) for group in _cgroups())
+    return min([psutil.virtual_memory().available, *(each for each in left if each is not None)])
 
 
-def _left_in_cgroups() -> list[int]:
-    """What the limit of this process's control group, and of each group around it, leaves."""
+def _cgroups() -> list[Path]:
+    """This process's control group, and the groups around it; empty where there are none."""
     try:
         own = next(line for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         return []
     group = CGROUPS / own.removeprefix("0::").lstrip("/")
-    return [left for each in (group, *group.parents) if (left := _left(each)) is not None]
+    return [group, *group.parents]
+
+
+def _limit(group: Path) -> int | None:
+    """The limit of a group, in bytes."""
+    try:
+        return int((group / "memory.max").read_text())
+    except (OSError, ValueError):  # no limit is called `max`
+        return None
 
 
 def _left(group: Path) -> int | None:
     """Bytes below the limit of a group. Cached files do not count, because Linux drops them."""
+    limit = _limit(group)
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        used = int((group / "memory.current").read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))
-    except (OSError, ValueError):  # no limit is called `max`
+        return None if limit is None else max(0, limit - used + int(statistics.get("inactive_file", 0)))
+    except (OSError, ValueError):
         return None

@@ -47,10 +47,7 @@ def config_hash(cfg: CfgNode) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    schema = schema_of(cfg)
-    used = [cfg.method]
-    while (inner := cfg.get(used[-1], {}).get("inner")) and inner not in used:
-        used.append(inner)
+    schema, used = schema_of(cfg), methods_in_use(cfg)
     values = values_of(cfg, TRAIN)
     kept = {
         key: value
@@ -58,6 +55,14 @@ def config_hash(cfg: CfgNode) -> str:
         if (schema[key].method in used if schema[key].method else value != schema[key].default)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def methods_in_use(cfg: CfgNode) -> list[str]:
+    """The method of a config, and the methods that it wraps, from the outside to the inside."""
+    used = [cfg.method]
+    while (inner := cfg.get(used[-1], {}).get("inner")) and inner not in used:
+        used.append(inner)
+    return used
 
 
 def run_name(schema: Schema, chosen: Values, base: Values, earlier: Mapping[str, str]) -> str:

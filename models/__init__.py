@@ -140,7 +140,7 @@ def tuner_options(cfg: CfgNode, names: Iterable[str], classes: int, encoder: Enc
     for name in (name for name in names if name in TUNERS):
         options = options_from(type(TUNERS[name].options), cfg, name, separator="_")
         selected = len(TUNERS[name].blocks_of(encoder, options, cfg.partial))
-        found[name] = options.filled(Case(classes, encoder.depth, selected, encoder.feature_dim, cfg.tuner_rules))
+        found[name] = options.filled(Case(classes, encoder.depth, selected, encoder.width, cfg.tuner_rules))
     return found
 
 

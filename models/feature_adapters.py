@@ -46,7 +46,7 @@ class FeatureAdapterOptions:
         least=0.0,
         most=1.0,
         zero_shot=False,
-        held_with="head",
+        held_with="texts",
     )
     projection: bool = option(
         False,
@@ -73,7 +73,8 @@ class OriginalAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, d] → [B, d]."""
-        changed = F.relu(F.linear(F.relu(F.linear(x, *_like(x, self.down_proj))), *_like(x, self.up_proj)))
+        hidden = F.relu(F.linear(x, self.down_proj.weight.to(x.dtype)))
+        changed = F.relu(F.linear(hidden, self.up_proj.weight.to(x.dtype)))
         return self.ratio * changed + (1 - self.ratio) * x
 
 
@@ -83,10 +84,6 @@ class ResidualAdapter(BottleneckAdapter):
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, d] → [B, d]."""
         return x + self.bottleneck(x, x.dtype)
-
-
-def _like(x: Tensor, layer: nn.Linear) -> tuple[Tensor]:
-    return (layer.weight.to(x.dtype),)
 
 
 def add_feature_adapters(

@@ -56,6 +56,7 @@ class ModelOptions:
         "Sentences that the text encoder reads for each class, for init_head text_feat and zero_shot: a name of the "
         "table, or a sentence with {} for the class name.",
         table="PROMPTS",
+        held_with="texts",
     )
     descriptors: str | None = option(
         None,
@@ -111,6 +112,7 @@ class TunerPlaceOptions:
         as_str,
         table="PEFTS",
         zero_shot=False,
+        held_with="encoder",
     )
     peft_args: dict[str, object] | None = option(
         None,

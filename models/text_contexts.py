@@ -53,7 +53,7 @@ class ContextOptions:
         key="context_position",
         choices=("end", "middle", "front"),
         zero_shot=False,
-        held_with="head",
+        held_with="texts",
     )
     per_class: bool = option(
         False,

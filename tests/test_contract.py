@@ -81,7 +81,7 @@ def earlier(cfg: CfgNode) -> Earlier:
     """What an earlier run with the same parts hands on, at the start of the run after it; it has trained nothing."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.method, cfg.pair_sampler = "classify", None
+    cfg.method, cfg.pair_sampler, cfg.given = "classify", None, None
     found = build(cfg)
     return Earlier(True, lambda: trained_state(found), lambda: found.eval().requires_grad_(False))
 

@@ -1,7 +1,7 @@
 """Classifiers made after the representation: cRT, LWS, tau-normalisation."""
 
 import json
-import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ def test_tau_norm(experts: int, config: Config) -> None:
         assert torch.allclose(own.get_parameter("weight"), rows, atol=1e-6)
         assert not own.get_parameter("bias").any() and old.get_parameter("bias").any()
     assert not method.param_groups()
+    wrapped = build(config, "mixup", "mixup.inner", "tau_norm", "num_epochs", 0, *LINEAR, experts=experts)
+    assert method.changes_start and wrapped.changes_start, "so the prior is not that of the earlier run"
     equal = build(config, "tau_norm", *LINEAR, "tau_norm.power", 1, experts=experts)
     equal.start_from(trained_state(first))
     assert torch.allclose(heads_of(equal.model.head)[0].get_parameter("weight").norm(dim=1), torch.ones(10))
@@ -122,19 +124,54 @@ def test_what_is_kept_and_what_is_lost(name: str, first: tuple[object, ...], con
         method.start_from(trained_state(earlier(config, *first)))
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("clip_lora True after.clip_lora True after.clip_lora_alpha 4", "clip_lora_alpha is 4.0, not 1.0"),
-        ("adaptformer_scale 1 after.adaptformer_scale 2 adaptformer True after.adaptformer True", "is 2.0, not 1.0"),
-        ("peft LoRA peft_args {r: 2} after.peft LoRA after.peft_args {r: 2, lora_alpha: 3}", "peft_args is .*, not {"),
-    ],
-)
-def test_a_tuner_that_is_held_has_the_factor_that_it_was_trained_with(words: str, message: str) -> None:
-    """The factor is no tensor, so the checkpoint does not show it."""
-    pairs = ["method", "crt", "after", "tiny_clip", "sampler", "balanced", *re.split(r" (?![^{]*})", words)]
-    with pytest.raises(UserError, match=message):
-        validate(load_configs("fake_lt", "tiny_clip", pairs, declared()))
+TEXTS = "method lws classifier TextClassifier after.classifier TextClassifier"
+OTHERWISE = {
+    "clip_lora_alpha": "method crt clip_lora True after.clip_lora True clip_lora_alpha 8",
+    "adaptformer_scale": "method crt adaptformer True after.adaptformer True adaptformer_scale 0.1"
+    " after.adaptformer_scale 0.7",
+    "peft": "method crt peft LoRA after.peft rsLoRA",
+    "peft_args": "method crt peft LoRA after.peft LoRA peft_args '{lora_alpha: 64}'",
+    "clip_adapter_ratio": f"{TEXTS} clip_adapter original after.clip_adapter original clip_adapter_ratio 0.9",
+    "text_adaptformer_scale": f"{TEXTS} text_adaptformer True after.text_adaptformer True text_adaptformer_scale 0.1"
+    " after.text_adaptformer_scale 0.7",
+    "text_tuner_args": f"{TEXTS} text_clip_lora True after.text_clip_lora True"
+    " text_tuner_args '{text_clip_lora: {alpha: 8}}'",
+    "prompt": f"{TEXTS} text_lora True after.text_lora True prompt classname",
+}
+"""Option that no tensor shows → words that set it for one of two stages, or otherwise for both."""
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_what_no_tensor_shows_has_to_be_that_of_the_earlier_run(option: str) -> None:
+    words = shlex.split(f"after tiny_clip pretrained none {OTHERWISE[option]}")
+    stages = load_configs("fake_lt", "tiny_clip", words, declared())
+    with pytest.raises(UserError, match=rf"whose {option} is .* give both the same"):
+        validate(stages)
+
+
+@torch.no_grad()
+def stir_updates(method: Method) -> Method:
+    """Move low-rank updates away from 0."""
+    for name, each in method.named_parameters():
+        if "lora_B" in name:
+            each.fill_(0.1)
+    return method
+
+
+@pytest.mark.parametrize("tuner", [("clip_lora", True), ("peft", "LoRA", "peft_args", "{lora_dropout: 0.5}")])
+def test_a_frozen_encoder_has_no_dropout(tuner: tuple[object, ...], config: Config) -> None:
+    method = stir_updates(build(config, "crt", *tuner)).train()
+    in_training, encoder = method.model.features(images()), method.model.encoder
+    assert torch.equal(in_training, method.eval().model.features(images()))
+    assert encoder.is_constant and encoder.constant_blocks == encoder.depth and not method.batch_coupled
+
+
+def test_texts_of_a_frozen_tower_have_no_dropout(config: Config) -> None:
+    """What is computed in training is kept, and an evaluation reads it."""
+    words = ("classifier", "TextClassifier", "text_clip_lora", True)
+    trained, evaluated = (stir_updates(build(config, "lws", *words, experts=1)) for _ in range(2))
+    in_training = trained.train().model.head.class_features()
+    assert torch.equal(in_training, evaluated.eval().model.head.class_features())
 
 
 @pytest.mark.parametrize("prec", PRECISIONS)

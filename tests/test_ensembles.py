@@ -315,7 +315,11 @@ def test_class_names_and_descriptions_that_changed_are_read_again(own_images: st
     Path("names.txt").write_text("two\none\nthree\n")
     for more in ("", "test_dists uniform"):
         refused = launch(words, more)
-        assert refused.returncode == 2 and "other classes" in refused.stderr and "resume False" in refused.stderr
+        assert (
+            refused.returncode == 2
+            and "class 0 is 'two' and not 'one'" in refused.stderr
+            and "resume False" in refused.stderr
+        )
 
 
 def test_wise_of_class_means_of_other_images_is_refused(own_images: str, launch: Cli) -> None:

@@ -201,7 +201,7 @@ def test_patterns_and_numbers_for_peft(value: str, told: Told, monkeypatch: pyte
 
 def test_a_model_that_this_machine_cannot_hold(launch: Cli, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run may be of another machine's work."""
-    monkeypatch.setattr("tailtune.trainers.config_checks.memory", lambda: 10**6)
+    monkeypatch.setattr("tailtune.trainers.config_checks.total_memory", lambda: 10**6)
     assert told("adapter_dim", 4096) == ""
     one_line(launch(f"{FAKE} adapter_dim 4096"), "parameters", "GB", "adapter_dim", "num_classes")
     assert not Path("output").exists()

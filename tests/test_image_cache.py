@@ -31,6 +31,7 @@ from tailtune.datasets.loading.data_loader import FEWEST_IMAGES, chosen_workers,
 from tailtune.datasets.loading.input_times import InputTimes
 from tailtune.datasets.loading.samplers import StepSampler
 from tailtune.datasets.view import View
+from tailtune.trainers.micro_batch_probe import budget_of
 
 Config = Callable[..., CfgNode]
 WORDS = ("mine.yaml", "tiny_clip_peft", "pretrained", "none")
@@ -273,8 +274,10 @@ def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     group("job/step", "max", 5, 0)
     group("job", 9000, 5000, 1000)
     assert machine.free_memory() == 5000
+    assert machine.total_memory() == 9000
+    assert budget_of(None, torch.device("cpu")) == 9000, "micro_batch_size auto"
     group("job/step", 100, 500, 0)
-    assert machine.free_memory() == 0
+    assert machine.free_memory() == 0 and machine.total_memory() == 100
 
 
 @pytest.mark.parametrize(

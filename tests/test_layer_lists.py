@@ -340,9 +340,20 @@ def test_parameters_of_aft(loc: str, data: int, config: Config) -> None:
     assert check(cfg).counts()["tuner"] == AFT[loc][data]
 
 
+@pytest.mark.parametrize("tuner", ["mask", "aft"])
+def test_a_share_depends_on_the_width_of_the_blocks_alone(tuner: str, config: Config) -> None:
+    """Text features that train make the encoder end in a narrower space."""
+    words = ("fake_lt", "tiny_clip", "pretrained", "none", "num_classes", 1000, tuner, True)
+    shares = [dry_run(config(*words, *text))[1][f"{tuner}_ratio"] for text in ((), ("classifier", "TextClassifier"))]
+    assert shares[0] == shares[1] == {"mask": 0.108, "aft": aft_ratio(1000, 6, 128, "all")}[tuner]
+
+
 def test_a_share_that_trains_nothing_is_refused(config: Config) -> None:
     with pytest.raises(UserError, match="aft_ratio 0.0 is no share of the weights; choose one above 0 and up to 1"):
         check(config("fake_lt", "tiny_clip", "pretrained", "none", "aft", True, "aft_ratio", 0))
+    for tuner in ("mask", "aft"):
+        with pytest.raises(UserError, match=f"{tuner}_ratio is too small; choose a larger share"):
+            check(config("fake_lt", "tiny_clip", "pretrained", "none", tuner, True, f"{tuner}_ratio", 1e-9))
 
 
 def test_more_classes_than_weights_train_every_weight() -> None:

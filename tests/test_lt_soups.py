@@ -22,8 +22,8 @@ from tailtune.datasets.splits.split_records import Record
 from tailtune.models import resolve
 from tailtune.scripts import _grid
 from tailtune.trainers.config_checks import outline
-from tailtune.trainers.runs import merged_runs, resume_decision
-from tailtune.trainers.runs.merged_runs import MergeOptions, merge_weights, merged
+from tailtune.trainers.runs import merged_runs, trained_images
+from tailtune.trainers.runs.merged_runs import MergeOptions, merged
 from tailtune.trainers.runs.run_folder import FACTS
 
 Config = Callable[..., CfgNode]
@@ -31,15 +31,13 @@ CAPS = (5, 10, 20, 40, 80, 160, 320)
 SIZES = (500, 949, 1705, 2926, 4777, 7296, 9959)
 
 
-def test_sizes_and_weights_are_those_of_the_fixture(config: Config) -> None:
+def test_sizes_are_those_of_the_fixture(config: Config) -> None:
     sizes = []
     for cap in CAPS:
         info = build_info(resolve(config("cifar100_ir100", "tiny_clip", "subset_cap", cap)))
         sizes.append(int(info.class_counts.sum()))
         assert {name: len(each) for name, each in info.groups.items()} == {"many": 35, "med": 35, "few": 30}
     assert tuple(sizes) == SIZES
-    wanted = [0.000219, 0.000510, 0.001701, 0.005670, 0.018900, 0.063000, 0.21, 0.7]
-    assert merge_weights(7, 0.7) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_grid_trains_for_the_steps_of_the_fixture() -> None:
@@ -102,6 +100,14 @@ def test_runs_are_merged_one_after_another() -> None:
 
 
 @pytest.mark.usefixtures("paths")
+def test_the_weights_of_seven_runs_are_those_of_the_fixture() -> None:
+    tensors = [{"weight": row} for row in torch.eye(8)]
+    found = merged(tensors[0], MergeOptions([*"1234567"]), lambda checkpoint: tensors[int(checkpoint.parent.name)])
+    wanted = [0.000219, 0.000510, 0.001701, 0.005670, 0.018900, 0.063000, 0.21, 0.7]
+    assert found["weight"].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.usefixtures("paths")
 def test_runs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="merge_runs: 1"):
         merged({"weight": torch.zeros(3)}, MergeOptions(["1"]), numbered)
@@ -132,9 +138,9 @@ def test_training_images_of_merged_runs_are_known(tmp_path: Path, monkeypatch: p
         facts = {"after": after and str(tmp_path / after), "merged": {str(tmp_path / each): "" for each in runs}}
         (tmp_path / name / FACTS).write_text(json.dumps(facts))
     splits = {name: SimpleNamespace(records={"train": Record(name)}) for name in (*about, "start")}
-    monkeypatch.setattr(resume_decision, "kept_splits", lambda home: splits[home.name])
+    monkeypatch.setattr(trained_images, "kept_splits", lambda home: splits[home.name])
     folder: Any = SimpleNamespace(source=tmp_path / "last", soup=(), foreign=None)
-    assert {each.fingerprint for each in resume_decision.trained_on(folder, None)} == splits.keys()
+    assert {each.fingerprint for each in trained_images.trained_on(folder, None)} == splits.keys()
 
 
 def test_the_start_of_runs_that_were_trained_again_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

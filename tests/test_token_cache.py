@@ -151,13 +151,15 @@ def test_a_run_warns_once_for_each_split(launch: Cli) -> None:
     assert (done.stdout + done.stderr).count("are not kept") == 3
 
 
-def test_dropout_that_goes_on_in_a_frozen_encoder(photographs: Path, config: Config) -> None:
+def test_a_frozen_encoder_has_no_dropout(photographs: Path, config: Config) -> None:
     methods: list[Method] = []
     assert encoded(config, "clip_lora", True, "clip_lora_layers", 2, change=methods.append) is not None
     encoder = methods[0].model.encoder
     assert isinstance(encoder, ViTEncoder) and encoder.constant_blocks == 4
     methods[0].freeze_trained(encoder)
-    assert encoder.constant_blocks == 0 and not encoder.is_constant
+    methods[0].train()
+    assert not any(module.training for module in encoder.tuners.modules())
+    assert encoder.constant_blocks == encoder.depth and encoder.is_constant
 
 
 def test_a_damaged_entry_is_written_again(photographs: Path, config: Config, caplog: pytest.LogCaptureFixture) -> None:

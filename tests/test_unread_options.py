@@ -1,4 +1,4 @@
-"""Options of tuners that the command line sets, and that no chosen tuner reads, end in one line."""
+"""Options that the command line sets, and that no chosen tuner, loss, classifier or method reads, end in one line."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.unread_options import refuse_unread_options
+from tailtune.trainers.config_checks import check
 
 Config = Callable[..., CfgNode]
 UNREAD = {
@@ -50,3 +51,41 @@ def test_a_model_config_may_hold_options_of_a_tuner_that_the_command_line_turns_
     cfg = config("fake_lt", "tiny_clip_peft", "adaptformer", "False")
     assert cfg.adapter_dim == 8
     refuse_unread_options(cfg)
+
+
+@pytest.mark.parametrize("ensemble", ["gla", "logits"])
+def test_the_zero_shot_classifier_of_a_run_leaves_out_what_only_its_tuners_read(ensemble: str, config: Config) -> None:
+    check(config("fake_lt", "tiny_clip_peft", "adapter_dim", 4, "test_only", True, "ensemble", ensemble))
+
+
+OF_OTHERS = {
+    "tau 2 loss_type BS": "tau 2.0 does nothing: nothing but loss_type LA reads it; leave tau out",
+    "scale 30 classifier LinearClassifier": "loss_type LDAM or loss_type GCL or classifier CosineClassifier reads it",
+    "tipadapter.alpha 2": "tipadapter.alpha 2.0",
+    "ride.diversity -1": "method ride",
+    "method mixup mixup.inner sade num_experts 2 ride.diversity -1": "method ride",
+}
+READ_BY_CHOSEN = (
+    "tau 2",
+    "scale 30 classifier LinearClassifier loss_type LDAM",
+    "method mixup mixup.inner ride num_experts 2 loss_type CE ride.diversity -1",
+    "tau 1 loss_type BS",
+)
+
+
+@pytest.mark.parametrize("words", OF_OTHERS)
+def test_an_option_of_another_loss_classifier_or_method_is_named(words: str, config: Config) -> None:
+    with pytest.raises(UserError) as error:
+        check(config("fake_lt", "tiny_clip", "pretrained", "none", *words.split()))
+    assert OF_OTHERS[words] in str(error.value)
+
+
+@pytest.mark.parametrize("words", READ_BY_CHOSEN)
+def test_an_option_of_what_is_chosen_or_its_default_passes(words: str, config: Config) -> None:
+    check(config("fake_lt", "tiny_clip", "pretrained", "none", *words.split()))
+
+
+def test_a_model_config_may_hold_options_of_a_loss_that_the_command_line_replaces(config: Config) -> None:
+    cfg = config("cifar10_ir100", "resnet32_ride", "loss_type", "CE", "method", "classify")
+    assert cfg.ride.diversity == -0.45
+    check(cfg)

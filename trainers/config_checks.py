@@ -3,8 +3,6 @@
 The run is built on the meta device, which checks every option. Only image lists and folders are read.
 """
 
-import os
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,6 +11,7 @@ import torch
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
+from tailtune.configs.machine import total_memory
 from tailtune.configs.option import options_from
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
@@ -60,6 +59,7 @@ def validate(
         method.fits(earlier)
         kept = {"encoder"} if method.frozen_trained else set()
         kept |= {"head"} if kept and not method.discards("model.head.") else set()
+        kept |= {"texts"} if "head" in kept and method.model.text is not None else set()
         for key, now, then in differently_held(cfg, before, kept):
             raise UserError(
                 f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {then}, "
@@ -103,7 +103,7 @@ def check(cfg: CfgNode) -> ClassificationModel:
 
 
 def check_memory(method: Method, copies: int) -> None:
-    """Raise a `UserError` if parameters, gradients and optimizer state exceed the main memory of this machine.
+    """Raise a `UserError` if parameters, gradients and optimizer state exceed the main memory of this machine or job.
 
     A head for very many classes, or a rank of a million, would otherwise end in an error of the allocator or in
     swapping.
@@ -114,18 +114,12 @@ def check_memory(method: Method, copies: int) -> None:
     """
     parameters = list(method.parameters())
     needed = sum(4 * weight.numel() * (2 + copies if weight.requires_grad else 1) for weight in parameters)
-    if needed > memory():
+    if needed > (memory := total_memory()):
         raise UserError(
             f"the model has {sum(p.numel() for p in parameters):,} parameters, which take {needed / 1e9:,.1f} GB "
-            f"to train, and this machine has {memory() / 1e9:,.1f}; choose a smaller backbone, num_classes, "
-            "num_experts, adapter_dim, vpt_len or peft_args"
+            f"to train, and there are {memory / 1e9:,.1f} here; choose a smaller backbone, num_classes, num_experts, "
+            "adapter_dim, vpt_len or peft_args"
         )
-
-
-def memory() -> int:
-    """Size of this machine's main memory in bytes; `sys.maxsize` if the system does not report it."""
-    known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
 
 
 def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -> None:

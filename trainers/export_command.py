@@ -29,7 +29,7 @@ def run_export(argv: Sequence[str], load_schema: Callable[[], Schema]) -> int:
         "format", metavar="FORMAT", help="onnx, merged, peft, lift, lift_plus or hub; docs/exports.md describes them"
     )
     parser.add_argument(
-        "options", metavar="KEY VALUE", nargs="*", default=[], help="options of the export, such as export_fp16 True"
+        "options", metavar="KEY VALUE", nargs="*", help="options of the export, such as export_fp16 True"
     )
     args = parser.parse_args(list(argv))
     from tailtune.trainers.runs.load_run import config_of

@@ -2,14 +2,13 @@
 
 import logging
 import math
-import os
 
 import torch
 from accelerate import Accelerator
 
 from tailtune.configs.errors import UserError
+from tailtune.configs.machine import local_processes, total_memory
 from tailtune.models.backbones.recomputation import StatisticsKept, batch_norms
-from tailtune.trainers.config_checks import memory
 from tailtune.trainers.memory_estimate import FEW, MANY, blank_batch
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.micro_batch_size import divisor
@@ -34,7 +33,7 @@ def budget_of(memory_budget_gb: float | None, device: torch.device) -> int:
         return int(memory_budget_gb * GIB)
     if device.type == "cuda":
         return min(DEFAULT_BUDGET, torch.cuda.get_device_properties(device).total_memory)
-    return min(DEFAULT_BUDGET, memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(DEFAULT_BUDGET, total_memory() // local_processes())
 
 
 def largest_micro_batch(

@@ -59,7 +59,7 @@ class Trainer:
         view_of: Callable[[Method, View], View] | None = None,
     ) -> None:
         self.accelerator, self.plan, self.curves, self.view_of = accelerator, plan, curves, view_of
-        self.validation, self.kept = validation, TrainingState(accelerator, states, validation)
+        self.validation, self.state = validation, TrainingState(accelerator, states, validation)
         self.sam = sam_mode(plan.sam)
 
     def fit(self, method: Method, data: DataBundle) -> TrainReport:
@@ -184,7 +184,7 @@ class Trainer:
         if shows:
             run.progress.show(done, self._rate, *run.meters.read(self._sum), validated)
         if saves:
-            self.kept.save(run)
+            self.state.save(run)
         if stops or self.validation.asks_to_stop(validated):
             raise Interrupted
 
@@ -239,12 +239,12 @@ class Trainer:
             log.info("parameters, gradients and optimizer states are sharded over %d processes (FSDP2)", world)
         optimizer = build_optimizer(method.param_groups(), plan)
         meters = TrainingMeters(data.info.num_classes, data.info.groups, accelerator.device)
-        state = self.kept.states.load()
-        report = TrainReport() if state is None else self.kept.resume(*state, method, meters, plan.seed)
+        saved = self.state.states.load()
+        report = TrainReport() if saved is None else self.state.resume(*saved, method, meters, plan.seed)
         method.train()
         wrapped, optimizer = prepared(accelerator, method, optimizer, plan.micro_batch_size)
-        if state is not None:
-            restore_optimizer(optimizer.optimizer, state[0], state[1].get("optimizer"))
+        if saved is not None:
+            restore_optimizer(optimizer.optimizer, saved[0], saved[1].get("optimizer"))
             shard_states(optimizer.optimizer)
         total = self.total_steps(sampler.steps)
         method.before_training(total, sampler.steps)

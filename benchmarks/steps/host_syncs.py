@@ -182,7 +182,7 @@ def _command(argv: Sequence[str]) -> int:
     )
     parser.add_argument("data", metavar="DATA", help="data config")
     parser.add_argument("model", metavar="MODEL", help="model config")
-    parser.add_argument("pairs", nargs="*", default=[], metavar="KEY VALUE", help="options, such as lora True")
+    parser.add_argument("pairs", nargs="*", metavar="KEY VALUE", help="options, such as lora True")
     args = parser.parse_args(argv)
     found = syncs_of_step(load_configs(args.data, args.model, args.pairs, declared()))
     print("\n".join([*found, f"{len(found)} syncs in a step"]))

@@ -9,19 +9,7 @@ from torch import Tensor, nn
 
 from tailtune.configs.errors import UserError
 from tailtune.models.backbones.recomputation import RunPart
-
-
-class StagedModule(nn.Module):
-    """A module of which several runs may each train a part, one run after the other.
-
-    Attributes:
-        frozen_trained: names of the parameters that an earlier run trained and that this run leaves unchanged. Like
-            parameters that train, they keep their dtype and are part of a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen_trained: set[str] = set()
+from tailtune.models.backbones.staged_module import StagedModule
 
 
 class Encoder(StagedModule):
@@ -44,7 +32,7 @@ class Encoder(StagedModule):
         feature_dim: width D of the features.
         experts: the number of branches E.
         tuned_blocks: tuner → indices of the blocks that it acts on.
-        tuners_draw: whether tuners draw random numbers in every training forward, as dropout does.
+        tuners_draw: whether tuners draw random numbers while they train, as dropout does.
         prompted_by_texts: whether parts of the text tower act in it, which train.
         projection: weight [d, D] that the encoder applies to its feature in the end; None if there is none.
         run_part: how the encoder runs one block after another, such as `computed_again`; None: it just calls them.
@@ -70,6 +58,11 @@ class Encoder(StagedModule):
         self.requires_grad_(False)
 
     @property
+    def width(self) -> int:
+        """Width D of the transformer; of another network, that of its feature."""
+        return self.feature_dim
+
+    @property
     def depth(self) -> int:
         """How many blocks there are."""
         return len(self.blocks)
@@ -77,13 +70,12 @@ class Encoder(StagedModule):
     @property
     def batch_coupled(self) -> bool:
         """Whether training depends on which images are in memory at once."""
-        draws = self._peft_draws or self.tuners_draw
-        return self._batch_norms_train or draws and not self._is_frozen
+        return self._batch_norms_train or self._draws
 
     @property
     def is_constant(self) -> bool:
         """Whether the features of an image stay the same while a run trains."""
-        changes = self._batch_norms_train or self._peft_draws or self.tuners_draw or self.prompted_by_texts
+        changes = self._batch_norms_train or self._draws or self.prompted_by_texts
         return not changes and not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
@@ -110,12 +102,12 @@ class Encoder(StagedModule):
 
         Args:
             layers: peft's wrappers, each around one layer of the network.
-            draws: whether they draw random numbers in every training forward, as dropout does.
+            draws: whether they draw random numbers while they train, as dropout does.
         """
         self._peft_layers, self._peft_draws = list(layers), draws
 
     def freeze_trained(self, batch_norms_follow: bool = False) -> None:
-        """From now on leave everything that the tuners have trained as it is.
+        """From now on leave everything that the tuners have trained as it is. They stay in eval mode, without dropout.
 
         Call it while the trained parameters still require gradients: that is how they are found. The caller then
         stops their gradients.
@@ -126,6 +118,11 @@ class Encoder(StagedModule):
         """
         self.frozen_trained |= {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self._is_frozen, self._batch_norms_follow = True, batch_norms_follow
+
+    @property
+    def _draws(self) -> bool:
+        """Whether tuners draw random numbers while a run trains."""
+        return (self._peft_draws or self.tuners_draw) and not self._is_frozen
 
     @property
     def _batch_norms_train(self) -> bool:
@@ -178,9 +175,10 @@ class Encoder(StagedModule):
         return torch.stack([self.branch(shared, expert) for expert in range(self.experts)], dim=1)
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Set the mode of the tuners and of tuned batch norms; the rest of the network stays in eval mode."""
+        """Set the mode of what trains: tuners and tuned batch norms. The rest of the network stays in eval mode."""
         super().train(mode)
         self.net.eval()
+        self.tuners.train(mode and not self._is_frozen)
         for norm in self._trained_batch_norms:
             norm.train(mode and self._batch_norms_train)
         for layer in self._peft_layers:

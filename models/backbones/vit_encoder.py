@@ -87,8 +87,7 @@ class ViTEncoder(TransformerEncoder):
     @property
     def constant_blocks(self) -> int:
         """How many of the first blocks give the same tokens of an image while a run trains, for all experts."""
-        draws = self._peft_draws or self.tuners_draw  # without weights that train only where the encoder is frozen
-        if self.prompted_by_texts or self._batch_norms_train or draws and self.is_frozen:
+        if self.prompted_by_texts or self._batch_norms_train:
             return 0
         trained = [self.first_use(name) for name, each in self.named_parameters() if each.requires_grad]
         return max(0, min([self.depth - self.num_expert_blocks, *trained]))

@@ -66,7 +66,8 @@ def project_qkv(x: Tensor, queries: Tensor, qkv: Any, modules: list[nn.Module]) 
 
     Args:
         x: all tokens [B, N, D].
-        queries: the tokens whose attention is wanted: `x` itself, or its first M tokens [B, M, D].
+        queries: the tokens whose attention is wanted: `x` itself, or M of its tokens [B, M, D], which have to be the
+            first ones where peft has wrapped the layer.
         qkv: the packed layer, D → 3D.
         modules: tuners that act on the layer's weights.
 

@@ -263,7 +263,7 @@ def _insert(encoder: Encoder, name: str, blocks: Sequence[int], options: TunerOp
         with seeded(seed, "tuner", name, index):
             modules = tuner.insert(encoder, index, first)
             if not any(parameter.numel() for module in modules.values() for parameter in module.parameters()):
-                raise UserError(f"{name} finds nothing to train in a block: its share of the weights is too small")
+                raise UserError(f"{name} trains nothing in a block: {name}_ratio is too small; choose a larger share")
             encoder.insert(name, index, modules, tuner.on_weights, 0 if per_expert else None)
         for expert, of_expert in enumerate(later if per_expert else [], start=1):
             with seeded(seed, "tuner", name, index, expert):  # the first expert starts as a single one would

@@ -67,7 +67,7 @@ class TextTunerOptions:
         as_scale,
         key="text_adaptformer_scale",
         zero_shot=False,
-        held_with="head",
+        held_with="texts",
     )
     ratio: float | None = option(
         None,
@@ -86,6 +86,7 @@ class TextTunerOptions:
         as_mapping,
         key="text_tuner_args",
         zero_shot=False,
+        held_with="texts",
     )
 
     def of(self, name: str, options: TunerOptions) -> TunerOptions:

@@ -31,7 +31,7 @@ class Case:
     selected: int
     """Number of blocks that the tuner acts on."""
     width: int
-    """Size of the feature of the backbone."""
+    """Width D of the transformer, see `Encoder.width`."""
     rules: str = "lift"
     """An entry of RULES."""
 
@@ -129,10 +129,7 @@ class AdaptFormerOptions(AdapterOptions):
     """AdaptFormer."""
 
     scale: float | str = option(
-        "learnable",
-        "Factor on AdaptFormer's output: `learnable`, or a fixed number.",
-        as_scale,
-        held_with="encoder",
+        "learnable", "Factor on AdaptFormer's output: `learnable`, or a fixed number.", as_scale, held_with="encoder"
     )
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import generator
 from tailtune.models import ClassificationModel
-from tailtune.models.backbones.encoder import Encoder, StagedModule
+from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.staged_module import StagedModule
 from tailtune.models.heads.head_init import HeadContext
 from tailtune.trainers.losses import Prior, effective_weights, log_prior
 from tailtune.trainers.methods.earlier import Earlier
@@ -23,9 +24,9 @@ class Method(StagedModule):
 
     A new method usually overrides `loss`, which gets the experts' logits. A method whose loss needs more than logits
     overrides `forward`. Other code reads the properties below and never tests for a class; a subclass overrides them
-    by a property or a class attribute. Two of them are class attributes, since they are read before a model is built.
+    by a property or a class attribute.
 
-    Class attributes:
+    Class attributes, of which some are read before a model is built:
         Options: dataclass; its fields are the options `<method>.<field>`, with their texts in `metadata["doc"]`.
         depends_on_batch: whether the loss of an image depends on the other images of its micro-batch.
         continues_from_earlier_run: whether the method needs a finished run, which `after` names.
@@ -43,9 +44,7 @@ class Method(StagedModule):
 
     def __init__(self, model: ClassificationModel, objective: Objective, options: Any = None) -> None:
         super().__init__()
-        self.model = model
-        self.options = options
-        self.objective = objective
+        self.model, self.objective, self.options = model, objective, options
         self.epoch = self._drawn = 0
         self.at_step = 0  # the optimizer step, counted from 1 over the whole run
         self.register_buffer("log_prior", log_prior(objective.class_counts), persistent=False)

@@ -20,6 +20,7 @@ class Wrapper(Method):
         self.inner = inner
         self.frozen_trained = {name if name.startswith("model.") else f"inner.{name}" for name in inner.frozen_trained}
         self.continues_from_earlier_run = self.continues_from_earlier_run or inner.continues_from_earlier_run
+        self.changes_start = inner.changes_start
 
     @property
     def changes_head_logits(self) -> bool:

@@ -22,6 +22,7 @@ from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.images.transforms import eval_side
 from tailtune.models import build_model, find_backbone, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.text_mode import classifies_by_text
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS
 from tailtune.trainers.export import ExportedModel
@@ -179,7 +180,7 @@ def differently_held(cfg: CfgNode, other: CfgNode, parts: Collection[str]) -> It
 
     Args:
         cfg, other: resolved configs.
-        parts: of `encoder` and `head`.
+        parts: of `encoder`, `head` and `texts`.
 
     Returns:
         Name of the option, and its values in both configs.
@@ -200,7 +201,8 @@ def check_same_network(cfg: CfgNode, home: Path, what: str) -> None:
     Raises:
         UserError: an option differs that changes what is computed with the same tensors.
     """
-    for key, here, there in differently_held(cfg, resolve(config_of(home, schema_of(cfg))), ("encoder", "head")):
+    parts = ("encoder", "head", *(["texts"] if classifies_by_text(cfg) else []))
+    for key, here, there in differently_held(cfg, resolve(config_of(home, schema_of(cfg))), parts):
         raise UserError(
             f"{what}: {home} was trained with {key} {there}, and not {here}, so its weights mean something else; name "
             "runs of equal networks"

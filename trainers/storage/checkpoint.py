@@ -13,7 +13,8 @@ from torch import Tensor
 import tailtune
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel
-from tailtune.models.backbones.encoder import Encoder, StagedModule
+from tailtune.models.backbones.encoder import Encoder
+from tailtune.models.backbones.staged_module import StagedModule
 from tailtune.trainers.storage.atomic_io import Digest
 from tailtune.trainers.storage.tensor_files import read_folder, write_folder
 

@@ -21,6 +21,7 @@ from tailtune.datasets.images.regular_files import NotARegularFile
 from tailtune.datasets.long_tail import capped, capped_counts, check_classes
 from tailtune.datasets.sources.available_images import AvailableImages
 from tailtune.datasets.sources.cifar import ARCHIVES, TEST_IMAGES
+from tailtune.datasets.sources.class_names import same_names
 from tailtune.datasets.sources.image_folder import SPLITS
 from tailtune.datasets.sources.listing import Listing
 from tailtune.datasets.sources.published_lists import PUBLISHED
@@ -63,7 +64,7 @@ def verify(request: VerifyRequest) -> Findings:
     with collected_notes() as notes:
         class_names, splits, listings = _read(request)
     findings = _empty_findings(request, class_names)
-    findings.notes = notes
+    findings.notes, findings.wrong_names = notes, "" if request.only else same_names(class_names)
     for name, split in splits.items():
         counts = np.bincount(split.source.labels[split.indices], minlength=len(class_names)).tolist()
         file = listings[name].file if name in listings else None

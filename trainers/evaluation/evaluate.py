@@ -89,7 +89,7 @@ class Evaluation:
         self._stored(LOGITS)
         (_, test_logits), val_logits = stored, val and val[1]
         info = self.build.info()
-        distributions = self._asked(self._distributions(info, test_logits))
+        distributions = self._asked(self.build.distributions(info, test_logits.labels, self.decision.fingerprints))
         self._keep(test_logits, val_logits)
         measured = plain_results(test_logits, distributions, info.groups)
         if self.plan.adapts:
@@ -118,14 +118,11 @@ class Evaluation:
             return None
         return stored_logits(self.folder.path, self._key(name), name)
 
-    def _distributions(self, info: DataInfo, stored: Logits) -> tuple[TestDistribution, ...]:
-        return self.build.distributions(info, stored.labels, self.decision.fingerprints.get("test"))
-
     def _has_learnt(self, path: Path, plain: Logits) -> bool:
         """Whether earlier evaluations have learnt what `adapt` needs for every test distribution of these logits."""
         if not (files := self._learnt_files(path)).fitting:
             return False
-        tests = self._distributions(self.build.info(), plain)
+        tests = self.build.distributions(self.build.info(), plain.labels, self.decision.fingerprints)
         return files.find(tests)[0].keys() >= {test.name for test in tests if len(rows_of(plain, test.positions))}
 
     def _learnt_files(self, logits: Path) -> LearntFiles:

@@ -1,6 +1,6 @@
 """The settings of an evaluation, and functions that build data and models when only stored logits are available."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -101,8 +101,8 @@ class Builders:
 
     info: Callable[[], DataInfo]
     """→ properties of the data on which the evaluated run was trained."""
-    distributions: Callable[[DataInfo, Tensor, str | None], tuple[TestDistribution, ...]]
-    """(properties of the data, labels of the test images [N], their fingerprint) → the test distributions."""
+    distributions: Callable[[DataInfo, Tensor, Mapping[str, str]], tuple[TestDistribution, ...]]
+    """(properties of the data, labels of the test images [N], fingerprints of the splits) → the test distributions."""
     outline: Callable[[], Method]
     """→ the method of this command, on the meta device."""
     assumed: Callable[[], Assumed]
@@ -124,9 +124,9 @@ class Builders:
         def images(split: str, fingerprint: str | None) -> EvaluatedImages:
             return EvaluatedImages.of(cfg, folder.kept(), split, fingerprint)
 
-        def distributions(info: DataInfo, labels: Tensor, fingerprint: str | None) -> tuple[TestDistribution, ...]:
+        def distributions(info: DataInfo, labels: Tensor, prints: Mapping[str, str]) -> tuple[TestDistribution, ...]:
             options = DistributionSettings.of(cfg)
-            return build_distributions(options, info, labels, lambda: images("test", fingerprint).indices)
+            return build_distributions(options, info, labels, lambda: images("test", prints.get("test")).indices)
 
         return cls(
             info=lambda: build_info(cfg, None if trains else folder.class_counts()),

@@ -33,7 +33,7 @@ from tailtune.configs.shipped_configs import KINDS, list_of_configs, list_of_kin
 from tailtune.trainers.cached_schema import cached_schema
 from tailtune.trainers.processes.console_log import show_any_text
 from tailtune.trainers.processes.exit import run_as_process, say
-from tailtune.trainers.processes.interrupts import Interrupted
+from tailtune.trainers.processes.interrupts import Interrupted, interruption
 from tailtune.trainers.processes.launcher import LOST, connection_is_lost, one_is_lost
 from tailtune.trainers.processes.slow_start import loading_shown
 from tailtune.trainers.stages_of_words import stages_of
@@ -113,15 +113,13 @@ def exit_code_and_line(error: BaseException, interrupted: str = "interrupted") -
 
     Args:
         error: the exception.
-        interrupted: the line that is printed after Ctrl-C.
+        interrupted: the line that is printed after Ctrl-C, if the exception does not tell how to go on.
 
     Returns:
         The exit code, and the line for standard error; None if the exception is a bug in TailTune.
     """
-    if isinstance(error, KeyboardInterrupt):
-        return 130, interrupted
-    if isinstance(error, Interrupted):
-        return 130, "interrupted; the same command continues"
+    if isinstance(error, (KeyboardInterrupt, Interrupted)):
+        return 130, interruption(interrupted, str(error))
     if isinstance(error, RuntimeError) and (connection_is_lost(error) or one_is_lost(seconds=2)):
         return 2, LOST
     return (2, f"error: {' '.join(str(error).split())}") if isinstance(error, UserError) else None

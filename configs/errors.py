@@ -41,7 +41,8 @@ def unknown(kind: str, name: str, choices: Iterable[str], known_as: Mapping[str,
         others = [choice for choice in choices if choice not in suggested]
         similar = nearest(name, others, 5 - len(suggested), least=0.0)
         choices = [*suggested, *similar, f"… ({len(choices)} in all)"]
-    return UserError(f"unknown {kind} '{name}'{hint} choices: {', '.join(choices)}")
+    what = f"unknown {kind} '{name}'{hint}" if name else f"no {kind} is given;"
+    return UserError(f"{what} choices: {', '.join(choices)}")
 
 
 def nearest(name: str, choices: Sequence[str], count: int, least: float = 0.55) -> list[str]:

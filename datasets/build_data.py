@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.errors import lookup
 from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.datasets.data_settings import DataFolders, DataSettings, SplitSettings
 from tailtune.datasets.images.tensor_transforms import TensorTransform
 from tailtune.datasets.images.transforms import Transform, check_augment
-from tailtune.datasets.long_tail import capped, capped_counts, check_hold_out
+from tailtune.datasets.long_tail import capped, capped_counts, check_classes, check_hold_out
 from tailtune.datasets.run_transforms import RunTransforms, check_cache, check_crop
 from tailtune.datasets.shot_groups import shot_groups
 from tailtune.datasets.sources.available_images import Outline
@@ -85,8 +85,11 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         test=tested,
         test_views=View(tested.source, tested.indices, transforms.adapt, cfg.adapt_seed, skip),
         val=None if val is None else view(val, for_test).limited(cfg.max_test_images),
+        val_one_view=None if val is None else view(val, transforms.one_view).limited(cfg.max_test_images),
         # Built before training, so that a wrong list file is refused before it.
-        test_distributions=build_distributions(DistributionSettings.of(cfg), info, tested.labels),
+        test_distributions=build_distributions(
+            DistributionSettings.of(cfg), info, tested.labels, lambda: tested.indices
+        ),
         records=make_records(options, chosen, stored),
         splits=chosen,
     )
@@ -121,18 +124,10 @@ def with_descriptors(cfg: CfgNode, info: DataInfo) -> DataInfo:
 
 def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None) -> DataInfo:
     distribution_names(DistributionSettings.of(cfg))  # only to refuse wrong ones
-    if len(outline.class_names) < 2:
-        only_class = ", ".join(outline.class_names)
-        raise UserError(f"the data of '{cfg.data}' have only one class ({only_class}); give at least two classes")
     whole = _counts_of_training(cfg, outline) if counts is None or cfg.subset_cap is not None else list(counts)
     if counts is None:
         counts = capped(whole, cfg.subset_cap)
-    if min(counts) == 0:
-        # Priors, margins and class means are undefined for such a class: they would become inf or nan.
-        label = list(counts).index(0)
-        raise UserError(
-            f"class '{outline.class_names[label]}' (label {label}) has no training image: add one, or raise imb_factor"
-        )
+    check_classes(counts, outline.class_names, cfg.data)
     counts_of_groups = whole
     if cfg.group_imb_factor is not None:
         counts_of_groups = capped_counts(outline.available, cfg.group_imb_factor, "group_imb_factor")
@@ -143,6 +138,7 @@ def _info(cfg: CfgNode, outline: Outline, counts: Sequence[int] | None) -> DataI
         groups=shot_groups(counts_of_groups, cfg.many_above, cfg.few_below),
         mean=outline.mean,
         std=outline.std,
+        counts_before_cap=None if cfg.subset_cap is None else torch.tensor(list(whole), dtype=torch.int64),
     )
 
 

@@ -28,11 +28,18 @@ class DataInfo:
     """Standard deviation of the data set's pixels (0–1), for the same use."""
     descriptors: tuple[tuple[str, ...], ...] | None = None
     """Texts that describe each class [C], if the option `prompt descriptor` needs them."""
+    counts_before_cap: torch.Tensor | None = None
+    """Training images per class before `subset_cap` cut them, int64 [C]; None: nothing cut them."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes C."""
         return len(self.class_names)
+
+    @property
+    def natural_counts(self) -> torch.Tensor:
+        """Training images per class that say how frequent the classes are, int64 [C]: not cut by `subset_cap`."""
+        return self.class_counts if self.counts_before_cap is None else self.counts_before_cap
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class DataBundle:
     """Test images, two augmented views of each: `image` is uint8 [2, 3, H, W]. Test-time adaptation compares them."""
     val: View | None
     """Validation images, if there are any."""
+    val_one_view: View | None
+    """The same without the views of `tte`, for validation in training."""
     records: Mapping[str, Record]
     """Split (`train`, `test`, and `val` if there is one) → the files that it is made of."""
     splits: ChosenSplits

@@ -138,6 +138,28 @@ def check_hold_out(counts: Sequence[int] | np.ndarray, per_class: int, class_nam
             )
 
 
+def check_classes(counts: Sequence[int] | np.ndarray, class_names: Sequence[str], data: str) -> None:
+    """Check that there are several classes, and that each has a training image.
+
+    Priors, margins and class means are undefined for a class without one: they would become inf or nan.
+
+    Args:
+        counts: training images per class, [C].
+        class_names: C names, for messages.
+        data: name of the data config, for messages.
+
+    Raises:
+        UserError: there is only one class, or a class has no training image.
+    """
+    if len(class_names) < 2:
+        raise UserError(f"the data of '{data}' have only one class ({class_names[0]}); give at least two classes")
+    if not np.all(counts):
+        label = list(counts).index(0)
+        raise UserError(
+            f"class '{class_names[label]}' (label {label}) has no training image: add one, or raise imb_factor"
+        )
+
+
 def shot_masks(counts: Sequence[int] | np.ndarray, many_above: int, few_below: int) -> dict[str, np.ndarray]:
     """Group the classes by their number n of training images, as in OLTR (Liu et al. 2019).
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -177,7 +178,15 @@ def _class_names(options: DataSettings, data_names: tuple[str, ...] | None, num_
         return image_list.imagenet_names()
     if options.classnames not in (None, "folders", CATEGORIES):
         with prefix_errors("classnames"):
-            return image_list.read_names(image_list.find_list(options.classnames, options.folders.for_lists()))
+            names = image_list.read_names(image_list.find_list(options.classnames, options.folders.for_lists()))
+        if all(name.startswith(f"{folder} ") for name, folder in zip_longest(names, data_names or ("",), fillvalue="")):
+            log.warning(  # as LIFT's files, whose code takes the first word away
+                "classnames %s: each name begins with the folder of its class, as '%s' does, and prompts have it, too; "
+                "take it away if it is not meant",
+                options.classnames,
+                names[0],
+            )
+        return names
     if options.classnames == CATEGORIES and not options.label_field:
         raise UserError(f"classnames {CATEGORIES} needs `label_field`, for example `label_field name`")
     if options.classnames == "folders" and data_names is None:

@@ -158,8 +158,12 @@ def result(words: Sequence[str]) -> Path | None:
     """Path of the metrics.json that a command has written; None if the command has not finished.
 
     The folder of an `output_dir` may hold a run of other options. Its result is not that of the command.
+
+    Raises:
+        UserError: the stored config is damaged, so that nobody knows of which run the result is.
     """
     from tailtune.trainers.runs.longer_run import epochs_before
+    from tailtune.trainers.runs.ownership import OtherRun
     from tailtune.trainers.runs.resume_decision import still_true
     from tailtune.trainers.runs.run_folder import RunFolder
 
@@ -171,7 +175,7 @@ def result(words: Sequence[str]) -> Path | None:
     try:
         if folder.config.exists():
             folder.compare()
-    except UserError:
+    except OtherRun:
         return None
     return path if epochs_before(folder.config, cfg) is None else None
 

@@ -22,8 +22,8 @@ from tailtune.trainers.runs.run_folder import OUTPUT, RunFolder, folder_of
 from tailtune.trainers.runs.run_lock import holder_of
 
 LAUNCHES = OUTPUT / "launches"
-WIDTH = 80
-"""Largest number of columns of the table of states."""
+NARROWEST = 80
+"""Columns of the table of states, unless the terminal has more."""
 INTERRUPTED = 130
 FINISHED, RUNNING, QUEUED, FAILED = "finished", "running", "queued", "failed"
 UNFINISHED, NOT_STARTED, REFUSED = "unfinished", "not started", "refused"
@@ -174,7 +174,7 @@ def slurm_queue(launches: Iterable[Launch]) -> dict[str, str]:
 
 
 def table(launches: Sequence[Launch]) -> str:
-    """The states of commands as a table of at most `WIDTH` columns. Below a failed one is the last line of its log."""
+    """The states of commands as a table as wide as the terminal. Below a failed one is the last line of its log."""
     queue = slurm_queue(launches)
     states = [state_of(launch, queue) for launch in launches]
     counts = {kind: sum(state.kind == kind for state in states) for kind in dict.fromkeys(s.kind for s in states)}
@@ -185,12 +185,13 @@ def _rows(states: Sequence[State]) -> Iterator[str]:
     explained = (FAILED, REFUSED)
     where = [state.about if state.kind not in explained else "" for state in states]
     width = min(28, max(map(len, ["where", *where])))
-    room = WIDTH - width - 15
+    columns = max(NARROWEST, shutil.get_terminal_size().columns)
+    room = columns - width - 15
     yield f"{'state':<11}  {'where':<{width}}  run"
     for state, about, name in zip(states, where, _short([state.folder for state in states], room), strict=True):
         yield f"{state.kind:<11}  {cut(about, width):<{width}}  {cut(name, room)}"
         if state.kind in explained:
-            yield textwrap.fill(cut(state.about, 5 * WIDTH), WIDTH, initial_indent="  ", subsequent_indent="  ")
+            yield textwrap.fill(cut(state.about, 5 * columns), columns, initial_indent="  ", subsequent_indent="  ")
 
 
 def _short(names: Sequence[str], room: int) -> list[str]:

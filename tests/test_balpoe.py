@@ -216,3 +216,5 @@ def test_refusals_of_lgla(config: Config) -> None:
         outline(config("fake_lt", "tiny_clip", *words))
     with pytest.raises(UserError, match="method lgla weights samples by their angles: use classifier CosineClassifier"):
         outline(config("fake_lt", "tiny_clip", *words, "loss_type", "CE", "classifier", "LinearClassifier"))
+    with pytest.raises(UserError, match="scale 0: .* set it above 0"):
+        outline(config("fake_lt", "tiny_clip", *words, "loss_type", "CE", "scale", 0))

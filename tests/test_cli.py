@@ -562,6 +562,17 @@ def test_another_runs_result_is_not_taken_for_its_own(launch: Cli, run: Path) ->
     assert found["test"]["accuracy"] == own["test"]["accuracy"]
 
 
+def test_another_run_is_evaluated_again_with_other_options(launch: Cli, run: Path) -> None:
+    """`scale` changes no tensor, but what is computed with them."""
+    words = f"{SHORT.replace('output_dir run', 'output_dir other')} test_only True model_dir run"
+    assert launch(words).returncode == 0
+    assert "finished before" in launch(words).stdout
+    other = launch(f"{words} scale 5")
+    assert other.returncode == 0 and "finished before" not in other.stdout
+    found = json.loads(Path("output/other/tests/of_run/metrics.json").read_text())
+    assert found["test"]["nll"] != json.loads((run / "metrics.json").read_text())["test"]["nll"]
+
+
 def test_a_retrained_run_is_evaluated_again(launch: Cli, run: Path) -> None:
     assert launch(f"{SHORT} test_only True").returncode == 0
     assert launch(f"{SHORT} resume False lr 0.3").returncode == 0
@@ -619,19 +630,45 @@ def test_signals_save_a_state(launch: Cli, number: signal.Signals) -> None:
     assert "resuming after step 3" in done.stdout
 
 
-def test_signal_while_evaluating(launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_training_that_starts_over(launch: Cli) -> None:
+    """The same command would start over once more."""
+    with signal_after(3, signal.SIGINT):
+        done = launch(SHORT, "resume False")
+    assert (done.returncode, done.stderr) == (130, "interrupted; the same command without `resume False` continues\n")
+    assert "resuming after step 3" in launch(SHORT).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("", "; the same command continues"),
+        ("resume False", "; the same command without `resume False` continues"),
+    ],
+)
+def test_signal_while_evaluating(words: str, hint: str, launch: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are there already, so nothing is trained twice."""
     with monkeypatch.context() as patch:
         patch.setattr(
             "tailtune.trainers.evaluation.evaluate.infer", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
         )
-        done = launch(SHORT)
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+        done = launch(SHORT, words)
+    assert (done.returncode, done.stderr) == (130, f"interrupted{hint}\n")
     assert not (RUN / "metrics.json").exists()
     done = launch(SHORT)
     assert (done.returncode, done.stderr) == (0, "")
     assert "epoch [" not in done.stdout
     assert json.loads((RUN / "metrics.json").read_text())["train"]["steps"] == 10
+
+
+@pytest.mark.parametrize("words", ["num_epochs 0", "test_only True tte True"])
+def test_a_signal_while_evaluating_what_was_not_trained_here(
+    words: str, launch: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command begins again, so nothing is promised."""
+    infer = "tailtune.trainers.evaluation.evaluate.infer"
+    monkeypatch.setattr(infer, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    done = launch(SHORT if "test_only" in words else FAKE, words)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_an_unfinished_run_is_evaluated_as_the_last_command_says(launch: Cli) -> None:

@@ -1,6 +1,7 @@
 """Data that change between two commands: what a user is told, and which numbers are shown."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 from conftest import Cli
 from PIL import Image
 from test_bad_input import one_line, signal_after
+from yacs.config import CfgNode
 
+from tailtune.datasets.build_data import build_data
+from tailtune.datasets.long_tail import random_positions
 from tailtune.datasets.splits.compare_records import compare_records
-from tailtune.datasets.splits.split_records import Record, parse_splits, split_files
+from tailtune.datasets.splits.split_records import Record, StoredSplits, parse_splits, split_files
 
 TRAIN = "-d insects.yaml -m tiny_clip_peft pretrained none num_epochs 1 num_workers 0 output_dir run"
 RUN = Path("output/run")
@@ -114,6 +118,18 @@ def test_a_later_stage_keeps_the_hold_out(launch: Cli, insects: Path) -> None:
     assert split("test", Path("output/two")) == held
 
 
+@pytest.mark.parametrize("own, before, counts", [(2, None, (6, 21)), (None, 2, (21, 6))])
+def test_each_stage_has_its_own_subset(
+    launch: Cli, insects: Path, own: int | None, before: int | None, counts: tuple[int, int]
+) -> None:
+    words = f"{TRAIN} method crt after tiny_clip_peft after.num_epochs 1 after.pretrained none"
+    done(launch, f"{words} subset_cap {own} after.subset_cap {before}")
+    stages = [RUN, RUN / "stage1"]
+    assert tuple(len(split("train", run)) for run in stages) == counts
+    assert split("test", stages[0]) == split("test", stages[1])
+    assert not {*split("train", stages[0])} & {*split("test")}
+
+
 def test_gone_test_images(launch: Cli, insects: Path) -> None:
     done(launch, TRAIN)
     for path in split("test")[:2]:
@@ -163,6 +179,17 @@ def test_an_unfinished_run_that_got_more_images(launch: Cli, listed: Path) -> No
     done(launch, f"{TRAIN} batch_size 8 save_every 1", "resuming after step")
 
 
+def test_a_line_that_stands_twice(launch: Cli, listed: Path) -> None:
+    """It counts twice in training. Where images are held out, one could be evaluated and the other trained on."""
+    with (listed / "train.txt").open("a") as file:
+        file.write("train/ant/000.png 0\n")
+    done(launch, TRAIN, "19 training images")
+    done(launch, TRAIN, "finished before")
+    done(launch, f"{TRAIN} test_only True many_above 6", "using the logits")
+    said = "val_per_class 2: train/ant/000.png is listed several times", "list each image once"
+    one_line(launch(f"{TRAIN} val_per_class 2 output_dir other"), *said)
+
+
 def test_a_name_that_no_list_can_hold(launch: Cli, insects: Path) -> None:
     draw(insects / "train" / "ant" / "a\nb.png", 5)
     for words in ("", "on_bad_image skip"):
@@ -196,6 +223,45 @@ def test_a_cut_training_list_is_no_finished_run(launch: Cli, listed: Path) -> No
     assert result(RUN / "tests/many_above_5")["test"]["many_acc"] == result()["test"]["accuracy"]
 
 
+def test_a_cut_test_list_of_a_zero_shot_classifier(launch: Cli, listed: Path) -> None:
+    """Nothing was trained, so no run has stored its splits."""
+    words = "-d insects.yaml -m tiny_clip zero_shot True test_only True num_workers 0 output_dir run"
+    done(launch, words, "6 test images")
+    done(launch, words, "finished before")
+    (listed / "test.txt").write_text("".join((listed / "test.txt").read_text().splitlines(keepends=True)[:5]))
+    assert "finished before" not in done(launch, words, "5 test images")
+    (listed / "pics").rename(listed / "moved")
+    done(launch, words, "finished before", "the data are not there to be compared")
+
+
+def test_other_class_names(launch: Cli, listed: Path) -> None:
+    """The classifier starts from them; the one that is not trained is made of them."""
+    trained = TRAIN.replace("pretrained none", "classnames names.txt max_steps 1")
+    zero_shot = "-d insects.yaml -m tiny_clip zero_shot True num_workers 0 classnames names.txt output_dir zero"
+    commands = (trained, zero_shot, f"{zero_shot}_test test_only True")
+    (listed / "names.txt").write_text("ant\nbee\nfly\n")
+    for words in commands:
+        done(launch, words)
+        done(launch, words, "finished before")
+    (listed / "names.txt").write_text("ant\nbumble bee\nfly\n")
+    for words in commands[:2]:
+        one_line(launch(words), "class 1 is 'bumble bee' and not 'bee' any more", "`resume False`")
+    done(launch, f"{trained} test_only True many_above 5", "class 1 is 'bumble bee' and not 'bee' any more")
+    assert "finished before" not in done(launch, commands[2])
+    assert "finished before" not in done(launch, f"{zero_shot} resume False")
+    (listed / "names.txt").write_text("ant\nbee\nfly\n")
+    done(launch, trained, "finished before")
+
+
+def test_another_subset_of_built_in_data(launch: Cli) -> None:
+    """Its images have no fingerprint of their own, and a folder of evaluations alone has no options to compare."""
+    words = "-d digits_lt -m tiny_clip_peft pretrained none max_steps 1 num_workers 0 output_dir"
+    done(launch, f"{words} run")
+    words += " tests test_only True model_dir run test_train True max_test_images 99 imb_factor"
+    for imb_factor in (0.1, 0.5):
+        assert "finished before" not in done(launch, f"{words} {imb_factor}")
+
+
 def test_another_label(launch: Cli, listed: Path) -> None:
     done(launch, TRAIN)
     (listed / "test.txt").write_text((listed / "test.txt").read_text().replace("bee/006.png 1", "bee/006.png 0"))
@@ -221,6 +287,17 @@ def test_a_replaced_file_of_the_same_size(launch: Cli, listed: Path) -> None:
     done(launch, f"{TRAIN} test_only True", "the files of the test images have other content")
 
 
+def test_lists_of_test_images_without_a_test_list(launch: Cli, listed: Path) -> None:
+    """As where a shipped data config, which names such lists, is used with other data: images are drawn at random."""
+    (listed / "insects.yaml").write_text(
+        "dataset: ImageList\nroot: pics\ntrain_list: train.txt\ntest_per_class: 2\ndirichlet_list: test.txt\n"
+        "shift_files: test.txt.{name}\ntest_dists: [uniform, dirichlet]\nshift_max: 1\n"
+    )
+    done(launch, TRAIN)
+    origins = {each["origin"] for each in result()["distributions"].values()}
+    assert origins == {"drawn with seed 0", "drawn with seed 0, without the list test.txt"}
+
+
 def test_images_that_were_trained_on_are_named(launch: Cli, listed: Path) -> None:
     """By their path, and moved or copied under another one."""
     with (listed / "test.txt").open("a") as file:
@@ -229,6 +306,23 @@ def test_images_that_were_trained_on_are_named(launch: Cli, listed: Path) -> Non
     (listed / "pics/copies/001.png").write_bytes((listed / "pics/train/ant/001.png").read_bytes())
     done(launch, TRAIN, "2 of 9 test images were trained on (copies/001.png, train/ant/000.png)")
     assert any("were trained on" in note for note in result()["notes"])
+
+
+def test_validation_images_that_are_test_images(launch: Cli, listed: Path) -> None:
+    (listed / "val.txt").write_text("".join((listed / "test.txt").read_text().splitlines(keepends=True)[:2]))
+    said = "2 of 2 validation images are test images, too"
+    done(launch, f"{TRAIN} val_list val.txt val_every 1 keep best:mean_acc", said)
+    assert any(note.startswith(said) for note in result()["notes"])
+    done(launch, f"{TRAIN} val_list val.txt val_every 1 keep best:mean_acc", "finished before")
+
+
+def test_equal_names_are_noted_where_texts_are_used(launch: Cli, listed: Path) -> None:
+    (listed / "names.txt").write_text("small bee\nant\nSmall_bee\n")
+    words = TRAIN.replace("pretrained none", "classnames names.txt")
+    said = "classes 0 'small bee' and 2 'Small_bee' have the same name"
+    done(launch, words, said)
+    assert any(note.startswith(said) for note in result()["notes"])
+    assert said not in done(launch, f"{words} init_head class_mean output_dir other")
 
 
 def test_copies_are_found_where_root_is_relative_to_the_yaml(launch: Cli, listed: Path) -> None:
@@ -307,3 +401,25 @@ def test_the_order_of_a_training_list_is_that_of_the_beginning(launch: Cli, list
     done(launch, words, "resuming after step")
     whole, other = (Path("output") / name / "checkpoint/tensors.safetensors" for name in ("whole", "run"))
     assert whole.read_bytes() == other.read_bytes()
+
+
+def test_the_order_of_a_test_list_is_that_of_the_run(listed: Path, config: Callable[..., CfgNode]) -> None:
+    """Stored logits name images by their positions, and so do test sets that a list gives."""
+    lines = (listed / "test.txt").read_text().splitlines()
+    (listed / "uniform.txt").write_text("\n".join(line for line in lines if "7.png" in line))
+    shifts = ("shift_files", "{name}.txt", "test_dists", "uniform", "shift_max", 1)
+    cfg = config(str(listed / "insects.yaml"), "tiny_clip_peft", "num_workers", 0, *shifts)
+    first = build_data(cfg)
+    stored = StoredSplits(first.records, (), {})
+    (listed / "test.txt").write_text("\n".join([*lines[1::2], *lines[::2]]))  # 7.png before 6.png in each class
+    again = build_data(cfg, stored)
+    for data in (first, again):
+        assert [
+            f"{path} {label}" for path, label in zip(data.records["test"].paths, data.test.labels, strict=True)
+        ] == lines
+        assert data.test_distributions[0].positions.tolist() == [1, 3, 5]
+    cut = build_data(config(str(listed / "insects.yaml"), "tiny_clip_peft", "max_test_images", 4, *shifts), stored)
+    kept = random_positions(6, 4)
+    assert [kept[place] for place in cut.test_distributions[0].positions] == [
+        place for place in (1, 3, 5) if place in kept
+    ]

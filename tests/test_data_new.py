@@ -187,6 +187,8 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(new: New, folder: Path)
         (["--output", "there"], "there exists already: name another folder"),
         (["--test", "1.5"], "--test 1.5: give a share below 1, or a whole number"),
         (["--test", "0"], "needs test images"),
+        (["--test", "inf"], "--test inf: give a share below 1, or a whole number"),
+        (["--val", "nan"], "--val nan: give a share below 1, or a whole number"),
         (["--groups", "("], "is no regular expression"),
         (["--groups", "none.csv"], "cannot read none.csv: not found"),
         (["--groups", "wrong.csv"], "must name the columns file and group .found: a, b"),

@@ -282,6 +282,25 @@ def test_an_index_of_foreign_tars(write: Write, launch: Cli) -> None:
     one_line(launch("data shard wds --index-only"), "train.index.safetensors exists already: remove it")
 
 
+def test_tars_that_name_their_images_alike(write: Write, launch: Cli) -> None:
+    """WebDataset asks for different names only within a tar file. A run knows its images again by their names."""
+    for number, split in enumerate(("train-0", "train-1", "test-0")):
+        write(f"{split}.tar", *sample("0", 2 * number), *sample("1", 2 * number + 1, b"1"))
+    assert launch("data shard wds --index-only").returncode == 0
+    by_split = open_shards(Path("wds")).by_split
+    assert list(by_split["train"].paths) == [
+        "train-0.tar/0.jpeg",
+        "train-0.tar/1.jpeg",
+        "train-1.tar/0.jpeg",
+        "train-1.tar/1.jpeg",
+    ]
+    assert list(by_split["test"].paths) == ["test-0.tar/0.jpeg", "test-0.tar/1.jpeg"]
+    words = "-d wds/wds.yaml -m tiny_clip_peft pretrained none max_steps 1 num_workers 0 output_dir run"
+    done = launch(words)
+    assert done.returncode == 0 and "were trained on" not in done.stdout, done.stderr
+    assert "finished before" in launch(words).stdout
+
+
 GOOD = [*sample("a", 0, b"0"), *sample("b", 1, b"1")]
 
 
@@ -290,6 +309,11 @@ GOOD = [*sample("a", 0, b"0"), *sample("b", 1, b"1")]
     [
         ("train-0.tar", [*GOOD, ("c.jpg", picture(1))], "train-0.tar: key c has no label: a member .cls with a whole"),
         ("train-0.tar", [*GOOD, *sample("c", 2, b"dog")], "train-0.tar: key c has no label"),
+        (
+            "train-0.tar",
+            [*sample("c", 2, b"1"), ("c.json", b'{"label": 0}')],
+            "c.json has label 0, but its key has label 1",
+        ),
         ("train-0.tar", [*GOOD, *sample("c", 2, b"-1")], "train-0.tar: key c has no label"),
         ("train-0.tar", [*GOOD, *sample("c", 2, b'{"label": "dog"}', "jpeg", "json")], "key c has no label"),
         ("train-0.tar", [*GOOD, ("c.cls", b"0")], "train-0.tar: key c has no image (.jpg .jpeg"),

@@ -14,6 +14,7 @@ import pytest
 import torchvision
 from conftest import Cli
 from PIL import Image, ImageEnhance
+from test_bad_input import one_line
 
 from tailtune.datasets.commands import verify as verify_module
 from tailtune.datasets.commands.copies import MAX_PAIRS, near_copies
@@ -98,6 +99,29 @@ def test_missing_images_are_shown_ten_at_a_time(folder: Path, report: Report, tm
     assert "missing in train: 18\n" in text and "… and 8 more" in text and text.count("    train/") == 10
     assert len(found["splits"]["train"]["missing"]) == 18
     assert "1 of the 3 folders of the missing images do not exist (first: train/ant)" in found["release"][0]
+
+
+def test_two_classes_of_one_name(folder: Path, report: Report, tmp_path: Path) -> None:
+    """In a prompt `_` is a space, and CLIP reads capital letters as small ones."""
+    (folder / "train" / "bee").rename(folder / "train" / "great_ant")
+    (folder / "train" / "wasp").rename(folder / "train" / "Great ant")
+    shutil.rmtree(folder / "test")
+    code, text, found = report(folder, "test_per_class 1")
+    said = "classes 0 'Great ant' and 2 'great_ant' have the same name, so a text encoder cannot tell them apart"
+    assert code == 1 and said in text and found["problems"] == [f"{said}: give each class a name of its own"]
+    (tmp_path / "names.txt").write_text("ant\nant\nant\n")
+    code, text, _ = report(folder, "test_per_class 1 classnames", tmp_path / "names.txt")
+    assert code == 1 and "classes 0 'ant' and 1 'ant' (and 1 more) have the same name" in text
+
+
+def test_names_that_begin_with_the_folder(folder: Path, report: Report, tmp_path: Path) -> None:
+    """As the files that LIFT publishes, of which its code takes the second word on."""
+    for names, count in (("ant tiny ant", "bee a bee", "wasp wasp"), 1), (("ant tiny ant", "bee a bee", "hornet"), 0):
+        (tmp_path / "names.txt").write_text("\n".join(names))
+        code, _, found = report(folder, "classnames", tmp_path / "names.txt")
+        assert (
+            code == 0 and sum("begins with the folder of its class, as 'ant tiny" in n for n in found["notes"]) == count
+        )
 
 
 def test_what_a_folder_leaves_out_is_a_note(folder: Path, report: Report) -> None:
@@ -211,6 +235,33 @@ def test_nearly_the_same_image_in_two_splits(folder: Path, report: Report) -> No
     assert "nearly the same image in several splits: 1\n" in text
     (folder / "test" / "ant" / "copy.png").unlink()
     assert report(folder, "--near")[0] == 0, "similar images are no error by themselves"
+
+
+def test_a_path_in_two_lists(folder: Path, report: Report, tmp_path: Path) -> None:
+    for split, lines in (
+        ("train", ["ant/0.png 0", "ant/1.png 0", "bee/0.png 1"]),
+        ("test", ["bee/0.png 1", "ant/0.png 0"]),
+    ):
+        write_list(tmp_path / f"{split}.txt", [f"train/{line}" for line in lines])
+    (tmp_path / "own.yaml").write_text(
+        "dataset: ImageList\nroot: nowhere\ntrain_list: train.txt\ntest_list: test.txt\n"
+    )
+    code, text, found = report("own.yaml --lists")
+    assert code == 1 and "train: train/ant/0.png = test: train/ant/0.png" in text
+    assert found["problems"] == ["2 images are in several splits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("imb_factor 0.001", "class 'bee' (label 1) has no training image: add one, or raise imb_factor"),
+        ("val_per_class 3", "val_per_class 3: class 'wasp' has only 3 images"),
+    ],
+)
+def test_what_training_refuses_is_refused(folder: Path, launch: Cli, words: str, said: str) -> None:
+    for command in (f"data verify {folder}", f"-d {folder}.yaml -m tiny_clip --dry-run"):
+        folder.with_suffix(".yaml").write_text(f"dataset: ImageFolder\nroot: {folder}\n")
+        one_line(launch(f"{command} {words}"), said)
 
 
 def test_very_many_similar_images_are_counted(tmp_path: Path) -> None:

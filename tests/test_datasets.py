@@ -188,6 +188,8 @@ def test_fake_images_have_several_sizes_and_a_tail() -> None:
 def test_unknown_dataset_and_options_that_do_not_apply() -> None:
     with pytest.raises(UserError, match="unknown dataset 'CIFAR'; did you mean"):
         build_info(config("CIFAR"))
+    with pytest.raises(UserError, match="no dataset is given; choices: CIFAR10,"):
+        build_info(config(""))
     with pytest.raises(UserError, match="unknown augment 'cutout'"):
         build_info(fake(augment="cutout"))
     with pytest.raises(UserError, match="`test_list` does not apply to dataset CIFAR10"):

@@ -232,6 +232,12 @@ def test_one_set_is_what_it_is_among_all() -> None:
         assert torch.equal(getattr(alone[NINE[4]], key), getattr(found[NINE[4]], key))
 
 
+def test_capped_training_images_do_not_change_the_test_sets() -> None:
+    """A run on at most five images of a class is tested on the same images as the others."""
+    found, _ = cifar(100, "subset_cap", 5)
+    assert [int(each.positions.sum()) for each in found.values()] == IMAGES[100]
+
+
 def test_what_is_not_published_is_not_called_so() -> None:
     changes = {
         "shift_seed": 1,

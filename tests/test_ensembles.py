@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cli, HasRun
+from PIL import Image
 from safetensors.torch import load_file
 from tiers import slow_except
 from torch import Tensor
@@ -140,6 +141,8 @@ def test_what_no_soup_is_made_of(launch: Cli, has_run: HasRun) -> None:
             ("lora True", ["unexpected", "lora"]),
             ("backbone timm:test_vit.r160_in1k pretrained none init_head none", ["another base model"]),
             ("imb_factor none num_classes 5", ["class"]),
+            ("scale 5", ["ensemble_runs", "scale 5", "not 25"]),
+            ("classifier L2NormedClassifier", ["ensemble_runs", "classifier L2NormedClassifier"]),
         ]
     ):
         done(launch, PEFT, other, f"output_dir other{number}")
@@ -256,6 +259,79 @@ def test_it_is_the_least_of_the_balanced_risk() -> None:
     assert all(risk(found) < risk(found + 0.01 * torch.randn(3, generator=draws)) for _ in range(20))
 
 
+# --- of changed training images --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_images(tmp_path: Path) -> str:
+    """Images of three classes in lists. The last training image of each class is not in the list yet."""
+    for split, count in (("train", 7), ("test", 5)):
+        lines = []
+        for label, number in ((label, number) for label in range(3) for number in range(count)):
+            path = tmp_path / f"{split}/{label}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (80 * label, 36 * number, 90)).save(path)
+            lines += [f"{split}/{label}/{number}.png {label}\n"] if split == "test" or number < 6 else []
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    body = "dataset: ImageList\nroot: .\ntrain_list: train.txt\ntest_list: test.txt\naugment: digits\n"
+    (tmp_path / "mine.yaml").write_text(body)
+    return "-d mine.yaml -m tiny_clip_peft max_steps 2 batch_size 8 num_workers 0 output_dir run"
+
+
+def add_images() -> None:
+    with Path("train.txt").open("a") as file:
+        file.write("".join(f"train/{label}/6.png {label}\n" for label in range(3)))
+
+
+def test_gla_estimates_its_prior_on_the_training_images_that_are_there(own_images: str, launch: Cli) -> None:
+    def facts(words: str = "") -> list[float]:
+        done(launch, own_images, "test_only True ensemble gla", words)
+        newest = max(OUT.glob("run/tests/*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+        prior: list[float] = json.loads(newest.read_text())["ensemble"]["pretraining_prior"]
+        return prior
+
+    done(launch, own_images)
+    first = facts()
+    assert first == facts("many_above 4"), "from the stored logits"
+    add_images()
+    assert first != facts() == facts("many_above 4")
+
+
+def test_class_names_and_descriptions_that_changed_are_read_again(own_images: str, launch: Cli) -> None:
+    """The zero-shot classifier is made of them. Other names are other classes, so they are refused."""
+    words = own_images.replace("tiny_clip_peft max_steps 2 batch_size 8", "zstiny_clip prompt descriptor")
+    words += " descriptors texts.json"
+    Path("mine.yaml").write_text(f"{Path('mine.yaml').read_text()}classnames: names.txt\n")
+    Path("names.txt").write_text("one\ntwo\nthree\n")
+
+    def nll(sentence: str) -> float:
+        texts = {name: [sentence.format(name)] for name in ("one", "two", "three")}
+        Path("texts.json").write_text(json.dumps(texts))
+        done(launch, words)
+        found: float = json.loads((OUT / "run/metrics.json").read_text())["test"]["nll"]
+        return found
+
+    assert nll("a {}") == nll("a {}") != nll("the digit {}")
+    Path("names.txt").write_text("two\none\nthree\n")
+    for more in ("", "test_dists uniform"):
+        refused = launch(words, more)
+        assert (
+            refused.returncode == 2
+            and "class 0 is 'two' and not 'one'" in refused.stderr
+            and "resume False" in refused.stderr
+        )
+
+
+def test_wise_of_class_means_of_other_images_is_refused(own_images: str, launch: Cli) -> None:
+    for words in ("init_head class_mean", "output_dir text"):
+        done(launch, own_images, words)
+        done(launch, own_images, words, "test_only True ensemble wise")
+    add_images()
+    done(launch, own_images, "output_dir text test_only True ensemble wise ensemble_alpha 0.3")
+    found = launch(own_images, "init_head class_mean test_only True ensemble wise ensemble_alpha 0.3")
+    assert found.returncode == 2 and "training images" in found.stderr and "ensemble wise" in found.stderr
+
+
 # --- what is refused, and what goes with it --------------------------------------------------------------------------
 
 
@@ -318,10 +394,49 @@ def test_with_all_else(launch: Cli) -> None:
 
 def test_the_prior_that_an_ensemble_assumes() -> None:
     prior = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log()
-    found = {name: each.assumes(prior, 0.25) for name, each in ENSEMBLES.items()}
-    assert torch.equal(found["wise"], prior) and torch.equal(found["soup"], prior)
+    other = torch.tensor([[0.2, 0.2, 0.6], [0.4, 0.3, 0.3]]).log()
+    found = {name: each.assumes(prior, [other], 0.25) for name, each in ENSEMBLES.items()}
+    assert torch.equal(found["wise"], prior) and torch.equal(ENSEMBLES["wise"].assumes(prior, [other], 0), other)
+    assert torch.allclose(found["soup"], (prior.exp() * other.exp()).sqrt().log().log_softmax(1))
     assert torch.allclose(found["logits"], (prior.exp() ** 0.25).log().log_softmax(1))
     assert torch.allclose(found["gla"].exp(), torch.full((2, 3), 1 / 3))
+
+
+AIMED = "test_only True target_prior mine.json calibrate False"
+
+
+def aimed(launch: Cli, words: str, ensemble: str) -> tuple[dict[str, Any], list[str]]:
+    """The predictors of an evaluation that predicts for the frequencies of mine.json, and its notes."""
+    done(launch, words, AIMED, ensemble)
+    newest = max(OUT.glob("run/tests/*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+    result = json.loads(newest.read_text())
+    return result["distributions"]["test"]["predictors"], result["evaluation"]["notes"]
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "power", "guess"),
+    [
+        ("wise ensemble_alpha 0", 0, False),
+        ("wise ensemble_alpha 0.5", 1, True),
+        ("wise ensemble_alpha 1", 1, False),
+        ("soup ensemble_runs ce", 1, False),
+        ("soup ensemble_runs bs", 0.5, True),
+    ],
+)
+def test_a_prediction_for_the_prior_that_an_ensemble_assumes_is_the_plain_one(
+    ensemble: str, power: float, guess: bool, launch: Cli, has_run: HasRun, config: Config
+) -> None:
+    """∝ π^power: π of a run with CE, uniform of its start and of a run with BS; a soup is between its runs."""
+    has_run(PEFT, "loss_type CE output_dir run")
+    has_run(PEFT, "loss_type CE lr 0.3 output_dir ce")
+    has_run(PEFT, "loss_type BS output_dir bs")
+    frequencies = build_info(config("fake_lt", "tiny_clip_peft")).class_counts.double() ** power
+    Path("mine.json").write_text(json.dumps((frequencies / frequencies.sum()).tolist()))
+    for _ in range(2):  # from images, and from the stored logits
+        found, notes = aimed(launch, f"{PEFT} loss_type CE output_dir run", f"ensemble {ensemble}")
+        assert found["target_prior"]["nll"] == pytest.approx(found["plain"]["nll"], rel=1e-5)
+        assert any("different class priors" in note for note in notes) == guess
+        ensemble += " many_above 7"
 
 
 def test_experts_that_are_summed_take_their_share(config: Config) -> None:

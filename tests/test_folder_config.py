@@ -10,6 +10,7 @@ from conftest import Cli
 from test_data_verify import picture
 
 import tailtune
+from tailtune.datasets.commands.result_files import plain_name
 from tailtune.main import main
 
 QUICK = "-m tiny_clip pretrained=none max_steps=2 batch_size=8 init_head=none"
@@ -46,6 +47,17 @@ def test_a_folder_is_trained_on_and_its_split_remains(folder: Path, launch: Cli)
     assert again.returncode == 0 and "the split of output/my_birds_data is used" in again.stdout
     assert Path("output/my_birds_data/test.txt").read_text() == before
     assert len(list(Path("output").glob("my_birds_tiny_clip*"))) == 2 and run.is_dir()
+
+
+def test_folders_whose_names_are_in_other_scripts(tmp_path: Path, launch: Cli) -> None:
+    """Each has a name of its own, so they share no folder."""
+    for first, name in ((0, "鳥.2020"), (50, "花.2020")):
+        images(tmp_path / name, {"owl": 5, "wren": 5}, first)
+        done = launch(f"-d {name} {QUICK}")
+        assert done.returncode == 0, done.stderr
+    made = {path.name.partition("_2020")[0] for path in Path("output").iterdir()}
+    assert made == {"鳥", "花"} and Path("output/鳥_2020_data/鳥_2020.yaml").is_file()
+    assert plain_name("Müll er/…") == "Müll_er" and plain_name("…") == "data"
 
 
 def test_a_finished_run_is_shown_again(folder: Path, launch: Cli) -> None:
@@ -86,6 +98,12 @@ def test_a_folder_with_train(has_test: bool, tmp_path: Path, launch: Cli) -> Non
     assert (config["dataset"], config["root"]) == (expected[0], str(expected[1]))
     assert f"{4 if has_test else 3} test images" in done.stdout
     assert launch(f"-d birds {QUICK}").returncode == 0
+
+
+def test_a_folder_val_without_test(tmp_path: Path, launch: Cli) -> None:
+    images(tmp_path / "birds/train", {"owl": 5, "wren": 5})
+    images(tmp_path / "birds/val", {"owl": 2, "wren": 2}, first=50)
+    assert "note: birds/val is not read" in launch(f"-d birds {QUICK} --dry-run").stdout
 
 
 def test_another_folder_of_that_name_is_refused(folder: Path, tmp_path: Path, launch: Cli) -> None:

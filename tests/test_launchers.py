@@ -18,7 +18,7 @@ from tailtune.configs.machine import available_processors
 from tailtune.scripts import reproduce
 from tailtune.scripts._grid import config, read
 from tailtune.scripts._launch_local import run_local, slots
-from tailtune.scripts._launches import WIDTH, Launch, chains, may_start, state_of, table
+from tailtune.scripts._launches import NARROWEST, Launch, chains, may_start, state_of, table
 from tailtune.trainers.runs.run_folder import RunFolder, folder_of
 from tailtune.trainers.runs.run_lock import RunLock
 
@@ -209,7 +209,13 @@ def test_a_grid_of_processes_and_its_table(grid: Callable[[str], str], script: W
 # --- states ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_of_states(launch: Cli, grid: Callable[[str], str], script: Words) -> None:  # noqa: F811
+def test_the_table_of_states(
+    launch: Cli,
+    grid: Callable[[str], str],  # noqa: F811
+    script: Words,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
     name = grid(GRID.replace("0.4]", "0.4, 0.5 test_only True model_dir gone]"))
     todo = [Launch(tuple(cell.command(0))) for cell in read(name).cells]
     assert launch(*todo[0].words).returncode == 0
@@ -230,14 +236,21 @@ def test_the_table_of_states(launch: Cli, grid: Callable[[str], str], script: Wo
         "1 finished, 1 unfinished, 1 running, 1 failed, 1 not started, 1 refused",
     ]
     assert "step 2" in printed and f" {os.getpid()} " in printed and "error: the disk is full and" in printed
-    assert max(map(len, printed.splitlines())) <= WIDTH
+    assert max(map(len, printed.splitlines())) <= NARROWEST
 
 
-def test_long_names_are_told_apart(grid: Callable[[str], str], script: Words) -> None:  # noqa: F811
+def test_long_names_are_told_apart(
+    grid: Callable[[str], str],  # noqa: F811
+    script: Words,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
     name = grid(GRID.replace("tiny_clip ", "tiny_clip_peft adapter_dim 3 num_epochs 7 weight_decay 0.25 momentum 0.5 "))
     printed = script(reproduce, f"{name} --status")[1]
     assert all(f"lr_{lr}" in printed for lr in (0.1, 0.3, 0.4)), printed
-    assert max(map(len, printed.splitlines())) <= WIDTH
+    assert max(map(len, printed.splitlines())) <= NARROWEST
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "fake_lt_tiny_clip_peft_adapter_dim_3" in script(reproduce, f"{name} --status")[1]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tailtune.datasets.splits.split_records import Record
 from tailtune.models import resolve
 from tailtune.scripts import _grid
 from tailtune.trainers.config_checks import outline
-from tailtune.trainers.runs import merged_runs, resume_decision
+from tailtune.trainers.runs import merged_runs, trained_images
 from tailtune.trainers.runs.merged_runs import MergeOptions, merged
 from tailtune.trainers.runs.run_folder import FACTS
 
@@ -138,9 +138,9 @@ def test_training_images_of_merged_runs_are_known(tmp_path: Path, monkeypatch: p
         facts = {"after": after and str(tmp_path / after), "merged": {str(tmp_path / each): "" for each in runs}}
         (tmp_path / name / FACTS).write_text(json.dumps(facts))
     splits = {name: SimpleNamespace(records={"train": Record(name)}) for name in (*about, "start")}
-    monkeypatch.setattr(resume_decision, "kept_splits", lambda home: splits[home.name])
+    monkeypatch.setattr(trained_images, "kept_splits", lambda home: splits[home.name])
     folder: Any = SimpleNamespace(source=tmp_path / "last", soup=(), foreign=None)
-    assert {each.fingerprint for each in resume_decision.trained_on(folder, None)} == splits.keys()
+    assert {each.fingerprint for each in trained_images.trained_on(folder, None)} == splits.keys()
 
 
 def test_the_start_of_runs_that_were_trained_again_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +166,10 @@ def test_the_whole_recipe(launch: Cli, tmp_path: Path) -> None:
     last += "after.num_epochs 0 after.max_test_images 8 merge_together 2 output_dir soup/merged "
     refused = launch(f"{last} merge_runs soup/run0,soup/missing")
     assert refused.returncode == 2 and "merge_runs soup/missing holds no checkpoint" in refused.stdout + refused.stderr
+    other = f"-d fake_lt -m tiny_clip_peft {common} num_epochs 1 lr 0.01 scale 5 output_dir soup/other"
+    assert launch(other).returncode == 0
+    refused = launch(f"{last} merge_runs soup/run0,soup/other")
+    assert refused.returncode == 2 and "soup/other was trained with scale 5" in refused.stderr
     done = launch(f"{last} merge_runs soup/run0,soup/run1")
     assert done.returncode == 0, done.stdout
     output = tmp_path / "output" / "soup"

@@ -22,6 +22,7 @@ from tailtune.datasets.data_bundle import TestDistribution
 from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.trainers.config_checks import outline
 from tailtune.trainers.evaluation.distributions import plain_results
+from tailtune.trainers.evaluation.ensembles import Assumed
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
 from tailtune.trainers.evaluation.target_prior import ENTRY, TARGETS, TargetPlan, add_target_results, target_of
@@ -203,7 +204,9 @@ def results(cfg: CfgNode, found: Logits, val: Logits | None = None) -> tuple[dic
     info, n = build_info(cfg), len(found.labels)
     shifts = [TestDistribution("test", torch.bincount(found.labels), torch.arange(n), "all")]
     measured = plain_results(found, shifts, info.groups)
-    notes = add_target_results(TargetPlan.of(cfg), outline(cfg), found, val, shifts, info, measured)
+    method = outline(cfg)
+    assumed = Assumed(method.assumed_prior(), method.log_prior.exp())
+    notes = add_target_results(TargetPlan.of(cfg), assumed, found, val, shifts, info, measured)
     return measured["test"]["predictors"], notes
 
 
@@ -426,6 +429,29 @@ def test_a_run_that_trains_nothing_assumes_what_the_run_before_it_did(launch: Cl
     after = "after tiny_clip after.max_steps 2 after.batch_size 8 after.pretrained none after.loss_type CE"
     run = f"-d fake_lt -m tiny_clip pretrained none num_epochs 0 loss_type LA max_test_images 40 output_dir run {after}"
     assert launch(run, "target_prior train calibrate False").returncode == 0
+    entry = metrics("run")["distributions"]["test"]["predictors"]
+    assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
+
+
+def test_a_run_that_only_merges_others_assumes_what_they_did(launch: Cli) -> None:
+    """Three runs with CE, whatever the loss of the run that merges two of them into the first one."""
+    words = "-d fake_lt -m tiny_clip pretrained none max_test_images 40"
+    for rate in (1, 2):
+        assert launch(words, f"max_steps 2 batch_size 8 loss_type CE lr 0.{rate} output_dir run{rate}").returncode == 0
+    after = "after tiny_clip after.max_steps 2 after.batch_size 8 after.loss_type CE after.pretrained none"
+    merge = f"{after} num_epochs 0 loss_type LA merge_runs run1,run2 output_dir run target_prior train calibrate False"
+    done = launch(words, merge)
+    assert done.returncode == 0, done.stderr
+    entry = metrics("run")["distributions"]["test"]["predictors"]
+    assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
+
+
+def test_untrained_experts_prefer_no_class(launch: Cli) -> None:
+    """The experts of SADE are adjusted in training; at the start, their heads are class means."""
+    run = "-d fake_lt -m tiny_clip pretrained none num_epochs 0 max_test_images 40 output_dir run"
+    words = "method sade num_experts 3 loss_type CE init_head class_mean target_prior uniform calibrate False"
+    done = launch(run, words)
+    assert done.returncode == 0, done.stderr
     entry = metrics("run")["distributions"]["test"]["predictors"]
     assert entry[ENTRY]["nll"] == pytest.approx(entry["plain"]["nll"], rel=1e-5)
 

@@ -233,6 +233,21 @@ def test_five_interrupts_at_the_start(tmp_path: Path, program: list[str], delay:
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize(("hint", "line"), [("", "interrupted"), ("start again", "interrupted; start again")])
+def test_a_signal_ends_the_process_with_the_hint_of_the_moment(hint: str, line: str) -> None:
+    program = (
+        "import signal, tailtune\n"
+        "from tailtune.trainers.processes.exit import end_at_signals\n"
+        "from tailtune.trainers.processes.interrupts import with_hint\n"
+        "end_at_signals()\n"
+        f"with with_hint('no longer'), with_hint('{hint}'):\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+    )
+    found = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=found, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, f"{line}\n")
+
+
 def answers(pid: int) -> bool:
     """Whether a process has a handler of its own for Ctrl-C that is not Python's."""
     status = Path(f"/proc/{pid}/status").read_text()

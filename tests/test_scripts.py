@@ -372,6 +372,15 @@ def test_a_folder_with_a_run_of_other_options_is_not_collected(grid: Callable[[s
         assert "not run" in script(collect, f"{name} --format md")[1]
 
 
+def test_a_run_with_a_damaged_config_is_not_called_not_run(grid: Callable[[str], str], script: Words) -> None:
+    words = "-d fake_lt -m tiny_clip output_dir mine lr 0.3"
+    name = grid(f"# One run\nmetrics: [accuracy]\nrows:\n  row: {words}\n")
+    (fake_result(words) / "config.yaml").write_text("lr: [0.3")
+    code, _, error = script(collect, f"{name} --format md")
+    assert code == 2 and "output/mine/config.yaml" in error and "start over" in error and error.count("\n") == 1
+    assert "refused" in script(reproduce, f"{name} --status")[1]
+
+
 def test_what_is_no_run_is_left_out_and_counted(grid: Callable[[str], str], script: Words) -> None:
     grid(SMALL)
     fake_result("-d fake_lt -m tiny_clip")

@@ -41,6 +41,23 @@ METRICS = {
 }
 
 
+def test_the_temperature_is_that_of_one_view(launch: Cli, has_run: HasRun) -> None:
+    """An export sees one view of an image, whatever the run was evaluated with."""
+
+    def exported(words: str) -> float | None:
+        assert launch(SHORT, "val_per_class 2 test_only True export merged", words).returncode == 0
+        (path,) = Path("output").glob("**/export/merged/facts.json")
+        temperature: float | None = json.loads(path.read_text())["temperature"]
+        return temperature
+
+    has_run(SHORT, "val_per_class 2")
+    plain = exported("")
+    shutil.rmtree("output")
+    has_run(SHORT, "val_per_class 2 tte True")
+    assert exported("tte True") is None and plain is not None
+    assert exported("tte False") == pytest.approx(plain, rel=1e-6) == exported("tte True")
+
+
 def loaded_logits(where: str | Path, photo: Path) -> torch.Tensor:
     model = tailtune.load(where, "cpu")
     return model.predict_logits(model.preprocess(Image.open(photo))[None])[0]

@@ -362,6 +362,19 @@ def test_own_data_by_stable_descending_training_count() -> None:
     assert found["forward50"].counts.min() == 0 and "classes without an image: 2" in found["forward50"].origin
 
 
+def test_capped_training_images_do_not_change_the_order_of_the_classes(tmp_path: Path) -> None:
+    trained = [(label, number) for label, count in enumerate((3, 9, 6)) for number in range(count)]
+    (tmp_path / "train.txt").write_text("".join(f"{label}-{number}.png {label}\n" for label, number in trained))
+    (tmp_path / "test.txt").write_text("".join(f"t{n}.png {n % 3}\n" for n in range(60)))
+    lists = {"data_dir": str(tmp_path), "train_list": "train.txt", "test_list": "test.txt", "test_dists": ["forward10"]}
+    labels = torch.arange(60) % 3
+    whole, capped = (config("ImageList", **lists, **more) for more in ({}, {"subset_cap": 3}))
+    assert build_info(capped).class_counts.tolist() == [3, 3, 3]
+    for cfg in (whole, capped):
+        (found,) = distributions(cfg, build_info(cfg), labels)
+        assert found.counts.tolist() == [2, 20, 6]
+
+
 def test_more_images_than_there_are() -> None:
     labels = torch.tensor([0] * 30 + [1] * 12)
     shift = distributions(config("ImageFolder", shift_max=20, test_dists=["uniform"]), facts([9, 8]), labels)[0]

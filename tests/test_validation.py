@@ -51,6 +51,18 @@ def test_training_is_the_same_with_and_without(model: str, launch: Cli, tmp_path
     assert same(*(tensors(tmp_path / "output" / name) for name in ("without", "with")))
 
 
+@pytest.mark.parametrize("mode", ["fivecrop", "randaug"])
+def test_tte_is_for_the_evaluation_alone(mode: str, launch: Cli, tmp_path: Path) -> None:
+    """Validation in training sees one view of each image, whatever the evaluation does."""
+    command = f"{COMMAND} num_epochs 1 val_every 1 output_dir "
+    assert launch(f"{command}without").returncode == 0
+    done = launch(f"{command}with tte True tte_mode {mode}")
+    assert done.returncode == 0, done.stderr
+    found = [result(tmp_path / "output" / name) for name in ("without", "with")]
+    assert found[0]["train"]["validations"] == found[1]["train"]["validations"]
+    assert found[0]["val"]["nll"] != found[1]["val"]["nll"]
+
+
 def test_validation_draws_nothing_and_restores_modes(launch: Cli, tmp_path: Path) -> None:
     """Even a library that draws while it predicts changes nothing."""
     seen: list[tuple[list[bool], Tensor]] = []

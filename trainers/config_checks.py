@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import torch
 
-from tailtune.configs import CfgNode, schema_of
+from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
 from tailtune.configs.machine import total_memory
-from tailtune.configs.option import options_from, value_of
+from tailtune.configs.option import options_from
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.models.text_mode import starts_at_random
@@ -28,7 +28,7 @@ from tailtune.trainers.flat_minima import check_sam, sam_mode
 from tailtune.trainers.methods import Method
 from tailtune.trainers.micro_batch_size import micro_batch_size
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan, check_factors
-from tailtune.trainers.runs.load_run import make_method, subject_of
+from tailtune.trainers.runs.load_run import differently_held, make_method, subject_of
 from tailtune.trainers.runs.merged_runs import MergeOptions, check_merge
 from tailtune.trainers.trackers import check_trackers
 
@@ -60,12 +60,11 @@ def validate(
         kept = {"encoder"} if method.frozen_trained else set()
         kept |= {"head"} if kept and not method.discards("model.head.") else set()
         kept |= {"texts"} if "head" in kept and method.model.text is not None else set()
-        for key, entry in schema_of(cfg).items():
-            if entry.held_with in kept and (now := value_of(cfg, key)) != (then := value_of(before, key)):
-                raise UserError(
-                    f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {then}, "
-                    f"not {now}; give both the same (`after.{key}` sets the earlier run's)"
-                )
+        for key, now, then in differently_held(cfg, before, kept):
+            raise UserError(
+                f"after: method {cfg.method} keeps the model of the earlier run, whose {key} is {then}, "
+                f"not {now}; give both the same (`after.{key}` sets the earlier run's)"
+            )
     return methods
 
 

@@ -34,8 +34,9 @@ from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpo
 from tailtune.trainers.methods.base import Method, combine
 from tailtune.trainers.prediction.predictor import Predictor
 from tailtune.trainers.prediction.request import ModelRequest
-from tailtune.trainers.runs.load_run import config_of, trained_method, trained_outline
+from tailtune.trainers.runs.load_run import config_of, trained_method
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, find_checkpoint
+from tailtune.trainers.runs.trained_outline import assumed_prior
 from tailtune.trainers.storage.manifest import read_json
 from tailtune.trainers.trained_model import info_of_run
 
@@ -144,8 +145,8 @@ class Labeller:
         val, plan = self._stored_val(), EvaluationPlan.of(cfg).target
         reads_prior = plan is not None or (val is not None and cfg.calibrate)
         stored = reads_prior and self.checkpoint.foreign is None
-        computes = trained_outline(self.checkpoint.home, cfg, info) if stored else method
-        prior = computes.assumed_prior().cpu().mean(0).log_softmax(0)
+        assumed = assumed_prior(self.checkpoint.home, cfg, info) if stored else method.assumed_prior()
+        prior = assumed.cpu().mean(0).log_softmax(0)
         if val is None and cfg.calibrate:
             log.info(
                 "the probabilities are not calibrated: the run has no logits of validation images for these options"

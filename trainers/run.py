@@ -43,14 +43,16 @@ from tailtune.trainers.more_epochs import any_length, check_more_epochs
 from tailtune.trainers.optimizers_and_schedules import OPTIMIZERS, Plan
 from tailtune.trainers.precision import PRECISIONS, RESIDUAL, cast_trainable, precision_used
 from tailtune.trainers.processes.console_log import attach_file, detach_file, start_console
+from tailtune.trainers.processes.interrupts import Interrupted, how_to_continue, with_hint
 from tailtune.trainers.runs.kept_epoch import facts_of_epoch
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, load_trained
 from tailtune.trainers.runs.longer_run import epochs_before
 from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.metrics_file import RunLabel, TrainReport, headline, summary
-from tailtune.trainers.runs.resume_decision import Decision, trained_on
+from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, OUTPUT, RunFolder
 from tailtune.trainers.runs.run_lock import RunLock
+from tailtune.trainers.runs.trained_images import trained_on
 from tailtune.trainers.storage.atomic_io import Digest, write_bytes
 from tailtune.trainers.storage.checkpoint import save_checkpoint
 from tailtune.trainers.storage.manifest import read_json
@@ -103,7 +105,7 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None, on_validation: On
             on_main(accelerator, lambda: show(stored, plan, folder))
         else:
             if cfg.resume and folder.finished():  # an unfinished run has been validated with all its stages
-                on_main(accelerator, lambda: _validate_evaluation(cfg, folder))
+                on_main(accelerator, lambda: validate([cfg], counts=folder.class_counts(), trains=False))
             suggested = {key: cfg[key] for key in BY_BACKBONE if given[key] is None}
             _Run(cfg, folder, accelerator, plan, kept, previous, suggested, on_validation).go()
         metrics = plan.stored or plan.target / folder.metrics.name
@@ -124,11 +126,6 @@ def run_to_outcome(cfg: CfgNode, previous: Path | None = None, on_validation: On
         finish_trackers(accelerator)
         detach_file()
         lock.release()
-
-
-def _validate_evaluation(cfg: CfgNode, folder: RunFolder) -> None:
-    """Check that a finished run can be evaluated as the config says, with the class counts of its training."""
-    validate([cfg], counts=folder.class_counts(), trains=False)
 
 
 def _listed(cfg: CfgNode, error: UnreadableImages) -> UserError:
@@ -191,7 +188,8 @@ class _Run:
             run = FinishedRun(cfg, self.folder, method, data, self.accelerator, self.base)
             method, facts = ensembled(run, cfg.ensemble)
             result |= {"ensemble": facts} if facts else {}
-        self.evaluation.from_images(method, data, result)
+        with with_hint(how_to_continue(cfg.resume) if trains and result["train"] else ""):  # its last state is saved
+            self.evaluation.from_images(method, data, result)
 
     def _warn(self, model: ClassificationModel, data: DataBundle) -> None:
         """Warn about conditions under which the result is misleading."""
@@ -201,8 +199,8 @@ class _Run:
             self.evaluation.note(text, warn=True)
         texts = cfg.zero_shot or classifies_by_text(cfg) or cfg.init_head in NEEDS_TEXT
         texts = texts or ensemble_named(cfg.ensemble).text
-        if texts and names[0] == "class 0" and not model.random_base:
-            text = "the classes have no names, so their text features say nothing; set classnames to a file of names"
+        read = names if texts and not model.random_base else ()
+        for text in training_notes.of_data(cfg.classnames, read, data.records):
             self.evaluation.note(text, warn=True)
         trained = [data.records["train"]] if self.plan.trains else trained_on(self.folder, self.kept)
         for split in ("test", "val"):
@@ -273,7 +271,10 @@ class _Run:
         curves = start_curves(self.accelerator, CurvePlan.of(cfg), home.path, home.manifest.run, options)
         if method.batch_coupled and plan.micro_batch_size < cfg.batch_size:
             note(training_notes.of_micro_batch(plan.micro_batch_size, cfg.batch_size), warn=True)
-        report = Trainer(self.accelerator, plan, states, validation, curves, self._view_of).fit(method, data)
+        try:
+            report = Trainer(self.accelerator, plan, states, validation, curves, self._view_of).fit(method, data)
+        except Interrupted:
+            raise Interrupted(how_to_continue(cfg.resume)) from None
         log.info("trained %d steps in %.0f s", report.steps, report.seconds)
         for text in validation.outcome(report.validations, cfg.num_epochs):
             log.info(text)

@@ -1,6 +1,7 @@
 """Shows the result of a finished run again. This needs no torch, so it takes a fraction of a second."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from tailtune.configs import CfgNode
@@ -96,8 +97,8 @@ def splits_and_decision(
     starts_over = not cfg.resume and not cfg.test_only
     kept = None if starts_over else folder.kept()
     plan = decide(Command.of(cfg), folder, kept)
-    if kept is None and previous is not None:  # images that the earlier run held out stay held out
-        kept = kept_splits(previous)
+    if kept is None and previous is not None and (earlier := kept_splits(previous)) is not None:
+        kept = replace(earlier, of_earlier=True)
     return kept, plan
 
 

@@ -1,7 +1,9 @@
 """Sentences about a training that its result records, because they change what the numbers mean."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from tailtune.datasets.sources.class_names import same_names
+from tailtune.datasets.splits.split_records import Record
 from tailtune.trainers.runs.metrics_file import TrainReport
 
 
@@ -21,6 +23,26 @@ def of_settings(
         yield f"drw_epoch {drw_epoch} never comes: the last epoch is {epochs - 1}"
     if lr_steps and lr_steps[0] >= epochs:
         yield f"lr_steps {lr_steps} never come: the last epoch is {epochs - 1}"
+
+
+def of_data(classnames: str | None, names: Sequence[str], records: Mapping[str, Record]) -> Iterator[str]:
+    """Notes about class names that say nothing to a text encoder, and about validation images that are test images.
+
+    Args:
+        classnames: the option. In the known set `imagenet` two names stand for two classes each, which is no mistake.
+        names: the names of the C classes; empty if no text encoder reads them.
+        records: split → its images.
+    """
+    if names and names[0] == "class 0":
+        yield "the classes have no names, so their text features say nothing; set classnames to a file of names"
+    elif classnames != "imagenet" and (same := same_names(names)):
+        yield same
+    test, val = (set(records[name].paths) if name in records else set() for name in ("test", "val"))
+    if test & val:
+        yield (
+            f"{len(test & val)} of {len(val)} validation images are test images, too: what is chosen by them (keep, "
+            "patience, a temperature) is chosen by the test"
+        )
 
 
 def of_micro_batch(size: int, batch_size: int) -> str:

@@ -121,7 +121,7 @@ def _run_new(argv: Sequence[str], load_schema: LoadSchema) -> int:
     shots = {key: defaults[key] for key in ("many_above", "few_below")}
     chosen = {key: getattr(args, key) for key in ("folder", "test", "val", "seed", "groups", "decode")}
     text = new_data(NewRequest(output=output, **chosen, **shots))
-    print_text(f"{text}\ntrain on it: {program()} -d {shlex.quote(str(output / name))}.yaml -m clip_vit_b16_peft")
+    print_text(f"{text}\ntrain on it: {program()} -d {shlex.quote(str(output / name) + '.yaml')} -m clip_vit_b16_peft")
     return 0
 
 

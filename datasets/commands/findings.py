@@ -46,6 +46,8 @@ class Findings:
     """Those of `lists` that have the name of a published list and other content."""
     files: dict[str, str] = field(default_factory=dict)
     """Other file of the data set → what is wrong with it; empty if nothing is."""
+    wrong_names: str = ""
+    """What is wrong with the class names."""
     release: list[str] = field(default_factory=list)
     """What was probably given instead."""
     notes: list[str] = field(default_factory=list)
@@ -64,6 +66,7 @@ class Findings:
             for number, what in ((len(split.missing), "missing"), (len(split.unreadable), "unreadable")):
                 if number:
                     found.append(f"{number:,} of {sum(split.counts):,} {name} images are {what}")
+        found += [self.wrong_names] if self.wrong_names else []
         found += [f"{file} {self.lists[file]}" for file in self.bad_lists]
         found += [f"{file}: {problem}" for file, problem in self.files.items() if problem]
         if self.exact:

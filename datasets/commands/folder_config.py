@@ -34,8 +34,7 @@ def config_of_folder(data: str, outputs: Path, defaults: Mapping[str, Any], keep
         keep: False: what is made is removed at the end of the block.
 
     Raises:
-        UserError: the folder has no class folders with images, the split belongs to another folder, or it would have to
-            be made by several processes at once.
+        UserError: no class folders with images, the split of another folder, or several processes that would make it.
     """
     folder = Path(data)
     name = config_name(folder)
@@ -63,8 +62,13 @@ def config_of_folder(data: str, outputs: Path, defaults: Mapping[str, Any], keep
             _write(target, name, {"dataset": "ImageFolder", "root": os.path.abspath(images), **shots})
         else:
             made = new_data(NewRequest(images, target, many_above=shots["many_above"], few_below=shots["few_below"]))
+            made += _not_read(folder / "val") if split and "val" in names else ""
             print_text(made if keep else f"would be made, not written: {made.replace(str(target), str(home), 1)}")
         yield str(target / f"{name}.yaml")
+
+
+def _not_read(val: Path) -> str:
+    return f"\n  note: {val} is not read; a YAML with dataset ImageFolder makes it the validation split"
 
 
 def _used_again(path: Path, images: Path) -> Path:

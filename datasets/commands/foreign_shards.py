@@ -4,7 +4,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,7 @@ def index_folder(folder: Path, values: Mapping[str, Any]) -> str:
         if (folder / file).exists():
             raise UserError(f"{folder / file} exists already: remove it, and the index is written anew")
     read = {split: _read_split(files) for split, files in by_split.items()}
+    _check_names(read.values())
     num_classes = _number_of_classes(folder, {split: rows.labels for split, rows in read.items()})
     class_names = tuple(f"class {label}" for label in range(num_classes))
     indexes = [
@@ -177,14 +178,15 @@ def _add(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: s
         return
     file = tar.extractfile(member)
     assert file is not None, "it is a regular file"
-    content = file.read()
+    content, where = file.read(), f"{path}: {printable(member.name)}"
     if len(content) != member.size:
         raise tarfile.ReadError("it ends before its last member does")
     if not is_image:
         found = _label(content, extension)
+        if None not in (found, sample.label) and found != sample.label:
+            raise UserError(f"{where} has label {found}, but its key has label {sample.label} already; keep one")
         sample.label = found if found is not None else sample.label
         return
-    where = f"{path}: {printable(member.name)}"
     if sample.image:
         raise UserError(f"{where} is a second image of the same key; keep one")
     if format_of(content[:HEADER_BYTES]) is None:
@@ -212,6 +214,18 @@ def _complete(path: Path, key: str, sample: _Sample) -> tuple[_Image, int]:
             f"{where} has no label: a member .cls with a whole number from 0, or .json with one in the field label"
         )
     return sample.image, sample.label
+
+
+def _check_names(splits: Collection[_Rows]) -> None:
+    """Put the name of its tar file before the name of each image if two have the same, as where each file counts anew.
+
+    A run knows an image again by its name.
+    """
+    names = [name for rows in splits for name in rows.paths]
+    if len(set(names)) < len(names):
+        for rows in splits:
+            files = (rows.shards[number].name for number in rows.columns[0].tolist())
+            rows.paths = [f"{file}/{name}" for file, name in zip(files, rows.paths, strict=True)]
 
 
 def _number_of_classes(folder: Path, labels: Mapping[str, np.ndarray]) -> int:

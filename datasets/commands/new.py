@@ -1,7 +1,7 @@
 """`data new`: makes a YAML, list files and a picture of the class frequencies from a folder of images."""
 
+import math
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from tailtune.datasets.commands.class_curve import LABELS, class_curve
 from tailtune.datasets.commands.copies import exact_copies
 from tailtune.datasets.commands.grouping import joined, read_groups
 from tailtune.datasets.commands.notes import collected_notes
-from tailtune.datasets.commands.result_files import cannot_write
+from tailtune.datasets.commands.result_files import cannot_write, plain_name
 from tailtune.datasets.commands.split_files import SplitFiles
 from tailtune.datasets.images.decode_many import decode_many
 from tailtune.datasets.images.inspect_files import inspect_files
@@ -110,7 +110,7 @@ def _check(request: NewRequest) -> None:
     if os.path.lexists(request.output):
         raise UserError(f"{request.output} exists already: name another folder with --output, or remove it")
     for key, amount in (("test", request.test), ("val", request.val)):
-        if amount < 0 or (amount >= 1 and amount != int(amount)):
+        if not math.isfinite(amount) or amount < 0 or (amount >= 1 and amount != int(amount)):
             raise UserError(f"--{key} {amount:g}: give a share below 1, or a whole number of images of each class")
     if not request.test:
         raise UserError("--test 0: a data set needs test images; give a share below 1 or a number of images")
@@ -227,14 +227,13 @@ def split_command(folder: Path | str) -> str:
 
 
 def config_name(folder: Path) -> str:
-    """Name of the data config for a folder: its name, or that of the folder above `train`, with plain letters only.
+    """Name of the data config for a folder: its name, or that of the folder above `train`.
 
     Args:
         folder: the folder of the images.
     """
     path = Path(os.path.abspath(folder))
-    name = path.parent.name if path.name in SPLITS else path.name
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_-") or "data"
+    return plain_name(path.parent.name if path.name in SPLITS else path.name)
 
 
 def _write(output: Path, files: Mapping[str, bytes]) -> None:

@@ -1,6 +1,7 @@
-"""Writes the files of the data commands completely or not at all."""
+"""Names the files of the data commands, and writes them completely or not at all."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def write_json(path: Path, content: Any) -> None:
             file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="surrogateescape"))
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def plain_name(text: str) -> str:
+    """A name for a data config and its run folders: letters and digits of any script, `_` and `-`.
+
+    Args:
+        text: the name of a folder or of data.
+    """
+    return re.sub(r"[^\w-]+", "_", text).strip("_-") or "data"
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

@@ -13,7 +13,7 @@ import yaml
 
 from tailtune.configs.atomic_file import atomic_file, sync_folder, temporary_path
 from tailtune.configs.errors import UserError, lookup
-from tailtune.datasets.commands.result_files import cannot_write
+from tailtune.datasets.commands.result_files import cannot_write, plain_name
 from tailtune.datasets.commands.shard_writer import write_shards
 from tailtune.datasets.data_settings import DataSettings
 from tailtune.datasets.sources.available_images import AvailableImages
@@ -166,7 +166,7 @@ def yaml_name(data: str) -> str:
     Args:
         data: name of the data. The YAML keeps it, because model configs have options for names of data.
     """
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', data).strip('_-') or 'data'}.yaml"
+    return f"{plain_name(data)}.yaml"
 
 
 def write_indexes(folder: Path, indexes: Sequence[ShardIndex], name: str, config: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """`data verify`: checks the lists and the images of a data set before anybody trains on them."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from tailtune.datasets.data_settings import DataSettings, SplitSettings
 from tailtune.datasets.images.decode_many import decode_many
 from tailtune.datasets.images.inspect_files import inspect_files
 from tailtune.datasets.images.regular_files import NotARegularFile
-from tailtune.datasets.long_tail import capped, capped_counts
+from tailtune.datasets.long_tail import capped, capped_counts, check_classes
 from tailtune.datasets.sources.available_images import AvailableImages
 from tailtune.datasets.sources.cifar import ARCHIVES, TEST_IMAGES
+from tailtune.datasets.sources.class_names import same_names
 from tailtune.datasets.sources.image_folder import SPLITS
 from tailtune.datasets.sources.listing import Listing
 from tailtune.datasets.sources.published_lists import PUBLISHED
@@ -63,7 +64,7 @@ def verify(request: VerifyRequest) -> Findings:
     with collected_notes() as notes:
         class_names, splits, listings = _read(request)
     findings = _empty_findings(request, class_names)
-    findings.notes = notes
+    findings.notes, findings.wrong_names = notes, "" if request.only else same_names(class_names)
     for name, split in splits.items():
         counts = np.bincount(split.source.labels[split.indices], minlength=len(class_names)).tolist()
         file = listings[name].file if name in listings else None
@@ -71,6 +72,8 @@ def verify(request: VerifyRequest) -> Findings:
     _check_lists(request, listings, findings)
     if request.images:
         _check_images(request, SplitFiles(splits), findings)
+    elif listings:
+        findings.exact = _listed_in_several(splits)
     return findings
 
 
@@ -117,9 +120,11 @@ def _read(request: VerifyRequest) -> tuple[tuple[str, ...], dict[str, Split], di
         test_files, val_files = (each.files(root) if each else None for each in (test, val))
         available = AvailableImages(outline, train.files(root), test_files, val_files)
         by_split = {"train": train, "test": test or train, "val": val or train}
-    chosen = choose_splits(request.splits, available)
+    chosen, names = choose_splits(request.splits, available), available.outline.class_names
+    trained = chosen.by_name["train"]
+    check_classes(np.bincount(trained.source.labels[trained.indices], minlength=len(names)), names, options.data)
     order = sorted(chosen.by_name, key=SPLITS.index)
-    return available.outline.class_names, {name: chosen.by_name[name] for name in order}, by_split
+    return names, {name: chosen.by_name[name] for name in order}, by_split
 
 
 def _check_lists(request: VerifyRequest, listings: dict[str, Listing], findings: Findings) -> None:
@@ -135,6 +140,15 @@ def _check_lists(request: VerifyRequest, listings: dict[str, Listing], findings:
         findings.lists[str(file)] = status
         if file.name in PUBLISHED and not status.startswith("published"):
             findings.bad_lists.append(str(file))
+
+
+def _listed_in_several(splits: Mapping[str, Split]) -> list[list[dict[str, str]]]:
+    """The paths that several splits list, as entries of each of these."""
+    found: dict[str, list[str]] = {}
+    for name, split in splits.items():
+        for path in dict.fromkeys(split.paths()):
+            found.setdefault(path, []).append(name)
+    return [[{"split": name, "path": path} for name in names] for path, names in found.items() if len(names) > 1]
 
 
 def _check_images(request: VerifyRequest, files: SplitFiles, findings: Findings) -> None:
@@ -203,6 +217,7 @@ def _verify_built_in(request: VerifyRequest) -> Findings:
     findings = _empty_findings(request, outline.class_names)
     splits = request.splits
     counts = [count - splits.val_per_class for count in capped_counts(outline.available, splits.imb_factor)]
+    check_classes(counts, outline.class_names, options.data)
     findings.splits["train"] = SplitFindings(capped(counts, splits.subset_cap))
     findings.images_checked = findings.decoded = False
     if (archive := ARCHIVES.get(options.dataset)) is None:

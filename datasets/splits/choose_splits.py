@@ -5,6 +5,7 @@ not change the split of another class. Once a run has stored its splits, they ar
 on never become test images, whatever is added to the data later.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,49 +40,82 @@ def choose_splits(options: SplitSettings, data: AvailableImages, stored: StoredS
         The splits, without file sizes.
 
     Raises:
-        UserError: a class would keep no training image.
+        UserError: a class would keep no training image, or an image that is listed twice might be held out once.
     """
     source, names = data.train, data.outline.class_names
-    has_paths = isinstance(source, NamedSource)
     holds_out = bool(options.test_per_class or options.val_per_class)
-    if stored is not None and holds_out and has_paths and (restored := _restored(data, stored)) is not None:
-        return restored
+    held: Mapping[str, np.ndarray] = {}
+    if stored is not None and holds_out and isinstance(source, NamedSource):
+        if not stored.of_earlier:
+            if (restored := _restored(data, stored)) is not None:
+                return restored
+        elif (positions_in_source(stored.records["train"].paths, source) >= 0).any():  # not of other data
+            held = {name: positions_in_source(record.paths, source) for name, record in stored.records.items()}
     rest = np.arange(len(source))
     splits: dict[str, Split] = {}
     if data.test is not None:
-        splits["test"] = Split(data.test, np.arange(len(data.test)))
+        splits["test"] = _whole(data.test, "test", stored)
     else:
-        held_out, rest = _hold_out(source, rest, options.test_per_class, names, "test_per_class")
-        splits["test"] = Split(source, held_out)
+        chosen, rest = _hold_out(source, rest, options.test_per_class, names, "test_per_class", held.get("test"))
+        splits["test"] = Split(source, chosen)
     if options.imb_factor is not None:
         rest = rest[subsample(source.labels[rest], capped_counts(data.outline.available, options.imb_factor))]
     if options.val_per_class:
-        held_out, rest = _hold_out(source, rest, options.val_per_class, names, "val_per_class")
-        splits["val"] = Split(source, held_out)
+        chosen, rest = _hold_out(source, rest, options.val_per_class, names, "val_per_class", held.get("val"))
+        splits["val"] = Split(source, chosen)
     elif data.val is not None:
-        splits["val"] = Split(data.val, np.arange(len(data.val)))
+        splits["val"] = _whole(data.val, "val", stored)
     if options.subset_cap is not None:
         rest = rest[capped_subset(source.labels[rest], options.subset_cap, options.subset_seed)]
+    has_paths = isinstance(source, NamedSource)
     splits["train"] = Split(source, _in_stored_order(source, rest, stored) if stored and has_paths else rest)
-    return ChosenSplits(splits, _paths_in_no_split(source, splits) if has_paths else (), ())
+    unused = _paths_in_no_split(source, splits) if has_paths else ()
+    return ChosenSplits(splits, unused, (), class_names=names)
 
 
 def _hold_out(
-    source: Source, candidates: np.ndarray, per_class: int, names: tuple[str, ...], key: str
+    source: Source,
+    candidates: np.ndarray,
+    per_class: int,
+    names: tuple[str, ...],
+    key: str,
+    held: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates that are held out, sorted by class, and the others in their order; positions in the source."""
+    """The candidates that are held out, sorted by class, and the others in their order; positions in the source.
+
+    An earlier stage has perhaps held some out already, at the positions `held`, where −1 is an image that is gone.
+    """
+    if held is not None:
+        return held[np.isin(held, candidates)], candidates[~np.isin(candidates, held)]
     labels = source.labels[candidates]
     check_hold_out(np.bincount(labels, minlength=len(names)), per_class, names, key)
     if not isinstance(source, NamedSource):  # built-in data cannot grow and keep the split of earlier versions
         held_out, rest = hold_out(labels, per_class, names, key)
         return candidates[held_out], candidates[rest]
-    digests = np.array(
-        [derive_seed(SUBSET_SEED, "hold out", path) for path in source.paths.at(candidates)], dtype=np.uint64
-    )
+    paths = source.paths.at(candidates)
+    if repeated := next((path for path, count in Counter(paths).items() if count > 1), None):
+        raise UserError(
+            f"{key} {per_class}: {repeated} is listed several times, so it might be both held out and trained on; list "
+            "each image once"
+        )
+    digests = np.array([derive_seed(SUBSET_SEED, "hold out", path) for path in paths], dtype=np.uint64)
     by_class = np.lexsort((digests, labels))
     rank_in_class = np.arange(len(candidates)) - np.searchsorted(labels[by_class], labels[by_class])
     held_out = by_class[rank_in_class < per_class]
     return candidates[held_out], candidates[np.setdiff1d(np.arange(len(candidates)), held_out)]
+
+
+def _whole(source: Source, name: str, stored: StoredSplits | None) -> Split:
+    """All images of a split of its own. If they are those that the run stored, they have the order in which it did.
+
+    Stored logits name the images by their positions, so a list that was sorted anew must not change them.
+    """
+    positions = np.arange(len(source))
+    if stored is None or name not in stored.records or not isinstance(source, NamedSource):
+        return Split(source, positions)
+    stored_positions = positions_in_source(stored.records[name].paths, source)
+    same = len(stored_positions) == len(source) and bool((stored_positions >= 0).all())
+    return Split(source, stored_positions if same else positions)
 
 
 def _in_stored_order(source: Source, positions: np.ndarray, stored: StoredSplits) -> np.ndarray:
@@ -108,12 +142,13 @@ def _restored(data: AvailableImages, stored: StoredSplits) -> ChosenSplits | Non
             "over with `resume False`"
         )
     if data.test is not None:  # a test split of its own is taken as it is now
-        splits["test"] = Split(data.test, np.arange(len(data.test)))
+        splits["test"] = _whole(data.test, "test", stored)
     known = {path for record in stored.records.values() for path in record.paths}
     known |= {*stored.unused, *stored.unreadable}
     unused = _paths_in_no_split(data.train, splits)
     new = tuple(path for path in unused if path not in known)
-    return ChosenSplits(splits, tuple(path for path in unused if path in known), new)
+    unused = tuple(path for path in unused if path in known)
+    return ChosenSplits(splits, unused, new, class_names=data.outline.class_names)
 
 
 def _paths_in_no_split(source: Source, splits: Mapping[str, Split]) -> tuple[str, ...]:

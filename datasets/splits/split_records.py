@@ -135,6 +135,8 @@ class ChosenSplits:
     """Path of an image that cannot be read → the reason."""
     left_out: int = 0
     """Number of unreadable images that are left out of training."""
+    class_names: tuple[str, ...] = ()
+    """C names in the order of the labels."""
 
     def has(self, path: str) -> bool:
         """Whether the image of a path is there, also if it is in no split; false for built-in data.
@@ -172,6 +174,8 @@ class StoredSplits:
     """Paths of images that no split took."""
     unreadable: Mapping[str, str]
     """Path of an image that was left out → the reason."""
+    of_earlier: bool = False
+    """Whether an earlier stage has stored them: its held-out images stay held out, and this run chooses the others."""
 
 
 def split_files(
@@ -224,15 +228,26 @@ def parse_splits(files: Mapping[str, bytes]) -> StoredSplits:
 
 
 def positions_in_source(paths: Sequence[str], source: Source) -> np.ndarray:
-    """The positions of paths in a source.
+    """The positions of paths in a source. If a path is there several times, each time stands for another position.
 
     Args:
         paths: N relative paths.
         source: a source of images with paths.
 
     Returns:
-        int64 [N]; −1 for a path that the source does not have.
+        int64 [N], without repetitions; −1 for a path that the source does not have, or not so often.
     """
     assert isinstance(source, NamedSource), "built-in data have no lists"
-    position_of = {path: position for position, path in enumerate(source.paths)}
-    return np.array([position_of.get(path, -1) for path in paths], dtype=np.int64)
+    position_of: dict[str, int] = {}
+    repeated: dict[str, list[int]] = {}
+    for position, path in enumerate(source.paths):
+        if position_of.setdefault(path, position) != position:
+            repeated.setdefault(path, []).append(position)
+
+    def taken(path: str) -> int:
+        position = position_of.pop(path, -1)
+        if later := repeated.get(path):
+            position_of[path] = later.pop(0)
+        return position
+
+    return np.array([taken(path) for path in paths], dtype=np.int64)

@@ -11,7 +11,7 @@ from tailtune.datasets.data_bundle import DataInfo, TestDistribution
 from tailtune.datasets.sources.published_lists import published_at
 from tailtune.datasets.test_distributions.class_order import class_order, published_label_order
 from tailtune.datasets.test_distributions.dirichlet import DIRICHLET, DrawnTestSet, ImagesByClass, draw_test_sets
-from tailtune.datasets.test_distributions.evaluated_split import EvaluatedSplit
+from tailtune.datasets.test_distributions.evaluated_split import EvaluatedSplit, Rows
 from tailtune.datasets.test_distributions.frequency_rules import distribution_names, frequency_rule
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 
@@ -21,7 +21,7 @@ WHOLE_TEST_SET = "test"
 
 
 def build_distributions(
-    options: DistributionSettings, info: DataInfo, test_labels: Tensor
+    options: DistributionSettings, info: DataInfo, test_labels: Tensor, rows: Rows = lambda: None
 ) -> tuple[TestDistribution, ...]:
     """The test distributions that the option `test_dists` asks for.
 
@@ -31,6 +31,7 @@ def build_distributions(
         options: which distributions, and how their images are chosen.
         info: facts about the training data.
         test_labels: labels of the test split, as far as `max_test_images` keeps it, int64 [N].
+        rows: as in `EvaluatedSplit`; called only if the images of a distribution are those of a list.
 
     Returns:
         The distributions in the order of the option; empty if nothing asks for one.
@@ -45,7 +46,7 @@ def build_distributions(
         counts = torch.bincount(test_labels, minlength=info.num_classes)
         positions = torch.arange(len(test_labels))
         return (TestDistribution(WHOLE_TEST_SET, counts, positions, "the test images as they are"),)
-    split = EvaluatedSplit(options, test_labels.numpy(), info.num_classes)
+    split = EvaluatedSplit(options, test_labels.numpy(), info.num_classes, rows)
     order = class_order(options, info)
     has_draws = any(name.startswith(DIRICHLET) for name in names)
     drawn = _dirichlet_test_sets(options, info, split, order) if has_draws else {}
@@ -75,7 +76,7 @@ def _dirichlet_test_sets(
         ranks=order.argsort()[classes],
         positions=[images_by_label[label] for label in classes],
         largest_class=split.largest_class(),
-        train_images=int(info.class_counts.max()) + options.val_per_class if draws_training_images else None,
+        train_images=int(info.natural_counts.max()) + options.val_per_class if draws_training_images else None,
     )
     return draw_test_sets(options.dirichlet, options.shift_seed, images, origin)
 

@@ -26,7 +26,7 @@ def class_order(options: DistributionSettings, info: DataInfo) -> np.ndarray:
     Raises:
         UserError: as `published_label_order`.
     """
-    counts = info.class_counts.numpy()
+    counts = info.natural_counts.numpy()
     if options.shift_order == "label":
         return np.arange(len(counts))
     if options.shift_order == "counts":

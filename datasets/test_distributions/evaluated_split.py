@@ -1,5 +1,6 @@
 """The test split that test distributions choose their images from."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tailtune.datasets.test_distributions.class_order import read_relabelled
 from tailtune.datasets.test_distributions.dirichlet import describe_origin
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 
+Rows = Callable[[], np.ndarray | None]
+
 
 class EvaluatedSplit:
     """The test images of an evaluation, from which subsets are chosen.
@@ -23,10 +26,11 @@ class EvaluatedSplit:
         options: how images are chosen.
         labels: of the test split, as far as `max_test_images` keeps it, int64 [N].
         num_classes: number of classes C.
+        rows: gives the position of each image in the test list, int64 [N]; None if it is not known.
     """
 
-    def __init__(self, options: DistributionSettings, labels: np.ndarray, num_classes: int) -> None:
-        self.options, self.labels = options, labels
+    def __init__(self, options: DistributionSettings, labels: np.ndarray, num_classes: int, rows: Rows) -> None:
+        self.options, self.labels, self.rows = options, labels, rows
         self.counts = np.bincount(labels, minlength=num_classes)  # images per class, [C]
         self.is_cut = options.max_test_images == len(labels)
         self.missing_lists: list[str] = []
@@ -86,7 +90,7 @@ class EvaluatedSplit:
         """
         options, positions = self.options, np.arange(len(self.labels))
         list_file = options.dirichlet.list
-        name = (list_file or options.test_list) if options.may_have_lists else None
+        name = (list_file or options.test_list) if options.may_have_lists and options.test_list else None
         path = first_file(name, options.folders.for_lists()) if name else None
         if list_file and path:
             positions = self._positions_in_list(path, self.counts)
@@ -106,15 +110,21 @@ class EvaluatedSplit:
                 f"{path} has {counts[label]} images of label {label}, but the class counts and shift_… options ask for "
                 f"{wanted[label]}; if your training data are not the published ones, set `shift_files none`"
             )
-        kept = random_positions(len(self._test_list.paths), self.options.max_test_images)
-        return kept.searchsorted(positions[np.isin(positions, kept)])
+        place = np.full(len(self._test_list.paths), -1)
+        place[self._rows] = np.arange(len(self._rows))
+        return place[positions[place[positions] >= 0]]
 
     @cached_property
     def _test_list(self) -> Listing:
         """The whole test list. `max_test_images` may keep only a part of it as the split."""
         assert self.options.test_list
-        test_list = read_relabelled(self.options, find_list(self.options.test_list, self.options.folders.for_lists()))
-        kept = random_positions(len(test_list.paths), self.options.max_test_images)
-        if not np.array_equal(test_list.labels[kept], self.labels):
+        return read_relabelled(self.options, find_list(self.options.test_list, self.options.folders.for_lists()))
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """The position of each image in the test list, which a run may have stored in another order, int64 [N]."""
+        test_list, rows = self._test_list, self.rows()
+        rows = random_positions(len(test_list.paths), self.options.max_test_images) if rows is None else rows
+        if rows.max(initial=0) >= len(test_list.paths) or not np.array_equal(test_list.labels[rows], self.labels):
             raise UserError(f"{test_list.file} is not the list of the evaluated images: start over with `resume False`")
-        return test_list
+        return rows

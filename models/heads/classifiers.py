@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tailtune.configs.errors import UserError
 from tailtune.configs.option import option
 from tailtune.models.heads.classifier import Classifier
 from tailtune.models.heads.text_classifier import TextClassifier
@@ -45,12 +46,18 @@ class L2NormedClassifier(Classifier):
 
 
 class CosineClassifier(L2NormedClassifier):
-    """Cosine similarities with a fixed scale σ: z_c = σ · cos(f, w_c); arguments as above, `scale` is σ."""
+    """Cosine similarities with a fixed scale σ: z_c = σ · cos(f, w_c); arguments as above, `scale` is σ.
+
+    Raises:
+        UserError: σ is 0.
+    """
 
     Options = ScaleOptions
 
     def __init__(self, dim: int, num_classes: int, scale: float) -> None:
         super().__init__(dim, num_classes)
+        if not scale:
+            raise UserError("scale 0: the cosine classifier multiplies every logit with it; set it above 0, such as 25")
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:

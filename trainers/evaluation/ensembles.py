@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tailtune.configs import CfgNode
 from tailtune.configs.errors import lookup
 from tailtune.configs.option import NoOptions, key_names, option
 from tailtune.configs.value_parsers import as_paths, as_str
@@ -18,6 +19,13 @@ from tailtune.trainers.evaluation.weight_ensembles import soup, wise
 from tailtune.trainers.evaluation.zero_shot_ensembles import gla, logits
 from tailtune.trainers.methods import Method
 from tailtune.trainers.runs.load_run import FinishedRun
+from tailtune.trainers.runs.run_folder import RunFolder
+from tailtune.trainers.runs.trained_outline import outline_of, prior_of_run, prior_of_start, priors_of_soup
+
+GUESSED = (
+    "the mixed weights assume different class priors, so that the prior of the mixture is a guess: for wise that of "
+    "the trained run, for soup the mean of the logarithms"
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,13 @@ class Ensemble:
     """Whether the ensemble needs the initial weights of the run."""
     text: bool = False
     """Whether the ensemble runs the zero-shot classifier."""
-    assumes: Callable[[Tensor, float], Tensor] = lambda prior, _: prior
-    """(log class prior that the trained logits assume [E, C], α) → log class prior that the ensemble's logits assume.
+    reads_train: bool = False
+    """Whether its logits also depend on the training images that are there."""
+    others: Callable[[RunFolder, CfgNode], list[Tensor]] = lambda folder, cfg: []
+    """→ the log class prior [E, C] that each of the other mixed weights assumes."""
+    assumes: Callable[[Tensor, list[Tensor], float], Tensor] = lambda prior, others, alpha: prior
+    """(log class prior that the trained logits assume [E, C], those of `others`, α) → log class prior that the
+    ensemble's logits assume.
 
     The prior of zero-shot logits is unknown; it is treated as uniform.
     """
@@ -87,11 +100,50 @@ def as_trained(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
 
 NONE = Ensemble(as_trained)
 ENSEMBLES: Mapping[str, Ensemble] = {
-    "wise": Ensemble(wise, AlphaOptions, start=True),
-    "soup": Ensemble(soup, RunsOptions),
-    "logits": Ensemble(logits, AlphaOptions, text=True, assumes=lambda prior, alpha: (alpha * prior).log_softmax(-1)),
-    "gla": Ensemble(gla, text=True, assumes=lambda prior, _: torch.zeros_like(prior).log_softmax(-1)),
+    # Between start and end, the prior comes earlier than α says: on digits, the logits at α = ¼ follow ⅘ of it.
+    "wise": Ensemble(
+        wise,
+        AlphaOptions,
+        start=True,
+        others=lambda folder, cfg: [prior_of_start(folder, cfg)],
+        assumes=lambda prior, others, alpha: prior if alpha else others[0],
+    ),
+    "soup": Ensemble(
+        soup,
+        RunsOptions,
+        others=priors_of_soup,
+        assumes=lambda prior, others, _: torch.stack([prior, *others]).mean(0).log_softmax(-1),
+    ),
+    "logits": Ensemble(
+        logits, AlphaOptions, text=True, assumes=lambda prior, _, alpha: (alpha * prior).log_softmax(-1)
+    ),
+    "gla": Ensemble(
+        gla, text=True, reads_train=True, assumes=lambda prior, *_: torch.zeros_like(prior).log_softmax(-1)
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the logits of an evaluation assume about the class frequencies, for `target_prior`."""
+
+    prior: Tensor
+    """log p [E, C] in fp64."""
+    train: Tensor
+    """Class frequencies of the training images [C]."""
+    note: str = ""
+    """Why p is a guess; empty if it is not."""
+
+    @classmethod
+    def of(cls, folder: RunFolder, cfg: CfgNode) -> "Assumed":
+        """Of the run that a command evaluates, with its ensemble."""
+        entry, trained = ensemble_named(cfg.ensemble), prior_of_run(folder, cfg).cpu()
+        others = entry.others(folder, cfg)
+        prior = entry.assumes(trained, others, cfg.ensemble_alpha)
+        ends = entry.start and cfg.ensemble_alpha in (0, 1)
+        differ = not ends and not all(torch.allclose(trained, other, atol=1e-6) for other in others)
+        note = f"target_prior: {GUESSED}" if differ else ""
+        return cls(prior, outline_of(folder, cfg).log_prior.exp().cpu(), note)
 
 
 def reads(entry: Ensemble, key: str) -> bool:

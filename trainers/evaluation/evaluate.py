@@ -27,7 +27,7 @@ from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
 from tailtune.trainers.report.files import NONE
 from tailtune.trainers.report.subject import EvaluatedImages
-from tailtune.trainers.runs.metrics_file import circumstances, of_training, write_metrics
+from tailtune.trainers.runs.metrics_file import circumstances, of_ensemble, of_training, write_metrics
 from tailtune.trainers.runs.result_table import read_result, table
 from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import RunFolder
@@ -89,7 +89,7 @@ class Evaluation:
         self._stored(LOGITS)
         (_, test_logits), val_logits = stored, val and val[1]
         info = self.build.info()
-        distributions = self._asked(self.build.distributions(info, test_logits.labels))
+        distributions = self._asked(self._distributions(info, test_logits))
         self._keep(test_logits, val_logits)
         measured = plain_results(test_logits, distributions, info.groups)
         if self.plan.adapts:
@@ -99,7 +99,8 @@ class Evaluation:
         split = "train" if self.plan.test_train else "test"
         images = partial(self.build.images, split, self.decision.fingerprints.get(split))
         every = self.build.outline().asks_every_expert
-        self._finish(self.trained_result(), test_logits, val_logits, info, images, measured, every)
+        result = self.trained_result() | of_ensemble(stored[0].with_name("metrics.json"))
+        self._finish(result, test_logits, val_logits, info, images, measured, every)
         return True
 
     def _stored(self, name: str) -> Logits | None:
@@ -117,11 +118,14 @@ class Evaluation:
             return None
         return stored_logits(self.folder.path, self._key(name), name)
 
+    def _distributions(self, info: DataInfo, stored: Logits) -> tuple[TestDistribution, ...]:
+        return self.build.distributions(info, stored.labels, self.decision.fingerprints.get("test"))
+
     def _has_learnt(self, path: Path, plain: Logits) -> bool:
         """Whether earlier evaluations have learnt what `adapt` needs for every test distribution of these logits."""
         if not (files := self._learnt_files(path)).fitting:
             return False
-        tests = self.build.distributions(self.build.info(), plain.labels)
+        tests = self._distributions(self.build.info(), plain)
         return files.find(tests)[0].keys() >= {test.name for test in tests if len(rows_of(plain, test.positions))}
 
     def _learnt_files(self, logits: Path) -> LearntFiles:
@@ -210,9 +214,8 @@ class Evaluation:
         """Add the results of `target_prior` on each distribution to `measured`."""
         if self.plan.target is None or self.plan.test_train:
             return
-        method = self.build.trained_outline()
         notes = add_target_results(
-            self.plan.target, method, test_logits, val, distributions, info, measured, self.scratch
+            self.plan.target, self.build.assumed(), test_logits, val, distributions, info, measured, self.scratch
         )
         for text in notes:
             self.note(text, warn=True, own=True)
@@ -293,5 +296,7 @@ class Evaluation:
     def _key(self, name: str) -> dict[str, Any]:
         """Everything on which the logits in the file `name` depend."""
         split = "val" if name == VAL_LOGITS else "train" if self.plan.test_train else "test"
-        images = self.decision.fingerprints.get(split)
-        return {"checkpoint": self.folder.checkpoint_id(), "images": images, **self.plan.options_of_logits}
+        images = self.decision.fingerprints
+        also = {"train": images.get("train")} if self.plan.reads_train else {}
+        fixed = {"checkpoint": self.folder.checkpoint_id(), "images": images.get(split)}
+        return {**fixed, **also, **self.plan.options_of_logits}

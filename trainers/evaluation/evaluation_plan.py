@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -14,11 +15,12 @@ from tailtune.datasets.data_bundle import DataInfo, TestDistribution
 from tailtune.datasets.test_distributions.build import build_distributions
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.adaptation_table import ADAPTS
+from tailtune.trainers.evaluation.ensembles import Assumed, ensemble_named
 from tailtune.trainers.evaluation.target_prior import TargetPlan
 from tailtune.trainers.evaluation.tta import warnings_of
 from tailtune.trainers.methods import Method
 from tailtune.trainers.report.subject import EvaluatedImages
-from tailtune.trainers.runs.load_run import outline, outline_of
+from tailtune.trainers.runs.load_run import outline
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.storage.manifest import read_json
 
@@ -34,6 +36,8 @@ class EvaluationPlan:
     """All options of evaluations, as metrics.json records them."""
     options_of_logits: dict[str, Any]
     """The subset of `options` that changes the logits."""
+    reads_train: bool
+    """The logits also depend on the training images, whatever images are evaluated."""
     asked: tuple[str, ...]
     """The options of `OF_TEST_IMAGES` that are set."""
     test_train: bool
@@ -63,6 +67,7 @@ class EvaluationPlan:
         return cls(
             options=options,
             options_of_logits={key: value for key, value in options.items() if schema[key].logits},
+            reads_train=ensemble_named(cfg.ensemble).reads_train,
             asked=tuple(key for key in OF_TEST_IMAGES if cfg[key] is not None),
             test_train=cfg.test_train,
             adapt=cfg.adapt,
@@ -96,13 +101,12 @@ class Builders:
 
     info: Callable[[], DataInfo]
     """→ properties of the data on which the evaluated run was trained."""
-    distributions: Callable[[DataInfo, Tensor], tuple[TestDistribution, ...]]
-    """(properties of the data, labels of the test images [N]) → the test distributions."""
+    distributions: Callable[[DataInfo, Tensor, str | None], tuple[TestDistribution, ...]]
+    """(properties of the data, labels of the test images [N], their fingerprint) → the test distributions."""
     outline: Callable[[], Method]
     """→ the method of this command, on the meta device."""
-    trained_outline: Callable[[], Method]
-    """→ the method that computed the logits, on the meta device. If a run with other options is evaluated, this is the
-    method of that run."""
+    assumed: Callable[[], Assumed]
+    """→ what the logits assume. If a run with other options is evaluated, its own options count."""
     images: Callable[[str, str | None], EvaluatedImages]
     """(`test` or `train`, fingerprint) → these images, as far as they are there."""
 
@@ -115,12 +119,21 @@ class Builders:
             folder: folder of the run that is evaluated.
             trains: whether the command trains the run that it evaluates.
         """
+
+        @cache  # it asks the file system for each image
+        def images(split: str, fingerprint: str | None) -> EvaluatedImages:
+            return EvaluatedImages.of(cfg, folder.kept(), split, fingerprint)
+
+        def distributions(info: DataInfo, labels: Tensor, fingerprint: str | None) -> tuple[TestDistribution, ...]:
+            options = DistributionSettings.of(cfg)
+            return build_distributions(options, info, labels, lambda: images("test", fingerprint).indices)
+
         return cls(
             info=lambda: build_info(cfg, None if trains else folder.class_counts()),
-            distributions=lambda info, labels: build_distributions(DistributionSettings.of(cfg), info, labels),
+            distributions=distributions,
             outline=lambda: outline(cfg),
-            trained_outline=lambda: outline_of(folder, cfg),
-            images=lambda split, fingerprint: EvaluatedImages.of(cfg, folder.kept(), split, fingerprint),
+            assumed=lambda: Assumed.of(folder, cfg),
+            images=images,
         )
 
 

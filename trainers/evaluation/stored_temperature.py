@@ -1,22 +1,28 @@
 """The temperature of a finished run's logits, fitted on the stored logits of its validation images."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from tailtune.trainers.evaluation.logit_files import VAL_LOGITS, open_logits
+from torch import Tensor
+
+from tailtune.trainers.evaluation.logit_files import VAL_LOGITS, open_logits, stored_logits
 from tailtune.trainers.evaluation.target_prior import fitted_temperature
-from tailtune.trainers.methods import Method
+
+log = logging.getLogger("tailtune")
 
 
-def stored_temperature(home: Path, outline: Callable[[], Method]) -> float | None:
+def stored_temperature(home: Path, assumed: Callable[[], Tensor]) -> float | None:
     """The temperature T as `target_prior` fits it: softmax(z/T) is calibrated under the prior that the logits assume.
+
+    z are the logits of one view of an image, which is what an export computes; means over views have another T.
 
     Args:
         home: folder of the run.
-        outline: gives the method that computed its logits, without weights; it knows that prior.
+        assumed: gives the logarithm of that prior [E, C].
 
     Returns:
-        None if the run has evaluated no validation images.
+        None if the run has evaluated no validation images, or only means over views (`tte`).
 
     Raises:
         Damaged: the file of the logits has changed since the run wrote it.
@@ -24,5 +30,14 @@ def stored_temperature(home: Path, outline: Callable[[], Method]) -> float | Non
     path = home / VAL_LOGITS
     if not path.exists():
         return None
-    _, val = open_logits(path)
-    return fitted_temperature(val, outline().assumed_prior().cpu().mean(0).log_softmax(0))
+    key, val = open_logits(path)
+    if key.get("tte"):
+        stored = stored_logits(home, {**key, "tte": False}, VAL_LOGITS)
+        if stored is None:
+            log.warning(
+                "warning: the export has no temperature, because the run was evaluated with tte and an export sees one "
+                "view; evaluate it with `test_only True tte False` first"
+            )
+            return None
+        _, val = stored
+    return fitted_temperature(val, assumed().cpu().mean(0).log_softmax(0))

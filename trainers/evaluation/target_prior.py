@@ -25,14 +25,13 @@ from tailtune.datasets.test_distributions.class_order import class_order
 from tailtune.datasets.test_distributions.frequency_rules import frequency_rule
 from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.evaluation.distributions import Results
-from tailtune.trainers.evaluation.ensembles import ensemble_named
+from tailtune.trainers.evaluation.ensembles import Assumed
 from tailtune.trainers.evaluation.frequency_file import read_class_frequencies
 from tailtune.trainers.evaluation.inference import Logits, rows_of
 from tailtune.trainers.evaluation.label_shift import black_box, frequencies, kl, maximum_likelihood, stream, temperature
 from tailtune.trainers.evaluation.metrics import evaluate
 from tailtune.trainers.evaluation.rows import MadeRows, Rows
 from tailtune.trainers.evaluation.scores import NEVER, scores_of, shifted
-from tailtune.trainers.methods.base import Method
 from tailtune.trainers.storage.large_tensors import Scratch
 
 ENTRY = "target_prior"
@@ -166,8 +165,6 @@ class TargetPlan:
     """Folders in which a JSON file is searched."""
     class_order: Callable[[DataInfo], np.ndarray]
     """Properties of the data → class indices, the most frequent class first [C]."""
-    assumes: Callable[[Tensor], Tensor]
-    """Log prior that the method assumes [E, C] → that of the logits, which an ensemble may have changed."""
     may_have_val: bool
     """The data may have validation images, as far as options tell."""
 
@@ -184,7 +181,6 @@ class TargetPlan:
             factors=cfg.shift_factors or {},
             folders=DataFolders.of(cfg).for_lists(),
             class_order=lambda info: class_order(DistributionSettings.of(cfg), info),
-            assumes=lambda prior: ensemble_named(cfg.ensemble).assumes(prior, cfg.ensemble_alpha),
             may_have_val=bool(cfg.dataset in ("ImageFolder", "Shards") or cfg.val_list or cfg.val_per_class),
         )
 
@@ -245,7 +241,7 @@ def fitted_temperature(val: Logits, prior: Tensor) -> float:
 
 def add_target_results(
     plan: TargetPlan,
-    method: Method,
+    assumed: Assumed,
     found: Logits,
     val: Logits | None,
     distributions: Sequence[TestDistribution],
@@ -256,13 +252,13 @@ def add_target_results(
     """Add the results of `target_prior` to the predictors of each distribution in `results`; returns warnings.
 
     Args:
-        method: method of the trained run; it may lie on the meta device.
+        assumed: what the logits assume.
         found, val: logits of the test and of the validation images.
         scratch: gives room for what is computed from the logits.
     """
     target = target_of(plan, info, info.class_names)
-    assumed = plan.assumes(method.assumed_prior().cpu())
-    prior, hot, notes = assumed.mean(0).log_softmax(0), 1.0, []  # log p [C] of the mean of the experts; T
+    prior, hot = assumed.prior.mean(0).log_softmax(0), 1.0  # log p [C] of the mean of the experts; T
+    notes = [assumed.note] if assumed.note else []
     validation = None
     if val is not None:
         if plan.calibrate:
@@ -272,7 +268,7 @@ def add_target_results(
         notes.append("target_prior: uncalibrated, for the run kept no validation images (train with val_per_class)")
     if plan.name == "known":
         notes.append("target_prior known reads the labels of the test images: an oracle to compare estimates with")
-    common = (method.log_prior.exp().cpu(), validation, plan.batch_size, plan.seed, scratch)
+    common = (assumed.train, validation, plan.batch_size, plan.seed, scratch)
     for distribution in (candidate for candidate in distributions if candidate.name in results):
         rows = rows_of(found, distribution.positions)
         case = Case(distribution.name, scores_of(found, hot, prior.float(), rows), found.labels[rows], *common)

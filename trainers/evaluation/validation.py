@@ -122,7 +122,7 @@ class Validation:
             )
         self.plan, self.data, self.accelerator, self.scratch = plan, data, accelerator, scratch
         self.on_validation, self.features = on_validation, features
-        self.view = data.val
+        self.view = data.val_one_view
         self.best: dict[str, Tensor] = {}
         """Trained tensors of the best epoch, on the CPU; empty if no epoch is chosen."""
         self.seconds = 0.0

@@ -15,7 +15,13 @@ from tailtune.models.text_mode import starts_at_random
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.head_preparation import prepare_head
 from tailtune.trainers.methods import Method
-from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, fresh_method, stored_config
+from tailtune.trainers.runs.load_run import (
+    FinishedRun,
+    check_same_network,
+    earlier_run,
+    fresh_method,
+    stored_config,
+)
 from tailtune.trainers.runs.merged_runs import MergeOptions, check_unchanged
 from tailtune.trainers.runs.run_folder import FACTS, kept_splits
 from tailtune.trainers.storage.checkpoint import (
@@ -50,6 +56,7 @@ def soup(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
     weights = copied(run.method)
     others = []
     for folder in run.folder.soup:
+        check_same_network(run.cfg, folder, "ensemble_runs")
         load_checkpoint(folder / "checkpoint", run.method, run.data.info.class_names, run.base)
         others.append(copied(run.method))
     copy_state(run.method, weights, "", "")
@@ -98,12 +105,12 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
         cfg = stored_config(run.folder.source, run.cfg)
         data = build_data(cfg, kept_splits(run.folder.source), run.folder.class_counts())
     method, base = fresh_method(cfg, data.info, run.accelerator.device)
-    check_base(run.folder.source, read_json(run.folder.source / FACTS), base)
+    facts, head_init = read_json(run.folder.source / FACTS), method.model.init
+    check_base(run.folder.source, facts, base)
     features = FeatureStore.of(run.cfg, run.accelerator)
     prepare_head(method, data, run.accelerator, run.cfg.test_batch_size, run.cfg.num_workers, features)
     fresh = [parameter.clone() for parameter in method.model.head.parameters()]
     if cfg.after is not None:
-        facts = read_json(run.folder.source / FACTS)
         earlier = facts.get("after", "")
         if not (Path(earlier) / FACTS).exists() or read_json(Path(earlier) / FACTS).get("sha256") != facts["after_id"]:
             raise UserError(
@@ -112,8 +119,15 @@ def beginning(run: FinishedRun) -> dict[str, Tensor]:
             )
         check_unchanged(options_from(MergeOptions, cfg), facts)
         method.after(earlier_run(Path(earlier), data, run.accelerator, base, cfg, True))
-    if starts_at_random(cfg) and all(map(torch.equal, fresh, method.model.head.parameters())):
-        raise UserError(RANDOM)
+    if all(map(torch.equal, fresh, method.model.head.parameters())):  # not taken over from an earlier run
+        images = data.records["train"].fingerprint
+        if starts_at_random(cfg):
+            raise UserError(RANDOM)
+        if head_init is not None and head_init.text_encoder is None and facts.get("images", images) != images:
+            raise UserError(
+                f"ensemble wise: the classifier of {run.folder.source} began with features of its training images, "
+                "which have changed since; put the images back, or train on those of now with `resume False`"
+            )
     start = trained_state(method)
     check_fit(trained_state(run.method), start, str(run.folder.source), "give the options that it was trained with")
     return start

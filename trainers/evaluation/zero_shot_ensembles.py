@@ -15,8 +15,9 @@ from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.rows import MadeRows, Rows, slices
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
-from tailtune.trainers.runs.load_run import FinishedRun, fresh_method, load_trained, outline_of
+from tailtune.trainers.runs.load_run import FinishedRun, fresh_method, load_trained
 from tailtune.trainers.runs.run_folder import FACTS
+from tailtune.trainers.runs.trained_outline import prior_of_run
 from tailtune.trainers.storage.checkpoint import check_base
 from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.manifest import read_json
@@ -82,7 +83,7 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
         title="prior",
     )
     prior = on_main(accelerator, lambda: _prior_of(train_logits, scratch))
-    bias = outline_of(run.folder, run.cfg).assumed_prior().double().cpu() + prior  # [E, C]
+    bias = prior_of_run(run.folder, run.cfg).double().cpu() + prior  # [E, C]
     bias = bias.float().to(accelerator.device)
     return WithZeroShot(run.method, method, lambda z, other: z + other - bias), {
         "pretraining_prior": prior.exp().tolist()

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tailtune.trainers.processes import launcher
-from tailtune.trainers.processes.interrupts import handled_signals
+from tailtune.trainers.processes.interrupts import HINTS, handled_signals, interruption
 
 Verdict = Callable[[BaseException], tuple[int, str] | None]
 """Takes an exception; returns the exit code and the message. None: the exception is a bug and needs a traceback."""
@@ -26,14 +26,14 @@ def end_at_signals(line: str = "interrupted") -> None:
     `KeyboardInterrupt`.
 
     Args:
-        line: the message that is printed when a signal ends the process.
+        line: the message that is printed when a signal ends the process, outside of `with_hint`.
     """
     process = os.getpid()
 
     def stop(number: int, _: FrameType | None) -> None:
         if os.getpid() == process:  # a worker that has just been forked has inherited this handler, and must not run it
             lost = number == signal.SIGTERM and launcher.one_is_lost()
-            _finish(130, launcher.LOST if lost else line)
+            _finish(130, launcher.LOST if lost else interruption(line, HINTS[-1] if HINTS else ""))
 
     for number in handled_signals():
         signal.signal(number, stop)

@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -20,8 +21,37 @@ The interval has to be short: a launcher forwards a signal to its processes, and
 """
 
 
+HINTS: list[str] = []
+"""What a user reads after `interrupted; ` if a signal ends the process now; the last one counts."""
+
+
 class Interrupted(Exception):
-    """A signal has stopped the run, and its state is saved. `main.py` then exits with code 130."""
+    """A signal has stopped the run, and its state is saved. `main.py` then exits with code 130.
+
+    Its text says how to continue.
+    """
+
+
+def how_to_continue(resume: bool) -> str:
+    """What the user of a run whose state is saved has to do, by the option `resume` of the command."""
+    return "the same command continues" if resume else "the same command without `resume False` continues"
+
+
+@contextmanager
+def with_hint(hint: str) -> Iterator[None]:
+    """Context manager: if a signal ends the block, the user reads the hint. An empty one changes nothing."""
+    HINTS.append(hint)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(hint) from None
+    finally:
+        HINTS.pop()
+
+
+def interruption(line: str, hint: str) -> str:
+    """The message after an interruption: the line, or the hint if there is one."""
+    return f"interrupted; {hint}" if hint else line
 
 
 class Interrupt:

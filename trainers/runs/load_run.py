@@ -4,7 +4,7 @@ The functions of this module build models, so they take a whole config. The func
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from tailtune.configs import CfgNode, Schema, load_resolved, schema_of
 from tailtune.configs.errors import UserError
-from tailtune.configs.option import options_from
+from tailtune.configs.option import options_from, value_of
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.datasets.data_settings import DataFolders
 from tailtune.datasets.images.transforms import eval_side
 from tailtune.models import build_model, find_backbone, resolve
 from tailtune.models.backbones.open_clip_backbone import OpenClipBackbone
+from tailtune.models.text_mode import classifies_by_text
 from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS
 from tailtune.trainers.export import ExportedModel
@@ -32,9 +33,8 @@ from tailtune.trainers.foreign_checkpoints.load_checkpoint import load_foreign_c
 from tailtune.trainers.head_preparation import text_context
 from tailtune.trainers.methods import Earlier, Method, build_method
 from tailtune.trainers.methods.fixed_texts import with_texts_as_weights
-from tailtune.trainers.runs.kept_epoch import with_kept_epoch
-from tailtune.trainers.runs.merged_runs import MergeOptions, merged
-from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, counts_of
+from tailtune.trainers.runs.merged_runs import MergeOptions, folders, merged
+from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder
 from tailtune.trainers.storage.checkpoint import check_base, check_classes, fingerprint, load_checkpoint
 from tailtune.trainers.storage.manifest import check_file, read_json
 from tailtune.trainers.storage.tensor_files import read_folder
@@ -100,6 +100,8 @@ def load_trained(fresh: FreshMethod, cfg: CfgNode, checkpoint: Checkpoint, class
     method = fresh.method
     if cfg.zero_shot:  # the head is computed from text; no checkpoint holds it
         method.eval()
+        if checkpoint.foreign is None and (checkpoint.home / FACTS).exists():
+            check_classes(checkpoint.home / "checkpoint", read_json(checkpoint.home / FACTS), class_names)
         device, texts = method.log_prior.device, TextFeatures.of(cfg)
         method.prepare(text_context(method.model, len(class_names), cfg.seed, device, texts))
     elif checkpoint.foreign is not None:
@@ -173,51 +175,38 @@ def config_of(home: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgNode:
     return load_resolved(home / "config.yaml", schema, pairs)
 
 
-def outline_of(folder: RunFolder, cfg: CfgNode) -> Method:
-    """The method, without weights, of the run whose checkpoint a command evaluates.
+def differently_held(cfg: CfgNode, other: CfgNode, parts: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Options that change parts of a model without a change of its tensors (`Key.held_with`), where two configs differ.
 
     Args:
-        folder: run folder of the command.
-        cfg: config of the command.
+        cfg, other: resolved configs.
+        parts: of `encoder`, `head` and `texts`.
+
+    Returns:
+        Name of the option, and its values in both configs.
     """
-    has_config = folder.foreign is None and (folder.source / "config.yaml").exists()
-    return trained_outline(folder.source, stored_config(folder.source, cfg) if has_config else cfg)
+    for key, entry in schema_of(cfg).items():
+        if entry.held_with in parts and (here := value_of(cfg, key)) != (there := value_of(other, key)):
+            yield key, here, there
 
 
-def trained_outline(home: Path, cfg: CfgNode, info: DataInfo | None = None) -> Method:
-    """The method, without weights, that computed the stored logits of a run.
-
-    Some methods predict with the model of the earlier run (`after`), and so does a run that trains no epoch of it. For
-    these, the earlier run's method is returned. If `keep` has chosen an epoch, the method is that of a run of so many.
+def check_same_network(cfg: CfgNode, home: Path, what: str) -> None:
+    """Check that the weights of another run can be averaged with those of a model. Tensors are not compared.
 
     Args:
-        home: folder of the run.
-        cfg: config of the run.
-        info: facts about its data; None: they are looked for where the data are.
+        cfg: resolved config of the model.
+        home: folder of the other run.
+        what: the option that names it.
 
     Raises:
-        UserError: the folder of the earlier run is missing.
+        UserError: an option differs that changes what is computed with the same tensors.
     """
-    cfg = with_kept_epoch(resolve(cfg), home)
-    info = info or build_info(cfg, counts_of(home))
-    with torch.device("meta"):
-        method = make_method(cfg, info)
-    if not (method.predicts_as_earlier_run or _is_as_before(cfg, method)):
-        return method
-    earlier = Path(read_json(home / FACTS).get("after", ""))
-    if not (earlier / "config.yaml").is_file():
+    parts = ("encoder", "head", *(["texts"] if classifies_by_text(cfg) else []))
+    for key, here, there in differently_held(cfg, resolve(config_of(home, schema_of(cfg))), parts):
         raise UserError(
-            f"the logits of {home} are those of the run before it (after {cfg.after}), whose folder "
-            f"{earlier} is not there; put it back, or repeat the run with `resume False`"
+            f"{what}: {home} was trained with {key} {there}, and not {here}, so its weights mean something else; name "
+            "runs of equal networks"
         )
-    return trained_outline(earlier, stored_config(earlier, cfg))
-
-
-def _is_as_before(cfg: CfgNode, method: Method) -> bool:
-    """Whether a run has the logits of the earlier run because it takes over its weights and trains no epoch."""
-    if cfg.after is None or cfg.zero_shot or cfg.merge_runs is not None or method.objective.epochs:
-        return False
-    return method.starts_where_earlier_run_ended and not method.changes_start and not method.discards("model.head.")
 
 
 def earlier_run(
@@ -241,7 +230,10 @@ def earlier_run(
         return tensors_by_name
 
     def tensors() -> dict[str, Tensor]:
-        return merged(tensors_of(folder / "checkpoint"), options_from(MergeOptions, here), tensors_of)
+        options = options_from(MergeOptions, here)
+        for other in folders(options):
+            check_same_network(resolve(config_of(folder, schema_of(here))), other, "merge_runs")
+        return merged(tensors_of(folder / "checkpoint"), options, tensors_of)
 
     def method() -> Method:
         cfg = resolve(config_of(folder, schema_of(here)))

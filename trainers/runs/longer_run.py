@@ -1,12 +1,29 @@
-"""A run that gets more epochs: how the run folder recognises it, and which results it gives up."""
+"""Compares a command with a stored config: a run of the same options, and one that gets more epochs.
+
+A run that gets more epochs gives up its results.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from tailtune.configs import CfgNode, load_resolved, schema_of
+from tailtune.configs import CfgNode, load_resolved, schema_of, values_of
 from tailtune.configs.errors import UserError
+from tailtune.configs.key import TRAIN
 from tailtune.trainers.runs.ownership import OwnedFolder
 from tailtune.trainers.storage.atomic_io import remove_folder
+
+
+def is_trained_as(config: Path, cfg: CfgNode) -> bool:
+    """Whether a run has the training options of a command; False if its config is missing or damaged.
+
+    Args:
+        config: the `config.yaml` of the run.
+        cfg: config of the command.
+    """
+    try:
+        return config.exists() and values_of(load_resolved(config, schema_of(cfg)), TRAIN) == values_of(cfg, TRAIN)
+    except UserError:
+        return False
 
 
 def epochs_before(config: Path, cfg: CfgNode) -> int | None:

@@ -1,6 +1,6 @@
 """`merge_runs`: a run starts from the weights of several finished runs, merged one after another (LT-Soups)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,3 +139,8 @@ def _checked(start: Tensors, tensors: Tensors, path: Path) -> Tensors:
         if not tensor.is_floating_point() and not counts and not torch.equal(tensor, tensors[name]):
             raise UserError(f"merge_runs: {name} of {path} differs; runs of one mask_seed and mask_ratio can be merged")
     return tensors
+
+
+def merge_weights(groups: int, share: float) -> Sequence[float]:
+    """The weights in the result: of the start, then of each group."""
+    return [(1 - share) ** groups, *(share * (1 - share) ** (groups - 1 - number) for number in range(groups))]

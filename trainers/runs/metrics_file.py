@@ -15,8 +15,9 @@ from tailtune.datasets.data_bundle import DataBundle, DataInfo
 from tailtune.trainers.distributed import uses_cuda
 from tailtune.trainers.methods.base import Method
 from tailtune.trainers.runs.result_table import SCHEMA_VERSION
-from tailtune.trainers.storage.atomic_io import Digest, write_json
+from tailtune.trainers.storage.atomic_io import Damaged, Digest, write_json
 from tailtune.trainers.storage.checkpoint import package_versions
+from tailtune.trainers.storage.manifest import read_json
 
 OUTCOMES = ("test", "val", "distributions", "dirichlet", "evaluation")
 """Entries of metrics.json that belong to one evaluation, not to training."""
@@ -110,6 +111,14 @@ def of_training(result: dict[str, Any]) -> dict[str, Any]:
     own = result.get("evaluation", {}).get("notes", ())  # earlier versions did not tell them apart
     notes = [note for note in result.get("notes", ()) if note not in own]
     return {**{key: value for key, value in result.items() if key not in OUTCOMES}, "notes": notes}
+
+
+def of_ensemble(path: Path) -> dict[str, Any]:
+    """The entry `ensemble` of a metrics.json; empty if there is none, or the file is missing or damaged."""
+    try:
+        return {key: value for key, value in read_json(path).items() if key == "ensemble"} if path.exists() else {}
+    except Damaged:
+        return {}
 
 
 def circumstances() -> dict[str, Any]:

@@ -15,6 +15,10 @@ from tailtune.trainers.storage.manifest import HOLDER, LOCK, MARKER, Manifest, i
 log = logging.getLogger("tailtune")
 
 
+class OtherRun(UserError):
+    """A folder holds a run with other options than the command."""
+
+
 class OwnedFolder:
     """A folder that belongs to a run. The run may change only the entries that the marker file lists.
 

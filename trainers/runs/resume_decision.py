@@ -1,7 +1,9 @@
 """Decides which parts of a command are already finished, and whether the data have changed since."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from tailtune.configs import CfgNode, schema_of
@@ -10,9 +12,13 @@ from tailtune.datasets.build_records import build_records
 from tailtune.datasets.sources.named_source import MissingData
 from tailtune.datasets.splits.compare_records import compare_records, first_few, seen_in_training
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits
-from tailtune.trainers.runs.run_folder import FACTS, RunFolder, kept_splits
+from tailtune.trainers.runs.run_folder import FACTS, RunFolder
+from tailtune.trainers.runs.trained_images import trained_on
 from tailtune.trainers.storage.atomic_io import Damaged
 from tailtune.trainers.storage.manifest import read_json
+
+Present = tuple[dict[str, Record], ChosenSplits | None]
+"""Splits of the present data, and the images that were chosen for each; None for built-in data."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,12 @@ class Command:
     """The command evaluates the zero-shot classifier, which needs no checkpoint."""
     resume: bool
     """The command continues or reuses the run that is already in the folder."""
+    test_train: bool
+    """The command evaluates training images."""
     held_out: str | None
     """Name of the option that holds images out of the training split; None if no such option is set."""
-    records: Callable[[StoredSplits], tuple[dict[str, Record], ChosenSplits | None]]
-    """Takes the splits recorded by an earlier run; returns the splits of the present data.
-
-    The second returned value holds the images that were chosen for each split; it is None for built-in data.
-    """
+    records: Callable[[StoredSplits | None], Present]
+    """Takes the splits recorded by an earlier run; returns the splits of the present data."""
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "Command":
@@ -41,7 +46,7 @@ class Command:
             cfg: resolved config of the run.
         """
         held_out = next((key for key, entry in schema_of(cfg).items() if entry.holds_out and cfg[key]), None)
-        return cls(cfg.test_only, cfg.zero_shot, cfg.resume, held_out, lambda kept: build_records(cfg, kept))
+        return cls(cfg.test_only, cfg.zero_shot, cfg.resume, cfg.test_train, held_out, partial(build_records, cfg))
 
     @property
     def starts_over(self) -> bool:
@@ -98,15 +103,31 @@ def decide(command: Command, folder: RunFolder, kept: StoredSplits | None) -> De
         return plan
     plan.target = folder.target(other_test)
     metrics = plan.target / "metrics.json"
-    if metrics.exists() and command.resume and still_true(metrics, folder, plan.fingerprints):
-        plan.stored = metrics
+    if metrics.exists() and command.resume:
+        if kept is None:
+            _present(command, None, plan)
+        # Subsets of built-in data have one fingerprint; in the folder of a run, their options have been compared.
+        unclear = command.test_train and not folder.config.exists() and "built-in" in plan.fingerprints.get("train", "")
+        if not unclear and still_true(metrics, folder, plan.fingerprints):
+            plan.stored = metrics
     return plan
 
 
-def _check_hold_out(command: Command, folder: RunFolder, kept: StoredSplits | None) -> None:
-    """Refuse if an older version of TailTune held images out without recording which.
+def _present(command: Command, kept: StoredSplits | None, plan: Decision) -> Present | None:
+    """The present data, whose fingerprints the plan gets. If they are missing: None, and a note, unless it trains."""
+    try:
+        now, chosen = command.records(kept)
+    except MissingData as error:
+        if plan.trains:
+            raise
+        plan.notes.append(f"the data are not there to be compared with those of the run ({error})")
+        return None
+    plan.fingerprints = {name: record.fingerprint for name, record in now.items()}
+    return now, chosen
 
-    Drawing again could pick training images.
+
+def _check_hold_out(command: Command, folder: RunFolder, kept: StoredSplits | None) -> None:
+    """Refuse if an older version held images out and did not record which: another draw could pick training images.
 
     Raises:
         UserError: the images that were held out are unknown.
@@ -137,19 +158,16 @@ def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Deci
         UserError: the training or validation images have changed, and the command is not `test_only`.
     """
     plan.fingerprints = {name: record.fingerprint for name, record in kept.records.items()}
-    try:
-        now, chosen = command.records(kept)
-    except MissingData as error:
-        if plan.trains:
-            raise
-        plan.notes.append(f"the data are not there to be compared with those of the run ({error})")
+    if (present := _present(command, kept, plan)) is None:
         return ""
-    plan.fingerprints = {name: record.fingerprint for name, record in now.items()}
+    now, chosen = present
     if not _same_data(kept, now):
         return ""
     for name in ("train", "val"):
         if described := _difference(kept, now, name, {"train": "training", "val": "validation"}[name]):
             _train_changed(command, folder, plan, described)
+    if chosen is not None and not plan.trains and (described := _renamed(folder, chosen.class_names)):
+        _train_changed(command, folder, plan, described)
     plan.notes += _new_images(chosen)
     described = _difference(kept, now, "test", "test")
     if not described:
@@ -221,6 +239,15 @@ def _train_changed(command: Command, folder: RunFolder, plan: Decision, describe
         )
 
 
+def _renamed(folder: RunFolder, names: Sequence[str]) -> str:
+    """Describe a class that has another name than when a finished run was trained; empty if there is none."""
+    if folder.foreign is not None or not (folder.source / FACTS).exists():
+        return ""
+    before = read_json(folder.source / FACTS)["class_names"]
+    both = enumerate(zip_longest(before, names))
+    return next((f"class {label} is '{now}' and not '{was}' any more" for label, (was, now) in both if was != now), "")
+
+
 def _new_images(chosen: ChosenSplits | None) -> list[str]:
     """A note about images that were added after the run recorded its splits; an empty list if there are none."""
     if chosen is None or not chosen.new:
@@ -232,50 +259,13 @@ def _new_images(chosen: ChosenSplits | None) -> list[str]:
     ]
 
 
-def trained_on(folder: RunFolder, kept: StoredSplits | None) -> list[Record]:
-    """The training images of every run that contributed to the evaluated model.
-
-    These are the run itself, the runs that `ensemble_runs` names, and the runs that each of them continued (`after`) or
-    merged (`merge_runs`).
-
-    Args:
-        folder: run folder of the command.
-        kept: splits recorded by the run; None if the run has not recorded any.
-
-    Returns:
-        The different training splits. Runs that have not recorded their splits are missing.
-    """
-    homes = [folder.source, *folder.soup] if folder.foreign is None else []
-    for home in homes:  # grows in the loop
-        homes += [earlier for earlier in _earlier(home) if earlier not in homes]
-    recorded = [splits for splits in (kept, *map(_kept_or_none, homes)) if splits is not None]
-    return list({splits.records["train"].fingerprint: splits.records["train"] for splits in recorded}.values())
-
-
-def _kept_or_none(home: Path) -> StoredSplits | None:
-    """The splits recorded by the run in a folder; None if they are missing or damaged."""
-    try:
-        return kept_splits(home)
-    except Damaged:
-        return None
-
-
-def _earlier(home: Path) -> list[Path]:
-    """Folders of the runs from whose weights the run in a folder started (options `after` and `merge_runs`)."""
-    facts = read_json(home / FACTS) if (home / FACTS).exists() else {}
-    return [Path(name) for name in (facts.get("after"), *facts.get("merged", ())) if name]
-
-
 def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -> bool:
-    """Whether a stored result is undamaged and was computed from the present inputs.
+    """Whether a stored result is undamaged, and of the present checkpoint, images and other files that it read.
 
     Args:
         metrics: the metrics.json of the result.
         folder: run folder of the command.
         fingerprints: fingerprint of each split of the present data.
-
-    Returns:
-        True if the checkpoint, the images and the other files read are the same as in the stored result.
     """
     try:
         about = read_json(metrics).get("evaluation")

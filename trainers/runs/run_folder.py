@@ -1,6 +1,5 @@
 """The run folder `output/<name>/`: its paths, its stored config and splits, and whether its run is finished."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +10,11 @@ import yaml
 from tailtune.configs import CfgNode, config_hash, load_resolved, schema_of, values_of
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
-from tailtune.datasets.data_settings import DataFolders
-from tailtune.datasets.sources.image_list import first_file
 from tailtune.datasets.splits.split_records import ChosenSplits, Record, StoredSplits, parse_splits, split_files
-from tailtune.datasets.test_distributions.frequency_rules import distribution_names
-from tailtune.datasets.test_distributions.settings import DistributionSettings
 from tailtune.trainers.foreign_checkpoints.checkpoint_file import LIFT_FILE, ForeignCheckpoint
-from tailtune.trainers.runs.longer_run import epochs_before, forget_results
-from tailtune.trainers.runs.ownership import OwnedFolder
+from tailtune.trainers.runs.files_read import digest_of_texts, files_of_evaluation
+from tailtune.trainers.runs.longer_run import epochs_before, forget_results, is_trained_as
+from tailtune.trainers.runs.ownership import OtherRun, OwnedFolder
 from tailtune.trainers.runs.result_table import REPORTS
 from tailtune.trainers.storage.atomic_io import FACTS as FACTS_FILE
 from tailtune.trainers.storage.atomic_io import Damaged, write_bytes
@@ -165,15 +161,18 @@ class RunFolder(OwnedFolder):
     def checkpoint_id(self) -> str | None:
         """Digests of the trained tensors and of the base model, also of `ensemble_runs`; None without a checkpoint.
 
-        A file of another project does not record its base model. Its identifier holds the config hash instead.
+        Of a file of another project, or a run of other training options than the command's, it has the config hash. Of
+        predictions that are made of texts, it has a digest of their files.
         """
+        texts = digest_of_texts(self.cfg)
         if self.foreign is not None:
-            return f"{self.foreign.digest}-{self.foreign.kind}-{config_hash(self.cfg)}"
-        homes = [self.source, *self.soup]
+            return "+".join(filter(None, [f"{self.foreign.digest}-{self.foreign.kind}-{config_hash(self.cfg)}", texts]))
         if not (self.source / FACTS).exists():
-            return None
-        stored = [read_json(home / FACTS) for home in homes]
-        return "+".join(f"{str(facts.get('sha256'))[:16]}-{facts.get('base')}" for facts in stored)
+            return texts if texts and self.cfg.zero_shot else None
+        stored = [read_json(home / FACTS) for home in (self.source, *self.soup)]
+        parts = [f"{str(facts.get('sha256'))[:16]}-{facts.get('base')}" for facts in stored]
+        same = self.source == self.path or is_trained_as(self.source / self.config.name, self.cfg)
+        return "+".join(filter(None, [*parts, "" if same else config_hash(self.cfg), texts]))
 
     def class_counts(self) -> list[int] | None:
         """Number of training images of each class, [C], of the evaluated run; None if it is not recorded."""
@@ -184,15 +183,7 @@ class RunFolder(OwnedFolder):
 
         Files that do not exist are left out.
         """
-        cfg = self.cfg
-        names = [name for name in (cfg.target_prior, cfg.dirichlet_list) if name and "." in name]
-        if cfg.shift_files:
-            names += [
-                cfg.shift_files.replace("{name}", shift) for shift in distribution_names(DistributionSettings.of(cfg))
-            ]
-        folders = [Path(), *DataFolders.of(cfg).for_lists()]
-        paths = {name: first_file(str(Path(name).expanduser()), folders) for name in names}
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path}
+        return files_of_evaluation(self.cfg)
 
     def finished(self) -> bool:
         """Whether the run has ended, and its result and checkpoint are undamaged."""
@@ -213,7 +204,7 @@ class RunFolder(OwnedFolder):
         return ""
 
     def compare(self) -> None:
-        """Raise a `UserError` if the stored config is damaged or has other training options than the command."""
+        """Raise a `UserError` if the stored config is damaged, `OtherRun` if its training options are not these."""
         try:
             stored = values_of(load_resolved(self.config, schema_of(self.cfg)))
             read_bytes(self.config)
@@ -224,11 +215,11 @@ class RunFolder(OwnedFolder):
         home = stored.get("data_dir")
         if home and home != self.cfg.data_dir and Path(home).is_dir():  # otherwise the data have been moved
             what = f"a run on '{self.cfg.data}' of {home}, another data config of that name"
-            raise UserError(f"{self.path} holds {what}; choose another output_dir")
+            raise OtherRun(f"{self.path} holds {what}; choose another output_dir")
         more = {"num_epochs"} if epochs_before(self.config, self.cfg) is not None else set()  # `more_epochs.py` decides
         for key, value in values_of(self.cfg, TRAIN).items():
             if stored.get(key) != value and key not in more:
-                raise UserError(
+                raise OtherRun(
                     f"{self.path} holds another run: {key} is {stored.get(key)} there and {value} here; set {key} to "
                     "that value, choose another output_dir, or start over with `resume False`"
                 )

@@ -155,7 +155,10 @@ def check_classes(folder: Path, facts: dict[str, Any], class_names: Sequence[str
     for stored, current in zip_longest(facts["class_names"], class_names):
         if stored != current:
             name = current if stored is None else stored
-            raise UserError(f"{folder} was trained on other classes: '{name}' is not at its place in this data set")
+            raise UserError(
+                f"{folder} was trained on other classes: '{name}' is not at its place in this data set; give it the "
+                "class names of the training, or train again with `resume False`"
+            )
 
 
 @torch.no_grad()

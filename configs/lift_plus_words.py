@@ -51,12 +51,6 @@ METHODS: Mapping[str, str] = MappingProxyType(
 """Method of LIFT+ → what it sets, in the keys of LIFT+. The others have a classifier, as our configs."""
 RENAMED: Mapping[str, str] = MappingProxyType(
     {
-        **{
-            key: key
-            for key in ("root", "seed", "deterministic", "gpu", "num_workers", "num_epochs", "batch_size", "lr")
-        },
-        **{key: key for key in ("weight_decay", "momentum", "loss_type", "mda_func", "tte", "zero_shot", "test_only")},
-        **{key: key for key in ("model_dir", "output_dir", "print_freq", "backbone", "resolution")},
         **{f"v.aft_{key}": f"aft_{key}" for key in ("ratio", "loc", "seed")},
         **{f"v.{theirs}_layers": f"{ours}_layers" for theirs, ours in TUNERS.items()},
         "prec_train": "prec",
@@ -64,7 +58,7 @@ RENAMED: Mapping[str, str] = MappingProxyType(
         "v.pt_len": "vpt_len",
     }
 )
-"""Key of LIFT+ → our option with the same values."""
+"""Key of LIFT+ → our option with the same values, where the names differ."""
 VALUES: Mapping[str, tuple[str, Options]] = MappingProxyType(
     {
         "mda": ("augment", {"True": "mda", "False": "lift"}),
@@ -165,7 +159,7 @@ def _option(key: str, value: str, given: Options) -> Iterator[tuple[str, str]]:
     elif key in SPECIAL:
         yield from SPECIAL[key](value, given)
     elif tower != "v":
-        yield key, value  # an option of TailTune, or of nobody, which the loader of the configs refuses
+        yield key, value  # LIFT+ and TailTune call it the same, or nobody does, which the loader of the configs refuses
 
 
 def _accum_step(value: str, given: Options) -> Iterator[tuple[str, str]]:

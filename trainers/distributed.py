@@ -32,6 +32,14 @@ from tailtune.trainers.sharding import sharding_plugin
 Decision = TypeVar("Decision")
 COPIED_ROWS = 1 << 14
 """Number of rows of a tensor that a process sends to the others at once."""
+PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+"""Environment variables by which a launcher tells each process its rank and the number of processes."""
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for the first process, which alone computes metrics and adaptations from the logits."""
+LATE = 30.0
+"""Seconds after which a process logs that it waits for other processes."""
+
+log = logging.getLogger("tailtune")
 
 
 def on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
@@ -108,21 +116,9 @@ def uses_cuda() -> bool:
     return torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU")
 
 
-PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-"""Environment variables by which a launcher tells each process its rank and the number of processes."""
-
-
 def launched_alone() -> bool:
     """Whether `accelerate launch` started one process although several were requested, as it does without GPUs."""
     return "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
-
-
-PATIENCE = timedelta(hours=3)
-"""How long processes wait for the first process, which alone computes metrics and adaptations from the logits."""
-LATE = 30.0
-"""Seconds after which a process logs that it waits for other processes."""
-
-log = logging.getLogger("tailtune")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from yacs.config import CfgNode
 
-from tailtune.configs import load_configs
+from tailtune.configs import load_configs, values_of
+from tailtune.configs.key import TEST, TRAIN
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.models import resolve
@@ -178,6 +180,11 @@ class Training:
             facts |= {"after": str(after), "after_id": read_json(after / FACTS)["sha256"]}
         folder.seal(save_checkpoint(folder.checkpoint, self.method, facts))
 
+    def save_as_other(self, data: DataBundle) -> None:
+        """As the run with which `soup` and `merge_runs` average."""
+        save_checkpoint(Path(OTHER) / "checkpoint", self.method, self.facts(data))
+        (Path(OTHER) / "config.yaml").write_text(yaml.safe_dump(values_of(self.cfg, TRAIN, TEST)))
+
 
 @cache
 def stepped(backbone: str, tuner: str, step: str, classifier: str) -> Training:
@@ -199,7 +206,7 @@ def trained(row: Choice, cfg: CfgNode, before: CfgNode | None, data: DataBundle)
         if row["method"] == "LT-Soups":
             merged = ended.twin()
             merged.step(2)
-            save_checkpoint(Path(OTHER) / "checkpoint", merged.method, merged.facts(data))
+            merged.save_as_other(data)
         earlier = earlier_run(RunFolder(before).path, data, make_accelerator(Devices.of(cfg)), ended.base, cfg, True)
     run = Training(cfg, data, earlier)
     twin = run.twin()
@@ -241,7 +248,7 @@ def check_row(row: Choice) -> None:
     RunFolder(train).claim(trains=True)
     run = trained(row, train, before, data)
     if row["test"] == "soup":
-        save_checkpoint(Path(OTHER) / "checkpoint", run.method, run.facts(data))
+        run.save_as_other(data)
     result = evaluated(cfg, run, data)
     assert 0 <= result["test"]["accuracy"] <= 100
     entries = result.get("distributions", {}).get("test", {}).get("predictors", {})

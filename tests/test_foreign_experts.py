@@ -163,8 +163,12 @@ def test_the_encoder_across_the_batch_is_left_out(name: str, config: Make, tmp_p
         (CIFAR, 2, ["unexpected (model.encoder.net.branches.2", "num_experts"]),
         ((*CIFAR[:2], "scale", 30), 3, ["of another shape", "reduce_dimension"]),
         (("backbone", "ResNet-32", *CIFAR[2:]), 3, ["missing (model.encoder.net.branches.0.layer2.3"]),
-        ((*CIFAR, "classifier", "LinearClassifier"), 3, ["3 tensors missing (model.head.0.bias"]),
-        ((*CIFAR, "classifier", "L2NormedClassifier"), 3, ["heads of another kind; give classifier CosineClassifier"]),
+        ((*CIFAR[:-2], "classifier", "LinearClassifier"), 3, ["3 tensors missing (model.head.0.bias"]),
+        (
+            (*CIFAR[:-2], "classifier", "L2NormedClassifier"),
+            3,
+            ["of another kind; give classifier CosineClassifier"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(

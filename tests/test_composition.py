@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 from tailtune.configs import load_configs, values_of
 from tailtune.configs.key import TEST, TRAIN
+from tailtune.configs.option import options_from
 from tailtune.datasets.build_data import build_data
 from tailtune.datasets.data_bundle import DataBundle
 from tailtune.models import resolve
@@ -45,6 +46,7 @@ from tailtune.trainers.methods.base import Batch, Step
 from tailtune.trainers.optimizers_and_schedules import Plan, build_optimizer
 from tailtune.trainers.option_schema import declared
 from tailtune.trainers.runs.load_run import FinishedRun, earlier_run, make_method
+from tailtune.trainers.runs.merged_runs import MergeOptions, facts_of
 from tailtune.trainers.runs.resume_decision import Decision
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
 from tailtune.trainers.step_passes import StepPasses
@@ -175,7 +177,7 @@ class Training:
         return {"base": self.base, "class_names": list(data.info.class_names)}
 
     def save(self, folder: RunFolder, data: DataBundle, after: Path | None = None) -> None:
-        facts = self.facts(data)
+        facts = self.facts(data) | facts_of(options_from(MergeOptions, self.cfg))
         if after is not None:
             facts |= {"after": str(after), "after_id": read_json(after / FACTS)["sha256"]}
         folder.seal(save_checkpoint(folder.checkpoint, self.method, facts))

@@ -17,7 +17,7 @@ from tailtune.configs.errors import UserError, lookup, printable, unknown
 from tailtune.configs.key import TRAIN
 from tailtune.configs.known_as import KNOWN_AS
 from tailtune.configs.run_names import config_hash, run_name, test_key, values_of
-from tailtune.configs.schema import Config, Schema, schema_of
+from tailtune.configs.schema import Config, Schema, schema_of, with_values
 from tailtune.configs.value_parsers import check_text
 from tailtune.configs.yaml_reader import read_yaml
 
@@ -34,6 +34,7 @@ __all__ = [
     "names",
     "schema_of",
     "values_of",
+    "with_values",
 ]
 
 FOLDER = Path(__file__).resolve().parent

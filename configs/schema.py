@@ -109,3 +109,12 @@ def schema_of(cfg: CfgNode) -> Schema:
     schema = cfg.__dict__["schema"]
     assert isinstance(schema, Schema)
     return schema
+
+
+def with_values(cfg: CfgNode, **values: Any) -> CfgNode:
+    """A frozen copy of a config in which options have other values."""
+    changed = cfg.clone()
+    changed.defrost()
+    changed.update(values)
+    changed.freeze()
+    return changed

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from torch import nn
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, with_values
 from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.option import options_from
@@ -26,7 +26,7 @@ from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, add_tuners
 from tailtune.models.tuners.tuner_options import Case, TunerOptions
-from tailtune.models.tuners.unread_options import refuse_unread_options
+from tailtune.models.tuners.unread_options import refuse_unread_tuner_options
 
 __all__ = ["BACKBONES", "ClassificationModel", "build_model", "find_backbone", "resolve", "tuner_options"]
 
@@ -52,7 +52,7 @@ def build_model(
     Raises:
         UserError: an unknown name, weights that are not there, or options that do not go together.
     """
-    refuse_unread_options(cfg)
+    refuse_unread_tuner_options(cfg)
     spec = find_backbone(cfg.backbone)
     _check_input(cfg, spec.inputs(cfg.pretrained))
     sentences = _sentences(cfg, class_names, descriptors)
@@ -115,13 +115,7 @@ def resolve(cfg: CfgNode) -> CfgNode:
     """
     with prefix_errors("backbone"):
         inputs = find_backbone(cfg.backbone).inputs(cfg.pretrained)
-    cfg = cfg.clone()
-    cfg.defrost()
-    for key in BY_BACKBONE:
-        if cfg[key] is None:
-            cfg[key] = getattr(inputs, key)
-    cfg.freeze()
-    return cfg
+    return with_values(cfg, **{key: getattr(inputs, key) for key in BY_BACKBONE if cfg[key] is None})
 
 
 def tuner_options(cfg: CfgNode, names: Iterable[str], classes: int, encoder: Encoder) -> dict[str, TunerOptions]:

@@ -13,7 +13,7 @@ if __name__ in ("__main__", "__mp_main__"):  # tailtune.py is in the parent fold
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from tailtune.configs import CfgNode, UserError, load_configs
+from tailtune.configs import CfgNode, UserError, load_configs, with_values
 from tailtune.datasets.build_data import build_data
 from tailtune.main import Parser, exit_code_of, split_arguments
 from tailtune.models import resolve
@@ -73,11 +73,7 @@ def configured(argv: Sequence[str]) -> CfgNode:
     parser.add_argument("-m", "--model", metavar="MODEL", required=True, help="model config of the run")
     flags, pairs = split_arguments(argv)
     args = parser.parse_args(flags)
-    cfg = resolve(load_configs(args.data, args.model, pairs, declared())[-1]).clone()
-    cfg.defrost()
-    cfg.tte = False
-    cfg.freeze()
-    return cfg
+    return with_values(resolve(load_configs(args.data, args.model, pairs, declared())[-1]), tte=False)
 
 
 def analyze(cfg: CfgNode) -> Path:

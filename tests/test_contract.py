@@ -13,6 +13,7 @@ from small import head_context, other_value
 from tiers import slow_except
 from yacs.config import CfgNode
 
+from tailtune.configs import with_values
 from tailtune.configs.option import declarations
 from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.images.transforms import AUGMENTS
@@ -79,10 +80,7 @@ def of_method(name: str, experts: int, loss: str = "CE") -> tuple[object, ...]:
 
 def earlier(cfg: CfgNode) -> Earlier:
     """What an earlier run with the same parts hands on, at the start of the run after it; it has trained nothing."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.method, cfg.pair_sampler, cfg.given = "classify", None, None
-    found = build(cfg)
+    found = build(with_values(cfg, method="classify", pair_sampler=None, given=None))
     return Earlier(True, lambda: trained_state(found), lambda: found.eval().requires_grad_(False))
 
 

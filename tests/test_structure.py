@@ -176,7 +176,7 @@ SEES_THE_CONFIG = {
     "runs/longer_run.py": "it compares a command with a stored config",
     "runs/kept_epoch.py": "it puts the kept epoch into the config of a run",
     "runs/load_run.py": "it builds the models of finished runs",
-    "runs/trained_outline.py": "it builds the models of finished runs without weights",
+    "runs/class_prior.py": "it builds the models of finished runs without weights",
     "runs/run_folder.py": "it writes config.yaml and compares a command with it",
     "stored_result.py": "an entry: it shows the result of a finished run",
     "export/run_command.py": "it writes a config as a command",

@@ -9,10 +9,10 @@ from tailtune.configs import CfgNode
 from tailtune.datasets.build_data import build_data
 from tailtune.trainers.evaluation.stored_temperature import stored_temperature
 from tailtune.trainers.export import SharedRun, export, push
+from tailtune.trainers.runs.class_prior import prior_of_run
 from tailtune.trainers.runs.load_run import subject_of, trained_method
 from tailtune.trainers.runs.result_table import read_result
 from tailtune.trainers.runs.run_folder import FACTS, RunFolder
-from tailtune.trainers.runs.trained_outline import prior_of_run
 from tailtune.trainers.storage.manifest import read_json
 from tailtune.trainers.trained_model import info_of_run
 
@@ -43,7 +43,7 @@ def export_run(cfg: CfgNode, folder: RunFolder, metrics: Path, device: torch.dev
         info.class_names,
         folder.origin,
         class_counts=info.class_counts.tolist(),
-        temperature=stored_temperature(folder.source, lambda: prior_of_run(folder, cfg)) if is_ours else None,
+        temperature=stored_temperature(folder.source, lambda: prior_of_run(folder, cfg).assumed) if is_ours else None,
         run=SharedRun(folder.source, read_result(metrics)) if is_ours else None,
     )
     path = home / "export" / cfg.export

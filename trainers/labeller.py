@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode, Schema, load_configs
+from tailtune.configs import CfgNode, Schema, load_configs, with_values
 from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
 from tailtune.datasets.build_data import build_info
@@ -34,9 +34,9 @@ from tailtune.trainers.foreign_checkpoints.checkpoint_file import ForeignCheckpo
 from tailtune.trainers.methods.base import Method, combine
 from tailtune.trainers.prediction.predictor import Predictor
 from tailtune.trainers.prediction.request import ModelRequest
+from tailtune.trainers.runs.class_prior import prior_of
 from tailtune.trainers.runs.load_run import config_of, trained_method
 from tailtune.trainers.runs.run_folder import FACTS, Checkpoint, RunFolder, find_checkpoint
-from tailtune.trainers.runs.trained_outline import assumed_prior
 from tailtune.trainers.storage.manifest import read_json
 from tailtune.trainers.trained_model import info_of_run
 
@@ -145,7 +145,7 @@ class Labeller:
         val, plan = self._stored_val(), EvaluationPlan.of(cfg).target
         reads_prior = plan is not None or (val is not None and cfg.calibrate)
         stored = reads_prior and self.checkpoint.foreign is None
-        assumed = assumed_prior(self.checkpoint.home, cfg, info) if stored else method.assumed_prior()
+        assumed = prior_of(self.checkpoint.home, cfg, info).assumed if stored else method.assumed_prior()
         prior = assumed.cpu().mean(0).log_softmax(0)
         if val is None and cfg.calibrate:
             log.info(
@@ -169,11 +169,9 @@ class Labeller:
 
     def _stored_val(self) -> Logits | None:
         """The logits of validation images that an evaluation of this checkpoint with the same options has stored."""
-        cfg, (home, foreign) = self.cfg.clone(), (self.checkpoint.home, self.checkpoint.foreign)
-        options = EvaluationPlan.of(cfg).options_of_logits
-        cfg.defrost()
-        cfg.model_dir, cfg.test_only = str(home), True
-        folder = RunFolder(cfg)
+        home, foreign = self.checkpoint.home, self.checkpoint.foreign
+        options = EvaluationPlan.of(self.cfg).options_of_logits
+        folder = RunFolder(with_values(self.cfg, model_dir=str(home), test_only=True))
         kept = None if foreign else folder.kept()
         if kept is None or "val" not in kept.records:
             return None
@@ -213,8 +211,4 @@ def _config(request: ModelRequest, home: Path, foreign: ForeignCheckpoint | None
     for key in ("ensemble", "adapt"):
         if cfg[key] is not None:
             log.warning("warning: %s %s needs the data of the run; the model predicts alone", key, cfg[key])
-    cfg = resolve(cfg)
-    cfg.defrost()
-    cfg.ensemble, cfg.adapt, cfg.test_train = None, None, False
-    cfg.freeze()
-    return cfg
+    return with_values(resolve(cfg), ensemble=None, adapt=None, test_train=False)

@@ -1,6 +1,6 @@
 """More epochs for a run: a larger `num_epochs` continues it, where no step depends on the number of epochs."""
 
-from tailtune.configs import CfgNode, config_hash
+from tailtune.configs import CfgNode, config_hash, with_values
 from tailtune.configs.errors import UserError
 from tailtune.datasets.images.growing_crop import GrowingArea
 from tailtune.trainers.methods import Method
@@ -13,11 +13,7 @@ def any_length(cfg: CfgNode) -> str:
     Args:
         cfg: resolved config of the run.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.num_epochs = 0
-    cfg.freeze()
-    return config_hash(cfg)
+    return config_hash(with_values(cfg, num_epochs=0))
 
 
 def check_more_epochs(before: int, cfg: CfgNode, method: Method) -> None:

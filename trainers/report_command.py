@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailtune.configs import CfgNode, Schema, load_resolved
+from tailtune.configs import CfgNode, Schema, load_resolved, with_values
 from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST
 from tailtune.configs.program import Parser, print_text, program
@@ -131,11 +131,6 @@ def _evaluated(source: Path, home: Path, about: dict[str, Any], schema: Schema) 
     """The config of the evaluation: of the evaluated run, with the options that metrics.json records."""
     if not (source / "config.yaml").is_file():
         raise UserError(f"{source / 'config.yaml'} is missing, so nothing says which data were evaluated")
-    cfg = load_resolved(source / "config.yaml", schema).clone()
-    cfg.defrost()
-    for key, entry in schema.items():
-        if entry.cls == TEST:
-            cfg[key] = about.get(key, entry.default)
-    cfg.model_dir = None if source.resolve() == home.resolve() else str(source)
-    cfg.freeze()
-    return cfg
+    asked = {key: about.get(key, entry.default) for key, entry in schema.items() if entry.cls == TEST}
+    asked["model_dir"] = None if source.resolve() == home.resolve() else str(source)
+    return with_values(load_resolved(source / "config.yaml", schema), **asked)

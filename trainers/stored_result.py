@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, with_values
 from tailtune.configs.launch_environment import world_size
 from tailtune.configs.loader_options import BY_BACKBONE
 from tailtune.configs.yaml_reader import read_yaml
@@ -73,12 +73,7 @@ def _with_stored_inputs(cfg: CfgNode) -> CfgNode | None:
     same_backbone = all(stored.get(key) == cfg[key] for key in ("backbone", "pretrained"))
     if not same_backbone or not suggested.keys() >= set(missing):
         return None
-    known = cfg.clone()
-    known.defrost()
-    for key in missing:
-        known[key] = suggested[key]
-    known.freeze()
-    return known
+    return with_values(cfg, **{key: suggested[key] for key in missing})
 
 
 def splits_and_decision(

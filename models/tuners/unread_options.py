@@ -1,4 +1,4 @@
-"""`refuse_unread_options`: an option of tuners, given on the command line, that none of the chosen tuners reads."""
+"""`refuse_unread_tuner_options`: options on the command line that only tuners read which are off."""
 
 from collections import defaultdict
 from functools import cache
@@ -10,7 +10,7 @@ from tailtune.models.tuners.table import TUNERS
 from tailtune.models.tuners.text_tuners import TEXT_TUNERS, TextTunerOptions
 
 
-def refuse_unread_options(cfg: CfgNode) -> None:
+def refuse_unread_tuner_options(cfg: CfgNode) -> None:
     """Refuse what would change nothing. A model config may hold options of a tuner that the command line turns off.
 
     Args:

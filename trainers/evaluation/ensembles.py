@@ -18,9 +18,9 @@ from tailtune.configs.value_parsers import as_paths, as_str
 from tailtune.trainers.evaluation.weight_ensembles import soup, wise
 from tailtune.trainers.evaluation.zero_shot_ensembles import gla, logits
 from tailtune.trainers.methods import Method
+from tailtune.trainers.runs.class_prior import prior_of_run, prior_of_start, priors_of_soup
 from tailtune.trainers.runs.load_run import FinishedRun
 from tailtune.trainers.runs.run_folder import RunFolder
-from tailtune.trainers.runs.trained_outline import outline_of, prior_of_run, prior_of_start, priors_of_soup
 
 GUESSED = (
     "the mixed weights assume different class priors, so that the prior of the mixture is a guess: for wise that of "
@@ -105,7 +105,7 @@ ENSEMBLES: Mapping[str, Ensemble] = {
         wise,
         AlphaOptions,
         start=True,
-        others=lambda folder, cfg: [prior_of_start(folder, cfg)],
+        others=lambda folder, cfg: [prior_of_start(folder, cfg).assumed],
         assumes=lambda prior, others, alpha: prior if alpha else others[0],
     ),
     "soup": Ensemble(
@@ -137,13 +137,13 @@ class Assumed:
     @classmethod
     def of(cls, folder: RunFolder, cfg: CfgNode) -> "Assumed":
         """Of the run that a command evaluates, with its ensemble."""
-        entry, trained = ensemble_named(cfg.ensemble), prior_of_run(folder, cfg).cpu()
+        entry, trained = ensemble_named(cfg.ensemble), prior_of_run(folder, cfg)
         others = entry.others(folder, cfg)
-        prior = entry.assumes(trained, others, cfg.ensemble_alpha)
+        prior = entry.assumes(trained.assumed, others, cfg.ensemble_alpha)
         ends = entry.start and cfg.ensemble_alpha in (0, 1)
-        differ = not ends and not all(torch.allclose(trained, other, atol=1e-6) for other in others)
+        differ = not ends and not all(torch.allclose(trained.assumed, other, atol=1e-6) for other in others)
         note = f"target_prior: {GUESSED}" if differ else ""
-        return cls(prior, outline_of(folder, cfg).log_prior.exp().cpu(), note)
+        return cls(prior, trained.train, note)
 
 
 def reads(entry: Ensemble, key: str) -> bool:

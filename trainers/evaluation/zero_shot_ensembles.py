@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode, schema_of
+from tailtune.configs import CfgNode, schema_of, with_values
 from tailtune.trainers.distributed import on_main
 from tailtune.trainers.evaluation import tta as test_time
 from tailtune.trainers.evaluation.inference import Logits, infer
 from tailtune.trainers.evaluation.rows import MadeRows, Rows, slices
 from tailtune.trainers.feature_store import FeatureStore
 from tailtune.trainers.methods import Method
+from tailtune.trainers.runs.class_prior import prior_of_run
 from tailtune.trainers.runs.load_run import FinishedRun, fresh_method, load_trained
 from tailtune.trainers.runs.run_folder import FACTS
-from tailtune.trainers.runs.trained_outline import prior_of_run
 from tailtune.trainers.storage.checkpoint import check_base
 from tailtune.trainers.storage.large_tensors import Scratch
 from tailtune.trainers.storage.manifest import read_json
@@ -83,7 +83,7 @@ def gla(run: FinishedRun) -> tuple[Method, dict[str, Any]]:
         title="prior",
     )
     prior = on_main(accelerator, lambda: _prior_of(train_logits, scratch))
-    bias = prior_of_run(run.folder, run.cfg).double().cpu() + prior  # [E, C]
+    bias = prior_of_run(run.folder, run.cfg).assumed.double() + prior  # [E, C]
     bias = bias.float().to(accelerator.device)
     return WithZeroShot(run.method, method, lambda z, other: z + other - bias), {
         "pretraining_prior": prior.exp().tolist()
@@ -114,12 +114,8 @@ def zero_shot(run: FinishedRun) -> Method:
 
 def zero_shot_of(cfg: CfgNode) -> CfgNode:
     """The config of the zero-shot classifier of a run: options of what the run adds to the backbone get defaults."""
-    cfg = cfg.clone()
-    cfg.defrost()
     left_out = {key: entry.default for key, entry in schema_of(cfg).items() if not entry.zero_shot}
-    cfg.update(left_out, zero_shot=True)
-    cfg.freeze()
-    return cfg
+    return with_values(cfg, **left_out, zero_shot=True)
 
 
 def pretraining_prior(logits: Rows, labels: Tensor, scratch: Scratch = Scratch()) -> Tensor:  # noqa: B008

@@ -1,4 +1,4 @@
-"""`refuse_unread_options`: options of losses, classifiers or methods that the command line gives and nothing reads."""
+"""`refuse_unread_objective_options`: options that only other losses, classifiers or methods than the chosen read."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from tailtune.models.heads.classifiers import HEADS
 from tailtune.trainers.losses import LOSSES
 
 
-def refuse_unread_options(cfg: CfgNode, methods: Mapping[str, type]) -> None:
+def refuse_unread_objective_options(cfg: CfgNode, methods: Mapping[str, type]) -> None:
     """Refuse what would change nothing. A model config may hold options of a loss that the command line replaces.
 
     Args:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, with_values
 from tailtune.trainers.runs.metrics_file import TrainReport
 from tailtune.trainers.runs.run_folder import FACTS
 from tailtune.trainers.storage.manifest import read_json
@@ -28,10 +28,4 @@ def with_kept_epoch(cfg: CfgNode, home: Path) -> CfgNode:
     kept = read_json(home / FACTS).get(KEPT) if (home / FACTS).is_file() else None
     if kept is None and cfg.keep != "last" and (home / "metrics.json").is_file():  # a checkpoint of an earlier version
         kept = (read_json(home / "metrics.json").get("train") or {}).get(KEPT)
-    if kept is None:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.num_epochs = kept
-    cfg.freeze()
-    return cfg
+    return cfg if kept is None else with_values(cfg, num_epochs=kept)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailtune.configs import CfgNode, Schema, load_resolved, schema_of
+from tailtune.configs import CfgNode, Schema, load_resolved, schema_of, with_values
 from tailtune.configs.errors import UserError
 from tailtune.configs.option import options_from, value_of
 from tailtune.datasets.build_data import build_info
@@ -154,9 +154,8 @@ def stored_config(home: Path, here: CfgNode) -> CfgNode:
     """
     cfg = config_of(home, schema_of(here))
     if cfg.data == here.data:
-        cfg.defrost()
-        cfg.update({key: here[key] for key, entry in schema_of(here).items() if entry.recorded == "command"})
-        cfg.freeze()
+        recorded = {key: here[key] for key, entry in schema_of(here).items() if entry.recorded == "command"}
+        cfg = with_values(cfg, **recorded)
     return resolve(cfg)
 
 

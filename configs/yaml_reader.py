@@ -5,6 +5,8 @@ values are created; an alias counts at each use. Only text, numbers, booleans, l
 other types are refused.
 """
 
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +102,18 @@ def parse_yaml(text: str) -> Any:
         text: at most `MAX_LENGTH` characters.
 
     Returns:
-        None, text, a number, a boolean, or a list or mapping of these.
+        None, text, a number, a boolean, or a list or mapping of these. The caller may change it.
 
     Raises:
         ValueError: the text is not YAML, or exceeds the limits of this module. Its `args` are the reason, and the line
             number (from 1) or None.
     """
+    return deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=128)
+def _parsed(text: str) -> Any:
+    """`parse_yaml`. One command reads the config of a run several times, and each time takes 20 milliseconds."""
     if len(text) > MAX_LENGTH:
         raise ValueError(f"longer than {MAX_LENGTH:,} characters", None)
     try:

@@ -102,7 +102,7 @@ def of_each_kind() -> Iterator[tuple[str, str]]:
 def test_no_text_is_a_traceback(cases: str) -> None:
     for key, value in product(KEYS, HOSTILE) if cases == "all" else of_each_kind():
         try:
-            load_configs("fake_lt", "tiny_clip_peft", [key, value], declared())
+            load_configs("fake_lt", "tiny_clip_peft", [key, value], SCHEMA)
         except UserError as error:
             line = str(error)
             assert key in line and "\n" not in line and len(line) < 1500, (key, value)
@@ -130,7 +130,7 @@ def test_no_whole_number_is_without_a_bound(key: str, told: Told) -> None:
 def refused(key: str, value: object) -> str:
     """The error of a command line with it."""
     with pytest.raises(UserError) as raised:
-        load_configs("fake_lt", "tiny_clip_peft", [key, str(value)], declared())
+        load_configs("fake_lt", "tiny_clip_peft", [key, str(value)], SCHEMA)
     return str(raised.value)
 
 

@@ -280,11 +280,11 @@ def test_a_case_keeps_its_number_without_the_others(subject: str) -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_our_options_of_a_case_are_known(subject: str) -> None:
-    cases, _ = SUBJECTS[subject].ask(checkouts(subject))
+    cases, schema = SUBJECTS[subject].ask(checkouts(subject))[0], declared()
     for case in (case for kind in cases for case in cases[kind]):
         data, model = case.get("data") or "fake_lt", case.get("model") or "tiny_clip"
         options = {"pretrained": "none", **case.get("options", {}), **case.get("our_options", {})}
-        load_configs(data, model, [str(word) for pair in options.items() for word in pair], declared())
+        load_configs(data, model, [str(word) for pair in options.items() for word in pair], schema)
 
 
 def test_a_report_leaves_the_others_as_they_are(tmp_path: Path) -> None:

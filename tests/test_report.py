@@ -143,7 +143,7 @@ def test_the_predictions_are_those_of_the_result(reported: Path) -> None:
 
 
 def test_the_curves_show_the_epoch_that_was_kept(launch: Cli) -> None:
-    words = "num_epochs 2 max_test_images 20 val_per_class 1 val_every 1 num_workers 0 output_dir run"
+    words = "num_epochs 2 subset_cap 8 max_test_images 20 val_per_class 1 val_every 1 num_workers 0 output_dir run"
     for keep, shown in (("keep best:mean_acc", True), ("resume False", False)):
         assert launch("-d fake_lt -m tiny_clip_peft", words, keep).returncode == 0
         html, _, result = read(RUN)

@@ -23,6 +23,7 @@ def test_our_side_trains_one_step_for_each_command() -> None:
         assert all(side.step()[kind] > 0 for kind in ("processor", "wall") for _ in range(2))
 
 
+@pytest.mark.slow
 def test_a_side_that_cannot_start_is_named() -> None:
     with pytest.raises(UserError, match="ours of tiny stopped"):
         Side("ours", {**TINY, "model": "no_model"}, ROOT, threads=1)
@@ -82,7 +83,9 @@ def test_rows_without_a_checkout_are_skipped(capsys: pytest.CaptureFixture[str])
     assert "git clone https://github.com/shijxcs/LIFT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_help() -> None:
+    """Of the file itself, in a process that does not know the package yet."""
     command = [sys.executable, str(Path(ROOT, "benchmarks/compare.py")), "--help"]
     done = subprocess.run(command, env=offline(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--dirmixe DIR" in done.stdout

@@ -80,9 +80,15 @@ NAMESAKES = {("adaptation_table.py", "sade")}
 """Entries of other tables of trainers/ that are called like a method: SADE has both."""
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file, which nobody may change."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Modules of ours that a file imports, without `tailtune.`, those inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -139,7 +145,7 @@ def test_files_and_functions_stay_short() -> None:
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= MOST_LINES, path
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno is not None
                 length = node.end_lineno - node.lineno + 1
@@ -156,7 +162,7 @@ def test_traps(trap: str) -> None:
 def test_the_trainers_name_no_method() -> None:
     """What a method needs stands in its file; the rest of trainers/ asks the method."""
     for path in (path for path in FILES if path.is_relative_to(ROOT / "trainers") and path.parent.name != "methods"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named = node.value in METHODS and (path.name, node.value) not in NAMESAKES
                 assert not named, f"{path} line {node.lineno} names the method '{node.value}'"
@@ -189,7 +195,7 @@ def test_a_config_is_seen_by_few() -> None:
     trainers, seen = ROOT / "trainers", set()
     for path in (path for path in FILES if path.is_relative_to(trainers)):
         name = path.relative_to(trainers).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef):
                 kinds = [ast.unparse(each.annotation) for each in node.args.args if each.annotation is not None]
                 if "CfgNode" in kinds and node.name != "of":
@@ -198,14 +204,14 @@ def test_a_config_is_seen_by_few() -> None:
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    silent = [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    silent = [path for path in FILES if not ast.get_docstring(tree_of(path))]
     assert not silent
 
 
 @cache
 def code_of(path: Path) -> str:
     """The code of a file, without docstrings and comments."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(path.read_text(encoding="utf-8"))  # it is changed
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -217,7 +223,7 @@ def code_of(path: Path) -> str:
 def private_names() -> set[str]:
     """Names with an underscore that our packages define: functions, classes, constants, attributes of an object."""
     found = set()
-    for node in (node for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+    for node in (node for path in FILES for node in ast.walk(tree_of(path))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -229,7 +235,7 @@ def test_no_test_reads_a_private_name() -> None:
     """What cannot be seen by public names may change without a test. Names of other packages are not ours."""
     ours = private_names()
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute):
                 own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 assert node.attr not in ours or own, f"{path.name}:{node.lineno}: {node.attr}"

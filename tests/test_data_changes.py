@@ -166,7 +166,7 @@ def test_an_unfinished_run_whose_classes_moved(launch: Cli, insects: Path) -> No
     with signal_after(1):
         assert launch(f"{TRAIN} batch_size 8 save_every 1").returncode == 130
     (insects / "train" / "ant").rename(insects / "train" / "wasp")
-    one_line(launch(f"{TRAIN} batch_size 8 save_every 1"), "put the images back", "`resume False`")
+    one_line(launch(f"{TRAIN} batch_size 8 save_every 1"), "undo that", "`resume False`")
 
 
 def test_an_unfinished_run_that_got_more_images(launch: Cli, listed: Path) -> None:
@@ -251,6 +251,17 @@ def test_other_class_names(launch: Cli, listed: Path) -> None:
     assert "finished before" not in done(launch, f"{zero_shot} resume False")
     (listed / "names.txt").write_text("ant\nbee\nfly\n")
     done(launch, trained, "finished before")
+
+
+def test_other_class_names_in_the_middle_of_a_run(launch: Cli, listed: Path) -> None:
+    words = TRAIN.replace("pretrained none", "classnames names.txt") + " batch_size 8 save_every 1"
+    (listed / "names.txt").write_text("ant\nbee\nfly\n")
+    with signal_after(1):
+        assert launch(words).returncode == 130
+    (listed / "names.txt").write_text("ant\nbee\nmoth\n")
+    one_line(launch(words), "was begun, class 2 is 'moth' and not 'fly' any more; undo that", "`resume False`")
+    (listed / "names.txt").write_text("ant\nbee\nfly\n")
+    done(launch, words, "resuming after step")
 
 
 def test_another_subset_of_built_in_data(launch: Cli) -> None:
@@ -366,7 +377,8 @@ def test_what_is_written_down_is_read_back() -> None:
         "train": Record("size:1", (odd, "b.png"), (0, 1), (5, 6)),
         "test": Record.built_in("Digits"),
     }
-    kept = parse_splits(split_files(records, ["c.png"], {"d.png": "not found"}))
+    names = ("a\nb", "\udce9")
+    kept = parse_splits(split_files(records, ["c.png"], {"d.png": "not found"}, names))
     assert kept.records.keys() == records.keys()
     for name, record in records.items():
         read = kept.records[name]
@@ -376,7 +388,7 @@ def test_what_is_written_down_is_read_back() -> None:
             [*record.labels],
             [*record.sizes],
         )
-    assert (kept.unused, kept.unreadable) == (("c.png",), {"d.png": "not found"})
+    assert (kept.unused, kept.unreadable, kept.class_names) == (("c.png",), {"d.png": "not found"}, names)
 
 
 def test_changes_are_counted_and_named() -> None:

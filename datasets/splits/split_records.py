@@ -21,6 +21,8 @@ from tailtune.datasets.sources.path_list import PathList
 SIZE, CONTENT = "size", "content"
 """Kinds of fingerprints, values of the option `data_fingerprint`: besides paths and labels they cover the sizes of the
 files, or their sizes and contents."""
+CLASS_NAMES = "class_names.json"
+"""File of a run's folder `splits/`."""
 THREADS = 16
 """Threads that read files for fingerprints."""
 
@@ -174,19 +176,22 @@ class StoredSplits:
     """Paths of images that no split took."""
     unreadable: Mapping[str, str]
     """Path of an image that was left out → the reason."""
+    class_names: tuple[str, ...] = ()
+    """C names in the order of the labels; empty if the run has not stored them, as runs of earlier versions."""
     of_earlier: bool = False
     """Whether an earlier stage has stored them: its held-out images stay held out, and this run chooses the others."""
 
 
 def split_files(
-    records: Mapping[str, Record], unused: Sequence[str], unreadable: Mapping[str, str]
+    records: Mapping[str, Record], unused: Sequence[str], unreadable: Mapping[str, str], class_names: Sequence[str]
 ) -> dict[str, bytes]:
-    """The files of a run's folder `splits/`: lists with lines of `path label`, and `splits.json`.
+    """The files of a run's folder `splits/`: lists with lines of `path label`, `splits.json` and `class_names.json`.
 
     Args:
         records: name of a split → its record.
         unused: paths of images that no split took.
         unreadable: path of an image that was left out → the reason.
+        class_names: C names in the order of the labels; empty for built-in data, which have no other ones.
 
     Returns:
         Name of a file → its content.
@@ -201,6 +206,7 @@ def split_files(
     facts = {name: {"fingerprint": record.fingerprint, "sizes": list(record.sizes)} for name, record in records.items()}
     files = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     files["splits.json"] = json.dumps(facts) + "\n"
+    files |= {CLASS_NAMES: json.dumps(list(class_names), indent=1) + "\n"} if class_names else {}
     return {name: text.encode(errors="surrogateescape") for name, text in files.items()}
 
 
@@ -224,7 +230,8 @@ def parse_splits(files: Mapping[str, bytes]) -> StoredSplits:
         paths, labels = PathList(path for path, _ in pairs), array("q", (int(label) for _, label in pairs))
         records[name] = Record(facts["fingerprint"], paths, labels, array("q", facts["sizes"]))
     unreadable = [line.rpartition("\t")[::2] for line in lines("unreadable.txt")]
-    return StoredSplits(records, tuple(lines("unused.txt")), dict(unreadable))
+    names = json.loads(files.get(CLASS_NAMES, b"[]"))
+    return StoredSplits(records, tuple(lines("unused.txt")), dict(unreadable), tuple(names))
 
 
 def positions_in_source(paths: Sequence[str], source: Source) -> np.ndarray:

@@ -166,7 +166,7 @@ def _compare(command: Command, folder: RunFolder, kept: StoredSplits, plan: Deci
     for name in ("train", "val"):
         if described := _difference(kept, now, name, {"train": "training", "val": "validation"}[name]):
             _train_changed(command, folder, plan, described)
-    if chosen is not None and not plan.trains and (described := _renamed(folder, chosen.class_names)):
+    if chosen is not None and (described := _renamed(folder, kept, chosen.class_names)):
         _train_changed(command, folder, plan, described)
     plan.notes += _new_images(chosen)
     described = _difference(kept, now, "test", "test")
@@ -229,7 +229,7 @@ def _train_changed(command: Command, folder: RunFolder, plan: Decision, describe
         )
     elif plan.trains:
         raise UserError(
-            f"since the run in {folder.path} was begun, {described}; put the images back, or start over with "
+            f"since the run in {folder.path} was begun, {described}; undo that, or start over with "
             "`resume False`"
         )
     else:
@@ -239,11 +239,14 @@ def _train_changed(command: Command, folder: RunFolder, plan: Decision, describe
         )
 
 
-def _renamed(folder: RunFolder, names: Sequence[str]) -> str:
-    """Describe a class that has another name than when a finished run was trained; empty if there is none."""
-    if folder.foreign is not None or not (folder.source / FACTS).exists():
+def _renamed(folder: RunFolder, kept: StoredSplits, names: Sequence[str]) -> str:
+    """Describe a class that has another name than when the run was begun; empty if there is none, or if the run does
+    not say which names it had."""
+    before: Sequence[str] = () if kept.of_earlier else kept.class_names
+    if not before and folder.foreign is None and (folder.source / FACTS).exists():
+        before = read_json(folder.source / FACTS)["class_names"]
+    if not before:
         return ""
-    before = read_json(folder.source / FACTS)["class_names"]
     both = enumerate(zip_longest(before, names))
     return next((f"class {label} is '{now}' and not '{was}' any more" for label, (was, now) in both if was != now), "")
 

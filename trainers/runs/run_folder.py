@@ -128,8 +128,8 @@ class RunFolder(OwnedFolder):
             self.seal({self.config: write_bytes(self.config, yaml.safe_dump(values, sort_keys=False).encode())})
 
     def keep_splits(self, records: Mapping[str, Record], chosen: ChosenSplits) -> None:
-        """Write the images of each split, and the unused and unreadable images, into the folder."""
-        files = split_files(records, chosen.unused, chosen.unreadable)
+        """Write the images of each split, the unused and unreadable images, and the class names into the folder."""
+        files = split_files(records, chosen.unused, chosen.unreadable, chosen.class_names)
         digests = {self.splits / name: write_bytes(self.splits / name, content) for name, content in files.items()}
         self.seal(digests)
 

@@ -229,8 +229,7 @@ def _train_changed(command: Command, folder: RunFolder, plan: Decision, describe
         )
     elif plan.trains:
         raise UserError(
-            f"since the run in {folder.path} was begun, {described}; undo that, or start over with "
-            "`resume False`"
+            f"since the run in {folder.path} was begun, {described}; undo that, or start over with `resume False`"
         )
     else:
         raise UserError(

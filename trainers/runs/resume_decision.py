@@ -241,7 +241,7 @@ def _train_changed(command: Command, folder: RunFolder, plan: Decision, describe
 def _renamed(folder: RunFolder, kept: StoredSplits, names: Sequence[str]) -> str:
     """Describe a class that has another name than when the run was begun; empty if there is none, or if the run does
     not say which names it had."""
-    before: Sequence[str] = () if kept.of_earlier else kept.class_names
+    before: Sequence[str] = kept.class_names
     if not before and folder.foreign is None and (folder.source / FACTS).exists():
         before = read_json(folder.source / FACTS)["class_names"]
     if not before:

@@ -22,7 +22,7 @@ test-slow: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory types site
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types site
 	$(PYTEST)
 
 # mypy finds modules by their folders, so an ignored folder called tailtune has links to all of them, as in the wheel.

@@ -57,6 +57,10 @@ def _command(argv: Sequence[str]) -> int:
         raise UserError("a search runs each trial in one process; start this command several times instead")
     if args.trials < 1:
         raise UserError(f"--trials {args.trials}: a search needs at least one")
+    if args.startup is not None and args.startup < 0:
+        raise UserError(f"--startup {args.startup}: the number of trials that end before any is pruned is at least 0")
+    if args.study is not None and (not args.study or "/" in args.study):  # files of the search have this name
+        raise UserError(f"--study {args.study}: give the search a name without /")
     search = search_of(args, words)
     search.check()
     name = args.study or f"{Path(search.data).stem}_{Path(search.model).stem}"

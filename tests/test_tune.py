@@ -105,6 +105,8 @@ def test_code_is_no_range() -> None:
         (f"{SPLIT} lr=0.1 lr=log(1e-3,1)", ("lr is given twice",)),
         (f"{SPLIT} lr=log(1e-3,1) output_dir run", ("output_dir", "leave it out")),
         (f"{SPLIT} lr=log(1e-3,1) --trials 0", ("--trials 0",)),
+        (f"{SPLIT} lr=log(1e-3,1) --startup -1", ("--startup -1",)),
+        (f"{SPLIT} lr=log(1e-3,1) --study ../a", ("--study ../a", "a name without /")),
         (f"{SPLIT} lr=log(1e-3,1) --tirals 3", ("--tirals",)),
         (f"{SPLIT} lr=log(1e-3,1) --metric few_acc", ("few_acc",)),
         (f"{SPLIT} lr=log(1e-3,1) --storage nosuch://", ("--storage", "nosuch")),

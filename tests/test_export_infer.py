@@ -21,6 +21,7 @@ from PIL import Image
 from small import SIDE
 from test_exchange import resnet, subject, timm_vit, trained
 from test_literal import adapted
+from tiers import slow_except
 from tqdm import tqdm
 
 from tailtune.datasets.images.image_files import load_rgb
@@ -118,7 +119,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(["onnx", "peft"], CASES))  # test_share.py runs that of a merged network
 def test_the_script_gives_the_logits_of_the_model(name: str, exports: Exports) -> None:
     made, folder = exports(name)
     path, blocked = photograph(folder.parent / "a photo.jpg"), BLOCKED.get(name, ["tailtune"])

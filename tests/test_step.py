@@ -117,9 +117,10 @@ def test_no_host_sync_between_prints(config: Config, tmp_path: Path, monkeypatch
     """A longer epoch costs not one wait more."""
     monkeypatch.chdir(tmp_path)
     counts = []
-    for steps in (20, 40):  # long enough that every shot group has been seen
+    for steps in (20, 25):  # long enough that every shot group has been seen
         # The transforms read values too, so they run in another process. The second run must not find features.
         words = f"pretrained none num_epochs 1 batch_size 4 micro_batch_size 2 max_steps {steps} print_freq 1000"
+        words += " max_test_images 8"
         cfg = config("fake_lt", "tiny_clip_peft", *words.split(), "num_workers", 1, "feature_cache", False)
         with HostSyncs(torch.device("cpu")) as syncs:
             run(cfg)

@@ -45,7 +45,8 @@ WITH_BATCH_NORMS = "resnet32_ce"
 
 @pytest.mark.parametrize("model", slow_except([WITH_BATCH_NORMS], ["tiny_clip_peft pretrained none", WITH_BATCH_NORMS]))
 def test_training_is_the_same_with_and_without(model: str, launch: Cli, tmp_path: Path) -> None:
-    command = f"-d fake_lt -m {model} val_per_class 2 batch_size 64 max_test_images 30 num_epochs 2 output_dir "
+    command = f"-d fake_lt -m {model} val_per_class 2 subset_cap 8 batch_size 32 max_test_images 8 num_epochs 2 "
+    command += "output_dir "
     assert launch(f"{command}without").returncode == 0
     assert launch(f"{command}with val_every 1").returncode == 0
     assert same(*(tensors(tmp_path / "output" / name) for name in ("without", "with")))

@@ -181,8 +181,8 @@ def _class_names(options: DataSettings, data_names: tuple[str, ...] | None, num_
             names = image_list.read_names(image_list.find_list(options.classnames, options.folders.for_lists()))
         if all(name.startswith(f"{folder} ") for name, folder in zip_longest(names, data_names or ("",), fillvalue="")):
             log.warning(  # as LIFT's files, whose code takes the first word away
-                "classnames %s: each name begins with the folder of its class, as '%s' does, and prompts have it, too; "
-                "take it away if it is not meant",
+                "warning: classnames %s: each name begins with the folder of its class, as '%s' does, and prompts have "
+                "it, too; take it away if it is not meant",
                 options.classnames,
                 names[0],
             )
@@ -225,7 +225,8 @@ def _with_images(options: DataSettings, listings: SplitListings) -> AvailableIma
     outline, train, test, val = listings
     if options.class_counts and _outline_from_counts(options).available != outline.available:
         log.warning(
-            "%s has other class counts than the training list; those of the list are used", options.class_counts
+            "warning: %s has other class counts than the training list; those of the list are used",
+            options.class_counts,
         )
     root = options.folders.image_root()
     return AvailableImages(

@@ -183,9 +183,11 @@ def test_a_line_that_stands_twice(launch: Cli, listed: Path) -> None:
     """It counts twice in training. Where images are held out, one could be evaluated and the other trained on."""
     with (listed / "train.txt").open("a") as file:
         file.write("train/ant/000.png 0\n")
-    done(launch, TRAIN, "19 training images")
+    warning = f"warning: {listed / 'train.txt'}: 1 line repeats an image of an earlier line"
+    shown = [done(launch, TRAIN, "19 training images"), (RUN / "log.txt").read_text()]
     done(launch, TRAIN, "finished before")
-    done(launch, f"{TRAIN} test_only True many_above 6", "using the logits")
+    shown += [done(launch, f"{TRAIN} test_only True many_above 6", "using the logits")]
+    assert [text.count(warning) for text in shown] == [1, 1, 1], "lists are read several times"
     said = "val_per_class 2: train/ant/000.png is listed several times", "list each image once"
     one_line(launch(f"{TRAIN} val_per_class 2 output_dir other"), *said)
 

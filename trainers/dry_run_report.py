@@ -71,7 +71,7 @@ def _classes(counts: Sequence[int]) -> str:
 def _length(cfg: CfgNode, images: int) -> str:
     """Steps of an epoch and of the run."""
     per_epoch, steps = steps_of(cfg, images)
-    return f"{per_epoch:,} steps an epoch, {steps:,} in all" if steps else "none"
+    return f"{per_epoch:,} step{'s' * (per_epoch > 1)} an epoch, {steps:,} in all" if steps else "none"
 
 
 def steps_of(cfg: CfgNode, images: int) -> tuple[int, int]:

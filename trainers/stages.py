@@ -7,6 +7,7 @@ from tailtune.configs import CfgNode
 from tailtune.trainers.config_checks import validate
 from tailtune.trainers.evaluation.validation import OnValidation
 from tailtune.trainers.export import check_export
+from tailtune.trainers.processes.console_log import warnings_later
 from tailtune.trainers.run import Outcome, run_to_outcome
 from tailtune.trainers.runs.run_folder import RunFolder
 
@@ -31,7 +32,8 @@ def run_stages(stages: Sequence[CfgNode], on_validation: OnValidation | None = N
     earlier = [] if last.test_only or finished else stages[:-1]  # otherwise the earlier stages need no training
     stages = [*earlier, last]
     if not finished:  # for a finished run, `run` validates the evaluation; a stored result needs no data
-        validate(stages, trains=not last.test_only, here=True)
+        with warnings_later():
+            validate(stages, trains=not last.test_only, here=True)
     else:
         check_export(last.export, last.export_fp16, last.push_to_hub)
     for cfg in stages:

@@ -76,7 +76,7 @@ def read_folder(root: Path, split: str, class_names: Sequence[str]) -> Listing:
     if left_out:
         log.info("left out of %s: %s", folder, left_out)
     if shared := reader.shared_with_train():
-        log.warning("%s: %d of its class folders also belong to train (%s …)", folder, len(shared), shared[0])
+        log.warning("warning: %s: %d of its class folders also belong to train (%s …)", folder, len(shared), shared[0])
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = [label_of[name] for name, paths in images.items() for _ in paths]
     paths = PathList(path for of_class in images.values() for path in of_class)

@@ -105,7 +105,8 @@ def read_list(file: Path) -> Listing:
     if not paths:
         raise UserError(f"{file} lists no image: each line needs a path and a label")
     if repetitions := len(paths) - len(first_position):
-        log.warning("%s: %d lines repeat an image of an earlier line; each line counts as an image", file, repetitions)
+        repeat = f"{repetitions} lines repeat" if repetitions > 1 else "1 line repeats"
+        log.warning("warning: %s: %s an image of an earlier line; each line counts as an image", file, repeat)
     _warn_if_changed(file)
     return Listing(file, PathList(paths), np.array(labels, dtype=np.int64), np.array(lines, dtype=np.int32))
 
@@ -255,7 +256,7 @@ def _warn_if_changed(file: Path) -> None:
     """Warn if a file has the name of a published list, but other content."""
     blob_ids = PUBLISHED.get(file.name, ())
     if blob_ids and (blob := blob_id(file.read_bytes())) not in blob_ids:
-        log.warning("%s is not the published list: git blob %s instead of %s", file, blob, blob_ids[0])
+        log.warning("warning: %s is not the published list: git blob %s instead of %s", file, blob, blob_ids[0])
 
 
 def _folder_of(path: str) -> str:

@@ -66,6 +66,17 @@ def console_restored() -> Iterator[None]:
             stream.reconfigure(errors=errors)
 
 
+@contextmanager
+def warnings_later() -> Iterator[None]:
+    """Within the block, no warning is shown. It is for checks before a run, which gives the same warnings."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def attach_file(path: Path) -> None:
     """Write log lines into a file too. The lines kept since the start, or since the previous file, are written first.
 
@@ -109,10 +120,26 @@ def _replace_signs(error: UnicodeError) -> tuple[str, int]:
     return text.encode("ascii", "replace").decode(), error.end
 
 
+class _Once(logging.Filter):
+    """Lets every warning through once. A run reads its image lists several times, to compare them and to use them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warnings: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        text, before = record.getMessage(), len(self._warnings)
+        self._warnings.add(text)
+        return len(self._warnings) > before
+
+
 class _Console(logging.StreamHandler):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.setFormatter(_Short() if stream.isatty() else logging.Formatter("%(message)s"))
+        self.addFilter(_Once())
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore a closed console, as in `main.py … | head`. The log file receives the remaining lines."""
@@ -132,6 +159,7 @@ class _File(logging.FileHandler):
     def __init__(self, path: Path, encoding: str) -> None:
         super().__init__(path, encoding=encoding)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.addFilter(_Once())
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Warn once on the console that writing failed, for example on a full disk. Results do not need this file."""

@@ -88,7 +88,7 @@ class ResumeStates:
             try:
                 tensors, facts = read_folder(path)
             except UserError as error:
-                log.warning("%s; going back to the state before it", error)
+                log.warning("warning: %s; going back to the state before it", error)
                 continue
             same_but_length = self.any_length is not None and facts.get("any_length") == self.any_length
             same_but_length = same_but_length and facts["epochs"] < self.epochs

@@ -166,7 +166,7 @@ def test_an_unfinished_run_whose_classes_moved(launch: Cli, insects: Path) -> No
     with signal_after(1):
         assert launch(f"{TRAIN} batch_size 8 save_every 1").returncode == 130
     (insects / "train" / "ant").rename(insects / "train" / "wasp")
-    one_line(launch(f"{TRAIN} batch_size 8 save_every 1"), "undo that", "`resume False`")
+    one_line(launch(f"{TRAIN} batch_size 8 save_every 1"), "put the images back", "`resume False`")
 
 
 def test_an_unfinished_run_that_got_more_images(launch: Cli, listed: Path) -> None:

@@ -7,8 +7,7 @@ tier only cuts the batches.
 """
 
 import json
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import trajectories
-from conftest import ROOT, free_port, offline
+from accelerate.state import AcceleratorState
+from conftest import free_port
 from tiers import slow_except
 from trajectories import LAYOUTS, MORE, MOVES, STEPS, Layout, losses, name_of, scalars, trained
 
@@ -42,28 +42,29 @@ class Runs:
 
 @pytest.fixture(scope="module", params=slow_except(["few"], ["few", "text", "all"]))
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Half of the runs in this process, half on two processes started by `accelerate launch`."""
+    """Half of the runs in this process, half on two processes.
+
+    These are copies of this one, which need not import everything: ten seconds of a processor less than what a launcher
+    starts, which test_sharding.py does. A process that may have used a GPU cannot be copied."""
     folder = tmp_path_factory.mktemp("core")
-    launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    script = [str(ROOT / "tests" / "trajectories.py"), str(folder), request.param]
     more = MORE[request.param]
-    script += more.split()
-    environment = offline(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     trajectories.move(folder, 1, 2, part=0, more=more)
-    pair = subprocess.Popen(
-        [*launcher, "--main_process_port", str(free_port()), *script],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    port = free_port()
+    pair = [
+        context.Process(target=trajectories.as_rank, args=(rank, 2, port, folder, request.param, more))
+        for rank in range(2)
+    ]
+    for process in pair:
+        process.start()
     for layout in LAYOUTS[request.param][1]:
         trajectories.train(folder, *layout, more=more)
     if request.param == "few":
         trajectories.evaluate(folder)
-    output, _ = pair.communicate(timeout=600)
-    assert pair.returncode == 0, output[-3000:]
+    for process in pair:
+        process.join(600)
+    assert [process.exitcode for process in pair] == [0, 0], "the captured output says more"
     trajectories.move(folder, 2, 1, part=1, more=more)
     return Runs(folder, LAYOUTS[request.param])
 

@@ -29,7 +29,7 @@ STEPS = 6  # two epochs of three steps; the last step of an epoch is partial
 KILLED = 5  # within the second epoch; the newest state is of the step before it
 Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
 LAYOUTS: dict[str, dict[int, list[Layout]]] = {
-    "few": {1: [(0, 32, False), (2, 8, False)], 2: [(1, 8, False), (1, 8, True)]},
+    "few": {1: [(0, 32, False)], 2: [(1, 8, False), (1, 8, True)]},
     "text": {1: [(0, 32, False), (0, 8, False), (0, 8, True)], 2: [(0, 8, False)]},
     "pair": {2: [(0, 8, False)]},
     "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
@@ -96,7 +96,7 @@ MOVES = {(1, 2): "from_1_to_2", (2, 1): "from_2_to_1"}
 def move(folder: Path, before: int, after: int, part: int, more: str = "") -> Path:
     """The first (0) or second (1) part of a run that is killed and resumed on another number of processes."""
     path = folder / MOVES[before, after]
-    words = f"{COMMAND} num_workers 0 micro_batch_size 8 output_dir {path} {more}".split()
+    words = f"{COMMAND} num_workers 0 micro_batch_size 8 max_test_images 20 output_dir {path} {more}".split()
     (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
     with killed_after(KILLED if part == 0 else None):
         run(cfg)
@@ -106,7 +106,7 @@ def move(folder: Path, before: int, after: int, part: int, more: str = "") -> Pa
 
 EVALUATED = (
     "pretrained none num_experts 3 init_head linear_probe num_epochs 0 prec fp64 test_prec fp64 test_batch_size 16 "
-    "test_dists forward5,backward5 adapt sade target_prior estimate num_workers 0 report none"
+    "test_dists forward5,backward5 adapt sade adapt_epochs 2 target_prior estimate num_workers 0 report none"
 )
 """A head from the images, and every kind of evaluation."""
 

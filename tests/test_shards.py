@@ -53,7 +53,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "insects.yaml").write_text("dataset: ImageFolder\nroot: pics\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main.main("data shard insects.yaml --out shards --max-size 60KB".split()) == 0
+        assert main.main(["data", "shard", "insects.yaml", "--out", "shards", "--max-size", "60KB"]) == 0
     return folder
 
 

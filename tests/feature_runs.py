@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-WORDS = "-d digits_lt -m tiny_clip augment whole batch_size 64 max_steps 8 max_test_images 70 feature_cache_dir kept"
+WORDS = "-d digits_lt -m tiny_clip augment whole subset_cap 20 batch_size 64 max_steps 4 max_test_images 70 "
+WORDS += "feature_cache_dir kept"
 
 
 @contextmanager

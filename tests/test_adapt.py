@@ -300,7 +300,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def one_evaluation(words: str, launch: Cli) -> tuple[dict[str, Any], str, Path]:
     """Result, output and folder of an evaluation whose command was not given before."""
     before = set(Path("output/run/tests").glob("*"))
-    done = launch(RUN, "adapt_epochs 2 test_only True", words)
+    done = launch(RUN, "adapt_epochs 1 test_only True", words)
     assert done.returncode == 0, done.stderr
     (folder,) = set(Path("output/run/tests").glob("*")) - before
     return metrics(f"run/tests/{folder.name}")["distributions"], done.stdout, folder

@@ -279,15 +279,16 @@ BOTH = {
     "heads": "num_experts 3 adaptformer True",
     "stages": "num_experts 3 backbone ResNet-20 resolution none reduce_dimension True full_tuning True bn_tuning True",
 }
-SHORT = "-d fake_lt -m tiny_clip pretrained none init_head none max_test_images 60 lr 0.05"
+SHORT = "-d fake_lt -m tiny_clip pretrained none init_head none max_test_images 40 subset_cap 8 batch_size 16 lr 0.05"
 
 
 def command(kind: str) -> str:
     """The second stage of two; both with the same parts."""
     both = BOTH[kind]
     earlier = " ".join(f"after.{key} {value}" for key, value in zip(both.split()[::2], both.split()[1::2], strict=True))
-    first = "after tiny_clip after.method ride after.loss_type LDAM after.max_steps 4 after.init_head none"
-    second = "method ride_ea num_epochs 1 max_steps 4 save_every 1"
+    first = "after tiny_clip after.method ride after.loss_type LDAM after.max_steps 2 after.init_head none"
+    first += " after.subset_cap 8 after.batch_size 16"
+    second = "method ride_ea num_epochs 1 max_steps 3 save_every 1"
     return f"{SHORT} {both} {second} {first} {earlier} after.pretrained none output_dir"
 
 

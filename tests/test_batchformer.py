@@ -234,7 +234,8 @@ class Killed(BaseException):
 
 
 COMMAND = "-d fake_lt -m tiny_clip pretrained none init_head none method batchformer num_experts 2 loss_type CE"
-COMMAND += " adaptformer True num_epochs 2 max_steps 4 save_every 1 print_freq 1 max_test_images 20 output_dir"
+COMMAND += " adaptformer True subset_cap 8 batch_size 16 num_epochs 2 max_steps 4 save_every 1 print_freq 1"
+COMMAND += " max_test_images 20 output_dir"
 
 
 def test_a_killed_run_draws_the_same_dropout(launch: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,14 @@
 """The core: the batch is the batch, and order and augmentation are pure functions (docs/design.md: a training step).
 
 {1, 2 processes} × {0, 2 workers} × {8, 32 images at once} × {killed and resumed, not} give one fp64 loss trajectory;
-within a layout, killed equals unkilled bitwise. By default the plainest layout and those with workers and cut batches;
-`make test-slow` goes through all of them, and through a few more with text features that train, of which the default
-tier only cuts the batches.
+within a layout, killed equals unkilled bitwise. By default the plainest layout, and two processes with workers and cut
+batches; `make test-slow` goes through all of them, and through a few more with text features that train, of which the
+default tier only cuts the batches.
 """
 
+import importlib
 import json
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 import trajectories
-from conftest import ROOT, free_port, offline
+from accelerate.state import AcceleratorState
+from conftest import free_port
 from tiers import slow_except
 from trajectories import LAYOUTS, MORE, MOVES, STEPS, Layout, losses, name_of, scalars, trained
 
@@ -42,28 +43,31 @@ class Runs:
 
 @pytest.fixture(scope="module", params=slow_except(["few"], ["few", "text", "all"]))
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Half of the runs in this process, half on two processes started by `accelerate launch`."""
+    """Half of the runs in this process, half on two processes.
+
+    These are copies of this one, which need not import everything: ten seconds of a processor less than what a launcher
+    starts, which test_sharding.py does. A process that may have used a GPU cannot be copied."""
     folder = tmp_path_factory.mktemp("core")
-    launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    script = [str(ROOT / "tests" / "trajectories.py"), str(folder), request.param]
     more = MORE[request.param]
-    script += more.split()
-    environment = offline(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     trajectories.move(folder, 1, 2, part=0, more=more)
-    pair = subprocess.Popen(
-        [*launcher, "--main_process_port", str(free_port()), *script],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    importlib.import_module("sklearn.linear_model")  # which a head needs, once for all copies
+    AcceleratorState._reset_state(reset_partial_state=True)
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    port = free_port()
+    pair = [
+        context.Process(target=trajectories.as_rank, args=(rank, 2, port, folder, request.param, more))
+        for rank in range(2)
+    ]
+    for process in pair:
+        process.start()
     for layout in LAYOUTS[request.param][1]:
         trajectories.train(folder, *layout, more=more)
     if request.param == "few":
         trajectories.evaluate(folder)
-    output, _ = pair.communicate(timeout=600)
-    assert pair.returncode == 0, output[-3000:]
+    for process in pair:
+        process.join(600)
+        process.kill()  # where it waits for ever
+    assert [process.exitcode for process in pair] == [0, 0], "the captured output says more"
     trajectories.move(folder, 2, 1, part=1, more=more)
     return Runs(folder, LAYOUTS[request.param])
 
@@ -138,7 +142,7 @@ def test_two_processes_share_the_images_and_one_of_them_gets_the_results(runs: R
     heads = [trained(run) for run in (one, two)]
     assert all(torch.allclose(heads[1][name], tensor, atol=1e-6) for name, tensor in heads[0].items())
     first, second = json.loads((runs.folder / "received.json").read_text())
-    features, views, logits = 159 * 128 * 4, 5 * 100 * 2 * 3 * 10 * 4, 100 * 3 * 10 * 4  # bytes
+    features, views, logits = 159 * 128 * 4, 2 * 100 * 2 * 3 * 10 * 4, 100 * 3 * 10 * 4  # bytes
     assert first["gather"] > features + views + logits
     assert sum(second.values()) < features / 8, "decisions and the head: nothing of each image"
 

@@ -1,6 +1,7 @@
 """Data that change between two commands: what a user is told, and which numbers are shown."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,34 @@ def listed(insects: Path) -> Path:
     return insects.parent
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same folder for all tests of this file, empty at first: a run knows the path of its data config."""
+    folder = tmp_path_factory.getbasetemp() / "data_changes"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+TRAINED: dict[str, Path] = {}
+"""YAML → a copy of what `TRAIN` leaves beside it."""
+
+
+@pytest.fixture
+def trained(launch: Cli, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], None]:
+    """`trained()` leaves what `TRAIN` leaves, which runs once for each kind of data."""
+
+    def call() -> None:
+        kind, output = (tmp_path / "insects.yaml").read_text(), tmp_path / "output"
+        if kind in TRAINED:
+            shutil.copytree(TRAINED[kind], output)
+        else:
+            done(launch, TRAIN)
+            TRAINED[kind] = Path(shutil.copytree(output, tmp_path_factory.mktemp("trained") / "output"))
+
+    return call
+
+
 def split(name: str, run: Path = RUN) -> list[str]:
     """Paths of a split that a run has written down."""
     return [line.rpartition(" ")[0] for line in (run / "splits" / f"{name}.txt").read_text().splitlines()]
@@ -77,15 +106,14 @@ def done(launch: Cli, words: str, *parts: str) -> str:
 # --- hold-outs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_more_files_do_not_enter_a_split(launch: Cli, insects: Path, before: bool) -> None:
+def test_more_files_do_not_enter_a_split(launch: Cli, insects: Path, trained: Callable[[], None]) -> None:
     """Whether their names sort before those that were there, or behind."""
-    done(launch, TRAIN)
+    trained()
     train, test = split("train"), split("test")
     assert len(train) == 21 and len(test) == 9 and not {*train} & {*test}
     first = result()
     for index in range(30):
-        draw(insects / "train" / "ant" / (f"000{index:02d}.png" if before else f"x{index:02d}.png"), 900 + index)
+        draw(insects / "train" / "ant" / f"{'000' if index % 2 else 'x'}{index:02d}.png", 900 + index)
     done(launch, TRAIN, "30 images are new since the run", "in none of them", "`resume False`", "finished before")
     for words in ("test_only True", "test_only True tte True", "test_only True model_dir run output_dir other"):
         done(launch, f"{TRAIN} {words}", "30 images are new")
@@ -97,17 +125,20 @@ def test_more_files_do_not_enter_a_split(launch: Cli, insects: Path, before: boo
     assert len(split("train")) == 51 and len(split("train", Path("output/run.previous-1"))) == 21
 
 
-def test_one_class_moves_no_other(launch: Cli, insects: Path) -> None:
-    done(launch, TRAIN)
-    before = [path for path in split("test") if "/ant/" not in path]
+def test_one_class_moves_no_other(insects: Path, config: Callable[..., CfgNode]) -> None:
+    def held_out() -> list[str]:
+        return list(build_data(config(str(insects.parent / "insects.yaml"), "tiny_clip_peft")).records["test"].paths)
+
+    before = held_out()
     for index in range(30):
         draw(insects / "train" / "ant" / f"000{index:02d}.png", 900 + index)
-    done(launch, f"{TRAIN} resume False")
-    assert [path for path in split("test") if "/ant/" not in path] == before
+    after = held_out()
+    assert [path for path in after if "/ant/" not in path] == [path for path in before if "/ant/" not in path]
+    assert after != before and len(before) == 9
 
 
-def test_a_later_stage_keeps_the_hold_out(launch: Cli, insects: Path) -> None:
-    done(launch, TRAIN)
+def test_a_later_stage_keeps_the_hold_out(launch: Cli, insects: Path, trained: Callable[[], None]) -> None:
+    trained()
     held = split("test")
     for index in range(30):
         draw(insects / "train" / "ant" / f"000{index:02d}.png", 900 + index)
@@ -130,8 +161,8 @@ def test_each_stage_has_its_own_subset(
     assert not {*split("train", stages[0])} & {*split("test")}
 
 
-def test_gone_test_images(launch: Cli, insects: Path) -> None:
-    done(launch, TRAIN)
+def test_gone_test_images(launch: Cli, insects: Path, trained: Callable[[], None]) -> None:
+    trained()
     for path in split("test")[:2]:
         (insects / path).unlink()
     said = "2 test images are gone (train/ant/"
@@ -144,17 +175,17 @@ def test_gone_test_images(launch: Cli, insects: Path) -> None:
     assert result()["evaluation"]["images"] != result(home)["evaluation"]["images"]
 
 
-def test_gone_training_images(launch: Cli, insects: Path) -> None:
-    done(launch, TRAIN)
+def test_gone_training_images(launch: Cli, insects: Path, trained: Callable[[], None]) -> None:
+    trained()
     (insects / split("train")[0]).unlink()
     one_line(launch(TRAIN), "1 training image is gone (train/ant/", "`resume False`", "`test_only True`")
     done(launch, f"{TRAIN} test_only True", "1 training image is gone", "groups and class priors stay")
     assert accuracies(RUN / "tests/default") == accuracies()
 
 
-def test_a_removed_class_makes_nothing_trained_on(launch: Cli, insects: Path) -> None:
+def test_a_removed_class_makes_nothing_trained_on(launch: Cli, insects: Path, trained: Callable[[], None]) -> None:
     """The classes behind it have other numbers then, and names that files of the removed one had."""
-    done(launch, TRAIN)
+    trained()
     for path in sorted((insects / "train" / "ant").iterdir()):
         path.unlink()
     (insects / "train" / "ant").rmdir()
@@ -201,8 +232,10 @@ def test_a_name_that_no_list_can_hold(launch: Cli, insects: Path) -> None:
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_cut_test_list_is_evaluated_anew_and_back_again(launch: Cli, listed: Path) -> None:
-    done(launch, TRAIN)
+def test_a_cut_test_list_is_evaluated_anew_and_back_again(
+    launch: Cli, listed: Path, trained: Callable[[], None]
+) -> None:
+    trained()
     whole = (listed / "test.txt").read_text()
     (listed / "test.txt").write_text("".join(line + "\n" for line in whole.splitlines()[:3]))
     text = done(launch, f"{TRAIN} test_only True", "3 test images are gone", "3 test images\n")
@@ -213,8 +246,8 @@ def test_a_cut_test_list_is_evaluated_anew_and_back_again(launch: Cli, listed: P
     done(launch, TRAIN, "finished before; the result of output/run/metrics.json")
 
 
-def test_a_cut_training_list_is_no_finished_run(launch: Cli, listed: Path) -> None:
-    done(launch, TRAIN)
+def test_a_cut_training_list_is_no_finished_run(launch: Cli, listed: Path, trained: Callable[[], None]) -> None:
+    trained()
     lines = (listed / "train.txt").read_text().splitlines()
     (listed / "train.txt").write_text(
         "".join(f"{line}\n" for line in lines if line.endswith("0")) + "\n".join(lines[-8:])
@@ -275,14 +308,14 @@ def test_another_subset_of_built_in_data(launch: Cli) -> None:
         assert "finished before" not in done(launch, f"{words} {imb_factor}")
 
 
-def test_another_label(launch: Cli, listed: Path) -> None:
-    done(launch, TRAIN)
+def test_another_label(launch: Cli, listed: Path, trained: Callable[[], None]) -> None:
+    trained()
     (listed / "test.txt").write_text((listed / "test.txt").read_text().replace("bee/006.png 1", "bee/006.png 0"))
     done(launch, f"{TRAIN} test_only True", "1 test image is of another class now (train/bee/006.png)")
 
 
-def test_a_replaced_file(launch: Cli, listed: Path) -> None:
-    done(launch, TRAIN)
+def test_a_replaced_file(launch: Cli, listed: Path, trained: Callable[[], None]) -> None:
+    trained()
     Image.new("RGB", (32, 32)).save(listed / "pics/train/fly/007.png")
     done(launch, f"{TRAIN} test_only True", "1 test image is other files now")
 
@@ -351,9 +384,9 @@ def test_copies_are_found_where_root_is_relative_to_the_yaml(launch: Cli, listed
     done(launch, words, "1 of 7 test images were trained on (copies/001.png)")
 
 
-def test_data_that_are_not_there(launch: Cli, listed: Path) -> None:
+def test_data_that_are_not_there(launch: Cli, listed: Path, trained: Callable[[], None]) -> None:
     """What is stored is shown, and that it was not compared; what needs images says that they are missing."""
-    done(launch, TRAIN)
+    trained()
     (listed / "pics").rename(listed / "moved")
     done(launch, TRAIN, "the data are not there to be compared", "finished before")
     done(launch, f"{TRAIN} test_only True many_above 5", "not there to be compared", "using the logits")
@@ -361,8 +394,8 @@ def test_data_that_are_not_there(launch: Cli, listed: Path) -> None:
     done(launch, f"{TRAIN} test_only True tte True root moved")
 
 
-def test_the_root_is_another_folder_of_other_files(launch: Cli, listed: Path) -> None:
-    done(launch, TRAIN)
+def test_the_root_is_another_folder_of_other_files(launch: Cli, listed: Path, trained: Callable[[], None]) -> None:
+    trained()
     for path in sorted((listed / "pics").rglob("*.png")):
         other = listed / "blank" / path.relative_to(listed / "pics")
         other.parent.mkdir(parents=True, exist_ok=True)

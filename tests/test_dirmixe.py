@@ -276,12 +276,10 @@ def test_who_resumes_repeats_the_shuffles() -> None:
 @pytest.mark.parametrize("pool", slow_except(["recycled"], ["fresh", "recycled"]))
 def test_killed_and_resumed(pool: str, config: Config, tmp_path: Path) -> None:
     """Bitwise the run that was not killed; the semi-variance is on in the second epoch."""
-    words = (
-        "num_epochs 2 max_steps 8 subset_cap 8 batch_size 16 save_every 3 max_test_images 8 test_dists None adapt None"
-    )
+    words = "num_epochs 2 subset_cap 4 batch_size 16 save_every 2 max_test_images 8 test_dists None adapt None"
     words += f" adapt None num_workers 0 dirmixe.warm 0.5 dirmixe.pool {pool} pretrained none"
     found = []
-    for name, kill in (("whole", None), ("killed", 7)):
+    for name, kill in (("whole", None), ("killed", 5)):
         cfg = config("fake_lt", "tiny_clip_dirmixe", *words.split(), "output_dir", str(tmp_path / name))
         if kill:
             with killed_after(kill):

@@ -17,7 +17,7 @@ from tailtune.models.backbones.text_tower import TextTower
 from tailtune.models.feature_adapters import FeatureAdapterOptions, add_feature_adapters
 from tailtune.models.heads.text_classifier import TextClassifier
 
-TEXT = "-d fake_lt -m tiny_clip classifier TextClassifier num_epochs 1 max_test_images 20"
+TEXT = "-d fake_lt -m tiny_clip classifier TextClassifier subset_cap 4 num_epochs 1 max_test_images 20"
 
 
 def adapted(**options: Any) -> tuple[Any, TextClassifier, TextTower]:

@@ -79,12 +79,12 @@ def test_an_ensemble_encodes_the_test_images_once_with_a_frozen_encoder(
     words = f"{WORDS} {tuner} output_dir run"
     assert launch(words).returncode == 0
     calls = []
-    for alpha in (0, 0.5, 1):
+    for alpha in (0, 1):
         with counted(ViTEncoder, "trunk") as images:
             done = launch(words, "test_only True ensemble logits ensemble_alpha", alpha)
         assert done.returncode == 0, done.stderr
         calls.append(images.call_count)
-    assert calls == [of_trained + 2, of_trained, of_trained]
+    assert calls == [of_trained + 2, of_trained]
     newest = max(Path("output").glob("run/tests/*/logits.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     found, wanted = load_file(newest), load_file("output/run/logits.safetensors")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -94,8 +94,10 @@ def test_a_resumed_stage_has_the_features_of_its_own_encoder(launch: Cli, monkey
     """The frozen encoder of a second stage is that of the first, which a resumed run knows from its state only."""
     experts = "adapter True num_experts 2 expert_split 1"
     earlier = " ".join(f"after.{word}" if number % 2 == 0 else word for number, word in enumerate(experts.split()))
-    words = f"-d digits_lt -m tiny_clip augment whole max_test_images 20 batch_size 64 method crt {experts} lr 0.1"
-    words += f" after tiny_clip {earlier} after.augment whole after.lr 0.5 after.max_steps 2 max_steps 4 save_every 1"
+    words = "-d digits_lt -m tiny_clip augment whole max_test_images 20 subset_cap 8 batch_size 32 lr 0.1"
+    words += f" method crt {experts} max_steps 3 save_every 1"
+    words += f" after tiny_clip {earlier} after.augment whole after.lr 0.5 after.max_steps 2"
+    words += " after.subset_cap 8 after.batch_size 32"
     assert launch(words, "feature_cache_dir one output_dir whole").returncode == 0
     save = ResumeStates.save
 

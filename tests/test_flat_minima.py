@@ -366,17 +366,17 @@ def test_sharded_training_is_refused(config: Config, monkeypatch: pytest.MonkeyP
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
-FEW = "subset_cap 8 max_test_images 8"
+FEW = "subset_cap 4 batch_size 16 max_test_images 8"  # three steps an epoch, too
 
 
 @pytest.mark.parametrize("name", slow_except(["focal"], SAM_MODES))
 def test_cut_and_killed_runs_are_the_same(name: str, tmp_path: Path) -> None:
-    """fp64: 8 images at once as 32, to rounding; killed as not killed, bit for bit."""
+    """fp64: 8 images at once as 16, to rounding; killed as not killed, bit for bit."""
     whole, cut, killed = (
         trajectories.train(tmp_path, 0, micro, dies, more=f"sam {name} {FEW}")
-        for micro, dies in ((32, False), (8, False), (8, True))
+        for micro, dies in ((16, False), (8, False), (8, True))
     )
-    plain = trajectories.train(tmp_path / "plain", 0, 32, False, more=FEW)
+    plain = trajectories.train(tmp_path / "plain", 0, 16, False, more=FEW)
     for key, tensor in trained(whole).items():
         assert torch.allclose(trained(cut)[key], tensor, rtol=1e-9, atol=1e-12), key
         assert torch.equal(trained(killed)[key], trained(cut)[key]), key
@@ -420,7 +420,7 @@ def test_two_processes_train_as_one(name: str, pairs: Path, tmp_path: Path) -> N
 
 
 def test_a_late_rho_depends_on_the_length(launch: Cli) -> None:
-    words = "-d fake_lt -m tiny_clip_peft pretrained none schedule constant max_test_images 8 batch_size 64 sam sam "
+    words = "-d fake_lt -m tiny_clip_peft pretrained none schedule constant max_test_images 8 subset_cap 4 sam sam "
     assert launch(f"{words} sam_rho_late 0.1 num_epochs 1 output_dir late").returncode == 0
     done = launch(f"{words} sam_rho_late 0.1 num_epochs 2 output_dir late")
     assert done.returncode == 2 and "sam_rho_late sets the length" in done.stdout + done.stderr

@@ -162,11 +162,11 @@ def test_the_whole_recipe(launch: Cli, tmp_path: Path) -> None:
         words = f"-d fake_lt -m tiny_clip_peft {common} num_epochs 1 lr 0.01 subset_cap 2 seed {number}"
         done = launch(f"{words} output_dir soup/run{number}")
         assert done.returncode == 0, done.stdout
-    last = f"-d fake_lt -m tiny_clip_h2t {common} h2t.ratio 0 pair_sampler none sampler shuffle num_epochs 1 "
+    last = f"-d fake_lt -m tiny_clip_h2t {common} h2t.ratio 0 pair_sampler none sampler shuffle max_steps 3 "
     last += "after.num_epochs 0 after.max_test_images 8 merge_together 2 output_dir soup/merged "
     refused = launch(f"{last} merge_runs soup/run0,soup/missing")
     assert refused.returncode == 2 and "merge_runs soup/missing holds no checkpoint" in refused.stdout + refused.stderr
-    other = f"-d fake_lt -m tiny_clip_peft {common} num_epochs 1 lr 0.01 scale 5 output_dir soup/other"
+    other = f"-d fake_lt -m tiny_clip_peft {common} num_epochs 1 lr 0.01 subset_cap 2 scale 5 output_dir soup/other"
     assert launch(other).returncode == 0
     refused = launch(f"{last} merge_runs soup/run0,soup/other")
     assert refused.returncode == 2 and "soup/other was trained with scale 5" in refused.stderr

@@ -193,8 +193,8 @@ def test_a_state_of_an_earlier_version_has_momentum_alone() -> None:
     assert all(map(torch.equal, weights_of(whole), weights_of(second)))
 
 
-QUICK = ("pretrained", "none", "num_epochs", 2, "batch_size", 16, "print_freq", 2, "max_test_images", 20)
-QUICK += ("num_workers", 0, "save_every", 1, "subset_cap", 8)
+QUICK = ("pretrained", "none", "num_epochs", 2, "batch_size", 8, "print_freq", 2, "max_test_images", 8)
+QUICK += ("num_workers", 0, "save_every", 1, "subset_cap", 4)
 
 
 def run_in(folder: Path, killed: int | None, config: Config, *words: object) -> Path:

@@ -36,7 +36,7 @@ from tailtune.trainers.processes.interrupts import ASK_AFTER, Agreement, Interru
 from tailtune.trainers.storage.tensorboard_events import Events
 
 FAKE = "-d fake_lt -m tiny_clip_peft pretrained none max_test_images 40 test_batch_size 4"
-TRAIN = f"{FAKE} batch_size 8 num_epochs 1 save_every 1 output_dir run"
+TRAIN = f"{FAKE} subset_cap 12 batch_size 8 num_epochs 1 save_every 1 output_dir run"
 RUN = Path("output/run")
 LOST = ("was killed (out of memory?)", "num_workers", "test_batch_size", "the same command continues")
 

@@ -118,9 +118,9 @@ def test_every_schedule_has_a_trace() -> None:
     } == (SCHEDULES.keys())
 
 
-STEPPED = ("pretrained", "none", "num_epochs", 4, "batch_size", 32, "lr", 0.2, "print_freq", 1, "nesterov", True)
+STEPPED = ("pretrained", "none", "num_epochs", 4, "batch_size", 16, "lr", 0.2, "print_freq", 1, "nesterov", True)
 STEPPED += ("schedule", "multistep", "lr_steps", "[2,3]", "warmup_epochs", 2, "lr_factors", "{tuner: 0.5}")
-STEPPED += ("sampler", "balanced", "max_test_images", 20, "subset_cap", 8)
+STEPPED += ("sampler", "balanced", "max_test_images", 8, "subset_cap", 4)
 
 
 def test_a_resumed_run_has_the_right_learning_rate(config: Config, tmp_path: Path) -> None:

@@ -62,10 +62,11 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 def test_one_block_at_a_time_is_whole(
     tmp_path: Path, gathered: dict[str, list[int]], request: pytest.FixtureRequest
 ) -> None:
-    part(tmp_path / "alone", killed=False, more="max_steps 2 max_test_images 8")
+    words = "batch_size 16 val_per_class 1 max_steps 2 max_test_images 8"
+    part(tmp_path / "alone", killed=False, more=words)
     assert not gathered["forward"], "without FSDP the blocks are not called"
     request.getfixturevalue("sharded_alone")
-    part(tmp_path / "sharded", killed=False, more="max_steps 2 max_test_images 8")
+    part(tmp_path / "sharded", killed=False, more=words)
     assert set(gathered["forward"]) == set(gathered["backward"]) == {1}
     wanted, found = trained(tmp_path / "alone"), trained(tmp_path / "sharded")
     assert wanted.keys() == found.keys()

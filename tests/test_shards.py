@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from shard_server import ShardServer
 from test_bad_input import one_line, signal_after
+from tiers import slow_except
 from yacs.config import CfgNode
 
+from tailtune import main
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.loading import workers as worker_module
@@ -28,7 +31,7 @@ from tailtune.datasets.sources.shards import ShardSource, open_shards
 
 Config = Callable[..., CfgNode]
 CLASSES = (("ant", 14), ("bee", 10), ("fly", 6))
-TRAIN = "-m tiny_clip_peft pretrained none num_epochs 2 batch_size 8 save_every 1 num_workers 0"
+TRAIN = "-m tiny_clip_peft pretrained none num_epochs 1 batch_size 8 save_every 1 num_workers 0"
 
 
 def draw(path: Path, seed: int) -> None:
@@ -38,26 +41,35 @@ def draw(path: Path, seed: int) -> None:
     Image.fromarray(random.integers(0, 256, size, dtype=np.uint8)).save(path)
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `files` and `shards` copy."""
+    folder = tmp_path_factory.mktemp("insects")
+    for label, (name, count) in enumerate(CLASSES):
+        for index in range(count):
+            draw(folder / "pics/train" / name / f"{index:03d}.{'png' if index % 3 else 'jpg'}", 100 * label + index)
+        for index in range(4):
+            draw(folder / "pics/test" / name / f"{index}.png", 1000 + 100 * label + index)
+    (folder / "insects.yaml").write_text("dataset: ImageFolder\nroot: pics\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main.main(["data", "shard", "insects.yaml", "--out", "shards", "--max-size", "60KB"]) == 0
+    return folder
+
+
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def files(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Class folders of JPEG and PNG images of different sizes, and their YAML `insects.yaml`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shard_store, "FIRST_WAIT_SECONDS", 0.001)
-    for label, (name, count) in enumerate(CLASSES):
-        for index in range(count):
-            draw(tmp_path / "pics/train" / name / f"{index:03d}.{'png' if index % 3 else 'jpg'}", 100 * label + index)
-        for index in range(4):
-            draw(tmp_path / "pics/test" / name / f"{index}.png", 1000 + 100 * label + index)
-    (tmp_path / "insects.yaml").write_text("dataset: ImageFolder\nroot: pics\n")
-    return tmp_path / "insects.yaml"
+    shutil.copytree(drawn / "pics", tmp_path / "pics")
+    return Path(shutil.copy(drawn / "insects.yaml", tmp_path))
 
 
 @pytest.fixture
-def shards(files: Path, launch: Cli) -> Path:
+def shards(drawn: Path, files: Path) -> Path:
     """The same images as shards; their YAML."""
-    done = launch("data shard insects.yaml --out shards --max-size 60KB")
-    assert (done.returncode, done.stderr) == (0, "")
-    return files.parent / "shards" / "insects.yaml"
+    return Path(shutil.copytree(drawn / "shards", files.parent / "shards")) / "insects.yaml"
 
 
 @pytest.fixture
@@ -94,16 +106,18 @@ def epochs(cfg: CfgNode, workers: int, pair: bool = False) -> list[str]:
 # --- the same batches ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pair", [False, True])
+WAYS = [(False, 0), (False, 1), (False, 4), (True, 0), (True, 2)]
+
+
+@pytest.mark.parametrize(("pair", "workers"), slow_except([(False, 0), (True, 2)], WAYS))
 def test_files_and_shards_give_the_same_batches(
-    files: Path, shards: Path, config: Config, monkeypatch: pytest.MonkeyPatch, pair: bool
+    files: Path, shards: Path, config: Config, monkeypatch: pytest.MonkeyPatch, pair: bool, workers: int
 ) -> None:
     monkeypatch.setattr(worker_module, "available_processors", lambda: 4)
     expected = epochs(config("insects.yaml", "tiny_clip_peft", "pretrained", "none"), 0, pair)
     assert len(expected) == len(set(expected)) == 8 + 8 + 3
     cfg = config("shards/insects.yaml", "tiny_clip_peft", "pretrained", "none")
-    for workers in (0, 2) if pair else (0, 1, 4):
-        assert epochs(cfg, workers, pair) == expected
+    assert epochs(cfg, workers, pair) == expected
 
 
 def test_the_ranks_of_a_run_share_each_batch(files: Path, shards: Path, config: Config) -> None:
@@ -135,8 +149,8 @@ def test_a_run_killed_in_an_epoch_ends_as_one_on_files(launch: Cli, shards: Path
 
 def test_a_run_on_files_is_evaluated_on_shards(launch: Cli, shards: Path) -> None:
     """The index has the paths of the files, so the images are known again."""
-    assert launch(f"-d insects.yaml {TRAIN} output_dir files").returncode == 0
-    done = launch(f"-d shards/insects.yaml {TRAIN} output_dir shards test_only True model_dir output/files")
+    assert launch(f"-d insects.yaml {TRAIN} max_steps 1 output_dir files").returncode == 0
+    done = launch(f"-d shards/insects.yaml {TRAIN} max_steps 1 output_dir shards test_only True model_dir output/files")
     assert done.returncode == 0 and "12 test images" in done.stdout
     assert not any(word in done.stdout for word in ("are new", "are gone", "trained on"))
 
@@ -184,21 +198,23 @@ def test_a_file_system_in_memory(files: Path, shards: Path, config: Config) -> N
     memory.rm("/insects", recursive=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_a_connection_that_breaks_in_training_ends_in_one_line(
-    launch: Cli, server: ShardServer, monkeypatch: pytest.MonkeyPatch, workers: int
+    launch: Cli, server: ShardServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "available_processors", lambda: 4)
-    words = f"-d shards/insects.yaml {TRAIN} num_workers {workers} init_head none root {server.url}"
+    words = f"-d shards/insects.yaml {TRAIN} max_test_images 4 init_head none root {server.url}"
     assert launch(f"{words} output_dir whole").returncode == 0
-    server.answers_left = 20
-    line = one_line(launch(f"{words} output_dir broken"), "cannot read http://127.0.0.1", "the same command continues")
-    assert "train-0000" in line and "(4 attempts)" in line
-    server.answers_left = None
-    done = launch(f"{words} output_dir broken")
-    assert done.returncode == 0 and ("resuming after step" in done.stdout or workers)
-    whole, broken = checkpoint("whole"), checkpoint("broken")
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    whole = checkpoint("whole")
+    for workers in (0, 2):
+        command = f"{words} num_workers {workers} output_dir broken_{workers}"
+        server.answers_left = 20
+        line = one_line(launch(command), "cannot read http://127.0.0.1", "the same command continues")
+        assert "train-0000" in line and "(4 attempts)" in line
+        server.answers_left = None
+        done = launch(command)
+        assert done.returncode == 0 and ("resuming after step" in done.stdout or workers)
+        broken = checkpoint(f"broken_{workers}")
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
 def test_an_answer_that_fails_once_is_asked_for_again(server: ShardServer) -> None:
@@ -269,7 +285,7 @@ def test_a_flipped_bit_is_found(launch: Cli, shards: Path) -> None:
     name = spoil(shards, "train/bee/004.png")
     where = f"shards/{name}: train/bee/004.png: its bytes are not those that were indexed"
     one_line(launch(f"-d shards/insects.yaml {TRAIN}"), f"{where}: {name} is damaged or of another set")
-    done = launch(f"-d shards/insects.yaml {TRAIN} on_bad_image skip output_dir skips")
+    done = launch(f"-d shards/insects.yaml {TRAIN} max_steps 1 on_bad_image skip output_dir skips")
     assert done.returncode == 0 and "1 of 30 training images cannot be read and are left out" in done.stdout
     found = launch("data verify shards/insects.yaml --decode")
     assert found.returncode == 1 and "train/bee/004.png: its bytes are not those" in found.stdout

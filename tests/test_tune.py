@@ -21,7 +21,7 @@ from tailtune.scripts import tune
 from tailtune.scripts._search_space import Range, split_space
 from tailtune.trainers.runs.result_table import read_result
 
-BASE = "-d fake_lt -m tiny_clip_peft pretrained none batch_size 64 max_test_images 20 num_epochs 2"
+BASE = "-d fake_lt -m tiny_clip_peft pretrained none subset_cap 8 batch_size 32 max_test_images 8 num_epochs 2"
 SPLIT = f"{BASE} val_per_class 1"
 Tune = Callable[..., tuple[int, str, str]]
 

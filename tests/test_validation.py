@@ -22,8 +22,8 @@ from tailtune.trainers.evaluation.validation import Validation, ValidationPlan
 from tailtune.trainers.evaluation.validation_metrics import HIGHER
 from tailtune.trainers.storage.resume_states import ResumeStates
 
-COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none subset_cap 8 batch_size 32 val_per_class 2 "
-COMMAND += "max_test_images 30 lr 0.3 "
+COMMAND = "-d fake_lt -m tiny_clip_peft pretrained none subset_cap 4 batch_size 16 val_per_class 2 "
+COMMAND += "max_test_images 20 lr 0.3 "
 VALIDATED = COMMAND + "num_epochs 4 val_every 1 keep best:mean_acc "
 
 
@@ -40,12 +40,12 @@ def result(run: Path) -> dict[str, Any]:
     return found
 
 
-WITH_BATCH_NORMS = "resnet32_ce"
+WITH_BATCH_NORMS = "resnet32_ce backbone ResNet-20"
 
 
 @pytest.mark.parametrize("model", slow_except([WITH_BATCH_NORMS], ["tiny_clip_peft pretrained none", WITH_BATCH_NORMS]))
 def test_training_is_the_same_with_and_without(model: str, launch: Cli, tmp_path: Path) -> None:
-    command = f"-d fake_lt -m {model} val_per_class 2 subset_cap 8 batch_size 32 max_test_images 8 num_epochs 2 "
+    command = f"-d fake_lt -m {model} val_per_class 2 subset_cap 4 batch_size 16 max_test_images 8 num_epochs 2 "
     command += "output_dir "
     assert launch(f"{command}without").returncode == 0
     assert launch(f"{command}with val_every 1").returncode == 0
@@ -184,9 +184,9 @@ def killed_run(launch: Cli, words: str, at: int) -> None:
 
 @pytest.mark.parametrize("metric", slow_except(["mean_acc"], ["mean_acc", "nll"]))
 def test_a_killed_run_keeps_the_same_epoch(metric: str, launch: Cli, tmp_path: Path) -> None:
-    words = f"{COMMAND} num_epochs 4 val_every 1 keep best:{metric}"
+    words = f"{COMMAND} num_epochs 3 val_every 1 keep best:{metric}"
     assert launch(f"{words} output_dir whole").returncode == 0
-    for at in (2, 2, 2):  # one epoch more each time
+    for at in (2, 2):  # one epoch more each time
         killed_run(launch, f"{words} output_dir killed", at)
     done = launch(f"{words} output_dir killed")
     assert done.returncode == 0 and "resuming after step" in done.stdout

@@ -1,4 +1,4 @@
-"""Runs of one training in many layouts, for test_core.py; also the script that its two processes execute."""
+"""Runs of one training in many layouts, for test_core.py, and what each of its two processes does; also a script."""
 
 import json
 import os
@@ -29,7 +29,7 @@ STEPS = 6  # two epochs of three steps; the last step of an epoch is partial
 KILLED = 5  # within the second epoch; the newest state is of the step before it
 Layout = tuple[int, int, bool]  # workers, images at once, killed and resumed
 LAYOUTS: dict[str, dict[int, list[Layout]]] = {
-    "few": {1: [(0, 32, False), (2, 8, False)], 2: [(2, 8, False), (2, 8, True)]},
+    "few": {1: [(0, 32, False)], 2: [(1, 8, False), (1, 8, True)]},
     "text": {1: [(0, 32, False), (0, 8, False), (0, 8, True)], 2: [(0, 8, False)]},
     "pair": {2: [(0, 8, False)]},
     "all": {world: list(product((0, 2), (8, 32), (False, True))) for world in (1, 2)},
@@ -96,7 +96,7 @@ MOVES = {(1, 2): "from_1_to_2", (2, 1): "from_2_to_1"}
 def move(folder: Path, before: int, after: int, part: int, more: str = "") -> Path:
     """The first (0) or second (1) part of a run that is killed and resumed on another number of processes."""
     path = folder / MOVES[before, after]
-    words = f"{COMMAND} num_workers 0 micro_batch_size 8 output_dir {path} {more}".split()
+    words = f"{COMMAND} num_workers 0 micro_batch_size 8 max_test_images 20 output_dir {path} {more}".split()
     (cfg,) = load_configs("fake_lt", "tiny_clip_peft", words, declared())
     with killed_after(KILLED if part == 0 else None):
         run(cfg)
@@ -106,7 +106,7 @@ def move(folder: Path, before: int, after: int, part: int, more: str = "") -> Pa
 
 EVALUATED = (
     "pretrained none num_experts 3 init_head linear_probe num_epochs 0 prec fp64 test_prec fp64 test_batch_size 16 "
-    "test_dists forward5,backward5 adapt sade target_prior estimate num_workers 0 report none"
+    "test_dists forward5,backward5 adapt sade adapt_epochs 2 target_prior estimate num_workers 0 report none"
 )
 """A head from the images, and every kind of evaluation."""
 
@@ -147,15 +147,31 @@ def share_a_gpu() -> None:
     distributed.InitProcessGroupKwargs = partial(InitProcessGroupKwargs, backend="gloo")  # type: ignore[misc,assignment]
 
 
-if __name__ == "__main__":
+def as_rank(rank: int, processes: int, port: int, folder: Path, tier: str, more: str) -> None:
+    """What a process does that no launcher has started: torch and Accelerate read their places from the environment."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is a copy of
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    runs_of_a_process(folder, tier, more)
+    torch.distributed.barrier()  # the first process serves the others, so it ends last
+    torch.distributed.destroy_process_group()
+
+
+def runs_of_a_process(folder: Path, tier: str, more: str) -> None:
+    """The runs on several processes, of which this is one."""
     torch.set_num_threads(1)
     processes = int(os.environ["WORLD_SIZE"])
     if 0 < torch.cuda.device_count() < processes:
         share_a_gpu()
-    for layout in LAYOUTS[sys.argv[2]][processes]:
-        train(Path(sys.argv[1]), *layout, processes, " ".join(sys.argv[3:]))
-    if sys.argv[2] != "pair":
-        move(Path(sys.argv[1]), 1, 2, part=1, more=" ".join(sys.argv[3:]))
-        move(Path(sys.argv[1]), 2, 1, part=0, more=" ".join(sys.argv[3:]))
-    if sys.argv[2] == "few":
-        evaluate(Path(sys.argv[1]), processes)
+    for layout in LAYOUTS[tier][processes]:
+        train(folder, *layout, processes, more)
+    if tier != "pair":
+        move(folder, 1, 2, part=1, more=more)
+        move(folder, 2, 1, part=0, more=more)
+    if tier == "few":
+        evaluate(folder, processes)
+
+
+if __name__ == "__main__":
+    runs_of_a_process(Path(sys.argv[1]), sys.argv[2], " ".join(sys.argv[3:]))

@@ -141,7 +141,7 @@ def test_two_processes_share_the_images_and_one_of_them_gets_the_results(runs: R
     assert predictors.keys() == {"plain", "sade", "target_prior"}
     heads = [trained(run) for run in (one, two)]
     assert all(torch.allclose(heads[1][name], tensor, atol=1e-6) for name, tensor in heads[0].items())
-    first, second = json.loads((runs.folder / "received.json").read_text())
+    first, second = json.loads((runs.folder / "received_2.json").read_text())
     features, views, logits = 159 * 128 * 4, 2 * 100 * 2 * 3 * 10 * 4, 100 * 3 * 10 * 4  # bytes
     assert first["gather"] > features + views + logits
     assert sum(second.values()) < features / 8, "decisions and the head: nothing of each image"

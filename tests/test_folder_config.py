@@ -60,12 +60,6 @@ def test_folders_whose_names_are_in_other_scripts(tmp_path: Path, launch: Cli) -
     assert plain_name("Müll er/…") == "Müll_er" and plain_name("…") == "data"
 
 
-def test_a_finished_run_is_shown_again(folder: Path, launch: Cli) -> None:
-    launch(f"-d {folder} {QUICK}")
-    again = launch(f"-d {folder} {QUICK}")
-    assert again.returncode == 0 and "finished before" in again.stdout
-
-
 def test_python_takes_a_folder_as_the_command_does(folder: Path, launch: Cli) -> None:
     options = {"pretrained": None, "max_steps": 2, "batch_size": 8, "init_head": None}
     net = tailtune.build_model("tiny_clip", folder, pretrained=None, init_head=None)
@@ -87,7 +81,7 @@ def test_a_dry_run_writes_nothing(folder: Path, launch: Cli) -> None:
 
 @pytest.mark.parametrize("has_test", [False, True])
 def test_a_folder_with_train(has_test: bool, tmp_path: Path, launch: Cli) -> None:
-    """A folder test beside it is the test split; without one, images are held out."""
+    """A folder test beside it is the test split; without one, images are held out. A finished run is shown again."""
     images(tmp_path / "birds/train", {"owl": 10, "wren": 5})
     if has_test:
         images(tmp_path / "birds/test", {"owl": 2, "wren": 2}, first=50)
@@ -97,7 +91,8 @@ def test_a_folder_with_train(has_test: bool, tmp_path: Path, launch: Cli) -> Non
     expected = ("ImageFolder", tmp_path / "birds") if has_test else ("ImageList", tmp_path / "birds/train")
     assert (config["dataset"], config["root"]) == (expected[0], str(expected[1]))
     assert f"{4 if has_test else 3} test images" in done.stdout
-    assert launch(f"-d birds {QUICK}").returncode == 0
+    again = launch(f"-d birds {QUICK}")
+    assert again.returncode == 0 and "finished before" in again.stdout
 
 
 def test_a_folder_val_without_test(tmp_path: Path, launch: Cli) -> None:

@@ -305,8 +305,9 @@ def test_refusals(words: tuple[object, ...], says: str, config: Config) -> None:
 
 # --- from end to end ----------------------------------------------------------------------------------------------
 
-STAGES = "num_epochs 1 batch_size 16 max_test_images 20 after.num_epochs 1 after.batch_size 16 after.lr_steps [1]"
-STAGES += " after.warmup_epochs 0 backbone ResNet-20 after.backbone ResNet-20 num_workers 0 save_every 2 subset_cap 8"
+STAGES = "num_epochs 1 batch_size 8 max_test_images 20 after.num_epochs 1 after.batch_size 8 after.lr_steps [1]"
+STAGES += " after.warmup_epochs 0 backbone ResNet-20 after.backbone ResNet-20 num_workers 0 save_every 2"
+STAGES += " subset_cap 4 after.subset_cap 4"  # five steps
 
 
 def test_two_stages(launch: Cli, tmp_path: Path) -> None:

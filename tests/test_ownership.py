@@ -91,11 +91,11 @@ def test_a_refused_command_leaves_the_finished_run(launch: Cli, data: Path) -> N
 
 def test_starting_over_twice_keeps_both(launch: Cli) -> None:
     for _ in range(3):
-        assert launch(f"{SHORT} resume False").returncode == 0
+        assert launch(f"{SHORT} max_steps 1 resume False").returncode == 0
     assert sorted(each.name for each in Path("output").iterdir()) == ["run", "run.previous-1", "run.previous-2"]
     ids = [Manifest.read(each).run for each in Path("output").iterdir()]  # type: ignore[union-attr]
     assert len(set(ids)) == 3
-    assert "finished before" in launch(SHORT.replace("output_dir run", "output_dir run.previous-1")).stdout
+    assert "finished before" in launch(f"{SHORT} max_steps 1 output_dir run.previous-1").stdout
 
 
 def test_what_stands_beside_a_run_stays(launch: Cli) -> None:
@@ -135,7 +135,7 @@ def test_names_that_a_write_might_take(launch: Cli, has_run: HasRun) -> None:
     paths = [RUN / name for name in (".config.yaml.tmp", ".checkpoint.new.tmp", ".state.old.tmp")]
     for path in paths:
         path.write_text("years")
-    for words in ("", "resume False", "test_only True", "resume False lr 0.1"):
+    for words in ("", "resume False", "test_only True", "resume False lr 0.1 max_steps 1"):
         assert launch(f"{SHORT} {words}").returncode == 0
     assert all(path.read_text() == "years" for path in paths)
 

@@ -119,7 +119,7 @@ def evaluate(folder: Path, world: int = 1) -> Path:
     with counted() as received, mock.patch("tailtune.models.heads.head_init.MAX_ITER", 3):  # more magnify rounding
         run(cfg)
     if all_received := gather_objects_to_main(Accelerator(cpu=True), received):
-        (folder / "received.json").write_text(json.dumps(all_received))
+        (folder / f"received_{world}.json").write_text(json.dumps(all_received))
     AcceleratorState._reset_state()
     return path
 

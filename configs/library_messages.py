@@ -10,20 +10,31 @@ OURS = "tailtune"
 """Name of TailTune's own log."""
 
 
+class WarnOnce(logging.Filter):
+    """Lets each of TailTune's warnings through once. A command reads its image lists several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != OURS or record.levelno < logging.WARNING:
+            return True
+        text, before = record.getMessage(), len(self._shown)
+        self._shown.add(text)
+        return len(self._shown) > before
+
+
 class _StandardOutputHandler(logging.Handler):
-    """Prints each log record as one line on the current standard output. One of TailTune itself appears once."""
+    """Prints each log record as one line on the current standard output."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._shown: set[str] = set()
+        self.addFilter(WarnOnce())
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.name != OURS:
-            _print_line(f"library: {record.name}: {text}")
-        elif text not in self._shown:
-            self._shown.add(text)
-            _print_line(text)
+        source = "" if record.name == OURS else f"library: {record.name}: "
+        _print_line(f"{source}{record.getMessage()}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tailtune.configs.console_text import wrapped
+from tailtune.configs.library_messages import WarnOnce
 
 MOST_KEPT = 1000
 """Largest number of lines that are kept for a log file that may be opened later."""
@@ -120,26 +121,11 @@ def _replace_signs(error: UnicodeError) -> tuple[str, int]:
     return text.encode("ascii", "replace").decode(), error.end
 
 
-class _Once(logging.Filter):
-    """Lets every warning through once. A run reads its image lists several times, to compare them and to use them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._warnings: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
-            return True
-        text, before = record.getMessage(), len(self._warnings)
-        self._warnings.add(text)
-        return len(self._warnings) > before
-
-
 class _Console(logging.StreamHandler):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.setFormatter(_Short() if stream.isatty() else logging.Formatter("%(message)s"))
-        self.addFilter(_Once())
+        self.addFilter(WarnOnce())
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore a closed console, as in `main.py … | head`. The log file receives the remaining lines."""
@@ -159,7 +145,7 @@ class _File(logging.FileHandler):
     def __init__(self, path: Path, encoding: str) -> None:
         super().__init__(path, encoding=encoding)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.addFilter(_Once())
+        self.addFilter(WarnOnce())
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Warn once on the console that writing failed, for example on a full disk. Results do not need this file."""

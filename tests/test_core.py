@@ -46,7 +46,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Half of the runs in this process, half on two processes.
 
     These are copies of this one, which need not import everything: ten seconds of a processor less than what a launcher
-    starts, which test_sharding.py does. A process that may have used a GPU cannot be copied."""
+    starts, which slow tests of test_sharding.py do. A process that may have used a GPU cannot be copied."""
     folder = tmp_path_factory.mktemp("core")
     more = MORE[request.param]
     trajectories.move(folder, 1, 2, part=0, more=more)

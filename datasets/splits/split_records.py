@@ -191,7 +191,7 @@ def split_files(
         records: name of a split → its record.
         unused: paths of images that no split took.
         unreadable: path of an image that was left out → the reason.
-        class_names: C names in the order of the labels; empty for built-in data, which have no other ones.
+        class_names: C names in the order of the labels.
 
     Returns:
         Name of a file → its content.
@@ -206,7 +206,7 @@ def split_files(
     facts = {name: {"fingerprint": record.fingerprint, "sizes": list(record.sizes)} for name, record in records.items()}
     files = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     files["splits.json"] = json.dumps(facts) + "\n"
-    files |= {CLASS_NAMES: json.dumps(list(class_names), indent=1) + "\n"} if class_names else {}
+    files[CLASS_NAMES] = json.dumps(list(class_names), indent=1) + "\n"
     return {name: text.encode(errors="surrogateescape") for name, text in files.items()}
 
 

@@ -49,6 +49,9 @@ class Key:
     classifier. A later stage that continues this part needs the same value, because the checkpoint does not show it."""
     zero_shot: bool = True
     """The option also applies to the zero-shot classifier. False for additions to the backbone and training options."""
+    read_with: tuple[str, ...] = ()
+    """Options of which one must be set so that anything reads this one: `option`, which then differs from its default,
+    or `option value`, where * in a value stands for any text. Empty: nothing has to be set."""
     holds_out: bool = False
     """The option removes images from the training split."""
     method: str = ""

@@ -39,6 +39,8 @@ class Declaration:
     """Name of its field in the options dataclass."""
     entry: str = ""
     """Name of the table entry that reads the option; empty if no entry does."""
+    reader: str = ""
+    """The option that chooses this entry, as in `Key.read_with`; empty if something else reads the option, too."""
     aliases: tuple[str, ...] = ()
     """Other accepted names of the option."""
 
@@ -78,7 +80,7 @@ def key_names(options: Any, entry: str = "", separator: str = ".") -> dict[str, 
 
 
 def declarations(
-    options: type, section: str, entry: str = "", separator: str = ".", method: str = ""
+    options: type, section: str, entry: str = "", separator: str = ".", method: str = "", reader: str = ""
 ) -> Iterator[Declaration]:
     """The declarations of all options of a dataclass.
 
@@ -88,6 +90,7 @@ def declarations(
         entry: the table entry that owns the options; `<entry>.<field>` is then an accepted name of every option.
         separator: text between entry and field in the default names.
         method: the method that owns the options, see `Key.method`.
+        reader: the option that chooses the entry, see `Declaration.reader`.
     """
     names = key_names(options, entry, separator)
     for item in fields(options):
@@ -96,7 +99,7 @@ def declarations(
             aliases = (*aliases, f"{entry.lower()}.{item.name}")
         key = item.metadata["option"]
         key = replace(key, method=method) if method else key
-        yield Declaration(names[item.name], key, section, item.name, entry, aliases)
+        yield Declaration(names[item.name], key, section, item.name, entry, reader, aliases)
 
 
 def options_from(options: type[Options], cfg: CfgNode, entry: str = "", separator: str = ".") -> Options:

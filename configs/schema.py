@@ -36,6 +36,8 @@ class Schema(Mapping[str, Key]):
         """Heading → names of its options."""
         self.entries: dict[str, list[str]] = {}
         """Name of an option → names of the table entries that read it."""
+        self.readers: dict[str, list[str]] = {}
+        """Name of an option → options of which one must be set so that anything reads it, as in `Key.read_with`."""
         self.coupled = coupled
         self.declarations = tuple(declarations)
         wanted: dict[str, set[str]] = {}
@@ -45,6 +47,8 @@ class Schema(Mapping[str, Key]):
             if declaration.name not in self.entries:
                 self.sections.setdefault(declaration.section, []).append(declaration.name)
             self.entries.setdefault(declaration.name, []).extend([declaration.entry] if declaration.entry else [])
+            readers = [*declaration.key.read_with, *([declaration.reader] if declaration.reader else [])]
+            self.readers.setdefault(declaration.name, []).extend(readers)
             for alias in declaration.aliases:
                 wanted.setdefault(alias, set()).add(declaration.name)
         groups = {name.rpartition(".")[0] for name in self._keys} - {""}

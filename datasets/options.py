@@ -78,7 +78,11 @@ class DataOptions:
         most=10**9,
     )
     subset_seed: int = option(
-        0, "Random seed of the choice of the images that `subset_cap` keeps.", least=0, most=2**63 - 1
+        0,
+        "Random seed of the choice of the images that `subset_cap` keeps.",
+        least=0,
+        most=2**63 - 1,
+        read_with=("subset_cap",),
     )
     on_bad_image: str = option(
         "raise",
@@ -140,6 +144,7 @@ class EvaluatedImageOptions:
         cls="test",
         least=0,
         most=4096,
+        read_with=("tte False",),
     )
     max_test_images: int | None = option(
         None,

@@ -26,7 +26,6 @@ from tailtune.models.tuners.peft_adapter import PeftAdapter
 from tailtune.models.tuners.peft_wrapper import add_peft
 from tailtune.models.tuners.table import TUNERS, add_tuners
 from tailtune.models.tuners.tuner_options import Case, TunerOptions
-from tailtune.models.tuners.unread_options import refuse_unread_tuner_options
 
 __all__ = ["BACKBONES", "ClassificationModel", "build_model", "find_backbone", "resolve", "tuner_options"]
 
@@ -52,7 +51,6 @@ def build_model(
     Raises:
         UserError: an unknown name, weights that are not there, or options that do not go together.
     """
-    refuse_unread_tuner_options(cfg)
     spec = find_backbone(cfg.backbone)
     _check_input(cfg, spec.inputs(cfg.pretrained))
     sentences = _sentences(cfg, class_names, descriptors)

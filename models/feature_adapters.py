@@ -38,6 +38,7 @@ class FeatureAdapterOptions:
         least=1,
         most=4096,
         zero_shot=False,
+        read_with=("clip_adapter",),
     )
     ratio: float = option(
         0.2,
@@ -47,6 +48,7 @@ class FeatureAdapterOptions:
         most=1.0,
         zero_shot=False,
         held_with="texts",
+        read_with=("clip_adapter original",),
     )
     projection: bool = option(
         False,

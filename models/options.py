@@ -63,6 +63,7 @@ class ModelOptions:
         "JSON file that maps each class name to a list of sentences, for prompt descriptor.",
         as_path,
         stages="all",
+        read_with=("prompt descriptor",),
     )
     zero_shot: bool = option(False, "The text features classify the images, and nothing is trained.")
 
@@ -82,6 +83,7 @@ class ExpertOptions:
         least=0,
         most=100,
         zero_shot=False,
+        read_with=("num_experts",),
     )
     reduce_dimension: bool = option(
         False, "The experts' own stages of our ResNets have fewer channels.", zero_shot=False

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tailtune.configs import CfgNode
+from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
+from tailtune.configs.unread_options import unread_options
 from tailtune.scripts._grid import stages
 from tailtune.scripts._packages import required
 from tailtune.scripts._search_space import Range
@@ -57,6 +58,16 @@ class Search:
         """The words after `python main.py` with these values of the searched options."""
         return ["-d", self.data, "-m", self.model, *self.pairs, *(word for pair in values.items() for word in pair)]
 
+    def words_of_trial(self, values: Mapping[str, str]) -> list[str]:
+        """As `words`, without the searched options that nothing reads because of other searched options.
+
+        In a search over `loss_type=choice(LA,CE)` and `tau=uniform(0,2)`, the trials with CE have no τ.
+        """
+        cfg = stages(self.words(values))[-1]
+        unread, searched = unread_options(cfg), {schema_of(cfg).name(key) for key in self.space}
+        idle = {key for key, readers in unread.items() if {reader.split()[0] for reader in readers} & searched}
+        return self.words({key: value for key, value in values.items() if schema_of(cfg).name(key) not in idle})
+
     def check(self) -> None:
         """Check the first and the last value of every range, before a study is made.
 
@@ -68,7 +79,7 @@ class Search:
         first = {key: found.values[0] for key, found in self.space.items()}
         others = [{**first, key: value} for key, found in self.space.items() for value in found.values[1:]]
         for values in (first, *others):
-            validate(stages(self.words(values)))
+            validate(stages(self.words_of_trial(values)))
         check_validation(stages(self.words(first))[-1])
 
     def objective(self, trial: Any) -> float:
@@ -78,7 +89,7 @@ class Search:
             The best value of the metric in the run's validations.
         """
         values = {key: found.suggest(trial, key) for key, found in self.space.items()}
-        words = self.words(values)
+        words = self.words_of_trial(values)
         print(f"trial {trial.number}: python main.py {shlex.join(words)}", flush=True)
         try:
             value = self._run(trial, words)

@@ -54,6 +54,8 @@ The column *class* says what a changed value makes:
 The column *of* names the entries of a table (losses, tuners, schedules …) that read the option. Such an option has a
 second name, `<entry>.<option>`, for example `las.smooth_head`. {{aliases}}
 
+The column *with* names what must be set so that anything reads the option. On the command line it is refused without.
+
 `none` (or `null`) is a valid value if the default is none or the type says so.
 
 This page is written by `python scripts/make_options.py`, which `make docs` runs.
@@ -76,12 +78,13 @@ def render() -> str:
 def table(schema: Schema, keys: list[str]) -> str:
     """The table of the options of a section, with one row for each option."""
     entries = {key: [] if schema[key].method else schema.entries[key] for key in keys}
-    columns = ["option", *(["of"] if any(entries.values()) else []), "type", "default", "class", "meaning"]
+    readers = {key: schema[key].read_with for key in keys}
+    extra = {title: names for title, names in (("of", entries), ("with", readers)) if any(names.values())}
+    columns = ["option", *extra, "type", "default", "class", "meaning"]
     rows = [columns]
     for key in keys:
-        entry = schema[key]
-        of = [", ".join(f"`{name}`" for name in entries[key])] if "of" in columns else []
-        rows.append([f"`{key}`", *of, _type(entry), _default(entry), entry.cls, _meaning(key, entry)])
+        entry, named = schema[key], [", ".join(f"`{name}`" for name in names[key]) for names in extra.values()]
+        rows.append([f"`{key}`", *named, _type(entry), _default(entry), entry.cls, _meaning(key, entry)])
     head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join([head, "|---" * len(columns) + "|", *body])
 

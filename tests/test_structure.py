@@ -173,7 +173,6 @@ SEES_THE_CONFIG = {
     "dry_run_report.py": "it prints what a config says",
     **dict.fromkeys(("python_api.py", "trained_model.py", "labeller.py"), "an entry: it calls the builders"),
     "methods/__init__.py": "build_method, a builder",
-    "methods/unread_options.py": "the check of options that nothing reads",
     "optimizers_and_schedules.py": "Plan.of and the checks of its options",
     "flat_minima.py": "the checks of its options",
     "micro_batch_size.py": "it is computed from three options and the number of processes",

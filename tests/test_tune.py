@@ -18,6 +18,7 @@ from test_bad_input import signal_after
 from tailtune import main as tailtune
 from tailtune.configs.errors import UserError
 from tailtune.scripts import tune
+from tailtune.scripts._search import Search
 from tailtune.scripts._search_space import Range, split_space
 from tailtune.trainers.runs.result_table import read_result
 
@@ -112,6 +113,7 @@ def test_code_is_no_range() -> None:
         (f"{SPLIT} lr=log(1e-3,1) --storage nosuch://", ("--storage", "nosuch")),
         (f"{SPLIT} lr=log(1e-3,1) --storage postgresql://me:secret@localhost:1/x", ("me:***@localhost", "refused")),
         (f"{SPLIT} loss_type=choice(LA,Hinge)", ("Hinge",)),
+        (f"{SPLIT} loss_type CE tau=uniform(0,2)", ("tau 0.0 does nothing without loss_type LA",)),
         (f"{SPLIT.replace(' num_epochs 2', '')} num_epochs=int(0,3)", ("val_every 1 is above num_epochs 0",)),
     ],
 )
@@ -121,6 +123,17 @@ def test_what_cannot_be_searched_is_one_line(search: Tune, words: str, parts: Se
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert all(part in error for part in parts), error
     assert "secret" not in error and not list(Path().glob("output/fake_lt*"))
+
+
+@pytest.mark.parametrize(("loss", "read"), [("LA", True), ("CE", False)])
+def test_a_trial_leaves_out_what_nothing_reads(loss: str, read: bool) -> None:
+    pairs, space = split_space(
+        [*SPLIT.split()[4:], "loss_type=choice(LA,CE)", "la.tau=uniform(0.5,2)", "lr=log(1e-3,1)"]
+    )
+    search = Search("fake_lt", "tiny_clip_peft", pairs, space, "mean_acc")
+    search.check()
+    words = search.words_of_trial({"loss_type": loss, "la.tau": "0.7", "lr": "0.1"})
+    assert ("la.tau" in words, words[-2:]) == (read, ["lr", "0.1"])
 
 
 def test_without_optuna_one_line_says_what_to_install(search: Tune, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ def _decoded(content: Mapping[str, Any]) -> Schema:
     declarations = []
     for fields in content["declarations"]:
         key = fields["key"]
-        key |= {"parse": getattr(value_parsers, key["parse"]), "choices": tuple(key["choices"])}
+        key |= {name: tuple(key[name]) for name in ("choices", "read_with")}
+        key |= {"parse": getattr(value_parsers, key["parse"])}
         declarations.append(Declaration(**{**fields, "key": Key(**key), "aliases": tuple(fields["aliases"])}))
     return Schema(declarations, content["coupled"])

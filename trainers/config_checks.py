@@ -13,6 +13,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.launch_environment import world_size
 from tailtune.configs.machine import total_memory
 from tailtune.configs.option import options_from
+from tailtune.configs.unread_options import refuse_unread_options
 from tailtune.datasets.build_data import build_info
 from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.models.text_mode import starts_at_random
@@ -94,6 +95,7 @@ def outline(cfg: CfgNode, counts: Sequence[int] | None = None, trains: bool = Tr
     check_export(cfg.export, cfg.export_fp16, cfg.push_to_hub)
     if cfg.export is not None:
         EXPORTS[cfg.export].check(subject_of(cfg, method, info.class_names))
+    refuse_unread_options(cfg)
     return method
 
 

@@ -65,7 +65,9 @@ def table(rows: dict[str, str]) -> list[str]:
 
 
 def _classes(counts: Sequence[int]) -> str:
-    return f"{len(counts):,} with {max(counts):,} … {min(counts):,} training images, {sum(counts):,} in all"
+    most, least = max(counts), min(counts)
+    each = f"{most:,} training images each" if most == least else f"{most:,} … {least:,} training images"
+    return f"{len(counts):,} with {each}, {sum(counts):,} in all"
 
 
 def _length(cfg: CfgNode, images: int) -> str:

@@ -1,6 +1,7 @@
 """`declared`: the schema of all options, collected from the option classes and the tables. There is no other list."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tailtune.configs import Schema, names
@@ -70,18 +71,18 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(DataOptions, "Data")
     yield from declarations(ModelOptions, "Model")
     for name, head in HEADS.items():
-        yield from declarations(head.Options, "Model", name)
+        yield from declarations(head.Options, "Model", name, reader=f"classifier {name}")
     yield from declarations(ExpertOptions, "Experts")
     yield from declarations(TunerPlaceOptions, "Tuners")
     for name, tuner in TUNERS.items():
         yield Declaration(name, Key(as_bool, False, tuner.doc, zero_shot=False), "Tuners", name)
     for name, tuner in TUNERS.items():
-        yield from declarations(type(tuner.options), "Tuners", name, separator="_")
+        yield from declarations(type(tuner.options), "Tuners", name, separator="_", reader=name)
     yield from _of_text_tower()
     yield from declarations(MethodOptions, "Method, loss and sampler")
     for name, loss in LOSSES.items():
         if loss.options is not None:
-            yield from declarations(type(loss.options), "Method, loss and sampler", name)
+            yield from declarations(type(loss.options), "Method, loss and sampler", name, reader=f"loss_type {name}")
     yield from declarations(MergeOptions, "Method, loss and sampler")
     yield from declarations(TrainingOptions, "Training")
     for name, optimizer in OPTIMIZERS.items():
@@ -95,10 +96,12 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(TestTimeOptions, "Evaluation")
     yield from declarations(EvaluatedImageOptions, "Evaluation")
     yield from declarations(ShiftOptions, "Test distributions")
-    yield from declarations(DirichletOptions, "Test distributions", "dirichlet", separator="_")
+    yield from declarations(
+        DirichletOptions, "Test distributions", "dirichlet", separator="_", reader="test_dists dirichlet*"
+    )
     yield from declarations(AdaptOptions, "Test-time adaptation")
     for name, adaptation in ADAPTS.items():
-        yield from declarations(adaptation.Options, "Test-time adaptation", name)
+        yield from declarations(adaptation.Options, "Test-time adaptation", name, reader=f"adapt {name}")
     yield from declarations(TargetOptions, "Target prior")
     yield from declarations(EnsembleOptions, "Ensembles")
     for name, ensemble in ENSEMBLES.items():
@@ -107,7 +110,7 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(FeatureOptions, "How it runs")
     yield from declarations(TrackerOptions, "How it runs")
     for name, method in METHODS.items():
-        yield from declarations(method.Options, f"Method {name}", name, method=name)
+        yield from declarations(method.Options, f"Method {name}", name, method=name, reader=f"method {name}")
 
 
 def _of_text_tower() -> Iterator[Declaration]:
@@ -115,9 +118,21 @@ def _of_text_tower() -> Iterator[Declaration]:
         doc = f"The tuner {of_images} acts in the text tower of classifier TextClassifier."
         yield Declaration(name, Key(as_bool, False, doc, zero_shot=False), "Text tower", name)
     yield from declarations(TextTunerOptions, "Text tower")
+    yield from _read_by_text_tuners()
     yield from declarations(ContextOptions, "Text tower")
     yield from declarations(FeatureAdapterOptions, "Text tower")
     yield from declarations(TextMemoryOptions, "Text tower")
+
+
+def _read_by_text_tuners() -> Iterator[Declaration]:
+    """The options that a tuner of the text tower reads: sizes of its own, and others of the image tower's tuner."""
+    sizes = {declaration.field: declaration for declaration in declarations(TextTunerOptions, "Text tower")}
+    for name, of_images in TEXT_TUNERS.items():
+        yield replace(sizes["partial"], reader=name)
+        for declaration in declarations(type(TUNERS[of_images].options), "Tuners", of_images, separator="_"):
+            if declaration.field == "layers" or (declaration.field == "ratio" and of_images != "mask"):
+                continue  # in the text tower only text_tuner_args sets them
+            yield replace(sizes.get(declaration.field, declaration), entry="", reader=name, aliases=())
 
 
 def _coupled() -> dict[str, Collection[str]]:

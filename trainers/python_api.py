@@ -12,6 +12,7 @@ from tailtune import models
 from tailtune.configs import CfgNode, UserError
 from tailtune.configs.errors import printable
 from tailtune.configs.launch_environment import check_environment
+from tailtune.configs.unread_options import refuse_unread_options
 from tailtune.datasets.build_data import build_info, stored_info, with_descriptors
 from tailtune.datasets.data_bundle import DataInfo
 from tailtune.models import ClassificationModel, resolve
@@ -126,12 +127,12 @@ def build_model(
         ```
     """
     _check_classes(data, class_names, num_classes)
-    if data is not None and num_classes is not None:
-        options["num_classes"] = num_classes
-    words = words_of(options)
+    of_data = {} if data is None or num_classes is None else {"num_classes": num_classes}
+    words = words_of(options | of_data)
     with stages_of(str(data or NO_DATA), str(model), words, declared(), "build_model", keep=False) as stages:
         cfg = resolve(stages[-1])
         info = _info_without_images(cfg, data is not None, class_names, num_classes)
+    refuse_unread_options(cfg)
     net = models.build_model(cfg, info.class_names, descriptors=info.descriptors, pixel_stats=(info.mean, info.std))
     return _start_head(net, cfg, info.num_classes)
 

@@ -66,9 +66,7 @@ def _parser(command: str, description: str, epilog: str = "") -> Parser:
 def _run_verify(argv: Sequence[str], load_schema: LoadSchema) -> int:
     parser = _parser("verify", "Check the lists and the images of a data set.", EXIT_CODES)
     parser.add_argument("data", metavar="NAME|YAML|FOLDER", help="a data config, your YAML, or a folder with train/")
-    parser.add_argument(
-        "pairs", metavar="KEY VALUE", nargs="*", default=[], help="options of the data, such as root and lists"
-    )
+    parser.add_argument("pairs", metavar="KEY VALUE", nargs="*", help="options of the data, such as root and lists")
     parser.add_argument("--split", choices=SPLITS, action="append", help="read only the list of this split")
     parser.add_argument("--lists", action="store_true", help="check the lists only, and look for no image")
     parser.add_argument("--decode", action="store_true", help="decode every image, to find damaged ones")
@@ -149,9 +147,7 @@ def _run_shard(argv: Sequence[str], load_schema: LoadSchema) -> int:
         "shard", "Write the images of a data set as tar shards with an index, and the YAML that trains from them."
     )
     parser.add_argument("data", metavar="NAME|YAML|FOLDER", help="a data config, your YAML, or a folder with train/")
-    parser.add_argument(
-        "pairs", metavar="KEY VALUE", nargs="*", default=[], help="options of the data, such as root and lists"
-    )
+    parser.add_argument("pairs", metavar="KEY VALUE", nargs="*", help="options of the data, such as root and lists")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", metavar="DIR", type=Path, help="the new folder for the shards")
     target.add_argument(

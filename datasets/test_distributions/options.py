@@ -8,6 +8,8 @@ from tailtune.configs.value_parsers import as_factors, as_float, as_int, as_ints
 
 of_test_sets = partial(option, cls="test", logits=False)
 """An option that chooses among images whose logits are known."""
+OF_A_DISTRIBUTION = ("test_dists", "target_prior")
+"""Options that name a distribution such as forward50."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class ShiftOptions:
         as_ints,
         least=1,
         most=10**6,
+        read_with=("test_dists all",),
     )
     shift_order: str = of_test_sets(
         "counts",
         "Order of the classes from frequent to rare: by their number of training images (counts), as in the published "
         "lists (published), or by their label (label).",
         choices=("counts", "published", "label"),
+        read_with=OF_A_DISTRIBUTION,
     )
     shift_max: int | None = of_test_sets(
         None,
@@ -40,18 +44,27 @@ class ShiftOptions:
         as_int,
         least=1,
         most=10**9,
+        read_with=OF_A_DISTRIBUTION,
     )
     shift_factors: dict[str, float] | None = of_test_sets(
         None,
         "Smallest over largest class of a distribution, where it is not 1/ratio, such as {forward3: 0.3333}.",
         as_factors,
+        read_with=OF_A_DISTRIBUTION,
     )
     shift_files: str | None = of_test_sets(
         None,
         "Path of the published list of a distribution, with {name} in it. None means that its images are drawn.",
         as_path,
+        read_with=OF_A_DISTRIBUTION,
     )
-    shift_seed: int = of_test_sets(0, "Random seed of the draw of a distribution's images.", least=0, most=2**63 - 1)
+    shift_seed: int = of_test_sets(
+        0,
+        "Random seed of the draw of a distribution's images.",
+        least=0,
+        most=2**63 - 1,
+        read_with=OF_A_DISTRIBUTION,
+    )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class BatchOptions:
         key="adapt_batch_size",
         least=1,
         most=10**6,
+        read_with=("target_prior estimate_online",),
     )
     seed: int = of_predictions(
         0,
@@ -46,6 +47,7 @@ class BatchOptions:
         key="adapt_seed",
         least=0,
         most=2**63 - 1,
+        read_with=("target_prior estimate_online",),
     )
 
 

@@ -32,7 +32,10 @@ class AdaptOptions:
         table="ADAPTS",
     )
     adapt_views: str = of_predictions(
-        "sade_imagenet", "Random transform that makes the two views of an image for `adapt`.", table="AUGMENTS"
+        "sade_imagenet",
+        "Random transform that makes the two views of an image for `adapt`.",
+        table="AUGMENTS",
+        read_with=("adapt",),
     )
 
 

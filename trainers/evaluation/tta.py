@@ -82,6 +82,7 @@ class TestTimeOptions:
         "crops (randaug).",
         cls="test",
         choices=tuple(TEST_TIME),
+        read_with=("tte",),
     )
     expand: int | None = option(
         None,
@@ -90,9 +91,15 @@ class TestTimeOptions:
         cls="test",
         least=0,
         most=1024,
+        read_with=("tte",),
     )
     randaug_times: int = option(
-        1, "Number of random training crops that tte_mode randaug averages.", cls="test", least=1, most=1000
+        1,
+        "Number of random training crops that tte_mode randaug averages.",
+        cls="test",
+        least=1,
+        most=1000,
+        read_with=("tte",),
     )
     test_prec: str = option("fp32", "Arithmetic of evaluation.", cls="test", choices=("fp32", "bf16", "fp64"))
 

@@ -22,7 +22,6 @@ from tailtune.trainers.methods.reslt import ResLT
 from tailtune.trainers.methods.ride import Ride
 from tailtune.trainers.methods.ride_expert_assignment import ExpertAssignment
 from tailtune.trainers.methods.sade import Sade
-from tailtune.trainers.methods.unread_options import refuse_unread_objective_options
 from tailtune.trainers.methods.wrapper import Wrapper
 
 __all__ = ["METHODS", "Earlier", "Method", "build_method"]
@@ -58,7 +57,6 @@ def build_method(cfg: CfgNode, model: ClassificationModel, info: DataInfo) -> Me
     Raises:
         UserError: an unknown method or loss, or options that do not fit the method.
     """
-    refuse_unread_objective_options(cfg, {name: kind.Options for name, kind in METHODS.items()})
     objective = Objective(
         class_counts=info.class_counts,
         loss=_loss(cfg),

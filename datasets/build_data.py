@@ -76,6 +76,7 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         return View(split.source, split.indices, transform, cfg.seed, skip)
 
     for_test = transforms.test
+    quick = cfg.max_test_images if cfg.keep == "last" else None  # all validation images choose the best epoch
     tested = view(test, for_test).limited(cfg.max_test_images)
     return DataBundle(
         info=info,
@@ -85,7 +86,7 @@ def build_data(cfg: CfgNode, stored: StoredSplits | None = None, counts: Sequenc
         test=tested,
         test_views=View(tested.source, tested.indices, transforms.adapt, cfg.adapt_seed, skip),
         val=None if val is None else view(val, for_test).limited(cfg.max_test_images),
-        val_one_view=None if val is None else view(val, transforms.one_view).limited(cfg.max_test_images),
+        val_in_training=None if val is None else view(val, transforms.validation).limited(quick),
         # Built before training, so that a wrong list file is refused before it.
         test_distributions=build_distributions(
             DistributionSettings.of(cfg), info, tested.labels, lambda: tested.indices

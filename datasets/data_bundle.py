@@ -76,8 +76,8 @@ class DataBundle:
     """Test images, two augmented views of each: `image` is uint8 [2, 3, H, W]. Test-time adaptation compares them."""
     val: View | None
     """Validation images, if there are any."""
-    val_one_view: View | None
-    """The same without the views of `tte`, for validation in training."""
+    val_in_training: View | None
+    """The same for validation during training, which no option of the test changes where it chooses an epoch."""
     records: Mapping[str, Record]
     """Split (`train`, `test`, and `val` if there is one) → the files that it is made of."""
     splits: ChosenSplits

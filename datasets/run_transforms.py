@@ -21,8 +21,8 @@ class RunTransforms:
     """Training images from which a head is initialised."""
     test: Transform | TensorTransform
     """Evaluated images. For `tte`, trainers/evaluation/tta.py crops its result into views."""
-    one_view: Transform | TensorTransform
-    """As `test` without `tte`."""
+    validation: Transform | TensorTransform
+    """Images of a validation during training: the centre. Options of the test do not change what it decides."""
     adapt: Transform
     """Two augmented views of a test image. SADE blurs them as Pillow does, so Pillow makes them."""
 
@@ -38,13 +38,12 @@ class RunTransforms:
         test: Transform | TensorTransform
         adapt = transforms.repeated(transforms.train_transform(cfg.adapt_views, *size), 2)
         made = transforms if cfg.image_backend == "pil" else tensor_transforms
-        one_view = made.eval_transform(*size, cfg.augment, cfg.crop_margin)
         if cfg.tte and cfg.tte_mode == "randaug":
             test = transforms.repeated(transforms.train_transform(cfg.augment, *size), cfg.randaug_times)
         elif cfg.tte:
             test = made.resize_for_crops(cfg.resolution, cfg.expand, cfg.interpolation)
         else:
-            test = one_view
+            test = made.eval_transform(*size, cfg.augment, cfg.crop_margin)
         if made is tensor_transforms and cfg.augment in TENSOR_AUGMENTS:
             train = TENSOR_AUGMENTS[cfg.augment](*size)
         area = GrowingArea(cfg.mda_func, cfg.num_epochs)
@@ -52,7 +51,8 @@ class RunTransforms:
             train = replace(train, area=area)
         elif isinstance(train, TensorTransform) and train.of_epoch is not None:
             train = replace(train, of_epoch=area)
-        return cls(train, made.unaugmented_transform(*size), test, one_view, adapt)
+        validation = made.eval_transform(*size, cfg.augment)
+        return cls(train, made.unaugmented_transform(*size), test, validation, adapt)
 
 
 def check_cache(where: str | None, backend: str, augment: str) -> None:

@@ -229,11 +229,19 @@ def test_refused(words: str, message: str, launch: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "output" / "run").exists()
 
 
-def test_other_validation_images_are_refused_when_it_resumes(launch: Cli, tmp_path: Path) -> None:
-    words = f"{VALIDATED} output_dir run"
-    killed_run(launch, words, 2)
-    done = launch(f"{words} max_test_images 10")
-    assert done.returncode == 2 and "validation images is 20 of" in done.stderr
+def test_options_of_the_test_choose_no_epoch(launch: Cli, tmp_path: Path) -> None:
+    """All validation images at the default crop choose it, and a resumed run goes on with them."""
+    words = f"{VALIDATED} num_epochs 2 augment imagenet output_dir "
+    assert launch(f"{words}plain").returncode == 0
+    killed_run(launch, f"{words}other crop_margin 0", 2)
+    assert launch(f"{words}other crop_margin 9 max_test_images 3").returncode == 0
+    plain, other = (tmp_path / "output" / name for name in ("plain", "other"))
+    assert same(tensors(plain), tensors(other))
+    curves = [
+        [{key: value for key, value in validated.items() if key != "seconds"} for validated in validations]
+        for validations in (result(run)["train"]["validations"] for run in (plain, other))
+    ]
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.slow  # test_core.py compares the curves by default

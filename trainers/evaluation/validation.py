@@ -122,7 +122,7 @@ class Validation:
             )
         self.plan, self.data, self.accelerator, self.scratch = plan, data, accelerator, scratch
         self.on_validation, self.features = on_validation, features
-        self.view = data.val_one_view
+        self.view = data.val_in_training
         self.best: dict[str, Tensor] = {}
         """Trained tensors of the best epoch, on the CPU; empty if no epoch is chosen."""
         self.seconds = 0.0
@@ -131,9 +131,9 @@ class Validation:
     @property
     def identity(self) -> dict[str, Any]:
         """Which images are validated, for the states of the run: a resumed run must go on with the same ones."""
-        if self.plan.metric is None or self.data.val is None:
+        if self.plan.metric is None or self.view is None:
             return {}
-        return {"validation images": f"{len(self.data.val)} of {self.data.records['val'].fingerprint}"}
+        return {"validation images": f"{len(self.view)} of {self.data.records['val'].fingerprint}"}
 
     def is_due(self, epoch: int) -> bool:
         """Whether this is one of the epochs to validate, counted from 1."""

@@ -13,11 +13,13 @@ from typing import Any
 from yacs.config import CfgNode
 
 from tailtune.configs.command_words import separated
+from tailtune.configs.config_files import describe, find_config, is_shipped, names
 from tailtune.configs.errors import UserError, lookup, printable, unknown
 from tailtune.configs.key import TRAIN
 from tailtune.configs.known_as import KNOWN_AS
 from tailtune.configs.run_names import config_hash, run_name, test_key, values_of
 from tailtune.configs.schema import Config, Schema, schema_of, with_values
+from tailtune.configs.unread_options import refuse_unread_options
 from tailtune.configs.value_parsers import check_text
 from tailtune.configs.yaml_reader import read_yaml
 
@@ -37,20 +39,11 @@ __all__ = [
     "with_values",
 ]
 
-FOLDER = Path(__file__).resolve().parent
+MODEL_LAYER = 2
+"""Place of the model YAML in `_yaml_layers`."""
 AFTER = "after."
 """Prefix of an option's name that assigns the option to the previous stage."""
 Values = dict[str, Any]
-
-
-def names(kind: str) -> dict[str, Path]:
-    """The shipped configs of a kind (`data` or `model`): name → file, sorted."""
-    return {path.stem: path for path in sorted((FOLDER / kind).glob("*.yaml"))}
-
-
-def describe(path: Path) -> str:
-    """The first line of a config file, a comment, for `--list`."""
-    return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
 
 
 def load_configs(
@@ -109,7 +102,7 @@ def _layers_of_data(data: str, schema: Schema) -> list[tuple[str, Values]]:
     if data not in names("data") and os.path.isdir(data):
         folder = {"dataset": "ImageFolder", "root": os.path.abspath(data)}
         return [("", {"data": os.path.basename(folder["root"])}), (data, folder)]
-    return _data_layers(_find("data", data), schema)
+    return _data_layers(find_config("data", data), schema)
 
 
 def load_resolved(path: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgNode:
@@ -157,7 +150,8 @@ def _stages(
         raise UserError(f"model config '{model}': the chain that its `after` begins never ends")
     given = {key: value for key, value in pairs if not key.startswith(AFTER)}
     earlier = {key: value for key, value in pairs if key.startswith(AFTER)}
-    base = _merge(_yaml_layers(data, model, schema), schema)
+    layers = _yaml_layers(data, model, schema)
+    base = _merge(layers, schema)
     chosen = base | {key: _parse(key, value, schema, where) for key, value in given.items()}
     if chosen["model_dir"] and not chosen["test_only"]:
         raise UserError(f"model_dir {chosen['model_dir']} is evaluated, not trained on: add `test_only True`")
@@ -178,7 +172,20 @@ def _stages(
         passed = _inherited(pairs, chosen["output_dir"], schema)
         before = _stages(data, chosen["after"], passed, schema, where, depth + 1)
         chosen["after_hash"] = config_hash(before[-1])
+    if chosen["model_file"]:
+        _refuse_unread_in_yaml(*layers[MODEL_LAYER], schema)
     return [*before, _freeze(chosen, schema)]
+
+
+def _refuse_unread_in_yaml(path: str, own: Values, schema: Schema) -> None:
+    """Refuse a training option of the user's model YAML that nothing reads, whatever the command line says.
+
+    Options of a switch are allowed, such as the size of a tuner that the command line may turn on.
+    """
+    values = _merge([(path, own)], schema)
+    trained = [key for key in map(schema.name, own) if schema[key].cls == TRAIN]
+    given = [key for key in trained if not any(schema.defaults.get(reader) is False for reader in schema.readers[key])]
+    refuse_unread_options(_freeze(values | {"given": given}, schema), f"{path}: ")
 
 
 def _coupled_micro(values: Values, schema: Schema) -> int | None:
@@ -205,7 +212,7 @@ def _inherited(pairs: list[tuple[str, str]], output_dir: str | None, schema: Sch
 
 def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Values]]:
     """Pairs (source, values) in merge order. The first one holds the internal keys of the loader."""
-    data_path, model_path = _find("data", data), _find("model", model)
+    data_path, model_path = find_config("data", data), find_config("model", model)
     body = _read_yaml(model_path, schema)
     by_dataset = body.pop("by_dataset", {})
     if not isinstance(by_dataset, dict) or not all(isinstance(values, dict) for values in by_dataset.values()):
@@ -214,7 +221,7 @@ def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Value
     (_, internal), (_, of_data) = _data_layers(data_path, schema)
     if "dataset" in body:
         raise UserError(f"{model_path} is a data config, because it sets `dataset`: give it with -d")
-    own = model_path.resolve().parent != FOLDER / "model"
+    own = not is_shipped("model", model_path)
     internal |= {"model": model_path.stem, "model_file": str(model_path.resolve()) if own else ""}
     final = {key: value for key, value in of_data.items() if key in schema and schema[key].data_wins}
     layers = [("", internal), (str(data_path), of_data), (str(model_path), body), (str(data_path), final)]
@@ -224,7 +231,7 @@ def _yaml_layers(data: str, model: str, schema: Schema) -> list[tuple[str, Value
 
 def _data_layers(path: Path, schema: Schema) -> list[tuple[str, Values]]:
     """The internal keys that the path of a data config gives, and the values of the file."""
-    shipped = path.resolve().parent == FOLDER / "data"
+    shipped = is_shipped("data", path)
     internal = {"data": path.stem, "data_dir": "" if shipped else str(path.parent.resolve())}
     return [("", internal), (str(path), _read_yaml(path, schema))]
 
@@ -232,20 +239,6 @@ def _data_layers(path: Path, schema: Schema) -> list[tuple[str, Values]]:
 def _specificity(pattern: str) -> tuple[bool, int]:
     """Sort key for patterns. Longer patterns come later, and names without wildcards come last."""
     return (not any(char in pattern for char in "*?["), len(pattern))
-
-
-def _find(kind: str, name: str) -> Path:
-    """Find a shipped config by its name, or a YAML of the user by its path."""
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        if not os.path.isfile(name):  # `Path.is_file` raises an error if the name is too long
-            given = "a YAML file or of a folder with class folders" if kind == "data" else "a YAML file"
-            raise UserError(f"{kind} config '{printable(name)}' does not exist: give the path of {given}")
-        try:
-            check_text(Path(name).name)
-        except ValueError as error:
-            raise UserError(f"{kind} config '{printable(name)}': its name must be {error}; rename the file") from None
-        return Path(name)
-    return lookup(names(kind), name, f"{kind} config")
 
 
 def _read_yaml(path: Path, schema: Schema) -> Values:

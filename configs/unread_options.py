@@ -33,19 +33,22 @@ def unread_options(cfg: CfgNode) -> dict[str, list[str]]:
     return unread
 
 
-def refuse_unread_options(cfg: CfgNode) -> None:
+def refuse_unread_options(cfg: CfgNode, where: str = "") -> None:
     """Refuse what would change nothing.
 
     Args:
         cfg: the config of a stage.
+        where: beginning of the message.
 
     Raises:
         UserError: names the first of `unread_options`.
     """
     for key, readers in unread_options(cfg).items():
-        shown = " or ".join(readers[:SHOWN]) + (" …" if len(readers) > SHOWN else "")
+        switches = {reader: f"{reader} True" for reader in readers if schema_of(cfg).defaults.get(reader) is False}
+        shown = " or ".join(switches.get(reader, reader) for reader in readers[:SHOWN])
+        more, them = (" …" if len(readers) > SHOWN else ""), ("it" if len(readers) == 1 else "one of them")
         raise UserError(
-            f"{key} {value_of(cfg, key)} does nothing without {shown}; leave {key} out, or set what reads it"
+            f"{where}{key} {value_of(cfg, key)} does nothing without {shown}{more}; add {them}, or leave {key} out"
         )
 
 

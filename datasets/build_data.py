@@ -16,7 +16,7 @@ from tailtune.datasets.data_settings import DataFolders, DataSettings, SplitSett
 from tailtune.datasets.images.tensor_transforms import TensorTransform
 from tailtune.datasets.images.transforms import Transform, check_augment
 from tailtune.datasets.long_tail import capped, capped_counts, check_classes, check_hold_out
-from tailtune.datasets.run_transforms import RunTransforms, check_cache, check_crop
+from tailtune.datasets.run_transforms import RunTransforms, check_cache
 from tailtune.datasets.shot_groups import shot_groups
 from tailtune.datasets.sources.available_images import Outline
 from tailtune.datasets.sources.class_descriptors import class_descriptors
@@ -46,7 +46,6 @@ def build_info(cfg: CfgNode, counts: Sequence[int] | None = None) -> DataInfo:
     for key in ("augment", "adapt_views"):  # only to refuse unknown names, which a dry run reports, too
         check_augment(cfg[key], cfg.interpolation, key)
     check_cache(cfg.cache, cfg.image_backend, cfg.augment)
-    check_crop(cfg.augment, cfg.mda_func)
     return _info(cfg, lookup(DATASETS, cfg.dataset, "dataset").outline(DataSettings.of(cfg)), counts)
 
 

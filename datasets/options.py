@@ -104,6 +104,7 @@ class DataOptions:
         "How the smallest area of the crops of `augment mda` grows from 8 % of the image in the first epoch to all of "
         "it in the last; min never grows, max is the whole image from the start.",
         choices=("min", "linear", "convex", "concave", "max"),
+        read_with=("augment mda",),
     )
     interpolation: str | None = option(
         None,

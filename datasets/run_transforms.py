@@ -69,17 +69,3 @@ def check_cache(where: str | None, backend: str, augment: str) -> None:
     if where is not None and (backend == "pil" or augment not in TENSOR_AUGMENTS):
         made = f"image_backend {backend}" if backend == "pil" else f"augment {augment}"
         raise UserError(f"cache {where} keeps tensors, but {made} works on Pillow images: leave one of them out")
-
-
-def check_crop(augment: str, mda_func: str) -> None:
-    """Refuse a schedule of the crop `mda` where another augmentation is chosen.
-
-    Args:
-        augment: the option `augment`.
-        mda_func: the option `mda_func`.
-
-    Raises:
-        UserError: the schedule would have no effect.
-    """
-    if augment != "mda" and mda_func != GrowingArea().schedule:
-        raise UserError(f"mda_func {mda_func} is of augment mda and does nothing with augment {augment}; leave it out")

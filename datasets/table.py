@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tailtune.configs import FOLDER
+from tailtune.configs.config_files import FOLDER
 from tailtune.configs.errors import UserError, lookup, prefix_errors
 from tailtune.datasets.data_settings import DataSettings
 from tailtune.datasets.long_tail import check_hold_out

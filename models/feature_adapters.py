@@ -101,16 +101,8 @@ def add_feature_adapters(
         seed: seed of their initial weights.
 
     Raises:
-        UserError: options that nothing reads, or an image encoder without a projection.
+        UserError: an image encoder without a projection.
     """
-    plain = FeatureAdapterOptions()
-    if (
-        options.adapter == NONE
-        and options.dim is not None
-        or options.adapter != ORIGINAL
-        and options.ratio != plain.ratio
-    ):
-        raise UserError(f"clip_adapter {options.adapter} does not read clip_adapter_dim or _ratio; leave them out")
     with seeded(seed, "clip_adapter"):
         if options.adapter == ORIGINAL:
             head.adapter = OriginalAdapter(head.dim, options.dim or max(1, head.dim // 4), options.ratio)

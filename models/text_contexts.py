@@ -39,6 +39,7 @@ class ContextOptions:
         least=1,
         most=64,
         zero_shot=False,
+        read_with=("context",),
     )
     words: str | None = option(
         None,
@@ -46,6 +47,7 @@ class ContextOptions:
         as_str,
         key="context_words",
         zero_shot=False,
+        read_with=("context",),
     )
     position: str = option(
         "end",
@@ -54,12 +56,14 @@ class ContextOptions:
         choices=("end", "middle", "front"),
         zero_shot=False,
         held_with="texts",
+        read_with=(f"context {COOP}",),
     )
     per_class: bool = option(
         False,
         "Each class has context vectors of its own. A rare class then learns them from its few images alone.",
         key="context_per_class",
         zero_shot=False,
+        read_with=(f"context {COOP}",),
     )
 
     depth: int = option(
@@ -69,17 +73,8 @@ class ContextOptions:
         least=1,
         most=1000,
         zero_shot=False,
+        read_with=(f"context {MAPLE}",),
     )
-
-    def check(self) -> None:
-        """Raise a `UserError` for options that do not go together."""
-        plain = ContextOptions()
-        if self.kind == NONE and self != plain:
-            raise UserError("context_len, context_words and others: nothing reads them without a `context`")
-        if self.kind == MAPLE and (self.position, self.per_class) != (plain.position, plain.per_class):
-            raise UserError("context maple does not read context_position and context_per_class; leave them out")
-        if self.kind == COOP and self.depth != plain.depth:
-            raise UserError("context_depth: context coop acts at the embeddings only; leave it out")
 
 
 class Vectors(nn.Module):

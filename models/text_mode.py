@@ -64,7 +64,6 @@ def check_text_options(cfg: CfgNode, spec: BackboneSpec) -> None:
     Raises:
         UserError: says what to change.
     """
-    options_from(ContextOptions, cfg).check()
     if not in_text_mode(cfg) and (asked := _asked(cfg)):
         raise UserError(
             f"{', '.join(asked)}: only classifier {HEAD} reads the text features while they train; set it, or leave "

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_bad_input import signal_after, states
 from tiers import slow_except
 
-from tailtune import configs, main
+from tailtune import main
 from tailtune.benchmarks.shipped import PAIRS
-from tailtune.configs import config_hash, load_configs, load_resolved, names, values_of
+from tailtune.configs import config_files, config_hash, load_configs, load_resolved, names, values_of
 from tailtune.configs.shipped_configs import KINDS, SMALL_TUNERS, configs_of, kind_of
 from tailtune.configs.yaml_reader import read_yaml
 from tailtune.datasets.build_data import build_info
@@ -130,8 +130,8 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
     """`shipped("model/mine", text)` adds a config to a copy of the shipped ones."""
     folder = tmp_path / "shipped"
     for kind in ("data", "model"):
-        shutil.copytree(configs.FOLDER / kind, folder / kind)
-    monkeypatch.setattr(configs, "FOLDER", folder)
+        shutil.copytree(config_files.FOLDER / kind, folder / kind)
+    monkeypatch.setattr(config_files, "FOLDER", folder)
     return lambda name, text: None if (folder / f"{name}.yaml").write_text(text) else None
 
 
@@ -327,7 +327,7 @@ def test_gflops_of_a_whole_forward(config: Callable[..., Any]) -> None:
     """Against 2mnk counted by hand for the embedded CLIP, whose last block needs but the class token."""
     cfg = config("fake_lt", "tiny_clip")
     found, _ = dry_run(cfg)
-    vision = json.loads((Path(configs.__file__).parent.parent / "models/tiny_clip/tailtune-tiny.json").read_text())
+    vision = json.loads((config_files.FOLDER.parent / "models/tiny_clip/tailtune-tiny.json").read_text())
     width, layers, patch = (vision["vision_cfg"][key] for key in ("width", "layers", "patch_size"))
     grid = (32 // patch) ** 2
     tokens = grid + 1

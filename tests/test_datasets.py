@@ -20,7 +20,7 @@ from PIL import Image
 from tiers import slow_except
 from yacs.config import CfgNode
 
-from tailtune.configs import FOLDER
+from tailtune.configs.config_files import FOLDER
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.loading.data_loader import clean_worker_error, eval_loader, train_loader

@@ -340,10 +340,10 @@ def test_wise_of_class_means_of_other_images_is_refused(own_images: str, launch:
     [
         ("ensemble wisse", ["ensemble", "did you mean 'wise'"]),
         ("ensemble wise test_only False", ["ensemble wise", "test_only True"]),
-        ("ensemble_alpha 0.2", ["ensemble_alpha", "without `ensemble`"]),
-        ("ensemble gla ensemble_alpha 0.2", ["ensemble gla", "wise and logits"]),
+        ("ensemble_alpha 0.2", ["ensemble_alpha", "without ensemble wise or ensemble logits"]),
+        ("ensemble gla ensemble_alpha 0.2", ["ensemble_alpha 0.2", "without ensemble wise or ensemble logits"]),
         ("ensemble wise ensemble_alpha 1.5", ["ensemble_alpha must be at most 1, not 1.5"]),
-        ("ensemble wise ensemble_runs other", ["ensemble_runs", "ensemble wise", "soup"]),
+        ("ensemble wise ensemble_runs other", ["ensemble_runs", "without ensemble soup"]),
         ("ensemble soup", ["ensemble soup", "ensemble_runs"]),
         ("ensemble gla zero_shot True adaptformer False", ["ensemble gla", "zero_shot"]),
         ("ensemble wise init_head none", ["ensemble wise", "at random", "init_head"]),

@@ -112,10 +112,6 @@ def test_trained_projections_are_exported_as_weights(formats: str, launch: Cli, 
 
 
 def test_what_does_not_go_together_is_refused(config: Any) -> None:
-    for pairs, message in (
-        (("clip_adapter_dim", 4), "does not read clip_adapter_dim"),
-        (("clip_adapter", "residual", "clip_adapter_ratio", 0.5), "does not read"),
-        (("projection_tuning", True, "classifier", "CosineClassifier"), "only classifier TextClassifier reads"),
-    ):
-        with pytest.raises(UserError, match=message), torch.device("meta"):
-            build_model(config("fake_lt", "tiny_clip", "classifier", "TextClassifier", *pairs), CLASSES)
+    words = ("projection_tuning", True, "classifier", "CosineClassifier")
+    with pytest.raises(UserError, match="only classifier TextClassifier reads"), torch.device("meta"):
+        build_model(config("fake_lt", "tiny_clip", *words), CLASSES)

@@ -14,9 +14,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 from yacs.config import CfgNode
 
-from tailtune.configs.errors import UserError
 from tailtune.configs.seeding import seeded
-from tailtune.datasets.build_data import build_data, build_info
+from tailtune.datasets.build_data import build_data
 from tailtune.datasets.images.draws import uniform_draws
 from tailtune.datasets.images.growing_crop import AREA_SCHEDULES, GrowingArea, GrowingCrop, area_bounds, square_box
 from tailtune.datasets.images.random_changes import square_crops
@@ -153,11 +152,6 @@ def test_the_schedule_is_that_of_the_config(config: Config) -> None:
     assert isinstance(of_tensors.transform, TensorTransform) and isinstance(of_pillow.transform, GrowingCrop)
     assert of_tensors.transform.of_epoch == of_pillow.transform.area == GrowingArea("concave", 7)
     assert TENSOR_AUGMENTS["lift"](32, "bilinear").of_epoch is None
-
-
-def test_a_schedule_without_the_crop_is_refused(config: Config) -> None:
-    with pytest.raises(UserError, match="mda_func max is of augment mda and does nothing with augment lift"):
-        build_info(config("fake_lt", "tiny_clip_peft", "mda_func", "max"))
 
 
 def test_draws_of_pillow_are_seeded_by_the_key() -> None:

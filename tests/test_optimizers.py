@@ -111,10 +111,6 @@ def test_warm_up_by_steps_multiplies_the_schedule(schedule: str, config: Config)
 
 REFUSED = {
     ("optimizer", "adam"): "did you mean 'adamw'",
-    ("adam_eps", 0.1): "add `adam_eps 1e-08`, or choose adamw",
-    ("adam_betas", "[0.9,0.99]"): "add `adam_betas [0.9, 0.999]`, or choose adamw",
-    (*ADAMW, "momentum", 0.5): "add `momentum 0.9`, or choose sgd",
-    (*ADAMW, "nesterov", True): "add `nesterov False`, or choose sgd",
     (*ADAMW, "adam_betas", "[0.9,1]"): "both must be below 1",
     (*ADAMW, "prec", "fp16"): "choose prec amp or bf16",
     ("warmup_steps", 3, "warmup_epochs", 1): "give one of them",

@@ -89,8 +89,6 @@ def test_nesterov(config: Config) -> None:
 REFUSED = {
     ("schedule", "multistep"): "needs lr_steps",
     ("schedule", "multistpe", "lr_steps", 3): "did you mean 'multistep'",
-    ("lr_steps", "[3,5]"): "add `lr_steps none`",
-    ("schedule", "constant", "lr_gamma", 0.5): "add `lr_gamma 0.1`",
     ("nesterov", True, "momentum", 0): "momentum above 0",
     ("sampler", "balance"): "did you mean 'balanced'",
     ("lr_factors", "{tuner: 0.1}"): "unknown parameter group in lr_factors 'tuner'; choices: head",

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from tailtune.configs import FOLDER, load_configs
+from tailtune.configs import load_configs
+from tailtune.configs.config_files import FOLDER
 from tailtune.configs.errors import UserError
 from tailtune.datasets.build_data import build_data, build_info
 from tailtune.datasets.data_bundle import DataInfo, TestDistribution

@@ -96,7 +96,6 @@ def test_the_gradient_is_that_of_the_original(memory: int) -> None:
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (("context_len", 4), "nothing reads them without a `context`"),
         (("context", "coop", "context_words", "a photo of a", "context_len", 3), "has 4 tokens; leave context_len out"),
         (("context", "coop"), "is longer than the 16 tokens of the text encoder; choose fewer"),
         (("context", "coop", "context_len", 4, "prompt", "ensemble"), "has sentences of its own"),

@@ -2,10 +2,12 @@
 
 import fnmatch
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from yacs.config import CfgNode
 
+from tailtune.configs import names
 from tailtune.configs.errors import UserError
 from tailtune.configs.unread_options import refuse_unread_options
 from tailtune.models.tuners.table import TUNERS
@@ -15,14 +17,14 @@ from tailtune.trainers.python_api import build_model
 
 Config = Callable[..., CfgNode]
 UNREAD = {
-    "adapter_dim 4": "adapter_dim 4 does nothing without lora or lora_mlp or adapter …; leave adapter_dim out, or set",
-    "lora_layers 1 adaptformer True": "lora_layers 1 does nothing without lora;",
+    "adapter_dim 4": "nothing without lora True or lora_mlp True or adapter True …; add one of them, or leave",
+    "lora_layers 1 adaptformer True": "lora_layers 1 does nothing without lora True; add it, or leave lora_layers out",
     "lora_layers 1 text_lora True classifier TextClassifier": "lora_layers 1",
     "text_mask_ratio 0.1 text_aft True classifier TextClassifier": "text_mask_ratio 0.1",
     "text_adapter_dim 8 adapter True": "text_adapter_dim 8",
-    "text_partial 1": "text_partial 1 does nothing without text_full_tuning or",
-    "mask_seed 0": "mask_seed 0 does nothing without mask or text_mask;",
-    "tau 2 loss_type BS": "tau 2.0 does nothing without loss_type LA; leave tau out",
+    "text_partial 1": "text_partial 1 does nothing without text_full_tuning True or",
+    "mask_seed 0": "mask_seed 0 does nothing without mask True or text_mask True; add one of them",
+    "tau 2 loss_type BS": "tau 2.0 does nothing without loss_type LA; add it, or leave tau out",
     "scale 30 classifier LinearClassifier": "without classifier CosineClassifier or loss_type LDAM or loss_type GCL;",
     "tipadapter.alpha 2": "tipadapter.alpha 2.0 does nothing without classifier TipAdapter",
     "ride.diversity -1": "without method ride",
@@ -30,14 +32,30 @@ UNREAD = {
     "subset_seed 3": "subset_seed 3 does nothing without subset_cap",
     "descriptors some.json": "without prompt descriptor",
     "expert_split 1": "expert_split 1 does nothing without num_experts",
-    "clip_adapter_dim 8": "without clip_adapter",
+    "adam_eps 0.1": "adam_eps 0.1 does nothing without optimizer adamw; add it, or leave adam_eps out",
+    "adam_betas [0.9,0.99]": "without optimizer adamw",
+    "optimizer adamw momentum 0.5": "without optimizer sgd",
+    "optimizer adamw nesterov True": "nesterov True does nothing without optimizer sgd",
+    "lr_steps [3,5]": "without schedule multistep",
+    "schedule constant lr_gamma 0.5": "without schedule multistep",
+    "sam_rho 0.1": "sam_rho 0.1 does nothing without sam sam or sam focal or sam gnm",
+    "sam sam sam_gamma 2": "without sam focal",
+    "sam gnm sam_rho_late 0.2": "without sam sam or sam focal",
+    "mda_func max": "without augment mda",
+    "context_len 4": "without context;",
+    "context maple context_position front": "without context coop",
+    "context coop context_depth 3": "without context maple",
+    "clip_adapter_dim 4": "without clip_adapter;",
     "clip_adapter residual clip_adapter_ratio 0.5": "without clip_adapter original",
-    "tte_mode tencrop": "tte_mode tencrop does nothing without tte;",
+    "tte_mode tencrop": "tte_mode tencrop does nothing without tte True;",
     "tte True crop_margin 8": "crop_margin 8 does nothing without tte False",
     "test_dists uniform shift_ratios [7]": "without test_dists all",
     "shift_seed 1": "shift_seed 1 does nothing without test_dists or target_prior",
     "test_dists all dirichlet_trials 9": "without test_dists dirichlet*",
     "target_prior estimate adapt_batch_size 64": "without target_prior estimate_online or adapt sade",
+    "ensemble_alpha 0.2": "without ensemble wise or ensemble logits",
+    "test_only True ensemble gla ensemble_alpha 0.2": "ensemble_alpha 0.2 does nothing",
+    "test_only True ensemble wise ensemble_runs other": "does nothing without ensemble soup",
     "adapt_lr 1": "without adapt sade or adapt sade_online",
 }
 READ = (
@@ -88,6 +106,22 @@ def test_a_command_and_the_python_interface_check_it(config: Config) -> None:
         check(config("fake_lt", "tiny_clip", "pretrained", "none", "tte_mode", "tencrop"))
     with pytest.raises(UserError, match="adapter_dim 4 does nothing"):
         build_model("tiny_clip", num_classes=3, pretrained=None, init_head=None, adapter_dim=4)
+
+
+def test_a_model_yaml_may_set_what_its_switches_read_and_nothing_else_unread(config: Config, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("backbone: TinyCLIP\nadapter_dim: 4\nadapt_lr: 0.3\n")  # `lora True` and `adapt sade` may follow
+    config("fake_lt", str(mine))
+    mine.write_text("optimizer: sgd\nsam_rho: 0.1\n")
+    with pytest.raises(UserError, match="mine.yaml: sam_rho 0.1 does nothing without sam sam"):
+        config("fake_lt", str(mine), "sam", "sam")
+
+
+def test_our_model_yamls_set_nothing_unread(config: Config, tmp_path: Path) -> None:
+    for name, path in names("model").items():
+        mine = tmp_path / f"{name}.yaml"
+        mine.write_text(path.read_text())
+        config("fake_lt", str(mine))
 
 
 def test_an_unknown_name_is_told_first(config: Config) -> None:

@@ -19,7 +19,7 @@ from tailtune.models import ClassificationModel, build_model, resolve
 from tailtune.models.text_mode import starts_at_random
 from tailtune.trainers.compilation import check_compile
 from tailtune.trainers.evaluation.adaptation_table import check_adapt
-from tailtune.trainers.evaluation.ensembles import ENSEMBLES, NONE, AlphaOptions, ensemble_named, reads
+from tailtune.trainers.evaluation.ensembles import NONE, ensemble_named, reads
 from tailtune.trainers.evaluation.target_prior import TargetPlan, check_target
 from tailtune.trainers.evaluation.validation import ValidationPlan
 from tailtune.trainers.evaluation.weight_ensembles import RANDOM
@@ -135,16 +135,9 @@ def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -
     Raises:
         UserError: an unknown ensemble, an option that it does not read, or a run that lacks what it needs.
     """
-    entry, name, alpha = ensemble_named(cfg.ensemble), cfg.ensemble, cfg.ensemble_alpha
-    moved = alpha != AlphaOptions().alpha
+    entry, name = ensemble_named(cfg.ensemble), cfg.ensemble
     if entry is NONE:
-        if moved or cfg.ensemble_runs:
-            raise UserError("ensemble_alpha and ensemble_runs: without `ensemble` nothing reads them; leave them out")
         return
-    if moved and not reads(entry, "ensemble_alpha"):
-        raise UserError(f"ensemble_alpha {alpha:g}: ensemble {name} does not read it; {_who('ensemble_alpha')} do")
-    if cfg.ensemble_runs and not reads(entry, "ensemble_runs"):
-        raise UserError(f"ensemble_runs: ensemble {name} does not read it; {_who('ensemble_runs')} does")
     if reads(entry, "ensemble_runs") and not cfg.ensemble_runs:
         raise UserError(f"ensemble {name} is of several finished runs: name the others with ensemble_runs")
     if cfg.zero_shot:
@@ -162,10 +155,6 @@ def check_ensemble(cfg: CfgNode, method: Method, class_names: tuple[str, ...]) -
 def _keeps_start(method: Method) -> bool:
     """Whether the classifier of the run is initialised with that of the earlier run."""
     return method.starts_where_earlier_run_ended and not method.discards("model.head.")
-
-
-def _who(key: str) -> str:
-    return " and ".join(name for name, entry in ENSEMBLES.items() if reads(entry, key))
 
 
 def _check_text(cfg: CfgNode, class_names: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from tailtune.configs.seeding import generator
 from tailtune.configs.value_parsers import as_float, as_str
 from tailtune.trainers.losses import moved
 from tailtune.trainers.methods import Method
-from tailtune.trainers.optimizers_and_schedules import Plan, refuse_options_of_other_entries
+from tailtune.trainers.optimizers_and_schedules import Plan
 from tailtune.trainers.sharding import is_sharded
 from tailtune.trainers.step_passes import StepPasses, displaced, put_gradients, take_gradients
 
@@ -185,12 +185,9 @@ def check_sam(cfg: CfgNode, method: Method) -> None:
         method: the method, which may lie on the meta device.
 
     Raises:
-        UserError: an unknown mode, an option that the mode does not read, or a loss that the mode cannot weigh, or
-            a launch with FSDP.
+        UserError: an unknown mode, a loss that the mode cannot weigh, or a launch with FSDP.
     """
     mode = sam_mode(cfg.sam)
-    tables = {"none": NoOptions, **{name: entry.Options for name, entry in SAM_MODES.items()}}
-    refuse_options_of_other_entries(cfg, "sam", cfg.sam or "none", tables)
     if mode is not PLAIN and is_sharded():
         raise UserError(f"sam {cfg.sam} does not go with FSDP: launch with --multi_gpu, or set sam none")
     if mode.by_class and not method.adds_up_samples:

@@ -1,14 +1,14 @@
 """OPTIMIZERS, SCHEDULES, and `Plan`, the training settings that the training loop reads."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from tailtune.configs import CfgNode
 from tailtune.configs.errors import UserError, lookup
-from tailtune.configs.option import NoOptions, key_names, option
+from tailtune.configs.option import NoOptions, option
 from tailtune.configs.value_parsers import as_ints, as_pair
 from tailtune.datasets.loading.samplers import SAMPLERS
 from tailtune.trainers.weight_decay import DECAY_RULES, Groups
@@ -84,17 +84,11 @@ def _check(cfg: CfgNode) -> None:
         )
     if cfg.schedule == "multistep" and not cfg.lr_steps:
         raise UserError("schedule multistep needs lr_steps, the epochs that lower lr, such as `lr_steps [160,180]`")
-    refuse_options_of_other_entries(
-        cfg, "schedule", cfg.schedule, {name: entry.Options for name, entry in SCHEDULES.items()}
-    )
 
 
 def _check_optimizer(cfg: CfgNode) -> None:
-    """Refuse options that the chosen optimizer does not read, and values that are invalid for it."""
+    """Refuse values that are invalid for the chosen optimizer."""
     lookup(OPTIMIZERS, cfg.optimizer, "optimizer")
-    refuse_options_of_other_entries(
-        cfg, "optimizer", cfg.optimizer, {name: entry.Options for name, entry in OPTIMIZERS.items()}
-    )
     if cfg.nesterov and cfg.momentum == 0:
         raise UserError("nesterov True needs momentum above 0, such as 0.9")
     if max(cfg.adam_betas) >= 1:
@@ -104,29 +98,6 @@ def _check_optimizer(cfg: CfgNode) -> None:
             f"adam_eps {cfg.adam_eps:g} is 0 in the weights' dtype of prec fp16; choose prec amp or bf16, or a larger "
             "adam_eps such as 1e-4"
         )
-
-
-def refuse_options_of_other_entries(cfg: CfgNode, kind: str, chosen: str, tables: Mapping[str, type]) -> None:
-    """Refuse options that only other entries of a table read, if they differ from their defaults.
-
-    Args:
-        cfg: the config.
-        kind: name of the option that chooses the entry, such as `schedule`.
-        chosen: name of the chosen entry.
-        tables: name of an entry → dataclass of its options.
-
-    Raises:
-        UserError: an option that the chosen entry does not read has been set.
-    """
-    read = set(key_names(tables[chosen], chosen).values())
-    for name, options in tables.items():
-        for field, key in key_names(options, name).items():
-            default = getattr(options(), field)
-            if key not in read and cfg[key] != default:
-                raise UserError(
-                    f"{key} {cfg[key]} is of {kind} {name} and does nothing in {kind} {chosen}; "
-                    f"add `{key} {'none' if default is None else default}`, or choose {name}"
-                )
 
 
 def _sgd(groups: Groups, plan: Plan) -> torch.optim.Optimizer:

@@ -86,12 +86,12 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(MergeOptions, "Method, loss and sampler")
     yield from declarations(TrainingOptions, "Training")
     for name, optimizer in OPTIMIZERS.items():
-        yield from declarations(optimizer.Options, "Training", name)
+        yield from declarations(optimizer.Options, "Training", name, reader=f"optimizer {name}")
     for name, schedule in SCHEDULES.items():
-        yield from declarations(schedule.Options, "Training", name)
+        yield from declarations(schedule.Options, "Training", name, reader=f"schedule {name}")
     yield from declarations(SamChoice, "Training")
     for name, mode in SAM_MODES.items():
-        yield from declarations(mode.Options, "Training", name)
+        yield from declarations(mode.Options, "Training", name, reader=f"sam {name}")
     yield from declarations(ValidationOptions, "Validation during training")
     yield from declarations(TestTimeOptions, "Evaluation")
     yield from declarations(EvaluatedImageOptions, "Evaluation")
@@ -105,7 +105,7 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(TargetOptions, "Target prior")
     yield from declarations(EnsembleOptions, "Ensembles")
     for name, ensemble in ENSEMBLES.items():
-        yield from declarations(ensemble.Options, "Ensembles", name)
+        yield from declarations(ensemble.Options, "Ensembles", name, reader=f"ensemble {name}")
     yield from declarations(RunOptions, "How it runs")
     yield from declarations(FeatureOptions, "How it runs")
     yield from declarations(TrackerOptions, "How it runs")

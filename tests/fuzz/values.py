@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from hypothesis import strategies as st
 
-from tailtune.configs import FOLDER, names
+from tailtune.configs import names
+from tailtune.configs.config_files import FOLDER
 from tailtune.tests.fuzz.bench import SHORT, TINY, Bench
 from tailtune.tests.fuzz.options import hostile, schema
 from tailtune.tests.fuzz.promises import Finding, broken

@@ -309,6 +309,10 @@ def test_deferred_re_weighting_in_a_training(config: Config, tmp_path: Path) -> 
 
 def test_an_epoch_that_never_comes_is_said(config: Config, tmp_path: Path) -> None:
     words = ("pretrained", "none", "num_epochs", 1, "max_steps", 1, "batch_size", 16, "max_test_images", 10)
-    path = run(config("fake_lt", "tiny_clip", *words, "drw_epoch", 1, "output_dir", str(tmp_path / "late")))
-    notes = json.loads((path / "metrics.json").read_text())["notes"]
-    assert any("drw_epoch 1 never comes: the last epoch is 0" in note for note in notes)
+    (tmp_path / "mine.yaml").write_text("backbone: TinyCLIP\nschedule: multistep\nlr_steps: [3]\n")
+    for schedule in ("multistep", "cosine"):
+        late = ("drw_epoch", 1, "schedule", schedule, "output_dir", str(tmp_path / schedule))
+        path = run(config("fake_lt", str(tmp_path / "mine.yaml"), *words, *late))
+        notes = json.loads((path / "metrics.json").read_text())["notes"]
+        assert any("drw_epoch 1 never comes: the last epoch is 0" in note for note in notes)
+        assert any("lr_steps [3] never come" in note for note in notes) == (schedule == "multistep")

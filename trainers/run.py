@@ -259,9 +259,9 @@ class _Run:
         return report
 
     def _fit(self, method: Method, data: DataBundle, states: ResumeStates, validation: Validation) -> TrainReport:
-        cfg, note = self.cfg, self.evaluation.note
-        used = self._precision()
-        for text in training_notes.of_settings(cfg.prec, used, cfg.drw_epoch, cfg.lr_steps, cfg.num_epochs):
+        cfg, note, used = self.cfg, self.evaluation.note, self._precision()
+        lr_steps = cfg.lr_steps if cfg.schedule == "multistep" else None
+        for text in training_notes.of_settings(cfg.prec, used, cfg.drw_epoch, lr_steps, cfg.num_epochs):
             note(text, warn=True)
         precision = PRECISIONS[used]
         method.model.set_precision(precision.compute, RESIDUAL[cfg.residual_dtype])

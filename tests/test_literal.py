@@ -36,7 +36,7 @@ from tailtune.models.backbones.vit_encoder import ViTEncoder
 from tailtune.models.backbones.whole_network_encoder import WholeNetworkEncoder
 from tailtune.models.heads.classifiers import HEADS
 from tailtune.models.tuners.peft_wrapper import add_peft
-from tailtune.trainers.config_checks import outline
+from tailtune.trainers.config_checks import check, outline
 from tailtune.trainers.export import EXPORTS, ExportedModel, export
 from tailtune.trainers.export.loading_code import how_to_prepare, preprocessing
 from tailtune.trainers.export.run_command import command_of
@@ -162,9 +162,9 @@ def test_the_command_of_a_run_gives_its_config_again(config: Config, tmp_path: P
 
 
 def test_the_command_names_the_model_config_of_the_user(config: Config, tmp_path: Path) -> None:
-    """If its file is gone, all of its options are in the command."""
+    """If its file is gone, all of its options that anything reads are in the command."""
     yaml = tmp_path / "mine.yaml"
-    yaml.write_text("backbone: TinyCLIP\nlora: true\nlr: 0.3\n")
+    yaml.write_text("backbone: TinyCLIP\nlora: true\nlr: 0.3\nmask_ratio: 0.5\n")
     cfg = config("fake_lt", str(yaml), "seed", 2)
     words = command_of(cfg)
     assert words == ["-d", "fake_lt", "-m", str(yaml), "seed", "2"]
@@ -172,7 +172,8 @@ def test_the_command_names_the_model_config_of_the_user(config: Config, tmp_path
     words = command_of(cfg)
     again = config(words[1], words[3], *words[4:])
     changed = {key for key in cfg if cfg[key] != again[key]}
-    assert changed <= {"given", "model", "model_file", "run_name", "test_key"}
+    assert changed <= {"given", "model", "model_file", "run_name", "test_key", "mask_ratio"}
+    check(again)
 
 
 # --- the base of an adapter ------------------------------------------------------------------------------------------

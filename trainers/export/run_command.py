@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tailtune.configs import CfgNode, load_configs, names, schema_of, values_of
+from tailtune.configs import CfgNode, load_configs, names, schema_of, values_of, with_values
 from tailtune.configs.key import TEST, TRAIN
+from tailtune.configs.unread_options import unread_options
 from tailtune.models import resolve
 
 
@@ -26,7 +27,9 @@ def command_of(cfg: CfgNode) -> list[str]:
     recorded = (key for key, entry in schema.items() if entry.recorded == "command")
     values = values_of(cfg, TRAIN, TEST) | {key: cfg[key] for key in recorded}
     changed = {key: value for key, value in values.items() if value != usual[key] and not schema[key].internal}
-    return ["-d", data, "-m", model, *(word for key, value in changed.items() for word in (key, _word(value)))]
+    unread = unread_options(with_values(cfg, given=list(changed)))  # of the user's model config whose file is gone
+    words = (word for key, value in changed.items() if key not in unread for word in (key, _word(value)))
+    return ["-d", data, "-m", model, *words]
 
 
 def _data_config_paths(cfg: CfgNode) -> list[Path]:

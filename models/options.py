@@ -63,7 +63,6 @@ class ModelOptions:
         "JSON file that maps each class name to a list of sentences, for prompt descriptor.",
         as_path,
         stages="all",
-        read_with=("prompt descriptor",),
     )
     zero_shot: bool = option(False, "The text features classify the images, and nothing is trained.")
 

@@ -47,8 +47,9 @@ class Schema(Mapping[str, Key]):
             if declaration.name not in self.entries:
                 self.sections.setdefault(declaration.section, []).append(declaration.name)
             self.entries.setdefault(declaration.name, []).extend([declaration.entry] if declaration.entry else [])
-            readers = [*declaration.key.read_with, *([declaration.reader] if declaration.reader else [])]
-            self.readers.setdefault(declaration.name, []).extend(readers)
+            readers = self.readers.setdefault(declaration.name, [])
+            named = (*declaration.key.read_with, declaration.reader)
+            readers += [reader for reader in named if reader and reader not in readers]
             for alias in declaration.aliases:
                 wanted.setdefault(alias, set()).add(declaration.name)
         groups = {name.rpartition(".")[0] for name in self._keys} - {""}

@@ -70,8 +70,7 @@ def _declarations() -> Iterator[Declaration]:
     yield from declarations(LoaderOptions, "Set by the loader")
     yield from declarations(DataOptions, "Data")
     yield from declarations(ModelOptions, "Model")
-    for name, head in HEADS.items():
-        yield from declarations(head.Options, "Model", name, reader=f"classifier {name}")
+    yield from _of_entries(HEADS, "Model", "classifier")
     yield from declarations(ExpertOptions, "Experts")
     yield from declarations(TunerPlaceOptions, "Tuners")
     for name, tuner in TUNERS.items():
@@ -85,13 +84,10 @@ def _declarations() -> Iterator[Declaration]:
             yield from declarations(type(loss.options), "Method, loss and sampler", name, reader=f"loss_type {name}")
     yield from declarations(MergeOptions, "Method, loss and sampler")
     yield from declarations(TrainingOptions, "Training")
-    for name, optimizer in OPTIMIZERS.items():
-        yield from declarations(optimizer.Options, "Training", name, reader=f"optimizer {name}")
-    for name, schedule in SCHEDULES.items():
-        yield from declarations(schedule.Options, "Training", name, reader=f"schedule {name}")
+    yield from _of_entries(OPTIMIZERS, "Training", "optimizer")
+    yield from _of_entries(SCHEDULES, "Training", "schedule")
     yield from declarations(SamChoice, "Training")
-    for name, mode in SAM_MODES.items():
-        yield from declarations(mode.Options, "Training", name, reader=f"sam {name}")
+    yield from _of_entries(SAM_MODES, "Training", "sam")
     yield from declarations(ValidationOptions, "Validation during training")
     yield from declarations(TestTimeOptions, "Evaluation")
     yield from declarations(EvaluatedImageOptions, "Evaluation")
@@ -100,17 +96,21 @@ def _declarations() -> Iterator[Declaration]:
         DirichletOptions, "Test distributions", "dirichlet", separator="_", reader="test_dists dirichlet*"
     )
     yield from declarations(AdaptOptions, "Test-time adaptation")
-    for name, adaptation in ADAPTS.items():
-        yield from declarations(adaptation.Options, "Test-time adaptation", name, reader=f"adapt {name}")
+    yield from _of_entries(ADAPTS, "Test-time adaptation", "adapt")
     yield from declarations(TargetOptions, "Target prior")
     yield from declarations(EnsembleOptions, "Ensembles")
-    for name, ensemble in ENSEMBLES.items():
-        yield from declarations(ensemble.Options, "Ensembles", name, reader=f"ensemble {name}")
+    yield from _of_entries(ENSEMBLES, "Ensembles", "ensemble")
     yield from declarations(RunOptions, "How it runs")
     yield from declarations(FeatureOptions, "How it runs")
     yield from declarations(TrackerOptions, "How it runs")
     for name, method in METHODS.items():
         yield from declarations(method.Options, f"Method {name}", name, method=name, reader=f"method {name}")
+
+
+def _of_entries(table: Mapping[str, Any], section: str, choice: str) -> Iterator[Declaration]:
+    """The options of the entries of a table, one of which the option `choice` chooses."""
+    for name, entry in table.items():
+        yield from declarations(entry.Options, section, name, reader=f"{choice} {name}")
 
 
 def _of_text_tower() -> Iterator[Declaration]:

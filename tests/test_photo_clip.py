@@ -64,7 +64,7 @@ def test_an_interrupted_training_continues_bit_for_bit_and_tailtune_has_the_same
     assert Path("cut/pretrain_log.txt").read_text() == log, "nothing was left to do"
 
     own = "backbone open_clip:cut/photo_clip.json pretrained cut/weights.safetensors resolution 32"
-    pixels = "pixel_mean [0.5,0.5,0.5] pixel_std [0.5,0.5,0.5] expand 0"
+    pixels = "pixel_mean [0.5,0.5,0.5] pixel_std [0.5,0.5,0.5]"
     done = launch(f"-d {DATA} -m zstiny_clip {own} {pixels} output_dir zero")
     assert done.returncode == 0, done.stdout + done.stderr
     accuracy = json.loads(Path("output/zero/metrics.json").read_text())["test"]["accuracy"]

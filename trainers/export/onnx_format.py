@@ -87,7 +87,8 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     """
     model = _Predict(exported).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    shown = {"leave": False, "disable": None, "mininterval": 0, "bar_format": BAR}  # the steps are few: show each
+    # The steps are few: show each. Without `miniters`, tqdm leaves out the short ones after one of ten seconds.
+    shown = {"leave": False, "disable": None, "mininterval": 0, "miniters": 1, "bar_format": BAR}
     with tqdm(total=sum(STEPS), desc="export onnx", **shown) as bar, _quiet():
         torch.onnx.export(
             model,

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from tailtune.configs import names
 from tailtune.configs.errors import UserError
 from tailtune.models import ClassificationModel, build_model
 from tailtune.models.backbones.vit_encoder import ViTEncoder
@@ -495,6 +496,36 @@ def test_a_run_is_exported_by_its_name_alone(launch: Cli, has_run: HasRun) -> No
     assert "lr belongs to the training" in launch("export run onnx lr 1").stderr
     (RUN / "metrics.json").unlink()
     assert "output/run is not finished" in launch("export run onnx").stderr
+
+
+def test_an_export_by_name_evaluates_its_own_options(launch: Cli, has_run: HasRun) -> None:
+    """Its result is in a folder of its own, and a result of other options is not taken for it."""
+    has_run(TINY)
+    assert launch("export run merged crop_margin 8").returncode == 0
+    assert launch("export run merged max_test_images 10").returncode == 0
+    wanted = {"crop_margin_8": (8, 20), "max_test_images_10": (None, 10)}
+    assert {each.name for each in (RUN / "tests").iterdir()} == wanted.keys()
+    for name, options in wanted.items():
+        about = json.loads((RUN / "tests" / name / "metrics.json").read_text())["evaluation"]
+        assert (about["crop_margin"], about["max_test_images"]) == options
+    assert "finished before" in launch("export run merged crop_margin 8").stdout
+    (RUN / "tests" / "max_test_images_10").rename(RUN / "tests" / "max_test_images_9")
+    done = launch(TINY.replace("max_test_images 20", "max_test_images 9"), "test_only True")
+    assert done.returncode == 0 and "finished before" not in done.stdout
+    assert "tte_mode tencrop does nothing without tte" in launch("export run merged tte_mode tencrop").stderr
+
+
+def test_a_run_is_exported_without_its_data_config(launch: Cli) -> None:
+    """The command in the facts names one that exists, and the options in which it differs."""
+    Path("mine.yaml").write_text("dataset: Fake\nnum_classes: 7\nimb_factor: 0.1\n")
+    done = launch("-d mine.yaml", TINY.split(maxsplit=2)[2])
+    assert done.returncode == 0, done.stderr
+    Path("mine.yaml").unlink()
+    done = launch("export run lift")
+    assert done.returncode == 0, done.stderr
+    words = json.loads((RUN / "export" / "lift" / "facts.json").read_text())["command"]
+    assert words[0] == "-d" and words[1] in names("data")
+    assert (words[words.index("dataset") + 1], words[words.index("num_classes") + 1]) == ("Fake", "7")
 
 
 @pytest.mark.slow

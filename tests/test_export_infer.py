@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -156,6 +157,25 @@ def test_the_script_prints_calibrated_probabilities_and_refuses_in_one_line(expo
     for wrong, says in (("text.jpg", "cannot identify"), ("deep.png", "8 bits"), ("missing.jpg", "No such file")):
         done = printed(script, tmp_path / wrong, without=BLOCKED["onnx"])
         assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = printed(script, "--top", "-1", path, without=BLOCKED["onnx"])
+    assert done.returncode == 2 and "--top: it must be at least 1" in done.stderr
+
+
+def test_the_script_prints_any_name_and_refuses_huge_images_in_one_line(exports: Exports, tmp_path: Path) -> None:
+    """A class may be called after a folder whose name is no text, and a terminal may know ASCII only."""
+    home = shutil.copytree(exports("onnx")[1], tmp_path / "copy")
+    facts = json.loads((home / "facts.json").read_text())
+    facts["class_names"] = [f"gu\udcea{number}鳥" for number in range(len(facts["class_names"]))]
+    (home / "facts.json").write_text(json.dumps(facts))
+    path = photograph(tmp_path / "photo.jpg")
+    command = [sys.executable, str(home / "infer.py"), str(path)]
+    for encoding in ("ascii:strict", "utf-8:strict"):
+        environment = offline() | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+        assert done.returncode == 0 and b"gu\\udcea" in done.stdout, done.stderr
+    Image.new("1", (15_000, 15_000)).save(tmp_path / "huge.png")
+    done = printed(home / "infer.py", tmp_path / "huge.png", without=BLOCKED["onnx"])
+    assert done.returncode == 1 and "exceeds limit" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_onnx_carries_all_facts_and_takes_any_batch(exports: Exports, tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from tailtune.benchmarks import scale
 from tailtune.trainers.evaluation import rows as row_module
 from tailtune.trainers.evaluation.inference import CollectedLogits, Logits
 from tailtune.trainers.evaluation.label_shift import black_box, maximum_likelihood, temperature
-from tailtune.trainers.evaluation.logit_files import save_logits, stored_logits
+from tailtune.trainers.evaluation.logit_files import UNREAD, save_logits, stored_logits
 from tailtune.trainers.evaluation.rows import HalfRows, MadeRows
 from tailtune.trainers.evaluation.zero_shot_ensembles import pretraining_prior
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.storage import large_tensors
 from tailtune.trainers.storage.large_tensors import FileTensor, Scratch
 
@@ -90,6 +91,20 @@ def test_the_format_of_the_file_is_that_of_the_library(
     assert stored is not None and torch.allclose(stored[1].logits[:], some_logits(), atol=0.01)
     again = save_logits(tmp_path / "copy" / "logits.safetensors", stored[1], {"key": "ä"})
     assert again == digest, "a copy of stored logits is not rounded again"
+
+
+def test_options_that_change_no_logits_do_not_count(tmp_path: Path) -> None:
+    """The views of `tte` without it, and the margin of the one crop with it."""
+    for tte, names in UNREAD.items():
+        assert all(declared().readers[name] in (["tte"], ["tte False"]) for name in names)
+        found = Logits(some_logits(), torch.arange(N) % C, torch.arange(N))
+        save_logits(tmp_path / "logits.safetensors", found, {"tte": tte, "other": 1, **dict.fromkeys(names, 3)})
+        assert stored_logits(tmp_path, {"tte": tte, "other": 1, **dict.fromkeys(names, 4)}) is not None
+        assert stored_logits(tmp_path, {"tte": not tte, "other": 1, **dict.fromkeys(names, 3)}) is None
+        for name in UNREAD[not tte]:
+            assert stored_logits(tmp_path, {"tte": tte, "other": 1, name: 3}) is None
+    read_by_tte = {key for key, readers in declared().readers.items() if {*readers} & {"tte", "tte False"}}
+    assert read_by_tte == {name for names in UNREAD.values() for name in names}
 
 
 def test_stored_logits_outlive_a_file_that_replaces_theirs(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tailtune.configs.errors import UserError
 from tailtune.datasets.sources.given_paths import given_paths
 from tailtune.trainers import labeller
 from tailtune.trainers.methods.base import combine
+from tailtune.trainers.option_schema import declared
 from tailtune.trainers.prediction.class_folders import folder_names
 from tailtune.trainers.prediction.outputs import open_outputs
 from tailtune.trainers.prediction.request import PredictRequest
@@ -151,6 +152,17 @@ def test_a_validation_split_calibrates(rows: Callable[..., list[Row]]) -> None:
         for a, b in zip(plain, calibrated, strict=True)
     }  # fmt: skip
     assert len(ratios) == 1 and ratios != {1.0}
+
+
+def test_options_that_change_no_logits_do_not_end_the_calibration(run: Cli) -> None:
+    """The run was evaluated with ten crops; one crop of each image has logits of its own, whatever the crops were."""
+    words = TRAINED.replace("output_dir run", "output_dir crops")
+    assert run(words, "tte True tte_mode tencrop expand 4").returncode == 0
+    predict = f"predict crops {TEST} --option num_workers 0 --option tte False"
+    assert "not calibrated" in run(predict).stderr
+    assert run(words, "test_only True tte False").returncode == 0
+    done = run(predict)
+    assert done.returncode == 0 and "not calibrated" not in done.stderr
 
 
 def test_views_are_those_of_an_evaluation(run: Cli, rows: Callable[..., list[Row]]) -> None:
@@ -501,6 +513,8 @@ def test_what_ends_early_leaves_nothing(run: Cli, home: Path, monkeypatch: pytes
         ("run insects --copy-into insects.yaml", "--copy-into insects.yaml exists already"),
         ("run insects -d insects.yaml", "leave out -d and -m"),
         ("run insects --option lr 0.1", "lr belongs to the training"),
+        ("run insects --option max_test_images 3", "predict: max_test_images changes nothing in the labels"),
+        ("run insects --option tte_mode tencrop", "tte_mode tencrop does nothing without tte"),
         ("run insects --option nonsense 1", "unknown option 'nonsense'"),
         ("run insects --option test_prec fp8", "test_prec"),
         ("run insects --target-prior unifrom", "did you mean 'uniform'"),
@@ -520,6 +534,11 @@ def test_wrong_input_is_one_line(words: str, says: str, run: Cli, monkeypatch: p
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr, done.stderr
     assert says in done.stderr.splitlines()[-1] and {*Path().rglob("*")} == before
+
+
+def test_the_options_of_a_request_exist() -> None:
+    schema = declared()
+    assert all(schema[key].cls != "train" for key in labeller.READ)
 
 
 def test_a_class_called_unsure(tmp_path: Path) -> None:

@@ -330,6 +330,7 @@ def test_uploads_that_stop_and_a_model_that_fails() -> None:
         ("run --port 0 --option num_workers 2", "num_workers: serve decodes images in its own process"),
         ("run --port 0 --target-prior estimate", "target_prior estimate reads all images"),
         ("run --port 0 --target-prior known", "target_prior known reads labels"),
+        ("run --port 0 --option report none", "serve: report changes nothing in the labels of images"),
         ("run --port 0 --option lr 0.1", "lr belongs to the training"),
     ],
 )

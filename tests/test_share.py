@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,20 @@ def test_the_temperature_is_that_of_one_view(launch: Cli, has_run: HasRun) -> No
     has_run(SHORT, "val_per_class 2")
     plain = exported("")
     shutil.rmtree("output")
-    has_run(SHORT, "val_per_class 2 tte True")
+    has_run(SHORT, "val_per_class 2 tte True tte_mode tencrop")
     assert exported("tte True") is None and plain is not None
     assert exported("tte False") == pytest.approx(plain, rel=1e-6) == exported("tte True")
+
+
+def test_the_temperature_is_that_of_the_crop(launch: Cli, has_run: HasRun) -> None:
+    has_run(SHORT, "val_per_class 2")
+    facts = RUN / "export" / "merged" / "facts.json"
+    found = []
+    for words in ("", "crop_margin 12", "crop_margin 12 max_test_images 10"):
+        assert launch("export run merged", words).returncode == 0
+        found.append(json.loads(facts.read_text())["temperature"])
+    plain, narrow, again = found
+    assert plain != narrow == again
 
 
 def loaded_logits(where: str | Path, photo: Path) -> torch.Tensor:
@@ -116,6 +129,20 @@ def test_the_card_has_the_results_of_the_run(launch: Cli) -> None:
     counts = json.loads((RUN / "metrics.json").read_text())["class_counts"]
     assert f"| class 0 | {counts[0]} |" in card.text and f"{sum(counts):,} training images" in card.text
     assert "python main.py -d fake_lt -m tiny_clip" in card.text and "## Intended use" in card.text
+
+
+def test_a_class_name_that_is_no_text_is_in_the_card(launch: Cli, tmp_path: Path) -> None:
+    for split, name in product(("train", "test"), (b"bee", b"gu\xeape")):
+        folder = tmp_path / "insects" / split / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (32, 32), (number, 99, len(name))).save(folder / f"{number}.png")
+    words = (
+        "-d insects -m tiny_clip classifier LinearClassifier init_head none num_epochs 0 num_workers 0 output_dir run"
+    )
+    done = launch(words, "export hub")
+    assert done.returncode == 0, done.stderr
+    assert "| gu\\udceape | 3 |" in (HUB / "README.md").read_text(encoding="utf-8")
 
 
 def test_paths_of_this_machine_are_not_shared() -> None:

@@ -37,13 +37,17 @@ def export_run(cfg: CfgNode, folder: RunFolder, metrics: Path, device: torch.dev
     if cfg.model_dir is None:
         folder.own("export")
     home = folder.path if cfg.model_dir is None else metrics.parent
+
+    def assumed() -> torch.Tensor:
+        return prior_of_run(folder, cfg).assumed
+
     subject = subject_of(
         cfg,
         method,
         info.class_names,
         folder.origin,
         class_counts=info.class_counts.tolist(),
-        temperature=stored_temperature(folder.source, lambda: prior_of_run(folder, cfg).assumed) if is_ours else None,
+        temperature=stored_temperature(folder.source, cfg.crop_margin, assumed) if is_ours else None,
         run=SharedRun(folder.source, read_result(metrics)) if is_ours else None,
     )
     path = home / "export" / cfg.export

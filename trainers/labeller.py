@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailtune.configs import CfgNode, Schema, load_configs, with_values
+from tailtune.configs import CfgNode, Schema, load_configs, schema_of, with_values
 from tailtune.configs.errors import UserError
+from tailtune.configs.key import TRAIN
 from tailtune.configs.launch_environment import world_size
+from tailtune.configs.unread_options import refuse_unread_options
 from tailtune.datasets.build_data import build_info
 from tailtune.datasets.loading.data_loader import eval_loader
 from tailtune.datasets.run_transforms import RunTransforms
@@ -41,6 +43,17 @@ from tailtune.trainers.storage.manifest import read_json
 from tailtune.trainers.trained_model import info_of_run
 
 log = logging.getLogger("tailtune")
+
+READ = frozenset(
+    {
+        *("tte", "tte_mode", "expand", "randaug_times", "crop_margin", "test_prec"),
+        *("target_prior", "calibrate", "adapt_batch_size", "adapt_seed"),
+        *("shift_order", "shift_max", "shift_factors", "shift_files", "shift_seed"),
+        *("root", "lists", "text_memory", "gpu", "num_workers", "test_batch_size"),
+        *("feature_cache", "feature_cache_dir", "feature_cache_gb"),
+    }
+)
+"""The options of an evaluation or of the machine that change how images are labelled. A request may set only these."""
 
 
 class Computed(NamedTuple):
@@ -72,6 +85,7 @@ def config_to_label(request: ModelRequest, schema: Schema, command: str) -> tupl
         raise UserError(f"{command} runs in one process: start it without accelerate launch")
     home, foreign = find_checkpoint(request.run, f"{command}:")
     cfg = _config(request, home, foreign, schema)
+    _refuse_unread(cfg, command)
     plan = EvaluationPlan.of(cfg)
     for warning in plan.warnings:
         log.warning("warning: %s", warning)
@@ -178,6 +192,15 @@ class Labeller:
         key = {"checkpoint": folder.checkpoint_id(), "images": kept.records["val"].fingerprint, **options}
         stored = stored_logits(home, key, VAL_LOGITS)
         return stored and stored[1]
+
+
+def _refuse_unread(cfg: CfgNode, command: str) -> None:
+    """Raise a `UserError` if the request sets an option that changes no label."""
+    schema = schema_of(cfg)
+    for key in cfg.given or ():
+        if schema[key].cls != TRAIN and key not in READ:
+            raise UserError(f"{command}: {key} changes nothing in the labels of images: leave it out")
+    refuse_unread_options(cfg)
 
 
 def problem_of(view: View, position: int) -> str:

@@ -1,7 +1,9 @@
 """Files with the logits of an evaluation, from which later evaluations are computed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from tailtune.trainers.storage.tensor_files import open_tensors, stream_tensors
 
 LOGITS, VAL_LOGITS = "logits.safetensors", "val_logits.safetensors"
 """Names of the files with the logits of the test images and of the validation images."""
+UNREAD: Mapping[bool, tuple[str, ...]] = MappingProxyType(
+    {False: ("tte_mode", "expand", "randaug_times"), True: ("crop_margin",)}
+)
+"""Value of `tte` → options that do not change the logits then, although a key holds them."""
 
 
 def save_logits(path: Path, found: Logits, key: dict[str, object]) -> Digest:
@@ -46,7 +52,7 @@ def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) 
 
     Args:
         run_folder: folder of the run; its subfolders are searched too.
-        key: as in `save_logits`.
+        key: as in `save_logits`. Options that do not change the logits may differ.
         name: name of the file.
 
     Returns:
@@ -58,9 +64,15 @@ def stored_logits(run_folder: Path, key: dict[str, object], name: str = LOGITS) 
             found, logits = open_logits(path)
         except Damaged:
             continue  # a damaged file is ignored, because the logits can be computed from the images again
-        if found == json.loads(json.dumps(key)):
+        if _what_counts(found) == _what_counts(json.loads(json.dumps(key))):
             return path, logits
     return None
+
+
+def _what_counts(key: dict[str, Any]) -> dict[str, Any]:
+    """A key without the options that do not change the logits. Files keep their keys as earlier versions wrote them."""
+    left_out = UNREAD[bool(key.get("tte"))]
+    return {name: value for name, value in key.items() if name not in left_out}
 
 
 def open_logits(path: Path) -> tuple[dict[str, Any], Logits]:

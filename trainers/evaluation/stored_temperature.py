@@ -12,13 +12,15 @@ from tailtune.trainers.evaluation.target_prior import fitted_temperature
 log = logging.getLogger("tailtune")
 
 
-def stored_temperature(home: Path, assumed: Callable[[], Tensor]) -> float | None:
+def stored_temperature(home: Path, crop_margin: int | None, assumed: Callable[[], Tensor]) -> float | None:
     """The temperature T as `target_prior` fits it: softmax(z/T) is calibrated under the prior that the logits assume.
 
     z are the logits of one view of an image, which is what an export computes; means over views have another T.
+    Logits of the same crop as the export's are preferred.
 
     Args:
         home: folder of the run.
+        crop_margin: the option of the export.
         assumed: gives the logarithm of that prior [E, C].
 
     Returns:
@@ -31,13 +33,12 @@ def stored_temperature(home: Path, assumed: Callable[[], Tensor]) -> float | Non
     if not path.exists():
         return None
     key, val = open_logits(path)
-    if key.get("tte"):
-        stored = stored_logits(home, {**key, "tte": False}, VAL_LOGITS)
-        if stored is None:
-            log.warning(
-                "warning: the export has no temperature, because the run was evaluated with tte and an export sees one "
-                "view; evaluate it with `test_only True tte False` first"
-            )
-            return None
+    if stored := stored_logits(home, {**key, "tte": False, "crop_margin": crop_margin}, VAL_LOGITS):
         _, val = stored
+    elif key.get("tte"):
+        log.warning(
+            "warning: the export has no temperature, because the run was evaluated with tte and an export sees one "
+            "view; evaluate it with `test_only True tte False` first"
+        )
+        return None
     return fitted_temperature(val, assumed().cpu().mean(0).log_softmax(0))

@@ -74,7 +74,7 @@ def write(exported: ExportedModel, folder: Path) -> dict[str, Any]:
     facts["timm"] = timm_config is not None
     facts["command"] = without_places(list(exported.command))
     card = model_card(exported, facts, run.metrics)
-    write_bytes(folder / CARD, card.encode())
+    write_bytes(folder / CARD, card.encode(errors="backslashreplace"))  # a class name may hold bytes that are no text
     return {**without_places(exported.facts), **facts}
 
 

@@ -20,6 +20,7 @@ a batch of inputs to logits [images, classes].
 import argparse
 import json
 import os
+import struct
 import sys
 
 before = os.getcwd()
@@ -29,6 +30,10 @@ with open("facts.json", encoding="utf-8") as file:
 {prepare}
 {load}
 os.chdir(before)
+
+
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a file that it cannot read."""
 
 
 def logits_of(path):
@@ -53,10 +58,14 @@ def main():
     parser.add_argument("--logits", action="store_true", help="print the logits of all classes, as JSON")
     parser.add_argument("--top", type=int, default=5, help="number of classes that are printed")
     arguments = parser.parse_args()
+    if arguments.top < 1:
+        parser.error("argument --top: it must be at least 1")
+    if sys.stdout.errors == "strict":  # a name may have letters that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     for path in arguments.images:
         try:
             logits = logits_of(path)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             sys.exit(f"error: {{path}}: {{error}}")
         if arguments.logits:
             print(json.dumps({{"path": path, "logits": logits.tolist()}}))

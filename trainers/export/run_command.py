@@ -21,8 +21,11 @@ def command_of(cfg: CfgNode) -> list[str]:
     """
     data = next((str(path) for path in _data_config_paths(cfg) if path.is_file()), cfg.data)
     schema, model = schema_of(cfg), cfg.model_file or cfg.model
+    # In the place of a YAML that is gone, any config will do, because the options that differ from it follow.
+    if data == cfg.data and data not in names("data"):
+        data = next(iter(names("data")))
     if cfg.model_file and not Path(model).is_file():
-        model = next(iter(names("model")))  # any config will do, because the options that differ from it follow
+        model = next(iter(names("model")))
     usual = values_of(resolve(load_configs(data, model, [], schema)[-1]))
     recorded = (key for key, entry in schema.items() if entry.recorded == "command")
     values = values_of(cfg, TRAIN, TEST) | {key: cfg[key] for key in recorded}

@@ -262,7 +262,7 @@ def _new_images(chosen: ChosenSplits | None) -> list[str]:
 
 
 def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -> bool:
-    """Whether a stored result is undamaged, and of the present checkpoint, images and other files that it read.
+    """Whether a stored result is undamaged, and of the present options, checkpoint, images and other files it read.
 
     Args:
         metrics: the metrics.json of the result.
@@ -274,6 +274,8 @@ def still_true(metrics: Path, folder: RunFolder, fingerprints: dict[str, str]) -
     except Damaged:
         return False
     if not isinstance(about, dict) or about.get("checkpoint") != folder.checkpoint_id():
+        return False
+    if not folder.is_of_same_test(metrics):  # the name of its folder does not say all options
         return False
     stored = about.get("images", {})
     if any(stored.get(name, fingerprint) != fingerprint for name, fingerprint in fingerprints.items()):

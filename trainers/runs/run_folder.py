@@ -153,7 +153,7 @@ class RunFolder(OwnedFolder):
         Args:
             other_test: fingerprint of the test images if they have changed since the training; otherwise empty.
         """
-        if self.cfg.test_only or other_test or (self.finished() and not self._same_test()):
+        if self.cfg.test_only or other_test or (self.finished() and not self.is_of_same_test(self.metrics)):
             suffix = f"_test_{other_test.partition(':')[2][:8]}" if other_test else ""
             return self.path / "tests" / f"{self.cfg.test_key}{suffix}"
         return self.path
@@ -234,9 +234,13 @@ class RunFolder(OwnedFolder):
             return bool(facts.get("identity", facts).get("config") == config_hash(self.cfg))
         return False
 
-    def _same_test(self) -> bool:
-        """Whether the run was evaluated with the evaluation options of this command."""
-        stored = read_json(self.metrics).get("evaluation", {})
+    def is_of_same_test(self, metrics: Path) -> bool:
+        """Whether a result was computed with the evaluation options of this command.
+
+        Args:
+            metrics: the metrics.json of the result.
+        """
+        stored = read_json(metrics).get("evaluation", {})
         schema = schema_of(self.cfg)
         return all(stored.get(key, schema[key].default) == value for key, value in values_of(self.cfg, TEST).items())
 

@@ -262,7 +262,7 @@ def test_a_grid_is_interrupted_and_resumed(grid: Callable[[str], str], script: W
     assert [row[:4] for row in table[2:]] == [
         ["fake_lt", f"{loss}, 50 % & more", "1,280", "1"] for loss in ("CE", "LA")
     ]
-    assert "stopped before its last epoch (max_steps) (2 of 2 runs)" in printed
+    assert "stopped before its last epoch (max_steps or patience) (2 of 2 runs)" in printed
     assert Path("output/tables/small.tex").exists() and Path("output/tables/small.csv").exists()
 
 

@@ -35,6 +35,8 @@ class Table:
     """Every row but the first one, compared with the first one over the test images."""
     class_names: Sequence[str] | None = None
     """Names of the classes; None: they are numbered."""
+    notes: Sequence[str] = ()
+    """Sentences about all rows, such as words that were added to every command."""
 
 
 def header(table: Table) -> list[str]:
@@ -108,7 +110,7 @@ def changed_classes(paired: Paired, names: Sequence[str] | None, most: int | Non
 def as_markdown(table: Table) -> str:
     """A Markdown table with footnotes; without a paper there are no columns for published numbers."""
     parts = [_markdown_rows(header(table), [cells_of(row, table) for row in table.rows])]
-    parts += footnotes(table.rows, table.paper)
+    parts += footnotes(table.rows, table.paper, table.notes)
     titles, rows = paired_table(table)
     if rows:
         parts.append(_markdown_rows(titles, rows))
@@ -127,7 +129,7 @@ def _markdown_rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def as_latex(table: Table) -> str:
     """LaTeX tables for the booktabs package, with the footnotes as comments."""
     lines = _latex_rows("ll", header(table), [cells_of(row, table) for row in table.rows])
-    notes = footnotes(table.rows, table.paper)
+    notes = footnotes(table.rows, table.paper, table.notes)
     titles, rows = paired_table(table)
     if rows:
         lines += ["", *_latex_rows("l", titles, rows)]
@@ -159,7 +161,7 @@ def as_csv(table: Table) -> str:
             numbers += [row.published.get(metric, ""), mean, std]
         cells = [row.data, row.name, row.trained.replace(",", ""), len(row.results), row.wanted]
         facts = ["; ".join(_facts(row.results, fact)) for fact in FACTS]
-        notes = "; ".join(dict.fromkeys(_notes_of(row)))
+        notes = "; ".join(dict.fromkeys([*table.notes, *_notes_of(row)]))
         writer.writerow([*cells, *numbers, *facts, notes, *(tests[number].values() if tests else ())])
     return out.getvalue()
 
@@ -207,10 +209,16 @@ def _facts(results: Sequence[Result], fact: str) -> list[str]:
     return list(dict.fromkeys(FACTS[fact](result) for result in results))
 
 
-def footnotes(rows: Sequence[Row], paper: str | None) -> list[str]:
-    """Footnotes: how the numbers were computed, the source of the published numbers, and notes of single runs."""
+def footnotes(rows: Sequence[Row], paper: str | None, notes: Sequence[str] = ()) -> list[str]:
+    """Footnotes: how the numbers were computed, the source of the published numbers, and notes of single runs.
+
+    Args:
+        rows: rows of the table.
+        paper: source of the published numbers; None: there are none.
+        notes: sentences about all rows.
+    """
     results = [result for row in rows for result in row.results]
-    lines = []
+    lines = list(notes)
     if results:
         seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
         facts = "; ".join(f"{fact} {', '.join(_facts(results, fact))}" for fact in FACTS)

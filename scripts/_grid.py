@@ -29,7 +29,7 @@ from string import Formatter
 from typing import Any
 
 from tailtune.configs import CfgNode, describe, load_configs
-from tailtune.configs.errors import UserError, lookup
+from tailtune.configs.errors import UserError, lookup, unknown
 from tailtune.configs.lift_plus_words import translated
 from tailtune.configs.yaml_reader import read_yaml
 from tailtune.main import split_arguments
@@ -37,6 +37,8 @@ from tailtune.trainers.comparison.rows import METRICS, check_metrics
 from tailtune.trainers.training_options import TrainingOptions
 
 FOLDER = Path(__file__).resolve().parent / "grids"
+KEYS, ROW_KEYS = ("paper", "metrics", "seeds", "axes", "rows"), ("run", "published")
+"""Keys of a grid, and those of a row that is more than a command."""
 MOST = 10_000
 """Largest number of commands of a row. A larger number is taken for a mistake in the axes."""
 
@@ -87,6 +89,8 @@ class Grid:
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     """The cells are sorted by data set; cells of the same data set are in the order of the rows."""
+    selected: str = ""
+    """The facts by which cells were selected, as text; empty for a whole grid."""
 
     def where(self, facts: Mapping[str, str]) -> "Grid":
         """Select the cells that have these facts.
@@ -95,10 +99,10 @@ class Grid:
             UserError: no cell has them.
         """
         kept = tuple(cell for cell in self.cells if facts.items() <= cell.facts.items())
+        asked = " ".join(f"{key} {value}" for key, value in facts.items())
         if not kept:
-            asked = " ".join(f"{key} {value}" for key, value in facts.items())
             raise UserError(f"nothing in {self.name} has {asked}; --print shows its commands")
-        return Grid(self.name, self.title, self.paper, self.metrics, self.seeds, kept)
+        return Grid(self.name, self.title, self.paper, self.metrics, self.seeds, kept, asked)
 
 
 def names() -> dict[str, Path]:
@@ -119,10 +123,11 @@ def read(name: str) -> Grid:
     body = read_yaml(path)
     if not isinstance(body, dict) or not isinstance(body.get("rows"), dict):
         raise UserError(f"{path}: a grid needs `rows: {{name: command}}`; scripts/_grid.py describes the format")
+    _check_keys(path, body)
     try:
         axes = {axis: _values(axis, values) for axis, values in body.get("axes", {}).items()}
         metrics = tuple(map(str, body.get("metrics", METRICS)))
-        seeds = tuple(map(int, body.get("seeds", (0,))))
+        seeds = tuple(dict.fromkeys(map(int, body.get("seeds", (0,)))))
         cells = [cell for row, entry in body["rows"].items() for cell in _cells(row, entry, axes, metrics)]
     except KeyError as error:
         raise UserError(f"{path}: no axis gives the placeholder {{{error.args[0]}}}") from error
@@ -131,6 +136,7 @@ def read(name: str) -> Grid:
     if not (cells and seeds):
         raise UserError(f"{path} has no {'seeds' if cells else 'rows'}; scripts/_grid.py describes the format")
     check_metrics(metrics)  # before the runs, which may take many hours
+    _check_cells(path, body, axes, cells)
     order = list(dict.fromkeys(cell.words[1] for cell in cells))
     cells.sort(key=lambda cell: order.index(cell.words[1]))
     known_as = name if name in names() else path.stem
@@ -200,9 +206,16 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 
 def select(args: argparse.Namespace) -> tuple[Grid, list[int]]:
-    """The selected part of a grid, and the seeds."""
-    grid = read(args.grid)
-    return grid.where(dict(args.where)) if args.where else grid, list(args.seeds or grid.seeds)
+    """The selected part of a grid, and the seeds, each once: a repeated seed is the same run, which would count twice.
+
+    Raises:
+        UserError: there is no such grid, or no command has all the facts.
+    """
+    grid, facts = read(args.grid), dict(args.where)
+    for key, value in args.where:
+        if facts[key] != value:
+            raise UserError(f"no command has both {key} {value} and {key} {facts[key]}; give --where {key} once")
+    return grid.where(facts) if facts else grid, list(dict.fromkeys(args.seeds or grid.seeds))
 
 
 def _with_seed(words: list[str], seed: int) -> list[str]:
@@ -215,6 +228,49 @@ def _sets_seed(words: Sequence[str]) -> bool:
     return any(word == "seed" or word.startswith("seed=") for word in words)
 
 
+def _check_keys(path: Path, body: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for a key of a grid or of its rows that nothing reads, such as `seed` for `seeds`."""
+    for keys, known, place in (
+        (body, KEYS, ""),
+        *((entry, ROW_KEYS, f", row '{row}'") for row, entry in body["rows"].items() if isinstance(entry, dict)),
+    ):
+        for key in (key for key in keys if key not in known):
+            raise unknown(f"key of {path}{place}", str(key), known)
+
+
+def _check_cells(path: Path, body: Mapping[str, Any], axes: Axes, cells: Sequence[Cell]) -> None:
+    """Check that every axis and every published number is used, and that rows can be told apart.
+
+    Raises:
+        UserError: names what would be ignored.
+    """
+    entries = [entry if isinstance(entry, dict) else {"run": entry} for entry in body["rows"].values()]
+    templates = [str(run) for entry in entries for run in _templates(entry)]
+    mentioned = {name for template in templates for _, name, _, _ in Formatter().parse(template) if name}
+    for axis, values in axes.items():
+        if not values or not mentioned & values[0].keys():
+            raise UserError(f"{path}: no command mentions the axis {axis}; write {{{axis}}} into one, or leave it out")
+    tested = {cell.words[1] for cell in cells}
+    for row, entry in zip(body["rows"], entries, strict=True):
+        for data, numbers in (entry.get("published") or {}).items():
+            if data not in tested:
+                raise UserError(f"{path}, row '{row}': numbers are published for {data}, which no command uses")
+            if len(numbers) > len(body.get("metrics", METRICS)):
+                raise UserError(f"{path}, row '{row}': more numbers are published for {data} than there are metrics")
+    named: set[tuple[str, str]] = set()
+    for cell in cells:
+        name = (cell.words[1], cell.row)
+        if name in named:
+            raise UserError(f"{path}: two commands for {name[0]} are the row '{name[1]}'; write an axis into the name")
+        named.add(name)
+
+
+def _templates(entry: Mapping[str, Any]) -> Sequence[Any]:
+    """The commands of a row, with placeholders."""
+    run = entry.get("run") or ""
+    return [run] if isinstance(run, str) else run
+
+
 def _values(axis: str, values: Any) -> list[dict[str, str]]:
     pairs = values.items() if isinstance(values, dict) else ((value, None) for value in values)
     placeholders = {value: more or {} for value, more in pairs}
@@ -224,8 +280,7 @@ def _values(axis: str, values: Any) -> list[dict[str, str]]:
 
 def _cells(row: str, entry: Any, axes: Axes, metrics: Sequence[str]) -> Iterator[Cell]:
     entry = entry if isinstance(entry, dict) else {"run": entry}
-    run = entry.get("run") or ""
-    for template in [run] if isinstance(run, str) else run:
+    for template in _templates(entry):
         for words in _combinations(str(template), axes):
             command = tuple(shlex.split(str(template).format_map(words)))
             if tuple(word for word in command[0:6:2] if word in ("-d", "-m")) != ("-d", "-m") or len(command) % 2:

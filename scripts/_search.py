@@ -11,6 +11,8 @@ from typing import Any
 
 from tailtune.configs import CfgNode, schema_of
 from tailtune.configs.errors import UserError
+from tailtune.configs.key import TRAIN
+from tailtune.configs.schema import Schema
 from tailtune.configs.unread_options import unread_options
 from tailtune.scripts._grid import stages
 from tailtune.scripts._packages import required
@@ -72,7 +74,8 @@ class Search:
         """Check the first and the last value of every range, before a study is made.
 
         Raises:
-            UserError: an option is unknown, a value is impossible, or the data have no validation split.
+            UserError: an option is unknown, a value is impossible, no validation depends on an option, or the data have
+                no validation split.
         """
         from tailtune.trainers.config_checks import validate
 
@@ -80,7 +83,24 @@ class Search:
         others = [{**first, key: value} for key, found in self.space.items() for value in found.values[1:]]
         for values in (first, *others):
             validate(stages(self.words_of_trial(values)))
+        self._check_measured(schema_of(stages(self.words(first))[-1]))
         check_validation(stages(self.words(first))[-1])
+
+    def _check_measured(self, schema: Schema) -> None:
+        """Raise a `UserError` for an option whose values the validations of the training cannot compare."""
+        for key in self.space:
+            name = schema.name(key.removeprefix("after."))
+            if name not in schema.defaults:
+                continue
+            if schema[name].cls != TRAIN:
+                raise UserError(
+                    f"{key} changes nothing that is trained, so the validations have the same {self.metric} with every "
+                    "value; give it one value"
+                )
+            if schema[name].holds_out:
+                raise UserError(
+                    f"{key} changes the validation images, so trials could not be compared; give it one value"
+                )
 
     def objective(self, trial: Any) -> float:
         """Run a trial of Optuna.

@@ -10,8 +10,9 @@ from tailtune.configs.errors import UserError, printable
 
 RANGE = re.compile(r"(log|uniform|int|choice)\((.*)\)", re.S)
 EXAMPLES = "log(1e-3,1e-1), uniform(0,1), int(1,8) or choice(LA,CE)"
-DIGITS = 4
-"""Significant digits of a number that is drawn, so that commands and names of run folders stay readable."""
+DIGITS, MOST_DIGITS = 4, 17
+"""Significant digits of a number that is drawn, so that commands and names of run folders stay readable. It has
+more, up to the second number, where it would leave the range, or where few values would remain of a narrow range."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,13 @@ class Range:
             return str(trial.suggest_categorical(key, self.values))
         if self.kind == "int":
             return str(trial.suggest_int(key, *map(int, self.values)))
-        number = trial.suggest_float(key, *map(float, self.values), log=self.kind == "log")
-        return f"{number:.{DIGITS}g}"
+        least, most = map(float, self.values)
+        number = trial.suggest_float(key, least, most, log=self.kind == "log")
+        texts = (f"{number:.{digits}g}" for digits in range(DIGITS, MOST_DIGITS))
+        near = (
+            text for text in texts if least <= float(text) <= most and abs(float(text) - number) < (most - least) / 500
+        )
+        return next(near, repr(number))
 
     def __str__(self) -> str:
         return f"{self.kind}({','.join(self.values)})"

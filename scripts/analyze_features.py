@@ -60,7 +60,11 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def configured(argv: Sequence[str]) -> CfgNode:
-    """The resolved config of the run. The option `tte` is disabled, because each image needs exactly one feature."""
+    """The resolved config of the run. The option `tte` is disabled, because each image needs exactly one feature.
+
+    Raises:
+        UserError: a word is wrong, or an ensemble is asked for.
+    """
     parser = Parser(
         prog="python scripts/analyze_features.py",
         description=__doc__.partition("\n")[0],
@@ -73,7 +77,10 @@ def configured(argv: Sequence[str]) -> CfgNode:
     parser.add_argument("-m", "--model", metavar="MODEL", required=True, help="model config of the run")
     flags, pairs = split_arguments(argv)
     args = parser.parse_args(flags)
-    return with_values(resolve(load_configs(args.data, args.model, pairs, declared())[-1]), tte=False)
+    cfg = load_configs(args.data, args.model, pairs, declared())[-1]
+    if cfg.ensemble is not None:
+        raise UserError(f"the features are those of the trained weights, without ensemble {cfg.ensemble}; leave it out")
+    return with_values(resolve(cfg), tte=False)
 
 
 def analyze(cfg: CfgNode) -> Path:

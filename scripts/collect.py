@@ -11,6 +11,7 @@ Standard deviations are those of a sample (n − 1).
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,9 @@ def grid_table(
         paths = [path for path in found if path is not None]
         results, folders = [read_result(path) for path in paths], tuple(path.parent for path in paths)
         rows.append(Row(cell.words[1], cell.row, len(seeds_of_cell), results, cell.published, folders))
-    return Table(rows, metrics or grid.metrics, grid.paper)
+    notes = [f"Only the commands with {grid.selected}."] if grid.selected else []
+    notes += [f"Every command was run with {shlex.join(extra)}."] if extra else []
+    return Table(rows, metrics or grid.metrics, grid.paper, notes=notes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +70,9 @@ def _command(argv: Sequence[str]) -> int:
     args = _parser().parse_args(words)
     check_arguments(args)
     if any(Path(name).is_dir() for name in args.what):
+        for flag, given in (("--seeds", args.seeds), ("--where", args.where), ("--", extra)):
+            if given:
+                raise UserError(f"{flag} selects commands of a grid, and {args.what[0]} is a folder; leave it out")
         compare(args.what, args, cached_schema)
     elif len(args.what) == 1:
         args.grid = args.what[0]

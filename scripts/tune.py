@@ -14,6 +14,7 @@ machines or terminals works on the same search. At the end the trials are writte
 import argparse
 import csv
 import io
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def report(study: Any, search: Search) -> int:
         raise UserError(f"no trial was completed; {path} has all of them, and a larger --trials goes on")
     better_first = sorted(complete, key=lambda trial: trial.value, reverse=search.direction == "maximize")
     for trial in better_first[:10]:
-        values = " ".join(f"{key} {_shown(value)}" for key, value in trial.params.items())
+        values = " ".join(f"{key} {_shown(value)}" for key, value in used(trial).items())
         print(f"{trial.number:>5}  {trial.value:>9.4g}  {cut(values, 62)}")
     best = better_first[0]
     print(f"best: trial {best.number}, {search.metric} {best.value:.4g}, in {best.user_attrs[FOLDER]}")
@@ -128,10 +129,19 @@ def table(trials: Sequence[Any], search: Search) -> str:
     for trial in trials:
         value = "" if trial.value is None else trial.value
         attributes = [trial.user_attrs.get(name, "") for name in (FOLDER, COMMAND)]
-        parameters = [_shown(trial.params.get(key, "")) for key in search.space]
+        parameters = [_shown(used(trial).get(key, "")) for key in search.space]
         epochs = max(trial.intermediate_values, default="")
         writer.writerow([trial.number, trial.state.name.lower(), value, epochs, *parameters, *attributes])
     return text.getvalue()
+
+
+def used(trial: Any) -> dict[str, Any]:
+    """The values of a trial as in its command, which leaves out those that nothing reads."""
+    if COMMAND not in trial.user_attrs:
+        return dict(trial.params)
+    words = shlex.split(trial.user_attrs[COMMAND])[6:]  # after `python main.py -d DATA -m MODEL`
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    return {key: given[key] for key in trial.params if key in given}
 
 
 def _shown(value: object) -> str:

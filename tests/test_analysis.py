@@ -112,6 +112,14 @@ def test_zero_shot_needs_no_run(launch: Cli) -> None:
     assert launch(*words).returncode == 0, "a later run takes the folder"
 
 
+@pytest.mark.parametrize("ensemble", ["wise", "soup ensemble_runs [other]"])
+def test_an_ensemble_is_refused(ensemble: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files would hold the features of the trained weights, and not those of the mean of weights."""
+    assert analyze_features.main(["-d", "fake_lt", "-m", "tiny_clip", "ensemble", *ensemble.split()]) == 2
+    error = capsys.readouterr().err
+    assert "without ensemble" in error and "leave it out" in error and error.count("\n") == 1
+
+
 def test_help_and_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         analyze_features.main(["--help"])

@@ -20,9 +20,11 @@ from tailtune.configs import values_of
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.scripts import _grid, collect
 from tailtune.trainers.comparison.answers import compare_with_first
+from tailtune.trainers.comparison.curves import overlaid
 from tailtune.trainers.comparison.finished_runs import folder_rows
 from tailtune.trainers.comparison.paired_tests import bootstrap, class_means, class_weights, mcnemar
-from tailtune.trainers.comparison.rows import Row, ranked
+from tailtune.trainers.comparison.rows import Row, best, ranked
+from tailtune.trainers.comparison.tables import Table, as_latex
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.logit_files import save_logits
 from tailtune.trainers.option_schema import declared
@@ -298,3 +300,101 @@ def test_wrong_words_are_one_line(run: Make, launch: Cli, words: str, culprit: s
     run("base", BASE)
     done = launch("compare", *words.split())
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and culprit in done.stderr
+
+
+# --- what a reader would misunderstand -------------------------------------------------------------------------------
+
+
+def with_result(folder: Path, **changes: object) -> Path:
+    """The folder, after its result has got these entries; `evaluation` and `test` are added to."""
+    result = json.loads((folder / "metrics.json").read_text())
+    for key, value in changes.items():
+        result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value
+    (folder / "metrics.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_nll_has_digits_that_tell_runs_apart(run: Make) -> None:
+    folders = [with_result(run(f"a_seed_{seed}", BASE, seed=seed), test={"nll": 0.31 + seed / 100}) for seed in (0, 1)]
+    (row,) = rows_of(*folders)
+    assert row.ours("nll") == "0.315 ± 0.007" and row.ours("accuracy") == "60.0 ± 0.0"
+
+
+def test_a_mean_of_fewer_runs_says_so(run: Make) -> None:
+    folders = [run(f"a_seed_{seed}", BASE, seed=seed) for seed in range(3)]
+    with_result(folders[1], test={"many_acc": None})
+    assert rows_of(*folders)[0].ours("many_acc") == "1.0 ± 0.0 (2 of 3)"
+
+
+def test_the_best_is_chosen_among_rows_of_the_same_images() -> None:
+    def row(data: str, accuracy: float, **about: object) -> Row:
+        return Row(data, "row", 1, [{"test": {"accuracy": accuracy, "ece": accuracy}, "evaluation": about}])
+
+    rows = [row("cifar10", 90), row("cifar100", 50), row("cifar10", 92), row("cifar100", 40)]
+    assert best(rows, "accuracy") == [1, 2] and best(rows, "ece") == [0, 3], "one of each data set; less ECE is better"
+    trained_on = row("cifar10", 99, test_train=True)
+    assert best([*rows[::2], trained_on, row("cifar10", 99, max_test_images=9)], "accuracy") == [1]
+    assert best([rows[0], trained_on], "accuracy") == []
+
+
+def test_a_note_names_its_rows(run: Make, launch: Cli) -> None:
+    folders = [run("base", BASE), with_result(run("other", BETTER, lr=0.3), notes=["some images"])]
+    with_result(folders[1], evaluation={"test_train": True}, stopped_early=True, prec_used="bf16")
+    text = launch("compare", *folders, "--no-tests").stdout
+    assert (
+        "some images (1 of 2 runs: other)" in text and "the training images (test_train) (1 of 2 runs: other)" in text
+    )
+    assert "(max_steps or patience)" in text and "precision None, bf16" in text
+    table = list(csv.DictReader(io.StringIO(launch("compare", *folders, "--format csv").stdout)))
+    assert [("some images" in row["notes"], row["precision"]) for row in table] == [(False, "None"), (True, "bf16")]
+
+
+def test_rows_with_other_groups_or_other_images_are_named(run: Make, launch: Cli) -> None:
+    folders = [run("base", BASE), run("same", BASE, lr=0.2), run("other", BETTER, lr=0.3), run("moved", BASE, lr=0.4)]
+    with_result(folders[2], class_counts=[30, 3, 2])
+    with_result(folders[3], evaluation={"images": {"test": "beef"}})
+    text = launch("compare", *folders, "--no-tests").stdout
+    assert "- many, medium and few are not the classes that they are in base: other\n" in text
+    assert "- other test images than those of base: moved\n" in text
+
+
+def test_sorting_by_what_no_run_has_measured_is_refused(run: Make, launch: Cli) -> None:
+    entry = {"n": 3, "predictors": {"plain": {"accuracy": 1.0}}}
+    folders = [
+        run("base", BASE),
+        with_result(run("other", BETTER, lr=0.3), schema=2, distributions={"backward50": entry}),
+    ]
+    done = launch("compare", *folders, "--sort backwrd50.accuracy --best 1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--sort backwrd50.accuracy" in done.stderr and "backward50" in done.stderr
+    assert launch("compare", *folders, "--sort backward50.accuracy").returncode == 0
+
+
+def test_names_of_classes_come_from_any_run(run: Make, launch: Cli) -> None:
+    """The first row may be zero-shot CLIP, which has stored no names."""
+    folders = [run("base", BASE), run("other", BETTER, lr=0.3)]
+    (folders[1] / "checkpoint").mkdir()
+    (folders[1] / "checkpoint" / FACTS).write_text(json.dumps({"class_names": ["ape", "bee", "cat"]}))
+    assert "largest differences: bee +50.0, cat +50.0, ape -25.0." in launch("compare", *folders).stdout
+
+
+def test_latex_of_a_name_is_text_of_any_engine() -> None:
+    rows = [Row("fake_lt", "α = 0.1 > β_|λ| × C:\\x~", 1, []), Row("fake_lt", "two\nlines é", 1, [])]
+    table = as_latex(Table(rows, ["accuracy"]))
+    assert (
+        r"$\alpha$ = 0.1 $>$ $\beta$\_\textbar{}$\lambda$\textbar{} $\times$ C:\textbackslash{}x\textasciitilde{}"
+        in table
+    )
+    assert "two lines é &" in table
+
+
+def test_names_with_dollars_are_no_formulas_in_the_curves(run: Make, launch: Cli) -> None:
+    folders = [run("cost_$\\foo$", BASE), run("other", BETTER, lr=0.3)]
+    done = launch("compare", *folders, "-o page.html")
+    assert (done.returncode, done.stderr) == (0, "") and "$\\foo$" in Path("page.html").read_text("utf-8")
+
+
+def test_more_rows_than_colours_differ_in_their_lines(run: Make) -> None:
+    picture = overlaid(rows_of(*(run(f"run{number}", BASE, lr=0.1 + number / 100) for number in range(11))))
+    assert "stroke-dasharray" in picture
+    assert "stroke-dasharray" not in overlaid(rows_of(Path("output/run0"), Path("output/run1")))

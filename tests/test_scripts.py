@@ -74,7 +74,7 @@ def fake_result(words: str, seed: int = 0, **changes: Any) -> Path:
     cfg = _grid.config([*words.split(), "seed", str(seed)])
     path = Path("output") / (cfg.output_dir or cfg.run_name)
     path.mkdir(parents=True, exist_ok=True)
-    evaluation = {"tte": cfg.tte, "checkpoint": None, "of": str(path)}
+    evaluation = values_of(cfg, TEST) | {"checkpoint": None, "of": str(path)}
     result = {"data": cfg.data, "model": cfg.model, "seed": seed, "commit": "0123456789abcdef-dirty", "notes": []}
     result |= {"hardware": "CPU", "packages": {"torch": "2.12.1"}, "evaluation": evaluation}
     result |= {"params": {"trainable": 1280}, "stopped_early": False}
@@ -132,6 +132,15 @@ rows:
         ("rows: {a: {run: -d fake_lt -m tiny_clip, published: {fake_lt: 3}}}", "no grid"),
         ("metrics: [uniform.speed]\nrows: {a: -d fake_lt -m tiny_clip}", "unknown metric 'uniform.speed'"),
         ("metrics: [speed]\nrows: {a: -d fake_lt -m tiny_clip}", "unknown metric 'speed'"),
+        ("seed: [0, 1]\nrows: {a: -d fake_lt -m tiny_clip}", "did you mean 'seeds'"),
+        ("rows: {a: {run: -d fake_lt -m tiny_clip, publish: {}}}", "row 'a' 'publish'"),
+        ("axes: {lr: [1, 2]}\nrows: {a: -d fake_lt -m tiny_clip}", "no command mentions the axis lr"),
+        (
+            "axes: {lr: [1, 2]}\nrows: {a: '-d fake_lt -m tiny_clip lr {lr}'}",
+            "two commands for fake_lt are the row 'a'",
+        ),
+        ("rows: {a: {run: -d fake_lt -m tiny_clip, published: {fakelt: [3]}}}", "fakelt, which no command uses"),
+        ("rows: {a: {run: -d fake_lt -m tiny_clip, published: {fake_lt: [1, 2, 3, 4, 5]}}}", "than there are metrics"),
     ],
 )
 def test_a_bad_grid_is_one_line(grid: Callable[[str], str], script: Words, text: str, culprit: str) -> None:
@@ -262,7 +271,7 @@ def test_a_grid_is_interrupted_and_resumed(grid: Callable[[str], str], script: W
     assert [row[:4] for row in table[2:]] == [
         ["fake_lt", f"{loss}, 50 % & more", "1,280", "1"] for loss in ("CE", "LA")
     ]
-    assert "stopped before its last epoch (max_steps) (2 of 2 runs)" in printed
+    assert "stopped before its last epoch (max_steps or patience) (2 of 2 runs)" in printed
     assert Path("output/tables/small.tex").exists() and Path("output/tables/small.csv").exists()
 
 
@@ -300,6 +309,42 @@ def test_markdown_has_published_and_ours(half_run: str, script: Words) -> None:
     facts = "Mean ± standard deviation over seeds 0, 2; commit 0123456789ab-dirty; hardware CPU; torch 2.12.1, 2.13.0"
     for text in (facts, "Nobody, Table 0", "in brackets", "an image is missing (1 of 2 runs)", "last epoch"):
         assert text in printed
+
+
+def test_a_seed_that_is_given_twice_counts_once(half_run: str, script: Words, grid: Callable[[str], str]) -> None:
+    """Otherwise the same result would count twice, in the mean and in the standard deviation."""
+    once, twice = (script(collect, f"{half_run} --seeds {seeds}")[1] for seeds in ("0 2", "0 2 2 2"))
+    assert once == twice and "91.0 ± 1.4" in once
+    assert _grid.read(grid(SMALL + "seeds: [0, 2, 2]\n")).seeds == (0, 2)
+
+
+def test_a_table_says_what_was_selected_and_added(grid: Callable[[str], str], script: Words) -> None:
+    """The published numbers beside ours are of other options then."""
+    name = grid(SMALL)
+    fake_result(f"-d fake_lt -m tiny_clip loss_type CE {TINY} num_epochs 1")
+    words = f"{name} --where loss_type CE -- num_epochs 1"
+    for form in ("md", "text", "csv", "latex", "html"):
+        printed = " ".join(script(collect, words.replace(" --w", f" --format {form} --w"))[1].split())
+        assert "90.0" in printed and "Only the commands with loss_type CE." in printed
+        assert "Every command was run with num_epochs 1." in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "culprit"),
+    [
+        ("small.yaml --where loss_type CE --where loss_type LA", "both loss_type CE and loss_type LA"),
+        ("output/run --seeds 0", "--seeds"),
+        ("output/run --where loss_type CE", "--where"),
+        ("output/run -- num_epochs 1", "--"),
+    ],
+)
+def test_a_selection_that_would_be_ignored_is_refused(
+    grid: Callable[[str], str], script: Words, words: str, culprit: str
+) -> None:
+    grid(SMALL)
+    fake_result("-d fake_lt -m tiny_clip output_dir run")
+    code, _, error = script(collect, words)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and culprit in error
 
 
 def test_csv_is_for_programs(half_run: str, script: Words) -> None:

@@ -1,12 +1,14 @@
 """scripts/tune.py: ranges, what is refused, trials that are runs, pruning, interruption, and PostgreSQL."""
 
 import csv
+import io
 import shlex
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,11 +72,31 @@ def test_ranges_are_told_from_values() -> None:
         "loss": ("choice", ("LA", "CE")),
     }
     assert {key: found.suggest(Fixed(), key) for key, found in space.items()} == {
-        "lr": "0.1235",
+        "lr": "0.123456",
         "r": "8",
         "loss": "CE",
     }
     assert Range.parse("lr", "uniform(-1,2)") == Range("uniform", ("-1", "2"))
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn", "value"),
+    [
+        ("uniform(0.9,0.99999)", 0.999987, "0.99999"),
+        ("uniform(20000,20010)", 20001.23456, "20001.23"),
+        ("uniform(0,1)", 0.123456, "0.1235"),
+        ("log(1e-5,1)", 0.000123456, "0.0001235"),
+    ],
+)
+def test_a_number_is_rounded_within_its_range(text: str, drawn: float, value: str) -> None:
+    """A momentum of 1 was drawn from `uniform(0.9,0.99999)`, and one value from a narrow range of large numbers."""
+
+    class Drawn(Fixed):
+        def suggest_float(self, *_: object, **__: object) -> float:
+            return drawn
+
+    found = Range.parse("lr", text)
+    assert found is not None and found.suggest(Drawn(), "lr") == value
 
 
 @pytest.mark.parametrize(
@@ -113,6 +135,9 @@ def test_code_is_no_range() -> None:
         (f"{SPLIT} lr=log(1e-3,1) --storage nosuch://", ("--storage", "nosuch")),
         (f"{SPLIT} lr=log(1e-3,1) --storage postgresql://me:secret@localhost:1/x", ("me:***@localhost", "refused")),
         (f"{SPLIT} loss_type=choice(LA,Hinge)", ("Hinge",)),
+        (f"{SPLIT} tte=choice(True,False)", ("tte changes nothing that is trained", "give it one value")),
+        (f"{SPLIT} num_workers=int(0,2)", ("num_workers changes nothing that is trained",)),
+        (f"{BASE} val_per_class=int(1,2)", ("val_per_class changes the validation images",)),
         (f"{SPLIT} loss_type CE tau=uniform(0,2)", ("tau 0.0 does nothing without loss_type LA",)),
         (f"{SPLIT.replace(' num_epochs 2', '')} num_epochs=int(0,3)", ("val_every 1 is above num_epochs 0",)),
     ],
@@ -134,6 +159,23 @@ def test_a_trial_leaves_out_what_nothing_reads(loss: str, read: bool) -> None:
     search.check()
     words = search.words_of_trial({"loss_type": loss, "la.tau": "0.7", "lr": "0.1"})
     assert ("la.tau" in words, words[-2:]) == (read, ["lr", "0.1"])
+
+
+def test_tables_leave_out_values_that_a_trial_did_not_use() -> None:
+    """A value beside a result looks as if the result were of it."""
+    command = "python main.py -d fake_lt -m tiny_clip_peft loss_type CE lr 0.1"
+    params = {"loss_type": "CE", "la.tau": 0.7, "lr": 0.1}
+    trial = SimpleNamespace(
+        number=0,
+        value=50.0,
+        params=params,
+        user_attrs={"command": command},
+        state=SimpleNamespace(name="COMPLETE"),
+        intermediate_values={},
+    )
+    search = Search("fake_lt", "tiny_clip_peft", [], dict.fromkeys(params, Range("choice", ("a", "b"))), "mean_acc")
+    (row,) = csv.DictReader(io.StringIO(tune.table([trial], search)))
+    assert {key: row[key] for key in params} == {"loss_type": "CE", "la.tau": "", "lr": "0.1"}
 
 
 def test_without_optuna_one_line_says_what_to_install(search: Tune, monkeypatch: pytest.MonkeyPatch) -> None:

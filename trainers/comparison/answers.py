@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tailtune.datasets.long_tail import SHOT_GROUPS, shot_masks
+from tailtune.datasets.long_tail import SHOT_GROUPS
 from tailtune.trainers.comparison.finished_runs import run_folder
 from tailtune.trainers.comparison.paired_tests import Paired, bootstrap, class_means, class_weights, mcnemar
-from tailtune.trainers.comparison.rows import Row
+from tailtune.trainers.comparison.rows import Row, masks_of
 from tailtune.trainers.evaluation.logit_files import LOGITS, open_logits
 from tailtune.trainers.evaluation.metrics import predictions_of
 from tailtune.trainers.methods.base import combine
@@ -88,17 +88,8 @@ def _groups(row: Row) -> dict[str, np.ndarray]:
 
     Empty if the run has not stored what defines them.
     """
-    result = row.results[0]
-    counts, options = result.get("class_counts"), result.get("evaluation", {})
-    if (
-        not counts
-        or "subset_cap" in result
-        or options.get("group_imb_factor") is not None
-        or "many_above" not in options
-    ):
-        return {}
-    masks = shot_masks(counts, options["many_above"], options["few_below"])
-    return {metric: masks[group] for metric, group in SHOT_GROUPS.items()}
+    masks = masks_of(row.results[0])
+    return {} if masks is None else {metric: masks[group] for metric, group in SHOT_GROUPS.items()}
 
 
 def _answers(row: Row) -> Answers:

@@ -11,7 +11,7 @@ from tailtune.configs.program import Parser, print_text, program
 from tailtune.configs.schema import Schema
 from tailtune.trainers.comparison.finished_runs import folder_rows, with_result
 from tailtune.trainers.comparison.formats import FORMATS, format_of, format_of_console, write_table
-from tailtune.trainers.comparison.rows import METRICS, check_metrics, ranked
+from tailtune.trainers.comparison.rows import METRICS, Row, check_metrics, ranked
 from tailtune.trainers.comparison.tables import Table
 
 DESCRIPTION = """Compare finished runs.
@@ -101,17 +101,35 @@ def show(table: Table, args: argparse.Namespace, tests: bool = False) -> None:
         table: the table, without tests.
         args: what `add_arguments` has parsed.
         tests: whether to compare the rows over their test images.
+
+    Raises:
+        UserError: no row has the metric to sort by, or the file system refuses to write.
     """
     rows = list(table.rows)
     if args.sort or args.best:
-        rows = ranked(rows, args.sort or "accuracy")[: args.best]
+        metric = args.sort or "accuracy"
+        _check_measured(metric, rows)
+        rows = ranked(rows, metric)[: args.best]
     table = replace(table, rows=rows)
     if tests and len(rows) > 1:
         from tailtune.trainers.comparison.answers import compare_with_first, names_of_classes  # imports torch
 
-        table = replace(table, paired=compare_with_first(rows), class_names=names_of_classes(rows[0]))
+        paired = compare_with_first(rows)
+        alike = [rows[0], *(row for row, found in zip(rows[1:], paired, strict=True) if not found.reason)]
+        names = next(filter(None, map(names_of_classes, alike)), None)  # a zero-shot run has stored none
+        table = replace(table, paired=paired, class_names=names)
     kind = args.format or (format_of(args.output) if args.output else format_of_console())
     if args.output:
         write_table(table, args.output, kind)
     else:
         print_text(FORMATS[kind](table).removesuffix("\n"))
+
+
+def _check_measured(metric: str, rows: Sequence[Row]) -> None:
+    """Raise a `UserError` if rows are to be sorted by what no finished run has measured, such as a misspelt name."""
+    results = [result for row in rows for result in row.results]
+    if not results or any(row.values(metric) for row in rows):
+        return
+    known = dict.fromkeys(name for result in results for name in result.get("distributions", {}))
+    hint = f"; the test distributions are {', '.join(known)}" if known and "." in metric else ""
+    raise UserError(f"--sort {metric}: no row has this metric{hint}")

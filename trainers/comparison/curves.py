@@ -11,6 +11,8 @@ from tailtune.trainers.comparison.rows import Row
 POINTS = 1000
 """Largest number of points of a curve; of longer curves, as many are drawn at random."""
 COLUMNS = 3
+COLOURS, STYLES = 10, ("-", "--", ":", "-.")
+"""Number of colours of matplotlib, and the lines of the first ten rows, the next ten …"""
 Curve = tuple[list[int], list[float]]
 """Steps and values of a curve."""
 
@@ -37,7 +39,7 @@ def curves_of(folder: Path) -> dict[str, Curve]:
 
 
 def overlaid(rows: Sequence[Row]) -> str:
-    """An SVG element with one picture for each tag, in which every run has a curve; runs of a row have one colour.
+    """An SVG element with one picture for each tag, in which every run has a curve; those of a row look alike.
 
     Args:
         rows: rows of finished runs, with their folders.
@@ -46,13 +48,19 @@ def overlaid(rows: Sequence[Row]) -> str:
         The element; empty if no run has curves.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # without pyplot, so that no display is needed
 
     curves = [[curves_of(folder) for folder in row.folders] for row in rows]
     every = list(dict.fromkeys(tag for runs in curves for run in runs for tag in run))
     tags = [tag for tag in every if tag.removesuffix(".val") + ".avg" not in every or not tag.endswith(".val")]
     if not tags:
         return ""
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare", "text.parse_math": False}):
+        return _svg(rows, curves, tags)
+
+
+def _svg(rows: Sequence[Row], curves: Sequence[Sequence[dict[str, Curve]]], tags: Sequence[str]) -> str:
+    from matplotlib.figure import Figure  # without pyplot, so that no display is needed
+
     height = -(-len(tags) // COLUMNS)
     figure = Figure(figsize=(12, 2.8 * height + 0.3 * len(rows)), layout="constrained")
     grid = figure.subplots(height, COLUMNS, squeeze=False).flat
@@ -65,9 +73,9 @@ def overlaid(rows: Sequence[Row]) -> str:
         axes.tick_params(labelsize=8)
         for number, (row, runs) in enumerate(zip(rows, curves, strict=True)):
             for run in (run for run in runs if tag in run):
-                lines[row.name] = axes.plot(*run[tag], color=f"C{number % 10}", linewidth=1, alpha=0.8)[0]
+                look = {"color": f"C{number % COLOURS}", "linestyle": STYLES[number // COLOURS % len(STYLES)]}
+                lines[row.name] = axes.plot(*run[tag], **look, linewidth=1, alpha=0.8)[0]
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=8)
     content = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare", "text.parse_math": False}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
+    figure.savefig(content, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", content.getvalue(), flags=re.DOTALL)

@@ -1,15 +1,20 @@
 """Rows of a table of results: the finished runs that differ in nothing but their seed."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tailtune.configs.errors import lookup, unknown
+from tailtune.datasets.long_tail import shot_masks
 
 METRICS = ("accuracy", "many_acc", "med_acc", "few_acc")
 LOWER_IS_BETTER = ("error_rate", "ece", "nll", "bad_images")
+DIGITS = {"nll": 3}
+"""Metric → its decimals in a table. The others, which are in percent, have one."""
 ALL_METRICS = (*METRICS, "macro_f1", "mean_acc", "worst_case_acc", "hmean_acc", "gmean_acc", *LOWER_IS_BETTER)
 """The metrics of metrics.json that are single numbers.
 
@@ -42,12 +47,27 @@ class Row:
         return [value for value in values if value is not None]
 
     def ours(self, metric: str) -> str:
-        """Mean ± standard deviation of a metric over the runs, as text."""
-        values = self.values(metric)
+        """Mean ± standard deviation of a metric over the runs, and how many have measured it if not all, as text."""
+        values, digits = self.values(metric), DIGITS.get(metric.rpartition(".")[2], 1)
         if not values:
             return "n/a" if self.results else "not run"
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        some = f" ({len(values)} of {len(self.results)})" if len(values) < len(self.results) else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}{some}"
+
+    @property
+    def tested(self) -> tuple[Hashable, ...]:
+        """What the runs were tested on: data, fingerprint, whether training images, and their largest number."""
+        about = self.results[0].get("evaluation", {}) if self.results else {}
+        limit = about.get("max_test_images")
+        return self.data, (about.get("images") or {}).get("test"), bool(about.get("test_train")), limit
+
+    @property
+    def groups(self) -> Hashable:
+        """What makes many, medium and few of the classes of the first run; None if its result does not tell it."""
+        if not self.results or (masks := masks_of(self.results[0])) is None:
+            return None
+        return tuple(mask.tobytes() for mask in masks.values())
 
     @property
     def runs(self) -> str:
@@ -88,6 +108,22 @@ def number(result: Result, metric: str) -> float | None:
     return number_of_metric
 
 
+def masks_of(result: Result) -> dict[str, np.ndarray] | None:
+    """`many`, `med`, `few` → whether each class is in the group, bool [C].
+
+    Args:
+        result: contents of a metrics.json.
+
+    Returns:
+        None if the result does not tell what defines the groups.
+    """
+    counts, options = result.get("class_counts"), result.get("evaluation", {})
+    elsewhere = "subset_cap" in result or options.get("group_imb_factor") is not None
+    if not counts or elsewhere or "many_above" not in options:
+        return None
+    return shot_masks(counts, options["many_above"], options["few_below"])
+
+
 def check_metrics(metrics: Sequence[str]) -> None:
     """Check the names of metrics.
 
@@ -112,9 +148,18 @@ def ranked(rows: Sequence[Row], metric: str) -> list[Row]:
 
 
 def best(rows: Sequence[Row], metric: str) -> list[int]:
-    """Positions of the rows with the best mean of a metric; empty if fewer than two rows have it."""
-    means = {number: statistics.mean(row.values(metric)) for number, row in enumerate(rows) if row.values(metric)}
-    if len(means) < 2:
-        return []
-    limit = min(means.values()) if metric.rpartition(".")[2] in LOWER_IS_BETTER else max(means.values())
-    return [number for number, mean in means.items() if mean == limit]
+    """Positions of the rows with the best mean of a metric, of those that were tested on the same images.
+
+    A row whose images no other row with the metric was tested on is not the best of anything.
+    """
+    best_of = min if metric.rpartition(".")[2] in LOWER_IS_BETTER else max
+    tested: dict[Hashable, dict[int, float]] = {}
+    for place, row in enumerate(rows):
+        if values := row.values(metric):
+            tested.setdefault(row.tested, {})[place] = statistics.mean(values)
+    return sorted(
+        place
+        for means in tested.values()
+        for place, mean in means.items()
+        if len(means) > 1 and mean == best_of(means.values())
+    )

@@ -4,7 +4,8 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from tailtune.trainers.comparison.rows import Result, Row
 TITLES = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few", "worst_case_acc": "worst"}
 SHOWN_CLASSES = 5
 """Number of gains, and of losses, that a Markdown text lists."""
+SHOWN_ROWS = 3
+"""Number of rows that a footnote names."""
 MEMORY = "A number in brackets is from memory, not verified against the paper."
 
 
@@ -32,6 +35,8 @@ class Table:
     """Every row but the first one, compared with the first one over the test images."""
     class_names: Sequence[str] | None = None
     """Names of the classes; None: they are numbered."""
+    notes: Sequence[str] = ()
+    """Sentences about all rows, such as words that were added to every command."""
 
 
 def header(table: Table) -> list[str]:
@@ -105,7 +110,7 @@ def changed_classes(paired: Paired, names: Sequence[str] | None, most: int | Non
 def as_markdown(table: Table) -> str:
     """A Markdown table with footnotes; without a paper there are no columns for published numbers."""
     parts = [_markdown_rows(header(table), [cells_of(row, table) for row in table.rows])]
-    parts += footnotes(table.rows, table.paper)
+    parts += footnotes(table.rows, table.paper, table.notes)
     titles, rows = paired_table(table)
     if rows:
         parts.append(_markdown_rows(titles, rows))
@@ -124,12 +129,12 @@ def _markdown_rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def as_latex(table: Table) -> str:
     """LaTeX tables for the booktabs package, with the footnotes as comments."""
     lines = _latex_rows("ll", header(table), [cells_of(row, table) for row in table.rows])
-    notes = footnotes(table.rows, table.paper)
+    notes = footnotes(table.rows, table.paper, table.notes)
     titles, rows = paired_table(table)
     if rows:
         lines += ["", *_latex_rows("l", titles, rows)]
     return (
-        "\n".join([*lines, *(f"% {line}" for note in notes + paired_notes(table) for line in note.split("\n"))]) + "\n"
+        "\n".join([*lines, *(f"% {line}" for note in notes + paired_notes(table) for line in note.splitlines())]) + "\n"
     )
 
 
@@ -145,7 +150,9 @@ def as_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     titles = [f"{metric}_{kind}" for metric in table.metrics for kind in ("published", "mean", "std")]
     tests = _paired_columns(table)
-    writer.writerow(["data", "row", "trained", "runs", "wanted", *titles, *FACTS, *(tests[0] if tests else ())])
+    writer.writerow(
+        ["data", "row", "trained", "runs", "wanted", *titles, *FACTS, "notes", *(tests[0] if tests else ())]
+    )
     for number, row in enumerate(table.rows):
         numbers: list[Any] = []
         for values, metric in ((row.values(metric), metric) for metric in table.metrics):
@@ -154,7 +161,8 @@ def as_csv(table: Table) -> str:
             numbers += [row.published.get(metric, ""), mean, std]
         cells = [row.data, row.name, row.trained.replace(",", ""), len(row.results), row.wanted]
         facts = ["; ".join(_facts(row.results, fact)) for fact in FACTS]
-        writer.writerow([*cells, *numbers, *facts, *(tests[number].values() if tests else ())])
+        notes = "; ".join(dict.fromkeys([*table.notes, *_notes_of(row)]))
+        writer.writerow([*cells, *numbers, *facts, notes, *(tests[number].values() if tests else ())])
     return out.getvalue()
 
 
@@ -191,6 +199,7 @@ FACTS: dict[str, Callable[[Result], str]] = {
     "commit": lambda result: re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", str(result.get("commit"))),
     "hardware": lambda result: str(result.get("hardware")),
     "torch": lambda result: str(result.get("packages", {}).get("torch")),
+    "precision": lambda result: str(result.get("prec_used")),
 }
 """Fact about the runs in the footnotes of a table → function that reads the fact from one result."""
 
@@ -200,10 +209,16 @@ def _facts(results: Sequence[Result], fact: str) -> list[str]:
     return list(dict.fromkeys(FACTS[fact](result) for result in results))
 
 
-def footnotes(rows: Sequence[Row], paper: str | None) -> list[str]:
-    """Footnotes: how the numbers were computed, the source of the published numbers, and notes of single runs."""
+def footnotes(rows: Sequence[Row], paper: str | None, notes: Sequence[str] = ()) -> list[str]:
+    """Footnotes: how the numbers were computed, the source of the published numbers, and notes of single runs.
+
+    Args:
+        rows: rows of the table.
+        paper: source of the published numbers; None: there are none.
+        notes: sentences about all rows.
+    """
     results = [result for row in rows for result in row.results]
-    lines = []
+    lines = list(notes)
     if results:
         seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
         facts = "; ".join(f"{fact} {', '.join(_facts(results, fact))}" for fact in FACTS)
@@ -218,11 +233,43 @@ def footnotes(rows: Sequence[Row], paper: str | None) -> list[str]:
             "Metrics without the name of a test distribution are those of the plain predictions; `uniform.accuracy` is "
             "that of the adapted ones."
         )
-    notes: dict[str, int] = {}
-    for note in (note for result in results for note in [*result.get("notes", []), *_cut_short(result)]):
-        notes[note] = notes.get(note, 0) + 1
-    listed = [f"- {note} ({count} of {len(results)} runs)" for note, count in notes.items()]
-    return lines + (["\n".join(listed)] if listed else [])
+    listed = [*_notes(rows), *_differences(rows)]
+    return lines + (["\n".join(f"- {note}" for note in listed)] if listed else [])
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    """The notes of single runs; those that are not of every row with the rows that have them."""
+    finished = [row for row in rows if row.results]
+    several = len({row.data for row in finished}) > 1
+    found: dict[str, list[str]] = {}
+    for row in finished:
+        name = f"{row.name} ({row.data})" if several else row.name
+        for note in _notes_of(row):
+            found.setdefault(note, []).append(name)
+    for note, names in found.items():
+        whose = list(dict.fromkeys(names))
+        shown = f": {_shown(whose)}" if len(whose) < len(finished) else ""
+        yield f"{note} ({len(names)} of {sum(len(row.results) for row in finished)} runs{shown})"
+
+
+def _notes_of(row: Row) -> list[str]:
+    return [note for result in row.results for note in [*result.get("notes", []), *_remarks(result)]]
+
+
+def _differences(rows: Sequence[Row]) -> Iterator[str]:
+    """What makes numbers of one column differ in meaning, between rows of the same data."""
+    for data in dict.fromkeys(row.data for row in rows if row.results):
+        first, *others = (row for row in rows if row.results and row.data == data)
+        grouped = [row.name for row in others if None not in (row.groups, first.groups) and row.groups != first.groups]
+        if grouped:
+            yield f"many, medium and few are not the classes that they are in {first.name}: {_shown(grouped)}"
+        images = [row.name for row in others if row.tested[1] != first.tested[1]]
+        if images:
+            yield f"other test images than those of {first.name}: {_shown(images)}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN_ROWS], *(["…"] if len(names) > SHOWN_ROWS else [])])
 
 
 def _adapted(result: Result) -> bool:
@@ -231,14 +278,28 @@ def _adapted(result: Result) -> bool:
     return any(name != "plain" for distribution in distributions for name in distribution["predictors"])
 
 
-def _cut_short(result: Result) -> list[str]:
-    return ["stopped before its last epoch (max_steps)"] if result.get("stopped_early") else []
+def _remarks(result: Result) -> list[str]:
+    """What a result says of itself in other entries than its notes."""
+    found = ["stopped before its last epoch (max_steps or patience)"] if result.get("stopped_early") else []
+    trained_on = result.get("evaluation", {}).get("test_train")
+    return found + (["evaluated on the training images (test_train)"] if trained_on else [])
 
 
-SIGNS = {"±": r"$\pm$", "~": r"\textasciitilde ", "^": r"\textasciicircum ", "Δ": r"$\Delta$", "−": "$-$", "<": "$<$"}
-"""Character → its LaTeX command."""
+SIGNS = {
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
+    **{"±": r"$\pm$", "Δ": r"$\Delta$", "−": "$-$", "<": "$<$", ">": "$>$", "×": r"$\times$", "·": r"$\cdot$"},
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+}
+"""Character → its LaTeX command. Without one, the default fonts print another character for `<`, `>` and `|`."""
+GREEK = re.compile("GREEK SMALL LETTER ((?!OMICRON|FINAL)[A-Z]+)$")
 
 
 def _tex(text: str) -> str:
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
-    return re.sub(f"[{re.escape(''.join(SIGNS))}]", lambda found: SIGNS[found[0]], text)
+    return "".join(map(_tex_of, text))
+
+
+def _tex_of(character: str) -> str:
+    """A character as LaTeX. pdfLaTeX has no Greek letters in text, and stops at them with an error."""
+    if greek := GREEK.match(unicodedata.name(character, "")):
+        return rf"$\{greek[1].lower().replace('lamda', 'lambda')}$"
+    return SIGNS.get(character, " " if character.isspace() else character)

@@ -22,9 +22,10 @@ from tailtune.scripts import _grid, collect
 from tailtune.trainers.comparison.answers import compare_with_first
 from tailtune.trainers.comparison.curves import overlaid
 from tailtune.trainers.comparison.finished_runs import folder_rows
+from tailtune.trainers.comparison.latex_format import as_latex
 from tailtune.trainers.comparison.paired_tests import bootstrap, class_means, class_weights, mcnemar
 from tailtune.trainers.comparison.rows import Row, best, ranked
-from tailtune.trainers.comparison.tables import Table, as_latex
+from tailtune.trainers.comparison.tables import Table
 from tailtune.trainers.evaluation.inference import Logits
 from tailtune.trainers.evaluation.logit_files import save_logits
 from tailtune.trainers.option_schema import declared

@@ -21,6 +21,7 @@ from tailtune.trainers.evaluation.metrics import Predictions, evaluate_predictio
 from tailtune.trainers.evaluation.report_of_evaluation import add_report
 from tailtune.trainers.report.page import page
 from tailtune.trainers.report.subject import EvaluatedImages, Launch, Predicted, Subject
+from tailtune.trainers.report.tables import metric_rows
 from tailtune.trainers.runs.result_table import number
 from tailtune.trainers.storage.manifest import Manifest
 
@@ -124,6 +125,20 @@ def test_the_numbers_are_those_of_the_result(reported: Path) -> None:
     for text in (result["commit"], result["hardware"], "-d fake_lt -m tiny_clip_peft max_steps 1"):
         assert text in html
     assert all(fingerprint in html for fingerprint in result["evaluation"]["images"].values())
+
+
+@pytest.mark.parametrize(
+    ("about", "facts", "said"),
+    [
+        ({}, {}, "more than 20 training images."),
+        ({"group_imb_factor": 0.01}, {}, "more than 20 training images that group_imb_factor 0.01 would leave."),
+        ({}, {"subset_cap": 40}, "more than 20 training images before subset_cap 40."),
+    ],
+)
+def test_the_groups_are_explained_by_what_made_them(about: dict[str, Any], facts: dict[str, Any], said: str) -> None:
+    """The page also has the number of training images of each class, which is another one then."""
+    result = {"evaluation": {"many_above": 20, "few_below": 5, **about}, "test": {"accuracy": 1.0}, **facts}
+    assert any(said in meaning for _, _, meaning in metric_rows(result)[1])
 
 
 def test_the_predictions_are_those_of_the_result(reported: Path) -> None:

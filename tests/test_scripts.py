@@ -24,7 +24,7 @@ from tailtune.configs.errors import UserError
 from tailtune.configs.key import TEST, TRAIN
 from tailtune.scripts import _grid, collect, reproduce
 from tailtune.trainers.comparison.rows import ALL_METRICS, Row, number
-from tailtune.trainers.comparison.tables import footnotes
+from tailtune.trainers.comparison.tables import Table, footnotes
 from tailtune.trainers.config_checks import check
 from tailtune.trainers.evaluation.metrics import evaluate
 
@@ -214,12 +214,27 @@ def test_a_number_is_of_the_test_set_or_of_a_distribution() -> None:
 
 
 def test_a_table_says_which_numbers_are_not_adapted() -> None:
-    facts = {"seed": 0, "test": {"accuracy": 4.0}}
     said = []
-    for predictors in ({"plain": {"accuracy": 1.0}}, {"plain": {"accuracy": 1.0}, "target_prior": {"accuracy": 2.0}}):
-        result = {**facts, "distributions": {"backward50": {"n": 9, "predictors": predictors}}}
-        said.append(any("plain predictions" in line for line in footnotes([Row("fake", "row", 1, [result])], None)))
+    for names in (["plain"], ["plain", "target_prior"]):
+        lines = footnotes(Table([predicted("row", names)], ["accuracy"]))
+        said.append(any("plain predictions" in line for line in lines))
     assert said == [False, True]
+
+
+def test_a_table_says_whose_numbers_a_distribution_has() -> None:
+    """A run with `adapt sade` and a target prior has SADE's, and one without both the plain ones."""
+    rows = [predicted("ce", ["plain"]), predicted("sade", ["plain", "sade"])]
+    both = predicted("both", ["plain", "sade", "target_prior"])
+    lines = footnotes(Table([*rows, both], ["backward50.accuracy"]))
+    assert "plain: ce; sade: sade; sade (not target_prior): both" in lines[-1]
+    for table in (Table(rows[:1], ["backward50.accuracy"]), Table([both], ["backward50.sade.accuracy"])):
+        assert not any("predictors of the columns" in line for line in footnotes(table))
+
+
+def predicted(name: str, predictors: list[str]) -> Row:
+    """A row of a run with these predictors on a test distribution."""
+    entry = {"n": 9, "predictors": {predictor: {"accuracy": 1.0} for predictor in predictors}}
+    return Row("fake", name, 1, [{"seed": 0, "test": {"accuracy": 4.0}, "distributions": {"backward50": entry}}])
 
 
 def test_columns_of_distributions_have_short_titles(half_run: str, script: Words) -> None:

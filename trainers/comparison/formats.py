@@ -6,7 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tailtune.configs.errors import UserError
-from tailtune.trainers.comparison.tables import Table, as_csv, as_latex, as_markdown
+from tailtune.trainers.comparison.latex_format import as_latex
+from tailtune.trainers.comparison.tables import Table, as_csv, as_markdown
 from tailtune.trainers.comparison.text_format import as_text
 from tailtune.trainers.storage.atomic_io import write_bytes
 

@@ -33,7 +33,7 @@ def as_html(table: Table) -> str:
             for place, metric in enumerate(table.metrics)
             for number in best(table.rows, metric)
         },
-        notes=footnotes(table.rows, table.paper, table.notes),
+        notes=footnotes(table),
         paired_header=titles,
         paired=rows,
         paired_notes=paired_notes(table),

@@ -1,7 +1,7 @@
 """Rows of a table of results: the finished runs that differ in nothing but their seed."""
 
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,24 @@ def number(result: Result, metric: str) -> float | None:
     *place, name = metric.split(".")
     metrics = result["test"]
     if place:
-        predictors = result.get("distributions", {}).get(place[0], {}).get("predictors", {})
-        adapted = next((predictor for predictor in predictors if predictor != "plain"), "plain")
-        metrics = predictors.get(place[1] if len(place) == 2 else adapted)
+        predictors = predictors_of(result, place[0])
+        metrics = predictors.get(place[1] if len(place) == 2 else chosen_predictor(predictors))
     if metrics is None:
         return None
     numbers = {key: value for key, value in metrics.items() if not isinstance(value, (list, dict))}
     number_of_metric: float | None = lookup(numbers, name, "metric")
     return number_of_metric
+
+
+def predictors_of(result: Result, distribution: str) -> dict[str, Any]:
+    """Predictor → its metrics on a test distribution; empty if it was not evaluated on the distribution."""
+    found: dict[str, Any] = result.get("distributions", {}).get(distribution, {}).get("predictors", {})
+    return found
+
+
+def chosen_predictor(predictors: Iterable[str]) -> str:
+    """The predictor whose numbers a column such as `backward50.accuracy` has: the first adapted one, or `plain`."""
+    return next((predictor for predictor in predictors if predictor != "plain"), "plain")
 
 
 def masks_of(result: Result) -> dict[str, np.ndarray] | None:

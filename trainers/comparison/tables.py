@@ -1,10 +1,9 @@
-"""Formats tables of results as Markdown, LaTeX and CSV."""
+"""Formats tables of results as Markdown and CSV."""
 
 import csv
 import io
 import re
 import statistics
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tailtune.trainers.comparison.paired_tests import CONFIDENCE, RESAMPLES, Interval, Paired
-from tailtune.trainers.comparison.rows import Result, Row
+from tailtune.trainers.comparison.rows import Result, Row, chosen_predictor, predictors_of
 
 TITLES = {"accuracy": "all", "many_acc": "many", "med_acc": "medium", "few_acc": "few", "worst_case_acc": "worst"}
 SHOWN_CLASSES = 5
@@ -110,7 +109,7 @@ def changed_classes(paired: Paired, names: Sequence[str] | None, most: int | Non
 def as_markdown(table: Table) -> str:
     """A Markdown table with footnotes; without a paper there are no columns for published numbers."""
     parts = [_markdown_rows(header(table), [cells_of(row, table) for row in table.rows])]
-    parts += footnotes(table.rows, table.paper, table.notes)
+    parts += footnotes(table)
     titles, rows = paired_table(table)
     if rows:
         parts.append(_markdown_rows(titles, rows))
@@ -124,24 +123,6 @@ def as_markdown(table: Table) -> str:
 def _markdown_rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
-
-
-def as_latex(table: Table) -> str:
-    """LaTeX tables for the booktabs package, with the footnotes as comments."""
-    lines = _latex_rows("ll", header(table), [cells_of(row, table) for row in table.rows])
-    notes = footnotes(table.rows, table.paper, table.notes)
-    titles, rows = paired_table(table)
-    if rows:
-        lines += ["", *_latex_rows("l", titles, rows)]
-    return (
-        "\n".join([*lines, *(f"% {line}" for note in notes + paired_notes(table) for line in note.splitlines())]) + "\n"
-    )
-
-
-def _latex_rows(left: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = [" & ".join(map(_tex, cells)) + r" \\" for cells in (titles, *rows)]
-    begin = rf"\begin{{tabular}}{{{left + 'r' * (len(titles) - len(left))}}}"
-    return [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
 
 
 def as_csv(table: Table) -> str:
@@ -209,16 +190,11 @@ def _facts(results: Sequence[Result], fact: str) -> list[str]:
     return list(dict.fromkeys(FACTS[fact](result) for result in results))
 
 
-def footnotes(rows: Sequence[Row], paper: str | None, notes: Sequence[str] = ()) -> list[str]:
-    """Footnotes: how the numbers were computed, the source of the published numbers, and notes of single runs.
-
-    Args:
-        rows: rows of the table.
-        paper: source of the published numbers; None: there are none.
-        notes: sentences about all rows.
-    """
+def footnotes(table: Table) -> list[str]:
+    """Footnotes: how the numbers were computed, the source of the published numbers, and notes of single runs."""
+    rows, paper = table.rows, table.paper
     results = [result for row in rows for result in row.results]
-    lines = list(notes)
+    lines = list(table.notes)
     if results:
         seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
         facts = "; ".join(f"{fact} {', '.join(_facts(results, fact))}" for fact in FACTS)
@@ -233,23 +209,41 @@ def footnotes(rows: Sequence[Row], paper: str | None, notes: Sequence[str] = ())
             "Metrics without the name of a test distribution are those of the plain predictions; `uniform.accuracy` is "
             "that of the adapted ones."
         )
-    listed = [*_notes(rows), *_differences(rows)]
+    listed = [*_predictors(table), *_notes(rows), *_differences(rows)]
     return lines + (["\n".join(f"- {note}" for note in listed)] if listed else [])
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """The notes of single runs; those that are not of every row with the rows that have them."""
     finished = [row for row in rows if row.results]
-    several = len({row.data for row in finished}) > 1
     found: dict[str, list[str]] = {}
     for row in finished:
-        name = f"{row.name} ({row.data})" if several else row.name
         for note in _notes_of(row):
-            found.setdefault(note, []).append(name)
+            found.setdefault(note, []).append(_label(row, rows))
     for note, names in found.items():
         whose = list(dict.fromkeys(names))
         shown = f": {_shown(whose)}" if len(whose) < len(finished) else ""
         yield f"{note} ({len(names)} of {sum(len(row.results) for row in finished)} runs{shown})"
+
+
+def _predictors(table: Table) -> Iterator[str]:
+    """Of which predictor the numbers of test distributions are, where this differs or others are left out."""
+    places = dict.fromkeys(metric.split(".")[0] for metric in table.metrics if metric.count(".") == 1)
+    found: dict[str, list[str]] = {}
+    for row in table.rows:
+        for predictors in filter(None, (predictors_of(result, place) for result in row.results for place in places)):
+            chosen = chosen_predictor(predictors)
+            others = ", ".join(name for name in predictors if name not in ("plain", chosen))
+            name = f"{chosen} (not {others})" if others else chosen
+            found.setdefault(name, []).append(_label(row, table.rows))
+    if set(found) - {"plain"}:
+        whose = "; ".join(f"{name}: {_shown(list(dict.fromkeys(rows)))}" for name, rows in found.items())
+        yield f"predictors of the columns of test distributions: {whose}"
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """The name of a row, with its data if the table has several."""
+    return f"{row.name} ({row.data})" if len({each.data for each in rows}) > 1 else row.name
 
 
 def _notes_of(row: Row) -> list[str]:
@@ -283,23 +277,3 @@ def _remarks(result: Result) -> list[str]:
     found = ["stopped before its last epoch (max_steps or patience)"] if result.get("stopped_early") else []
     trained_on = result.get("evaluation", {}).get("test_train")
     return found + (["evaluated on the training images (test_train)"] if trained_on else [])
-
-
-SIGNS = {
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
-    **{"±": r"$\pm$", "Δ": r"$\Delta$", "−": "$-$", "<": "$<$", ">": "$>$", "×": r"$\times$", "·": r"$\cdot$"},
-    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
-}
-"""Character → its LaTeX command. Without one, the default fonts print another character for `<`, `>` and `|`."""
-GREEK = re.compile("GREEK SMALL LETTER ((?!OMICRON|FINAL)[A-Z]+)$")
-
-
-def _tex(text: str) -> str:
-    return "".join(map(_tex_of, text))
-
-
-def _tex_of(character: str) -> str:
-    """A character as LaTeX. pdfLaTeX has no Greek letters in text, and stops at them with an error."""
-    if greek := GREEK.match(unicodedata.name(character, "")):
-        return rf"$\{greek[1].lower().replace('lamda', 'lambda')}$"
-    return SIGNS.get(character, " " if character.isspace() else character)

@@ -26,7 +26,7 @@ def as_text(table: Table) -> str:
     lines = _table(numbered, _without(place, titles), [_without(place, row) for row in rows])
     lines += [line for name in numbered if len(name) > WIDEST_NAME for line in wrapped(name, "  ")]
     lines += wrapped(LEGEND)
-    notes = [line for note in footnotes(table.rows, table.paper, table.notes) for line in note.split("\n")]
+    notes = [line for note in footnotes(table) for line in note.split("\n")]
     titles, rows = paired_table(table)
     paragraphs = [_paragraph(notes)]
     if rows:

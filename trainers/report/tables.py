@@ -16,9 +16,9 @@ MOST_PAIRS, PICTURES_OF_A_PAIR, MOST_MISTAKES = 12, 4, 24
 MEANINGS = {
     "accuracy": "Correct images, of all images.",
     "mean_acc": "Mean of the accuracies of the classes. Each class counts the same, however many test images it has.",
-    "many_acc": "Mean accuracy of the many-shot classes: more than {many_above} training images.",
-    "med_acc": "Mean accuracy of the medium-shot classes: {few_below} to {many_above} training images.",
-    "few_acc": "Mean accuracy of the few-shot classes: fewer than {few_below} training images.",
+    "many_acc": "Mean accuracy of the many-shot classes: more than {many_above} training images{counted}.",
+    "med_acc": "Mean accuracy of the medium-shot classes: {few_below} to {many_above} training images{counted}.",
+    "few_acc": "Mean accuracy of the few-shot classes: fewer than {few_below} training images{counted}.",
     "worst_case_acc": "Accuracy of the worst class.",
     "hmean_acc": "Harmonic mean of the class accuracies. Bad classes pull it down strongly.",
     "gmean_acc": "Geometric mean of the class accuracies. It is 0 if one class is never recognised.",
@@ -41,13 +41,23 @@ def metric_rows(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, l
     """
     about = result["evaluation"]
     titles = {"train" if about.get("test_train") else "test": "test"} | ({"val": "val"} if "val" in result else {})
+    limits = {key: about.get(key, "the limit of") for key in ("many_above", "few_below")} | {
+        "counted": _counted(result)
+    }
     rows = []
     for name, meaning in MEANINGS.items():
         values = [result[split].get(name) for split in titles.values()]
         texts = [str(value) if isinstance(value, int) else number(value, 4 if name == "nll" else 2) for value in values]
-        limits = {key: about.get(key, "the limit of") for key in ("many_above", "few_below")}
         rows.append((HEADINGS[name], texts, meaning.format(**limits)))
     return list(titles), rows
+
+
+def _counted(result: Mapping[str, Any]) -> str:
+    """What the training images are that make the groups, if they are not those of the training."""
+    factor = result["evaluation"].get("group_imb_factor")
+    if factor is not None:
+        return f" that group_imb_factor {factor:g} would leave"
+    return f" before subset_cap {result['subset_cap']}" if "subset_cap" in result else ""
 
 
 def class_rows(subject: Subject) -> list[list[Any]]:

@@ -122,13 +122,12 @@ def load_resolved(path: Path, schema: Schema, pairs: Sequence[str] = ()) -> CfgN
         raise UserError(f"{path} is no run's config")
     for key, value in stored.items():
         values[key] = value if key in schema and schema[key].internal else _parse(key, value, schema, str(path))
-    given: Values = {}
-    for key, value in _pair_up(pairs, schema):
-        given[key] = _parse(key, value, schema, "the command line")
+    given = {key: _parse(key, value, schema, "the command line") for key, value in _pair_up(pairs, schema)}
+    for key in given:
         if schema[key].cls == TRAIN:
             raise UserError(f"{key} belongs to the training of a run, which has ended: leave it out")
-    name = test_key(schema, values | given, values)
-    return _freeze(values | given | {"given": list(given) or None, "test_key": name}, schema)
+    internal = {"given": list(given) or None, "test_key": test_key(schema, values | given, values)}
+    return _freeze(values | given | internal, schema)
 
 
 def _pair_up(words: Sequence[str], schema: Schema) -> list[tuple[str, str]]:

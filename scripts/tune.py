@@ -122,12 +122,14 @@ def report(study: Any, search: Search) -> int:
 
 
 def table(trials: Sequence[Any], search: Search) -> str:
-    """The trials as CSV."""
+    """The trials as CSV, each with its best validation, also if it was pruned."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["trial", "state", search.metric, "epochs", *search.space, FOLDER, COMMAND])
     for trial in trials:
-        value = "" if trial.value is None else trial.value
+        reported = trial.intermediate_values.values()  # the value of a pruned trial is only its last validation
+        best = (min if search.metric in LOWER else max)(reported, default="")
+        value = trial.value if trial.state.name == "COMPLETE" else best
         attributes = [trial.user_attrs.get(name, "") for name in (FOLDER, COMMAND)]
         parameters = [_shown(used(trial).get(key, "")) for key in search.space]
         epochs = max(trial.intermediate_values, default="")

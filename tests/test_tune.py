@@ -178,6 +178,22 @@ def test_tables_leave_out_values_that_a_trial_did_not_use() -> None:
     assert {key: row[key] for key in params} == {"loss_type": "CE", "la.tau": "", "lr": "0.1"}
 
 
+@pytest.mark.parametrize(("metric", "best"), [("mean_acc", 60.0), ("nll", 40.0)])
+def test_a_pruned_trial_has_its_best_validation(metric: str, best: float) -> None:
+    """The others have theirs, and Optuna's value of a pruned trial is the last one."""
+    trial = SimpleNamespace(
+        number=0,
+        value=50.0,
+        params={},
+        user_attrs={},
+        state=SimpleNamespace(name="PRUNED"),
+        intermediate_values={1: 40.0, 2: 60.0, 3: 50.0},
+    )
+    search = Search("fake_lt", "tiny_clip_peft", [], {}, metric)
+    (row,) = csv.DictReader(io.StringIO(tune.table([trial], search)))
+    assert (float(row[metric]), row["epochs"]) == (best, "3")
+
+
 def test_without_optuna_one_line_says_what_to_install(search: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     code, _, error = search(f"{SPLIT} lr=log(1e-3,1)")

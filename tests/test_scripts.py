@@ -221,6 +221,13 @@ def test_a_table_says_which_numbers_are_not_adapted() -> None:
     assert said == [False, True]
 
 
+def test_a_table_of_single_runs_has_no_deviation() -> None:
+    one = predicted("one", ["plain"])
+    assert footnotes(Table([one], ["accuracy"]))[0].startswith("Seed 0; ")
+    two = Row("data", "two", 2, one.results * 2)
+    assert footnotes(Table([one, two], ["accuracy"]))[0].startswith("Mean ± standard deviation over seed 0; ")
+
+
 def test_a_table_says_whose_numbers_a_distribution_has() -> None:
     """A run with `adapt sade` and a target prior has SADE's, and one without both the plain ones."""
     rows = [predicted("ce", ["plain"]), predicted("sade", ["plain", "sade"])]

@@ -196,9 +196,11 @@ def footnotes(table: Table) -> list[str]:
     results = [result for row in rows for result in row.results]
     lines = list(table.notes)
     if results:
-        seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
+        numbers = sorted({result["seed"] for result in results})
+        seeds = f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+        averaged = any(len(row.results) > 1 for row in rows)
         facts = "; ".join(f"{fact} {', '.join(_facts(results, fact))}" for fact in FACTS)
-        lines.append(f"Mean ± standard deviation over seeds {seeds}; {facts}.")
+        lines.append(f"{f'Mean ± standard deviation over {seeds}' if averaged else seeds.capitalize()}; {facts}.")
     if paper:
         unsure = any("(" in text for row in rows for text in row.published.values())
         lines.append(

@@ -54,7 +54,8 @@ The column *class* says what a changed value makes:
 The column *of* names the entries of a table (losses, tuners, schedules …) that read the option. Such an option has a
 second name, `<entry>.<option>`, for example `las.smooth_head`. {{aliases}}
 
-The column *with* names what must be set so that anything reads the option. On the command line it is refused without.
+The column *with* names what has to be set so that anything reads the option; of several, one is enough. A command line
+that gives the option alone is refused.
 
 `none` (or `null`) is a valid value if the default is none or the type says so.
 
